@@ -1,0 +1,222 @@
+"""Every private name of torch that this project uses, in one place, each with what happens when it is gone."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass  # the base class that Inductor's caches ask for
+
+try:
+    from torch._dynamo.exc import ShortenTraceback
+
+    class PassesThroughDynamo(ShortenTraceback):
+        """Dynamo hands this on to the user as it is, where it wraps any other exception of a backend."""
+
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args, first_useful_frame=None)
+
+except ImportError:  # then errors arrive wrapped in BackendCompilerFailed, with the same text
+
+    class PassesThroughDynamo(RuntimeError):  # type: ignore[no-redef]
+        pass
+
+
+def inductor_modes() -> tuple[str, ...]:
+    return tuple(torch._inductor.list_mode_options())
+
+
+@functools.cache
+def inductor_options() -> frozenset[str]:
+    return frozenset(torch._inductor.list_options())
+
+
+# --- nodes of a joint graph ---
+
+
+def value(n: Any) -> Any:
+    """The fake tensor of a node."""
+    return n.meta["val"]
+
+
+def hint(size: Any) -> int:
+    """An int for a size that may be symbolic, without adding a guard."""
+    if isinstance(size, int):
+        return size
+    node_hint = getattr(getattr(size, "node", None), "hint", None)
+    return int(node_hint) if node_hint is not None else 1024
+
+
+def is_backward(n: fx.Node) -> bool:
+    return n.meta.get("partitioner_tag") == "is_backward"
+
+
+def input_index(n: fx.Node) -> int | None:
+    """Which of the backend's inputs a placeholder of the joint graph is; None for tangents and synthetic ones."""
+    desc = n.meta.get("desc")
+    index = getattr(desc, "idx", None)
+    return index if isinstance(index, int) and type(desc).__name__ == "PlainAOTInput" else None
+
+
+def is_own_state(n: fx.Node) -> bool:
+    """Whether a placeholder is a parameter or buffer of the graph module itself (Dynamo without inlined modules)."""
+    return type(n.meta.get("desc")).__name__ in ("ParamAOTInput", "BufferAOTInput")
+
+
+def is_random(n: fx.Node) -> bool:
+    tags = getattr(n.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded in tags
+
+
+def numel(n: fx.Node) -> int:
+    total = 1
+    for size in value(n).shape:
+        total *= hint(size)
+    return total
+
+
+def fake_mode_of(*nodes: fx.Node) -> Any:
+    """The fake mode the graph was traced under."""
+    from torch._guards import detect_fake_mode
+
+    values = [t for n in nodes for t in torch.utils._pytree.tree_leaves((n.meta.get("val"), [m.meta.get("val") for m in n.all_input_nodes]))]
+    mode = detect_fake_mode([v for v in values if isinstance(v, torch.Tensor)])
+    assert mode is not None, f"{nodes} have no fake values"
+    return mode
+
+
+@functools.cache
+def decompositions() -> Any:
+    """Inductor's table: without it some ops reach Inductor whole and it asserts."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    return select_decomp_table()
+
+
+_PROVENANCE = ("partitioner_tag", "seq_nr", "nn_module_stack", "fwd_nn_module_stack", "stack_trace", "recompute", "ac_graph_id")
+
+
+def copy_provenance(source: fx.Node, target: fx.Node) -> None:
+    """Tag, layer, stack trace and checkpoint policy of an inserted node are those of the node it serves."""
+    for key in _PROVENANCE:
+        if key in source.meta:
+            target.meta[key] = source.meta[key]
+        else:
+            target.meta.pop(key, None)
+
+
+def must_save(node: fx.Node) -> None:
+    """Forbid the partitioner to recompute a node in the backward pass."""
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+
+# --- Dynamo: what the backend call can learn about the user's modules ---
+
+
+def dynamo_frame() -> Any:
+    """Dynamo's translator of the frame being compiled, or None outside of Dynamo."""
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        return InstructionTranslator.current_tx()
+    except (ImportError, AttributeError):
+        return None
+
+
+def root_locals(frame: Any) -> dict[str, Any]:
+    """The local variables of the compiled function's frame."""
+    return dict(getattr(frame.output.root_tx, "f_locals", {})) if frame is not None else {}
+
+
+def is_module_state(placeholder: fx.Node) -> bool:
+    """Whether a placeholder of Dynamo's graph is a parameter or buffer that a module owns."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    while source is not None:
+        if "ParamBuffer" in type(source).__name__:
+            return True
+        source = getattr(source, "base", None)
+    return False
+
+
+def module_source(local: str, path: list[str]) -> Any:
+    """Dynamo's source for the module at `path` below a local variable, as Dynamo itself builds it."""
+    from torch._dynamo.source import AttrSource, DictGetItemSource, LocalSource, UnspecializedNNModuleSource
+
+    source: Any = UnspecializedNNModuleSource(LocalSource(local, is_input=True))
+    for name in path:
+        source = UnspecializedNNModuleSource(DictGetItemSource(AttrSource(source, "_modules"), name))
+    return source
+
+
+def guard_attribute(source: Any, name: str) -> None:
+    """Recompile when the attribute's value changes."""
+    from torch._dynamo.guards import GuardBuilder, install_guard
+    from torch._dynamo.source import AttrSource
+
+    install_guard(AttrSource(source, name).make_guard(GuardBuilder.EQUALS_MATCH))
+
+
+def guard_absent(source: Any, name: str) -> None:
+    """Recompile when the attribute, absent now, appears in the object's own dictionary."""
+    import functools as ft
+
+    from torch._dynamo.guards import GuardBuilder, install_guard
+
+    install_guard(source.make_guard(ft.partial(GuardBuilder.NOT_PRESENT_IN_GENERIC_DICT, attr=name)))
+
+
+CUSTOM = "approx_compile"
+
+
+def mark_exact(node: fx.Node, reason: str) -> None:
+    """Leave a note on a node of Dynamo's graph that AOTAutograd carries into the joint graph."""
+    node.meta["custom"] = {**(node.meta.get("custom") or {}), CUSTOM: reason}
+
+
+def exact_mark(node: fx.Node) -> str | None:
+    reason = (node.meta.get("custom") or {}).get(CUSTOM)
+    return reason if isinstance(reason, str) else None
+
+
+def compile_fx(gm: fx.GraphModule, example_inputs: Any, patches: dict[str, Any], inner_compile: Any = None) -> Any:
+    """Inductor, or, with `inner_compile`, its front half handing the partitioned graphs to something else, past every cache."""
+    from torch._inductor.compile_fx import compile_fx as inductor
+
+    if inner_compile is None:
+        return inductor(gm, example_inputs, config_patches=patches)
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        return inductor(gm, example_inputs, inner_compile=inner_compile, config_patches={**patches, "fx_graph_cache": False})
+
+
+def run_as_is(gm: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+    """An `inner_compile` that runs the partitioned graphs op by op."""
+    from functorch.compile import make_boxed_func
+
+    return make_boxed_func(gm.forward)
+
+
+def mode_options(mode: str | None, dynamic: bool | None = None) -> dict[str, Any]:
+    return dict(torch._inductor.list_mode_options(mode)) if mode else {}
+
+
+def cache_folder() -> Any:
+    """Inductor's cache folder, where whoever clears its caches clears ours."""
+    from pathlib import Path
+
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir())
+
+
+def trace_artifact(name: str, payload: Any) -> None:
+    """An artifact in torch's structured trace (TORCH_TRACE); nothing where there is no trace."""
+    try:
+        from torch._logging._internal import trace_structured
+
+        trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "json"}, payload_fn=payload, expect_trace_id=False)
+    except ImportError:
+        pass

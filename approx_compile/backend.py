@@ -1,0 +1,215 @@
+"""Dynamo graph in; Inductor, with our pass on the joint graph, out.
+
+Here are the things only this moment knows: the layers' names, which modules train, which inputs are parameters. They become the pass's
+`Context`, and guards, so that a switch of mode compiles once more and never runs the other mode's code.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from approx_compile import _torch, notices
+from approx_compile.annotate import SIGNATURE, full_name, last_module, sign
+from approx_compile.config import ApproxConfig, ConfigError
+from approx_compile.passes.graph_pass import ApproxPass, Listener
+from approx_compile.passes.plan import Plan
+from approx_compile.passes.sites import Context, Input, Module
+
+DISABLE = "APPROX_COMPILE_DISABLE"
+_TRANSFORMS = ("_vmap_increment_nesting", "_grad_increment_nesting", "_jvp_increment_nesting")
+
+
+class Backend:
+    """The backend as an object: `torch.compile(model, backend=Backend(ApproxConfig(...)))`.
+
+    Checks its config at once, where the string form first sees its options when the model is first called. `inner_compile`: what gets the
+    partitioned forward and backward graphs in place of Inductor's code generation; `approx_compile.backend.run_as_is` runs them op by op.
+    """
+
+    def __init__(
+        self,
+        config: ApproxConfig | Mapping[str, Any] | None = None,
+        *,
+        inner_compile: Callable[..., Any] | None = None,
+        on_plan: Listener | None = None,
+        keep_graphs: bool = False,
+    ) -> None:
+        self.config = ApproxConfig.of(config)
+        self.inner_compile = inner_compile
+        self.on_plan = on_plan
+        self.keep_graphs = keep_graphs
+
+    def __eq__(self, other: object) -> bool:
+        """Equal settings share compiled code, as equal `options` of the string form do."""
+        return isinstance(other, Backend) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self.config)
+
+    def _key(self) -> tuple[Any, ...]:
+        return (self.config, self.inner_compile, self.on_plan, self.keep_graphs)
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, **kwargs: Any) -> Any:
+        patches = inductor_patches(self.config, mode)
+        if os.environ.get(DISABLE) == "1":
+            return _torch.compile_fx(gm, example_inputs, patches, self.inner_compile)
+        context, layers, root = read_graph(gm, example_inputs, self.config)
+        record = notices.Record(self.config, root, layers, context)
+
+        def listen(plan: Plan, before: fx.Graph | None, after: fx.Graph | None) -> None:
+            record.plan = plan
+            if self.on_plan is not None:
+                self.on_plan(plan, before, after)
+
+        approx = ApproxPass(self.config, context, layers, listen, self.keep_graphs)
+        compiled = _torch.compile_fx(gm, example_inputs, patches | {"joint_custom_pre_pass": _after_users(approx)}, self.inner_compile)
+        if self.on_plan is None:
+            record.announce(approx.uuid(), example_inputs)
+        return compiled
+
+
+def approx(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Any = None, mode: str | None = None, **kwargs: Any) -> Any:
+    """The entry point behind `backend="approx"`; `options` has the keys of `ApproxConfig`."""
+    return Backend(options)(gm, example_inputs, mode=mode, **kwargs)
+
+
+def inductor_patches(config: ApproxConfig, mode: str | None) -> dict[str, Any]:
+    """Inductor's options: those of `torch.compile(mode=...)` or of the `inductor` key's mode, then the `inductor` key's own."""
+    own = dict(config.inductor)
+    own_mode = own.pop("mode", None)
+    if mode is not None and mode not in _torch.inductor_modes():
+        raise ConfigError(f"mode: got {mode!r}; valid are {', '.join(_torch.inductor_modes())}")
+    if mode is not None and own_mode is not None and mode != own_mode:
+        raise ConfigError(f"mode: torch.compile got {mode!r} and options['inductor']['mode'] {own_mode!r}; give one")
+    return _torch.mode_options(mode or own_mode) | {str(k).replace("-", "_"): v for k, v in own.items()}
+
+
+def _after_users(ours: ApproxPass) -> Any:
+    """The user's own joint pass, if torch._inductor.config has one, runs first."""
+    theirs = torch._inductor.config.joint_custom_pre_pass
+    if theirs is None:
+        return ours
+    return [*theirs, ours] if isinstance(theirs, (list, tuple)) else [theirs, ours]
+
+
+# --- reading Dynamo's graph ---
+
+
+def read_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: ApproxConfig) -> tuple[Context, tuple[str, ...], nn.Module | None]:
+    """The pass's context, the layer key of every call in graph order (for the cache key), and the root module if there is one."""
+    frame = _torch.dynamo_frame()
+    variables = _torch.root_locals(frame)
+    stacks = [n.meta.get("nn_module_stack") or {} for n in _calls(gm)]
+    paths = {key.split("@")[0]: (path, cls) for stack in stacks for key, (path, cls) in stack.items()}
+    roots = {m[1] for path, _ in paths.values() if (m := _split(path))}
+    modules: dict[str, Module] = {}
+    for key, (path, cls) in paths.items():
+        found = _find(path, variables)
+        if found is None or frame is None:
+            modules[key] = Module(_display(path, roots, None), frame is None, "BatchNorm" in cls.__name__)
+            continue
+        local, names, module = found
+        _torch.guard_attribute(_torch.module_source(local, names), "training")
+        modules[key] = Module(_display(path, roots, variables[local]), module.training, "BatchNorm" in type(module).__name__)
+    root = variables.get(next(iter(roots))) if len(roots) == 1 else None
+    root = root if isinstance(root, nn.Module) else None
+    if root is not None and frame is not None and config.rules:
+        _guard_rules(root, next(iter(roots)), config)
+    _mark_foreign(gm)
+    inputs = tuple(_inputs(gm, example_inputs))
+    layers = tuple(next(reversed(stack), "") for stack in stacks)
+    return Context(modules, inputs, _foreign_inputs(example_inputs), last_module(root)), layers, root
+
+
+def _calls(gm: fx.GraphModule) -> Iterator[fx.Node]:
+    """Every call of the graph and of the graphs inside it (checkpointed blocks), in order."""
+    for n in gm.graph.nodes:
+        if n.op in ("call_function", "call_method", "call_module"):
+            yield n
+        elif n.op == "get_attr" and isinstance(body := getattr(gm, str(n.target), None), fx.GraphModule):
+            yield from _calls(body)
+
+
+_LOCAL = re.compile(r"L\['(\w+)'\](?:\.(.*))?")
+
+
+def _split(path: str) -> str | None:
+    match = _LOCAL.fullmatch(path)
+    return match[1] if match else None
+
+
+def _find(path: str, variables: Mapping[str, Any]) -> tuple[str, list[str], nn.Module] | None:
+    """`L['self'].layers.0` -> ("self", ["layers", "0"], that module), if it is there."""
+    match = _LOCAL.fullmatch(path)
+    module = variables.get(match[1]) if match else None
+    names = (match[2].split(".") if match[2] else []) if match else []
+    for name in names:
+        module = module._modules.get(name) if isinstance(module, nn.Module) else None
+    return (match[1], names, module) if match and isinstance(module, nn.Module) else None
+
+
+def _display(path: str, roots: set[str], root: nn.Module | None) -> str:
+    """A module's name below its root; below the whole model's after `annotate`; with the variable's name where there are several roots."""
+    match = _LOCAL.fullmatch(path)
+    if match is None:
+        return re.sub(r"^[GL]\['(\w+)'\]", r"\1", path)
+    below = match[2] or ""
+    prefix = full_name(root) if root is not None else None
+    if prefix is None:
+        prefix = match[1] if len(roots) > 1 else ""
+    return ".".join(p for p in (prefix, below) if p)
+
+
+def _guard_rules(root: nn.Module, local: str, config: ApproxConfig) -> None:
+    """Blocks of an annotated model share code as long as the rules say the same of them; a later `annotate` compiles anew."""
+    source = _torch.module_source(local, [])
+    name = sign(root, config)
+    if name is None:
+        _torch.guard_absent(source, SIGNATURE)
+    else:
+        _torch.guard_attribute(source, name)
+
+
+def _inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Iterator[Input]:
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    for n, value in zip(placeholders, example_inputs, strict=False):
+        tensor = value if isinstance(value, torch.Tensor) else None
+        yield Input(
+            parameter=isinstance(value, nn.Parameter) or _torch.is_module_state(n),
+            requires_grad=tensor is not None and tensor.requires_grad,
+            floating=tensor is not None and tensor.is_floating_point(),
+        )
+
+
+def _foreign_inputs(example_inputs: Sequence[Any]) -> str | None:
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    for value in example_inputs:
+        if isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value):
+            return f"the graph has {type(value).__name__} inputs, whose products are distributed or packed"
+    return None
+
+
+def _mark_foreign(gm: fx.GraphModule) -> None:
+    """Note on the nodes of transforms and custom autograd functions that their products' gradients are not the chain rule's own."""
+    depth = 0
+    for n in gm.graph.nodes:
+        name = getattr(n.target, "__name__", str(n.target))
+        depth += name in _TRANSFORMS
+        depth -= name in tuple(t.replace("increment", "decrement") for t in _TRANSFORMS)
+        if depth > 0:
+            _torch.mark_exact(n, "inside a torch.func transform")
+        if n.op == "call_function" and "autograd_function_apply" in name:
+            for body in (a for a in n.args if isinstance(a, fx.Node) and a.op == "get_attr"):
+                inner = getattr(gm, str(body.target), None)
+                for m in inner.graph.nodes if isinstance(inner, fx.GraphModule) else ():
+                    _torch.mark_exact(m, "inside a custom autograd.Function")
+
+
+run_as_is = _torch.run_as_is

@@ -1,0 +1,407 @@
+"""What the user asks for: one schema for `options`, `ApproxConfig` and (later) plan files, checked on construction.
+
+Rules are merged key by key, later wins. `settings` turns the merged keys into one decision request per product; whether a
+site can honour it is `passes.plan`'s business.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from approx_compile import _torch
+
+ESTIMATORS = ("topk", "topk_weights", "crs", "bernoulli", "uniform", "wta")
+METHODS = (*ESTIMATORS, "exact")
+SAMPLINGS = ("forward", "backward", "blackbox")
+POLICIES = ("cost", "always")
+LOWERINGS = ("auto", "inductor")
+KINDS = ("conv", "linear", "matmul", "site")
+PRODUCTS = ("output", "grad_input", "grad_weight")
+
+# Named in the design and the papers, not in this version: refused by name, so that nobody waits for an effect.
+_NOT_BUILT: dict[str, tuple[str, ...]] = {
+    "method": ("zero", "random", "max", "dropout", "adaptive_dropout", "alsh"),
+    "policy": ("measure", "adaptive"),
+    "lowering": ("triton", "cuda"),
+    "key": ("steps", "plan", "axis", "j", "scale", "std", "batch_norm"),
+}
+
+
+class ConfigError(_torch.PassesThroughDynamo, ValueError):
+    """A wrong key, value, pattern or combination. Says the key, what it got, what is valid and the nearest match."""
+
+
+def _nearest(word: str, valid: Sequence[str]) -> str:
+    match = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
+    return f" Did you mean {match[0]!r}?" if match else ""
+
+
+def _choice(key: str, value: Any, valid: Sequence[str], kind: str) -> str:
+    if value in valid and isinstance(value, str):
+        return value
+    if isinstance(value, str) and value in _NOT_BUILT.get(kind, ()):
+        raise ValueError(f"{value!r} is not built yet; this version has {', '.join(valid)}")
+    hint = _nearest(value, valid) if isinstance(value, str) else ""
+    raise ValueError(f"got {value!r}; valid are {', '.join(valid)}.{hint}")
+
+
+class _Keys(BaseModel):
+    """The keys that a product's table, a rule and the whole config share. None means: not set here."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    method: str | None = None
+    ratio: float | None = None
+    min_k: int | None = None
+    group: int | Literal["auto"] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            raise ValueError(f"got {data!r}; a table (dict) is expected")
+        valid = tuple(cls.model_fields)
+        for key in data:
+            if key in valid:
+                continue
+            if key in _NOT_BUILT["key"]:
+                raise ValueError(f"key {key!r} is not built yet; valid keys here are {', '.join(valid)}")
+            raise ValueError(f"unknown key {key!r}; valid keys here are {', '.join(valid)}.{_nearest(str(key), valid)}")
+        return dict(data)
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _check_method(cls, value: Any) -> Any:
+        return value if value is None else _choice("method", value, METHODS, "method")
+
+    @field_validator("ratio", mode="before")
+    @classmethod
+    def _check_ratio(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+            raise ValueError(f"got {value!r}; a number in (0, 1] is expected, the share of the axis that is kept")
+        return float(value)
+
+    @field_validator("min_k", mode="before")
+    @classmethod
+    def _check_min_k(cls, value: Any) -> Any:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"got {value!r}; an integer of at least 1 is expected")
+        return value
+
+    @field_validator("group", mode="before")
+    @classmethod
+    def _check_group(cls, value: Any) -> Any:
+        if value in (None, "auto"):
+            return value
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"got {value!r}; 'auto' or an integer of at least 1 is expected")
+        return value
+
+
+class ProductTable(_Keys):
+    """Settings of one product: `{"method": ..., "ratio": ..., "min_k": ..., "group": ...}`, each optional."""
+
+
+class _Rules(_Keys):
+    """Keys that may stand in a rule and at the top."""
+
+    sampling: str | None = None
+    policy: str | None = None
+    output: ProductTable | None = None
+    grad: ProductTable | None = None
+    grad_input: ProductTable | None = None
+    grad_weight: ProductTable | None = None
+
+    @field_validator("sampling", mode="before")
+    @classmethod
+    def _check_sampling(cls, value: Any) -> Any:
+        return value if value is None else _choice("sampling", value, SAMPLINGS, "sampling")
+
+    @field_validator("policy", mode="before")
+    @classmethod
+    def _check_policy(cls, value: Any) -> Any:
+        return value if value is None else _choice("policy", value, POLICIES, "policy")
+
+    @field_validator("output", "grad", "grad_input", "grad_weight", mode="before")
+    @classmethod
+    def _name_or_table(cls, value: Any) -> Any:
+        return {"method": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _combinations(self) -> _Rules:
+        tables = {k: getattr(self, k) for k in ("output", "grad", "grad_input", "grad_weight")}
+        for key in ("grad_weight", "grad"):
+            if tables[key] is not None and tables[key].method == "topk_weights" and key == "grad_weight":
+                raise ValueError(
+                    "grad_weight: method 'topk_weights' ranks by the weight's norms, and the weight is no operand of grad_weight; "
+                    "use topk, crs, bernoulli, uniform or wta"
+                )
+        if self.method == "exact":
+            for key, table in tables.items():
+                if table is not None and table.method != "exact":
+                    raise ValueError(
+                        f"method 'exact' makes all three products exact, but {key} is set beside it; "
+                        f"drop {key}, or set output='exact' in place of method='exact'"
+                    )
+        return self
+
+
+class Rule(_Rules):
+    """Settings for the sites that `layers` matches.
+
+    `layers`: a kind (`conv`, `linear`, `matmul`, `site`), bare or with an index or slice in execution order (`conv[1::4]`); else a glob
+    on the module's name, `*` crossing dots, or `re:` and a regular expression; a list means any of them.
+    """
+
+    layers: tuple[str, ...] = Field(min_length=1)
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _check_layers(cls, value: Any) -> Any:
+        items = (value,) if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)) or not items or not all(isinstance(i, str) for i in items):
+            raise ValueError(f"got {value!r}; a pattern or a list of patterns (strings) is expected")
+        for item in items:
+            Pattern.parse(item)
+        return tuple(items)
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """One parsed entry of `layers`."""
+
+    text: str
+    kind: str | None = None
+    index: slice | int | None = None
+    regex: re.Pattern[str] | None = None
+
+    @staticmethod
+    def parse(text: str) -> Pattern:
+        if not text.strip():
+            raise ValueError("layers: an empty pattern; write 'site' for every site")
+        if text.startswith("re:"):
+            try:
+                return Pattern(text, regex=re.compile(text[3:]))
+            except re.error as e:
+                raise ValueError(f"layers: {text!r} is not a regular expression: {e}") from None
+        kind = re.fullmatch(rf"({'|'.join(KINDS)})(\[.*)?", text)
+        if kind is None:
+            if text.count("[") != text.count("]"):
+                raise ValueError(f"layers: {text!r} has an unbalanced bracket; '[abc]' in a glob is a set of characters")
+            return Pattern(text)
+        if kind[2] is None:
+            return Pattern(text, kind=kind[1])
+        return Pattern(text, kind=kind[1], index=_parse_slice(text, kind[2]))
+
+    @property
+    def is_name(self) -> bool:
+        """Whether it is matched against module names (and not against kinds)."""
+        return self.kind is None
+
+    def matches_name(self, *names: str) -> bool:
+        if self.regex is not None:
+            return any(self.regex.fullmatch(n) for n in names)
+        return any(fnmatchcase(n, self.text) for n in names)
+
+    def matches_position(self, position: int, count: int) -> bool:
+        """Whether `index` holds the site at `position` among `count` of its kind."""
+        if self.index is None:
+            return True
+        if isinstance(self.index, int):
+            return position == (self.index if self.index >= 0 else self.index + count)
+        return position in range(count)[self.index]
+
+
+def _parse_slice(text: str, brackets: str) -> slice | int:
+    inside = re.fullmatch(r"\[\s*(-?\d*)\s*(?::\s*(-?\d*)\s*(?::\s*(-?\d*)\s*)?)?\]", brackets)
+    try:
+        if inside is None:
+            raise ValueError
+        parts = [p for p in inside.groups() if p is not None]
+        if len(parts) == 1:
+            return int(parts[0])
+        numbers = [int(p) if p else None for p in parts]
+        if len(numbers) == 3 and numbers[2] == 0:
+            raise ValueError
+        return slice(*numbers)
+    except ValueError:
+        raise ValueError(
+            f"layers: {text!r} is no valid slice; write conv[3], conv[1::4], linear[:-1] (a kind, then a Python index or slice with a step other than 0)"
+        ) from None
+
+
+@dataclass(frozen=True)
+class ProductSettings:
+    """What is asked of one product of one site. `method` "coupled" = through the entries that the output kept."""
+
+    method: str
+    ratio: float
+    min_k: int
+    group: int | Literal["auto"]
+
+
+@dataclass(frozen=True)
+class SiteSettings:
+    """What is asked of one site. `named` = a rule matched it (which lifts the default policy's modesty)."""
+
+    output: ProductSettings
+    grad_input: ProductSettings
+    grad_weight: ProductSettings
+    policy: str
+    named: bool
+
+
+class ApproxConfig(_Rules):
+    """The backend's settings; the same keys as `options` of `torch.compile(model, backend="approx", options=...)`.
+
+    Keys: `method` (one of `ESTIMATORS` or "exact"), `ratio` in (0, 1], `min_k` (shorter axes are exact), `group` (contiguous indices kept or
+    dropped together), `sampling` (forward | backward | blackbox), `output` / `grad_input` / `grad_weight` / `grad` (a method's name or a
+    table), `policy` (cost | always), `rules` (a list of tables with `layers`), `lowering` (auto | inductor), `inductor` (Inductor's own
+    options, `mode` included). Frozen, hashable, deep-copyable, picklable. Raises `ConfigError`.
+    """
+
+    method: str = "topk"
+    ratio: float = 0.5
+    min_k: int = 16
+    group: int | Literal["auto"] = "auto"
+    sampling: str = "forward"
+    policy: str = "cost"
+    rules: tuple[Rule, ...] = ()
+    lowering: str = "auto"
+    inductor: Mapping[str, Any] = Field(default_factory=dict)
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except pydantic.ValidationError as e:
+            raise ConfigError(_message(e)) from None
+
+    @staticmethod
+    def of(config: ApproxConfig | Mapping[str, Any] | None) -> ApproxConfig:
+        """A config from a config, a mapping with the same keys, or None for the defaults."""
+        if isinstance(config, ApproxConfig):
+            return config
+        if config is None:
+            return ApproxConfig()
+        if not isinstance(config, Mapping):
+            raise ConfigError(f"options: got {config!r}; a dict or an ApproxConfig is expected")
+        return ApproxConfig(**{str(k): v for k, v in config.items()})
+
+    @field_validator("method", "ratio", "min_k", "group", "sampling", "policy", mode="before")
+    @classmethod
+    def _not_none(cls, value: Any) -> Any:
+        if value is None:
+            raise ValueError("got None; leave the key out for its default")
+        return value
+
+    @field_validator("rules", mode="before")
+    @classmethod
+    def _rules_list(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) or not isinstance(value, (list, tuple)):
+            raise ValueError(f"got {value!r}; a list of rules (dicts with 'layers') is expected")
+        return tuple(value)
+
+    @field_validator("lowering", mode="before")
+    @classmethod
+    def _check_lowering(cls, value: Any) -> Any:
+        return _choice("lowering", value, LOWERINGS, "lowering")
+
+    @field_validator("inductor", mode="before")
+    @classmethod
+    def _check_inductor(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"got {value!r}; a dict of Inductor's options is expected")
+        rest = dict(value)
+        mode = rest.pop("mode", None)
+        modes = _torch.inductor_modes()
+        if mode is not None and mode not in modes:
+            raise ValueError(f"mode: got {mode!r}; valid are {', '.join(modes)}.{_nearest(str(mode), modes)}")
+        if "joint_custom_pre_pass" in rest:
+            raise ValueError("joint_custom_pre_pass is where this backend works; set torch._inductor.config.joint_custom_pre_pass to run yours before it")
+        known = _torch.inductor_options()
+        for key in rest:
+            if str(key).replace("-", "_") not in known:
+                raise ValueError(f"Inductor has no option {key!r}.{_nearest(str(key), known)} torch._inductor.list_options() has them all")
+        return dict(value)
+
+    def __hash__(self) -> int:
+        return hash(self.digest())
+
+    def digest(self) -> str:
+        """A hash of everything that decides a rewrite (Inductor's own options are in Inductor's own key)."""
+        content = self.model_dump(mode="python", exclude={"inductor"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=list).encode()).hexdigest()
+
+    def patterns(self) -> tuple[Pattern, ...]:
+        return tuple(dict.fromkeys(Pattern.parse(t) for rule in self.rules for t in rule.layers))
+
+    def settings(self, matches: Sequence[bool]) -> SiteSettings:
+        """The settings of a site, given which of `rules` match it."""
+        keys = _own_keys(self)
+        for rule, hit in zip(self.rules, matches, strict=True):
+            if not hit:
+                continue
+            new = _own_keys(rule)
+            if new.get("method") == "exact":
+                for key in (*PRODUCTS, "grad"):
+                    keys.pop(key, None)
+            keys |= new
+        return _interpret(keys, any(matches))
+
+
+def _own_keys(rules: _Rules) -> dict[str, Any]:
+    names = _Rules.model_fields
+    return {k: getattr(rules, k) for k in names if getattr(rules, k) is not None}
+
+
+def _interpret(keys: dict[str, Any], named: bool) -> SiteSettings:
+    """Merged keys -> one request per product: a product's key beats `grad`, which beats `sampling`."""
+    base = ProductSettings(keys["method"], keys["ratio"], keys["min_k"], keys["group"])
+    exact = replace(base, method="exact")
+    by_sampling = {
+        "forward": (base, replace(base, method="coupled")),
+        "backward": (exact, base),
+        "blackbox": (base, exact),
+    }
+    output, grad = (exact, exact) if base.method == "exact" else by_sampling[keys["sampling"]]
+
+    def with_table(start: ProductSettings, *tables: ProductTable | None) -> ProductSettings:
+        given: dict[str, Any] = {}
+        for table in tables:
+            if table is not None:
+                given |= {k: v for k, v in table.model_dump().items() if v is not None}
+        if not given:
+            return start
+        return replace(base, **given)
+
+    output = with_table(output, keys.get("output"))
+    grads = [with_table(grad, keys.get("grad"), keys.get(name)) for name in ("grad_input", "grad_weight")]
+    if output.method == "exact":  # nothing to couple to
+        grads = [replace(g, method="exact") if g.method == "coupled" else g for g in grads]
+    return SiteSettings(output, grads[0], grads[1], keys["policy"], named)
+
+
+def _message(error: pydantic.ValidationError) -> str:
+    """pydantic's report as one line per problem: `rules[1].ratio: got 3; ...`."""
+    lines = []
+    for item in error.errors(include_url=False, include_context=False):
+        where = ""
+        for part in item["loc"]:
+            where += f"[{part}]" if isinstance(part, int) else f".{part}" if where else str(part)
+        text = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "missing":
+            text = "this key is required"
+        lines.append(f"{where}: {text}" if where and not text.startswith(where + ":") else text)
+    return "; ".join(dict.fromkeys(lines))

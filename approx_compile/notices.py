@@ -1,0 +1,147 @@
+"""What the user is told: once per model and settings, and also when a cache hit means that the pass did not run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from approx_compile import _torch
+from approx_compile.annotate import full_name, whole_model
+from approx_compile.config import ApproxConfig, Pattern
+from approx_compile.passes.plan import Plan
+from approx_compile.passes.sites import Context
+
+log = logging.getLogger("approx_compile")
+_said: set[str] = set()
+
+
+class ApproxWarning(UserWarning):
+    """A model in which nothing was approximated; a pattern that matches nothing; slices over several graphs."""
+
+
+def say_once(text: str) -> None:
+    if text not in _said:
+        _said.add(text)
+        log.warning(text)
+
+
+def warn_once(text: str) -> None:
+    if text not in _said:
+        _said.add(text)
+        warnings.warn(text, ApproxWarning, stacklevel=2)
+
+
+@dataclass
+class Record:
+    """One compiled graph: where it comes from, and its plan once the pass has run (or a stored summary of it)."""
+
+    config: ApproxConfig
+    root: nn.Module | None
+    layers: tuple[str, ...]
+    context: Context
+    plan: Plan | None = None
+
+    def announce(self, uuid: str, example_inputs: Sequence[Any]) -> None:
+        """Say what was decided. After a cache hit the summary stored by the process that compiled is used."""
+        path = _torch.cache_folder() / "approx_compile" / f"{_shapes_key(uuid, example_inputs)}.json"
+        if self.plan is not None:
+            summary = _summary(self.plan)
+            _store(path, summary)
+            for site in self.plan.sites:
+                log.info("%s: %s (%s %s %s)", site.name, site.decision, site.op, site.shape, site.reason)
+                for p in site.products:
+                    log.debug("%s.%s: %s, %d of %d (%s)", site.name, p.name, p.decision, p.k, p.size, p.reason)
+            plan = self.plan
+            _torch.trace_artifact("approx_compile_plan", lambda: json.dumps(plan.to_dict()))
+        else:
+            found = _load(path)
+            if found is None:
+                return
+            summary = found
+            log.info("%s of %s sites sampled (from Inductor's cache)", summary["sampled"], summary["sites"])
+            _torch.trace_artifact("approx_compile_plan", lambda: json.dumps(summary))
+        self._tell(summary)
+
+    def _tell(self, summary: dict[str, Any]) -> None:
+        sites, sampled = summary["sites"], summary["sampled"]
+        if not sites:
+            return
+        name = type(self.root).__name__ if self.root is not None else "the function"
+        for pattern in self._nowhere(summary["unmatched"]):
+            warn_once(f"approx: rule pattern {pattern!r} matches no site of {name}; approx_compile.explain(model, *inputs) lists the sites")
+        if len(_graphs(self.config, self.root, self.layers)) > 1 and any("[" in t and Pattern.parse(t).kind for r in self.config.rules for t in r.layers):
+            warn_once(f"approx: {name} is compiled as several graphs; slices such as conv[1::4] count from 0 in each of them")
+        if not any(m.training for m in self.context.modules.values()) and self.context.modules:
+            return
+        if sampled:
+            say_once(
+                f"approx: {sampled} of {sites} sites of {name} are sampled ({self.config.method}, ratio {self.config.ratio:g}). Evaluation stays exact. "
+                "Check the accuracy against a run with APPROX_COMPILE_DISABLE=1; approx_compile.explain(model, *inputs) shows what was rewritten and why"
+            )
+        elif self.config.method != "exact" and self.config.ratio < 1:
+            reasons = "; ".join(f"{count}x {reason}" for reason, count in summary["reasons"][:3])
+            warn_once(f"approx: nothing was approximated in {name}: {reasons}. approx_compile.explain(model, *inputs) shows every site")
+
+    def _nowhere(self, unmatched: Sequence[str]) -> list[str]:
+        """Patterns that match nothing in this graph, less those that may match in another graph of the same model."""
+        if self.root is None:
+            return list(unmatched)
+        model = whole_model(self.root) or self.root
+        owners = [(full_name(m) if model is not self.root else n) or n for n, m in model.named_modules()]
+        seen = {m.name for m in self.context.modules.values()}
+        weighty = [n for n, m in zip(owners, model.modules(), strict=False) if any(p.dim() > 1 for p in m.parameters(recurse=False))]
+        whole = all(n in seen for n in weighty)
+        if whole:
+            return list(unmatched)
+        parsed = [Pattern.parse(t) for t in unmatched]
+        return [p.text for p in parsed if p.is_name and not any(p.matches_name(n) for n in owners)]
+
+
+_seen_graphs: dict[tuple[str, int], set[tuple[str, ...]]] = {}
+
+
+def _graphs(config: ApproxConfig, root: nn.Module | None, layers: tuple[str, ...]) -> set[tuple[str, ...]]:
+    graphs = _seen_graphs.setdefault((config.digest(), id(root)), set())
+    graphs.add(layers)
+    return graphs
+
+
+def _summary(plan: Plan) -> dict[str, Any]:
+    reasons = Counter(s.reason for s in plan.sites if s.decision == "exact")
+    return {"sites": len(plan.sites), "sampled": plan.sampled, "unmatched": list(plan.unmatched), "reasons": [list(r) for r in reasons.most_common()]}
+
+
+def _shapes_key(uuid: str, example_inputs: Sequence[Any]) -> str:
+    shapes = [(str(tuple(v.shape)), str(v.dtype)) if isinstance(v, torch.Tensor) else type(v).__name__ for v in example_inputs]
+    return hashlib.sha256(repr((uuid, shapes, torch.is_grad_enabled())).encode()).hexdigest()
+
+
+def _store(path: Any, summary: dict[str, Any]) -> None:
+    """Atomically, so that several processes may write at once; a folder that can't be written only costs the notice after a warm start."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd, temporary = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(fd, "w") as f:
+            json.dump(summary, f)
+        os.replace(temporary, path)
+    except OSError as e:
+        log.debug("summary not stored: %s", e)
+
+
+def _load(path: Any) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text())
+        return found if {"sites", "sampled", "unmatched", "reasons"} <= set(found) else None
+    except (OSError, ValueError, TypeError):
+        return None

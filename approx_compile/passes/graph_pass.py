@@ -1,0 +1,84 @@
+"""The passes joined: find sites, plan, rewrite; and the key under which Inductor may cache what comes out."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from approx_compile import _torch
+from approx_compile.config import ApproxConfig, ConfigError
+from approx_compile.passes.plan import Plan, make_plan, needs_random_numbers
+from approx_compile.passes.rewrite import rewrite
+from approx_compile.passes.sites import Context, find_sites
+
+Listener = Callable[[Plan, fx.Graph | None, fx.Graph | None], None]
+"""Gets the plan of a graph and, if it asked for them, the graph before and after."""
+
+
+class ApproxPass(_torch.CustomGraphPass):
+    """Inductor's joint-graph pass of one compiled graph.
+
+    `uuid` covers everything the pass reads that is not in the graph's own text: the config, every module's name and mode in graph order,
+    which inputs are parameters, data or need gradients, and the code of this package.
+    """
+
+    def __init__(self, config: ApproxConfig, context: Context, layers: tuple[str, ...], on_plan: Listener, keep_graphs: bool = False) -> None:
+        self.config = config
+        self.context = context
+        self.on_plan = on_plan
+        self.keep_graphs = keep_graphs
+        self._uuid = cache_key(config, context, layers)
+
+    def __call__(self, graph: fx.Graph) -> None:
+        sites = find_sites(graph, self.context)
+        plan = make_plan(sites, self.config)
+        _refuse_redrawn(plan)
+        before = _copy(graph) if self.keep_graphs else None
+        if plan.sampled:
+            rewrite(graph, sites, plan)
+        self.on_plan(plan, before, _copy(graph) if self.keep_graphs else None)
+
+    def uuid(self) -> Any:
+        return self._uuid
+
+
+def cache_key(config: ApproxConfig, context: Context, layers: tuple[str, ...]) -> str:
+    """A hash of all that decides a rewrite besides the graph."""
+    modules = [(key, context.modules[key.split("@")[0]]) if key else None for key in layers]
+    first_seen: dict[str, int] = {}
+    order = [(first_seen.setdefault(m[0], len(first_seen)), asdict(m[1])) if m else None for m in modules]
+    parts = (config.digest(), order, [asdict(i) for i in context.inputs], context.exact, context.last_module, code_version())
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+@functools.cache
+def code_version() -> str:
+    """A hash of this package's sources: another version of a kernel must not hit what the old one compiled."""
+    root = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256(torch.__version__.encode())
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _refuse_redrawn(plan: Plan) -> None:
+    budget = torch._functorch.config.activation_memory_budget
+    if budget < 1 and needs_random_numbers(plan):
+        raise ConfigError(
+            f"torch._functorch.config.activation_memory_budget is {budget}: the backward pass may then draw a random choice again and get another one. "
+            "Use method 'topk' or 'topk_weights', sampling 'backward', or a budget of 1"
+        )
+
+
+def _copy(graph: fx.Graph) -> fx.Graph:
+    new = fx.Graph()
+    new.output(new.graph_copy(graph, {}))
+    return new

@@ -1,0 +1,217 @@
+"""Sites + rules + estimates -> a frozen plan: for every product of every site what is done, with the reason a user reads."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+from approx_compile import _torch
+from approx_compile.config import ApproxConfig, Pattern, ProductSettings, SiteSettings
+from approx_compile.kernels.estimators import Estimator, estimator
+from approx_compile.passes import cost
+from approx_compile.passes.sites import Product, Site
+
+WIDE = 512
+"""Contraction channels that a linear site needs before the one line's default samples it (narrow layers lose accuracy for little time)."""
+
+
+@dataclass(frozen=True)
+class ProductPlan:
+    """The decision for one product: "sampled" along its own axis, "coupled" to the output's choice, or "exact". `k` of `size` entries are kept."""
+
+    name: str
+    decision: str
+    reason: str
+    method: str
+    ratio: float
+    k: int
+    size: int
+    flops_exact: int
+    flops_sampled: int
+    how: Estimator | None = None
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """The decision for one site. `k` and `size` are the output product's, or the first approximated one's; FLOPs are summed."""
+
+    name: str
+    module: str
+    kind: str
+    op: str
+    shape: str
+    dtype: str
+    decision: str
+    reason: str
+    products: tuple[ProductPlan, ...]
+
+    @property
+    def shown(self) -> ProductPlan:
+        output = self.products[0]
+        if output.decision != "exact":
+            return output
+        return next((p for p in self.products if p.decision != "exact"), output)
+
+    @property
+    def flops_exact(self) -> int:
+        return sum(p.flops_exact for p in self.products)
+
+    @property
+    def flops_sampled(self) -> int:
+        return sum(p.flops_sampled for p in self.products)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decisions for one graph, in execution order, and the patterns of its rules that matched no site."""
+
+    sites: tuple[SitePlan, ...]
+    unmatched: tuple[str, ...] = ()
+
+    @property
+    def sampled(self) -> int:
+        return sum(s.decision == "sampled" for s in self.sites)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def make_plan(sites: Sequence[Site], config: ApproxConfig) -> Plan:
+    matches, unmatched = match_rules(sites, config)
+    return Plan(tuple(_decide(s, config.settings(m)) for s, m in zip(sites, matches, strict=True)), unmatched)
+
+
+def match_rules(sites: Sequence[Site], config: ApproxConfig) -> tuple[list[list[bool]], tuple[str, ...]]:
+    """For every site which rules match it; and the patterns that match none."""
+    positions: list[dict[str, int]] = []
+    counts: dict[str, int] = defaultdict(int)
+    for site in sites:
+        positions.append({kind: counts[kind] for kind in (site.kind, "site")})
+        counts[site.kind] += 1
+        counts["site"] += 1
+
+    def hit(pattern: Pattern, i: int) -> bool:
+        if pattern.is_name:
+            return pattern.matches_name(sites[i].module, sites[i].name)
+        kind = pattern.kind or ""
+        return kind in positions[i] and pattern.matches_position(positions[i][kind], counts[kind])
+
+    rules = [[Pattern.parse(text) for text in rule.layers] for rule in config.rules]
+    matches = [[any(hit(p, i) for p in patterns) for patterns in rules] for i in range(len(sites))]
+    unmatched = tuple(p.text for p in config.patterns() if not any(hit(p, i) for i in range(len(sites))))
+    return matches, unmatched
+
+
+def _decide(site: Site, settings: SiteSettings) -> SitePlan:
+    """Legal first, then wanted, then worth it."""
+    reason = site.blocked
+    if reason is None and settings.policy == "cost":
+        reason = _unwise(site, settings)
+    if reason is not None:
+        return _all_exact(site, reason)
+    output = _output(site, settings.output)
+    gradients = [_gradient(site, p, settings, output) for p in site.products[1:]]
+    products = (output, *gradients)
+    if all(p.decision == "exact" for p in products):
+        return _all_exact(site, output.reason, products)
+    if settings.policy == "cost" and not cost.pays([_estimate(site, p, products) for p in products], _device(site)):
+        saved = sum(p.flops_exact - p.flops_sampled for p in products)
+        return _all_exact(site, f"would not pay: {saved / 1e6:.3g} MFLOP saved do not outweigh what the sampling moves")
+    done = next(p for p in products if p.decision != "exact")
+    return _site_plan(site, "sampled", done.reason, products)
+
+
+def _unwise(site: Site, settings: SiteSettings) -> str | None:
+    """Where sampling is known to hurt, and, unless a rule names the site, all but what the default is sure of."""
+    if "raw data" in site.fed_by:
+        return "fed with raw data"
+    if site.last:
+        return "the last layer"
+    if settings.named:
+        return None
+    if site.kind != "linear":
+        return f"{site.kind}s are exact by default; a rule whose layers match it samples it"
+    if "BatchNorm" in site.fed_by:
+        return "fed by BatchNorm: exact by default; a rule whose layers match it samples it"
+    size = site.products[0].size
+    if isinstance(size, int) and size < WIDE:
+        return f"{size} contraction channels, fewer than the {WIDE} of the default; a rule whose layers match it samples it"
+    return None
+
+
+def _output(site: Site, wanted: ProductSettings) -> ProductPlan:
+    return _own_axis(site, site.products[0], wanted)
+
+
+def _gradient(site: Site, product: Product, settings: SiteSettings, output: ProductPlan) -> ProductPlan:
+    wanted = settings.grad_weight if product.name == "grad_weight" else settings.grad_input
+    if wanted.method != "coupled":
+        return _own_axis(site, product, wanted)
+    if output.how is None:
+        return _exact(site, product, "the output it is coupled to is exact")
+    flops = cost.coupled(site, product, output.how).flops_sampled
+    return ProductPlan(
+        product.name, "coupled", "through the entries the output kept", output.method, output.ratio, output.k, output.size, site.flops, flops, output.how
+    )
+
+
+def _own_axis(site: Site, product: Product, wanted: ProductSettings) -> ProductPlan:
+    if wanted.method == "exact":
+        return _exact(site, product, "exact by the settings")
+    size = product.size
+    if not isinstance(size, int):
+        return _exact(site, product, "its contraction axis has a dynamic size")
+    if wanted.method == "topk_weights" and product.weight is None:
+        return _exact(site, product, "topk_weights needs a weight, and neither operand is one")
+    group = _auto_group(site, product) if wanted.group == "auto" else wanted.group
+    how = estimator(wanted.method, size, wanted.ratio, wanted.min_k, group, product.weight)
+    if how is None:
+        short = size <= wanted.min_k
+        reason = f"axis of {size}, min_k is {wanted.min_k}" if short else f"keeps all {size} at ratio {wanted.ratio:g}, group {group}"
+        return _exact(site, product, reason)
+    flops = cost.sampled(site, product, how).flops_sampled
+    reason = f"{product.name}: {wanted.method}" + (f" in groups of {group}" if group > 1 else "")
+    return ProductPlan(product.name, "sampled", reason, wanted.method, wanted.ratio, how.kept, size, site.flops, flops, how)
+
+
+def _auto_group(site: Site, product: Product) -> int:
+    """1 below 256. Else so long that a gather moves whole vectors (CPU) or sectors (GPU); rows and conv channels lie contiguous anyway."""
+    assert isinstance(product.size, int)
+    if product.size < 256 or site.kind == "conv" or product.name == "grad_weight":
+        return 1
+    return 16 if _device(site) == "cpu" else 32
+
+
+def _device(site: Site) -> str:
+    return str(_torch.value(site.node).device.type)
+
+
+def _estimate(site: Site, plan: ProductPlan, products: Sequence[ProductPlan]) -> cost.Estimate:
+    product = next(p for p in site.products if p.name == plan.name)
+    if plan.how is None:
+        return cost.exact(site)
+    return (cost.coupled if plan.decision == "coupled" else cost.sampled)(site, product, plan.how)
+
+
+def _exact(site: Site, product: Product, reason: str) -> ProductPlan:
+    size = _torch.hint(product.size)
+    return ProductPlan(product.name, "exact", reason, "exact", 1.0, size, size, site.flops, site.flops)
+
+
+def _all_exact(site: Site, reason: str, products: Sequence[ProductPlan] = ()) -> SitePlan:
+    return _site_plan(site, "exact", reason, tuple(products) or tuple(_exact(site, p, reason) for p in site.products))
+
+
+def _site_plan(site: Site, decision: str, reason: str, products: tuple[ProductPlan, ...]) -> SitePlan:
+    dtype = str(site.dtype).removeprefix("torch.")
+    return SitePlan(site.name, site.module, site.kind, site.op, site.shape, dtype, decision, reason, products)
+
+
+def needs_random_numbers(plan: Plan) -> bool:
+    """Whether a forward product draws random numbers (which a recomputation would have to draw again)."""
+    return any(p.decision == "sampled" and p.how is not None and p.how.scaled for s in plan.sites for p in s.products[:1])
+
+

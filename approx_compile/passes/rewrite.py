@@ -1,0 +1,219 @@
+"""Plan -> graph: executes the decisions, makes none. The only file that edits a graph.
+
+A sampled product keeps its node's op and gets gathered operands; a coupled gradient reads the operand the output kept and is put back in
+place. The pieces are traced from `kernels` on the nodes' fake values and spliced in, so Inductor sees aten ops only: nothing opaque that
+would bypass a cache or hide a change of code.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from approx_compile import _torch
+from approx_compile.kernels.estimators import Estimator
+from approx_compile.kernels.products import Axis, sample, untake
+from approx_compile.passes.plan import Plan, ProductPlan
+from approx_compile.passes.sites import CONV, Product, Site, channel_axis, conv_weight_axes, permutation_between, users_of_output
+
+aten = torch.ops.aten
+
+
+class Sampled(NamedTuple):
+    """The nodes a sampled output leaves for its coupled gradients."""
+
+    how: Estimator
+    idx: fx.Node
+    scale: fx.Node | None
+    operands: tuple[fx.Node, fx.Node]
+
+
+def rewrite(graph: fx.Graph, sites: Sequence[Site], plan: Plan) -> None:
+    """Carry out `plan` (made from `sites` of this graph), then remove what it made dead and lint."""
+    for site, planned in zip(sites, plan.sites, strict=True):
+        if planned.decision == "exact":
+            continue
+        by_name = {p.name: p for p in planned.products}
+        kept: Sampled | None = None
+        if by_name["output"].decision == "sampled":
+            kept = _sample_in_place(graph, site.products[0], by_name["output"])
+        grads = [(p, by_name[p.name]) for p in site.products[1:] if by_name[p.name].decision != "exact"]
+        if site.node.target in CONV:
+            _conv_gradients(graph, site, grads, kept)
+            continue
+        for product, decision in grads:
+            if decision.decision == "coupled":
+                assert kept is not None
+                _couple_matmul(graph, product, site.products[0].operands[product.reads], kept)
+            else:
+                _sample_in_place(graph, product, decision)
+    graph.eliminate_dead_code()
+    graph.lint()
+
+
+# --- outputs, and gradients of matmuls ---
+
+
+def _sample_in_place(graph: fx.Graph, product: Product, decision: ProductPlan) -> Sampled:
+    """Gather both operands of a product along its contraction axis and let its node work on those."""
+    assert decision.how is not None
+    node, how = product.node, decision.how
+    kept = _gathered(graph, node, how, product.operands, product.axes)
+    args = list(node.args)
+    first = len(args) - 2 if node.target not in CONV else 0
+    args[first], args[first + 1] = kept.operands
+    node.args = tuple(args)
+    return kept
+
+
+def _gathered(graph: fx.Graph, before: fx.Node, how: Estimator, operands: tuple[fx.Node, fx.Node], axes: tuple[Axis, Axis]) -> Sampled:
+    def run(a: torch.Tensor, b: torch.Tensor) -> Any:
+        return sample(how, a, b, *axes)
+
+    idx, scale, a, b = inline(graph, before, run, operands)
+    for node in (idx, scale):
+        if node is not None:
+            _torch.must_save(node)  # a choice that is made again in the backward pass might be another one
+    return Sampled(how, idx, scale, (a, b))
+
+
+def _couple_matmul(graph: fx.Graph, product: Product, forward: fx.Node, kept: Sampled) -> None:
+    """dA[:, idx] = dY B'^T or dB[idx, :] = diag(scale) A'^T dY, zeros elsewhere."""
+    m, position = product.node, product.position
+    old = m.args[position]
+    assert isinstance(old, fx.Node)
+    order = permutation_between(forward, old)
+    operand = kept.operands[product.reads]
+    if order != sorted(order):
+        operand = inline(graph, m, lambda x: x.permute(order), (operand,))
+    m.args = tuple(operand if i == position else a for i, a in enumerate(m.args))
+    full = _torch.value(m)
+    lead = 0 if full.dim() == 3 else None
+    axis = Axis(position + full.dim() - 2, lead)
+    scale = kept.scale if product.reads == 0 else None  # B' holds its scale already
+    _put_back(graph, m, axis, kept, scale)
+
+
+def _put_back(graph: fx.Graph, m: fx.Node, axis: Axis, kept: Sampled, scale: fx.Node | None) -> None:
+    """Recompute the meta of a node that now makes the kept entries only, and give its users the full-size result."""
+    users = list(m.users)
+    old = _torch.value(m)
+    _refresh(m)
+    how = kept.how
+
+    def run(y: torch.Tensor, idx: torch.Tensor, *scale: torch.Tensor) -> torch.Tensor:
+        return _like(untake(y, axis, idx, scale[0] if scale else None, how.unit, how.size), old)
+
+    full = inline(graph, m.next, run, (m, kept.idx, *([scale] if scale is not None else [])), m)
+    for u in users:
+        u.replace_input_with(m, full)
+
+
+def _like(x: torch.Tensor, old: Any) -> torch.Tensor:
+    """The strides that the graph expects, where gathering changed them."""
+    same = all(_torch.hint(a) == _torch.hint(b) for a, b, n in zip(x.stride(), old.stride(), x.shape, strict=True) if _torch.hint(n) > 1)
+    return x if same else x.clone(memory_format=torch.contiguous_format) if old.is_contiguous() else x
+
+
+# --- gradients of convolutions ---
+
+
+def _conv_gradients(graph: fx.Graph, site: Site, grads: Sequence[tuple[Product, ProductPlan]], kept: Sampled | None) -> None:
+    """One convolution_backward makes up to three gradients; each that is approximated differently becomes a call of its own.
+
+    The bias gradient stays on the exact call, over all samples.
+    """
+    if not grads:
+        return
+    m = grads[0][0].node
+    mask = list(m.args[10])  # type: ignore[arg-type]
+    coupled = [p for p, d in grads if d.decision == "coupled"]
+    if coupled:
+        assert kept is not None
+        call = _conv_backward(graph, m, m.args[0], kept.operands, [i in {p.mask for p in coupled} for i in range(3)])
+        for p in coupled:
+            grad = _output(graph, call, p.mask)
+            axis = channel_axis(_groups(m)) if p.mask == 0 else conv_weight_axes(bool(m.args[7]), _groups(m))[0]
+            _replace_output(graph, m, p.mask, grad)
+            _put_back(graph, grad, axis, kept, kept.scale if p.mask == 1 else None)
+    for p, d in grads:
+        if d.decision == "sampled":
+            assert d.how is not None
+            _own_axis_conv(graph, m, p, d.how)
+    done = {p.mask for p, _ in grads}
+    left = [bool(on) and i not in done for i, on in enumerate(mask)]
+    if any(left):
+        m.args = (*m.args[:10], left)
+        _refresh(m)
+
+
+def _own_axis_conv(graph: fx.Graph, m: fx.Node, p: Product, how: Estimator) -> None:
+    """grad_input from kept output channels of dy and w; grad_weight from kept samples of x and dy."""
+    x, w = m.args[1], m.args[2]
+    assert isinstance(x, fx.Node) and isinstance(w, fx.Node)
+    first, second = _gathered(graph, m, how, p.operands, p.axes).operands
+    if p.mask == 0:  # x gives its shape only
+        call = _conv_backward(graph, m, first, (x, second), [True, False, False])
+    else:
+        call = _conv_backward(graph, m, second, (first, w), [False, True, False])
+    _replace_output(graph, m, p.mask, _output(graph, call, p.mask))
+
+
+def _groups(m: fx.Node) -> int:
+    groups = m.args[9]
+    assert isinstance(groups, int)
+    return groups
+
+
+def _conv_backward(graph: fx.Graph, m: fx.Node, dy: Any, operands: tuple[Any, Any], mask: list[bool]) -> fx.Node:
+    with graph.inserting_before(m):
+        call = graph.call_function(m.target, (dy, *operands, *m.args[3:10], mask))  # type: ignore[arg-type]
+    _torch.copy_provenance(m, call)
+    _refresh(call)
+    return call
+
+
+def _output(graph: fx.Graph, call: fx.Node, index: int) -> fx.Node:
+    with graph.inserting_after(call):
+        item = graph.call_function(operator.getitem, (call, index))
+    _torch.copy_provenance(call, item)
+    item.meta["val"] = _torch.value(call)[index]
+    return item
+
+
+def _replace_output(graph: fx.Graph, m: fx.Node, index: int, new: fx.Node) -> None:
+    for user in list(users_of_output(m, index)):
+        user.replace_all_uses_with(new)
+        graph.erase_node(user)
+
+
+# --- splicing ---
+
+
+def _refresh(node: fx.Node) -> None:
+    """Recompute a node's fake value after its arguments changed."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])  # type: ignore[misc]
+    with _torch.fake_mode_of(node):
+        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def inline(graph: fx.Graph, before: fx.Node, run: Callable[..., Any], args: Sequence[fx.Node], like: fx.Node | None = None) -> Any:
+    """Trace `run` on the fake values of `args`, splice it in before `before`, return its results as nodes.
+
+    The new nodes take tag, layer and checkpoint policy from `like` (by default `before`, whose operands they are).
+    """
+    values = [_torch.value(a) for a in args]
+    with _torch.fake_mode_of(*args):
+        traced = make_fx(run, decomposition_table=_torch.decompositions())(*values).graph
+    new: dict[fx.Node, Any] = dict(zip(traced.find_nodes(op="placeholder"), args, strict=True))
+    with graph.inserting_before(before):
+        for n in traced.nodes:
+            if n.op == "call_function":
+                new[n] = graph.node_copy(n, lambda x: new[x])
+                _torch.copy_provenance(like or before, new[n])
+    return fx.node.map_arg(traced.output_node().args[0], lambda n: new[n])
