@@ -57,7 +57,7 @@ class Backend:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, **kwargs: Any) -> Any:
         patches = inductor_patches(self.config, mode)
-        if os.environ.get(DISABLE) == "1":
+        if os.environ.get(DISABLE) == "1" or not torch.is_grad_enabled():  # no gradient: exact, and no guard on the modules' mode
             return _torch.compile_fx(gm, example_inputs, patches, self.inner_compile)
         context, layers, root = read_graph(gm, example_inputs, self.config)
         record = notices.Record(self.config, root, layers, context)
@@ -107,7 +107,7 @@ def read_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Approx
     variables = _torch.root_locals(frame)
     stacks = [n.meta.get("nn_module_stack") or {} for n in _calls(gm)]
     paths = {key.split("@")[0]: (path, cls) for stack in stacks for key, (path, cls) in stack.items()}
-    roots = {m[1] for path, _ in paths.values() if (m := _split(path))}
+    roots = {local for path, _ in paths.values() if (local := _split(path))}
     modules: dict[str, Module] = {}
     for key, (path, cls) in paths.items():
         found = _find(path, variables)

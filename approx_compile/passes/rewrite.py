@@ -19,7 +19,7 @@ from approx_compile import _torch
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.kernels.products import Axis, sample, untake
 from approx_compile.passes.plan import Plan, ProductPlan
-from approx_compile.passes.sites import CONV, Product, Site, channel_axis, conv_weight_axes, permutation_between, users_of_output
+from approx_compile.passes.sites import CONV, VIEWS, Product, Site, channel_axis, conv_weight_axes, permutation_between, users_of_output
 
 aten = torch.ops.aten
 
@@ -49,7 +49,7 @@ def rewrite(graph: fx.Graph, sites: Sequence[Site], plan: Plan) -> None:
         for product, decision in grads:
             if decision.decision == "coupled":
                 assert kept is not None
-                _couple_matmul(graph, product, site.products[0].operands[product.reads], kept)
+                _couple_matmul(graph, product, site.products[0].operands, kept)
             else:
                 _sample_in_place(graph, product, decision)
     graph.eliminate_dead_code()
@@ -82,12 +82,12 @@ def _gathered(graph: fx.Graph, before: fx.Node, how: Estimator, operands: tuple[
     return Sampled(how, idx, scale, (a, b))
 
 
-def _couple_matmul(graph: fx.Graph, product: Product, forward: fx.Node, kept: Sampled) -> None:
+def _couple_matmul(graph: fx.Graph, product: Product, forward: tuple[fx.Node, fx.Node], kept: Sampled) -> None:
     """dA[:, idx] = dY B'^T or dB[idx, :] = diag(scale) A'^T dY, zeros elsewhere."""
     m, position = product.node, product.position
     old = m.args[position]
     assert isinstance(old, fx.Node)
-    order = permutation_between(forward, old)
+    order = permutation_between(forward[product.reads], old)
     operand = kept.operands[product.reads]
     if order != sorted(order):
         operand = inline(graph, m, lambda x: x.permute(order), (operand,))
@@ -96,22 +96,56 @@ def _couple_matmul(graph: fx.Graph, product: Product, forward: fx.Node, kept: Sa
     lead = 0 if full.dim() == 3 else None
     axis = Axis(position + full.dim() - 2, lead)
     scale = kept.scale if product.reads == 0 else None  # B' holds its scale already
-    _put_back(graph, m, axis, kept, scale)
+    activation = forward[0] if product.reads == position == 1 else None  # dA, in A's own orientation
+    _put_back(graph, m, axis, kept, scale, activation)
 
 
-def _put_back(graph: fx.Graph, m: fx.Node, axis: Axis, kept: Sampled, scale: fx.Node | None) -> None:
-    """Recompute the meta of a node that now makes the kept entries only, and give its users the full-size result."""
+def _put_back(graph: fx.Graph, m: fx.Node, axis: Axis, kept: Sampled, scale: fx.Node | None, activation: fx.Node | None = None) -> None:
+    """Recompute the meta of a node that now makes the kept entries only, and give its users the full-size result.
+
+    `activation`: the one whose gradient this is. If it is a ReLU's output and this its only gradient, the ReLU's backward moves in front
+    of the un-gather: outside the kept entries the gradient is zero anyway, and the mask of the whole activation need not be saved.
+    """
     users = list(m.users)
     old = _torch.value(m)
+    masked = _relu_backward(m, activation) if activation is not None else None
     _refresh(m)
     how = kept.how
 
-    def run(y: torch.Tensor, idx: torch.Tensor, *scale: torch.Tensor) -> torch.Tensor:
-        return _like(untake(y, axis, idx, scale[0] if scale else None, how.unit, how.size), old)
+    def run(y: torch.Tensor, idx: torch.Tensor, scale: torch.Tensor | None, x: torch.Tensor | None) -> torch.Tensor:
+        y = torch.where(x <= 0, 0, y) if x is not None else y
+        return _like(untake(y, axis, idx, scale, how.unit, how.size), old)
 
-    full = inline(graph, m.next, run, (m, kept.idx, *([scale] if scale is not None else [])), m)
+    full = inline(graph, m.next, run, (m, kept.idx, scale, kept.operands[0] if masked else None), m)
     for u in users:
         u.replace_input_with(m, full)
+    if masked is not None:
+        masked.replace_all_uses_with(masked.args[2])  # type: ignore[arg-type]
+
+
+def _relu_backward(grad: fx.Node, activation: fx.Node) -> fx.Node | None:
+    """The node where(relu <= 0, 0, grad) that alone reads a gradient, if `activation` is that ReLU's output (all through views)."""
+    v = grad
+    while len(v.users) == 1:
+        user = next(iter(v.users))
+        if user.target in VIEWS:
+            v = user
+            continue
+        if user.target is not aten.where.self or user.args[2] is not v:
+            return None
+        le, zero = user.args[0], user.args[1]
+        is_zero = isinstance(zero, fx.Node) and zero.target in (aten.scalar_tensor.default, aten.full.default) and 0 in zero.args
+        if not (is_zero and isinstance(le, fx.Node) and le.target is aten.le.Scalar and le.args[1] == 0):
+            return None
+        relu = _behind_views(le.args[0])
+        return user if relu is _behind_views(activation) and relu.target is aten.relu.default else None
+    return None
+
+
+def _behind_views(n: Any) -> Any:
+    while isinstance(n, fx.Node) and n.target in VIEWS:
+        n = n.args[0]
+    return n
 
 
 def _like(x: torch.Tensor, old: Any) -> torch.Tensor:
@@ -140,7 +174,7 @@ def _conv_gradients(graph: fx.Graph, site: Site, grads: Sequence[tuple[Product, 
             grad = _output(graph, call, p.mask)
             axis = channel_axis(_groups(m)) if p.mask == 0 else conv_weight_axes(bool(m.args[7]), _groups(m))[0]
             _replace_output(graph, m, p.mask, grad)
-            _put_back(graph, grad, axis, kept, kept.scale if p.mask == 1 else None)
+            _put_back(graph, grad, axis, kept, kept.scale if p.mask == 1 else None, site.products[0].operands[0] if p.mask == 0 else None)
     for p, d in grads:
         if d.decision == "sampled":
             assert d.how is not None
@@ -202,13 +236,13 @@ def _refresh(node: fx.Node) -> None:
         node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def inline(graph: fx.Graph, before: fx.Node, run: Callable[..., Any], args: Sequence[fx.Node], like: fx.Node | None = None) -> Any:
+def inline(graph: fx.Graph, before: fx.Node, run: Callable[..., Any], args: Sequence[fx.Node | None], like: fx.Node | None = None) -> Any:
     """Trace `run` on the fake values of `args`, splice it in before `before`, return its results as nodes.
 
     The new nodes take tag, layer and checkpoint policy from `like` (by default `before`, whose operands they are).
     """
-    values = [_torch.value(a) for a in args]
-    with _torch.fake_mode_of(*args):
+    values = [_torch.value(a) if a is not None else None for a in args]
+    with _torch.fake_mode_of(*(a for a in args if a is not None)):
         traced = make_fx(run, decomposition_table=_torch.decompositions())(*values).graph
     new: dict[fx.Node, Any] = dict(zip(traced.find_nodes(op="placeholder"), args, strict=True))
     with graph.inserting_before(before):

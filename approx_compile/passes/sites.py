@@ -27,7 +27,7 @@ CONV = {aten.convolution.default}
 PRODUCTS = MM | BMM | CONV
 _GRADS = {aten.mm.default, aten.bmm.default, aten.convolution_backward.default}
 _PERMUTES = {aten.permute.default, aten.t.default, aten.transpose.int}
-_ALIASES = {aten.view.default, aten.alias.default, aten.detach.default, aten._unsafe_view.default, aten.reshape.default}
+VIEWS = {aten.view.default, aten.alias.default, aten.detach.default, aten._unsafe_view.default, aten.reshape.default}
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def _matmul_products(n: fx.Node, a: fx.Node, b: fx.Node, weight: int | None, mat
 
 def _reads(m: fx.Node, root_a: tuple[Any, Any], root_b: tuple[Any, Any]) -> list[tuple[int, int]]:
     """(position, operand) for every argument of a backward node that is a permuted forward operand; views and casts of them are not reads."""
-    if m.target in _PERMUTES or m.target in _ALIASES:
+    if m.target in _PERMUTES or m.target in VIEWS:
         return []
     hits = []
     for position, arg in enumerate(m.args):
@@ -273,7 +273,7 @@ def _conv_products(n: fx.Node, x: fx.Node, w: fx.Node, weight: int | None, mates
     products = [Product("output", n, (x, w), (channels, w_in), c_in, groups, 1)]
     own = [m for m in mates if m.target is aten.convolution_backward.default and m.args[1] is x and m.args[2] is w]
     if len(own) != 1:
-        strangers = [m for m in mates if m.target not in _PERMUTES | _ALIASES and {x, w} & set(m.all_input_nodes)]
+        strangers = [m for m in mates if m.target not in _PERMUTES | VIEWS and {x, w} & set(m.all_input_nodes)]
         return products, "its backward pass is not understood" if own or strangers else None
     m = own[0]
     dy, mask = m.args[0], m.args[10]
