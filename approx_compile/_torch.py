@@ -220,3 +220,12 @@ def trace_artifact(name: str, payload: Any) -> None:
         trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "json"}, payload_fn=payload, expect_trace_id=False)
     except ImportError:
         pass
+
+
+def known_equal(a: Any, b: Any) -> bool:
+    """a == b for sizes that may be symbolic, True only where it holds for every value, without adding a guard."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(a == b))

@@ -67,6 +67,14 @@ def coupled(site: Site, product: Product, how: Estimator) -> Estimate:
     return Estimate(site.flops, round(kept * site.flops + scaled), round(size * kept * grad))
 
 
+def skipped(site: Site, product: Product, flops: int, dropped: Estimator) -> Estimate:
+    """A gradient of `flops` that leaves out the output channels another site dropped (dY, and for grad_input the weight, are gathered)."""
+    kept = dropped.kept / dropped.size
+    size = _torch.value(site.node).dtype.itemsize
+    moved = sum(_torch.numel(o) for o in product.operands) + _torch.numel(site.products[0].operands[1])
+    return Estimate(flops, round(flops * kept), round(size * kept * moved))
+
+
 def pays(estimates: list[Estimate], device: str) -> bool:
     """Whether the FLOPs saved over a site outweigh the bytes moved, by the margin."""
     saved = sum(e.flops_exact - e.flops_sampled for e in estimates)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+from torch import fx
 
 
 from approx_compile import _torch
 from approx_compile.config import ApproxConfig, Pattern, ProductSettings, SiteSettings
 from approx_compile.kernels.estimators import Estimator, estimator
-from approx_compile.passes import cost
+from approx_compile.passes import cost, zeros
 from approx_compile.passes.sites import Product, Site
 
 WIDE = 512
@@ -20,7 +22,10 @@ WIDE = 512
 
 @dataclass(frozen=True)
 class ProductPlan:
-    """The decision for one product: "sampled" along its own axis, "coupled" to the output's choice, or "exact". `k` of `size` entries are kept."""
+    """The decision for one product: "sampled" along its own axis, "coupled" to the output's choice, or "exact". `k` of `size` entries are kept.
+
+    `skips`: the site whose dropped entries make this product's output gradient zero; computing nothing there changes no value.
+    """
 
     name: str
     decision: str
@@ -32,6 +37,7 @@ class ProductPlan:
     flops_exact: int
     flops_sampled: int
     how: Estimator | None = None
+    skips: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,8 @@ class Plan:
 
 def make_plan(sites: Sequence[Site], config: ApproxConfig) -> Plan:
     matches, unmatched = match_rules(sites, config)
-    return Plan(tuple(_decide(s, config.settings(m)) for s, m in zip(sites, matches, strict=True)), unmatched)
+    decided = [_decide(s, config.settings(m)) for s, m in zip(sites, matches, strict=True)]
+    return Plan(tuple(_skip_zeros(sites, decided)), unmatched)
 
 
 def match_rules(sites: Sequence[Site], config: ApproxConfig) -> tuple[list[list[bool]], tuple[str, ...]]:
@@ -208,6 +215,37 @@ def _all_exact(site: Site, reason: str, products: Sequence[ProductPlan] = ()) ->
 def _site_plan(site: Site, decision: str, reason: str, products: tuple[ProductPlan, ...]) -> SitePlan:
     dtype = str(site.dtype).removeprefix("torch.")
     return SitePlan(site.name, site.module, site.kind, site.op, site.shape, dtype, decision, reason, products)
+
+
+def _skip_zeros(sites: Sequence[Site], plans: list[SitePlan]) -> list[SitePlan]:
+    """Let gradient products leave out what a later site's dropped entries made zero, where that saves more than its gathers move."""
+    users: dict[tuple[fx.Node | None, int], list[tuple[int, int]]] = defaultdict(list)
+    for i, site in enumerate(sites):
+        for j, p in enumerate(site.products):
+            if p.output_grad is not None and site.products[0].lead == 1:
+                users[p.output_grad, p.output_grad_dim].append((i, j))
+    new = list(plans)
+    for source, planned in zip(sites, plans, strict=True):
+        for p, d in zip(source.products, planned.products, strict=True):
+            if d.decision != "coupled" or source.products[0].lead != 1 or p.result is None:
+                continue
+            for zero in zeros.follow(*p.result).items():
+                for i, j in users.get(zero, ()):
+                    new[i] = _with_skip(sites[i], new[i], j, source.name, d)
+    return new
+
+
+def _with_skip(site: Site, plan: SitePlan, j: int, source: str, dropped: ProductPlan) -> SitePlan:
+    product, decision = site.products[j], plan.products[j]
+    if decision.decision == "sampled" or decision.skips is not None or dropped.how is None:
+        return plan
+    estimate = cost.skipped(site, product, decision.flops_sampled, dropped.how)
+    if not cost.pays([estimate], _device(site)):
+        return plan
+    reason = f"{decision.reason}; skips what {source} dropped"
+    products = list(plan.products)
+    products[j] = replace(decision, reason=reason, flops_sampled=estimate.flops_sampled, skips=source)
+    return replace(plan, products=tuple(products))
 
 
 def needs_random_numbers(plan: Plan) -> bool:

@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from approx_compile import _torch
 from approx_compile.kernels.estimators import Estimator
-from approx_compile.kernels.products import Axis, sample, untake
+from approx_compile.kernels.products import Axis, sample, take, untake
 from approx_compile.passes.plan import Plan, ProductPlan
 from approx_compile.passes.sites import CONV, VIEWS, Product, Site, channel_axis, conv_weight_axes, permutation_between, users_of_output
 
@@ -35,25 +35,45 @@ class Sampled(NamedTuple):
 
 def rewrite(graph: fx.Graph, sites: Sequence[Site], plan: Plan) -> None:
     """Carry out `plan` (made from `sites` of this graph), then remove what it made dead and lint."""
+    kept: dict[str, Sampled] = {}
     for site, planned in zip(sites, plan.sites, strict=True):
-        if planned.decision == "exact":
-            continue
-        by_name = {p.name: p for p in planned.products}
-        kept: Sampled | None = None
-        if by_name["output"].decision == "sampled":
-            kept = _sample_in_place(graph, site.products[0], by_name["output"])
-        grads = [(p, by_name[p.name]) for p in site.products[1:] if by_name[p.name].decision != "exact"]
+        output = planned.products[0]
+        if output.decision == "sampled":
+            kept[site.name] = _sample_in_place(graph, site.products[0], output)
+    for site, planned in zip(sites, plan.sites, strict=True):
+        todo = []
+        for product, decision in zip(site.products[1:], planned.products[1:], strict=True):
+            coupled = kept[site.name] if decision.decision == "coupled" else None
+            skipped = kept[decision.skips] if decision.skips is not None else None
+            if decision.decision == "sampled" or coupled or skipped:
+                todo.append(_Gradient(product, decision, coupled, skipped))
         if site.node.target in CONV:
-            _conv_gradients(graph, site, grads, kept)
+            _conv_gradients(graph, site, todo)
             continue
-        for product, decision in grads:
-            if decision.decision == "coupled":
-                assert kept is not None
-                _couple_matmul(graph, product, site.products[0].operands, kept)
+        for work in todo:
+            if work.decision.decision == "sampled":
+                _sample_in_place(graph, work.product, work.decision)
             else:
-                _sample_in_place(graph, product, decision)
+                _narrow_matmul(graph, site.products[0].operands, work)
     graph.eliminate_dead_code()
     graph.lint()
+
+
+class _Gradient(NamedTuple):
+    """What is to be done to one gradient product: sampled on its own axis, or narrowed to kept inputs (`coupled`), kept outputs (`skipped`) or both."""
+
+    product: Product
+    decision: ProductPlan
+    coupled: Sampled | None
+    skipped: Sampled | None
+
+
+class _Hole(NamedTuple):
+    """An axis of a narrowed result on which the kept entries are to be put back in place."""
+
+    axis: Axis
+    kept: Sampled
+    scale: fx.Node | None
 
 
 # --- outputs, and gradients of matmuls ---
@@ -82,41 +102,61 @@ def _gathered(graph: fx.Graph, before: fx.Node, how: Estimator, operands: tuple[
     return Sampled(how, idx, scale, (a, b))
 
 
-def _couple_matmul(graph: fx.Graph, product: Product, forward: tuple[fx.Node, fx.Node], kept: Sampled) -> None:
-    """dA[:, idx] = dY B'^T or dB[idx, :] = diag(scale) A'^T dY, zeros elsewhere."""
-    m, position = product.node, product.position
-    old = m.args[position]
-    assert isinstance(old, fx.Node)
-    order = permutation_between(forward[product.reads], old)
-    operand = kept.operands[product.reads]
-    if order != sorted(order):
-        operand = inline(graph, m, lambda x: x.permute(order), (operand,))
-    m.args = tuple(operand if i == position else a for i, a in enumerate(m.args))
-    full = _torch.value(m)
-    lead = 0 if full.dim() == 3 else None
-    axis = Axis(position + full.dim() - 2, lead)
-    scale = kept.scale if product.reads == 0 else None  # B' holds its scale already
-    activation = forward[0] if product.reads == position == 1 else None  # dA, in A's own orientation
-    _put_back(graph, m, axis, kept, scale, activation)
+def _narrow_matmul(graph: fx.Graph, forward: tuple[fx.Node, fx.Node], work: _Gradient) -> None:
+    """dA[:, idx] = dY B'^T or dB[idx, :] = diag(scale) A'^T dY, zeros elsewhere; of dY only the columns that are not zero."""
+    p = work.product
+    m, position = p.node, p.position
+    operand, dy = m.args[position], m.args[1 - position]
+    assert isinstance(operand, fx.Node) and isinstance(dy, fx.Node)
+    lead = 0 if _torch.value(m).dim() == 3 else None
+    holes = []
+    if work.coupled is not None:
+        order = permutation_between(forward[p.reads], operand)
+        operand = work.coupled.operands[p.reads]
+        if order != sorted(order):
+            operand = inline(graph, m, lambda x: x.permute(order), (operand,))
+        scale = work.coupled.scale if p.reads == 0 else None  # B' holds its scale already
+        holes.append(_Hole(Axis(position + _torch.value(m).dim() - 2, lead), work.coupled, scale))
+    if work.skipped is not None:
+        columns = Axis(p.output_grad_dim)
+        dy = _taken(graph, m, dy, columns, work.skipped)
+        if p.reads == 1:
+            operand = _taken(graph, m, operand, p.axes[position], work.skipped)
+        else:
+            holes.append(_Hole(Axis(1 - position + _torch.value(m).dim() - 2), work.skipped, None))
+    m.args = (operand, dy) if position == 0 else (dy, operand)
+    activation = (forward[0], work.coupled.operands[0]) if work.coupled is not None and p.reads == position == 1 else None  # dA, in A's own orientation
+    _put_back(graph, m, holes, activation)
 
 
-def _put_back(graph: fx.Graph, m: fx.Node, axis: Axis, kept: Sampled, scale: fx.Node | None, activation: fx.Node | None = None) -> None:
+def _taken(graph: fx.Graph, before: fx.Node, x: fx.Node, axis: Axis, kept: Sampled) -> fx.Node:
+    new = inline(graph, before, lambda x, idx: take(x, axis, idx, None, kept.how.unit), (x, kept.idx))
+    assert isinstance(new, fx.Node)
+    return new
+
+
+def _put_back(graph: fx.Graph, m: fx.Node, holes: Sequence[_Hole], activation: tuple[fx.Node, fx.Node] | None = None) -> None:
     """Recompute the meta of a node that now makes the kept entries only, and give its users the full-size result.
 
-    `activation`: the one whose gradient this is. If it is a ReLU's output and this its only gradient, the ReLU's backward moves in front
-    of the un-gather: outside the kept entries the gradient is zero anyway, and the mask of the whole activation need not be saved.
+    `activation`: the one whose gradient this is, whole and kept. If it is a ReLU's output and this its only gradient, the ReLU's backward moves in
+    front of the un-gather: outside the kept entries the gradient is zero anyway, and the mask of the whole activation need not be saved.
     """
     users = list(m.users)
     old = _torch.value(m)
-    masked = _relu_backward(m, activation) if activation is not None else None
+    masked = _relu_backward(m, activation[0]) if activation is not None else None
     _refresh(m)
-    how = kept.how
+    if not holes:
+        return
 
-    def run(y: torch.Tensor, idx: torch.Tensor, scale: torch.Tensor | None, x: torch.Tensor | None) -> torch.Tensor:
+    def run(y: torch.Tensor, x: torch.Tensor | None, *chosen: torch.Tensor | None) -> torch.Tensor:
         y = torch.where(x <= 0, 0, y) if x is not None else y
-        return _like(untake(y, axis, idx, scale, how.unit, how.size), old)
+        for hole, idx, scale in zip(holes, chosen[::2], chosen[1::2], strict=True):
+            assert idx is not None
+            y = untake(y, hole.axis, idx, scale, hole.kept.how.unit, hole.kept.how.size)
+        return _like(y, old)
 
-    full = inline(graph, m.next, run, (m, kept.idx, scale, kept.operands[0] if masked else None), m)
+    chosen = [n for hole in holes for n in (hole.kept.idx, hole.scale)]
+    full = inline(graph, m.next, run, (m, activation[1] if masked and activation else None, *chosen), m)
     for u in users:
         u.replace_input_with(m, full)
     if masked is not None:
@@ -157,33 +197,55 @@ def _like(x: torch.Tensor, old: Any) -> torch.Tensor:
 # --- gradients of convolutions ---
 
 
-def _conv_gradients(graph: fx.Graph, site: Site, grads: Sequence[tuple[Product, ProductPlan]], kept: Sampled | None) -> None:
-    """One convolution_backward makes up to three gradients; each that is approximated differently becomes a call of its own.
+def _conv_gradients(graph: fx.Graph, site: Site, todo: Sequence[_Gradient]) -> None:
+    """One convolution_backward makes up to three gradients; those that are narrowed alike share a call, others get one of their own.
 
     The bias gradient stays on the exact call, over all samples.
     """
-    if not grads:
+    if not todo:
         return
-    m = grads[0][0].node
+    m = todo[0].product.node
     mask = list(m.args[10])  # type: ignore[arg-type]
-    coupled = [p for p, d in grads if d.decision == "coupled"]
-    if coupled:
-        assert kept is not None
-        call = _conv_backward(graph, m, m.args[0], kept.operands, [i in {p.mask for p in coupled} for i in range(3)])
-        for p in coupled:
-            grad = _output(graph, call, p.mask)
-            axis = channel_axis(_groups(m)) if p.mask == 0 else conv_weight_axes(bool(m.args[7]), _groups(m))[0]
-            _replace_output(graph, m, p.mask, grad)
-            _put_back(graph, grad, axis, kept, kept.scale if p.mask == 1 else None, site.products[0].operands[0] if p.mask == 0 else None)
-    for p, d in grads:
-        if d.decision == "sampled":
-            assert d.how is not None
-            _own_axis_conv(graph, m, p, d.how)
-    done = {p.mask for p, _ in grads}
+    alike: dict[tuple[bool, str | None], list[_Gradient]] = {}
+    for work in todo:
+        if work.decision.decision == "sampled":
+            assert work.decision.how is not None
+            _own_axis_conv(graph, m, work.product, work.decision.how)
+        else:
+            alike.setdefault((work.coupled is not None, work.decision.skips), []).append(work)
+    for group in alike.values():
+        _narrow_conv(graph, site, m, group)
+    done = {work.product.mask for work in todo}
     left = [bool(on) and i not in done for i, on in enumerate(mask)]
     if any(left):
         m.args = (*m.args[:10], left)
         _refresh(m)
+
+
+def _narrow_conv(graph: fx.Graph, site: Site, m: fx.Node, group: Sequence[_Gradient]) -> None:
+    """Gradients from kept input channels of x and w, from the output channels of dy and w that are not zero, or both."""
+    coupled, skipped = group[0].coupled, group[0].skipped
+    transposed, groups = bool(m.args[7]), _groups(m)
+    w_in, w_out = conv_weight_axes(transposed, groups)
+    dy = m.args[0]
+    x, w = coupled.operands if coupled is not None else (m.args[1], m.args[2])
+    assert isinstance(dy, fx.Node) and isinstance(x, fx.Node) and isinstance(w, fx.Node)
+    if skipped is not None:
+        dy, w = _taken(graph, m, dy, Axis(1), skipped), _taken(graph, m, w, w_out, skipped)
+    call = _conv_backward(graph, m, dy, (x, w), [i in {g.product.mask for g in group} for i in range(3)])
+    for work in group:
+        of_weight = work.product.mask == 1
+        grad = _output(graph, call, work.product.mask)
+        activation = None
+        holes = []
+        if coupled is not None:
+            holes.append(_Hole(w_in if of_weight else channel_axis(groups), coupled, coupled.scale if of_weight else None))
+            activation = None if of_weight else (site.products[0].operands[0], coupled.operands[0])
+        if skipped is not None and of_weight:
+            holes.append(_Hole(w_out, skipped, None))
+        grad.meta["val"] = _torch.value(m)[work.product.mask]  # the full size, which _put_back restores
+        _replace_output(graph, m, work.product.mask, grad)
+        _put_back(graph, grad, holes, activation)
 
 
 def _own_axis_conv(graph: fx.Graph, m: fx.Node, p: Product, how: Estimator) -> None:

@@ -78,6 +78,33 @@ class Product:
     position: int = -1
     mask: int = -1
 
+    @property
+    def output_grad(self) -> fx.Node | None:
+        """dY, for a gradient."""
+        if self.name == "output":
+            return None
+        if self.mask < 0:
+            return self.operands[1 - self.position]
+        return self.operands[self.mask]  # (dy, w) and (x, dy)
+
+    @property
+    def output_grad_dim(self) -> int:
+        """The dim of dY that is the site's output channels N."""
+        if self.mask >= 0:
+            return 1
+        contracted = self.axes[1 - self.position].dim
+        return contracted if self.reads == 1 else 2 * _torch.value(self.operands[0]).dim() - 3 - contracted
+
+    @property
+    def result(self) -> tuple[fx.Node, int] | None:
+        """The node that holds a gradient, and its dim along the output's contraction axis."""
+        if self.name == "output":
+            return None
+        if self.mask < 0:
+            return self.node, self.position + _torch.value(self.node).dim() - 2
+        grad = next(users_of_output(self.node, self.mask), None)
+        return (grad, 1) if grad is not None and self.mask == 0 else None
+
 
 @dataclass(frozen=True)
 class Site:
