@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -162,11 +165,9 @@ def guard_attribute(source: Any, name: str) -> None:
 
 def guard_absent(source: Any, name: str) -> None:
     """Recompile when the attribute, absent now, appears in the object's own dictionary."""
-    import functools as ft
-
     from torch._dynamo.guards import GuardBuilder, install_guard
 
-    install_guard(source.make_guard(ft.partial(GuardBuilder.NOT_PRESENT_IN_GENERIC_DICT, attr=name)))
+    install_guard(source.make_guard(functools.partial(GuardBuilder.NOT_PRESENT_IN_GENERIC_DICT, attr=name)))
 
 
 CUSTOM = "approx_compile"
@@ -229,3 +230,48 @@ def known_equal(a: Any, b: Any) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return bool(statically_known_true(a == b))
+
+
+def readable(graph: fx.Graph) -> str:
+    """A graph as Python with shapes in comments."""
+    return graph.python_code("self", verbose=True, include_stride=False, include_device=False).src
+
+
+def compile_apart(model: Any, backend: Any) -> Any:
+    """torch.compile with entries of its own, which don't count against the user's recompile limit (where torch can: 2.13 and later)."""
+    import inspect
+
+    apart = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+    return torch.compile(model, backend=backend, **apart)
+
+
+def compiler_of(compiled: Any) -> Any:
+    """The backend of something torch.compile returned, as Dynamo holds it (a wrapper for backends given by name)."""
+    context = getattr(compiled, "dynamo_ctx", None) or compiled
+    callback = getattr(context, "callback", None) or getattr(compiled, "_torchdynamo_inline", None)
+    while callback is not None and not hasattr(callback, "compiler_fn"):
+        callback = getattr(callback, "_torchdynamo_orig_backend", None)
+    return getattr(callback, "compiler_fn", None) if callback is not None else None
+
+
+def named_compiler(compiler: Any) -> tuple[str | None, Any]:
+    return getattr(compiler, "compiler_name", None), (getattr(compiler, "kwargs", None) or {}).get("options")
+
+
+@contextlib.contextmanager
+def forgetting_shapes() -> Iterator[None]:
+    """Inside, sizes are taken as static, and Dynamo's memory of sizes seen (which makes later ones dynamic) is put back afterwards."""
+    try:
+        from torch._dynamo.pgo import get_code_state
+
+        state = get_code_state()
+        saved = copy.deepcopy(state)
+    except (ImportError, AttributeError):  # then a later call with another size may compile for dynamic sizes at once
+        state = saved = None
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        try:
+            yield
+        finally:
+            if state is not None and saved is not None:
+                state.clear()
+                state.update(saved)

@@ -88,3 +88,8 @@ def sign(root: nn.Module, config: ApproxConfig) -> str | None:
             said.append((below, whole == last, [any(p.matches_name(whole) for p in rule) for rule in patterns]))
         module.__dict__[attribute] = hashlib.sha256(repr(said).encode()).hexdigest()
     return attribute
+
+
+def annotation_of(attribute: str) -> bool:
+    """Whether a module's attribute is one of ours."""
+    return attribute.startswith("_approx_compile_")

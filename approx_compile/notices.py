@@ -145,3 +145,9 @@ def _load(path: Any) -> dict[str, Any] | None:
         return found if {"sites", "sampled", "unmatched", "reasons"} <= set(found) else None
     except (OSError, ValueError, TypeError):
         return None
+
+
+def forget() -> None:
+    """Say everything again (for tests, and for whoever starts a new model in one process)."""
+    _said.clear()
+    _seen_graphs.clear()

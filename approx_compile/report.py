@@ -1,2 +1,193 @@
-class Report: ...
-def explain(*a): ...
+"""`explain`: what would be rewritten, why, and what it saves, without compiling to machine code or touching the model."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import networkx as nx
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import fx, nn
+
+from approx_compile import _torch
+from approx_compile.annotate import annotation_of
+from approx_compile.backend import Backend
+from approx_compile.config import ApproxConfig
+from approx_compile.passes.plan import Plan, ProductPlan, SitePlan
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One site. `k` of `size` entries, `method` and `ratio` are the output product's, or the first approximated one's; FLOPs are summed over products."""
+
+    name: str
+    op: str
+    kind: str
+    shape: str
+    dtype: str
+    decision: str
+    reason: str
+    method: str
+    ratio: float
+    k: int
+    size: int
+    flops_exact: int
+    flops_sampled: int
+    products: Mapping[str, ProductPlan]
+    reads: tuple[str, ...]
+
+    @staticmethod
+    def of(plan: SitePlan) -> SiteReport:
+        shown = plan.shown
+        return SiteReport(
+            name=plan.name,
+            op=plan.op,
+            kind=plan.kind,
+            shape=plan.shape,
+            dtype=plan.dtype,
+            decision=plan.decision,
+            reason=plan.reason,
+            method=shown.method,
+            ratio=shown.ratio,
+            k=shown.k,
+            size=shown.size,
+            flops_exact=plan.flops_exact,
+            flops_sampled=plan.flops_sampled,
+            products={p.name: p for p in plan.products},
+            reads=plan.reads,
+        )
+
+
+@dataclass
+class Report:
+    """What `explain` found. `sites` in execution order; `before` and `after`: readable joint graphs, one per compiled graph; `unmatched`: rule
+    patterns that match no site of any graph. `str(report)` is a table. FLOPs are those of the sites' products in one training step (2 per
+    multiply-add), the sampling's own included in `flops_sampled`.
+    """
+
+    sites: list[SiteReport] = field(default_factory=list)
+    before: list[str] = field(default_factory=list)
+    after: list[str] = field(default_factory=list)
+    unmatched: list[str] = field(default_factory=list)
+
+    @property
+    def flops_exact(self) -> int:
+        return sum(s.flops_exact for s in self.sites)
+
+    @property
+    def flops_sampled(self) -> int:
+        return sum(s.flops_sampled for s in self.sites)
+
+    def to_networkx(self) -> nx.DiGraph:
+        """The graph of sites: an edge from a site to every site that reads its output through no other product; node attributes as in `sites`."""
+        graph = nx.DiGraph()
+        for site in self.sites:
+            graph.add_node(site.name, **{k: v for k, v in vars(site).items() if k not in ("name", "reads")})
+        for site in self.sites:
+            graph.add_edges_from((source, site.name) for source in site.reads)
+        return graph
+
+    def __str__(self) -> str:
+        out = io.StringIO()
+        console = Console(file=out, width=160)
+        console.print(self._table() if self.sites else "no matrix product or convolution found", highlight=False)
+        sampled = sum(s.decision == "sampled" for s in self.sites)
+        if self.flops_exact:
+            share = self.flops_sampled / self.flops_exact
+            graphs = f" in {len(self.before)} graphs" if len(self.before) > 1 else ""
+            console.print(
+                f"{sampled} of {len(self.sites)} sites sampled{graphs}; FLOPs of a training step {_si(self.flops_exact)} -> {_si(self.flops_sampled)} "
+                f"({share:.0%}), the sampling included",
+                highlight=False,
+            )
+        for pattern in self.unmatched:
+            console.print(f"rule pattern {pattern!r} matches no site", highlight=False, markup=False)
+        return out.getvalue().rstrip()
+
+    def _table(self) -> Table:
+        table = Table()
+        for title in ("site", "op", "shape", "dtype", "decision"):
+            table.add_column(title, overflow="fold")
+        table.add_column("k of K", justify="right", no_wrap=True)
+        table.add_column("FLOPs before", justify="right", no_wrap=True)
+        table.add_column("after", justify="right", no_wrap=True)
+        table.add_column("reason", overflow="fold")
+        for s in self.sites:
+            kept = f"{s.k} of {s.size}"
+            table.add_row(s.name, s.op, s.shape, s.dtype, s.decision, kept, _si(s.flops_exact), _si(s.flops_sampled), s.reason)
+        return table
+
+
+def _si(number: float) -> str:
+    for unit in ("", "k", "M", "G", "T"):
+        if abs(number) < 1000:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g}P"
+
+
+def explain(model: Callable[..., Any], *args: Any, config: ApproxConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
+    """What `backend="approx"` would do with `model(*args, **kwargs)` in a training step, as a `Report`.
+
+    `config`: an `ApproxConfig` or a mapping with the same keys; without one, that of an already compiled model, else the defaults. The forward pass
+    runs once, op by op; parameters, buffers, gradients, random state, hooks and the user's compiled code stay as they are. Raises `ConfigError`.
+    """
+    model, own = _unwrap(model)
+    report = Report()
+    plans: list[Plan] = []
+
+    def listen(plan: Plan, before: fx.Graph | None, after: fx.Graph | None) -> None:
+        plans.append(plan)
+        for texts, graph in ((report.before, before), (report.after, after)):
+            if graph is not None:
+                texts.append(_torch.readable(graph))
+
+    backend = Backend(config if config is not None else own, inner_compile=_torch.run_as_is, on_plan=listen, keep_graphs=True)
+    with torch.enable_grad(), _untouched(model), _torch.forgetting_shapes():
+        _torch.compile_apart(model, backend)(*args, **kwargs)
+    report.sites = [SiteReport.of(s) for plan in plans for s in plan.sites]
+    if plans:
+        report.unmatched = [p for p in plans[0].unmatched if all(p in plan.unmatched for plan in plans)]
+    return report
+
+
+def _unwrap(model: Any) -> tuple[Any, ApproxConfig | None]:
+    """The model below torch.compile, and the config it was compiled with if this is its backend."""
+    if not callable(model):
+        raise TypeError(f"explain: got {type(model).__name__}; a torch.nn.Module or a function is expected")
+    inner = getattr(model, "_orig_mod", None) or getattr(model, "_torchdynamo_orig_callable", None)
+    if inner is None:
+        return model, None
+    compiler = _torch.compiler_of(model)
+    if isinstance(compiler, Backend):
+        return inner, compiler.config
+    name, options = _torch.named_compiler(compiler)
+    return inner, ApproxConfig.of(options) if name == "approx" else None
+
+
+@contextlib.contextmanager
+def _untouched(model: Any) -> Iterator[None]:
+    """Put modules' attributes and buffers' contents, and torch's random state, back as they were."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    plain = [{k: v for k, v in m.__dict__.items() if not annotation_of(k)} for m in modules]
+    registered = [dict(m._buffers) for m in modules]
+    contents = [(b, b.detach().clone()) for own in registered for b in own.values() if b is not None]
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            for m, attributes, own in zip(modules, plain, registered, strict=True):
+                for key in [k for k in m.__dict__ if k not in attributes and not annotation_of(k)]:
+                    del m.__dict__[key]
+                m.__dict__.update(attributes)
+                m._buffers.clear()
+                m._buffers.update(own)
+            with torch.no_grad():
+                for b, content in contents:
+                    b.copy_(content)

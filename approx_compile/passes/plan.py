@@ -53,6 +53,7 @@ class SitePlan:
     decision: str
     reason: str
     products: tuple[ProductPlan, ...]
+    reads: tuple[str, ...]
 
     @property
     def shown(self) -> ProductPlan:
@@ -214,7 +215,7 @@ def _all_exact(site: Site, reason: str, products: Sequence[ProductPlan] = ()) ->
 
 def _site_plan(site: Site, decision: str, reason: str, products: tuple[ProductPlan, ...]) -> SitePlan:
     dtype = str(site.dtype).removeprefix("torch.")
-    return SitePlan(site.name, site.module, site.kind, site.op, site.shape, dtype, decision, reason, products)
+    return SitePlan(site.name, site.module, site.kind, site.op, site.shape, dtype, decision, reason, products, site.reads)
 
 
 def _skip_zeros(sites: Sequence[Site], plans: list[SitePlan]) -> list[SitePlan]:
@@ -245,7 +246,9 @@ def _with_skip(site: Site, plan: SitePlan, j: int, source: str, dropped: Product
     reason = f"{decision.reason}; skips what {source} dropped"
     products = list(plan.products)
     products[j] = replace(decision, reason=reason, flops_sampled=estimate.flops_sampled, skips=source)
-    return replace(plan, products=tuple(products))
+    note = "; its gradients skip what later sites dropped"
+    exact = plan.decision == "exact" and note not in plan.reason
+    return replace(plan, products=tuple(products), reason=plan.reason + note if exact else plan.reason)
 
 
 def needs_random_numbers(plan: Plan) -> bool:

@@ -23,6 +23,9 @@ from approx_compile.passes.sites import CONV, VIEWS, Product, Site, channel_axis
 
 aten = torch.ops.aten
 
+CHOICE = "approx_compile_choice"
+"""Key in the meta of the nodes that hold a selection's indices and scale: `site.product.idx`, `site.product.scale`."""
+
 
 class Sampled(NamedTuple):
     """The nodes a sampled output leaves for its coupled gradients."""
@@ -39,7 +42,7 @@ def rewrite(graph: fx.Graph, sites: Sequence[Site], plan: Plan) -> None:
     for site, planned in zip(sites, plan.sites, strict=True):
         output = planned.products[0]
         if output.decision == "sampled":
-            kept[site.name] = _sample_in_place(graph, site.products[0], output)
+            kept[site.name] = _sample_in_place(graph, site, site.products[0], output)
     for site, planned in zip(sites, plan.sites, strict=True):
         todo = []
         for product, decision in zip(site.products[1:], planned.products[1:], strict=True):
@@ -52,7 +55,7 @@ def rewrite(graph: fx.Graph, sites: Sequence[Site], plan: Plan) -> None:
             continue
         for work in todo:
             if work.decision.decision == "sampled":
-                _sample_in_place(graph, work.product, work.decision)
+                _sample_in_place(graph, site, work.product, work.decision)
             else:
                 _narrow_matmul(graph, site.products[0].operands, work)
     graph.eliminate_dead_code()
@@ -79,11 +82,11 @@ class _Hole(NamedTuple):
 # --- outputs, and gradients of matmuls ---
 
 
-def _sample_in_place(graph: fx.Graph, product: Product, decision: ProductPlan) -> Sampled:
+def _sample_in_place(graph: fx.Graph, site: Site, product: Product, decision: ProductPlan) -> Sampled:
     """Gather both operands of a product along its contraction axis and let its node work on those."""
     assert decision.how is not None
     node, how = product.node, decision.how
-    kept = _gathered(graph, node, how, product.operands, product.axes)
+    kept = _gathered(graph, node, site, product, how)
     args = list(node.args)
     first = len(args) - 2 if node.target not in CONV else 0
     args[first], args[first + 1] = kept.operands
@@ -91,14 +94,15 @@ def _sample_in_place(graph: fx.Graph, product: Product, decision: ProductPlan) -
     return kept
 
 
-def _gathered(graph: fx.Graph, before: fx.Node, how: Estimator, operands: tuple[fx.Node, fx.Node], axes: tuple[Axis, Axis]) -> Sampled:
+def _gathered(graph: fx.Graph, before: fx.Node, site: Site, product: Product, how: Estimator) -> Sampled:
     def run(a: torch.Tensor, b: torch.Tensor) -> Any:
-        return sample(how, a, b, *axes)
+        return sample(how, a, b, *product.axes)
 
-    idx, scale, a, b = inline(graph, before, run, operands)
-    for node in (idx, scale):
+    idx, scale, a, b = inline(graph, before, run, product.operands)
+    for node, name in ((idx, "idx"), (scale, "scale")):
         if node is not None:
             _torch.must_save(node)  # a choice that is made again in the backward pass might be another one
+            node.meta[CHOICE] = f"{site.name}.{product.name}.{name}"
     return Sampled(how, idx, scale, (a, b))
 
 
@@ -210,7 +214,7 @@ def _conv_gradients(graph: fx.Graph, site: Site, todo: Sequence[_Gradient]) -> N
     for work in todo:
         if work.decision.decision == "sampled":
             assert work.decision.how is not None
-            _own_axis_conv(graph, m, work.product, work.decision.how)
+            _own_axis_conv(graph, m, site, work.product, work.decision.how)
         else:
             alike.setdefault((work.coupled is not None, work.decision.skips), []).append(work)
     for group in alike.values():
@@ -248,11 +252,11 @@ def _narrow_conv(graph: fx.Graph, site: Site, m: fx.Node, group: Sequence[_Gradi
         _put_back(graph, grad, holes, activation)
 
 
-def _own_axis_conv(graph: fx.Graph, m: fx.Node, p: Product, how: Estimator) -> None:
+def _own_axis_conv(graph: fx.Graph, m: fx.Node, site: Site, p: Product, how: Estimator) -> None:
     """grad_input from kept output channels of dy and w; grad_weight from kept samples of x and dy."""
     x, w = m.args[1], m.args[2]
     assert isinstance(x, fx.Node) and isinstance(w, fx.Node)
-    first, second = _gathered(graph, m, how, p.operands, p.axes).operands
+    first, second = _gathered(graph, m, site, p, how).operands
     if p.mask == 0:  # x gives its shape only
         call = _conv_backward(graph, m, first, (x, second), [True, False, False])
     else:

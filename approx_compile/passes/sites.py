@@ -120,6 +120,7 @@ class Site:
     products: tuple[Product, ...]
     flops: int
     fed_by: frozenset[str]
+    reads: tuple[str, ...]
     last: bool
     blocked: str | None
 
@@ -143,6 +144,7 @@ def find_sites(graph: fx.Graph, context: Context) -> list[Site]:
         base = owner.name or _op_name(n)
         seen[base] += 1
         name = base if seen[base] == 1 else f"{base}#{seen[base]}"
+        feeds.names[n] = name
         sites.append(_site(n, name, owner, by_seq[n.meta.get("seq_nr")], feeds, n in last, context))
     return sites
 
@@ -187,6 +189,7 @@ def _site(n: fx.Node, name: str, owner: Module, mates: list[fx.Node], feeds: _Fe
         products=tuple(products),
         flops=_flops(n, a, b),
         fed_by=fed_by,
+        reads=tuple(dict.fromkeys(feeds.names[p] for o in (a, b) for p in feeds.products.get(o, ()))),
         last=last,
         blocked=blocked,
     )
@@ -318,10 +321,12 @@ def _conv_products(n: fx.Node, x: fx.Node, w: fx.Node, weight: int | None, mates
 
 
 class _Feeds:
-    """Per forward node: whether it depends on anything but parameters, and which hazards reach it without passing a product."""
+    """Per forward node: whether it depends on anything but parameters, and which hazards and products reach it through no (other) product."""
 
     def __init__(self) -> None:
         self.hazards: dict[fx.Node, frozenset[str]] = {}
+        self.products: dict[fx.Node, tuple[fx.Node, ...]] = {}
+        self.names: dict[fx.Node, str] = {}
         self.from_data: set[fx.Node] = set()
         self.from_parameter: set[fx.Node] = set()
 
@@ -352,7 +357,9 @@ def _feeds(graph: fx.Graph, context: Context) -> _Feeds:
             feeds.from_data.add(n)
         if any(s in feeds.from_parameter for s in sources):
             feeds.from_parameter.add(n)
+        feeds.products[n] = (n,)
         if n.target not in PRODUCTS:
+            feeds.products[n] = tuple(dict.fromkeys(p for s in sources for p in feeds.products.get(s, ())))
             hazards = frozenset().union(*(feeds.of(s) for s in sources)) if sources else frozenset()
             if module_of(n, context).batch_norm:
                 hazards |= {"BatchNorm"}
