@@ -53,7 +53,7 @@ def hint(size: Any) -> int:
 
 
 def is_backward(n: fx.Node) -> bool:
-    return n.meta.get("partitioner_tag") == "is_backward"
+    return n.meta.get("partitioner_tag") in ("is_backward", "must_be_in_backward")
 
 
 def input_index(n: fx.Node) -> int | None:
@@ -108,6 +108,11 @@ def copy_provenance(source: fx.Node, target: fx.Node) -> None:
             target.meta[key] = source.meta[key]
         else:
             target.meta.pop(key, None)
+
+
+def keep_in_backward(node: fx.Node) -> None:
+    """Forbid the partitioner to hoist a node of the backward pass that needs no tangent: it would draw a random number in both passes."""
+    node.meta["partitioner_tag"] = "must_be_in_backward"
 
 
 def must_save(node: fx.Node) -> None:

@@ -28,6 +28,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Bytes = NDArray[np.uint8]
+Part = tuple[NDArray[np.generic], NDArray[np.generic]]
+"""Images and labels, for training or for testing."""
 
 TRAIN, TEST = "train", "test"
 CIFAR_IMAGE = (3, 32, 32)
@@ -189,8 +191,8 @@ def _cifar10(directory: Path) -> Dataset:
     return _normalised("cifar10", (images, labels), parts["test_batch.bin"], 10)
 
 
-def _normalised(name: str, train: tuple[NDArray[np.generic], NDArray[np.generic]], test: tuple[NDArray[np.generic], NDArray[np.generic]], classes: int) -> Dataset:
-    train_x, test_x = (torch.from_numpy(x.astype(np.float32)) for x, _ in (train, test))
+def _normalised(name: str, train: Part, test: Part, classes: int) -> Dataset:
+    train_x, test_x = (torch.from_numpy(x.astype(np.float32, order="C")) for x, _ in (train, test))
     train_y, test_y = (torch.from_numpy(y.astype(np.int64)) for _, y in (train, test))
     std, mean = torch.std_mean(train_x, dim=(0, 2, 3), correction=0, keepdim=True)
     std[std == 0] = 1  # a channel that is constant becomes 0, not NaN
@@ -227,7 +229,7 @@ def _read(path: Path) -> bytes:
 def _check_labels(path: Path, labels: Bytes, first: int, classes: int) -> None:
     low, high = int(labels.min()), int(labels.max())
     if low < first or high >= first + classes:
-        raise DataError(f"{path} holds labels from {low} to {high}; {first} to {first + classes - 1} are expected: it is damaged or belongs to another data set")
+        raise DataError(f"{path} holds labels from {low} to {high}; {first} to {first + classes - 1} are expected: it is damaged or of another data set")
 
 
 def _source(name: str) -> str:

@@ -3,7 +3,7 @@
 | name | network | `width` (default) |
 |---|---|---|
 | `mlp` | three hidden layers of ReLU units | units of a hidden layer (2048) |
-| `cnn` | the MNIST network of Adelman et al. (arXiv:1805.08079): two 5x5 convolutions with pooling, two linear layers, dropout | channels of the first convolution (32) |
+| `cnn` | the MNIST network of Adelman et al. (arXiv:1805.08079): two 5x5 convolutions, two linear layers, dropout | channels of the first convolution (32) |
 | `wrn-D-K` | Wide ResNet (Zagoruyko and Komodakis, arXiv:1605.07146), depth D = 6n + 4, widening factor K | channels before widening (16) |
 | `resnet-N` | CIFAR ResNet (He et al., arXiv:1512.03385), depth N = 6n + 2, shortcuts without parameters | channels of the first stage (16) |
 | `vgg-11`, `-13`, `-16`, `-19` | VGG (Simonyan and Zisserman, arXiv:1409.1556) with BatchNorm and one linear layer | channels of the first stage (64) |
@@ -186,4 +186,5 @@ def _initialised(net: nn.Module) -> nn.Module:
 
 def _check_size(name: str, in_shape: Shape, least: int) -> None:
     if min(in_shape[1:]) < least:
-        raise ValueError(f"{name}: images of {in_shape[1]}x{in_shape[2]} are too small; it halves them on its way and needs at least {least}x{least}. Try mlp or cnn")
+        found, needed = f"{in_shape[1]}x{in_shape[2]}", f"{least}x{least}"
+        raise ValueError(f"{name}: images of {found} are too small; it halves them on its way and needs at least {needed}. Try mlp, or pad the images")

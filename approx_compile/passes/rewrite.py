@@ -316,4 +316,6 @@ def inline(graph: fx.Graph, before: fx.Node, run: Callable[..., Any], args: Sequ
             if n.op == "call_function":
                 new[n] = graph.node_copy(n, lambda x: new[x])
                 _torch.copy_provenance(like or before, new[n])
+                if _torch.is_random(n) and _torch.is_backward(new[n]):
+                    _torch.keep_in_backward(new[n])
     return fx.node.map_arg(traced.output_node().args[0], lambda n: new[n])

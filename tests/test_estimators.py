@@ -1,0 +1,467 @@
+"""Which indices are kept and with what scale: counts, probabilities, unbiasedness, edge cases.
+
+Statistical tests take a fixed number of draws from a fixed seed, as rows of one `select` call, and compare a mean with its expectation in
+units of its standard error. The file makes about 2,000 such comparisons; a normal variable passes 5 standard errors once in 1.7 million.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from approx_compile.kernels.estimators import FLOOR, Estimator, estimator, inverse, select, water_fill
+
+METHODS = ("topk", "topk_weights", "crs", "bernoulli", "uniform", "wta")
+RANDOM = ("crs", "bernoulli", "uniform", "wta")
+BY_SCORE = ("topk", "topk_weights", "crs", "bernoulli", "wta")
+DRAWS = 20_000
+Z = 5.0
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors are tiny: threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def i_power(power: float, size: int) -> Tensor:
+    return torch.arange(1, size + 1, dtype=torch.float64) ** -power
+
+
+def shuffled(x: Tensor, seed: int = 0) -> Tensor:
+    return x[torch.randperm(x.shape[-1], generator=torch.Generator().manual_seed(seed))]
+
+
+def scores(kind: str, size: int = 24) -> Tensor:
+    if kind == "dominant":
+        x = torch.ones(size, dtype=torch.float64)
+        x[size // 3] = 1e3
+        return x
+    if kind == "half zeros":
+        return torch.cat([i_power(0.5, size // 2), torch.zeros(size - size // 2, dtype=torch.float64)])
+    made = {"constant": i_power(0, size), "1/i": i_power(1, size), "1/i^2": i_power(2, size), "all zero": torch.zeros(size, dtype=torch.float64)}
+    return shuffled(made[kind])
+
+
+KINDS = ("constant", "1/i", "1/i^2", "dominant", "half zeros", "all zero")
+
+
+def split(score: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared norms of two operands whose product is `score`."""
+    a = torch.linspace(0.5, 2, score.shape[-1], dtype=score.dtype)
+    return a.square(), (score / a).square()
+
+
+def dense(idx: Tensor, scale: Tensor | None, size: int) -> Tensor:
+    """Indices and scales -> the weight of every unit, 0 where dropped."""
+    scale = torch.ones(idx.shape, dtype=torch.float64) if scale is None else scale.double()
+    return torch.zeros(*idx.shape[:-1], size, dtype=torch.float64).scatter(-1, idx, scale)
+
+
+def draws(how: Estimator, score: Tensor, n: int = DRAWS) -> Tensor:
+    """n independent selections as weights, (n, size)."""
+    a_sq, b_sq = (v.expand(n, -1) for v in split(score))
+    return dense(*select(how, a_sq, b_sq), how.size)
+
+
+def z_score(mean: Tensor, expected: Tensor, variance: Tensor, n: int) -> Tensor:
+    """|mean - expected| in standard errors; where nothing is random the two must agree to rounding."""
+    error = (mean - expected).abs()
+    fixed = variance < 1e-12
+    return torch.where(fixed, (error > 1e-9) * torch.inf, error / (variance / n).sqrt().clamp_min(1e-30)).nan_to_num(0, posinf=torch.inf)
+
+
+# --- how many ---
+
+
+@pytest.mark.parametrize(
+    ("size", "ratio", "min_k", "group", "expected"),  # expected: k, units, tail, entries kept
+    [
+        pytest.param(64, 0.5, 16, 1, (32, 64, 0, 32), id="half"),
+        pytest.param(33, 0.5, 1, 1, (17, 33, 0, 17), id="a-half-rounds-up"),
+        pytest.param(100, 0.254, 1, 1, (25, 100, 0, 25), id="rounds-down"),
+        pytest.param(100, 0.256, 1, 1, (26, 100, 0, 26), id="rounds-to-nearest"),
+        pytest.param(64, 0.1, 16, 1, (16, 64, 0, 16), id="min_k"),
+        pytest.param(64, 0.3, 1, 8, (3, 8, 0, 24), id="up-to-a-group"),
+        pytest.param(64, 0.25, 1, 8, (2, 8, 0, 16), id="whole-groups"),
+        pytest.param(23, 0.5, 1, 5, (2, 4, 3, 13), id="tail-counts"),
+        pytest.param(23, 0.6, 1, 5, (3, 4, 3, 18), id="tail-and-rounding"),
+        pytest.param(19, 0.1, 1, 5, (1, 3, 4, 9), id="tail-longer-than-asked"),
+        pytest.param(1000, 1e-6, 1, 1, (1, 1000, 0, 1), id="at-least-one"),
+        pytest.param(64, 1.0, 1, 1, None, id="ratio-1"),
+        pytest.param(64, 0.999, 1, 1, None, id="rounds-to-all"),
+        pytest.param(16, 0.5, 16, 1, None, id="min_k-is-all"),
+        pytest.param(15, 0.5, 100, 1, None, id="min_k-beyond-all"),
+        pytest.param(64, 0.9, 1, 16, None, id="groups-round-to-all"),
+        pytest.param(30, 0.5, 1, 64, None, id="one-short-group"),
+        pytest.param(9, 0.5, 1, 5, None, id="one-group-and-tail"),
+        pytest.param(1, 0.5, 1, 1, None, id="size-1"),
+        pytest.param(0, 0.5, 1, 1, None, id="size-0"),
+        pytest.param(0, 0.5, 16, 4, None, id="size-0-min_k"),
+    ],
+)
+def test_counts(size, ratio, min_k, group, expected):
+    for method in set(METHODS) - {"bernoulli"}:
+        how = estimator(method, size, ratio, min_k, group)
+        assert (how and (how.k, how.units, how.tail, how.kept)) == expected, method
+        if how is not None:
+            assert how.slots == how.k and how.expected == how.kept
+
+
+def test_counts_are_the_smallest_that_keep_enough():
+    """Brute force over k: the fewest whole groups that, with the tail, hold clamp(round(ratio size), min_k, size) entries."""
+    rng = random.Random(0)
+    nones = 0
+    for _ in range(2000):
+        size, group, min_k, ratio = rng.randint(0, 90), rng.randint(1, 12), rng.randint(1, 20), rng.uniform(0.01, 1)
+        keep = min(max(round(ratio * size), min_k), size)
+        units, tail = divmod(size, group)
+        enough = [k for k in range(1, units + 1) if k * group + tail >= keep]
+        how = estimator("topk", size, ratio, min_k, group)
+        if keep == size or not enough or enough[0] == units:
+            assert how is None
+            nones += 1
+        else:
+            assert how is not None and (how.k, how.kept) == (enough[0], enough[0] * group + tail)
+    assert 100 < nones < 1900
+
+
+def test_bernoulli_capacity():
+    how = estimator("bernoulli", 1000, 0.1, 1, 1)
+    assert how is not None and (how.k, how.slots, how.expected) == (100, 138, 100)  # 100 + 4 sqrt(90) = 137.9
+    how = estimator("bernoulli", 403, 0.25, 1, 4)
+    assert how is not None and (how.k, how.slots, how.tail) == (25, 43, 3)  # 25 + 4 sqrt(18.75) = 42.3
+    assert (how.kept, how.expected) == (43 * 4 + 3, 25 * 4 + 3)
+    assert estimator("crs", 8, 0.5, 1, 1) is not None and estimator("bernoulli", 8, 0.5, 1, 1) is None  # 4 + 4 sqrt(2) > 8: saves nothing
+
+
+# --- water-filling ---
+
+
+def slow_water_fill(score: list[float], k: int) -> list[float]:
+    """By bisection on c, then the documented floor, one row, in plain Python."""
+    size = len(score)
+    alive = sum(s > 0 for s in score)
+    if alive <= k:  # every unit with a score is certain, what is left of the budget is spread
+        p = [1.0 if s > 0 else (k - alive) / (size - alive) for s in score]
+        return p
+    lo, hi = 0.0, 1 / min(s for s in score if s > 0)
+    for _ in range(3000):
+        c = (lo + hi) / 2
+        lo, hi = (c, hi) if sum(min(1.0, c * s) for s in score) < k else (lo, c)
+    p = [min(1.0, hi * s) for s in score]
+    certain = sum(q >= 1 - 1e-12 for q in p)
+    return [1.0 if q >= 1 - 1e-12 else (1 - FLOOR) * q + FLOOR * (k - certain) / (size - certain) for q in p]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("size", "k"), [(24, 1), (24, 5), (24, 11), (24, 15), (24, 23), (7, 3), (2, 1)])
+def test_water_fill_against_bisection(kind, size, k):
+    score = scores(kind, size)
+    torch.testing.assert_close(water_fill(score, k), torch.tensor(slow_water_fill(score.tolist(), k), dtype=torch.float64), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("magnitude", [1e-25, 1.0, 1e25], ids=["tiny", "one", "huge"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_water_fill_properties(kind, magnitude, dtype):
+    for size, k in ((1, 1), (2, 1), (2, 2), (24, 7), (24, 24), (300, 40), (4096, 1000)):
+        score = (scores(kind, size) * magnitude).to(dtype)
+        p = water_fill(score, k)
+        assert p.dtype == dtype and p.shape == score.shape
+        assert (p > 0).all() and (p <= 1).all()
+        assert p.double().sum().item() == pytest.approx(k, rel=1e-4)
+        order = score.argsort()
+        assert (p[order].diff() >= -1e-6 * p[order][1:]).all()  # monotone in the score
+        uncertain = (p < 1) & (score > 0)
+        m = int((p >= 1).sum())
+        if uncertain.sum() > 1 and m < k:
+            above = (p[uncertain].double() - FLOOR * (k - m) / (size - m)) / score[uncertain].double()  # proportional to the score above the floor
+            torch.testing.assert_close(above, above.max().expand_as(above), rtol=1e-2 if dtype == torch.float32 else 1e-9, atol=0.0)
+
+
+def test_water_fill_bounds_the_scale():
+    """A unit without any score is kept with the probability of the floor, FLOOR (k - m) / (K - m) with m certain ones."""
+    score = torch.tensor([100.0, 50, 3, 2, 1, 1, 0, 0], dtype=torch.float64)
+    p = water_fill(score, 4)
+    assert (p == 1).tolist() == [True, True, False, False, False, False, False, False]
+    torch.testing.assert_close(p[-2:], torch.full((2,), FLOOR * 2 / 6, dtype=torch.float64))
+
+
+def test_water_fill_rows_are_independent():
+    rows = torch.stack([scores(kind) for kind in KINDS])
+    together = water_fill(rows.view(2, 3, 24), 9).view(6, 24)
+    for row, p in zip(rows, together, strict=True):
+        assert torch.equal(water_fill(row, 9), p)
+
+
+# --- every method ---
+
+LAYOUTS = {"units": (24, 1), "groups": (96, 4), "tail": (122, 5)}  # size, group; 24 units each, a tail of 2
+
+
+def bound(method: str, layout: str, k: int = 7) -> Estimator:
+    size, group = LAYOUTS[layout]
+    return Estimator(method, size, k, group, 1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("method", METHODS)
+def test_indices_are_sorted_distinct_and_of_fixed_number(method, layout):
+    how = bound(method, layout)
+    rows = torch.stack([scores(kind) for kind in KINDS]).repeat(50, 1)
+    idx, scale = select(how, *split(rows))
+    number = how.slots * how.group + how.tail if how.tail else how.slots
+    assert idx.dtype == torch.int64 and idx.shape == (300, number)
+    assert (idx.diff() > 0).all() and (idx >= 0).all() and (idx < how.size // how.unit).all()
+    assert how.kept == number * how.unit
+    assert (scale is None) == (method in ("topk", "topk_weights")) == (not how.scaled)
+    if scale is not None:
+        assert scale.shape == idx.shape and scale.isfinite().all() and (scale >= 0).all()
+    alone, alone_scale = select(how, *split(scores("1/i")))
+    assert alone.shape == (number,) and (alone_scale is None or alone_scale.shape == (number,))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_tail_is_kept_whole_and_groups_share_a_scale(method):
+    how = bound(method, "tail")
+    weights = draws(how, scores("1/i"), 200)
+    assert (weights[:, 120:] == 1).all()
+    blocks = weights[:, :120].view(200, 24, 5)
+    assert (blocks == blocks[..., :1]).all()
+    assert ((blocks[..., 0] > 0).sum(-1) <= how.slots).all() and (blocks[..., 0] > 0).any(-1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_topk_is_the_k_largest_products(dtype):
+    torch.manual_seed(1)
+    a_sq, b_sq = torch.rand(2, 50, 40, dtype=dtype)
+    idx, scale = select(Estimator("topk", 40, 9), a_sq, b_sq)
+    best = (a_sq * b_sq).argsort(-1, descending=True)[:, :9].sort(-1).values
+    assert torch.equal(idx, best) and scale is None
+
+
+@pytest.mark.parametrize("weight", [0, 1])
+def test_topk_weights_looks_at_the_weight_only(weight):
+    torch.manual_seed(2)
+    norms, other, another = torch.rand(3, 50, 40)
+    how = Estimator("topk_weights", 40, 9, weight=weight)
+    idx, scale = select(how, norms, other) if weight == 0 else select(how, other, norms)
+    again, _ = select(how, norms, another) if weight == 0 else select(how, another, norms)
+    assert torch.equal(idx, again) and scale is None
+    assert torch.equal(idx, norms.argsort(-1, descending=True)[:, :9].sort(-1).values)
+    assert not torch.equal(idx, select(Estimator("topk", 40, 9), norms, other)[0])
+
+
+@pytest.mark.parametrize("method", RANDOM)
+def test_random_methods_follow_the_generator(method):
+    how = bound(method, "units")
+    torch.manual_seed(3)
+    first, second = draws(how, scores("1/i"), 20), draws(how, scores("1/i"), 20)
+    torch.manual_seed(3)
+    assert torch.equal(first, draws(how, scores("1/i"), 20)) and not torch.equal(first, second)
+
+
+# --- weights ---
+
+
+def wta_sure(score: Tensor, k: int) -> list[int]:
+    """The c* units that are kept surely, by brute force over c in [0, k): argmin of (1 - P_c) / (k - c)."""
+    p = sorted((score / score.sum()).tolist(), reverse=True)
+    cost = [math.fsum(p[c:]) / (k - c) for c in range(k)]
+    c = cost.index(min(cost))
+    return sorted(score.argsort(descending=True)[:c].tolist())
+
+
+def weight_variance(method: str, score: Tensor, k: int) -> Tensor:
+    """Var(weight_i), from the definition of each method."""
+    size = score.shape[-1]
+    score = score if score.sum() > 0 else torch.ones_like(score)
+    if method == "uniform":
+        return torch.full_like(score, size / k - 1)
+    if method == "bernoulli":
+        p = water_fill(score, k)
+        return (1 - p) / p
+    sure = wta_sure(score, k) if method == "wta" else []
+    rest = score.clone()
+    rest[sure] = 0
+    p = rest / rest.sum()
+    variance = (1 / p - 1) / (k - len(sure))
+    variance[sure] = 0
+    return variance  # inf for a unit without a score, which is never drawn
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", RANDOM)
+def test_mean_weight_is_one(method, kind, dtype):
+    """E[weight_i] = 1 for every unit, and its variance is the method's: standard errors are the theoretical ones, as those estimated
+    from the draws are too small just when a rare unit happens to be drawn too rarely."""
+    k, score = 7, scores(kind)
+    torch.manual_seed(4)
+    weights = draws(Estimator(method, 24, k), score.to(dtype))
+    variance = weight_variance(method, score, k)
+    possible = variance.isfinite()
+    assert possible.sum() == (24 if method in ("uniform", "bernoulli") or kind != "half zeros" else 12)
+    assert (weights[:, ~possible] == 0).all()  # a unit without a score adds nothing to the product
+    z = z_score(weights.mean(0), torch.ones(24, dtype=torch.float64), variance, DRAWS)[possible]
+    assert z.max() < Z, z
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bernoulli_keeps_k_in_expectation_each_with_its_probability(kind):
+    k, score = 7, scores(kind)
+    how = Estimator("bernoulli", 24, k)
+    torch.manual_seed(5)
+    weights = draws(how, score)
+    p = water_fill(score, k)
+    kept = (weights > 0).double()
+    assert z_score(kept.mean(0), p, p * (1 - p), DRAWS).max() < Z
+    assert z_score(kept.sum(1).mean(), torch.tensor(7.0, dtype=torch.float64), (p * (1 - p)).sum(), DRAWS) < Z
+    torch.testing.assert_close(weights[kept > 0], (1 / p).expand_as(weights)[kept > 0])
+
+
+def binomial_tail(n: int, p: float, above: int) -> float:
+    """P(X > above) for a binomial X."""
+
+    def term(j: int) -> float:
+        return math.exp(math.lgamma(n + 1) - math.lgamma(j + 1) - math.lgamma(n - j + 1) + j * math.log(p) + (n - j) * math.log1p(-p))
+
+    return math.fsum(term(j) for j in range(above + 1, min(n, above + 200) + 1))
+
+
+def test_bernoulli_overflow_is_as_rare_as_documented():
+    """Above its mean, a sum of independent 0/1 variables has the heaviest tail when all are equally likely (Hoeffding 1956)."""
+    seen = 0
+    for k in (*range(1, 40), 64, 128, 512, 2048):
+        for units in {round(k / r) for r in (0.75, 0.5, 0.3, 0.2, 0.1, 0.03, 0.01)}:
+            how = Estimator("bernoulli", units, k)
+            if how.slots < units:
+                tail = binomial_tail(units, k / units, how.slots)
+                assert tail < (1.5e-4 if k >= 16 else 6e-4), (k, units)
+                assert k < 2048 or tail < 4e-5
+                seen += 1
+    assert seen > 100
+
+
+def test_bernoulli_overflow_cuts_to_the_slots():
+    """More draws than slots (forced: every one of 9 units is drawn with p = 8/9, 8 slots): a valid selection all the same."""
+    how = Estimator("bernoulli", 200, 1)
+    assert how.slots == 5
+    torch.manual_seed(6)
+    weights = draws(how, scores("constant", 200), 200_000)
+    full = ((weights > 0).sum(1) == 5).sum().item()
+    expected = 200_000 * (binomial_tail(200, 1 / 200, 4))  # 5 or more drawn, those above 5 cut
+    assert abs(full - expected) < Z * math.sqrt(expected)
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 13, 23])
+@pytest.mark.parametrize("kind", ["constant", "1/i", "1/i^2", "dominant"])
+def test_wta_keeps_the_best_number_surely(kind, k):
+    score = scores(kind) * torch.linspace(1, 1.01, 24, dtype=torch.float64)  # no ties
+    torch.manual_seed(7)
+    weights = draws(Estimator("wta", 24, k), score, 2000)
+    sure = (weights == 1).all(0).nonzero().flatten().tolist()
+    assert sure == wta_sure(score, k)
+    assert len(sure) < k  # the drawn part is never dropped
+    rest = score.clone()
+    rest[sure] = 0
+    drawn = torch.ones(24, dtype=torch.bool)
+    drawn[sure] = False
+    counts = weights[:, drawn] * (k - len(sure)) * score[drawn] / rest.sum()  # k - c* draws, every one counted
+    torch.testing.assert_close(counts, counts.round(), rtol=0.0, atol=1e-9)
+    assert (counts.round().sum(1) == k - len(sure)).all()
+
+
+def test_crs_counts_repeated_draws():
+    k, score = 7, scores("1/i^2")
+    torch.manual_seed(8)
+    weights = draws(Estimator("crs", 24, k), score, 2000)
+    counts = weights * k * score / score.sum()
+    torch.testing.assert_close(counts, counts.round(), rtol=0.0, atol=1e-9)
+    assert (counts.round().sum(1) == k).all() and (counts > 1.5).any()
+
+
+# --- edge cases ---
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("method", BY_SCORE)
+def test_nan_and_inf_are_kept_unscaled(method, layout):
+    how = bound(method, layout)
+    a_sq, b_sq = split(scores("1/i").float().expand(500, -1).clone())
+    b_sq[:, 3] = torch.nan
+    b_sq[:, 7] = torch.inf
+    b_sq[:, 20] = torch.inf
+    if method != "topk_weights":  # which does not look at a
+        a_sq[:, 20] = 0  # 0 inf = nan
+        a_sq[:, 11] = torch.inf
+    torch.manual_seed(9)
+    weights = dense(*select(how, a_sq, b_sq), how.size)
+    units = weights[:, : how.units * how.group].view(500, how.units, how.group)[..., 0]
+    special = [3, 7, 20] + ([11] if method != "topk_weights" else [])
+    assert (units[:, special] == 1).all()
+    assert units.isfinite().all() and ((units > 0).sum(1) <= how.slots).all()
+
+
+@pytest.mark.parametrize("method", BY_SCORE)
+def test_a_row_with_nan_leaves_the_others_alone(method):
+    """Nor does it take their random numbers."""
+    how = bound(method, "units")
+    rows = scores("1/i").expand(3, -1).clone()
+    torch.manual_seed(10)
+    clean = dense(*select(how, *split(rows)), 24)
+    rows[1, 5] = torch.nan
+    torch.manual_seed(10)
+    weights = dense(*select(how, *split(rows)), 24)
+    assert torch.equal(weights[[0, 2]], clean[[0, 2]]) and weights[1, 5] == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.0], ids=["all-nan", "all-inf", "all-zero"])
+def test_scores_that_say_nothing(method, value):
+    how = bound(method, "units")
+    torch.manual_seed(11)
+    idx, scale = select(how, torch.full((100, 24), value), torch.ones(100, 24) if value else torch.zeros(100, 24))
+    assert idx.shape == (100, how.slots) and (idx.diff() > 0).all() and (idx >= 0).all() and (idx < 24).all()
+    if scale is not None:
+        assert scale.isfinite().all()
+        assert value == 0 or method == "uniform" or (scale == 1).all()
+
+
+@pytest.mark.parametrize("method", RANDOM)
+def test_scores_of_one_unit_only(method):
+    """k - c* draws from nothing (wta), the whole mass on one unit (crs): that unit has weight 1, nothing is NaN."""
+    score = torch.zeros(24)
+    score[13] = 2
+    torch.manual_seed(12)
+    weights = draws(Estimator(method, 24, 7), score, 500)
+    assert weights.isfinite().all()
+    if method != "uniform":
+        torch.testing.assert_close(weights[:, 13], torch.ones(500, dtype=torch.float64), rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_selection_carries_no_gradient_and_keeps_the_precision(method):
+    for dtype in (torch.float32, torch.float64):
+        a_sq, b_sq = (v.to(dtype).requires_grad_() for v in split(scores("1/i")))
+        idx, scale = select(bound(method, "tail"), a_sq, b_sq)
+        assert not idx.requires_grad
+        assert scale is None or (scale.dtype == dtype and not scale.requires_grad)
+
+
+@pytest.mark.parametrize("shape", [(9,), (5, 9), (2, 3, 9)], ids=["axis", "batch", "batches"])
+def test_inverse(shape):
+    torch.manual_seed(13)
+    idx = torch.rand(*shape[:-1], 30).argsort(-1)[..., :9].sort(-1).values
+    at = inverse(idx, 30)
+    assert at.shape == (*shape[:-1], 30) and at.dtype == torch.int64
+    assert torch.equal(at.gather(-1, idx), torch.arange(9).expand(shape))
+    assert ((at == -1).sum(-1) == 21).all()
