@@ -345,7 +345,7 @@ class ApproxConfig(_Rules):
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=list).encode()).hexdigest()
 
     def patterns(self) -> tuple[Pattern, ...]:
-        return tuple(dict.fromkeys(Pattern.parse(t) for rule in self.rules for t in rule.layers))
+        return tuple(Pattern.parse(t) for t in dict.fromkeys(t for rule in self.rules for t in rule.layers))
 
     def settings(self, matches: Sequence[bool]) -> SiteSettings:
         """The settings of a site, given which of `rules` match it."""

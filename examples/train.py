@@ -1,7 +1,8 @@
 """Train one model twice, with torch.compile's Inductor and with approx_compile, and show both: `python examples/train.py --help`.
 
-Both runs have the same initial weights and see the same batches in the same order. Every run has a process of its own, so that its memory is
-its own, and both backends start with an empty compile cache. The loop is that of any PyTorch script; `backend=` is all that differs.
+Both runs have the same initial weights and see the same batches in the same order. Each has a process of its own, so that its memory is its own;
+they take turns, an epoch each, so that neither meets a busier machine; and both backends start with an empty compile cache. The loop
+(`train_once`) is that of any PyTorch script; `backend=` is all that differs.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ import models
 import torch
 import torch.nn.functional as F
 import typer
-from approx_compile import ApproxConfig, explain
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
+
+from approx_compile import ApproxConfig, explain
 
 BACKENDS = {"exact": "inductor", "approx": "approx"}
 """What the table and the plot call a run, and the backend behind it."""
@@ -83,8 +85,8 @@ class Run:
 # --- one training ---
 
 
-def train_once(name: str, seed: int, settings: Settings, tell: Callable[[Point | None], None]) -> Run:
-    """Train and evaluate; `tell` hears of every step (None) and every evaluation (a Point)."""
+def train_once(name: str, seed: int, settings: Settings, turn: Callable[[], object], tell: Callable[[Point | None], object]) -> Run:
+    """Train and evaluate. `turn` is called before every epoch and may wait; `tell` hears of every step (None) and every evaluation (a Point)."""
     device = torch.device(settings.device)
     train_x, train_y, test_x, test_y, dataset = _load(settings)
     torch.manual_seed(seed)
@@ -105,6 +107,7 @@ def train_once(name: str, seed: int, settings: Settings, tell: Callable[[Point |
     curve: list[Point] = []
     peak = 0
     for _ in range(settings.epochs):
+        turn()
         model.train()
         losses = []
         _reset_peak(device)
@@ -173,37 +176,56 @@ def _peak_bytes(device: torch.device) -> int:
 # --- a process for every training ---
 
 
-def train_apart(name: str, seed: int, settings: Settings, cache: Path, tell: Callable[[Point | str | None], None]) -> Run:
-    """`train_once` in a fresh process that compiles into `cache`; `tell` also hears what the backend and warnings say (str).
+class Worker:
+    """A fresh process that does one training, an epoch whenever it is its turn, compiling into `cache`."""
 
-    Raises RuntimeError if the process dies; its own traceback is on stderr then.
-    """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(name, seed, settings, cache, sender))
-    process.start()
-    sender.close()
-    try:
-        while not isinstance(message := receiver.recv(), Run):
-            tell(message)
-    except EOFError:
-        process.join()
-        raise RuntimeError(f"the {name} run with seed {seed} ended with exit code {process.exitcode} before it was done") from None
-    except BaseException:
-        process.terminate()
-        raise
-    process.join()
-    return message
+    def __init__(self, name: str, seed: int, settings: Settings, cache: Path, tell: Callable[[Point | str | None], None]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.what = f"{name} run with seed {seed}"
+        self.tell = tell
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_child, args=(name, seed, settings, cache, theirs))
+        self.process.start()
+        theirs.close()
+
+    def until_ready(self) -> None:
+        """Wait until it has loaded its data and model."""
+        self._until("ready")
+
+    def epoch(self) -> Run | None:
+        """One epoch with its evaluation; after the last one, the result. Raises RuntimeError if the process dies (its traceback is on stderr)."""
+        self.connection.send("go")
+        return self._until("ready", "done")
+
+    def end(self) -> None:
+        self.process.terminate()
+        self.process.join()
+
+    def _until(self, *kinds: str) -> Any:
+        try:
+            while True:
+                kind, content = self.connection.recv()
+                if kind in kinds:
+                    return content
+                self.tell(content)
+        except (EOFError, ConnectionError):
+            self.process.join()
+            raise RuntimeError(f"the {self.what} ended with exit code {self.process.exitcode} before it was done") from None
 
 
 def _child(name: str, seed: int, settings: Settings, cache: Path, connection: Connection) -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
-    handler = _Send(connection)
     logging.captureWarnings(True)
-    for logger in ("approx_compile", "py.warnings"):
-        logging.getLogger(logger).addHandler(handler)
-        logging.getLogger(logger).propagate = False
-    connection.send(train_once(name, seed, settings, connection.send))
+    for logger in map(logging.getLogger, ("approx_compile", "py.warnings")):
+        logger.addHandler(_Send(connection))
+        logger.propagate = False
+
+    def turn() -> None:
+        connection.send(("ready", None))
+        connection.recv()
+
+    run = train_once(name, seed, settings, turn, lambda news: connection.send(("news", news)))
+    connection.send(("done", run))
 
 
 class _Send(logging.Handler):
@@ -214,38 +236,43 @@ class _Send(logging.Handler):
         self.connection = connection
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.connection.send(record.getMessage().strip())
+        self.connection.send(("news", record.getMessage().strip()))
 
 
 def train_all(settings: Settings, seeds: int, steps: int, console: Console) -> list[Run]:
-    """Every backend with every seed, one after the other; seeds are 0 to `seeds` - 1 and `steps` are those of one run."""
+    """Every backend with the seeds 0 to `seeds` - 1, each run of `steps` steps. The backends take turns, an epoch each, so that both meet the same machine."""
     runs = []
-    said = set()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps"),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[latest]}"),
-    )
+    said: set[str] = set()
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "steps", TimeElapsedColumn(), "{task.fields[latest]}")
     # seldom redrawn: the drawing takes time from the training
     with tempfile.TemporaryDirectory(prefix="approx-train-") as caches, Progress(*columns, console=console, refresh_per_second=2) as progress:
+
+        def teller(task: TaskID) -> Callable[[Point | str | None], None]:
+            def tell(news: Point | str | None) -> None:
+                if news is None:
+                    progress.update(task, advance=1, latest="")
+                elif isinstance(news, Point):
+                    progress.update(task, latest=f"test accuracy {news.accuracy:.2%}")
+                elif news not in said:
+                    said.add(news)
+                    console.print(news, markup=False, highlight=False, soft_wrap=True, style="yellow")
+
+            return tell
+
         for seed in range(seeds):
-            for name in BACKENDS:
-                task = progress.add_task(f"{name:6} seed {seed}", total=steps, latest="compiling")
-
-                def tell(message: Point | str | None, task: Any = task) -> None:
-                    if isinstance(message, Point):
-                        progress.update(task, latest=f"test accuracy {message.accuracy:.2%}")
-                    elif message is None:
-                        progress.advance(task)
-                    elif message not in said:
-                        said.add(message)
-                        console.print(message, markup=False, highlight=False, style="yellow")
-
-                runs.append(train_apart(name, seed, settings, Path(caches, name), tell))
-    return runs
+            tasks = {name: progress.add_task(f"{name:6} seed {seed}", total=steps, latest="", start=False) for name in BACKENDS}
+            workers = {name: Worker(name, seed, settings, Path(caches, name), teller(task)) for name, task in tasks.items()}
+            try:
+                for worker in workers.values():
+                    worker.until_ready()
+                for _ in range(settings.epochs):
+                    for name, worker in workers.items():
+                        progress.start_task(tasks[name])
+                        runs.append(worker.epoch())
+            finally:
+                for worker in workers.values():
+                    worker.end()
+    return [r for r in runs if r is not None]
 
 
 # --- what is shown ---
@@ -427,7 +454,7 @@ def main(
         raise typer.Exit(2) from None
     title = f"{model}{f' (width {width})' if width else ''} on {dataset}, {samples} training images, batches of {batch_size}"
     decisions = ", ".join(f"{k} {v}" for k, v in options.items()) or "the backend's own decisions"
-    console.print(f"{title}; {epochs} epochs, {steps} steps per run, {settings.device}; approx: {decisions}", highlight=False)
+    console.print(f"{title}; {epochs} epochs, {steps} steps per run, {settings.device}; approx: {decisions}", highlight=False, soft_wrap=True)
     flops = step_flops(settings, loaded)
     del loaded
     try:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 FLOOR = 0.1
-"""Share of the uncertain budget that `bernoulli` spreads evenly: keeps a rare unit's 1/p bounded by K / (FLOOR k)."""
+"""Share of the uncertain budget that `bernoulli` spreads evenly: with m units certain, a rare unit's 1/p is at most (K - m) / (FLOOR (k - m))."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Estimator:
     def slots(self) -> int:
         if self.method != "bernoulli":
             return self.k
-        # sum p (1 - p) <= k (1 - k / units): four standard deviations, beyond which (3 in 100,000) the draw is cut
+        # sum p (1 - p) <= k (1 - k / units): four standard deviations, beyond which the draw is cut (3 in 100,000 draws for a large k,
+        # at most 15 for k >= 16, at most 60 below, where the count is skewed)
         return min(self.units, math.ceil(self.k + 4 * math.sqrt(self.k * (1 - self.k / self.units))))
 
     @property
@@ -122,14 +123,17 @@ def water_fill(score: Tensor, k: int) -> Tensor:
     """Inclusion probabilities p_i = min(1, c s_i) with c such that sum p = k exactly; (.., K) -> (.., K).
 
     The units with p = 1 are certain; among the others a floor keeps rare units alive: p <- (1 - FLOOR) p + FLOOR (k - m) / (K - m), which
-    leaves the sum at k. All-zero scores give k / K. Solved by sorting: with the m largest certain, c = (k - m) / (sum of the rest).
+    leaves the sum at k. All-zero scores give k / K. Solved by sorting: with the m largest certain, c = (k - m) / (sum of the rest). Where just
+    k units have a score they are all certain (and p = 0 for the others).
     """
     size = score.shape[-1]
+    if k >= size:
+        return torch.ones_like(score)
     value, order = score.sort(dim=-1, descending=True)
     rest = value.flip(-1).cumsum(-1).flip(-1)
     left = (k - torch.arange(size, device=score.device)).to(score.dtype)
-    fits = (left * value <= rest) & (left > 0)
-    m = fits.to(torch.int64).argmax(-1, keepdim=True)  # the first that fits; k <= K makes sure that one does
+    fits = (left * value < rest) | (rest == 0) | (left == 0)
+    m = fits.to(torch.int64).argmax(-1, keepdim=True)  # the first that fits: the largest of the rest has c s < 1, or there is nothing to share out
     budget = (k - m).to(score.dtype)
     even = budget / (size - m).to(score.dtype)
     rest_m = rest.gather(-1, m)

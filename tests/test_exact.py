@@ -1,0 +1,212 @@
+"""Where the backend must be Inductor, bit for bit; and how often it compiles."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from common import Plans, compiled, mlp, plans_of
+from torch import Tensor, nn
+
+from approx_compile import ApproxWarning, Backend
+from approx_compile.backend import run_as_is
+
+ALWAYS = {"policy": "always", "ratio": 0.5}
+
+
+class Net(nn.Module):
+    """Linear, conv, BatchNorm and dropout: all that a mode changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn, self.conv2 = nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.Conv2d(32, 32, 3, padding=1)
+        self.drop, self.fc = nn.Dropout(0.2), nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.bn(self.conv1(x)))
+        return self.fc(self.drop(self.conv2(h).mean((2, 3))))
+
+
+def step(f: Any, model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Output and parameter gradients of one call (whatever has a gradient)."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(1)
+    y = f(x)
+    if y.requires_grad:
+        y.square().sum().backward()
+    return [y.detach().clone(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[nn.Module, Any, Any]:
+    model = Net()
+    return model, torch.compile(model, backend="inductor"), torch.compile(model, backend="approx", options=ALWAYS)
+
+
+def test_eval_with_grad_is_inductors(pair: Any) -> None:
+    model, exact, approx = pair
+    x = torch.randn(8, 3, 8, 8)
+    model.eval()
+    want, got = step(exact, model, x), step(approx, model, x)
+    assert len(want) > 1 and same(want, got)
+    model.train()
+    trained = step(approx, model, x)
+    assert not same(step(exact, model, x), trained)  # the check can fail: training is sampled
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("training", [True, False])
+def test_without_grad_is_inductors(pair: Any, mode: Any, training: bool) -> None:
+    model, exact, approx = pair
+    x = torch.randn(8, 3, 8, 8)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    model.train(training)
+    with mode():
+        want = step(exact, model, x)
+        model.load_state_dict(state)
+        got = step(approx, model, x)
+    assert same(want, got)
+
+
+def test_ratio_one_is_inductors() -> None:
+    model = Net()
+    x = torch.randn(8, 3, 8, 8)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    want = step(torch.compile(model, backend="inductor"), model, x)
+    model.load_state_dict(state)
+    got = step(torch.compile(model, backend="approx", options={"policy": "always", "ratio": 1.0}), model, x)
+    assert same(want, got)
+
+
+def test_ratio_one_leaves_the_graph_alone() -> None:
+    seen: list[tuple[str, str]] = []
+
+    def listen(plan: Any, before: Any, after: Any) -> None:
+        seen.append((str(before), str(after)))
+
+    f = torch.compile(Net(), backend=Backend({"policy": "always", "ratio": 1}, inner_compile=run_as_is, on_plan=listen, keep_graphs=True))
+    f(torch.randn(8, 3, 8, 8))
+    assert len(seen) == 1 and seen[0][0] == seen[0][1] and "convolution_backward" in seen[0][0]
+
+
+def test_disabled_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("APPROX_COMPILE_DISABLE", "1")
+    f, choices, plans = compiled(mlp(64, 64, 64), ALWAYS)
+    f(torch.randn(8, 64)).sum().backward()
+    assert not plans and not choices
+    assert os.environ["APPROX_COMPILE_DISABLE"] == "1"
+
+
+def test_short_axes_are_exact() -> None:
+    sites = plans_of(Net(), ALWAYS, torch.randn(8, 3, 8, 8))
+    stem = sites[0]
+    assert stem.products[0].decision == "exact" and stem.products[0].reason == "axis of 3, min_k is 16"
+    assert sites[1].decision == "sampled"
+
+
+def test_each_mode_compiles_once_and_a_partial_batch_once_more() -> None:
+    f, _, plans = compiled(mlp(64, 64, 64), ALWAYS)
+    model = f._orig_mod
+    x, last = torch.randn(32, 64), torch.randn(20, 64)
+    counter = torch._dynamo.testing.CompileCounter()
+    counter.frame_count = 0
+
+    def epoch() -> None:
+        model.train()
+        for batch in (x, x, last):
+            f(batch).sum().backward()
+        model.eval()
+        f(x).sum().backward()
+        with torch.no_grad():
+            f(x)
+
+    epoch()
+    torch._dynamo.utils.counters.clear()
+    compiles = len(plans)
+    epoch()
+    epoch()
+    assert len(plans) == compiles
+    assert not torch._dynamo.utils.counters["stats"].get("unique_graphs")
+    # train static, train with a symbol for the batch, eval with grad (no_grad does not reach the pass)
+    assert compiles == 3
+
+
+def test_partly_eval_models_are_exact_where_eval() -> None:
+    model = mlp(64, 64, 64, 64)
+    model[2].eval()
+    sites = plans_of(model, ALWAYS, torch.randn(32, 64))
+    assert [(s.name, s.decision) for s in sites] == [("0", "sampled"), ("2", "exact"), ("4", "sampled")]
+    assert sites[1].reason.startswith("the module is in eval mode")
+
+
+def test_two_models_of_one_class_with_different_options() -> None:
+    a, b = mlp(64, 64, 64), mlp(64, 64, 64)
+    fa, _, pa = compiled(a, {"policy": "always", "ratio": 0.5, "group": 1})
+    fb, _, pb = compiled(b, {"policy": "always", "ratio": 0.25, "group": 1})
+    x = torch.randn(32, 64)
+    for _ in range(3):
+        fa(x).sum().backward()
+        fb(x).sum().backward()
+    assert [s.products[0].k for s in pa.sites] == [32, 32]
+    assert [s.products[0].k for s in pb.sites] == [16, 16]
+
+
+def test_the_one_lines_default_is_modest() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.wide, self.narrow, self.head = nn.Linear(64, 1024), nn.Linear(1024, 256), nn.Linear(256, 1024), nn.Linear(1024, 10)
+            self.norm, self.after = nn.BatchNorm1d(1024), nn.Linear(1024, 1024)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.relu(self.wide(torch.relu(self.stem(x))))
+            return self.head(torch.relu(self.after(self.norm(self.narrow(h)))))
+
+    sites = {s.name: s for s in plans_of(Model(), {}, torch.randn(4096, 64))}
+    assert {n for n, s in sites.items() if s.decision == "sampled"} == {"wide"}
+    assert sites["stem"].reason.startswith("fed with raw data")
+    assert sites["head"].reason.startswith("the last layer")
+    assert "256 contraction channels" in sites["narrow"].reason
+    assert "BatchNorm" in sites["after"].reason
+    assert [p.method for p in sites["wide"].products] == ["topk"] * 3
+    named = {s.name: s for s in plans_of(Model(), {"rules": [{"layers": ["after", "stem", "head"], "ratio": 0.25}]}, torch.randn(4096, 64))}
+    assert named["after"].decision == "sampled" and named["stem"].decision == "exact" and named["head"].decision == "exact"
+
+
+def test_notices_come_once() -> None:
+    with pytest.warns(ApproxWarning, match="nothing was approximated in Sequential: .*last layer"):
+        torch.compile(mlp(8, 8, 8), backend=Backend({}, inner_compile=run_as_is))(torch.randn(4, 8))
+    with pytest.warns(ApproxWarning, match=r"'nowhere\.\*' matches no site"):
+        options = ALWAYS | {"rules": [{"layers": "nowhere.*", "ratio": 0.3}]}
+        torch.compile(mlp(64, 64, 64), backend=Backend(options, inner_compile=run_as_is))(torch.randn(32, 64))
+
+
+def test_one_notice_says_how_many(capfd: pytest.CaptureFixture[str]) -> None:
+    f = torch.compile(mlp(64, 64, 64), backend=Backend(ALWAYS, inner_compile=run_as_is))
+    f(torch.randn(32, 64))
+    f(torch.randn(16, 64))
+    text = capfd.readouterr().err
+    assert text.count("2 of 2 sites of Sequential are sampled") == 1 and "APPROX_COMPILE_DISABLE=1" in text
+
+
+def test_user_passes_run_first() -> None:
+    ran: list[str] = []
+
+    class Mine(torch._inductor.custom_graph_pass.CustomGraphPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            ran.append("mine")
+
+        def uuid(self) -> str:
+            return "mine"
+
+    plans = Plans()
+    with torch._inductor.config.patch(joint_custom_pre_pass=Mine()):
+        f = torch.compile(mlp(64, 64, 64), backend=Backend(ALWAYS, inner_compile=run_as_is, on_plan=plans))
+        f(torch.randn(32, 64))
+    assert ran == ["mine"] and plans[0].sampled == 2
