@@ -131,7 +131,8 @@ def find_sites(graph: fx.Graph, context: Context) -> list[Site]:
     backward = [n for n in nodes if _torch.is_backward(n)]
     if not backward:
         return []
-    forward = [n for n in nodes if not _torch.is_backward(n) and n.target in PRODUCTS]
+    after_tangents = _after_tangents(graph)
+    forward = [n for n in nodes if not _torch.is_backward(n) and n.target in PRODUCTS and n not in after_tangents]
     by_seq: dict[Any, list[fx.Node]] = defaultdict(list)
     for n in backward:
         by_seq[n.meta.get("seq_nr")].append(n)
@@ -147,6 +148,15 @@ def find_sites(graph: fx.Graph, context: Context) -> list[Site]:
         feeds.names[n] = name
         sites.append(_site(n, name, owner, by_seq[n.meta.get("seq_nr")], feeds, n in last, context))
     return sites
+
+
+def _after_tangents(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that depend on an output's gradient: backward ones even where a tag is missing (custom autograd functions)."""
+    found: set[fx.Node] = set()
+    for n in graph.nodes:
+        if (n.op == "placeholder" and _torch.is_backward(n)) or any(i in found for i in n.all_input_nodes):
+            found.add(n)
+    return found
 
 
 def module_of(node: fx.Node, context: Context) -> Module:
