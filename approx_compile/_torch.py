@@ -135,9 +135,19 @@ def dynamo_frame() -> Any:
         return None
 
 
-def root_locals(frame: Any) -> dict[str, Any]:
-    """The local variables of the compiled function's frame."""
-    return dict(getattr(frame.output.root_tx, "f_locals", {})) if frame is not None else {}
+def frame_scope(frame: Any) -> dict[str, dict[str, Any]]:
+    """The compiled frame's variables, by the names Dynamo's sources use: L for locals (closures included), G for globals."""
+    root = frame.output.root_tx if frame is not None else None
+    return {"L": dict(getattr(root, "f_locals", None) or {}), "G": getattr(root, "f_globals", None) or {}}
+
+
+def module_sources(placeholder: fx.Node) -> Iterator[tuple[str, Any]]:
+    """(expression, source) of every module on the way to a parameter or buffer in Dynamo's graph."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    while source is not None:
+        if "NNModuleSource" in type(source).__name__:
+            yield (source.name() if callable(source.name) else source.name), source
+        source = getattr(source, "base", None)
 
 
 def is_module_state(placeholder: fx.Node) -> bool:
@@ -150,11 +160,17 @@ def is_module_state(placeholder: fx.Node) -> bool:
     return False
 
 
-def module_source(local: str, path: list[str]) -> Any:
-    """Dynamo's source for the module at `path` below a local variable, as Dynamo itself builds it."""
-    from torch._dynamo.source import AttrSource, DictGetItemSource, LocalSource, UnspecializedNNModuleSource
+def variable_source(scope: str, name: str) -> Any:
+    """Dynamo's source of a module held by a local or global variable."""
+    from torch._dynamo.source import GlobalSource, LocalSource, UnspecializedNNModuleSource
 
-    source: Any = UnspecializedNNModuleSource(LocalSource(local, is_input=True))
+    return UnspecializedNNModuleSource(LocalSource(name, is_input=True) if scope == "L" else GlobalSource(name))
+
+
+def child_source(source: Any, path: list[str]) -> Any:
+    """The source of the module at `path` below another one, as Dynamo itself builds it."""
+    from torch._dynamo.source import AttrSource, DictGetItemSource, UnspecializedNNModuleSource
+
     for name in path:
         source = UnspecializedNNModuleSource(DictGetItemSource(AttrSource(source, "_modules"), name))
     return source
@@ -200,7 +216,7 @@ def compile_fx(gm: fx.GraphModule, example_inputs: Any, patches: dict[str, Any],
 
 def run_as_is(gm: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
     """An `inner_compile` that runs the partitioned graphs op by op."""
-    from functorch.compile import make_boxed_func
+    from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
 
     return make_boxed_func(gm.forward)
 
@@ -231,7 +247,7 @@ def trace_artifact(name: str, payload: Any) -> None:
 def known_equal(a: Any, b: Any) -> bool:
     """a == b for sizes that may be symbolic, True only where it holds for every value, without adding a guard."""
     if isinstance(a, int) and isinstance(b, int):
-        return a == b
+        return bool(a == b)
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return bool(statically_known_true(a == b))
@@ -246,21 +262,17 @@ def compile_apart(model: Any, backend: Any) -> Any:
     """torch.compile with entries of its own, which don't count against the user's recompile limit (where torch can: 2.13 and later)."""
     import inspect
 
+    compile_any: Any = torch.compile
     apart = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
-    return torch.compile(model, backend=backend, **apart)
+    return compile_any(model, backend=backend, **apart)
 
 
-def compiler_of(compiled: Any) -> Any:
-    """The backend of something torch.compile returned, as Dynamo holds it (a wrapper for backends given by name)."""
-    context = getattr(compiled, "dynamo_ctx", None) or compiled
-    callback = getattr(context, "callback", None) or getattr(compiled, "_torchdynamo_inline", None)
-    while callback is not None and not hasattr(callback, "compiler_fn"):
-        callback = getattr(callback, "_torchdynamo_orig_backend", None)
-    return getattr(callback, "compiler_fn", None) if callback is not None else None
-
-
-def named_compiler(compiler: Any) -> tuple[str | None, Any]:
-    return getattr(compiler, "compiler_name", None), (getattr(compiler, "kwargs", None) or {}).get("options")
+def compiler_of(compiled: Any) -> tuple[str | None, Any, dict[str, Any]]:
+    """(name, backend, its keyword arguments) of something torch.compile returned; (None, None, {}) where Dynamo no longer shows them."""
+    layer = getattr(getattr(compiled, "dynamo_ctx", None), "callback", None)
+    while (inner := getattr(layer, "_torchdynamo_orig_backend", None)) is not None:
+        layer = inner
+    return getattr(layer, "compiler_name", None), getattr(layer, "compiler_fn", None), dict(getattr(layer, "kwargs", None) or {})
 
 
 @contextlib.contextmanager
@@ -269,7 +281,7 @@ def forgetting_shapes() -> Iterator[None]:
     try:
         from torch._dynamo.pgo import get_code_state
 
-        state = get_code_state()
+        state: Any = get_code_state()
         saved = copy.deepcopy(state)
     except (ImportError, AttributeError):  # then a later call with another size may compile for dynamic sizes at once
         state = saved = None

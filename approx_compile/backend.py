@@ -7,7 +7,6 @@ Here are the things only this moment knows: the layers' names, which modules tra
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,8 +14,9 @@ import torch
 from torch import fx, nn
 
 from approx_compile import _torch, notices
-from approx_compile.annotate import SIGNATURE, full_name, last_module, sign
+from approx_compile.annotate import SIGNATURE, last_module, sign
 from approx_compile.config import ApproxConfig, ConfigError
+from approx_compile.layers import Layers
 from approx_compile.passes.graph_pass import ApproxPass, Listener
 from approx_compile.passes.plan import Plan
 from approx_compile.passes.sites import Context, Input, Module
@@ -103,28 +103,32 @@ def _after_users(ours: ApproxPass) -> Any:
 
 def read_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: ApproxConfig) -> tuple[Context, tuple[str, ...], nn.Module | None]:
     """The pass's context, the layer key of every call in graph order (for the cache key), and the root module if there is one."""
-    frame = _torch.dynamo_frame()
-    variables = _torch.root_locals(frame)
     stacks = [n.meta.get("nn_module_stack") or {} for n in _calls(gm)]
-    paths = {key.split("@")[0]: (path, cls) for stack in stacks for key, (path, cls) in stack.items()}
-    roots = {local for path, _ in paths.values() if (local := _split(path))}
-    modules: dict[str, Module] = {}
-    for key, (path, cls) in paths.items():
-        found = _find(path, variables)
-        if found is None or frame is None:
-            modules[key] = Module(_display(path, roots, None), frame is None, "BatchNorm" in cls.__name__)
+    frame = _torch.dynamo_frame()
+    layers = Layers(stacks, [n for n in gm.graph.nodes if n.op == "placeholder"], frame)
+    modules = {}
+    for key, found in layers.found.items():
+        name = layers.display(key)
+        if found.module is None or found.source is None:  # can't be watched for a change of mode: exact inside Dynamo
+            modules[key] = Module(name, frame is None, found.batch_norm)
             continue
-        local, names, module = found
-        _torch.guard_attribute(_torch.module_source(local, names), "training")
-        modules[key] = Module(_display(path, roots, variables[local]), module.training, "BatchNorm" in type(module).__name__)
-    root = variables.get(next(iter(roots))) if len(roots) == 1 else None
-    root = root if isinstance(root, nn.Module) else None
-    if root is not None and frame is not None and config.rules:
-        _guard_rules(root, next(iter(roots)), config)
+        _torch.guard_attribute(found.source, "training")
+        modules[key] = Module(name, found.module.training, found.batch_norm)
+    if layers.root is not None and layers.root_source is not None and config.rules:
+        _guard_rules(layers.root, layers.root_source, config)
     _mark_foreign(gm)
     inputs = tuple(_inputs(gm, example_inputs))
-    layers = tuple(next(reversed(stack), "") for stack in stacks)
-    return Context(modules, inputs, _foreign_inputs(example_inputs), last_module(root)), layers, root
+    keys = tuple(next(reversed(stack), "") for stack in stacks)
+    return Context(modules, inputs, _foreign_inputs(example_inputs), last_module(layers.root)), keys, layers.root
+
+
+def _guard_rules(root: nn.Module, source: Any, config: ApproxConfig) -> None:
+    """Blocks of an annotated model share code as long as the rules say the same of them; a later `annotate` compiles anew."""
+    name = sign(root, config)
+    if name is None:
+        _torch.guard_absent(source, SIGNATURE)
+    else:
+        _torch.guard_attribute(source, name)
 
 
 def _calls(gm: fx.GraphModule) -> Iterator[fx.Node]:
@@ -134,46 +138,6 @@ def _calls(gm: fx.GraphModule) -> Iterator[fx.Node]:
             yield n
         elif n.op == "get_attr" and isinstance(body := getattr(gm, str(n.target), None), fx.GraphModule):
             yield from _calls(body)
-
-
-_LOCAL = re.compile(r"L\['(\w+)'\](?:\.(.*))?")
-
-
-def _split(path: str) -> str | None:
-    match = _LOCAL.fullmatch(path)
-    return match[1] if match else None
-
-
-def _find(path: str, variables: Mapping[str, Any]) -> tuple[str, list[str], nn.Module] | None:
-    """`L['self'].layers.0` -> ("self", ["layers", "0"], that module), if it is there."""
-    match = _LOCAL.fullmatch(path)
-    module = variables.get(match[1]) if match else None
-    names = (match[2].split(".") if match[2] else []) if match else []
-    for name in names:
-        module = module._modules.get(name) if isinstance(module, nn.Module) else None
-    return (match[1], names, module) if match and isinstance(module, nn.Module) else None
-
-
-def _display(path: str, roots: set[str], root: nn.Module | None) -> str:
-    """A module's name below its root; below the whole model's after `annotate`; with the variable's name where there are several roots."""
-    match = _LOCAL.fullmatch(path)
-    if match is None:
-        return re.sub(r"^[GL]\['(\w+)'\]", r"\1", path)
-    below = match[2] or ""
-    prefix = full_name(root) if root is not None else None
-    if prefix is None:
-        prefix = match[1] if len(roots) > 1 else ""
-    return ".".join(p for p in (prefix, below) if p)
-
-
-def _guard_rules(root: nn.Module, local: str, config: ApproxConfig) -> None:
-    """Blocks of an annotated model share code as long as the rules say the same of them; a later `annotate` compiles anew."""
-    source = _torch.module_source(local, [])
-    name = sign(root, config)
-    if name is None:
-        _torch.guard_absent(source, SIGNATURE)
-    else:
-        _torch.guard_attribute(source, name)
 
 
 def _inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Iterator[Input]:

@@ -333,7 +333,7 @@ class ApproxConfig(_Rules):
         known = _torch.inductor_options()
         for key in rest:
             if str(key).replace("-", "_") not in known:
-                raise ValueError(f"Inductor has no option {key!r}.{_nearest(str(key), known)} torch._inductor.list_options() has them all")
+                raise ValueError(f"Inductor has no option {key!r}.{_nearest(str(key), sorted(known))} torch._inductor.list_options() has them all")
         return dict(value)
 
     def __hash__(self) -> int:

@@ -83,9 +83,9 @@ class Report:
     def flops_sampled(self) -> int:
         return sum(s.flops_sampled for s in self.sites)
 
-    def to_networkx(self) -> nx.DiGraph:
+    def to_networkx(self) -> nx.DiGraph[str]:
         """The graph of sites: an edge from a site to every site that reads its output through no other product; node attributes as in `sites`."""
-        graph = nx.DiGraph()
+        graph: nx.DiGraph[str] = nx.DiGraph()
         for site in self.sites:
             graph.add_node(site.name, **{k: v for k, v in vars(site).items() if k not in ("name", "reads")})
         for site in self.sites:
@@ -163,11 +163,10 @@ def _unwrap(model: Any) -> tuple[Any, ApproxConfig | None]:
     inner = getattr(model, "_orig_mod", None) or getattr(model, "_torchdynamo_orig_callable", None)
     if inner is None:
         return model, None
-    compiler = _torch.compiler_of(model)
-    if isinstance(compiler, Backend):
-        return inner, compiler.config
-    name, options = _torch.named_compiler(compiler)
-    return inner, ApproxConfig.of(options) if name == "approx" else None
+    name, backend, arguments = _torch.compiler_of(model)
+    if isinstance(backend, Backend):
+        return inner, backend.config
+    return inner, ApproxConfig.of(arguments.get("options")) if name == "approx" else None
 
 
 @contextlib.contextmanager

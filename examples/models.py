@@ -86,7 +86,8 @@ class WideBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = F.relu(self.bn1(x))
         shortcut = x if self.shortcut is None else self.shortcut(h)
-        return self.conv2(F.relu(self.bn2(self.conv1(h)))) + shortcut
+        residual: Tensor = self.conv2(F.relu(self.bn2(self.conv1(h))))
+        return residual + shortcut
 
 
 def _wide_resnet(name: str, numbers: list[int], in_shape: Shape, classes: int, width: int | None) -> nn.Module:

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,6 +38,9 @@ from approx_compile import ApproxConfig, explain
 
 BACKENDS = {"exact": "inductor", "approx": "approx"}
 """What the table and the plot call a run, and the backend behind it."""
+
+UNREST = 2.0
+"""The ratio of slow to fast steps from which the times are said to be disturbed; an idle machine has 1.1 to 1.4."""
 
 
 @dataclass(frozen=True)
@@ -88,21 +91,22 @@ class Run:
 def train_once(name: str, seed: int, settings: Settings, turn: Callable[[], object], tell: Callable[[Point | None], object]) -> Run:
     """Train and evaluate. `turn` is called before every epoch and may wait; `tell` hears of every step (None) and every evaluation (a Point)."""
     device = torch.device(settings.device)
-    train_x, train_y, test_x, test_y, dataset = _load(settings)
+    dataset = load(settings)
     torch.manual_seed(seed)
     model = models.build(settings.model, dataset.shape, dataset.classes, settings.width).to(device)
-    compiled = torch.compile(model, backend=BACKENDS[name], options=(dict(settings.options) or None) if name == "approx" else None)
+    compiled: Any = torch.compile(model, backend=BACKENDS[name], options=(dict(settings.options) or None) if name == "approx" else None)
     # fused: one pass over the weights, or on a CPU the optimizer takes as long as the products
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, fused=True)
     order = torch.Generator().manual_seed(seed)
 
     def step(batch: Tensor) -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(compiled(train_x[batch]), train_y[batch])
+        loss = F.cross_entropy(compiled(dataset.train_x[batch]), dataset.train_y[batch])
         loss.backward()
         optimizer.step()
         return loss.detach()
 
+    samples = len(dataset.train_x)
     times: list[float] = []
     curve: list[Point] = []
     peak = 0
@@ -112,7 +116,7 @@ def train_once(name: str, seed: int, settings: Settings, turn: Callable[[], obje
         losses = []
         _reset_peak(device)
         # a last batch of another size would be compiled anew, so it is left out; every epoch draws anew which samples that hits
-        for batch in torch.randperm(len(train_x), generator=order).split(settings.batch_size)[: len(train_x) // settings.batch_size]:
+        for batch in torch.randperm(samples, generator=order).split(settings.batch_size)[: samples // settings.batch_size]:
             start = time.perf_counter()
             losses.append(step(batch.to(device)))
             _wait(device)
@@ -122,7 +126,7 @@ def train_once(name: str, seed: int, settings: Settings, turn: Callable[[], obje
             tell(None)
         peak = max(peak, _peak_bytes(device))
         loss = torch.stack(losses).mean().item()
-        curve.append(Point(len(times), sum(times[1:]), loss, accuracy(compiled, test_x, test_y, settings.batch_size)))
+        curve.append(Point(len(times), sum(times[1:]), loss, accuracy(compiled, dataset.test_x, dataset.test_y, settings.batch_size)))
         tell(curve[-1])
     return Run(name, seed, times[0], tuple(times[1:]), peak, tuple(curve))
 
@@ -140,11 +144,11 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> float:
     return hits / len(x)
 
 
-def _load(settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor, data.Dataset]:
-    dataset = data.load(settings.dataset, settings.directory)
-    arrays = (dataset.train_x[: settings.limit], dataset.train_y[: settings.limit], dataset.test_x, dataset.test_y)
-    train_x, train_y, test_x, test_y = (a.to(settings.device) for a in arrays)
-    return train_x, train_y, test_x, test_y, dataset
+def load(settings: Settings) -> data.Dataset:
+    """The data set on the runs' device, cut to `limit` training samples."""
+    full = data.load(settings.dataset, settings.directory)
+    train_x, train_y = (t[: settings.limit].to(settings.device) for t in (full.train_x, full.train_y))
+    return replace(full, train_x=train_x, train_y=train_y, test_x=full.test_x.to(settings.device), test_y=full.test_y.to(settings.device))
 
 
 def _wait(device: torch.device) -> None:
@@ -195,7 +199,8 @@ class Worker:
     def epoch(self) -> Run | None:
         """One epoch with its evaluation; after the last one, the result. Raises RuntimeError if the process dies (its traceback is on stderr)."""
         self.connection.send("go")
-        return self._until("ready", "done")
+        result: Run | None = self._until("ready", "done")
+        return result
 
     def end(self) -> None:
         self.process.terminate()
@@ -280,12 +285,16 @@ def train_all(settings: Settings, seeds: int, steps: int, console: Console) -> l
 
 @dataclass(frozen=True)
 class Summary:
-    """All runs of one backend. Accuracies in percent, spread as sample standard deviation over seeds (nan for one seed), FLOPs of one step."""
+    """All runs of one backend. Accuracies in percent, spread as sample standard deviation over seeds (nan for one seed), FLOPs of one step.
+
+    `unrest`: the 90th percentile of the step times over the 10th.
+    """
 
     name: str
     accuracy: float
     spread: float
     step_s: float
+    unrest: float
     compile_s: float
     train_s: float
     flops: int
@@ -296,12 +305,14 @@ def summarise(name: str, runs: Sequence[Run], flops: int) -> Summary:
     """Medians over the steps of all seeds; times and memory of a whole run as means; the compile time of the first run, whose cache was empty."""
     own = [r for r in runs if r.name == name]
     percent = [100 * r.accuracy for r in own]
+    p10, *_, p90 = _deciles([t for r in own for t in r.step_s])
     step_s = statistics.median(t for r in own for t in r.step_s)
     return Summary(
         name,
         statistics.mean(percent),
         statistics.stdev(percent) if len(own) > 1 else float("nan"),
         step_s,
+        p90 / p10,
         max(0.0, own[0].first_step_s - step_s),
         statistics.mean(sum(r.step_s) for r in own),
         flops,
@@ -309,11 +320,14 @@ def summarise(name: str, runs: Sequence[Run], flops: int) -> Summary:
     )
 
 
+def _deciles(times: Sequence[float]) -> list[float]:
+    return statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else [*times] * 9
+
+
 def step_flops(settings: Settings, dataset: data.Dataset) -> dict[str, int]:
     """FLOPs of the matrix products of one training step, forward and backward, sampling included, for every name in `BACKENDS`."""
     model = models.build(settings.model, dataset.shape, dataset.classes, settings.width).to(settings.device)
-    images = dataset.train_x[: settings.batch_size].to(settings.device)
-    report = explain(model, images, config=dict(settings.options))
+    report = explain(model, dataset.train_x[: settings.batch_size], config=dict(settings.options))
     return {"exact": report.flops_exact, "approx": report.flops_sampled}
 
 
@@ -336,8 +350,11 @@ def conclusions(exact: Summary, approx: Summary, seeds: int) -> list[str]:
         meaning = "One seed has no spread to compare that with; a difference below the spread over seeds means nothing (--seeds 3 shows it)."
     else:
         meaning = f"A difference below the spread over the {seeds} seeds (± is their sample standard deviation) means nothing."
+    unrest = max(exact.unrest, approx.unrest)
+    busy = [f"Step times vary {unrest:.1f}-fold (90th over 10th percentile): the machine was busy with other work; measure again when it is idle."]
     return [
         f"Speed-up: {exact.step_s / approx.step_s:.2f}x per step (medians), {whole:.2f}x for training and compiling together.",
+        *(busy if unrest > UNREST else ()),
         f"{difference} {meaning}",
         "Training seconds leave out evaluation and the first step, which compiles (compile s, with an empty cache).",
         "FLOPs are those of the matrix products, forward and backward, sampling included; peak memory is that of the training steps.",
@@ -379,7 +396,7 @@ def write_rows(runs: Sequence[Run], settings: Settings, flops: Mapping[str, int]
     device = torch.cuda.get_device_name(settings.device) if settings.device.startswith("cuda") else platform.processor() or platform.machine()
     with path.open("w") as file:
         for r in runs:
-            p10, *_, p90 = statistics.quantiles(r.step_s, n=10, method="inclusive")
+            p10, *_, p90 = _deciles(r.step_s)
             row = {
                 "run": r.name,
                 "seed": r.seed,
@@ -420,8 +437,8 @@ def main(
     directory: Annotated[Path | None, typer.Option("--data", metavar="DIR", help="Where the data set's files are (not for digits).")] = None,
     model: Annotated[str, typer.Option(help=f"One of {models.VALID}.")] = "mlp",
     width: Annotated[int | None, typer.Option(min=1, help="Hidden units of mlp, channels of the first stage of the others.")] = None,
-    epochs: Annotated[int, typer.Option(min=1)] = 20,
-    batch_size: Annotated[int, typer.Option(min=1, help="A last, smaller batch of an epoch is left out: one shape is compiled.")] = 128,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training samples; each ends with an evaluation.")] = 20,
+    batch_size: Annotated[int, typer.Option(min=1, help="A last, smaller batch of an epoch is left out: one shape is compiled.")] = 256,
     lr: Annotated[float, typer.Option(help="Adam's learning rate.")] = 1e-3,
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Train on the first N samples.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs per backend, each with other weights and batches.")] = 1,
@@ -442,9 +459,9 @@ def main(
     try:  # DataError and ConfigError are ValueErrors
         ApproxConfig.of(options)
         settings = Settings(dataset, directory, model, width, epochs, batch_size, lr, limit, _device(device), options)
-        loaded = data.load(dataset, directory)
+        loaded = load(settings)
         models.build(model, loaded.shape, loaded.classes, width)
-        samples = min(len(loaded.train_x), limit or len(loaded.train_x))
+        samples = len(loaded.train_x)
         steps = epochs * (samples // batch_size)
         if steps < 2:
             raise ValueError(f"--epochs {epochs}, --batch-size {batch_size} and {samples} training samples make {steps} steps; at least 2 are needed")

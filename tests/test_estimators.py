@@ -413,6 +413,8 @@ def test_nan_and_inf_are_kept_unscaled(method, layout):
     special = [3, 7, 20] + ([11] if method != "topk_weights" else [])
     assert (units[:, special] == 1).all()
     assert units.isfinite().all() and ((units > 0).sum(1) <= how.slots).all()
+    others = [i for i in range(how.units) if i not in special]
+    assert (units[:, others] > 0).any(1).all()  # the rest is sampled as ever
 
 
 @pytest.mark.parametrize("method", BY_SCORE)

@@ -317,5 +317,23 @@ def test_functions_around_modules() -> None:
     def both(encoder: nn.Module, decoder: nn.Module, x: Tensor) -> Tensor:
         return decoder(F.relu(encoder(x)))
 
+    class Trainer:
+        """Holds the model as an attribute, and others in a list."""
+
+        def __init__(self) -> None:
+            self.model, self.heads = mlp(64, 64, 64), [nn.Linear(64, 64)]
+
+        def step(self, x: Tensor) -> Tensor:
+            return self.model(x)
+
+        def with_head(self, x: Tensor) -> Tensor:
+            return self.heads[0](self.model(x))
+
+    trainer = Trainer()
+    assert [(s.name, s.decision) for s in plans_of(trainer.step, ALWAYS, torch.randn(8, 64))] == [("0", "sampled"), ("2", "sampled")]
+    trainer.model.eval()
+    sites = plans_of(trainer.with_head, ALWAYS, torch.randn(8, 64))
+    assert [(s.name, s.decision) for s in sites] == [("self.model.0", "exact"), ("self.model.2", "exact"), ("self.heads[0]", "sampled")]
+
     sites = plans_of(both, ALWAYS | {"rules": [{"layers": "decoder", "method": "exact"}]}, encoder, decoder, torch.randn(8, 64))
     assert [(s.name, s.decision) for s in sites] == [("encoder.0", "sampled"), ("decoder", "exact")]

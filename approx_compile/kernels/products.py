@@ -42,13 +42,14 @@ def norms_sq(x: Tensor, axis: Axis, group: int = 1) -> Tensor:
     x = axis.view(x)
     x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     keep = [axis.dim] if axis.lead is None else [axis.lead, axis.dim]
-    v = _sum_sq(x, [d for d in range(x.dim()) if d not in keep])
+    v: Tensor = _sum_sq(x, [d for d in range(x.dim()) if d not in keep])
     if axis.lead is not None and axis.lead > axis.dim:
         v = v.transpose(0, 1)
     if group == 1:
         return v
     units = v.shape[-1] // group
-    return v.narrow(-1, 0, units * group).unflatten(-1, (units, group)).sum(-1)
+    whole: Tensor = v.narrow(-1, 0, units * group).unflatten(-1, (units, group))  # type: ignore[no-untyped-call]
+    return whole.sum(-1)
 
 
 _OUTER = 32

@@ -269,10 +269,11 @@ def _root(n: Any) -> tuple[Any, tuple[int, ...] | None]:
 
 
 def _permutation(n: fx.Node) -> list[int]:
-    dims: Any = list(range(_torch.value(n).dim()))
+    dims: list[int] = list(range(_torch.value(n).dim()))
     if n.target is aten.permute.default:
         return [int(d) % len(dims) for d in n.args[1]]  # type: ignore[arg-type,union-attr]
-    i, j = (n.args[1], n.args[2]) if n.target is aten.transpose.int else (0, len(dims) - 1)
+    i: Any = n.args[1] if n.target is aten.transpose.int else 0
+    j: Any = n.args[2] if n.target is aten.transpose.int else len(dims) - 1
     dims[i], dims[j] = dims[j], dims[i]
     return dims
 

@@ -45,7 +45,7 @@ def _carry(n: fx.Node, zero: dict[fx.Node, int]) -> int | None:
     if n.target in _UNARY or n.target is aten.alias.default or n.target is aten.detach.default:
         return zero.get(first)  # type: ignore[arg-type]
     if n.target is aten.permute.default and first in zero:
-        order = [int(d) % value.dim() for d in n.args[1]]  # type: ignore[arg-type,union-attr]
+        order: list[int] = [int(d) % value.dim() for d in n.args[1]]  # type: ignore[arg-type,union-attr]
         return order.index(zero[first])  # type: ignore[index]
     if n.target in VIEWS and first in zero:
         return _viewed(_torch.value(first).shape, value.shape, zero[first])  # type: ignore[index]
@@ -96,8 +96,7 @@ def _viewed(old: Any, new: Any, dim: int) -> int | None:
     return None
 
 
-def _same(a: Any, b: Any) -> bool:
-    return _torch.known_equal(a, b)
+_same = _torch.known_equal
 
 
 def _summed(n: fx.Node, dim: int) -> int | None:

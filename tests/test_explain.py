@@ -1,0 +1,138 @@
+"""explain: what it says, and that it leaves no trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import networkx as nx
+import pytest
+import torch
+from common import compiled, mlp
+from torch import Tensor, nn
+
+from approx_compile import ConfigError, explain
+
+ALWAYS: dict[str, Any] = {"policy": "always", "ratio": 0.5, "group": 1}
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.drop, self.fc = nn.Conv2d(16, 64, 3), nn.BatchNorm2d(64), nn.Dropout(0.5), nn.Linear(64, 10)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.fc(self.drop(torch.relu(self.bn(self.conv(x))).mean((2, 3))))
+
+
+def test_table_totals_and_reasons() -> None:
+    report = explain(Net(), torch.randn(8, 16, 6, 6), config=ALWAYS)
+    conv, fc = report.sites
+    assert (conv.name, conv.op, conv.shape, conv.dtype) == ("conv", "conv2d", "8x16x6x6 * 64x16x3x3", "float32")
+    assert (conv.decision, conv.reason) == ("exact", "axis of 16, min_k is 16; its gradients skip what later sites dropped")
+    assert (fc.decision, fc.method, fc.ratio, fc.k, fc.size) == ("sampled", "topk", 0.5, 32, 64)
+    flops = 2 * 8 * 16 * (64 * 16 * 9)
+    assert conv.flops_exact == 2 * flops  # the input needs no gradient: two products
+    assert fc.flops_exact == 3 * (2 * 8 * 64 * 10)
+    norms, selection = 2 * (8 * 64 + 64 * 10), 10 * 64 * 6
+    assert fc.products["output"].flops_sampled == fc.flops_exact // 3 // 2 + norms + selection
+    assert report.flops_exact == conv.flops_exact + fc.flops_exact
+    text = str(report)
+    for piece in ("conv2d", "axis of 16, min_k is 16", "32 of 64", "1 of 2 sites sampled", "FLOPs of a training step"):
+        assert piece in text
+
+
+def test_graphs_before_and_after() -> None:
+    report = explain(mlp(64, 64, 64), torch.randn(8, 64), config=ALWAYS)
+    (before,), (after,) = report.before, report.after
+    assert before.count("aten.mm.") == after.count("aten.mm.") == 3
+    assert "topk" not in before and after.count("aten.topk.") == 2 and "f32[8, 32]" in after
+
+
+def test_graph_of_sites() -> None:
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Linear(64, 64) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.relu(self.a(x))
+            return self.d(self.b(h) * self.c(h))
+
+    graph = explain(Branch(), torch.randn(8, 64), config=ALWAYS).to_networkx()
+    assert isinstance(graph, nx.DiGraph)
+    assert set(graph.edges) == {("a", "b"), ("a", "c"), ("b", "d"), ("c", "d")}
+    assert graph.nodes["b"]["decision"] == "sampled" and graph.nodes["b"]["k"] == 32
+
+
+def test_it_changes_nothing() -> None:
+    model = Net()
+    x = torch.randn(8, 16, 6, 6)
+    model(x).sum().backward()
+    hooks: list[int] = []
+    model.fc.register_forward_hook(lambda *a: hooks.append(1))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    keys, parameters = set(model.__dict__), list(model.parameters())
+    gradients = [p.grad.clone() for p in parameters]
+    rng, calls, count = torch.get_rng_state(), model.calls, len(hooks)
+    explain(model, x, config=ALWAYS)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p is q for p, q in zip(parameters, model.parameters(), strict=True))
+    assert all(torch.equal(p.grad, g) for p, g in zip(parameters, gradients, strict=True))
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert (model.calls, set(model.__dict__), model.training) == (calls, keys, True)
+    assert len(model.fc._forward_hooks) == 1 and len(hooks) >= count
+    assert not x.requires_grad
+
+
+def test_it_spends_no_recompiles_of_the_user() -> None:
+    model = nn.Sequential(nn.Conv2d(16, 64, 3), nn.Conv2d(64, 64, 3))
+    f, _, plans = compiled(model, ALWAYS)
+    x = torch.randn(8, 16, 6, 6)
+    f(x)
+    for batch in range(2, 14):  # more calls than Dynamo's limit of variants, with as many sizes
+        report = explain(model, torch.randn(batch, 16, 6, 6), config=ALWAYS)
+        assert report.sites[0].shape.startswith(f"{batch}x16")  # static: nothing was learnt from the other sizes
+    f(x)
+    assert len(plans) == 1
+    with torch.compiler.set_stance("fail_on_recompile"):
+        f(x)
+
+
+def test_config_of_a_compiled_model() -> None:
+    x = torch.randn(8, 64)
+    by_name = torch.compile(mlp(64, 64, 64), backend="approx", options=ALWAYS | {"ratio": 0.25})
+    assert [s.k for s in explain(by_name, x).sites] == [16, 16]
+    by_object, _, _ = compiled(mlp(64, 64, 64), ALWAYS | {"ratio": 0.75})
+    assert [s.k for s in explain(by_object, x).sites] == [48, 48]
+    assert [s.k for s in explain(by_object, x, config=ALWAYS).sites] == [32, 32]
+
+
+def test_eval_and_no_grad() -> None:
+    model = mlp(64, 64, 64)
+    with torch.no_grad():
+        assert [s.decision for s in explain(model, torch.randn(8, 64), config=ALWAYS).sites] == ["sampled"] * 2
+    report = explain(model.eval(), torch.randn(8, 64), config=ALWAYS)
+    assert {s.reason for s in report.sites} == {"the module is in eval mode"}
+
+
+def test_several_graphs_and_unmatched_patterns() -> None:
+    a, b = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def broken(x: Tensor) -> Tensor:
+        h = a(x)
+        torch._dynamo.graph_break()
+        return b(h)
+
+    report = explain(broken, torch.randn(8, 64), config=ALWAYS | {"rules": [{"layers": "b", "ratio": 0.25}, {"layers": "c", "ratio": 0.1}]})
+    assert [s.k for s in report.sites] == [32, 16] and len(report.before) == 2
+    assert report.unmatched == ["c"] and "'c' matches no site" in str(report)
+
+
+def test_nothing_to_explain_and_bad_input() -> None:
+    assert "no matrix product" in str(explain(torch.relu, torch.randn(4)))
+    with pytest.raises(TypeError, match="got int"):
+        explain(3)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="ratio"):
+        explain(nn.Linear(4, 4), torch.randn(2, 4), config={"ratio": 2})

@@ -1,0 +1,61 @@
+"""The wheel: the entry point, the sources of every pass and kernel, and no top-level names of our folders."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(out), str(ROOT)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (found,) = out.glob("*.whl")
+    return found
+
+
+def test_contents(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / "approx_compile").rglob("*.py")}
+    assert sources <= set(names)
+    assert {n.split("/")[0] for n in names if not n.split("/")[0].endswith(".dist-info")} == {"approx_compile"}
+
+
+def test_empty_environment(wheel: Path, tmp_path: Path) -> None:
+    home = tmp_path / "env"
+    venv.create(home, with_pip=True)
+    python = home / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel], check=True, capture_output=True)
+    code = """
+import importlib.util as u, importlib.metadata as m
+assert u.find_spec("passes") is None and u.find_spec("kernels") is None
+assert u.find_spec("approx_compile") is not None
+(e,) = [e for e in m.entry_points(group="torch_dynamo_backends")]
+assert (e.name, e.value) == ("approx", "approx_compile.backend:approx"), e
+print("good")
+"""
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.strip() == "good", done.stderr
+
+
+def test_folders_are_importable_inside_the_package_only() -> None:
+    code = "import approx_compile.passes.plan, approx_compile.kernels.products, importlib.util as u; print(u.find_spec('passes'), u.find_spec('kernels'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "tests")
+    assert done.stdout.split() == ["None", "None"], done.stderr
+    assert not (ROOT / "passes" / "__init__.py").exists() and (ROOT / "passes").resolve() == ROOT / "approx_compile" / "passes"
+
+
+def test_the_name_is_registered_without_an_import() -> None:
+    code = "import torch, sys; assert 'approx' in torch._dynamo.list_backends(); assert 'approx_compile' not in sys.modules; print('good')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "good", done.stderr

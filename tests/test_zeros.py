@@ -1,0 +1,146 @@
+"""Skipping what dropped entries made zero changes no gradient, and happens exactly where the zeros are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from common import compiled, grads, plans_of, relative
+from torch import Tensor, nn
+
+from approx_compile.passes import plan as planning
+
+ALWAYS: dict[str, Any] = {"policy": "always", "ratio": 0.5, "group": 1}
+
+
+class ConvChain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.bn1 = nn.Conv2d(32, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64)
+        self.b, self.bn2, self.c = nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.Conv2d(64, 32, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.bn1(self.a(x)))
+        return self.c(F.relu(self.bn2(self.b(h))) + h)
+
+
+class Feed(nn.Module):
+    """The two linear layers of a transformer block, gated, with dropout."""
+
+    def __init__(self, activation: str) -> None:
+        super().__init__()
+        self.gate, self.up, self.down, self.drop = nn.Linear(64, 128), nn.Linear(64, 128), nn.Linear(128, 64), nn.Dropout(0.1)
+        self.f = getattr(F, activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.drop(self.f(self.gate(x)) * self.up(x)))
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(64, 96), nn.Linear(96, 80), nn.Linear(80, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.three(F.relu(self.two(F.relu(self.one(x)))))
+
+
+class Residual(nn.Module):
+    """The activation has a second reader: no zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.one(x))
+        return self.two(h) + h
+
+
+CASES: dict[str, tuple[Any, tuple[int, ...], set[tuple[str, str, str]]]] = {
+    "plain": (
+        Plain,
+        (256, 64),
+        {("two", "grad_input", "three"), ("two", "grad_weight", "three"), ("one", "grad_input", "two"), ("one", "grad_weight", "two")},
+    ),
+    "gelu": (lambda: Feed("gelu"), (4, 64, 64), {(n, g, "down") for n in ("gate", "up") for g in ("grad_input", "grad_weight")}),
+    "silu": (lambda: Feed("silu"), (4, 64, 64), {(n, g, "down") for n in ("gate", "up") for g in ("grad_input", "grad_weight")}),
+    # h has two readers, so a's output gradient is not zero where b dropped; b's is where c dropped
+    "conv": (ConvChain, (8, 32, 8, 8), {("b", "grad_input", "c"), ("b", "grad_weight", "c")}),
+    "residual": (Residual, (256, 64), set()),
+}
+
+
+@pytest.fixture
+def skip_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The models here are too small for skipping to pay."""
+    monkeypatch.setattr(planning.cost, "pays", lambda estimates, device: True)
+
+
+def skips(sites: list[Any]) -> set[tuple[str, str, str]]:
+    return {(s.name, p.name, p.skips) for s in sites for p in s.products if p.skips is not None}
+
+
+def run(model: nn.Module, options: dict[str, Any], x: Tensor) -> tuple[list[Tensor], list[Any]]:
+    f, _, plans = compiled(model, options)
+    x = x.detach().clone().requires_grad_()
+    torch.manual_seed(3)
+    f(x).square().sum().backward()
+    return grads(model, x), plans.sites
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("method", ["topk", "wta"])
+def test_gradients_are_the_same_with_and_without(name: str, method: str, skip_all: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, shape, want = CASES[name]
+    model, x = make(), torch.randn(shape)
+    for group in (1, 4, 5):
+        options = ALWAYS | {"method": method, "group": group}
+        with_skips, sites = run(model, options, x)
+        assert skips(sites) == want
+        with monkeypatch.context() as m:
+            m.setattr(planning, "_skip_zeros", lambda sites, plans: plans)
+            without, sites = run(model, options, x)
+        assert not skips(sites)
+        assert max(relative(a, b) for a, b in zip(with_skips, without, strict=True)) < 2e-6
+
+
+def test_exact_sites_skip_too_and_say_so(skip_all: None) -> None:
+    sites = plans_of(Plain(), ALWAYS | {"rules": [{"layers": "two", "method": "exact"}]}, torch.randn(256, 64, requires_grad=True))
+    two = sites[1]
+    assert two.decision == "exact" and "gradients skip what later sites dropped" in two.reason
+    assert two.flops_sampled < two.flops_exact and two.products[0].flops_sampled == two.products[0].flops_exact
+
+
+def test_nothing_is_skipped_where_gradients_are_not_coupled(skip_all: None) -> None:
+    for sampling in ("backward", "blackbox"):
+        assert not skips(plans_of(Plain(), ALWAYS | {"sampling": sampling}, torch.randn(256, 64)))
+
+
+def test_grouped_convolutions_are_left_out(skip_all: None) -> None:
+    model = nn.Sequential(nn.Conv2d(32, 64, 3, groups=2), nn.ReLU(), nn.Conv2d(64, 64, 3, groups=2), nn.ReLU(), nn.Conv2d(64, 32, 3))
+    sites = plans_of(model, ALWAYS | {"min_k": 4}, torch.randn(4, 32, 9, 9))
+    assert [s.decision for s in sites] == ["sampled"] * 3 and not skips(sites)
+
+
+def test_small_products_do_not_skip_by_the_gate() -> None:
+    assert not skips(plans_of(Plain(), ALWAYS, torch.randn(8, 64)))
+
+
+def test_the_relus_mask_is_not_saved() -> None:
+    """Its backward runs on the kept entries, in front of the un-gather, and needs no mask of the whole activation."""
+    texts: list[str] = []
+
+    def listen(plan: Any, before: Any, after: Any) -> None:
+        texts.extend((str(before), str(after)))
+
+    from approx_compile import Backend
+    from approx_compile.backend import run_as_is
+
+    f = torch.compile(Plain(), backend=Backend(ALWAYS, inner_compile=run_as_is, on_plan=listen, keep_graphs=True))
+    f(torch.randn(16, 64))
+    before, after = texts
+    assert before.count("aten.le.Scalar") == 2 == after.count("aten.le.Scalar")
+    assert before.count("aten.alias.default](args = (%alias") > after.count("aten.alias.default](args = (%alias")
