@@ -264,7 +264,7 @@ def test_model_errors(name: str, in_shape: tuple[int, int, int], width: int | No
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """The command as a user runs it, small: what it printed, and its folder."""
     out = tmp_path_factory.mktemp("demo") / "new" / "out"
-    arguments = "--epochs 2 --limit 300 --batch-size 128 --width 64 --policy always --ratio 0.5 --seeds 2 --json"
+    arguments = "--epochs 2 --limit 300 --batch-size 128 --width 64 --lr 0.01 --policy always --ratio 0.5 --seeds 2 --json"
     command = [sys.executable, ROOT / "examples" / "train.py", *arguments.split(), "--out", out]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)

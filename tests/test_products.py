@@ -394,7 +394,7 @@ LAYOUTS = {  # tensor and the axes along which it is taken; every axis has 24 en
     "one-batch": (lambda: torch.randn(1, 6, 24), [Axis(2, 0)]),
     "one-place": (lambda: channels_last(1, 24, 1, 1), [Axis(1)]),
     "one-place-groups": (lambda: channels_last(2, 48, 1, 1), [channel_axis(2)]),
-    "no-rows": (lambda: torch.randn(0, 24), [Axis(1), Axis(1, 0)]),
+    "no-rows": (lambda: torch.randn(0, 24), [Axis(1)]),
     "no-columns": (lambda: torch.randn(3, 24, 0), [Axis(1), Axis(1, 0)]),
     "no-samples": (lambda: torch.randn(0, 48, 5, 4), [channel_axis(2)]),
 }
@@ -407,32 +407,33 @@ def dims_in_memory_order(x: Tensor) -> list[int]:
 @pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout, group):
-    """The values of a contiguous copy, in the memory order of the operand."""
+    """The values of indexing a contiguous copy, in the memory order of the operand."""
     make, axes = LAYOUTS[layout]
     for axis in axes:
         torch.manual_seed(4)
         x = make()
-        leads = 1 if axis.lead is None else axis.view(x).shape[axis.lead]
-        n = 24 // group
-        idx = torch.rand(leads, n).argsort(1)[:, : n // 3].sort(1).values
-        scale = torch.rand(leads, n // 3) + 0.5
+        seen = axis.view(x)
+        leads, n = 1 if axis.lead is None else seen.shape[axis.lead], 24 // group
+        idx, scale = torch.rand(leads, n).argsort(1)[:, : n // 3].sort(1).values, torch.rand(leads, n // 3) + 0.5
+        entries, by_entry = (idx[..., None] * group + torch.arange(group)).flatten(1), scale.repeat_interleave(group, 1)
         if axis.lead is None:
             idx, scale = idx[0], scale[0]
-        plain = x.clone(memory_format=torch.contiguous_format)
-        torch.testing.assert_close(norms_sq(x, axis, group), norms_sq(plain, axis, group))
-        for s in (None, scale):
+        plain = x.clone(memory_format=torch.contiguous_format).requires_grad_()
+        torch.testing.assert_close(norms_sq(x, axis, group), norms_sq(plain.detach(), axis, group))
+        for s, hand_scale in ((None, None), (scale, by_entry)):
             y = take(x, axis, idx, s, group)
-            assert torch.equal(y, take(plain, axis, idx, s, group))
-            grad = torch.randn(y.shape).as_strided(y.shape, y.stride()) if y.numel() else torch.randn(y.shape)  # any values, the layout of y
-            back = untake(grad, axis, idx, s, group, 24)
-            assert torch.equal(back, untake(grad.clone(memory_format=torch.contiguous_format), axis, idx, s, group, 24)) and back.shape == x.shape
-            if "expanded" not in layout and x.numel():
-                assert dims_in_memory_order(y) == dims_in_memory_order(x)
-                seen = axis.view(x)
-                if axis.lead is None or seen.stride(axis.lead) >= seen.stride(axis.dim):
-                    assert dims_in_memory_order(back) == dims_in_memory_order(x)
-                dense = torch.empty_like(y, memory_format=torch.preserve_format)
-                assert all(a == b for a, b, size in zip(y.stride(), dense.stride(), y.shape, strict=True) if size > 1)  # no gaps
+            hand = axis.unview(pick(axis.view(plain), (axis.lead or 0, axis.dim), entries, hand_scale))
+            assert torch.equal(y, hand)
+            dy = torch.empty_like(y).normal_()  # in the layout of y
+            back = untake(dy, axis, idx, s, group, 24)
+            assert torch.equal(back, torch.autograd.grad(hand, plain, dy)[0])
+            if "expanded" in layout or not x.numel():
+                continue
+            assert dims_in_memory_order(y) == dims_in_memory_order(x)
+            dense = torch.empty_like(y)
+            assert all(a == b for a, b, size in zip(y.stride(), dense.stride(), y.shape, strict=True) if size > 1)  # no gaps
+            if axis.lead is None or seen.stride(axis.lead) >= seen.stride(axis.dim):
+                assert dims_in_memory_order(back) == dims_in_memory_order(x)
     if layout.startswith("channels_last"):
         form = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
         assert y.is_contiguous(memory_format=form) and back.is_contiguous(memory_format=form)
@@ -477,10 +478,14 @@ def test_types(dtype, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_empty_batch_selects_and_multiplies(method):
-    a, b = torch.randn(0, 24), torch.randn(24, 5)
-    idx, _, a_kept, b_kept = sample(Estimator(method, 24, 7, weight=1), a, b, Axis(1), Axis(0))
+    how = Estimator(method, 24, 7, weight=1)
+    idx, scale, a, b = sample(how, torch.randn(0, 24), torch.randn(24, 5), Axis(1), Axis(0))  # no rows: no score, but a valid choice
     assert (idx.diff() > 0).all() and idx[0] >= 0 and idx[-1] < 24
-    assert (a_kept @ b_kept).shape == (0, 5) and b_kept.isfinite().all()
+    assert (a @ b).shape == (0, 5) and b.isfinite().all()
+    assert untake(a, Axis(1), idx, None, 1, 24).shape == (0, 24) and (untake(b, Axis(0), idx, scale, 1, 24) != 0).any()
+    idx, scale, a, b = sample(how, torch.randn(0, 4, 24), torch.randn(0, 24, 5), Axis(2, 0), Axis(1, 0))  # no products at all
+    assert idx.shape == (0, how.slots) and (a @ b).shape == (0, 4, 5)
+    assert untake(b, Axis(1, 0), idx, scale, 1, 24).shape == (0, 24, 5)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,0 +1,259 @@
+"""Speed against Inductor: `make bench`, or `python benchmarks/bench.py speed|share|compile` with `--work`, `--ratio`, `--rounds`.
+
+- `speed`: a training step without the optimizer (fp32, policy always, sampling forward, top-k), Inductor and approx in turn in one process.
+- `share`: how much of a sampled step is the sampling itself: the time outside products, less that of the exact step, from the profiler.
+- `compile`: seconds of the first step in a fresh process, with an empty cache folder and with a filled one.
+
+Every result is a row in benchmarks/results/*.csv with device, threads, versions and commit. Nothing here is a test: times decide nothing in CI.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+from models import build  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+BARS = {("wrn", 0.5): 1.85, ("wrn", 0.25): 3.0, ("mlp", 0.5): 1.65, ("mlp", 0.25): 2.8, ("block", 0.5): 1.55, ("block", 0.25): 2.3}
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "convolution", "scaled_dot_product")
+app = typer.Typer(help=__doc__, no_args_is_help=False)
+console = Console()
+
+
+class Block(nn.Module):
+    """A transformer block: pre-norm, causal attention, GELU MLP four times as wide."""
+
+    def __init__(self, width: int, heads: int = 8) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.heads = nn.LayerNorm(width), nn.LayerNorm(width), heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, d = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, t, d))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for inputs, outputs in zip(widths[:-2], widths[1:-1], strict=True):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
+
+
+WORKS: dict[str, tuple[str, Callable[[], nn.Module], Callable[[], Tensor], Callable[[], Tensor] | None]] = {
+    "wrn": ("WRN-10-8, 64 x 3 x 32 x 32", lambda: build("wrn-10-8", (3, 32, 32), 10), lambda: torch.randn(64, 3, 32, 32), lambda: torch.randint(10, (64,))),
+    "mlp": ("MLP 1024-4096-4096-10, batch 1024", lambda: mlp(1024, 4096, 4096, 10), lambda: torch.randn(1024, 1024), lambda: torch.randint(10, (1024,))),
+    "block": ("transformer block, width 1024, 8 x 256 tokens", lambda: Block(1024), lambda: torch.randn(8, 256, 1024), None),
+}
+
+
+def stepper(work: str, ratio: float | None) -> Callable[[], None]:
+    """A training step without the optimizer, compiled by Inductor (ratio None) or approx; same weights and data for all."""
+    _, make, data, target = WORKS[work]
+    torch.manual_seed(0)
+    model = make()
+    x, y = data(), target() if target is not None else None
+    if ratio is None:
+        compiled = torch.compile(model, backend="inductor")
+    else:
+        compiled = torch.compile(model, backend="approx", options={"policy": "always", "ratio": ratio})
+
+    def step() -> None:
+        for p in model.parameters():
+            p.grad = None
+        out = compiled(x)
+        loss = F.cross_entropy(out, y) if y is not None else out.square().mean()
+        loss.backward()
+
+    return step
+
+
+def conditions() -> dict[str, Any]:
+    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    dirty = subprocess.run(["git", "-C", str(ROOT), "status", "--porcelain", "approx_compile"], capture_output=True, text=True).stdout.strip()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()
+    return {
+        "date": date.today().isoformat(),
+        "commit": commit + ("+" if dirty else ""),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "dtype": "float32",
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def store(name: str, rows: list[dict[str, Any]]) -> None:
+    """Append rows to results/<name>.csv (its header is the first row's keys)."""
+    path = RESULTS / f"{name}.csv"
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as f:
+        writer = csv.DictWriter(f, fieldnames=list(rows[0]))
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+    console.print(f"{len(rows)} rows appended to {path.relative_to(ROOT)}")
+
+
+def show(title: str, rows: Iterable[dict[str, Any]], columns: Iterable[str]) -> None:
+    table = Table(*columns, title=title)
+    for row in rows:
+        table.add_row(*(f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in columns))
+    console.print(table)
+
+
+def race(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of every step, taken in turn A B A B after two warm-up rounds."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for i in range(rounds + 2):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if i >= 2:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+@app.command()
+def speed(
+    work: Annotated[list[str] | None, typer.Option(help="wrn, mlp, block; all by default")] = None,
+    ratio: Annotated[list[float] | None, typer.Option(help="kept shares; 0.5 and 0.25 by default")] = None,
+    rounds: Annotated[int, typer.Option(help="timed steps of each")] = 15,
+) -> None:
+    """Training step against Inductor, in turn in one process: medians, 20th and 80th percentile."""
+    rows = []
+    for name in work or list(WORKS):
+        ratios = ratio or [0.5, 0.25]
+        torch._dynamo.reset()
+        steps = {"inductor": stepper(name, None)} | {f"{r:g}": stepper(name, r) for r in ratios}
+        times = race(steps, rounds)
+        base = statistics.median(times["inductor"])
+        for setting, found in times.items():
+            low, median, high = (round(statistics.quantiles(found, n=10)[i], 1) for i in (1, 4, 7))
+            pairs = sorted(a / b for a, b in zip(times["inductor"], found, strict=True))
+            bar = BARS.get((name, float(setting))) if setting != "inductor" else None
+            rows.append(
+                conditions()
+                | {"work": WORKS[name][0], "setting": setting, "rounds": rounds, "median_ms": median, "p20_ms": low, "p80_ms": high}
+                | {"speedup": round(base / statistics.median(found), 3)}
+                | {"speedup_p20": round(pairs[len(pairs) // 5], 3), "speedup_p80": round(pairs[-1 - len(pairs) // 5], 3), "bar": bar or ""}
+            )
+    show("training step against Inductor", rows, ("work", "setting", "median_ms", "p20_ms", "p80_ms", "speedup", "speedup_p20", "speedup_p80", "bar"))
+    store("speed", rows)
+
+
+@app.command()
+def share(ratio: Annotated[float, typer.Option(help="kept share")] = 0.5, steps: Annotated[int, typer.Option(help="profiled steps")] = 8) -> None:
+    """The sampling's own share of a step: what runs outside the products, less what runs there in the exact step."""
+    rows = []
+    with torch._inductor.config.patch({"cpp.enable_kernel_profile": True}):
+        for name in WORKS:
+            torch._dynamo.reset()
+            exact_rest, exact_products = _profile(stepper(name, None), steps)
+            rest, products = _profile(stepper(name, ratio), steps)
+            rows.append(
+                conditions()
+                | {"work": WORKS[name][0], "ratio": ratio, "exact_products_ms": exact_products, "exact_rest_ms": exact_rest}
+                | {"products_ms": products, "rest_ms": rest, "sampling_share": round(max(0.0, rest - exact_rest) / (rest + products), 4), "bar": 0.12}
+            )
+    show("the sampling's share of a step", rows, ("work", "exact_products_ms", "exact_rest_ms", "products_ms", "rest_ms", "sampling_share", "bar"))
+    store("share", rows)
+
+
+def _profile(step: Callable[[], None], steps: int) -> tuple[float, float]:
+    """Milliseconds per step outside and inside matrix products and convolutions (time of the calling thread)."""
+    for _ in range(3):
+        step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        for _ in range(steps):
+            step()
+    events = found.key_averages()
+    total = sum(e.self_cpu_time_total for e in events)
+    products = sum(e.self_cpu_time_total for e in events if any(p in e.key for p in PRODUCTS) and "cpp_fused" not in e.key)
+    return round((total - products) / steps / 1e3, 2), round(products / steps / 1e3, 2)
+
+
+@app.command("compile")
+def compile_times(ratio: Annotated[float, typer.Option(help="kept share")] = 0.5, repeats: Annotated[int, typer.Option(help="fresh folders tried")] = 3) -> None:
+    """Seconds of the first step in a fresh process: cold (empty cache folder) and warm (second process on it), approx beside Inductor."""
+    rows = []
+    for name in WORKS:
+        seconds: dict[tuple[str, str], list[float]] = {}
+        for _ in range(repeats):
+            for backend in ("inductor", "approx"):
+                with tempfile.TemporaryDirectory() as folder:
+                    for state in ("cold", "warm"):
+                        seconds.setdefault((backend, state), []).append(_first_step(name, None if backend == "inductor" else ratio, folder))
+        medians = {key: statistics.median(v) for key, v in seconds.items()}
+        for state, bar in (("cold", 1.5), ("warm", 1.2)):
+            exact, ours = medians["inductor", state], medians["approx", state]
+            rows.append(
+                conditions()
+                | {"work": WORKS[name][0], "ratio": ratio, "cache": state, "repeats": repeats}
+                | {"inductor_s": round(exact, 2), "approx_s": round(ours, 2), "times": round(ours / exact, 3), "bar": bar}
+            )
+    show("seconds to the first step", rows, ("work", "cache", "inductor_s", "approx_s", "times", "bar"))
+    store("compile", rows)
+
+
+def _first_step(work: str, ratio: float | None, folder: str) -> float:
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench; bench.first_step({work!r}, {ratio!r})"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder}, capture_output=True, text=True, check=True)
+    return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+def first_step(work: str, ratio: float | None) -> None:
+    """Print the seconds of a process's first step less those of its second (run in a child)."""
+    step = stepper(work, ratio)
+    marks = [time.perf_counter()]
+    for _ in range(2):
+        step()
+        marks.append(time.perf_counter())
+    print(json.dumps(marks[1] - marks[0] - (marks[2] - marks[1])))
+
+
+@app.callback(invoke_without_command=True)
+def everything(context: typer.Context) -> None:
+    """All three, in turn."""
+    if context.invoked_subcommand is None:
+        speed(None, None, 15)
+        share(0.5, 8)
+        compile_times(0.5, 3)
+
+
+if __name__ == "__main__":
+    app()
