@@ -10,6 +10,7 @@ Every result is a row in benchmarks/results/*.csv with device, threads, versions
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import platform
@@ -60,7 +61,7 @@ class Block(nn.Module):
 
 def mlp(*widths: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(widths[:-2], widths[1:-1], strict=True):
+    for inputs, outputs in itertools.pairwise(widths[:-1]):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
 
@@ -208,7 +209,9 @@ def _profile(step: Callable[[], None], steps: int) -> tuple[float, float]:
 
 
 @app.command("compile")
-def compile_times(ratio: Annotated[float, typer.Option(help="kept share")] = 0.5, repeats: Annotated[int, typer.Option(help="fresh folders tried")] = 3) -> None:
+def compile_times(
+    ratio: Annotated[float, typer.Option(help="kept share")] = 0.5, repeats: Annotated[int, typer.Option(help="fresh folders tried")] = 3
+) -> None:
     """Seconds of the first step in a fresh process: cold (empty cache folder) and warm (second process on it), approx beside Inductor."""
     rows = []
     for name in WORKS:

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -248,7 +248,7 @@ def train_all(settings: Settings, seeds: int, steps: int, console: Console) -> l
     """Every backend with the seeds 0 to `seeds` - 1, each run of `steps` steps. The backends take turns, an epoch each, so that both meet the same machine."""
     runs = []
     said: set[str] = set()
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "steps", TimeElapsedColumn(), "{task.fields[latest]}")
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "steps", "{task.fields[latest]}")
     # seldom redrawn: the drawing takes time from the training
     with tempfile.TemporaryDirectory(prefix="approx-train-") as caches, Progress(*columns, console=console, refresh_per_second=2) as progress:
 
@@ -265,15 +265,13 @@ def train_all(settings: Settings, seeds: int, steps: int, console: Console) -> l
             return tell
 
         for seed in range(seeds):
-            tasks = {name: progress.add_task(f"{name:6} seed {seed}", total=steps, latest="", start=False) for name in BACKENDS}
+            tasks = {name: progress.add_task(f"{name:6} seed {seed}", total=steps, latest="") for name in BACKENDS}
             workers = {name: Worker(name, seed, settings, Path(caches, name), teller(task)) for name, task in tasks.items()}
             try:
                 for worker in workers.values():
                     worker.until_ready()
                 for _ in range(settings.epochs):
-                    for name, worker in workers.items():
-                        progress.start_task(tasks[name])
-                        runs.append(worker.epoch())
+                    runs += [worker.epoch() for worker in workers.values()]
             finally:
                 for worker in workers.values():
                     worker.end()

@@ -127,5 +127,3 @@ def test_strides_are_those_of_the_exact_graph() -> None:
         y.sum().backward()
         strides += [y.stride(), *(g.stride() for g in grads(model, x))]
     assert want == got
-
-

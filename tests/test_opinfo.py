@@ -46,7 +46,9 @@ def function(name: str) -> Any:
 
 def call(name: str, sample: Any) -> Any:
     """The op on fresh leaves of a sample: (function, leaves that need gradients)."""
-    args, kwargs = tree_map(lambda t: t.detach().clone().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t, ((sample.input, *sample.args), sample.kwargs))
+    args, kwargs = tree_map(
+        lambda t: t.detach().clone().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t, ((sample.input, *sample.args), sample.kwargs)
+    )
     leaves = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
     return args, kwargs, leaves
 
@@ -72,7 +74,10 @@ def test_ratio_one_leaves_every_sample_alone(name: str) -> None:
         torch._dynamo.reset()
         graphs: list[tuple[str, str]] = []
         backend = Backend(
-            {"policy": "always", "ratio": 1, "min_k": 1}, inner_compile=run_as_is, on_plan=lambda p, b, a, g=graphs: g.append((str(b), str(a))), keep_graphs=True
+            {"policy": "always", "ratio": 1, "min_k": 1},
+            inner_compile=run_as_is,
+            on_plan=lambda p, b, a, g=graphs: g.append((str(b), str(a))),
+            keep_graphs=True,
         )
         run(torch.compile(op, backend=backend), name, sample)
         assert all(before == after for before, after in graphs)

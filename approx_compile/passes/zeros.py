@@ -68,7 +68,7 @@ def _broadcast(arg: Any, result: torch.Tensor, zero: dict[fx.Node, int]) -> int 
     """The zero dim of an argument, counted in the broadcast result."""
     if not isinstance(arg, fx.Node) or arg not in zero:
         return None
-    return zero[arg] + result.dim() - _torch.value(arg).dim()
+    return int(zero[arg] + result.dim() - _torch.value(arg).dim())
 
 
 def _all_of(args: Any, result: torch.Tensor, zero: dict[fx.Node, int]) -> int | None:
@@ -80,8 +80,8 @@ def _is_zero(arg: Any) -> bool:
     if not isinstance(arg, fx.Node):
         return isinstance(arg, (int, float)) and arg == 0
     if arg.target is aten.scalar_tensor.default:
-        return arg.args[0] == 0
-    return arg.target is aten.full.default and arg.args[1] == 0
+        return bool(arg.args[0] == 0)
+    return arg.target is aten.full.default and bool(arg.args[1] == 0)
 
 
 def _viewed(old: Any, new: Any, dim: int) -> int | None:
