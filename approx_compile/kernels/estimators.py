@@ -15,7 +15,8 @@ which adds their gradients up; a slot that a random draw left empty has scale 0.
 | wta | the c* largest surely, k - c* draws from the rest | 1; count_i (1 - P_c) / ((k - c*) p_i) | Liu et al. 2023 (WTA-CRS) |
 
 Scores are in fp32 (fp64 for fp64 operands) and carry no gradient. A unit whose score is NaN or inf is kept with scale 1 by every
-estimator that looks at scores (all but `uniform`, which looks at none), so that NaN and inf reach the output as in exact arithmetic.
+estimator that looks at scores, so that NaN and inf reach the output as in exact arithmetic; `uniform` looks at none, `topk_weights` at the
+weight's only. In fp16 a rarely drawn unit's scale (crs, wta) may exceed the format's 65504 on the scaled operand; GradScaler skips such a step.
 """
 
 from __future__ import annotations
@@ -100,7 +101,11 @@ def select(how: Estimator, a_sq: Tensor, b_sq: Tensor) -> tuple[Tensor, Tensor |
     With a tail (`size` no multiple of `group`) the indices are those of entries, else of units.
     """
     a, b = a_sq.detach().sqrt(), b_sq.detach().sqrt()
-    score = (a, b)[how.weight] if how.method == "topk_weights" and how.weight is not None else a * b
+    if how.method == "topk_weights":
+        assert how.weight is not None, "topk_weights needs to know which operand is the weight"
+        score = (a, b)[how.weight]
+    else:
+        score = a * b
     idx, scale = _METHODS[how.method](score, how)
     if not how.tail:
         return idx, scale
