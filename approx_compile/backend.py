@@ -63,7 +63,7 @@ class Backend:
         record = notices.Record(self.config, root, layers, context)
 
         def listen(plan: Plan, before: fx.Graph | None, after: fx.Graph | None) -> None:
-            record.plan = plan
+            record.plan = plan if record.plan is None else record.plan.joined(plan)  # graphs inside the graph have passes of their own
             if self.on_plan is not None:
                 self.on_plan(plan, before, after)
 

@@ -200,6 +200,8 @@ class Worker:
         """One epoch with its evaluation; after the last one, the result. Raises RuntimeError if the process dies (its traceback is on stderr)."""
         self.connection.send("go")
         result: Run | None = self._until("ready", "done")
+        if result is not None:  # it clears up and exits, which must not take time from the next in turn
+            self.process.join()
         return result
 
     def end(self) -> None:
@@ -355,7 +357,8 @@ def conclusions(exact: Summary, approx: Summary, seeds: int) -> list[str]:
         *(busy if unrest > UNREST else ()),
         f"{difference} {meaning}",
         "Training seconds leave out evaluation and the first step, which compiles (compile s, with an empty cache).",
-        "FLOPs are those of the matrix products, forward and backward, sampling included; peak memory is that of the training steps.",
+        "FLOPs are those of the matrix products, forward and backward, sampling included.",
+        "Peak memory is that of the training steps: on a CPU the process's resident size, libraries and data included; on CUDA what tensors held.",
     ]
 
 

@@ -82,6 +82,12 @@ class Plan:
     def sampled(self) -> int:
         return sum(s.decision == "sampled" for s in self.sites)
 
+    def joined(self, other: Plan) -> Plan:
+        """The plan of two graphs; a pattern is unmatched if it is so in both (a graph without sites has nothing to say)."""
+        if not self.sites or not other.sites:
+            return self if self.sites else other
+        return Plan(self.sites + other.sites, tuple(p for p in self.unmatched if p in other.unmatched))
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
