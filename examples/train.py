@@ -198,7 +198,8 @@ class Worker:
 
     def epoch(self) -> Run | None:
         """One epoch with its evaluation; after the last one, the result. Raises RuntimeError if the process dies (its traceback is on stderr)."""
-        self.connection.send("go")
+        with contextlib.suppress(ConnectionError):  # if it is dead, the wait for its answer says so
+            self.connection.send("go")
         result: Run | None = self._until("ready", "done")
         if result is not None:  # it clears up and exits, which must not take time from the next in turn
             self.process.join()
