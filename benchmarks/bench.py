@@ -240,9 +240,9 @@ def _first_step(work: str, ratio: float | None, folder: str) -> float:
 
 
 def first_step(work: str, ratio: float | None) -> None:
-    """Print the seconds of a process's first step less those of its second (run in a child)."""
-    step = stepper(work, ratio)
+    """Print the seconds from making the model to the end of its first step, the compilers' imports included, less a second step (run in a child)."""
     marks = [time.perf_counter()]
+    step = stepper(work, ratio)
     for _ in range(2):
         step()
         marks.append(time.perf_counter())
