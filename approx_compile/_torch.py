@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,23 @@ def inductor_modes() -> tuple[str, ...]:
 @functools.cache
 def inductor_options() -> frozenset[str]:
     return frozenset(torch._inductor.list_options())
+
+
+def user_joint_passes() -> list[Any]:
+    """The joint passes that the user set in Inductor's config."""
+    own = torch._inductor.config.joint_custom_pre_pass
+    return [] if own is None else list(own) if isinstance(own, (list, tuple)) else [own]
+
+
+def activation_memory_budget() -> float:
+    return float(torch._functorch.config.activation_memory_budget)
+
+
+def is_wrapper_subclass(value: Any) -> bool:
+    """DTensor and its like."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    return isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value)
 
 
 # --- nodes of a joint graph ---
@@ -91,11 +108,17 @@ def fake_mode_of(*nodes: fx.Node) -> Any:
 
 
 @functools.cache
-def decompositions() -> Any:
-    """Inductor's table: without it some ops reach Inductor whole and it asserts."""
+def _decompositions() -> Any:
     from torch._inductor.decomposition import select_decomp_table
 
     return select_decomp_table()
+
+
+def trace(run: Callable[..., Any], values: Sequence[Any]) -> fx.Graph:
+    """`run` on fake values as a graph of aten ops, decomposed by Inductor's table (without it some ops reach Inductor whole and it asserts)."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(run, decomposition_table=_decompositions())(*values).graph
 
 
 _PROVENANCE = ("partitioner_tag", "seq_nr", "nn_module_stack", "fwd_nn_module_stack", "stack_trace", "recompute", "ac_graph_id")

@@ -92,10 +92,8 @@ def inductor_patches(config: ApproxConfig, mode: str | None) -> dict[str, Any]:
 
 def _after_users(ours: ApproxPass) -> Any:
     """The user's own joint pass, if torch._inductor.config has one, runs first."""
-    theirs = torch._inductor.config.joint_custom_pre_pass
-    if theirs is None:
-        return ours
-    return [*theirs, ours] if isinstance(theirs, (list, tuple)) else [theirs, ours]
+    theirs = _torch.user_joint_passes()
+    return [*theirs, ours] if theirs else ours
 
 
 # --- reading Dynamo's graph ---
@@ -109,11 +107,13 @@ def read_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Approx
     modules = {}
     for key, found in layers.found.items():
         name = layers.display(key)
-        if found.module is None or found.source is None:  # can't be watched for a change of mode: exact inside Dynamo
-            modules[key] = Module(name, frame is None, found.batch_norm)
-            continue
-        _torch.guard_attribute(found.source, "training")
-        modules[key] = Module(name, found.module.training, found.batch_norm)
+        exact = None
+        if found.module is not None and found.source is not None:
+            _torch.guard_attribute(found.source, "training")
+            exact = None if found.module.training else "the module is in eval mode"
+        elif frame is not None:
+            exact = "the module could not be traced back to the model, so a change of its train/eval mode would go unnoticed"
+        modules[key] = Module(name, exact, found.batch_norm)
     if layers.root is not None and layers.root_source is not None and config.rules:
         _guard_rules(layers.root, layers.root_source, config)
     _mark_foreign(gm)
@@ -152,10 +152,8 @@ def _inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Iterator[Input
 
 
 def _foreign_inputs(example_inputs: Sequence[Any]) -> str | None:
-    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-
     for value in example_inputs:
-        if isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value):
+        if _torch.is_wrapper_subclass(value):
             return f"the graph has {type(value).__name__} inputs, whose products are distributed or packed"
     return None
 

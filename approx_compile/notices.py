@@ -82,7 +82,7 @@ class Record:
             warn_once(f"approx: rule pattern {pattern!r} matches no site of {name}; approx_compile.explain(model, *inputs) lists the sites")
         if len(_graphs(self.config, self.root, self.layers)) > 1 and any("[" in t and Pattern.parse(t).kind for r in self.config.rules for t in r.layers):
             warn_once(f"approx: {name} is compiled as several graphs; slices such as conv[1::4] count from 0 in each of them")
-        if not any(m.training for m in self.context.modules.values()) and self.context.modules:
+        if self.context.modules and all(m.exact for m in self.context.modules.values()):
             return
         if sampled:
             say_once(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -210,3 +212,31 @@ def test_user_passes_run_first() -> None:
         f = torch.compile(mlp(64, 64, 64), backend=Backend(ALWAYS, inner_compile=run_as_is, on_plan=plans))
         f(torch.randn(32, 64))
     assert ran == ["mine"] and plans[0].sampled == 2
+
+
+def test_inductors_options_and_modes_are_passed_on() -> None:
+    from approx_compile.backend import inductor_patches
+    from approx_compile.config import ApproxConfig
+
+    own = ApproxConfig(inductor={"mode": "max-autotune-no-cudagraphs", "shape-padding": False})
+    assert inductor_patches(own, None) == torch._inductor.list_mode_options("max-autotune-no-cudagraphs") | {"shape_padding": False}
+    assert inductor_patches(ApproxConfig(), "reduce-overhead") == {"triton.cudagraphs": True}
+    f = torch.compile(mlp(64, 64, 64), backend=Backend(ALWAYS, inner_compile=run_as_is), mode="max-autotune-no-cudagraphs")
+    assert f(torch.randn(32, 64)).shape == (32, 64)
+
+
+def test_logs_and_trace(tmp_path: Any) -> None:
+    code = """
+import torch
+from approx_compile import Backend
+from approx_compile.backend import run_as_is
+model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64))
+torch.compile(model, backend=Backend({"policy": "always"}, inner_compile=run_as_is))(torch.randn(32, 64))
+"""
+    env = os.environ | {"TORCH_LOGS": "+approx_compile", "TORCH_TRACE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "0: sampled (addmm 32x64x64 output: topk)" in done.stderr
+    assert "2.grad_weight: coupled, 32 of 64 (through the entries the output kept)" in done.stderr
+    (trace,) = tmp_path.glob("*.log")
+    assert '"approx_compile_plan"' in trace.read_text()

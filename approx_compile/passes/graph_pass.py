@@ -70,7 +70,7 @@ def code_version() -> str:
 
 
 def _refuse_redrawn(plan: Plan) -> None:
-    budget = torch._functorch.config.activation_memory_budget
+    budget = _torch.activation_memory_budget()
     if budget < 1 and needs_random_numbers(plan):
         raise ConfigError(
             f"torch._functorch.config.activation_memory_budget is {budget}: the backward pass may then draw a random choice again and get another one. "

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from approx_compile import _torch
 from approx_compile.kernels.estimators import Estimator
@@ -309,7 +308,7 @@ def inline(graph: fx.Graph, before: fx.Node, run: Callable[..., Any], args: Sequ
     """
     values = [_torch.value(a) if a is not None else None for a in args]
     with _torch.fake_mode_of(*(a for a in args if a is not None)):
-        traced = make_fx(run, decomposition_table=_torch.decompositions())(*values).graph
+        traced = _torch.trace(run, values)
     new: dict[fx.Node, Any] = dict(zip(traced.find_nodes(op="placeholder"), args, strict=True))
     with graph.inserting_before(before):
         for n in traced.nodes:

@@ -41,11 +41,11 @@ class Input:
 
 @dataclass(frozen=True)
 class Module:
-    """A module of the user's model: its name, whether it trains, whether it is a BatchNorm."""
+    """A module of the user's model: its name, why its products must be exact if they must (it is in eval mode), whether it is a BatchNorm."""
 
     name: str
-    training: bool
-    batch_norm: bool
+    exact: str | None = None
+    batch_norm: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,12 +160,12 @@ def _after_tangents(graph: fx.Graph) -> set[fx.Node]:
 
 
 def module_of(node: fx.Node, context: Context) -> Module:
-    """The innermost module whose forward made the node; a nameless training one for plain functions."""
+    """The innermost module whose forward made the node; a nameless one for plain functions."""
     for key in reversed(list(node.meta.get("nn_module_stack") or {})):
         found = context.modules.get(key.split("@")[0])
         if found is not None:
             return found
-    return Module("", True, False)
+    return Module("")
 
 
 def _site(n: fx.Node, name: str, owner: Module, mates: list[fx.Node], feeds: _Feeds, last: bool, context: Context) -> Site:
@@ -180,8 +180,8 @@ def _site(n: fx.Node, name: str, owner: Module, mates: list[fx.Node], feeds: _Fe
         blocked = f"{str(dtype).removeprefix('torch.')} products are not sampled"
     elif context.exact or _torch.exact_mark(n):
         blocked = context.exact or _torch.exact_mark(n)
-    elif not owner.training:
-        blocked = "the module is in eval mode"
+    elif owner.exact:
+        blocked = owner.exact
     elif len(products) == 1 and blocked is None:
         blocked = "no gradient flows through it"
     act = a if weight != 0 else b
