@@ -77,7 +77,8 @@ def _memory_order(x: Tensor) -> list[int]:
 def _pick(x: Tensor, axis: Axis, idx: Tensor, unit: int) -> Tensor:
     """x[.., idx, ..] along axis.dim in units, for a viewed x; the same memory order as x."""
     order = _memory_order(x)
-    y = x.permute(order)
+    straight = order == sorted(order)
+    y = x if straight else x.permute(order)
     dim = order.index(axis.dim)
     y = y.unflatten(dim, (-1, unit)) if unit > 1 else y
     if axis.lead is None:
@@ -92,7 +93,7 @@ def _pick(x: Tensor, axis: Axis, idx: Tensor, unit: int) -> Tensor:
         full[dim] = idx.shape[-1]
         y = y.gather(dim, at.expand(full))
     y = y.flatten(dim, dim + 1) if unit > 1 else y
-    return y.permute([order.index(d) for d in range(x.dim())])
+    return y if straight else y.permute([order.index(d) for d in range(x.dim())])
 
 
 def _along(v: Tensor, x: Tensor, axis: Axis, unit: int) -> Tensor:
