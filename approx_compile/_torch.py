@@ -164,6 +164,12 @@ def frame_scope(frame: Any) -> dict[str, dict[str, Any]]:
     return {"L": dict(getattr(root, "f_locals", None) or {}), "G": getattr(root, "f_globals", None) or {}}
 
 
+def resumes_forward(frame: Any) -> bool:
+    """Whether the frame is the rest of some module's `forward` behind a graph break."""
+    name = getattr(getattr(frame.output.root_tx, "f_code", None), "co_name", "")
+    return "resume_in_forward" in name
+
+
 def module_sources(placeholder: fx.Node) -> Iterator[tuple[str, Any]]:
     """(expression, source) of every module on the way to a parameter or buffer in Dynamo's graph."""
     source = getattr(placeholder, "_dynamo_source", None)

@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from approx_compile import _torch, notices
-from approx_compile.annotate import SIGNATURE, last_module, sign
+from approx_compile.annotate import SIGNATURE, full_name, last_module, sign
 from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.layers import Layers
 from approx_compile.passes.graph_pass import ApproxPass, Listener
@@ -60,7 +60,7 @@ class Backend:
         if os.environ.get(DISABLE) == "1" or not torch.is_grad_enabled():  # no gradient: exact, and no guard on the modules' mode
             return _torch.compile_fx(gm, example_inputs, patches, self.inner_compile)
         context, layers, root = read_graph(gm, example_inputs, self.config)
-        record = notices.Record(self.config, root, layers, context)
+        record = notices.Record(self.config, root, layers, context, gm.code)
 
         def listen(plan: Plan, before: fx.Graph | None, after: fx.Graph | None) -> None:
             record.plan = plan if record.plan is None else record.plan.joined(plan)  # graphs inside the graph have passes of their own
@@ -104,22 +104,36 @@ def read_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Approx
     stacks = [n.meta.get("nn_module_stack") or {} for n in _calls(gm)]
     frame = _torch.dynamo_frame()
     layers = Layers(stacks, [n for n in gm.graph.nodes if n.op == "placeholder"], frame)
-    modules = {}
-    for key, found in layers.found.items():
-        name = layers.display(key)
-        exact = None
-        if found.module is not None and found.source is not None:
-            _torch.guard_attribute(found.source, "training")
-            exact = None if found.module.training else "the module is in eval mode"
-        elif frame is not None:
-            exact = "the module could not be traced back to the model, so a change of its train/eval mode would go unnoticed"
-        modules[key] = Module(name, exact, found.batch_norm)
-    if layers.root is not None and layers.root_source is not None and config.rules:
+    modules = {key: Module(layers.display(key), _watched(found.module, found.source, frame), found.batch_norm) for key, found in layers.found.items()}
+    if layers.root is not None and layers.root_source is not None and frame is not None:
         _guard_rules(layers.root, layers.root_source, config)
     _mark_foreign(gm)
     inputs = tuple(_inputs(gm, example_inputs))
     keys = tuple(next(reversed(stack), "") for stack in stacks)
-    return Context(modules, inputs, _foreign_inputs(example_inputs), last_module(layers.root)), keys, layers.root
+    return Context(modules, _own(frame), inputs, _foreign_inputs(example_inputs), last_module(layers.root)), keys, layers.root
+
+
+_UNWATCHED = "the module could not be traced back to the model, so a change of its train/eval mode would go unnoticed"
+
+
+def _watched(module: nn.Module | None, source: Any, frame: Any) -> str | None:
+    """Guard a module's mode; the reason why its products must be exact, if so."""
+    if module is None or source is None:
+        return _UNWATCHED if frame is not None else None
+    _torch.guard_attribute(source, "training")
+    return None if module.training else "the module is in eval mode"
+
+
+def _own(frame: Any) -> Module:
+    """The module whose own forward is compiled (`self` of the frame): it is in no stack, and products written in its forward are its own."""
+    if frame is None:
+        return Module("")
+    held = _torch.frame_scope(frame)["L"].get("self")
+    if isinstance(held, nn.Module):
+        name = full_name(held) or ""
+        return Module(name, _watched(held, _torch.variable_source("L", "self"), frame))
+    # behind a graph break `self` may be gone, and with it the mode
+    return Module("", _UNWATCHED if _torch.resumes_forward(frame) else None)
 
 
 def _guard_rules(root: nn.Module, source: Any, config: ApproxConfig) -> None:
@@ -161,6 +175,9 @@ def _foreign_inputs(example_inputs: Sequence[Any]) -> str | None:
 def _mark_foreign(gm: fx.GraphModule) -> None:
     """Note on the nodes of transforms and custom autograd functions that their products' gradients are not the chain rule's own."""
     depth = 0
+    for body in (getattr(gm, str(n.target), None) for n in gm.graph.nodes if n.op == "get_attr"):
+        if isinstance(body, fx.GraphModule):
+            _mark_foreign(body)
     for n in gm.graph.nodes:
         name = getattr(n.target, "__name__", str(n.target))
         depth += name in _TRANSFORMS

@@ -50,11 +50,12 @@ class Record:
     root: nn.Module | None
     layers: tuple[str, ...]
     context: Context
+    text: str
     plan: Plan | None = None
 
     def announce(self, uuid: str, example_inputs: Sequence[Any]) -> None:
         """Say what was decided. After a cache hit the summary stored by the process that compiled is used."""
-        path = _torch.cache_folder() / "approx_compile" / f"{_shapes_key(uuid, example_inputs)}.json"
+        path = _torch.cache_folder() / "approx_compile" / f"{_shapes_key(uuid, self.text, example_inputs)}.json"
         if self.plan is not None:
             summary = _summary(self.plan)
             _store(path, summary)
@@ -80,9 +81,11 @@ class Record:
         name = type(self.root).__name__ if self.root is not None else "the function"
         for pattern in self._nowhere(summary["unmatched"]):
             warn_once(f"approx: rule pattern {pattern!r} matches no site of {name}; approx_compile.explain(model, *inputs) lists the sites")
-        if len(_graphs(self.config, self.root, self.layers)) > 1 and any("[" in t and Pattern.parse(t).kind for r in self.config.rules for t in r.layers):
+        sliced = any(p.kind is not None and p.index is not None for p in self.config.patterns())
+        if sliced and self.root is not None and len(_graphs(self.config, self.root, self.layers)) > 1:
             warn_once(f"approx: {name} is compiled as several graphs; slices such as conv[1::4] count from 0 in each of them")
-        if self.context.modules and all(m.exact for m in self.context.modules.values()):
+        modules = self.context.modules.values()
+        if not sampled and (self.context.root.exact or (modules and all(m.exact for m in modules))):
             return
         if sampled:
             say_once(
@@ -122,9 +125,9 @@ def _summary(plan: Plan) -> dict[str, Any]:
     return {"sites": len(plan.sites), "sampled": plan.sampled, "unmatched": list(plan.unmatched), "reasons": [list(r) for r in reasons.most_common()]}
 
 
-def _shapes_key(uuid: str, example_inputs: Sequence[Any]) -> str:
+def _shapes_key(uuid: str, text: str, example_inputs: Sequence[Any]) -> str:
     shapes = [(str(tuple(v.shape)), str(v.dtype)) if isinstance(v, torch.Tensor) else type(v).__name__ for v in example_inputs]
-    return hashlib.sha256(repr((uuid, shapes, torch.is_grad_enabled())).encode()).hexdigest()
+    return hashlib.sha256(repr((uuid, text, shapes, torch.is_grad_enabled())).encode()).hexdigest()
 
 
 def _store(path: Any, summary: dict[str, Any]) -> None:

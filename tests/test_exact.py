@@ -240,3 +240,57 @@ torch.compile(model, backend=Backend({"policy": "always"}, inner_compile=run_as_
     assert "2.grad_weight: coupled, 32 of 64 (through the entries the output kept)" in done.stderr
     (trace,) = tmp_path.glob("*.log")
     assert '"approx_compile_plan"' in trace.read_text()
+
+
+class Flat(nn.Module):
+    """Products written in the compiled module's own forward, which no module stack names."""
+
+    def __init__(self, broken: bool = False) -> None:
+        super().__init__()
+        self.w1, self.w2, self.broken = nn.Parameter(torch.randn(64, 64) / 8), nn.Parameter(torch.randn(64, 64) / 8), broken
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(x @ self.w1)
+        if self.broken:
+            torch._dynamo.graph_break()
+        return torch.nn.functional.linear(h, self.w2)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("trains_first", [False, True])
+def test_the_compiled_modules_own_products_follow_its_mode(broken: bool, trains_first: bool) -> None:
+    model, x = Flat(broken), torch.randn(32, 64, requires_grad=True)
+    f, _, plans = compiled(model, ALWAYS)
+    if trains_first:
+        f(x)
+        assert [s.decision for s in plans.sites] == ["sampled", "sampled"]
+    model.eval()
+    torch.testing.assert_close(f(x), model(x))
+    assert {s.decision for s in plans.sites[-2:]} == {"exact"}
+    model.train()
+    compiles = len(plans)
+    sampled = f(x)
+    assert not torch.allclose(sampled, model(x))
+    assert len(plans) == compiles + (0 if trains_first else compiles)
+
+
+def test_a_root_of_its_own_is_in_the_cache_key() -> None:
+    from approx_compile.config import ApproxConfig
+    from approx_compile.passes.graph_pass import cache_key
+    from approx_compile.passes.sites import Context, Module
+
+    keys = {cache_key(ApproxConfig(), Context(root=Module("", reason)), ("",)) for reason in (None, "the module is in eval mode")}
+    assert len(keys) == 2
+
+
+def test_the_rest_of_forward_without_its_module_is_exact() -> None:
+    class Broken(nn.Module):
+        def forward(self, x: Tensor, w: Tensor) -> Tensor:
+            h = torch.relu(x @ w)
+            torch._dynamo.graph_break()
+            return h @ w
+
+    f, _, plans = compiled(Broken(), ALWAYS)
+    f(torch.randn(32, 64, requires_grad=True), torch.randn(64, 64, requires_grad=True))
+    assert [s.decision for s in plans.sites] == ["sampled", "exact"]
+    assert "could not be traced back" in plans.sites[1].reason

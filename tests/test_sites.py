@@ -337,3 +337,58 @@ def test_functions_around_modules() -> None:
 
     sites = plans_of(both, ALWAYS | {"rules": [{"layers": "decoder", "method": "exact"}]}, encoder, decoder, torch.randn(8, 64))
     assert [(s.name, s.decision) for s in sites] == [("encoder.0", "sampled"), ("decoder", "exact")]
+
+
+def test_annotated_blocks_know_the_models_last_layer_without_rules() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(512, 512), nn.Linear(512, 512)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.b(torch.relu(self.a(x)))
+
+    model = nn.Sequential(*(Block() for _ in range(3)))
+    annotate(model)
+    plans = Plans()
+    for block in model:
+        block.compile(backend=Backend({"ratio": 0.25}, inner_compile=run_as_is, on_plan=plans))
+    model(torch.randn(4096, 512, requires_grad=True))
+    found = {s.name: s.decision for s in plans.sites}
+    assert found == {"0.a": "sampled", "0.b": "sampled", "2.a": "sampled", "2.b": "exact"}
+    assert plans.sites[-1].reason.startswith("the last layer")
+
+
+def test_a_mask_beside_an_activation_is_no_raw_data() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb, self.a, self.b, self.c = nn.Embedding(50, 512), nn.Linear(512, 512), nn.Linear(512, 512), nn.Linear(512, 50)
+
+        def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+            return self.c(F.gelu(self.b(F.gelu(self.a(self.emb(tokens))) * mask)))
+
+    sites = {s.name: s for s in plans_of(Masked(), {"ratio": 0.25}, torch.randint(50, (8, 512)), torch.rand(8, 512, 1))}
+    assert [sites[n].decision for n in "abc"] == ["sampled", "sampled", "exact"]
+
+
+def test_custom_functions_inside_checkpoint_give_their_own_reason() -> None:
+    weight = nn.Parameter(torch.randn(64, 64))
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+            ctx.save_for_backward(x, w)
+            return 2 * (x @ w)
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> Any:
+            x, w = ctx.saved_tensors
+            return 2 * dy @ w.t(), 2 * x.t() @ dy
+
+    def inside(x: Tensor) -> Tensor:
+        return checkpoint(lambda y: torch.tanh(Double.apply(y, weight)), x, use_reentrant=False) @ weight
+
+    sites = plans_of(inside, ALWAYS, torch.randn(8, 64, requires_grad=True))
+    assert (sites[0].decision, sites[0].reason) == ("exact", "inside a custom autograd.Function")
+    assert sites[-1].decision == "sampled"

@@ -125,6 +125,22 @@ def test_grouped_convolutions_are_left_out(skip_all: None) -> None:
     assert [s.decision for s in sites] == ["sampled"] * 3 and not skips(sites)
 
 
+def test_batched_products_are_left_out_whatever_the_batch(skip_all: None) -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.o = (nn.Linear(64, 64) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.o((self.q(x) @ self.k(x).mT).softmax(-1) @ self.v(x))
+
+    for batch in (1, 2):
+        model, x = Attention(), torch.randn(batch, 64, 64)
+        got, sites = run(model, ALWAYS, x)
+        assert [s.op for s in sites].count("bmm") == 2 and all(s.decision == "sampled" for s in sites)
+        assert all(g.isfinite().all() for g in got)
+
+
 def test_small_products_do_not_skip_by_the_gate() -> None:
     assert not skips(plans_of(Plain(), ALWAYS, torch.randn(8, 64)))
 

@@ -54,7 +54,7 @@ def cache_key(config: ApproxConfig, context: Context, layers: tuple[str, ...]) -
     modules = [(key, context.modules[key.split("@")[0]]) if key else None for key in layers]
     first_seen: dict[str, int] = {}
     order = [(first_seen.setdefault(m[0], len(first_seen)), asdict(m[1])) if m else None for m in modules]
-    parts = (config.digest(), order, [asdict(i) for i in context.inputs], context.exact, context.last_module, code_version())
+    parts = (config.digest(), order, asdict(context.root), [asdict(i) for i in context.inputs], context.exact, context.last_module, code_version())
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

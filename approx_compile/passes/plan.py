@@ -14,7 +14,7 @@ from approx_compile import _torch
 from approx_compile.config import ApproxConfig, Pattern, ProductSettings, SiteSettings
 from approx_compile.kernels.estimators import Estimator, estimator
 from approx_compile.passes import cost, zeros
-from approx_compile.passes.sites import Product, Site
+from approx_compile.passes.sites import CONV, MM, Product, Site
 
 WIDE = 512
 """Contraction channels that a linear site needs before the one line's default samples it (narrow layers lose accuracy for little time)."""
@@ -229,17 +229,22 @@ def _skip_zeros(sites: Sequence[Site], plans: list[SitePlan]) -> list[SitePlan]:
     users: dict[tuple[fx.Node | None, int], list[tuple[int, int]]] = defaultdict(list)
     for i, site in enumerate(sites):
         for j, p in enumerate(site.products):
-            if p.output_grad is not None and site.products[0].lead == 1:
+            if p.output_grad is not None and _one_contraction(site):
                 users[p.output_grad, p.output_grad_dim].append((i, j))
     new = list(plans)
     for source, planned in zip(sites, plans, strict=True):
         for p, d in zip(source.products, planned.products, strict=True):
-            if d.decision != "coupled" or source.products[0].lead != 1 or p.result is None:
+            if d.decision != "coupled" or not _one_contraction(source) or p.result is None:
                 continue
             for zero in zeros.follow(*p.result).items():
                 for i, j in users.get(zero, ()):
                     new[i] = _with_skip(sites[i], new[i], j, source.name, d)
     return new
+
+
+def _one_contraction(site: Site) -> bool:
+    """Neither batched nor grouped: one index set, whatever the batch's size."""
+    return site.node.target in MM or (site.node.target in CONV and bool(site.node.args[8] == 1))
 
 
 def _with_skip(site: Site, plan: SitePlan, j: int, source: str, dropped: ProductPlan) -> SitePlan:

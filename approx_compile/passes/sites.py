@@ -50,9 +50,11 @@ class Module:
 
 @dataclass(frozen=True)
 class Context:
-    """What only the backend knows of a graph. `exact` gives the reason to leave all of it alone."""
+    """What only the backend knows of a graph. `root`: the compiled module itself, which owns what no submodule's forward made (nameless for a
+    function). `exact` gives the reason to leave all of it alone."""
 
     modules: dict[str, Module] = field(default_factory=dict)
+    root: Module = Module("")
     inputs: tuple[Input, ...] = ()
     exact: str | None = None
     last_module: str | None = None
@@ -160,12 +162,12 @@ def _after_tangents(graph: fx.Graph) -> set[fx.Node]:
 
 
 def module_of(node: fx.Node, context: Context) -> Module:
-    """The innermost module whose forward made the node; a nameless one for plain functions."""
+    """The innermost module whose forward made the node."""
     for key in reversed(list(node.meta.get("nn_module_stack") or {})):
         found = context.modules.get(key.split("@")[0])
         if found is not None:
             return found
-    return Module("")
+    return context.root
 
 
 def _site(n: fx.Node, name: str, owner: Module, mates: list[fx.Node], feeds: _Feeds, last: bool, context: Context) -> Site:
@@ -371,11 +373,20 @@ def _feeds(graph: fx.Graph, context: Context) -> _Feeds:
         feeds.products[n] = (n,)
         if n.target not in PRODUCTS:
             feeds.products[n] = tuple(dict.fromkeys(p for s in sources for p in feeds.products.get(s, ())))
-            hazards = frozenset().union(*(feeds.of(s) for s in sources)) if sources else frozenset()
+            hazards = frozenset().union(*(feeds.of(s) - _drowned(s, n, feeds) for s in sources)) if sources else frozenset()
             if module_of(n, context).batch_norm:
                 hazards |= {"BatchNorm"}
             feeds.hazards[n] = hazards
     return feeds
+
+
+def _drowned(source: fx.Node, n: fx.Node, feeds: _Feeds) -> frozenset[str]:
+    """Raw data that is only a mask, a bias or a scale beside an activation does not make the result raw."""
+    others = any(feeds.products.get(s) for s in n.all_input_nodes if s is not source)
+    if "raw data" not in feeds.of(source) or not others or n.target is aten.cat.default:
+        return frozenset()
+    tensors = isinstance(source.meta.get("val"), torch.Tensor) and isinstance(n.meta.get("val"), torch.Tensor)
+    return frozenset({"raw data"}) if tensors and _torch.numel(source) < _torch.numel(n) else frozenset()
 
 
 def _last(nodes: list[fx.Node], forward: set[fx.Node]) -> set[fx.Node]:
