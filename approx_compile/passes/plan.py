@@ -252,7 +252,7 @@ def _with_skip(site: Site, plan: SitePlan, j: int, source: str, dropped: Product
     if decision.decision == "sampled" or decision.skips is not None or dropped.how is None:
         return plan
     estimate = cost.skipped(site, product, decision.flops_sampled, dropped.how)
-    if not cost.pays([estimate], _device(site)):
+    if not cost.pays([estimate], _device(site), cost.SKIP_MARGIN):
         return plan
     reason = f"{decision.reason}; skips what {source} dropped"
     products = list(plan.products)
