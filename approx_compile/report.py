@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import networkx as nx
@@ -43,24 +44,13 @@ class SiteReport:
 
     @staticmethod
     def of(plan: SitePlan) -> SiteReport:
-        shown = plan.shown
-        return SiteReport(
-            name=plan.name,
-            op=plan.op,
-            kind=plan.kind,
-            shape=plan.shape,
-            dtype=plan.dtype,
-            decision=plan.decision,
-            reason=plan.reason,
-            method=shown.method,
-            ratio=shown.ratio,
-            k=shown.k,
-            size=shown.size,
-            flops_exact=plan.flops_exact,
-            flops_sampled=plan.flops_sampled,
-            products={p.name: p for p in plan.products},
-            reads=plan.reads,
-        )
+        own = {f.name: getattr(plan, f.name) for f in fields(SiteReport) if f.name not in (*_SHOWN, "products")}
+        shown = {name: getattr(plan.shown, name) for name in _SHOWN}
+        return SiteReport(**own, **shown, products={p.name: p for p in plan.products})
+
+
+_SHOWN = ("method", "ratio", "k", "size")
+"""What a site takes from the product that stands for it."""
 
 
 @dataclass
@@ -150,9 +140,9 @@ def explain(model: Callable[..., Any], *args: Any, config: ApproxConfig | Mappin
     backend = Backend(config if config is not None else own, inner_compile=_torch.run_as_is, on_plan=listen, keep_graphs=True)
     with torch.enable_grad(), _untouched(model), _torch.forgetting_shapes():
         _torch.compile_apart(model, backend)(*args, **kwargs)
-    report.sites = [SiteReport.of(s) for plan in plans for s in plan.sites]
     if plans:
-        report.unmatched = [p for p in plans[0].unmatched if all(p in plan.unmatched for plan in plans)]
+        whole = functools.reduce(Plan.joined, plans)
+        report.sites, report.unmatched = [SiteReport.of(s) for s in whole.sites], list(whole.unmatched)
     return report
 
 

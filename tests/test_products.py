@@ -28,13 +28,7 @@ DRAWS = 8000
 Z = 5.5
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors are tiny: threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- products, described once for the kernels (axes) and once for the tests (dims) ---

@@ -65,8 +65,8 @@ class Product:
     """One of a site's products, as a contraction of two operands.
 
     `node` computes it; `operands` are contracted over `axes`; `size` is the axis' length, `lead` how many independent contractions there are.
-    A gradient also knows the forward operand it reads (`reads`: 0 or 1) and where (`position` in its node's arguments). `permuted`: the
-    operand appears there transposed. `mask` is the output of a convolution_backward that it is.
+    A gradient also knows the forward operand it reads (`reads`: 0 or 1) and where (`position` in its node's arguments).
+    `mask` is the output of a convolution_backward that it is.
     """
 
     name: str
