@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass  # the base class that Inductor's caches ask for
@@ -87,14 +89,44 @@ def is_own_state(n: fx.Node) -> bool:
 
 def is_random(n: fx.Node) -> bool:
     tags = getattr(n.target, "tags", ())
-    return torch.Tag.nondeterministic_seeded in tags
+    return torch.Tag.nondeterministic_seeded in tags or "inductor_rand" in str(n.target)  # Inductor's own carry no tag
+
+
+def is_pointwise(n: fx.Node) -> bool:
+    return torch.Tag.pointwise in getattr(n.target, "tags", ())
+
+
+# --- sizes with symbols ---
+
+
+def size_expr(size: Any) -> Any:
+    """A size as a sympy expression."""
+    return size.node.expr if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)) else sympy.sympify(size)
+
+
+def has_symbol(size: Any, symbol: sympy.Symbol) -> bool:
+    return not isinstance(size, int) and symbol in size_expr(size).free_symbols
+
+
+def number_arguments(n: fx.Node) -> list[fx.Node]:
+    """The symbolic numbers that an op takes as a value; where its schema says int it takes them as a size."""
+    schema = getattr(n.target, "_schema", None)
+    if schema is None:
+        return []
+    found = []
+    for i, a in enumerate(schema.arguments):
+        given = n.args[i] if i < len(n.args) else n.kwargs.get(a.name)
+        if isinstance(given, fx.Node) and isinstance(given.meta.get("val"), (torch.SymInt, torch.SymFloat)) and "int" not in str(a.real_type):
+            found.append(given)
+    return found
 
 
 def numel(n: fx.Node) -> int:
-    total = 1
-    for size in value(n).shape:
-        total *= hint(size)
-    return total
+    return numel_of(value(n))
+
+
+def numel_of(tensor: Any) -> int:
+    return math.prod(hint(size) for size in tensor.shape)
 
 
 def fake_mode_of(*nodes: fx.Node) -> Any:
@@ -143,6 +175,45 @@ def must_save(node: fx.Node) -> None:
     from torch.utils.checkpoint import CheckpointPolicy
 
     node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+
+def is_tangent(n: fx.Node) -> bool:
+    """Whether a placeholder of a backward graph is the gradient of an output."""
+    return n.op == "placeholder" and "tangents" in n.name
+
+
+def fake_scalar(n: fx.Node, dtype: torch.dtype) -> Any:
+    """A fake tensor without dims, of the fake mode of the graph that `n` is in."""
+    with _graph_mode(n.graph):
+        return torch.empty((), dtype=dtype)
+
+
+def _graph_mode(graph: fx.Graph) -> Any:
+    from torch._guards import detect_fake_mode
+
+    mode = detect_fake_mode([v for m in graph.nodes if isinstance(v := m.meta.get("val"), torch.Tensor)])
+    assert mode is not None
+    return mode
+
+
+def flops(n: fx.Node) -> int:
+    """Of one product or convolution, by torch's own formulas; 0 for anything else."""
+    from torch.utils.flop_counter import flop_registry
+
+    formula = flop_registry.get(getattr(n.target, "overloadpacket", None)) if n.op == "call_function" else None
+    if formula is None:
+        return 0
+    args, kwargs = fx.node.map_arg((n.args, n.kwargs), lambda a: _hinted(a.meta["val"]))
+    return int(formula(*args, **kwargs, out_val=_hinted(n.meta["val"])))
+
+
+def _hinted(value: Any) -> Any:
+    """A tensor (or several) without memory, of the sizes that symbols stand for."""
+    if isinstance(value, (tuple, list)):
+        return tuple(_hinted(v) for v in value)
+    if isinstance(value, torch.Tensor):
+        return torch.empty([hint(s) for s in value.shape], dtype=value.dtype, device="meta")
+    return hint(value) if isinstance(value, torch.SymInt) else value
 
 
 # --- Dynamo: what the backend call can learn about the user's modules ---
@@ -233,14 +304,114 @@ def exact_mark(node: fx.Node) -> str | None:
     return reason if isinstance(reason, str) else None
 
 
-def compile_fx(gm: fx.GraphModule, example_inputs: Any, patches: dict[str, Any], inner_compile: Any = None) -> Any:
-    """Inductor, or, with `inner_compile`, its front half handing the partitioned graphs to something else, past every cache."""
+def compile_fx(gm: fx.GraphModule, example_inputs: Any, patches: dict[str, Any], inner_compile: Any = None, cached: bool = True) -> Any:
+    """Inductor, or, with `inner_compile`, its front half handing the partitioned graphs to something else.
+
+    AOTAutograd's cache would bring back compiled graphs without what an `inner_compile` put around them, so it is off then; and the backward
+    graph is compiled at once. `cached`: whether Inductor's own cache of graphs is used.
+    """
     from torch._inductor.compile_fx import compile_fx as inductor
 
     if inner_compile is None:
         return inductor(gm, example_inputs, config_patches=patches)
-    with torch._functorch.config.patch(enable_autograd_cache=False):
-        return inductor(gm, example_inputs, inner_compile=inner_compile, config_patches={**patches, "fx_graph_cache": False})
+    patches = patches if cached else {**patches, "fx_graph_cache": False}
+    with torch._functorch.config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True):
+        return inductor(gm, example_inputs, inner_compile=inner_compile, config_patches=patches)
+
+
+def compile_graph(gm: fx.GraphModule, example_inputs: Any, **kwargs: Any) -> Any:
+    """Inductor's back half: one graph without autograd to code."""
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    return compile_fx_inner(gm, example_inputs, **kwargs)
+
+
+def _forward_metadata() -> Any:
+    context = torch._guards.TracingContext.try_get()
+    return getattr(context, "fw_metadata", None)
+
+
+def donated(gm: fx.GraphModule) -> set[str]:
+    """The placeholders of a backward graph whose memory the compiled code may write to."""
+    indices = getattr(_forward_metadata(), "bw_donated_idxs", None) or []
+    placeholders = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
+    return {placeholders[i] for i in indices}
+
+
+@contextlib.contextmanager
+def donating(indices: Sequence[int]) -> Iterator[None]:
+    """Inside, a graph that is compiled may write to these of its inputs."""
+    meta = _forward_metadata()
+    if meta is None:
+        yield
+        return
+    before = meta.bw_donated_idxs
+    meta.bw_donated_idxs = list(indices)
+    try:
+        yield
+    finally:
+        meta.bw_donated_idxs = before
+
+
+def guards_on(symbol: sympy.Symbol, gm: fx.GraphModule) -> list[Any]:
+    """What compiled code has assumed of a symbolic size: expressions that must hold for any value it is called with."""
+    mode = _graph_mode(gm.graph)
+    return [g.expr for g in mode.shape_env.guards if symbol in g.expr.free_symbols]
+
+
+# --- a symbol for the batch ---
+
+try:
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis
+
+    class TraceAgain(UnspecializeRestartAnalysis, TensorifyScalarRestartAnalysis):  # type: ignore[misc]
+        """Raised by a backend, makes Dynamo trace the frame once more. The second base makes it pass the backend call, the first is caught outside."""
+
+except ImportError:  # then there is no symbol for the batch, and rows are not sampled
+    TraceAgain = None  # type: ignore[assignment,misc]
+
+_MARKED = "_approx_compile_marked"
+_UNGUARDED = "_dynamo_propagated_dynamic_indices"
+"""What torch itself puts on a compiled graph's outputs to make them dynamic in the next one: read by Dynamo, in no guard."""
+
+
+def ask_for_batch_symbol(chosen: Sequence[fx.Node]) -> bool:
+    """Mark dim 0 of the tensors behind Dynamo's placeholders dynamic, once each, and say whether there is anything new to trace."""
+    if TraceAgain is None:
+        return False
+    new = False
+    for n in chosen:
+        tensor = getattr(n.meta.get("grapharg"), "example", None)
+        if isinstance(tensor, torch.Tensor) and not hasattr(tensor, _MARKED):
+            setattr(tensor, _MARKED, getattr(tensor, _UNGUARDED, None))
+            if _reads_unguarded():
+                setattr(tensor, _UNGUARDED, {0, *(getattr(tensor, _UNGUARDED, None) or ())})
+            else:  # this mark is guarded, so it must stay
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            new = True
+    return new
+
+
+def forget_batch_marks(placeholders: Sequence[fx.Node]) -> None:
+    """Take the marks off again: they are for this compilation only, whoever compiles next with the same tensors."""
+    for n in placeholders:
+        tensor = getattr(n.meta.get("grapharg"), "example", None)
+        if isinstance(tensor, torch.Tensor) and hasattr(tensor, _MARKED):
+            before = getattr(tensor, _MARKED)
+            delattr(tensor, _MARKED)
+            if hasattr(tensor, _UNGUARDED):
+                delattr(tensor, _UNGUARDED)
+            if before is not None:
+                setattr(tensor, _UNGUARDED, before)
+
+
+@functools.cache
+def _reads_unguarded() -> bool:
+    import inspect
+
+    from torch._dynamo.variables import builder
+
+    return _UNGUARDED in inspect.getsource(builder)
 
 
 def run_as_is(gm: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:

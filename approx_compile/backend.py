@@ -10,11 +10,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import fx, nn
 
 from approx_compile import _torch, notices
 from approx_compile.annotate import SIGNATURE, full_name, last_module, sign
+from approx_compile.backward import RowCompiler
 from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.layers import Layers
 from approx_compile.passes.graph_pass import ApproxPass, Listener
@@ -57,21 +59,35 @@ class Backend:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, **kwargs: Any) -> Any:
         patches = inductor_patches(self.config, mode)
+        cached = self.inner_compile is None
         if os.environ.get(DISABLE) == "1" or not torch.is_grad_enabled():  # no gradient: exact, and no guard on the modules' mode
-            return _torch.compile_fx(gm, example_inputs, patches, self.inner_compile)
+            return _torch.compile_fx(gm, example_inputs, patches, self.inner_compile, cached)
         context, layers, root = read_graph(gm, example_inputs, self.config)
         record = notices.Record(self.config, root, layers, context, gm.code)
-
-        def listen(plan: Plan, before: fx.Graph | None, after: fx.Graph | None) -> None:
-            record.plan = plan if record.plan is None else record.plan.joined(plan)  # graphs inside the graph have passes of their own
+        plans: list[tuple[Plan, fx.Graph | None, fx.Graph | None]] = []
+        rows, no_rows = self._rows(gm, example_inputs, context)
+        approx = ApproxPass(self.config, context, layers, lambda *found: plans.append(found), self.keep_graphs, rows.ask if rows else None)
+        inner = rows if rows is not None else self.inner_compile
+        compiled = _torch.compile_fx(gm, example_inputs, patches | {"joint_custom_pre_pass": _after_users(approx)}, inner, cached)
+        for plan, before, after in plans:  # graphs inside the graph have passes of their own
+            plan = plan.with_cuts(rows.cuts) if rows is not None else plan.without_rows(no_rows) if no_rows else plan
+            record.plan = plan if record.plan is None else record.plan.joined(plan)
             if self.on_plan is not None:
                 self.on_plan(plan, before, after)
-
-        approx = ApproxPass(self.config, context, layers, listen, self.keep_graphs)
-        compiled = _torch.compile_fx(gm, example_inputs, patches | {"joint_custom_pre_pass": _after_users(approx)}, self.inner_compile)
         if self.on_plan is None:
             record.announce(approx.uuid(), example_inputs)
         return compiled
+
+    def _rows(self, gm: fx.GraphModule, example_inputs: Sequence[Any], context: Context) -> tuple[RowCompiler | None, str | None]:
+        """What compiles the backward pass for some of the rows, if the settings ask for it; or the reason why not."""
+        if not self.config.asks_for_rows():
+            return None, None
+        if context.nothing_trains():
+            return None, "no module is in training mode"
+        batch = batch_symbol(gm, self.config)
+        if isinstance(batch, str):
+            return None, batch
+        return RowCompiler(batch, self.config, self.inner_compile), None
 
 
 def approx(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Any = None, mode: str | None = None, **kwargs: Any) -> Any:
@@ -94,6 +110,35 @@ def _after_users(ours: ApproxPass) -> Any:
     """The user's own joint pass, if torch._inductor.config has one, runs first."""
     theirs = _torch.user_joint_passes()
     return [*theirs, ours] if theirs else ours
+
+
+# --- a symbol for the batch ---
+
+
+def batch_symbol(gm: fx.GraphModule, config: ApproxConfig) -> sympy.Symbol | str:
+    """The symbol that stands for dim 0 of the model's data, or why there is none. Where the size is still a number Dynamo is asked to trace once
+    more: this then does not return."""
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    data = [n for n in placeholders if _is_data(n)]
+    if not data:
+        return "the graph has no input with samples"
+    largest = max(data, key=lambda n: _torch.numel_of(n.meta["example_value"]))
+    size = largest.meta["example_value"].shape[0]
+    if isinstance(size, int):
+        if size <= config.least_rows():
+            return f"a batch of {size}, min_k is {config.least_rows()}"
+        if _torch.ask_for_batch_symbol([n for n in data if n.meta["example_value"].shape[0] == size]):
+            raise _torch.TraceAgain(restart_reason="approx: a symbol for the batch")
+    _torch.forget_batch_marks(placeholders)
+    expression = _torch.size_expr(size)
+    if not expression.is_Symbol:
+        return f"the model fixes the size of the batch to {size}"
+    return expression
+
+
+def _is_data(n: fx.Node) -> bool:
+    value = n.meta.get("example_value")
+    return isinstance(value, torch.Tensor) and value.dim() > 0 and not isinstance(value, nn.Parameter) and not _torch.is_module_state(n)
 
 
 # --- reading Dynamo's graph ---

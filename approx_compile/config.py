@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,17 +24,21 @@ from approx_compile import _torch
 ESTIMATORS = ("topk", "topk_weights", "crs", "bernoulli", "uniform", "wta")
 METHODS = (*ESTIMATORS, "exact")
 SAMPLINGS = ("forward", "backward", "blackbox")
-POLICIES = ("cost", "always")
+POLICIES = ("cost", "always", "adaptive")
+ROW_METHODS = ("bernoulli", "topk", "uniform", "wta")
 LOWERINGS = ("auto", "inductor")
 KINDS = ("conv", "linear", "matmul", "site")
 PRODUCTS = ("output", "grad_input", "grad_weight")
 
+LADDER = (0.0625, 0.09, 0.125, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0)
+"""Shares of the batch, a factor of about the square root of 2 apart."""
+
 # Named in the design and the papers, not in this version: refused by name, so that nobody waits for an effect.
 _NOT_BUILT: dict[str, tuple[str, ...]] = {
     "method": ("zero", "random", "max", "dropout", "adaptive_dropout", "alsh"),
-    "policy": ("measure", "adaptive"),
+    "policy": ("measure",),
     "lowering": ("triton", "cuda"),
-    "key": ("steps", "plan", "axis", "j", "scale", "std", "batch_norm"),
+    "key": ("steps", "plan", "j", "scale", "std"),
 }
 
 
@@ -74,6 +79,8 @@ class _Keys(BaseModel):
         for key in data:
             if key in valid:
                 continue
+            if key in ("axis", "batch_norm"):
+                raise ValueError(f"key {key!r} belongs under grad: one set of rows serves all gradients; valid keys here are {', '.join(valid)}")
             if key in _NOT_BUILT["key"]:
                 raise ValueError(f"key {key!r} is not built yet; valid keys here are {', '.join(valid)}")
             raise ValueError(f"unknown key {key!r}; valid keys here are {', '.join(valid)}.{_nearest(str(key), valid)}")
@@ -114,13 +121,79 @@ class ProductTable(_Keys):
     """Settings of one product: `{"method": ..., "ratio": ..., "min_k": ..., "group": ...}`, each optional."""
 
 
+class GradTable(ProductTable):
+    """Settings of both gradients. `axis`: "contraction" (each product along its own axis) or "rows": the backward pass runs on some samples of the
+    batch, chosen by the norm of their gradient; `method` is then one of `ROW_METHODS`. `batch_norm`: "exact" or "approximate"."""
+
+    axis: str | None = None
+    batch_norm: str | None = None
+
+    @field_validator("axis", mode="before")
+    @classmethod
+    def _check_axis(cls, value: Any) -> Any:
+        return value if value is None else _choice("axis", value, ("contraction", "rows"), "axis")
+
+    @field_validator("batch_norm", mode="before")
+    @classmethod
+    def _check_batch_norm(cls, value: Any) -> Any:
+        return value if value is None else _choice("batch_norm", value, ("exact", "approximate"), "batch_norm")
+
+    @model_validator(mode="after")
+    def _rows(self) -> GradTable:
+        if self.axis == "rows":
+            if self.method is not None and self.method not in (*ROW_METHODS, "exact"):
+                raise ValueError(f"method: got {self.method!r}, which can't choose rows; valid with axis 'rows' are {', '.join(ROW_METHODS)}")
+            if self.group not in (None, 1, "auto"):
+                raise ValueError(f"group: got {self.group!r}; rows are chosen one by one, leave it out with axis 'rows'")
+        elif self.batch_norm is not None:
+            raise ValueError("batch_norm: only with axis 'rows'")
+        return self
+
+
+class AdaptiveTable(BaseModel):
+    """How `policy: "adaptive"` decides how many rows a step needs.
+
+    `tau`: the variance that leaving out rows may add, as a share of the gradient's own; `ladder`: the shares of the batch to choose from.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tau: float = 0.025
+    ladder: tuple[float, ...] = LADDER
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            raise ValueError(f"got {data!r}; a table (dict) is expected")
+        for key in data:
+            if key not in cls.model_fields:
+                raise ValueError(f"unknown key {key!r}; valid keys here are {', '.join(cls.model_fields)}.{_nearest(str(key), tuple(cls.model_fields))}")
+        return dict(data)
+
+    @field_validator("tau", mode="before")
+    @classmethod
+    def _check_tau(cls, value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"got {value!r}; a number above 0 is expected, the added share of the gradient's variance (0.025)")
+        return float(value)
+
+    @field_validator("ladder", mode="before")
+    @classmethod
+    def _check_ladder(cls, value: Any) -> Any:
+        good = isinstance(value, (list, tuple)) and value and all(isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v <= 1 for v in value)
+        if not good:
+            raise ValueError(f"got {value!r}; a list of shares in (0, 1] is expected, such as {list(LADDER)}")
+        return tuple(sorted({float(v) for v in value} | {1.0}))
+
+
 class _Rules(_Keys):
     """Keys that may stand in a rule and at the top."""
 
     sampling: str | None = None
     policy: str | None = None
     output: ProductTable | None = None
-    grad: ProductTable | None = None
+    grad: GradTable | None = None
     grad_input: ProductTable | None = None
     grad_weight: ProductTable | None = None
 
@@ -253,6 +326,16 @@ class ProductSettings:
 
 
 @dataclass(frozen=True)
+class RowSettings:
+    """What is asked of the backward pass from a site down: which rows go on. `ratio` None: as many as the measured variance asks for."""
+
+    method: str
+    ratio: float | None
+    min_k: int
+    approximate_batch_norm: bool
+
+
+@dataclass(frozen=True)
 class SiteSettings:
     """What is asked of one site. `named` = a rule matched it (which lifts the default policy's modesty)."""
 
@@ -261,6 +344,7 @@ class SiteSettings:
     grad_weight: ProductSettings
     policy: str
     named: bool
+    rows: RowSettings | None = None
 
 
 class ApproxConfig(_Rules):
@@ -268,8 +352,8 @@ class ApproxConfig(_Rules):
 
     Keys: `method` (one of `ESTIMATORS` or "exact"), `ratio` in (0, 1], `min_k` (shorter axes are exact), `group` (contiguous indices kept or
     dropped together), `sampling` (forward | backward | blackbox), `output` / `grad_input` / `grad_weight` / `grad` (a method's name or a
-    table), `policy` (cost | always), `rules` (a list of tables with `layers`), `lowering` (auto | inductor), `inductor` (Inductor's own
-    options, `mode` included). Frozen, hashable, deep-copyable, picklable. Raises `ConfigError`.
+    table; `grad` with `axis: "rows"`: samples of the batch), `policy` (cost | always | adaptive), `adaptive` (see `AdaptiveTable`), `rules` (a list
+    of tables with `layers`), `lowering` (auto | inductor), `inductor` (Inductor's own options, `mode` included). Frozen, hashable, deep-copyable, picklable. Raises `ConfigError`.
     """
 
     method: str = "topk"
@@ -278,6 +362,7 @@ class ApproxConfig(_Rules):
     group: int | Literal["auto"] = "auto"
     sampling: str = "forward"
     policy: str = "cost"
+    adaptive: AdaptiveTable = Field(default_factory=AdaptiveTable)
     rules: tuple[Rule, ...] = ()
     lowering: str = "auto"
     inductor: Mapping[str, Any] = Field(default_factory=dict)
@@ -347,6 +432,15 @@ class ApproxConfig(_Rules):
     def patterns(self) -> tuple[Pattern, ...]:
         return tuple(Pattern.parse(t) for t in dict.fromkeys(t for rule in self.rules for t in rule.layers))
 
+    def asks_for_rows(self) -> bool:
+        """Whether the top level or a rule may sample rows."""
+        tables = [self.grad, *(r.grad for r in self.rules)]
+        return "adaptive" in (self.policy, *(r.policy for r in self.rules)) or any(t is not None and t.axis == "rows" for t in tables)
+
+    def least_rows(self) -> int:
+        """The smallest `min_k` that row sampling may meet."""
+        return min(k for r in (self, *self.rules) for k in (r.min_k, r.grad.min_k if r.grad is not None else None) if k is not None)
+
     def settings(self, matches: Sequence[bool]) -> SiteSettings:
         """The settings of a site, given which of `rules` match it."""
         keys = _own_keys(self)
@@ -370,27 +464,43 @@ def _interpret(keys: dict[str, Any], named: bool) -> SiteSettings:
     """Merged keys -> one request per product: a product's key beats `grad`, which beats `sampling`."""
     base = ProductSettings(keys["method"], keys["ratio"], keys["min_k"], keys["group"])
     exact = replace(base, method="exact")
+    rows = _row_settings(keys)
     by_sampling = {
         "forward": (base, replace(base, method="coupled")),
         "backward": (exact, base),
         "blackbox": (base, exact),
     }
-    output, grad = (exact, exact) if base.method == "exact" else by_sampling[keys["sampling"]]
+    # rows are sampled in the backward pass of an exact forward pass, unless an output is set by itself
+    output, grad = (exact, exact) if base.method == "exact" or rows is not None or keys["policy"] == "adaptive" else by_sampling[keys["sampling"]]
 
     def with_table(start: ProductSettings, *tables: ProductTable | None) -> ProductSettings:
         given: dict[str, Any] = {}
         for table in tables:
             if table is not None:
-                given |= {k: v for k, v in table.model_dump().items() if v is not None}
+                given |= {k: v for k, v in table.model_dump(include=set(_Keys.model_fields)).items() if v is not None}
         if not given:
             return start
         return replace(base, **given)
 
+    both = keys.get("grad") if rows is None else None
     output = with_table(output, keys.get("output"))
-    grads = [with_table(grad, keys.get("grad"), keys.get(name)) for name in ("grad_input", "grad_weight")]
+    grads = [with_table(grad, both, keys.get(name)) for name in ("grad_input", "grad_weight")]
     if output.method == "exact":  # nothing to couple to
         grads = [replace(g, method="exact") if g.method == "coupled" else g for g in grads]
-    return SiteSettings(output, grads[0], grads[1], keys["policy"], named)
+    return SiteSettings(output, grads[0], grads[1], keys["policy"], named, rows)
+
+
+def _row_settings(keys: dict[str, Any]) -> RowSettings | None:
+    table: GradTable | None = keys.get("grad")
+    adaptive = keys["policy"] == "adaptive"
+    if keys["method"] == "exact" or not (table.axis == "rows" if table is not None else adaptive):
+        return None
+    method = (table.method if table is not None else None) or "bernoulli"
+    if method == "exact":
+        return None
+    ratio = (table.ratio if table is not None else None) or (None if adaptive else keys["ratio"])
+    min_k = (table.min_k if table is not None else None) or keys["min_k"]
+    return RowSettings(method, ratio, min_k, table is not None and table.batch_norm == "approximate")
 
 
 def _message(error: pydantic.ValidationError) -> str:

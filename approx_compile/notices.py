@@ -84,8 +84,7 @@ class Record:
         sliced = any(p.kind is not None and p.index is not None for p in self.config.patterns())
         if sliced and self.root is not None and len(_graphs(self.config, self.root, self.layers)) > 1:
             warn_once(f"approx: {name} is compiled as several graphs; slices such as conv[1::4] count from 0 in each of them")
-        modules = self.context.modules.values()
-        if not sampled and (self.context.root.exact or (modules and all(m.exact for m in modules))):
+        if not sampled and self.context.nothing_trains():
             return
         if sampled:
             say_once(

@@ -13,10 +13,13 @@ import torch
 from torch import fx
 
 from approx_compile import _torch
-from approx_compile.config import ApproxConfig, ConfigError
-from approx_compile.passes.plan import Plan, make_plan, needs_random_numbers
+from approx_compile.config import ApproxConfig, ConfigError, RowSettings
+from approx_compile.passes.plan import Plan, make_plan, needs_random_numbers, row_requests
 from approx_compile.passes.rewrite import rewrite
 from approx_compile.passes.sites import Context, find_sites
+
+AskRows = Callable[[RowSettings | None, dict[fx.Node, RowSettings | None]], None]
+"""Is told what is asked of the rows at the top, and at every gradient product."""
 
 Listener = Callable[[Plan, fx.Graph | None, fx.Graph | None], None]
 """Gets the plan of a graph and, if it asked for them, the graph before and after."""
@@ -29,16 +32,21 @@ class ApproxPass(_torch.CustomGraphPass):
     which inputs are parameters, data or need gradients, and the code of this package.
     """
 
-    def __init__(self, config: ApproxConfig, context: Context, layers: tuple[str, ...], on_plan: Listener, keep_graphs: bool = False) -> None:
+    def __init__(
+        self, config: ApproxConfig, context: Context, layers: tuple[str, ...], on_plan: Listener, keep_graphs: bool = False, ask_rows: AskRows | None = None
+    ) -> None:
         self.config = config
         self.context = context
         self.on_plan = on_plan
         self.keep_graphs = keep_graphs
+        self.ask_rows = ask_rows
         self._uuid = cache_key(config, context, layers)
 
     def __call__(self, graph: fx.Graph) -> None:
         sites = find_sites(graph, self.context)
         plan = make_plan(sites, self.config)
+        if self.ask_rows is not None:
+            self.ask_rows(*row_requests(sites, self.config))
         _refuse_redrawn(plan)
         before = _copy(graph) if self.keep_graphs else None
         if plan.sampled:

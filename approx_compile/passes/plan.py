@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import fx
 
-
 from approx_compile import _torch
-from approx_compile.config import ApproxConfig, Pattern, ProductSettings, SiteSettings
+from approx_compile.config import ApproxConfig, Pattern, ProductSettings, RowSettings, SiteSettings
 from approx_compile.kernels.estimators import Estimator, estimator
 from approx_compile.passes import cost, zeros
 from approx_compile.passes.sites import CONV, MM, Product, Site
+from approx_compile.passes.stages import Cut
+
+_BY_SETTINGS = "exact by the settings"
 
 WIDE = 512
 """Contraction channels that a linear site needs before the one line's default samples it (narrow layers lose accuracy for little time)."""
@@ -22,7 +24,8 @@ WIDE = 512
 
 @dataclass(frozen=True)
 class ProductPlan:
-    """The decision for one product: "sampled" along its own axis, "coupled" to the output's choice, or "exact". `k` of `size` entries are kept.
+    """The decision for one product: "sampled" along its own axis, "coupled" to the output's choice, run on the "rows" kept, or "exact". `k` of `size`
+    entries are kept. `node`: its name in the joint graph.
 
     `skips`: the site whose dropped entries make this product's output gradient zero; computing nothing there changes no value.
     """
@@ -38,6 +41,7 @@ class ProductPlan:
     flops_sampled: int
     how: Estimator | None = None
     skips: str | None = None
+    node: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,10 +77,11 @@ class SitePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The decisions for one graph, in execution order, and the patterns of its rules that matched no site."""
+    """The decisions for one graph, in execution order, the patterns of its rules that matched no site, and where rows of the batch are chosen."""
 
     sites: tuple[SitePlan, ...]
     unmatched: tuple[str, ...] = ()
+    cuts: tuple[Cut, ...] = ()
 
     @property
     def sampled(self) -> int:
@@ -86,16 +91,56 @@ class Plan:
         """The plan of two graphs; a pattern is unmatched if it is so in both (a graph without sites has nothing to say)."""
         if not self.sites or not other.sites:
             return self if self.sites else other
-        return Plan(self.sites + other.sites, tuple(p for p in self.unmatched if p in other.unmatched))
+        return Plan(self.sites + other.sites, tuple(p for p in self.unmatched if p in other.unmatched), self.cuts + other.cuts)
+
+    def with_cuts(self, cuts: Sequence[Cut]) -> Plan:
+        """The plan once it is known which gradient products run on rows kept."""
+        on_rows = {name: cut for cut in cuts for name in cut.products if cut.decision == "rows"}
+        sites = tuple(_on_rows(s, on_rows) for s in self.sites)
+        return replace(self, sites=sites, cuts=tuple(cuts)).without_rows("; ".join(dict.fromkeys(c.reason for c in cuts)))
+
+    def without_rows(self, reason: str) -> Plan:
+        """The plan with the reason at every site that would have had sampled rows."""
+        sites = tuple(replace(s, reason=reason) if s.decision == "exact" and s.reason == _BY_SETTINGS else s for s in self.sites)
+        return replace(self, sites=sites)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
+def _on_rows(site: SitePlan, cuts: Mapping[str, Cut]) -> SitePlan:
+    products = list(site.products)
+    for i, p in enumerate(products):
+        cut = cuts.get(p.node) if p.name != "output" and p.decision == "exact" else None
+        if cut is not None:
+            share = cut.ratio if cut.ratio is not None else 1.0
+            k = round(share * cut.rows)
+            products[i] = replace(
+                p,
+                decision="rows",
+                reason="on the rows kept",
+                method=cut.method,
+                ratio=share,
+                k=k,
+                size=cut.rows,
+                flops_sampled=round(share * p.flops_exact),
+            )
+    if all(p.decision != "rows" for p in products):
+        return site
+    cut = next(cuts[p.node] for p in site.products if p.node in cuts)
+    kept = f"{cut.ratio:g} of the rows" if cut.ratio is not None else "as many rows as the variance asks for"
+    reason = f"backward on {kept}" if site.decision == "exact" else f"{site.reason}; backward on {kept}"
+    return replace(site, products=tuple(products), decision="sampled", reason=reason)
+
+
 def make_plan(sites: Sequence[Site], config: ApproxConfig) -> Plan:
     matches, unmatched = match_rules(sites, config)
     decided = [_decide(s, config.settings(m)) for s, m in zip(sites, matches, strict=True)]
-    return Plan(tuple(_skip_zeros(sites, decided)), unmatched)
+    return Plan(tuple(_with_nodes(s, p) for s, p in zip(sites, _skip_zeros(sites, decided), strict=True)), unmatched)
+
+
+def _with_nodes(site: Site, plan: SitePlan) -> SitePlan:
+    return replace(plan, products=tuple(replace(p, node=q.node.name) for p, q in zip(plan.products, site.products, strict=True)))
 
 
 def match_rules(sites: Sequence[Site], config: ApproxConfig) -> tuple[list[list[bool]], tuple[str, ...]]:
@@ -119,10 +164,20 @@ def match_rules(sites: Sequence[Site], config: ApproxConfig) -> tuple[list[list[
     return matches, unmatched
 
 
+def row_requests(sites: Sequence[Site], config: ApproxConfig) -> tuple[RowSettings | None, dict[fx.Node, RowSettings | None]]:
+    """What is asked of the rows where no rule matches, and at the gradients of every site; a site that must be exact asks for all rows."""
+    matches, _ = match_rules(sites, config)
+    asked: dict[fx.Node, RowSettings | None] = {}
+    for site, hits in zip(sites, matches, strict=True):
+        for p in site.products[1:]:
+            asked[p.node] = config.settings(hits).rows if site.blocked is None else None
+    return config.settings([False] * len(config.rules)).rows, asked
+
+
 def _decide(site: Site, settings: SiteSettings) -> SitePlan:
     """Legal first, then wanted, then worth it."""
     reason = site.blocked
-    if reason is None and settings.policy == "cost":
+    if reason is None and settings.policy == "cost" and (settings.rows is None or settings.output.method != "exact"):
         reason = _unwise(site, settings)
     if reason is not None:
         return _all_exact(site, reason)
@@ -174,7 +229,7 @@ def _gradient(site: Site, product: Product, settings: SiteSettings, output: Prod
 
 def _own_axis(site: Site, product: Product, wanted: ProductSettings) -> ProductPlan:
     if wanted.method == "exact":
-        return _exact(site, product, "exact by the settings")
+        return _exact(site, product, _BY_SETTINGS)
     size = product.size
     if not isinstance(size, int):
         return _exact(site, product, "its contraction axis has a dynamic size")
@@ -265,5 +320,3 @@ def _with_skip(site: Site, plan: SitePlan, j: int, source: str, dropped: Product
 def needs_random_numbers(plan: Plan) -> bool:
     """Whether a forward product draws random numbers (which a recomputation would have to draw again)."""
     return any(p.decision == "sampled" and p.how is not None and p.how.scaled for s in plan.sites for p in s.products[:1])
-
-

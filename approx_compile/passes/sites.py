@@ -59,6 +59,10 @@ class Context:
     exact: str | None = None
     last_module: str | None = None
 
+    def nothing_trains(self) -> bool:
+        """Whether every module seen must be exact."""
+        return self.root.exact is not None or (bool(self.modules) and all(m.exact for m in self.modules.values()))
+
 
 @dataclass(frozen=True)
 class Product:

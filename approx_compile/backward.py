@@ -1,0 +1,400 @@
+"""A backward pass on some rows of the batch: compiled once, with a symbol for the batch, and called with fewer rows.
+
+`RowCompiler` stands between AOTAutograd and Inductor: it splits the backward graph at its cuts (`passes.stages`) and compiles the pieces.
+`RowBackward` runs them: chooses rows by the norm of their gradient, gathers what the pieces need of them, and puts input gradients back in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from approx_compile import _torch
+from approx_compile.config import ApproxConfig, RowSettings
+from approx_compile.kernels.rows import choose
+from approx_compile.passes.rows import Layout, Rows
+from approx_compile.passes.stages import ALL, SAVED, Cut, Entry, Result, Split, Stage, output_layouts, split
+
+LEAST_SHARE = 0.3
+"""Under the policies that look at the cost: the share of the backward pass's FLOPs that must run on the rows kept."""
+
+
+class RowCompiler:
+    """An `inner_compile` for one call of `compile_fx`. `batch`: the symbol of the batch's size."""
+
+    def __init__(self, batch: sympy.Symbol, config: ApproxConfig, inner: Callable[..., Any] | None) -> None:
+        self.batch = batch
+        self.config = config
+        self.inner = inner or _torch.compile_graph
+        self.levels: list[RowSettings] = []
+        self.default = ALL
+        self.cuts: list[Cut] = []
+        self._known: dict[str, Layout] = {}
+
+    def ask(self, top: RowSettings | None, sites: Mapping[fx.Node, RowSettings | None]) -> None:
+        """Levels for what is asked, the most rows first; written on the gradient products."""
+        distinct = dict.fromkeys(s for s in (top, *sites.values()) if s is not None)
+        self.levels = sorted(distinct, key=lambda s: -1.0 if s.ratio is None else -s.ratio)
+        self.default = self._level(top)
+        for node, settings in sites.items():
+            node.meta[LEVEL] = self._level(settings)
+
+    def _level(self, settings: RowSettings | None) -> int:
+        return self.levels.index(settings) + 1 if settings is not None else ALL
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, is_backward: bool = False, **kwargs: Any) -> Any:
+        if not is_backward:
+            self._known |= output_layouts(gm.graph, self.batch)
+            return self.inner(gm, example_inputs, is_backward=False, **kwargs)
+        found = split(gm, self.batch, self._known, self.default, _levels_of(gm))
+        exact = self._why_not(found)
+        self._note(found, gm, exact)
+        if exact is not None:
+            return self.inner(gm, example_inputs, is_backward=True, **kwargs)
+        return self._compiled(found, gm, example_inputs, kwargs)
+
+    def _why_not(self, found: Split) -> str | None:
+        if not found.flops_on_rows:
+            return "; ".join(found.blocked) or "no product of the backward pass depends on rows of the output's gradient"
+        share = found.flops_on_rows / max(1, found.flops_all)
+        if self.config.policy != "always" and share < LEAST_SHARE:
+            why = f": {'; '.join(found.blocked)}" if found.blocked else ""
+            return f"only {share:.0%} of the backward pass's FLOPs could run on some of the rows{why}"
+        return None
+
+    def _note(self, found: Split, gm: fx.GraphModule, exact: str | None) -> None:
+        hint = next((_torch.hint(s) for n in gm.graph.nodes for s in _sizes(n) if _torch.size_expr(s) == self.batch), 0)
+        for i, asked in enumerate(self.levels, 1):
+            products = tuple(name for name, level in found.products.items() if level == i)
+            if exact is None and not products:
+                continue
+            stops = "; ".join(found.blocked)
+            reason = exact or (f"rows end where {stops}" if stops else "the whole backward pass")
+            self.cuts.append(
+                Cut(asked.method, asked.ratio, hint, "exact" if exact else "rows", reason, found.flops_all, found.flops_on_rows, products, i)
+            )
+
+    def _compiled(self, found: Split, gm: fx.GraphModule, example_inputs: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        given = {n.name: v for n, v in zip(placeholders, example_inputs, strict=True)}  # may have other strides than the graph says
+        donated = _torch.donated(gm)
+        uses: dict[str, int] = {}
+        for stage in found.stages:
+            for entry in stage.entries:
+                uses[entry.name] = uses.get(entry.name, 0) + 1
+        found = _restrided(found, given)
+        calls = []
+        for stage in found.stages:
+            inputs = [given.get(e.name, n.meta["val"]) for e, n in zip(stage.entries, _placeholders(stage.gm), strict=True)]
+            mine = [i for i, e in enumerate(stage.entries) if e.name in donated and uses[e.name] == 1]
+            static = [i for i, e in enumerate(stage.entries) if e.source == SAVED and e.layout is None and e.number is None and e.name not in donated]
+            with _torch.donating(mine):
+                calls.append(self.inner(stage.gm, inputs, is_backward=True, **(kwargs | {"static_input_idxs": static})))
+        guards = _torch.guards_on(self.batch, gm)
+        backward = RowBackward(found, calls, self.levels, [n.name for n in placeholders], example_inputs, guards, donated, None)
+
+        def call(args: list[Any]) -> list[Any]:  # wrappers on the way keep a function's attributes, not an object's
+            return backward(args)
+
+        call._boxed_call = True  # type: ignore[attr-defined]
+        return call
+
+
+def _levels_of(gm: fx.GraphModule) -> dict[str, int]:
+    return {n.name: n.meta[LEVEL] for n in gm.graph.nodes if LEVEL in n.meta}
+
+
+LEVEL = "approx_compile_rows"
+"""Key in the meta of a gradient product's node: the level of rows that its site asks for."""
+
+
+def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
+    return [n for n in gm.graph.nodes if n.op == "placeholder"]
+
+
+def _sizes(n: fx.Node) -> Sequence[Any]:
+    value = n.meta.get("val")
+    return value.shape if n.op == "placeholder" and isinstance(value, Tensor) else (value,) if isinstance(value, torch.SymInt) else ()
+
+
+def _restrided(found: Split, given: Mapping[str, Any]) -> Split:
+    """Entries with the strides that the forward pass really gives its saved tensors."""
+    from dataclasses import replace
+
+    def of(e: Entry) -> Entry:
+        value = given.get(e.name)
+        if e.source != SAVED or not isinstance(value, Tensor):
+            return e
+        return replace(e, stride=tuple(map(_torch.size_expr, value.stride())))
+
+    return replace(found, stages=tuple(replace(s, entries=tuple(of(e) for e in s.entries)) for s in found.stages))
+
+
+# --- what runs ---
+
+
+@dataclass
+class _Kept:
+    """The rows of one level: `idx` among the rows of the level before (sorted), `weight` on them (None: 1), `k` of them."""
+
+    idx: Tensor
+    weight: Tensor | None
+    k: int
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Everything that follows from the symbols' values and the rows kept: the numbers and shapes of every entry, by stage."""
+
+    entries: tuple[tuple[Any, ...], ...]
+
+
+class RowBackward:
+    """The compiled backward pass of one graph, called as AOTAutograd calls it (boxed).
+
+    Rows of all levels are chosen on the device; how many is an integer known before the call, so no step waits for the device.
+    """
+
+    def __init__(
+        self,
+        found: Split,
+        calls: Sequence[Callable[..., Any]],
+        levels: Sequence[RowSettings],
+        names: Sequence[str],
+        example_inputs: Sequence[Any],
+        guards: Sequence[Any],
+        donated: set[str],
+        control: Any,
+    ) -> None:
+        self.found = found
+        self.calls = tuple(calls)
+        self.levels = tuple(levels)
+        self.names = tuple(names)
+        self.control = control
+        self.donated = donated
+        self.guards = tuple(guards)
+        self._symbols = _symbol_sources(names, example_inputs)
+        self._last_use = _last_use(found)
+        self._legal: dict[tuple[Any, ...], bool] = {}
+        self._plans: dict[tuple[Any, ...], list[list[Any]]] = {}
+
+    def __call__(self, args: list[Any]) -> list[Any]:
+        symbols = self._values(args)
+        size = symbols[self.found.batch]
+        values = dict(zip(self.names, args, strict=True))
+        args.clear()
+        return self.run(values, symbols, self._counts(size, symbols))
+
+    def _values(self, args: Sequence[Any]) -> dict[sympy.Symbol, int]:
+        return {s: args[i] if d is None else args[i].shape[d] for s, i, d in self._symbols}
+
+    def _counts(self, size: int, symbols: Mapping[sympy.Symbol, int]) -> list[int]:
+        """Rows kept at each level, never more than at the level before."""
+        counts, most = [], size
+        for i, asked in enumerate(self.levels):
+            ratio = asked.ratio if asked.ratio is not None else self.control.ratio(i)
+            k = min(most, max(asked.min_k, int(ratio * size + 0.5)))
+            if k < size and not self._holds(k, symbols):
+                k = most
+            counts.append(k)
+            most = k
+        return counts
+
+    def _holds(self, k: int, symbols: Mapping[sympy.Symbol, int]) -> bool:
+        """Whether what the compiled code assumed of the batch's size is true of k."""
+        key = (k, *symbols.values())
+        if key not in self._legal:
+            put = dict(symbols) | {self.found.batch: k}
+            self._legal[key] = k >= 2 and all(g.subs(put) == sympy.true for g in self.guards)
+        return self._legal[key]
+
+    def run(self, values: dict[str, Any], symbols: Mapping[sympy.Symbol, int], counts: Sequence[int]) -> list[Any]:
+        size = symbols[self.found.batch]
+        plan = self._plan(symbols, counts)
+        kept: list[_Kept | None] = []
+        live = dict(values)
+        values.clear()
+        made: dict[str, int] = dict.fromkeys(live, ALL)
+        for s, (stage, call) in enumerate(zip(self.found.stages, self.calls, strict=True)):
+            while len(kept) < stage.level:
+                level = len(kept)
+                kept.append(self._choose(stage, level, live, made, kept, size, counts))
+            inputs = []
+            for entry, shape in zip(stage.entries, plan[s], strict=True):
+                inputs.append(self._entry(entry, shape, stage.level, live, made, kept, size))
+                if self._last_use.get(entry.name) == s:
+                    live.pop(entry.name, None)
+            outputs = call(inputs)
+            for name, value in zip(stage.outputs, outputs, strict=True):
+                live[name] = value
+                made[name] = stage.level
+        return [self._result(r, live, made, kept, size, symbols) for r in self.found.results]
+
+    # --- rows ---
+
+    def _choose(
+        self, stage: Stage, level: int, live: Mapping[str, Any], made: Mapping[str, int], kept: Sequence[_Kept | None], size: int, counts: Sequence[int]
+    ) -> _Kept | None:
+        """The rows of level + 1, by the norms of the gradients that enter the stage there. None: all that the level before has."""
+        before = counts[level - 1] if level else size
+        k = counts[level]
+        watch = self.control is not None and self.levels[level].ratio is None and self.control.watches(level)
+        if k >= before and not watch:
+            return None
+        total: Tensor | None = None
+        for entry in stage.entries:
+            if not entry.gradient or made[entry.name] > level:
+                continue
+            own = row_norms_sq(live[entry.name], entry.layout, counts[made[entry.name] - 1] if made[entry.name] else size)
+            idx, weight = _path(kept, made[entry.name], level)
+            own = own if idx is None else own[idx]
+            own = own if weight is None else own * weight.square()
+            total = own if total is None else total + own
+        assert total is not None
+        if watch:
+            self.control.see(level, total)
+        if k >= before:
+            return None
+        idx, weight = choose(self.levels[level].method, total, k)
+        return _Kept(idx, weight, k)
+
+    def _entry(
+        self, entry: Entry, shape: Any, level: int, live: Mapping[str, Any], made: Mapping[str, int], kept: Sequence[_Kept | None], size: int
+    ) -> Any:
+        if entry.number is not None:
+            return shape
+        value = live[entry.name]
+        if entry.layout is None or made[entry.name] == level:
+            return value
+        if level == ALL:
+            return scattered(value, entry.layout, _path(kept, ALL, made[entry.name])[0], size, shape[0])
+        idx, weight = _path(kept, made[entry.name], level)
+        if idx is None:
+            return value
+        return gathered(value, entry.layout, idx, weight if entry.gradient else None, *shape)
+
+    def _result(
+        self, result: Result, live: Mapping[str, Any], made: Mapping[str, int], kept: Sequence[_Kept | None], size: int, symbols: Mapping[Any, int]
+    ) -> Any:
+        if result.name is None:
+            return result.constant
+        value = live[result.name]
+        if result.layout is None:
+            return value
+        idx = _path(kept, ALL, made[result.name])[0]
+        return scattered(value, result.layout, idx, size, [_number(e, symbols) for e in result.size])
+
+    def _plan(self, symbols: Mapping[sympy.Symbol, int], counts: Sequence[int]) -> list[list[Any]]:
+        """Shape and stride (or number) of every entry, for these symbols and counts."""
+        key = (*symbols.values(), *counts)
+        if key not in self._plans:
+            plan = []
+            for stage in self.found.stages:
+                here = dict(symbols) | ({self.found.batch: counts[stage.level - 1]} if stage.level != ALL else {})
+                plan.append([_shape_of(e, here, symbols) for e in stage.entries])
+            self._plans[key] = plan
+        return self._plans[key]
+
+
+def _shape_of(entry: Entry, here: Mapping[Any, int], whole: Mapping[Any, int]) -> Any:
+    if entry.number is not None:
+        if entry.dtype is not None:
+            return torch.tensor(_number(entry.number, whole), dtype=entry.dtype)
+        return _number(entry.number, here)
+    return [_number(e, here) for e in entry.size], [_number(e, here) for e in entry.stride]
+
+
+def _number(expression: Any, symbols: Mapping[Any, int]) -> Any:
+    value = expression.subs(symbols)
+    return int(value) if value.is_Integer else float(value)
+
+
+def _symbol_sources(names: Sequence[str], example_inputs: Sequence[Any]) -> list[tuple[sympy.Symbol, int, int | None]]:
+    """For every symbol an input, and the dim of it, that has its value."""
+    found: dict[sympy.Symbol, tuple[int, int | None]] = {}
+    for i, value in enumerate(example_inputs):
+        sizes = list(enumerate(value.shape)) if isinstance(value, Tensor) else [(None, value)] if isinstance(value, torch.SymInt) else []
+        for d, s in sizes:
+            if (e := _torch.size_expr(s)).is_Symbol:
+                found.setdefault(e, (i, d))  # type: ignore[arg-type]
+    return [(s, i, d) for s, (i, d) in found.items()]
+
+
+def _last_use(found: Split) -> dict[str, int]:
+    """The last stage that reads a value, for those that are no outputs of the graph."""
+    last = {e.name: s for s, stage in enumerate(found.stages) for e in stage.entries}
+    for r in found.results:
+        last.pop(r.name or "", None)
+    return last
+
+
+def _path(kept: Sequence[_Kept | None], start: int, end: int) -> tuple[Tensor | None, Tensor | None]:
+    """The rows of level `end` among those of level `start` (0: all), and the weights picked up on the way; None: all of them; 1."""
+    idx: Tensor | None = None
+    weight: Tensor | None = None
+    for step in kept[start:end]:
+        if step is None:
+            continue
+        idx = step.idx if idx is None else idx[step.idx]
+        carried = weight[step.idx] if weight is not None else None
+        weight = step.weight if carried is None else carried if step.weight is None else carried * step.weight
+    return idx, weight
+
+
+def _unfolded(value: Tensor, layout: Rows, size: int) -> tuple[Tensor, int]:
+    """The tensor with its rows in a dim of their own, and that dim."""
+    total = value.shape[layout.dim]
+    inner = total // size if layout.uniform else int(layout.inner) if layout.inner.is_Integer else None
+    if inner is None:  # sizes of other symbols: what the batch and the outer part leave
+        outer = int(layout.outer) if layout.outer.is_Integer else None
+        if outer is None:
+            raise RuntimeError(f"rows between two axes of symbolic size: {layout}")
+        inner = total // size // outer
+    if inner == 1 and total == size:
+        return value, layout.dim
+    outer = total // (size * inner)
+    return value.unflatten(layout.dim, (outer, size, inner)), layout.dim + 1
+
+
+def row_norms_sq(value: Tensor, layout: Rows | None, size: int) -> Tensor:
+    """Squared Euclidean norm of every row, (size,) in fp32 (fp64 for fp64)."""
+    assert layout is not None
+    rows, dim = _unfolded(value, layout, size)
+    rest = [d for d in range(rows.dim()) if d != dim]
+    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+    if not rest:
+        return rows.to(dtype).square()
+    return torch.linalg.vector_norm(rows, dim=rest, dtype=dtype).square()
+
+
+def gathered(value: Tensor, layout: Rows, idx: Tensor, weight: Tensor | None, size: Sequence[int], stride: Sequence[int]) -> Tensor:
+    """The rows `idx` of a tensor, times their weights, with the strides that the compiled code expects."""
+    batch = value.shape[layout.dim] * len(idx) // size[layout.dim]
+    rows, dim = _unfolded(value, layout, batch)
+    order = sorted(range(rows.dim()), key=lambda d: -rows.stride(d))  # in memory order: whole rows are copied
+    at = order.index(dim)
+    back = [order.index(d) for d in range(rows.dim())]
+    new = rows.permute(order).index_select(at, idx)
+    if weight is not None:
+        shape = [1] * new.dim()
+        shape[at] = len(idx)
+        new = new.mul_(weight.view(shape)) if new.dtype == weight.dtype else (new * weight.view(shape)).to(new.dtype)
+    new = new.permute(back).reshape(list(size))
+    if any(a != b for a, b, s in zip(new.stride(), stride, size, strict=True) if s > 1):
+        placed = torch.empty_strided(list(size), list(stride), dtype=new.dtype, device=new.device)
+        new = placed.copy_(new)
+    return new
+
+
+def scattered(value: Tensor, layout: Rows, idx: Tensor | None, batch: int, size: Sequence[int]) -> Tensor:
+    """Rows put back in their places among `batch`, zeros elsewhere."""
+    if idx is None:
+        return value
+    rows, dim = _unfolded(value, layout, len(idx))
+    full = torch.zeros([*rows.shape[:dim], batch, *rows.shape[dim + 1 :]], dtype=value.dtype, device=value.device)
+    return full.index_copy_(dim, idx, rows).reshape(list(size))

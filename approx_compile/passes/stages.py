@@ -1,0 +1,275 @@
+"""A backward graph split into stages that run on fewer and fewer rows of the batch.
+
+Stage 0 runs on all rows: what lies above the first cut (a loss inside the graph), and what no subset of rows can give (random numbers). Stages 1, 2,
+.. begin at a cut each: rows are chosen there by the norms of the gradients that enter, gathered and scaled, and everything behind runs on them.
+What is blocked (`rows`), and all behind it, runs on all rows again in a last stage, the dropped rows' gradients being zero.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from approx_compile import _torch
+from approx_compile.passes.rows import HEAD, ROWS, TOTAL, Followed, Layout, Rows, follow
+from approx_compile.passes.sites import BMM, CONV, MM
+
+aten = torch.ops.aten
+
+HEAVY = MM | BMM | CONV | {aten.convolution_backward.default}
+ALL = 0
+"""The level of work that keeps all rows; 1, 2, .. keep fewer."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A value that comes into a stage. `source`: the stage that made it, or SAVED. `layout`: where its rows are; `gradient`: they are scaled at the
+    cut. `size`, `stride`: expressions that hold the batch's symbol."""
+
+    name: str
+    source: int
+    layout: Rows | None
+    gradient: bool
+    size: tuple[Any, ...] = ()
+    stride: tuple[Any, ...] = ()
+    number: Any = None
+    """The expression of a symbolic size, which has no tensor; with a `dtype` it is handed over as one, and stays that of the whole batch."""
+    dtype: torch.dtype | None = None
+
+
+SAVED = -1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One compiled piece: `entries` in the order of its placeholders, `outputs` by name. `level`: ALL, or the number of the cut it starts at."""
+
+    level: int
+    entries: tuple[Entry, ...]
+    outputs: tuple[str, ...]
+    gm: fx.GraphModule
+    flops: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """One output of the backward graph: which value of which stage, and its rows if they must be put back among all."""
+
+    name: str | None
+    source: int
+    layout: Rows | None
+    size: tuple[Any, ...] = ()
+    constant: Any = None
+
+
+@dataclass(frozen=True)
+class Split:
+    """The stages in order, the backward graph's outputs, the gradients whose rows decide at each level, and what was blocked and why."""
+
+    batch: sympy.Symbol
+    stages: tuple[Stage, ...]
+    results: tuple[Result, ...]
+    blocked: tuple[str, ...]
+    flops_all: int
+    products: Mapping[str, int]
+    """The products that run on rows kept, by node name: their level."""
+
+    @property
+    def flops_on_rows(self) -> int:
+        return sum(s.flops for s in self.stages if s.level != ALL)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where rows are chosen, and what became of it. `level` counts from the loss; `reason` says why nothing is cut, or what stops it further down."""
+
+    method: str
+    ratio: float | None
+    rows: int
+    decision: str
+    reason: str
+    flops_all: int
+    flops_on_rows: int
+    products: tuple[str, ...] = ()
+    level: int = 1
+
+
+@dataclass
+class _Work:
+    followed: Followed
+    stage: dict[fx.Node, int] = field(default_factory=dict)
+    post: int = 0
+    blocked: dict[str, None] = field(default_factory=dict)
+
+
+def output_layouts(graph: fx.Graph, batch: sympy.Symbol) -> dict[str, Layout]:
+    """Where the rows of a forward graph's outputs are, by name: a saved tensor has the same name in the backward graph."""
+    found = follow(graph, batch)
+    output = next(n for n in reversed(graph.nodes) if n.op == "output")
+    return {n.name: found.layout[n] for n in output.all_input_nodes if n not in found.lost and isinstance(n.meta.get("val"), torch.Tensor)}
+
+
+def split(gm: fx.GraphModule, batch: sympy.Symbol, known: Mapping[str, Layout], default: int, levels: Mapping[str, int]) -> Split:
+    """`default`: the level at the tangents (ALL: none); `levels`: that of products by node name."""
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    tangents = [n for n in placeholders if _torch.is_tangent(n)]
+    work = _Work(follow(gm.graph, batch, known, tangents))
+    _assign(gm.graph, work, tangents, default, levels)
+    members, wanted = _members(gm.graph, work)
+    stages = []
+    for s in sorted(members):
+        level = ALL if s == 0 or s == work.post else s
+        stages.append(_stage(gm, work, s, level, members[s], [n for n in wanted.get(s, {}) if n in members[s]]))
+    output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
+    results = [_result(o, work) for o in output.args[0]]
+    total = sum(_torch.flops(n) for n in gm.graph.nodes)
+    levels_of = {n.name: s for n, s in work.stage.items() if n.target in HEAVY and 0 < s != work.post}
+    return Split(batch, tuple(stages), tuple(results), tuple(work.blocked), total, levels_of)
+
+
+def _assign(graph: fx.Graph, work: _Work, tangents: Sequence[fx.Node], default: int, levels: Mapping[str, int]) -> None:
+    """The stage of every node that is linear in the gradients; `post` is one more than the last level."""
+    known = work.followed
+    by_rows = {t for t in tangents if known.kind.get(t) == ROWS}
+    raw: dict[fx.Node, int] = {}
+    post = max([default, *levels.values()]) + 1
+    for n in graph.nodes:
+        if n.op != "call_function" or known.kind.get(n) not in (ROWS, TOTAL):
+            continue
+        above = [raw.get(a, default if a in by_rows else ALL) for a in n.all_input_nodes if known.kind.get(a) in (ROWS, TOTAL)]
+        stage = max([ALL, *above])
+        if n.target in HEAVY or "attention" in str(n.target):
+            stage = max(stage, levels.get(n.name, default))
+        elif above == [] and known.kind.get(n) == ROWS:
+            stage = ALL  # a loss inside the graph: its gradient spreads over the rows here
+        if stage != ALL and stage != post and n in known.blocked:
+            work.blocked.setdefault(known.blocked[n])
+            stage = post
+        raw[n] = stage
+    work.stage, work.post = raw, post
+
+
+def _members(graph: fx.Graph, work: _Work) -> tuple[dict[int, dict[fx.Node, None]], dict[int, dict[fx.Node, None]]]:
+    """The nodes every stage computes, and which of them later stages or the caller want."""
+    members: dict[int, dict[fx.Node, None]] = {}
+    wanted: dict[int, dict[fx.Node, None]] = {}
+    known = work.followed
+
+    def home(n: fx.Node, stage: int) -> int:
+        """The stage that gives `n` to `stage`: its own for gradients; for the rest that stage itself, or 0 if only all rows can give it."""
+        if n.op == "placeholder" or _is_symbol(n):
+            return SAVED
+        if n.target is operator.getitem and isinstance(n.args[0], fx.Node):
+            return home(n.args[0], stage)
+        if n in work.stage:
+            return work.stage[n]
+        if known.kind.get(n) == HEAD or n in known.blocked or n in known.lost:
+            return 0
+        return stage
+
+    todo: list[tuple[fx.Node, int]] = []
+
+    def want(n: fx.Node, stage: int) -> None:
+        source = home(n, stage)
+        if source == SAVED:
+            return
+        if source != stage:
+            wanted.setdefault(source, {}).setdefault(n)
+        todo.append((n, source))
+
+    output = next(n for n in reversed(graph.nodes) if n.op == "output")
+    for o in output.args[0]:  # type: ignore[union-attr]
+        if isinstance(o, fx.Node):
+            stage = home(o, 0)
+            wanted.setdefault(max(stage, 0), {}).setdefault(o)
+            want(o, max(stage, 0))
+    while todo:
+        n, stage = todo.pop()
+        if n in members.setdefault(stage, {}):
+            continue
+        members[stage][n] = None
+        for a in n.all_input_nodes:
+            want(a, stage)
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    return {s: dict.fromkeys(sorted(found, key=order.__getitem__)) for s, found in members.items()}, wanted
+
+
+def _is_number(n: fx.Node) -> bool:
+    return isinstance(n.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool)
+
+
+def _is_symbol(n: fx.Node) -> bool:
+    """A size that is a symbol and nothing else: every stage is given its value."""
+    return _is_number(n) and bool(_torch.size_expr(n.meta["val"]).is_Symbol)
+
+
+def _stage(gm: fx.GraphModule, work: _Work, s: int, level: int, members: Mapping[fx.Node, None], outputs: Sequence[fx.Node]) -> Stage:
+    """The stage's own graph: symbolic sizes first among its placeholders, as in any backward graph."""
+    known = work.followed
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    needed: dict[fx.Node, None] = {}
+    for n in members:
+        for a in n.all_input_nodes:
+            if a not in members:
+                needed.setdefault(a)
+    entries = []
+    constants: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
+    whole = [(a, _number_dtype(n)) for n in members if level != ALL and n in known.numbers for a in _torch.number_arguments(n)]
+    for a in sorted(needed, key=lambda a: not _is_number(a)):
+        new = graph.placeholder(a.name)
+        new.meta = dict(a.meta)
+        env[a] = new
+        entries.append(_entry(a, work))
+    for a, dtype in dict.fromkeys(whole):  # the batch's size as a number: a tensor made outside, so that it stays what it is
+        name = f"{a.name}_whole_{str(dtype).removeprefix('torch.')}"
+        new = constants[a, dtype] = graph.placeholder(name)
+        new.meta = {"val": _torch.fake_scalar(a, dtype)}
+        entries.append(Entry(name, SAVED, None, False, number=_torch.size_expr(a.meta["val"]), dtype=dtype))
+    for n in members:
+        new = env[n] = graph.node_copy(n, env.__getitem__)
+        if level != ALL and n in known.numbers:
+            dtype = _number_dtype(n)
+            new.args = tuple(constants.get((o, dtype), m) if isinstance(o, fx.Node) else m for o, m in zip(n.args, new.args, strict=True))
+    out = graph.output(tuple(env[n] for n in outputs))
+    out.meta["user_visible_output_idxs"] = list(range(len(outputs)))  # the next stage counts on the strides
+    graph.eliminate_dead_code()
+    graph.lint()
+    return Stage(level, tuple(entries), tuple(n.name for n in outputs), fx.GraphModule(gm, graph), sum(_torch.flops(n) for n in members))
+
+
+def _entry(a: fx.Node, work: _Work) -> Entry:
+    if _is_number(a):
+        return Entry(a.name, SAVED, None, False, number=_torch.size_expr(a.meta["val"]))
+    known, value = work.followed, _torch.value(a)
+    source = SAVED if a.op == "placeholder" else work.stage.get(a, 0)
+    layout = known.rows(a)
+    return Entry(a.name, source, layout, known.kind.get(a) == ROWS, *_expressions(value))
+
+
+def _expressions(value: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    if not isinstance(value, torch.Tensor):
+        return (), ()
+    return tuple(map(_torch.size_expr, value.shape)), tuple(map(_torch.size_expr, value.stride()))
+
+
+def _number_dtype(n: fx.Node) -> torch.dtype:
+    """Beside a tensor with dims a double is as good as a Python number; beside a scalar it would change the result's dtype."""
+    value = _torch.value(n)
+    return value.dtype if value.dim() == 0 else torch.float64
+
+
+def _result(o: Any, work: _Work) -> Result:
+    if not isinstance(o, fx.Node):
+        return Result(None, SAVED, None, constant=o)
+    if o.op == "placeholder":
+        return Result(o.name, SAVED, None)
+    source = work.stage.get(o, 0)
+    on_rows = 0 < source != work.post and work.followed.kind[o] == ROWS
+    return Result(o.name, source, work.followed.rows(o) if on_rows else None, _expressions(_torch.value(o))[0])
