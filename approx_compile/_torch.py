@@ -182,6 +182,18 @@ def is_tangent(n: fx.Node) -> bool:
     return n.op == "placeholder" and "tangents" in n.name
 
 
+def described_outputs(output: fx.Node) -> dict[str, fx.Node]:
+    """A graph's outputs by AOTAutograd's description of each."""
+    described = output.meta.get("desc") or ()
+    return {repr(d): n for d, n in zip(described, output.args[0], strict=False) if isinstance(n, fx.Node)}  # type: ignore[arg-type]
+
+
+def output_of_tangent(n: fx.Node) -> str | None:
+    """The description of the output that a backward graph's placeholder is the gradient of."""
+    output = getattr(n.meta.get("desc"), "output", None)
+    return repr(output) if output is not None else None
+
+
 def fake_scalar(n: fx.Node, dtype: torch.dtype) -> Any:
     """A fake tensor without dims, of the fake mode of the graph that `n` is in."""
     with _graph_mode(n.graph):
@@ -355,8 +367,9 @@ def donating(indices: Sequence[int]) -> Iterator[None]:
 
 def guards_on(symbol: sympy.Symbol, gm: fx.GraphModule) -> list[Any]:
     """What compiled code has assumed of a symbolic size: expressions that must hold for any value it is called with."""
-    mode = _graph_mode(gm.graph)
-    return [g.expr for g in mode.shape_env.guards if symbol in g.expr.free_symbols]
+    env = _graph_mode(gm.graph).shape_env
+    known = {env.replace(g.expr) for g in env.guards}  # sizes found equal are one symbol then
+    return [e for e in known if symbol in e.free_symbols]
 
 
 # --- a symbol for the batch ---

@@ -123,16 +123,16 @@ def batch_symbol(gm: fx.GraphModule, config: ApproxConfig) -> sympy.Symbol | str
     if not data:
         return "the graph has no input with samples"
     largest = max(data, key=lambda n: _torch.numel_of(n.meta["example_value"]))
-    size = largest.meta["example_value"].shape[0]
-    if isinstance(size, int):
+    expression = _torch.size_expr(largest.meta["example_value"].shape[0])
+    if expression.is_Integer:
+        size = int(expression)
         if size <= config.least_rows():
             return f"a batch of {size}, min_k is {config.least_rows()}"
-        if _torch.ask_for_batch_symbol([n for n in data if n.meta["example_value"].shape[0] == size]):
+        if _torch.ask_for_batch_symbol([n for n in data if _torch.known_equal(n.meta["example_value"].shape[0], size)]):
             raise _torch.TraceAgain(restart_reason="approx: a symbol for the batch")
     _torch.forget_batch_marks(placeholders)
-    expression = _torch.size_expr(size)
     if not expression.is_Symbol:
-        return f"the model fixes the size of the batch to {size}"
+        return f"the model fixes the size of the batch to {expression}"
     return expression
 
 

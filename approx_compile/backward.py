@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from approx_compile import _torch
-from approx_compile.config import ApproxConfig, RowSettings
+from approx_compile.config import LEAST_ROWS, ApproxConfig, RowSettings
 from approx_compile.kernels.rows import choose
 from approx_compile.passes.rows import Layout, Rows
 from approx_compile.passes.stages import ALL, SAVED, Cut, Entry, Result, Split, Stage, output_layouts, split
@@ -51,7 +51,8 @@ class RowCompiler:
         if not is_backward:
             self._known |= output_layouts(gm.graph, self.batch)
             return self.inner(gm, example_inputs, is_backward=False, **kwargs)
-        found = split(gm, self.batch, self._known, self.default, _levels_of(gm))
+        tangents = {n.name: self._known[d] for n in _placeholders(gm) if (d := _torch.output_of_tangent(n)) in self._known}
+        found = split(gm, self.batch, self._known | tangents, self.default, _levels_of(gm))
         exact = self._why_not(found)
         self._note(found, gm, exact)
         if exact is not None:
@@ -180,7 +181,7 @@ class RowBackward:
         self.guards = tuple(guards)
         self._symbols = _symbol_sources(names, example_inputs)
         self._last_use = _last_use(found)
-        self._legal: dict[tuple[Any, ...], bool] = {}
+        self._legal_counts: dict[tuple[Any, ...], int] = {}
         self._plans: dict[tuple[Any, ...], list[list[Any]]] = {}
 
     def __call__(self, args: list[Any]) -> list[Any]:
@@ -198,20 +199,18 @@ class RowBackward:
         counts, most = [], size
         for i, asked in enumerate(self.levels):
             ratio = asked.ratio if asked.ratio is not None else self.control.ratio(i)
-            k = min(most, max(asked.min_k, int(ratio * size + 0.5)))
-            if k < size and not self._holds(k, symbols):
-                k = most
-            counts.append(k)
-            most = k
+            most = min(most, self._legal(max(asked.min_k, LEAST_ROWS, int(ratio * size + 0.5)), symbols))
+            counts.append(most)
         return counts
 
-    def _holds(self, k: int, symbols: Mapping[sympy.Symbol, int]) -> bool:
-        """Whether what the compiled code assumed of the batch's size is true of k."""
+    def _legal(self, k: int, symbols: Mapping[sympy.Symbol, int]) -> int:
+        """The smallest number of rows, k or more, of which everything is true that the compiled code assumed of the batch's size."""
         key = (k, *symbols.values())
-        if key not in self._legal:
-            put = dict(symbols) | {self.found.batch: k}
-            self._legal[key] = k >= 2 and all(g.subs(put) == sympy.true for g in self.guards)
-        return self._legal[key]
+        if key not in self._legal_counts:
+            size = symbols[self.found.batch]
+            legal = (n for n in range(k, size) if all(g.subs(dict(symbols) | {self.found.batch: n}) == sympy.true for g in self.guards))
+            self._legal_counts[key] = next(legal, size)
+        return self._legal_counts[key]
 
     def run(self, values: dict[str, Any], symbols: Mapping[sympy.Symbol, int], counts: Sequence[int]) -> list[Any]:
         size = symbols[self.found.batch]

@@ -33,6 +33,9 @@ PRODUCTS = ("output", "grad_input", "grad_weight")
 LADDER = (0.0625, 0.09, 0.125, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0)
 """Shares of the batch, a factor of about the square root of 2 apart."""
 
+LEAST_ROWS = 2
+"""`min_k` of row sampling, if its table has none. (Compiled code takes one row for another case than many.)"""
+
 # Named in the design and the papers, not in this version: refused by name, so that nobody waits for an effect.
 _NOT_BUILT: dict[str, tuple[str, ...]] = {
     "method": ("zero", "random", "max", "dropout", "adaptive_dropout", "alsh"),
@@ -439,7 +442,7 @@ class ApproxConfig(_Rules):
 
     def least_rows(self) -> int:
         """The smallest `min_k` that row sampling may meet."""
-        return min(k for r in (self, *self.rules) for k in (r.min_k, r.grad.min_k if r.grad is not None else None) if k is not None)
+        return min(r.grad.min_k if r.grad is not None and r.grad.min_k is not None else LEAST_ROWS for r in (self, *self.rules))
 
     def settings(self, matches: Sequence[bool]) -> SiteSettings:
         """The settings of a site, given which of `rules` match it."""
@@ -499,7 +502,7 @@ def _row_settings(keys: dict[str, Any]) -> RowSettings | None:
     if method == "exact":
         return None
     ratio = (table.ratio if table is not None else None) or (None if adaptive else keys["ratio"])
-    min_k = (table.min_k if table is not None else None) or keys["min_k"]
+    min_k = (table.min_k if table is not None else None) or LEAST_ROWS
     return RowSettings(method, ratio, min_k, table is not None and table.batch_norm == "approximate")
 
 

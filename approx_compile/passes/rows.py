@@ -469,8 +469,13 @@ def _take(n: fx.Node, value: Any, out: Followed) -> Layout:
 
 def _put(n: fx.Node, value: Any, out: Followed) -> Layout:
     """x[i, ..] += values: the gradient of a table looked up, a sum over samples; or in a row of x."""
-    x, indices, values = n.args[:3]
-    accumulate = n.args[3] if len(n.args) > 3 else False
+    if _name(n) == "_unsafe_masked_index_put_accumulate":
+        x, mask, indices, values = n.args
+        accumulate: Any = True
+        _agree(out.rows(mask), *(out.rows(i) for i in indices if i is not None))  # type: ignore[union-attr]
+    else:
+        x, indices, values = n.args[:3]
+        accumulate = n.args[3] if len(n.args) > 3 else False
     own, given = out.rows(x), [(d, i) for d, i in enumerate(indices) if i is not None]  # type: ignore[arg-type]
     places = [out.rows(i) for _, i in given]
     if own is not None:
@@ -537,7 +542,7 @@ _RULES: dict[Any, Rule] = {
     aten.cat.default: _cat,
     aten.constant_pad_nd.default: _pad,
 }
-_RULES_BY_NAME: dict[str, Rule] = {**dict.fromkeys(_FIRST_NAMES, _first), **dict.fromkeys(_ATTENTION_NAMES, _attention)}
+_RULES_BY_NAME: dict[str, Rule] = {"_unsafe_masked_index_put_accumulate": _put, **dict.fromkeys(_FIRST_NAMES, _first), **dict.fromkeys(_ATTENTION_NAMES, _attention)}
 """Ops of which Inductor registers some late, and the overloads do not matter."""
 
 
@@ -546,7 +551,7 @@ _RULES_BY_NAME: dict[str, Rule] = {**dict.fromkeys(_FIRST_NAMES, _first), **dict
 _MAPS = set(_SAME) | set(VIEWS) | {aten.permute.default, aten.t.default, aten.transpose.int, aten.sum.dim_IntList, aten.sum.default, aten.mean.dim}
 _MAPS |= {aten.squeeze.dims, aten.squeeze.dim, aten.squeeze.default, aten.expand.default, aten.unsqueeze.default, aten.select.int, aten.slice.Tensor}
 _MAPS |= {aten.neg.default, aten.cumsum.default, aten.flip.default, aten.cat.default, aten.constant_pad_nd.default, operator.getitem}
-_ZERO_OR_ALL = {aten.add.Tensor, aten.sub.Tensor, aten.slice_scatter.default, aten.select_scatter.default, aten.scatter.src, aten.scatter_add.default}
+_ZERO_OR_ALL = {aten.add.Tensor, aten.sub.Tensor, aten.slice_scatter.default, aten.select_scatter.default}
 _FACTORS = {aten.mul.Tensor, aten.mul.Scalar, aten.mm.default, aten.bmm.default}
 _INDEXED = {aten.gather.default, aten.index_select.default, aten.index.Tensor, aten._unsafe_index.Tensor}
 
@@ -569,6 +574,10 @@ def _is_linear(n: fx.Node, linear: set[fx.Node], out: Followed) -> bool:
         return n.args[1] not in linear and is_zero(n.args[2])
     if n.target in (aten.index_put.default, aten._unsafe_index_put.default):
         return all(a in linear or is_zero(a) for a in (n.args[0], n.args[2])) and not any(i in linear for i in n.args[1])  # type: ignore[union-attr]
+    if _name(n) in ("scatter_add", "scatter"):
+        return (n.args[0] in linear or is_zero(n.args[0])) and n.args[2] not in linear and (n.args[3] in linear or is_zero(n.args[3]))
+    if _name(n) == "_unsafe_masked_index_put_accumulate":
+        return (n.args[0] in linear or is_zero(n.args[0])) and n.args[1] not in linear and n.args[3] in linear
     if n.target in (aten.addmm.default, aten.baddbmm.default):
         return (n.args[0] in linear or is_zero(n.args[0])) and (n.args[1] in linear) != (n.args[2] in linear)
     if n.target is aten.addcmul.default:

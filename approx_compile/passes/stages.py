@@ -109,10 +109,11 @@ class _Work:
 
 
 def output_layouts(graph: fx.Graph, batch: sympy.Symbol) -> dict[str, Layout]:
-    """Where the rows of a forward graph's outputs are, by name: a saved tensor has the same name in the backward graph."""
+    """Where the rows of a forward graph's outputs are, by name (a saved tensor has the same name in the backward graph) and by description."""
     found = follow(graph, batch)
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
-    return {n.name: found.layout[n] for n in output.all_input_nodes if n not in found.lost and isinstance(n.meta.get("val"), torch.Tensor)}
+    named = {n.name: n for n in output.all_input_nodes} | _torch.described_outputs(output)
+    return {name: found.layout[n] for name, n in named.items() if n not in found.lost and isinstance(n.meta.get("val"), torch.Tensor)}
 
 
 def split(gm: fx.GraphModule, batch: sympy.Symbol, known: Mapping[str, Layout], default: int, levels: Mapping[str, int]) -> Split:
