@@ -6,6 +6,7 @@ Here are the things only this moment knows: the layers' names, which modules tra
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -65,7 +66,7 @@ class Backend:
         context, layers, root = read_graph(gm, example_inputs, self.config)
         record = notices.Record(self.config, root, layers, context, gm.code)
         plans: list[tuple[Plan, fx.Graph | None, fx.Graph | None]] = []
-        rows, no_rows = self._rows(gm, example_inputs, context)
+        rows, no_rows = self._rows(gm, context, layers, root)
         approx = ApproxPass(self.config, context, layers, lambda *found: plans.append(found), self.keep_graphs, rows.ask if rows else None)
         inner = rows if rows is not None else self.inner_compile
         compiled = _torch.compile_fx(gm, example_inputs, patches | {"joint_custom_pre_pass": _after_users(approx)}, inner, cached)
@@ -78,7 +79,9 @@ class Backend:
             record.announce(approx.uuid(), example_inputs)
         return compiled
 
-    def _rows(self, gm: fx.GraphModule, example_inputs: Sequence[Any], context: Context) -> tuple[RowCompiler | None, str | None]:
+    def _rows(
+        self, gm: fx.GraphModule, context: Context, layers: tuple[str, ...], root: nn.Module | None
+    ) -> tuple[RowCompiler | None, str | None]:
         """What compiles the backward pass for some of the rows, if the settings ask for it; or the reason why not."""
         if not self.config.asks_for_rows():
             return None, None
@@ -87,7 +90,9 @@ class Backend:
         batch = batch_symbol(gm, self.config)
         if isinstance(batch, str):
             return None, batch
-        return RowCompiler(batch, self.config, self.inner_compile), None
+        named = repr([context.modules[k.split("@")[0]].name if k else "" for k in layers])
+        key = hashlib.sha256(named.encode()).hexdigest()[:12] + ":"  # the same in another process, whatever the sizes
+        return RowCompiler(batch, self.config, self.inner_compile, root, key), None
 
 
 def approx(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Any = None, mode: str | None = None, **kwargs: Any) -> Any:

@@ -12,10 +12,11 @@ from typing import Any
 
 import sympy
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from approx_compile import _torch
 from approx_compile.config import LEAST_ROWS, ApproxConfig, RowSettings
+from approx_compile.control import Control, control_for
 from approx_compile.kernels.rows import choose
 from approx_compile.passes.rows import Layout, Rows
 from approx_compile.passes.stages import ALL, SAVED, Cut, Entry, Result, Split, Stage, output_layouts, split
@@ -25,11 +26,14 @@ LEAST_SHARE = 0.3
 
 
 class RowCompiler:
-    """An `inner_compile` for one call of `compile_fx`. `batch`: the symbol of the batch's size."""
+    """An `inner_compile` for one call of `compile_fx`. `batch`: the symbol of the batch's size; `root`, `key`: the module and the graph of it that
+    adaptive state belongs to."""
 
-    def __init__(self, batch: sympy.Symbol, config: ApproxConfig, inner: Callable[..., Any] | None) -> None:
+    def __init__(self, batch: sympy.Symbol, config: ApproxConfig, inner: Callable[..., Any] | None, root: nn.Module | None = None, key: str = "") -> None:
         self.batch = batch
         self.config = config
+        self.root = root
+        self.key = key
         self.inner = inner or _torch.compile_graph
         self.levels: list[RowSettings] = []
         self.default = ALL
@@ -97,13 +101,18 @@ class RowCompiler:
             with _torch.donating(mine):
                 calls.append(self.inner(stage.gm, inputs, is_backward=True, **(kwargs | {"static_input_idxs": static})))
         guards = _torch.guards_on(self.batch, gm)
-        backward = RowBackward(found, calls, self.levels, [n.name for n in placeholders], example_inputs, guards, donated, None)
+        backward = RowBackward(found, calls, self.levels, [n.name for n in placeholders], example_inputs, guards, donated, self._controls())
 
         def call(args: list[Any]) -> list[Any]:  # wrappers on the way keep a function's attributes, not an object's
             return backward(args)
 
         call._boxed_call = True  # type: ignore[attr-defined]
         return call
+
+    def _controls(self) -> list[Control | None]:
+        """One for every level whose ratio is to be found."""
+        asked = enumerate(self.levels, 1)
+        return [control_for(self.root, self.config.adaptive, f"{self.key}{i}") if s.ratio is None else None for i, s in asked]
 
 
 def _levels_of(gm: fx.GraphModule) -> dict[str, int]:
@@ -170,13 +179,13 @@ class RowBackward:
         example_inputs: Sequence[Any],
         guards: Sequence[Any],
         donated: set[str],
-        control: Any,
+        controls: Sequence[Control | None],
     ) -> None:
         self.found = found
         self.calls = tuple(calls)
         self.levels = tuple(levels)
         self.names = tuple(names)
-        self.control = control
+        self.controls = tuple(controls)
         self.donated = donated
         self.guards = tuple(guards)
         self._symbols = _symbol_sources(names, example_inputs)
@@ -198,7 +207,9 @@ class RowBackward:
         """Rows kept at each level, never more than at the level before."""
         counts, most = [], size
         for i, asked in enumerate(self.levels):
-            ratio = asked.ratio if asked.ratio is not None else self.control.ratio(i)
+            control = self.controls[i]
+            ratio = control.begin() if control is not None else asked.ratio
+            assert ratio is not None
             most = min(most, self._legal(max(asked.min_k, LEAST_ROWS, int(ratio * size + 0.5)), symbols))
             counts.append(most)
         return counts
@@ -242,8 +253,9 @@ class RowBackward:
         """The rows of level + 1, by the norms of the gradients that enter the stage there. None: all that the level before has."""
         before = counts[level - 1] if level else size
         k = counts[level]
-        watch = self.control is not None and self.levels[level].ratio is None and self.control.watches(level)
-        if k >= before and not watch:
+        control = self.controls[level]
+        watched = control if control is not None and control.watches else None
+        if k >= before and watched is None:
             return None
         total: Tensor | None = None
         for entry in stage.entries:
@@ -255,8 +267,8 @@ class RowBackward:
             own = own if weight is None else own * weight.square()
             total = own if total is None else total + own
         assert total is not None
-        if watch:
-            self.control.see(level, total)
+        if watched is not None:
+            watched.see(total)
         if k >= before:
             return None
         idx, weight = choose(self.levels[level].method, total, k)

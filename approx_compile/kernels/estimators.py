@@ -161,7 +161,7 @@ def _bernoulli(score: Tensor, how: Estimator) -> tuple[Tensor, Tensor | None]:
     finite = score.isfinite()
     p = water_fill(torch.where(finite, score, 0), how.k)
     kept = torch.rand(score.shape, device=score.device, dtype=score.dtype) < p
-    return pick_slots(torch.where(kept, 1 / p, 0), finite, how.slots)
+    return _slots(torch.where(kept, 1 / p, 0), finite, how.slots)
 
 
 def _crs(score: Tensor, how: Estimator) -> tuple[Tensor, Tensor | None]:
@@ -170,7 +170,7 @@ def _crs(score: Tensor, how: Estimator) -> tuple[Tensor, Tensor | None]:
     total = mass.sum(-1, keepdim=True)
     draw = torch.rand((*score.shape[:-1], how.k), device=score.device, dtype=score.dtype)
     count = _draw(mass, draw, torch.ones_like(draw))
-    return pick_slots(torch.where(mass > 0, count * total / (how.k * mass), 0), finite, how.slots)
+    return _slots(torch.where(mass > 0, count * total / (how.k * mass), 0), finite, how.slots)
 
 
 def _wta(score: Tensor, how: Estimator) -> tuple[Tensor, Tensor | None]:
@@ -187,7 +187,7 @@ def _wta(score: Tensor, how: Estimator) -> tuple[Tensor, Tensor | None]:
     count = _draw(mass, draw, used.to(score.dtype))
     drawn = torch.where(mass > 0, count * total / ((k - c) * mass), 0)
     weight = torch.where(sure, torch.ones_like(value), drawn)
-    return pick_slots(torch.empty_like(weight).scatter(-1, order, weight), finite, how.slots)
+    return _slots(torch.empty_like(weight).scatter(-1, order, weight), finite, how.slots)
 
 
 def _or_ones(mass: Tensor) -> Tensor:
@@ -202,7 +202,7 @@ def _draw(mass: Tensor, uniform: Tensor, used: Tensor) -> Tensor:
     return torch.zeros_like(mass).scatter_add(-1, at, used)
 
 
-def pick_slots(weight: Tensor, finite: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+def _slots(weight: Tensor, finite: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     """Weights (0 = dropped) -> a fixed number of distinct sorted indices that hold every unit with a weight, and the weights there."""
     weight = torch.where(finite, weight, 1)
     rank = torch.where(finite, (weight > 0).to(torch.float32), 2.0)

@@ -1,0 +1,145 @@
+"""How many rows a step needs: the policy "adaptive".
+
+Of the gradients that reach a cut the norms g are known anyway. `needed` says what share of the rows keeps the added variance under tau of the
+gradient's own; its running mean, rounded up on the ladder, is the share kept from the next step on. A number is read one step after it was made,
+so the device never waits for it. The state is small and part of a checkpoint (`state_dict`), or a resumed run would start exact again.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from approx_compile.config import AdaptiveTable
+from approx_compile.kernels.rows import needed
+
+MOMENTUM = 0.9
+"""Of the running mean: a batch says little about the next ten."""
+
+WATCH = 4
+"""Steps from one look at the norms to the next."""
+
+HISTORY = 100_000
+"""Changes of the ratio that are remembered."""
+
+
+class Control:
+    """Of one cut of one graph. `share`: the running mean of what was needed, 1 at first; `ratio`: what is kept, a rung of the ladder."""
+
+    def __init__(self, settings: AdaptiveTable, name: str) -> None:
+        self.settings = settings
+        self.name = name
+        self.step = 0
+        self.share = 1.0
+        self.changes: deque[tuple[int, float]] = deque([(0, 1.0)], maxlen=HISTORY)
+        self._waiting: tuple[Tensor, Any] | None = None
+
+    @property
+    def ratio(self) -> float:
+        return self.changes[-1][1]
+
+    def begin(self) -> float:
+        """Start a step: the share of rows to keep in it."""
+        if self._waiting is not None:
+            self._take(*self._waiting)
+            self._waiting = None
+        self.step += 1
+        return self.ratio
+
+    @property
+    def watches(self) -> bool:
+        """Whether this step looks at the norms."""
+        return self.step % WATCH == 1
+
+    def see(self, norms_sq: Tensor) -> None:
+        share = needed(norms_sq, self.settings.tau)
+        if share.device.type == "cuda":
+            host = torch.empty((), dtype=share.dtype, pin_memory=True).copy_(share, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._waiting = (host, event)
+        else:
+            self._waiting = (share, None)
+
+    def _take(self, value: Tensor, event: Any) -> None:
+        if event is not None:
+            event.synchronize()  # of the step before: the device has the next forward pass to do meanwhile
+        self.share = MOMENTUM * self.share + (1 - MOMENTUM) * float(value)
+        ratio = next(r for r in self.settings.ladder if r >= min(1.0, self.share * (1 - 1e-9)))
+        if ratio != self.ratio:
+            self.changes.append((self.step, ratio))
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._waiting is not None:
+            self._take(*self._waiting)
+            self._waiting = None
+        return {"step": self.step, "share": self.share, "changes": [list(c) for c in self.changes]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.share = int(state["step"]), float(state["share"])
+        self.changes = deque([(int(s), float(r)) for s, r in state["changes"]], maxlen=HISTORY)
+        self._waiting = None
+
+
+_controls: weakref.WeakKeyDictionary[nn.Module, dict[str, Control]] = weakref.WeakKeyDictionary()
+_pending: weakref.WeakKeyDictionary[nn.Module, dict[str, dict[str, Any]]] = weakref.WeakKeyDictionary()
+
+
+def control_for(root: nn.Module | None, settings: AdaptiveTable, key: str) -> Control:
+    """The control of a cut: that of an earlier compilation of the same graph if there is one, or a new one, with loaded state if some waits."""
+    if root is None:
+        return Control(settings, key)
+    own = _controls.setdefault(root, {})
+    if key not in own or own[key].settings != settings:
+        own[key] = Control(settings, key)
+        state = _pending.get(root, {}).pop(key, None)
+        if state is not None:
+            own[key].load_state_dict(state)
+    return own[key]
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def state_dict(model: nn.Module) -> dict[str, Any]:
+    """The adaptive state of a model and of the parts of it that are compiled by themselves: {module: {cut: state}}. Numbers and lists only.
+
+    Save it beside the model's and the optimizer's; a run that loads all of them and the random state repeats the uninterrupted one.
+    """
+    model = _plain(model)
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        states = {key: dict(state) for key, state in _pending.get(module, {}).items()}
+        states |= {key: control.state_dict() for key, control in _controls.get(module, {}).items()}
+        if states:
+            found[name] = states
+    return found
+
+
+def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
+    """Take up the state that `state_dict` gave: at once where the cut is compiled, else when it is. Raises KeyError for a module the model lacks."""
+    model = _plain(model)
+    modules = dict(model.named_modules())
+    for name, states in state.items():
+        if name not in modules:
+            raise KeyError(f"adaptive state for module {name!r}, which {type(model).__name__} does not have; it has {', '.join(list(modules)[:8])}, ...")
+        module = modules[name]
+        for key, own in states.items():
+            control = _controls.get(module, {}).get(key)
+            if control is not None:
+                control.load_state_dict(own)
+            else:
+                _pending.setdefault(module, {})[key] = own
+
+
+def controls(model: nn.Module) -> dict[str, Control]:
+    """The controls of a model by name: cut, or module and cut where parts are compiled by themselves."""
+    return {
+        ".".join(p for p in (name, key) if p): c for name, module in _plain(model).named_modules() for key, c in _controls.get(module, {}).items()
+    }
