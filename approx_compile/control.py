@@ -51,6 +51,13 @@ class Control:
         return self.ratio
 
     @property
+    def kept(self) -> float:
+        """The mean share of the rows over all steps so far."""
+        ends = [s for s, _ in self.changes][1:] + [self.step + 1]
+        steps = [max(0, end - max(1, begin)) for (begin, _), end in zip(self.changes, ends, strict=True)]
+        return sum(n * r for n, (_, r) in zip(steps, self.changes, strict=True)) / sum(steps) if any(steps) else 1.0
+
+    @property
     def watches(self) -> bool:
         """Whether this step looks at the norms."""
         return self.step % WATCH == 1
