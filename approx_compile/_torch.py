@@ -71,6 +71,10 @@ def hint(size: Any) -> int:
     return int(node_hint) if node_hint is not None else 1024
 
 
+def has_backward(graph: fx.Graph) -> bool:
+    return any(is_backward(n) for n in graph.nodes if n.op == "call_function")
+
+
 def is_backward(n: fx.Node) -> bool:
     return n.meta.get("partitioner_tag") in ("is_backward", "must_be_in_backward")
 
@@ -388,6 +392,12 @@ _UNGUARDED = "_dynamo_propagated_dynamic_indices"
 """What torch itself puts on a compiled graph's outputs to make them dynamic in the next one: read by Dynamo, in no guard."""
 
 
+def compilation() -> str | None:
+    """The name of the compilation Dynamo is in, the same when it traces again."""
+    context = torch._guards.CompileContext.current_compile_id()
+    return str(context) if context is not None else None
+
+
 def ask_for_batch_symbol(chosen: Sequence[fx.Node]) -> bool:
     """Mark dim 0 of the tensors behind Dynamo's placeholders dynamic, once each, and say whether there is anything new to trace."""
     if TraceAgain is None:
@@ -405,17 +415,20 @@ def ask_for_batch_symbol(chosen: Sequence[fx.Node]) -> bool:
     return new
 
 
-def forget_batch_marks(placeholders: Sequence[fx.Node]) -> None:
-    """Take the marks off again: they are for this compilation only, whoever compiles next with the same tensors."""
+def forget_batch_marks(placeholders: Sequence[fx.Node]) -> bool:
+    """Take the marks off again: they are for this compilation only, whoever compiles next with the same tensors. Says whether there were any."""
+    found = False
     for n in placeholders:
         tensor = getattr(n.meta.get("grapharg"), "example", None)
         if isinstance(tensor, torch.Tensor) and hasattr(tensor, _MARKED):
+            found = True
             before = getattr(tensor, _MARKED)
             delattr(tensor, _MARKED)
             if hasattr(tensor, _UNGUARDED):
                 delattr(tensor, _UNGUARDED)
             if before is not None:
                 setattr(tensor, _UNGUARDED, before)
+    return found
 
 
 @functools.cache
@@ -425,6 +438,12 @@ def _reads_unguarded() -> bool:
     from torch._dynamo.variables import builder
 
     return _UNGUARDED in inspect.getsource(builder)
+
+
+def backward_pass() -> int:
+    """The number of the backward pass that the autograd engine is in, -1 outside of one or where torch does not tell."""
+    number = getattr(torch._C, "_current_graph_task_id", None)
+    return int(number()) if number is not None else -1
 
 
 def run_as_is(gm: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:

@@ -17,12 +17,13 @@ from torch import fx, nn
 
 from approx_compile import _torch, notices
 from approx_compile.annotate import SIGNATURE, full_name, last_module, sign
-from approx_compile.backward import RowCompiler
+from approx_compile.backward import Declined, RowCompiler
 from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.layers import Layers
 from approx_compile.passes.graph_pass import ApproxPass, Listener
 from approx_compile.passes.plan import Plan
 from approx_compile.passes.sites import Context, Input, Module
+from approx_compile.passes.stages import Cut
 
 DISABLE = "APPROX_COMPILE_DISABLE"
 _TRANSFORMS = ("_vmap_increment_nesting", "_grad_increment_nesting", "_jvp_increment_nesting")
@@ -66,33 +67,54 @@ class Backend:
         context, layers, root = read_graph(gm, example_inputs, self.config)
         record = notices.Record(self.config, root, layers, context, gm.code)
         plans: list[tuple[Plan, fx.Graph | None, fx.Graph | None]] = []
-        rows, no_rows = self._rows(gm, context, layers, root)
-        approx = ApproxPass(self.config, context, layers, lambda *found: plans.append(found), self.keep_graphs, rows.ask if rows else None)
-        inner = rows if rows is not None else self.inner_compile
-        compiled = _torch.compile_fx(gm, example_inputs, patches | {"joint_custom_pre_pass": _after_users(approx)}, inner, cached)
+
+        def compiled_with(rows: RowCompiler | None) -> Any:
+            approx = ApproxPass(self.config, context, layers, lambda *found: plans.append(found), self.keep_graphs, rows.ask if rows else None)
+            inner = rows if rows is not None else self.inner_compile
+            compiled = _torch.compile_fx(gm, example_inputs, patches | {"joint_custom_pre_pass": _after_users(approx)}, inner, cached)
+            return compiled, approx.uuid()
+
+        rows, no_rows, asked = self._rows(gm, context, layers, root)
+        try:
+            compiled, uuid = compiled_with(rows)
+        except Declined as e:
+            assert rows is not None
+            if asked and (name := _torch.compilation()) is not None:  # back to static sizes: then it is Inductor's code, bit for bit
+                _declined[name] = rows
+                raise _torch.TraceAgain(restart_reason="approx: rows are not worth it") from None
+            no_rows, plans[:] = (str(e), rows.cuts), []
+            compiled, uuid = compiled_with(None)
         for plan, before, after in plans:  # graphs inside the graph have passes of their own
-            plan = plan.with_cuts(rows.cuts) if rows is not None else plan.without_rows(no_rows) if no_rows else plan
+            plan = plan.without_rows(*no_rows) if no_rows is not None else plan.with_cuts(rows.cuts) if rows is not None else plan
             record.plan = plan if record.plan is None else record.plan.joined(plan)
             if self.on_plan is not None:
                 self.on_plan(plan, before, after)
         if self.on_plan is None:
-            record.announce(approx.uuid(), example_inputs)
+            record.announce(uuid, example_inputs)
         return compiled
 
     def _rows(
         self, gm: fx.GraphModule, context: Context, layers: tuple[str, ...], root: nn.Module | None
-    ) -> tuple[RowCompiler | None, str | None]:
-        """What compiles the backward pass for some of the rows, if the settings ask for it; or the reason why not."""
+    ) -> tuple[RowCompiler | None, tuple[str, Sequence[Cut]] | None, bool]:
+        """What compiles the backward pass for some of the rows, if the settings ask for it; or the reason why not and the cuts that might have been;
+        and whether a symbol was asked for."""
         if not self.config.asks_for_rows():
-            return None, None
+            return None, None, False
         if context.nothing_trains():
-            return None, "no module is in training mode"
-        batch = batch_symbol(gm, self.config)
+            return None, ("no module is in training mode", ()), False
+        declined = _declined.pop(_torch.compilation() or "", None)
+        if declined is not None:
+            return None, (declined.cuts[0].reason, declined.cuts), False
+        batch, asked = batch_symbol(gm, self.config)
         if isinstance(batch, str):
-            return None, batch
+            return None, (batch, ()), asked
         named = repr([context.modules[k.split("@")[0]].name if k else "" for k in layers])
         key = hashlib.sha256(named.encode()).hexdigest()[:12] + ":"  # the same in another process, whatever the sizes
-        return RowCompiler(batch, self.config, self.inner_compile, root, key), None
+        return RowCompiler(batch, self.config, self.inner_compile, root, key), None, asked
+
+
+_declined: dict[str, RowCompiler] = {}
+"""Compilations in which rows turned out not to be worth it, until Dynamo has traced them again without a symbol."""
 
 
 def approx(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Any = None, mode: str | None = None, **kwargs: Any) -> Any:
@@ -120,25 +142,25 @@ def _after_users(ours: ApproxPass) -> Any:
 # --- a symbol for the batch ---
 
 
-def batch_symbol(gm: fx.GraphModule, config: ApproxConfig) -> sympy.Symbol | str:
-    """The symbol that stands for dim 0 of the model's data, or why there is none. Where the size is still a number Dynamo is asked to trace once
-    more: this then does not return."""
+def batch_symbol(gm: fx.GraphModule, config: ApproxConfig) -> tuple[sympy.Symbol | str, bool]:
+    """The symbol that stands for dim 0 of the model's data, or why there is none; and whether it had to be asked for. Where the size is still a
+    number Dynamo is asked to trace once more: this then does not return."""
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     data = [n for n in placeholders if _is_data(n)]
     if not data:
-        return "the graph has no input with samples"
+        return "the graph has no input with samples", False
     largest = max(data, key=lambda n: _torch.numel_of(n.meta["example_value"]))
     expression = _torch.size_expr(largest.meta["example_value"].shape[0])
     if expression.is_Integer:
         size = int(expression)
         if size <= config.least_rows():
-            return f"a batch of {size}, min_k is {config.least_rows()}"
+            return f"a batch of {size}, min_k is {config.least_rows()}", False
         if _torch.ask_for_batch_symbol([n for n in data if _torch.known_equal(n.meta["example_value"].shape[0], size)]):
             raise _torch.TraceAgain(restart_reason="approx: a symbol for the batch")
-    _torch.forget_batch_marks(placeholders)
+    asked = _torch.forget_batch_marks(placeholders)
     if not expression.is_Symbol:
-        return f"the model fixes the size of the batch to {expression}"
-    return expression
+        return f"the model fixes the size of the batch to {expression}", asked
+    return expression, asked
 
 
 def _is_data(n: fx.Node) -> bool:

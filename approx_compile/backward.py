@@ -19,10 +19,14 @@ from approx_compile.config import LEAST_ROWS, ApproxConfig, RowSettings
 from approx_compile.control import Control, control_for
 from approx_compile.kernels.rows import choose
 from approx_compile.passes.rows import Layout, Rows
-from approx_compile.passes.stages import ALL, SAVED, Cut, Entry, Result, Split, Stage, output_layouts, split
+from approx_compile.passes.stages import ALL, SAVED, Cut, Entry, Outlook, Result, Split, Stage, outlook, output_layouts, split
 
 LEAST_SHARE = 0.3
 """Under the policies that look at the cost: the share of the backward pass's FLOPs that must run on the rows kept."""
+
+
+class Declined(Exception):
+    """Row sampling is not worth it in this graph; the message says why."""
 
 
 class RowCompiler:
@@ -40,13 +44,23 @@ class RowCompiler:
         self.cuts: list[Cut] = []
         self._known: dict[str, Layout] = {}
 
-    def ask(self, top: RowSettings | None, sites: Mapping[fx.Node, RowSettings | None]) -> None:
-        """Levels for what is asked, the most rows first; written on the gradient products."""
+    def ask(self, graph: fx.Graph, top: RowSettings | None, sites: Mapping[fx.Node, RowSettings | None]) -> None:
+        """Levels for what is asked, the most rows first; written on the gradient products. Raises Declined if it will not be worth it."""
         distinct = dict.fromkeys(s for s in (top, *sites.values()) if s is not None)
         self.levels = sorted(distinct, key=lambda s: -1.0 if s.ratio is None else -s.ratio)
         self.default = self._level(top)
         for node, settings in sites.items():
             node.meta[LEVEL] = self._level(settings)
+        if _torch.has_backward(graph):
+            found = outlook(graph, self.batch, self.default, {n.name: n.meta[LEVEL] for n in sites})
+            reason = found.why_not(self._least_share)
+            if reason is not None:
+                self._note(found, {}, graph, reason)
+                raise Declined(reason)
+
+    @property
+    def _least_share(self) -> float:
+        return 0.0 if self.config.policy == "always" else LEAST_SHARE
 
     def _level(self, settings: RowSettings | None) -> int:
         return self.levels.index(settings) + 1 if settings is not None else ALL
@@ -57,32 +71,22 @@ class RowCompiler:
             return self.inner(gm, example_inputs, is_backward=False, **kwargs)
         tangents = {n.name: self._known[d] for n in _placeholders(gm) if (d := _torch.output_of_tangent(n)) in self._known}
         found = split(gm, self.batch, self._known | tangents, self.default, _levels_of(gm))
-        exact = self._why_not(found)
-        self._note(found, gm, exact)
+        exact = found.outlook.why_not(self._least_share)
+        self._note(found.outlook, found.products, gm.graph, exact)
         if exact is not None:
             return self.inner(gm, example_inputs, is_backward=True, **kwargs)
         return self._compiled(found, gm, example_inputs, kwargs)
 
-    def _why_not(self, found: Split) -> str | None:
-        if not found.flops_on_rows:
-            return "; ".join(found.blocked) or "no product of the backward pass depends on rows of the output's gradient"
-        share = found.flops_on_rows / max(1, found.flops_all)
-        if self.config.policy != "always" and share < LEAST_SHARE:
-            why = f": {'; '.join(found.blocked)}" if found.blocked else ""
-            return f"only {share:.0%} of the backward pass's FLOPs could run on some of the rows{why}"
-        return None
-
-    def _note(self, found: Split, gm: fx.GraphModule, exact: str | None) -> None:
-        hint = next((_torch.hint(s) for n in gm.graph.nodes for s in _sizes(n) if _torch.size_expr(s) == self.batch), 0)
+    def _note(self, found: Outlook, products: Mapping[str, int], graph: fx.Graph, exact: str | None) -> None:
+        rows = next((_torch.hint(s) for n in graph.nodes if n.op == "placeholder" for s in _sizes(n) if _torch.size_expr(s) == self.batch), 0)
         for i, asked in enumerate(self.levels, 1):
-            products = tuple(name for name, level in found.products.items() if level == i)
-            if exact is None and not products:
+            mine = tuple(name for name, level in products.items() if level == i)
+            if exact is None and not mine:
                 continue
             stops = "; ".join(found.blocked)
             reason = exact or (f"rows end where {stops}" if stops else "the whole backward pass")
-            self.cuts.append(
-                Cut(asked.method, asked.ratio, hint, "exact" if exact else "rows", reason, found.flops_all, found.flops_on_rows, products, i)
-            )
+            decision = "exact" if exact else "rows"
+            self.cuts.append(Cut(asked.method, asked.ratio, rows, decision, reason, found.flops_all, found.flops_on_rows, mine, i))
 
     def _compiled(self, found: Split, gm: fx.GraphModule, example_inputs: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
@@ -195,10 +199,30 @@ class RowBackward:
 
     def __call__(self, args: list[Any]) -> list[Any]:
         symbols = self._values(args)
-        size = symbols[self.found.batch]
         values = dict(zip(self.names, args, strict=True))
         args.clear()
-        return self.run(values, symbols, self._counts(size, symbols))
+        counts = self._counts(symbols[self.found.batch], symbols)
+        followed, own = self._follow(values, symbols)
+        if followed is not None or not own:
+            most = followed.k if followed is not None else symbols[self.found.batch]
+            counts = [most, *(min(most, k) for k in counts[1:])] if followed is not None else [most] * len(counts)
+        return self.run(values, symbols, counts, followed)
+
+    def _follow(self, values: Mapping[str, Any], symbols: Mapping[sympy.Symbol, int]) -> tuple[_Kept | None, bool]:
+        """The rows that a graph further up in this backward pass chose, if all gradients come from there; and whether this one may choose its own.
+
+        Rows that are zero already can be left out for nothing. Where other gradients have been added, all rows are needed; choosing among them anew
+        would add variance that nobody has accounted for.
+        """
+        task = _torch.backward_pass()
+        first = next((s for s in self.found.stages if s.level == 1), None)
+        gradients = [values[e.name] for e in first.entries if e.gradient and e.source == SAVED] if first is not None else []
+        marks = [_mark_of(t) for t in gradients]
+        if marks and all(m is not None and m is marks[0] for m in marks):
+            assert marks[0] is not None
+            if self._legal(len(marks[0]), symbols) == len(marks[0]):
+                return _Kept(marks[0], None, len(marks[0])), True
+        return None, task < 0 or task != _last_sampled[0]
 
     def _values(self, args: Sequence[Any]) -> dict[sympy.Symbol, int]:
         return {s: args[i] if d is None else args[i].shape[d] for s, i, d in self._symbols}
@@ -223,10 +247,13 @@ class RowBackward:
             self._legal_counts[key] = next(legal, size)
         return self._legal_counts[key]
 
-    def run(self, values: dict[str, Any], symbols: Mapping[sympy.Symbol, int], counts: Sequence[int]) -> list[Any]:
+    def run(
+        self, values: dict[str, Any], symbols: Mapping[sympy.Symbol, int], counts: Sequence[int], followed: _Kept | None = None
+    ) -> list[Any]:
+        """One backward pass with `counts` rows at each level; `followed`: the first level's rows, if they are given."""
         size = symbols[self.found.batch]
         plan = self._plan(symbols, counts)
-        kept: list[_Kept | None] = []
+        kept: list[_Kept | None] = [] if followed is None else [followed]
         live = dict(values)
         values.clear()
         made: dict[str, int] = dict.fromkeys(live, ALL)
@@ -243,6 +270,8 @@ class RowBackward:
             for name, value in zip(stage.outputs, outputs, strict=True):
                 live[name] = value
                 made[name] = stage.level
+        if any(k is not None for k in kept):
+            _last_sampled[0] = _torch.backward_pass()
         return [self._result(r, live, made, kept, size, symbols) for r in self.found.results]
 
     # --- rows ---
@@ -298,7 +327,10 @@ class RowBackward:
         if result.layout is None:
             return value
         idx = _path(kept, ALL, made[result.name])[0]
-        return scattered(value, result.layout, idx, size, [_number(e, symbols) for e in result.size])
+        full = scattered(value, result.layout, idx, size, [_number(e, symbols) for e in result.size])
+        if idx is not None and result.layout == Rows(0):
+            _mark(full, idx)
+        return full
 
     def _plan(self, symbols: Mapping[sympy.Symbol, int], counts: Sequence[int]) -> list[list[Any]]:
         """Shape and stride (or number) of every entry, for these symbols and counts."""
@@ -310,6 +342,22 @@ class RowBackward:
                 plan.append([_shape_of(e, here, symbols) for e in stage.entries])
             self._plans[key] = plan
         return self._plans[key]
+
+
+_last_sampled = [-1]
+"""The backward pass (torch's number of it) in which rows were last left out."""
+
+_ROWS_MARK = "_approx_compile_rows"
+
+
+def _mark(gradient: Tensor, idx: Tensor) -> None:
+    """Tell the graph that gets this gradient next which of its rows are not zero. Whatever is added in place makes the mark invalid."""
+    setattr(gradient, _ROWS_MARK, (idx, gradient._version))
+
+
+def _mark_of(gradient: Tensor) -> Tensor | None:
+    idx, version = getattr(gradient, _ROWS_MARK, (None, None))
+    return idx if version == gradient._version else None
 
 
 def _shape_of(entry: Entry, here: Mapping[Any, int], whole: Mapping[Any, int]) -> Any:

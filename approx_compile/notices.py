@@ -57,7 +57,7 @@ class Record:
         """Say what was decided. After a cache hit the summary stored by the process that compiled is used."""
         path = _torch.cache_folder() / "approx_compile" / f"{_shapes_key(uuid, self.text, example_inputs)}.json"
         if self.plan is not None:
-            summary = _summary(self.plan)
+            summary = _summary(self.plan, self.config)
             _store(path, summary)
             for site in self.plan.sites:
                 log.info("%s: %s (%s %s %s)", site.name, site.decision, site.op, site.shape, site.reason)
@@ -84,11 +84,11 @@ class Record:
         sliced = any(p.kind is not None and p.index is not None for p in self.config.patterns())
         if sliced and self.root is not None and len(_graphs(self.config, self.root, self.layers)) > 1:
             warn_once(f"approx: {name} is compiled as several graphs; slices such as conv[1::4] count from 0 in each of them")
-        if not sampled and self.context.nothing_trains():
+        if not sampled and (self.context.root.exact or self.context.nothing_trains()):
             return
         if sampled:
             say_once(
-                f"approx: {sampled} of {sites} sites of {name} are sampled ({self.config.method}, ratio {self.config.ratio:g}). Evaluation stays exact. "
+                f"approx: {summary['what'].format(name=name)}. Evaluation stays exact. "
                 "Check the accuracy against a run with APPROX_COMPILE_DISABLE=1; approx_compile.explain(model, *inputs) shows what was rewritten and why"
             )
         elif self.config.method != "exact" and self.config.ratio < 1:
@@ -119,9 +119,20 @@ def _graphs(config: ApproxConfig, root: nn.Module | None, layers: tuple[str, ...
     return graphs
 
 
-def _summary(plan: Plan) -> dict[str, Any]:
+def _summary(plan: Plan, config: ApproxConfig) -> dict[str, Any]:
     reasons = Counter(s.reason for s in plan.sites if s.decision == "exact")
-    return {"sites": len(plan.sites), "sampled": plan.sampled, "unmatched": list(plan.unmatched), "reasons": [list(r) for r in reasons.most_common()]}
+    counts = {"sites": len(plan.sites), "sampled": plan.sampled}
+    return counts | {"unmatched": list(plan.unmatched), "reasons": [list(r) for r in reasons.most_common()], "what": _what(plan, config)}
+
+
+def _what(plan: Plan, config: ApproxConfig) -> str:
+    decisions = [{p.decision for p in s.products} for s in plan.sites]
+    own, rows = sum(bool(d & {"sampled", "coupled"}) for d in decisions), sum("rows" in d for d in decisions)
+    said = [f"{own} of {len(plan.sites)} sites of {{name}} are sampled ({config.method}, ratio {config.ratio:g})"] if own or not rows else []
+    if rows:
+        shares = ", ".join(f"{c.ratio:g}" if c.ratio is not None else "as many as the gradient's variance asks for" for c in plan.cuts)
+        said.append(f"the backward pass of {rows} of {len(plan.sites)} sites of {{name}} runs on rows of the batch ({shares})")
+    return "; ".join(said)
 
 
 def _shapes_key(uuid: str, text: str, example_inputs: Sequence[Any]) -> str:
@@ -144,7 +155,7 @@ def _store(path: Any, summary: dict[str, Any]) -> None:
 def _load(path: Any) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text())
-        return found if {"sites", "sampled", "unmatched", "reasons"} <= set(found) else None
+        return found if {"sites", "sampled", "unmatched", "reasons", "what"} <= set(found) else None
     except (OSError, ValueError, TypeError):
         return None
 

@@ -20,6 +20,7 @@ from approx_compile.annotate import annotation_of
 from approx_compile.backend import Backend
 from approx_compile.config import ApproxConfig
 from approx_compile.passes.plan import Plan, ProductPlan, SitePlan
+from approx_compile.passes.stages import Cut
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,13 @@ _SHOWN = ("method", "ratio", "k", "size")
 
 @dataclass
 class Report:
-    """What `explain` found. `sites` in execution order; `before` and `after`: readable joint graphs, one per compiled graph; `unmatched`: rule
+    """What `explain` found. `sites` in execution order; `cuts`: where rows of the batch are chosen, or why not; `before` and `after`: readable joint graphs, one per compiled graph; `unmatched`: rule
     patterns that match no site of any graph. `str(report)` is a table. FLOPs are those of the sites' products in one training step (2 per
     multiply-add), the sampling's own included in `flops_sampled`.
     """
 
     sites: list[SiteReport] = field(default_factory=list)
+    cuts: list[Cut] = field(default_factory=list)
     before: list[str] = field(default_factory=list)
     after: list[str] = field(default_factory=list)
     unmatched: list[str] = field(default_factory=list)
@@ -95,6 +97,10 @@ class Report:
                 f"({share:.0%}), the sampling included",
                 highlight=False,
             )
+        for cut in self.cuts:
+            share = f"{cut.ratio:g} of" if cut.ratio is not None else "as many as needed of"
+            what = f"{cut.method}, {share} {cut.rows} rows, {cut.flops_on_rows / max(1, cut.flops_all):.0%} of the backward FLOPs"
+            console.print(f"rows, level {cut.level}: {what if cut.decision == 'rows' else 'all'}; {cut.reason}", highlight=False, markup=False)
         for pattern in self.unmatched:
             console.print(f"rule pattern {pattern!r} matches no site", highlight=False, markup=False)
         return out.getvalue().rstrip()
@@ -142,7 +148,7 @@ def explain(model: Callable[..., Any], *args: Any, config: ApproxConfig | Mappin
         _torch.compile_apart(model, backend)(*args, **kwargs)
     if plans:
         whole = functools.reduce(Plan.joined, plans)
-        report.sites, report.unmatched = [SiteReport.of(s) for s in whole.sites], list(whole.unmatched)
+        report.sites, report.unmatched, report.cuts = [SiteReport.of(s) for s in whole.sites], list(whole.unmatched), list(whole.cuts)
     return report
 
 

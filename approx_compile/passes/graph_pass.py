@@ -18,8 +18,8 @@ from approx_compile.passes.plan import Plan, make_plan, needs_random_numbers, ro
 from approx_compile.passes.rewrite import rewrite
 from approx_compile.passes.sites import Context, find_sites
 
-AskRows = Callable[[RowSettings | None, dict[fx.Node, RowSettings | None]], None]
-"""Is told what is asked of the rows at the top, and at every gradient product."""
+AskRows = Callable[[fx.Graph, RowSettings | None, dict[fx.Node, RowSettings | None]], None]
+"""Is told what is asked of the rows at the top, and at every gradient product of a joint graph."""
 
 Listener = Callable[[Plan, fx.Graph | None, fx.Graph | None], None]
 """Gets the plan of a graph and, if it asked for them, the graph before and after."""
@@ -46,7 +46,7 @@ class ApproxPass(_torch.CustomGraphPass):
         sites = find_sites(graph, self.context)
         plan = make_plan(sites, self.config)
         if self.ask_rows is not None:
-            self.ask_rows(*row_requests(sites, self.config))
+            self.ask_rows(graph, *row_requests(sites, self.config))
         _refuse_redrawn(plan)
         before = _copy(graph) if self.keep_graphs else None
         if plan.sampled:

@@ -97,12 +97,12 @@ class Plan:
         """The plan once it is known which gradient products run on rows kept."""
         on_rows = {name: cut for cut in cuts for name in cut.products if cut.decision == "rows"}
         sites = tuple(_on_rows(s, on_rows) for s in self.sites)
-        return replace(self, sites=sites, cuts=tuple(cuts)).without_rows("; ".join(dict.fromkeys(c.reason for c in cuts)))
+        return replace(self, sites=sites).without_rows("; ".join(dict.fromkeys(c.reason for c in cuts)), cuts)
 
-    def without_rows(self, reason: str) -> Plan:
-        """The plan with the reason at every site that would have had sampled rows."""
+    def without_rows(self, reason: str, cuts: Sequence[Cut] = ()) -> Plan:
+        """The plan with the reason at every site that would have had sampled rows, and the cuts there are or might have been."""
         sites = tuple(replace(s, reason=reason) if s.decision == "exact" and s.reason == _BY_SETTINGS else s for s in self.sites)
-        return replace(self, sites=sites)
+        return replace(self, sites=sites, cuts=tuple(cuts))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -61,7 +61,7 @@ class Context:
 
     def nothing_trains(self) -> bool:
         """Whether every module seen must be exact."""
-        return self.root.exact is not None or (bool(self.modules) and all(m.exact for m in self.modules.values()))
+        return all(m.exact for m in self.modules.values()) if self.modules else self.root.exact is not None
 
 
 @dataclass(frozen=True)
@@ -415,8 +415,12 @@ def _shape(n: fx.Node, a: fx.Node, b: fx.Node) -> str:
     va, vb = _torch.value(a), _torch.value(b)
     if n.target in CONV:
         groups = f" g{n.args[8]}" if n.args[8] != 1 else ""
-        return "x".join(map(str, va.shape)) + " * " + "x".join(map(str, vb.shape)) + groups
-    return "x".join(map(str, (*va.shape, vb.shape[-1])))
+        return _by(va.shape) + " * " + _by(vb.shape) + groups
+    return _by((*va.shape, vb.shape[-1]))
+
+
+def _by(sizes: Any) -> str:
+    return "x".join(str(_torch.hint(s)) for s in sizes)
 
 
 def _flops(n: fx.Node, a: fx.Node, b: fx.Node) -> int:

@@ -69,20 +69,33 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Outlook:
+    """The FLOPs of a backward pass's gradients, those of them that can run on rows kept, and what was blocked and why."""
+
+    flops_all: int
+    flops_on_rows: int
+    blocked: tuple[str, ...]
+
+    def why_not(self, least_share: float) -> str | None:
+        """Why it is not worth it, if it is not."""
+        if not self.flops_on_rows:
+            return "; ".join(self.blocked) or "no product of the backward pass depends on rows of the output's gradient"
+        share = self.flops_on_rows / self.flops_all
+        if share >= least_share:
+            return None
+        return f"only {share:.0%} of the backward pass's FLOPs could run on some of the rows" + (f": {'; '.join(self.blocked)}" if self.blocked else "")
+
+
+@dataclass(frozen=True)
 class Split:
-    """The stages in order, the backward graph's outputs, the gradients whose rows decide at each level, and what was blocked and why."""
+    """The stages in order and the backward graph's outputs."""
 
     batch: sympy.Symbol
     stages: tuple[Stage, ...]
     results: tuple[Result, ...]
-    blocked: tuple[str, ...]
-    flops_all: int
+    outlook: Outlook
     products: Mapping[str, int]
     """The products that run on rows kept, by node name: their level."""
-
-    @property
-    def flops_on_rows(self) -> int:
-        return sum(s.flops for s in self.stages if s.level != ALL)
 
 
 @dataclass(frozen=True)
@@ -116,6 +129,16 @@ def output_layouts(graph: fx.Graph, batch: sympy.Symbol) -> dict[str, Layout]:
     return {name: found.layout[n] for name, n in named.items() if n not in found.lost and isinstance(n.meta.get("val"), torch.Tensor)}
 
 
+def outlook(graph: fx.Graph, batch: sympy.Symbol, default: int, levels: Mapping[str, int]) -> Outlook:
+    """What `split` will find, told from the joint graph."""
+    tangents = [n for n in graph.nodes if _torch.is_tangent(n)]
+    work = _Work(follow(graph, batch, {}, tangents))
+    _assign(graph, work, tangents, default, levels)
+    backward = [n for n in graph.nodes if n in work.stage]
+    on_rows = sum(_torch.flops(n) for n in backward if 0 < work.stage[n] != work.post)
+    return Outlook(sum(_torch.flops(n) for n in backward), on_rows, tuple(work.blocked))
+
+
 def split(gm: fx.GraphModule, batch: sympy.Symbol, known: Mapping[str, Layout], default: int, levels: Mapping[str, int]) -> Split:
     """`default`: the level at the tangents (ALL: none); `levels`: that of products by node name."""
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
@@ -129,9 +152,9 @@ def split(gm: fx.GraphModule, batch: sympy.Symbol, known: Mapping[str, Layout], 
         stages.append(_stage(gm, work, s, level, members[s], [n for n in wanted.get(s, {}) if n in members[s]]))
     output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
     results = [_result(o, work) for o in output.args[0]]
-    total = sum(_torch.flops(n) for n in gm.graph.nodes)
+    total, on_rows = sum(_torch.flops(n) for n in work.stage), sum(s.flops for s in stages if s.level != ALL)
     levels_of = {n.name: s for n, s in work.stage.items() if n.target in HEAVY and 0 < s != work.post}
-    return Split(batch, tuple(stages), tuple(results), tuple(work.blocked), total, levels_of)
+    return Split(batch, tuple(stages), tuple(results), Outlook(total, on_rows, tuple(work.blocked)), levels_of)
 
 
 def _assign(graph: fx.Graph, work: _Work, tangents: Sequence[fx.Node], default: int, levels: Mapping[str, int]) -> None:
