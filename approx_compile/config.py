@@ -437,8 +437,8 @@ class ApproxConfig(_Rules):
 
     def asks_for_rows(self) -> bool:
         """Whether the top level or a rule may sample rows."""
-        tables = [self.grad, *(r.grad for r in self.rules)]
-        return "adaptive" in (self.policy, *(r.policy for r in self.rules)) or any(t is not None and t.axis == "rows" for t in tables)
+        here = [_row_settings(_own_keys(self)), *(_row_settings(_own_keys(self) | _own_keys(r)) for r in self.rules)]
+        return any(r is not None for r in here)
 
     def least_rows(self) -> int:
         """The smallest `min_k` that row sampling may meet."""
@@ -499,9 +499,9 @@ def _row_settings(keys: dict[str, Any]) -> RowSettings | None:
     if keys["method"] == "exact" or not (table.axis == "rows" if table is not None else adaptive):
         return None
     method = (table.method if table is not None else None) or "bernoulli"
-    if method == "exact":
-        return None
     ratio = (table.ratio if table is not None else None) or (None if adaptive else keys["ratio"])
+    if method == "exact" or ratio == 1:
+        return None
     min_k = (table.min_k if table is not None else None) or LEAST_ROWS
     return RowSettings(method, ratio, min_k, table is not None and table.batch_norm == "approximate")
 

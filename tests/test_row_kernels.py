@@ -1,0 +1,159 @@
+"""Which rows are kept and how many are needed: probabilities, means and variances against their formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from approx_compile.backward import gathered, row_norms_sq, scattered
+from approx_compile.kernels.rows import choose, inclusion, needed, systematic
+from approx_compile.passes.rows import Rows
+
+NORMS = {
+    "even": torch.ones(40),
+    "random": torch.rand(40, generator=torch.Generator().manual_seed(1)),
+    "heavy": torch.rand(40, generator=torch.Generator().manual_seed(2)) ** 8,
+    "one": torch.tensor([100.0] + [0.01] * 39),
+    "zeros": torch.cat([torch.zeros(20), torch.rand(20, generator=torch.Generator().manual_seed(3))]),
+}
+
+
+@pytest.mark.parametrize("k", [2, 10, 39])
+@pytest.mark.parametrize("name", NORMS)
+def test_inclusion_is_water_filled(name: str, k: int) -> None:
+    g = NORMS[name]
+    p = inclusion(g.square(), k)
+    live = int((g > 0).sum())
+    assert p.sum().item() == pytest.approx(min(k, live), rel=1e-9)
+    assert ((p >= 0) & (p <= 1)).all()
+    uncertain = (p < 1 - 1e-9) & (g > 0)
+    if uncertain.any():  # p = c g with one c, and c g >= 1 for the certain ones
+        c = (p / g.double())[uncertain]
+        assert c.max().item() == pytest.approx(c.min().item(), rel=1e-6)
+        assert (c.max() * g.double()[p >= 1 - 1e-9] >= 1 - 1e-6).all()
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_systematic_hits_every_row_with_its_probability(name: str) -> None:
+    torch.manual_seed(0)
+    k, draws = 10, 4000
+    p = inclusion(NORMS[name].square(), k)
+    hits = torch.zeros(40, dtype=torch.float64)
+    for _ in range(draws):
+        idx, at = systematic(p, k)
+        assert len(idx.unique()) == k and (idx == idx.sort().values).all() and torch.allclose(at[p[idx] > 0], p[idx][p[idx] > 0])
+        hits[idx] += 1
+    live = p > 0
+    spread = (p * (1 - p) / draws).sqrt()
+    assert ((hits / draws - p).abs()[live] <= 5 * spread[live] + 1e-9).all()
+
+
+@pytest.mark.parametrize("method", ["bernoulli", "uniform", "wta"])
+def test_sums_over_rows_are_unbiased(method: str) -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(40, 6) * NORMS["heavy"][:, None]
+    norms_sq, draws = rows.square().sum(1), 8000
+    sums = torch.empty(draws, 6)
+    for i in range(draws):
+        idx, weight = choose(method, norms_sq, 12)
+        assert weight is not None
+        sums[i] = (rows[idx] * weight[:, None]).sum(0)
+    z = (sums.mean(0) - rows.sum(0)) / (sums.std(0) / draws**0.5)
+    assert z.abs().max() < 4.5
+
+
+def test_the_variance_of_systematic_draws_is_that_of_its_scheme() -> None:
+    """Against independent draws with the same probabilities, sum (1 - p) / p g^2; the fixed size takes away what an equal shift of all would add."""
+    torch.manual_seed(0)
+    rows = torch.randn(60, 50)
+    rows *= (torch.rand(60, 1) ** 3) / rows.norm(dim=1, keepdim=True)
+    norms_sq, k, draws = rows.square().sum(1), 20, 6000
+    p = inclusion(norms_sq, k)
+    independent = ((1 - p) / p * norms_sq).sum().item()
+    found = 0.0
+    for _ in range(draws):
+        idx, weight = choose("bernoulli", norms_sq, k)
+        assert weight is not None
+        found += ((rows[idx] * weight[:, None]).sum(0) - rows.sum(0)).square().sum().item() / draws
+    # Hartley and Rao 1962: pairs of uncertain rows are a little less likely together, by about (1 - p) of a row in k; random directions cancel it
+    assert found == pytest.approx(independent, rel=0.06)
+
+
+def test_topk_takes_the_largest_as_they_are() -> None:
+    idx, weight = choose("topk", torch.arange(10.0), 3)
+    assert weight is None and idx.tolist() == [7, 8, 9]
+
+
+@pytest.mark.parametrize("method", ["bernoulli", "topk", "uniform", "wta"])
+def test_nan_and_inf_rows_are_kept(method: str) -> None:
+    norms_sq = torch.ones(30)
+    norms_sq[7], norms_sq[21] = float("nan"), float("inf")
+    for seed in range(20):
+        torch.manual_seed(seed)
+        idx, weight = choose(method, norms_sq, 5)
+        if method != "uniform":
+            assert {7, 21} <= set(idx.tolist())
+        assert weight is None or weight.isfinite().all()
+
+
+@pytest.mark.parametrize("tau", [0.01, 0.025, 0.1, 0.5])
+@pytest.mark.parametrize("name", ["even", "random", "heavy", "one", "zeros"])
+def test_needed_is_the_smallest_share_under_tau(name: str, tau: float) -> None:
+    g = NORMS[name].double()
+    low, high = 1e-6, 1e9
+    for _ in range(200):  # bisection on c
+        c = (low * high) ** 0.5
+        p = (c * g).clamp(max=1)
+        added = torch.where(p > 0, (1 - p) / p * g.square(), 0).sum()
+        low, high = (low, c) if added <= tau * g.square().sum() else (c, high)
+    assert needed(NORMS[name].square(), tau).item() == pytest.approx((high * g).clamp(max=1).mean().item(), rel=1e-5)
+
+
+def test_nothing_is_saved_where_nothing_is_known() -> None:
+    for norms_sq in (torch.zeros(8), torch.tensor([1.0, float("nan")]), torch.tensor([1.0, float("inf")])):
+        assert needed(norms_sq, 0.1).item() == 1
+
+
+LAYOUTS: dict[str, tuple[tuple[int, ...], Rows]] = {
+    "first": ((6, 3, 4), Rows(0)),
+    "middle": ((3, 6, 4), Rows(1)),
+    "last": ((3, 6), Rows(1)),
+    "outer": ((24, 3), Rows(0, 1, 4)),
+    "inner": ((24, 3), Rows(0, 4, 1)),
+    "between": ((2 * 6 * 3, 5), Rows(0, 2, 3)),
+    "uniform": ((12, 3), Rows(0, None, None)),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_gather_norms_and_scatter(name: str) -> None:
+    import sympy
+
+    shape, place = LAYOUTS[name]
+    layout = place if place.uniform else Rows(place.dim, sympy.Integer(place.outer), sympy.Integer(place.inner))
+    x, idx, weight = torch.randn(shape), torch.tensor([0, 2, 5]), torch.tensor([2.0, 1.0, 3.0])
+    split = (1, 6, shape[0] // 6) if place.uniform else (place.outer, 6, place.inner)
+    parts = x.unflatten(place.dim, split).movedim(place.dim + 1, 0)
+
+    def together(rows: Tensor) -> Tensor:
+        return rows.movedim(0, place.dim + 1).flatten(place.dim, place.dim + 2)
+
+    want = together(parts[idx] * weight.view(-1, *[1] * (parts.dim() - 1)))
+    got = gathered(x, layout, idx, weight, list(want.shape), list(want.contiguous().stride()))
+    assert torch.equal(got, want) and got.is_contiguous()
+    assert torch.allclose(row_norms_sq(x, layout, 6), parts.flatten(1).square().sum(1))
+    back = scattered(got, layout, idx, 6, list(shape)).unflatten(place.dim, split).movedim(place.dim + 1, 0)
+    assert torch.equal(back[idx], want.unflatten(place.dim, (split[0], 3, split[2])).movedim(place.dim + 1, 0))
+    assert (back[[1, 3, 4]] == 0).all()
+
+
+def test_gather_keeps_channels_last_and_half_precision() -> None:
+    import sympy
+
+    one = sympy.Integer(1)
+    x = torch.randn(6, 3, 4, 4, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    idx, weight = torch.tensor([1, 4]), torch.tensor([1.5, 2.0])
+    got = gathered(x, Rows(0, one, one), idx, weight, [2, 3, 4, 4], [48, 1, 12, 3])
+    assert got.stride() == (48, 1, 12, 3)
+    assert torch.equal(got, (x[idx] * weight.view(-1, 1, 1, 1)).to(torch.bfloat16))
