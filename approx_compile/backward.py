@@ -19,7 +19,7 @@ from approx_compile.config import LEAST_ROWS, ApproxConfig, RowSettings
 from approx_compile.control import Control, control_for
 from approx_compile.kernels.rows import choose
 from approx_compile.passes.rows import Layout, Rows
-from approx_compile.passes.stages import ALL, SAVED, Cut, Entry, Outlook, Result, Split, Stage, outlook, output_layouts, split
+from approx_compile.passes.stages import ALL, SAVED, Cut, Entry, Outlook, Result, Split, Stage, outlook, output_layouts, split, tangent_layouts
 
 LEAST_SHARE = 0.3
 """Under the policies that look at the cost: the share of the backward pass's FLOPs that must run on the rows kept."""
@@ -69,8 +69,7 @@ class RowCompiler:
         if not is_backward:
             self._known |= output_layouts(gm.graph, self.batch)
             return self.inner(gm, example_inputs, is_backward=False, **kwargs)
-        tangents = {n.name: self._known[d] for n in _placeholders(gm) if (d := _torch.output_of_tangent(n)) in self._known}
-        found = split(gm, self.batch, self._known | tangents, self.default, _levels_of(gm))
+        found = split(gm, self.batch, self._known | tangent_layouts(gm.graph, self._known), self.default, _levels_of(gm))
         exact = found.outlook.why_not(self._least_share)
         self._note(found.outlook, found.products, gm.graph, exact)
         if exact is not None:

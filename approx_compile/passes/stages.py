@@ -129,10 +129,15 @@ def output_layouts(graph: fx.Graph, batch: sympy.Symbol) -> dict[str, Layout]:
     return {name: found.layout[n] for name, n in named.items() if n not in found.lost and isinstance(n.meta.get("val"), torch.Tensor)}
 
 
+def tangent_layouts(graph: fx.Graph, known: Mapping[str, Layout]) -> dict[str, Layout]:
+    """Where the rows of the output's gradients are: where those of the outputs were."""
+    return {n.name: known[d] for n in graph.nodes if n.op == "placeholder" and (d := _torch.output_of_tangent(n)) in known}
+
+
 def outlook(graph: fx.Graph, batch: sympy.Symbol, default: int, levels: Mapping[str, int]) -> Outlook:
     """What `split` will find, told from the joint graph."""
     tangents = [n for n in graph.nodes if _torch.is_tangent(n)]
-    work = _Work(follow(graph, batch, {}, tangents))
+    work = _Work(follow(graph, batch, tangent_layouts(graph, output_layouts(graph, batch)), tangents))
     _assign(graph, work, tangents, default, levels)
     backward = [n for n in graph.nodes if n in work.stage]
     on_rows = sum(_torch.flops(n) for n in backward if 0 < work.stage[n] != work.post)
