@@ -173,7 +173,8 @@ def _checked(n: fx.Node, value: Any, layout: Layout, out: Followed) -> Layout:
 def _check_sums(n: fx.Node, linear: list[fx.Node], out: Followed) -> None:
     """Linear in the gradients; sums over rows only of those; and no sum goes back to the rows."""
     sees = any(out.layout.get(a) is not None for a in n.all_input_nodes)
-    holds = out.layout[n] is not None
+    found = out.layout[n]
+    holds = any(p is not None for p in found) if isinstance(found, tuple) else found is not None
     if not linear:
         if sees and not holds:
             raise Blocked(f"{_name(n)} takes the forward pass's batch as a whole")
