@@ -3,8 +3,21 @@
 from approx_compile.annotate import annotate
 from approx_compile.backend import Backend
 from approx_compile.config import ApproxConfig, ConfigError
+from approx_compile.control import Control, controls, load_state_dict, state_dict
 from approx_compile.notices import ApproxWarning
 from approx_compile.report import Report, explain
 
 __version__ = "0.1.0"
-__all__ = ["ApproxConfig", "ApproxWarning", "Backend", "ConfigError", "Report", "annotate", "explain"]
+__all__ = [
+    "ApproxConfig",
+    "ApproxWarning",
+    "Backend",
+    "ConfigError",
+    "Control",
+    "Report",
+    "annotate",
+    "controls",
+    "explain",
+    "load_state_dict",
+    "state_dict",
+]

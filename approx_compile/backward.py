@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,18 +105,15 @@ class RowCompiler:
             with _torch.donating(mine):
                 calls.append(self.inner(stage.gm, inputs, is_backward=True, **(kwargs | {"static_input_idxs": static})))
         guards = _torch.guards_on(self.batch, gm)
-        backward = RowBackward(found, calls, self.levels, [n.name for n in placeholders], example_inputs, guards, donated, self._controls())
+        backward = RowBackward(
+            found, calls, self.levels, [n.name for n in placeholders], example_inputs, guards, donated, _Controls(self.config, self.root, self.key, self.levels)
+        )
 
         def call(args: list[Any]) -> list[Any]:  # wrappers on the way keep a function's attributes, not an object's
             return backward(args)
 
         call._boxed_call = True  # type: ignore[attr-defined]
         return call
-
-    def _controls(self) -> list[Control | None]:
-        """One for every level whose ratio is to be found."""
-        asked = enumerate(self.levels, 1)
-        return [control_for(self.root, self.config.adaptive, f"{self.key}{i}") if s.ratio is None else None for i, s in asked]
 
 
 def _levels_of(gm: fx.GraphModule) -> dict[str, int]:
@@ -182,13 +180,13 @@ class RowBackward:
         example_inputs: Sequence[Any],
         guards: Sequence[Any],
         donated: set[str],
-        controls: Sequence[Control | None],
+        controls: _Controls,
     ) -> None:
         self.found = found
         self.calls = tuple(calls)
         self.levels = tuple(levels)
         self.names = tuple(names)
-        self.controls = tuple(controls)
+        self.controls = controls
         self.donated = donated
         self.guards = tuple(guards)
         self._symbols = _symbol_sources(names, example_inputs)
@@ -200,12 +198,13 @@ class RowBackward:
         symbols = self._values(args)
         values = dict(zip(self.names, args, strict=True))
         args.clear()
-        counts = self._counts(symbols[self.found.batch], symbols)
+        controls = self.controls.of(values.values())
+        counts = self._counts(symbols[self.found.batch], symbols, controls)
         followed, own = self._follow(values, symbols)
         if followed is not None or not own:
             most = followed.k if followed is not None else symbols[self.found.batch]
             counts = [most, *(min(most, k) for k in counts[1:])] if followed is not None else [most] * len(counts)
-        return self.run(values, symbols, counts, followed)
+        return self.run(values, symbols, counts, controls, followed)
 
     def _follow(self, values: Mapping[str, Any], symbols: Mapping[sympy.Symbol, int]) -> tuple[_Kept | None, bool]:
         """The rows that a graph further up in this backward pass chose, if all gradients come from there; and whether this one may choose its own.
@@ -226,11 +225,10 @@ class RowBackward:
     def _values(self, args: Sequence[Any]) -> dict[sympy.Symbol, int]:
         return {s: args[i] if d is None else args[i].shape[d] for s, i, d in self._symbols}
 
-    def _counts(self, size: int, symbols: Mapping[sympy.Symbol, int]) -> list[int]:
+    def _counts(self, size: int, symbols: Mapping[sympy.Symbol, int], controls: Sequence[Control | None]) -> list[int]:
         """Rows kept at each level, never more than at the level before."""
         counts, most = [], size
-        for i, asked in enumerate(self.levels):
-            control = self.controls[i]
+        for asked, control in zip(self.levels, controls, strict=True):
             ratio = control.begin() if control is not None else asked.ratio
             assert ratio is not None
             most = min(most, self._legal(max(asked.min_k, LEAST_ROWS, int(ratio * size + 0.5)), symbols))
@@ -247,7 +245,12 @@ class RowBackward:
         return self._legal_counts[key]
 
     def run(
-        self, values: dict[str, Any], symbols: Mapping[sympy.Symbol, int], counts: Sequence[int], followed: _Kept | None = None
+        self,
+        values: dict[str, Any],
+        symbols: Mapping[sympy.Symbol, int],
+        counts: Sequence[int],
+        controls: Sequence[Control | None],
+        followed: _Kept | None = None,
     ) -> list[Any]:
         """One backward pass with `counts` rows at each level; `followed`: the first level's rows, if they are given."""
         size = symbols[self.found.batch]
@@ -259,7 +262,7 @@ class RowBackward:
         for s, (stage, call) in enumerate(zip(self.found.stages, self.calls, strict=True)):
             while len(kept) < stage.level:
                 level = len(kept)
-                kept.append(self._choose(stage, level, live, made, kept, size, counts))
+                kept.append(self._choose(stage, level, live, made, kept, size, counts, controls[level]))
             inputs = []
             for entry, shape in zip(stage.entries, plan[s], strict=True):
                 inputs.append(self._entry(entry, shape, stage.level, live, made, kept, size))
@@ -276,12 +279,19 @@ class RowBackward:
     # --- rows ---
 
     def _choose(
-        self, stage: Stage, level: int, live: Mapping[str, Any], made: Mapping[str, int], kept: Sequence[_Kept | None], size: int, counts: Sequence[int]
+        self,
+        stage: Stage,
+        level: int,
+        live: Mapping[str, Any],
+        made: Mapping[str, int],
+        kept: Sequence[_Kept | None],
+        size: int,
+        counts: Sequence[int],
+        control: Control | None,
     ) -> _Kept | None:
         """The rows of level + 1, by the norms of the gradients that enter the stage there. None: all that the level before has."""
         before = counts[level - 1] if level else size
         k = counts[level]
-        control = self.controls[level]
         watched = control if control is not None and control.watches else None
         if k >= before and watched is None:
             return None
@@ -302,9 +312,7 @@ class RowBackward:
         idx, weight = choose(self.levels[level].method, total, k)
         return _Kept(idx, weight, k)
 
-    def _entry(
-        self, entry: Entry, shape: Any, level: int, live: Mapping[str, Any], made: Mapping[str, int], kept: Sequence[_Kept | None], size: int
-    ) -> Any:
+    def _entry(self, entry: Entry, shape: Any, level: int, live: Mapping[str, Any], made: Mapping[str, int], kept: Sequence[_Kept | None], size: int) -> Any:
         if entry.number is not None:
             return shape
         value = live[entry.name]
@@ -341,6 +349,26 @@ class RowBackward:
                 plan.append([_shape_of(e, here, symbols) for e in stage.entries])
             self._plans[key] = plan
         return self._plans[key]
+
+
+class _Controls:
+    """Where the controls of a graph's cuts are found: with a parameter among what was saved, or else with the module that was compiled."""
+
+    def __init__(self, config: ApproxConfig, root: nn.Module | None, key: str, levels: Sequence[RowSettings]) -> None:
+        self.adaptive = config.adaptive
+        self.key = key
+        self.root = weakref.ref(root) if root is not None else None
+        self.asked = [s.ratio is None for s in levels]
+        self.own = [Control(config.adaptive, f"{key}{i}") for i, _ in enumerate(levels, 1)]
+
+    def of(self, saved: Iterable[Any]) -> list[Control | None]:
+        """One for every level whose ratio is to be found."""
+        if not any(self.asked):
+            return [None] * len(self.asked)
+        owner = next((v for v in saved if isinstance(v, nn.Parameter)), self.root() if self.root is not None else None)
+        if owner is None:
+            return [c if a else None for a, c in zip(self.asked, self.own, strict=True)]
+        return [control_for(owner, self.adaptive, f"{self.key}{i}") if a else None for i, a in enumerate(self.asked, 1)]
 
 
 _last_sampled = [-1]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from approx_compile.config import AdaptiveTable
 from approx_compile.kernels.rows import needed
@@ -92,18 +93,22 @@ class Control:
         self._waiting = None
 
 
+# Models of one class share compiled code, so a control belongs to a parameter that its backward pass reads: the first one saved for it. Where none
+# is saved (a single layer) it belongs to the module that was compiled.
+Owner = nn.Parameter | nn.Module
 _controls: weakref.WeakKeyDictionary[nn.Module, dict[str, Control]] = weakref.WeakKeyDictionary()
+_by_parameter = WeakTensorKeyDictionary()
 _pending: weakref.WeakKeyDictionary[nn.Module, dict[str, dict[str, Any]]] = weakref.WeakKeyDictionary()
+_pending_by_parameter = WeakTensorKeyDictionary()
 
 
-def control_for(root: nn.Module | None, settings: AdaptiveTable, key: str) -> Control:
+def control_for(owner: Owner, settings: AdaptiveTable, key: str) -> Control:
     """The control of a cut: that of an earlier compilation of the same graph if there is one, or a new one, with loaded state if some waits."""
-    if root is None:
-        return Control(settings, key)
-    own = _controls.setdefault(root, {})
+    kept, waiting = (_by_parameter, _pending_by_parameter) if isinstance(owner, nn.Parameter) else (_controls, _pending)
+    own = kept.setdefault(owner, {})
     if key not in own or own[key].settings != settings:
         own[key] = Control(settings, key)
-        state = _pending.get(root, {}).pop(key, None)
+        state = waiting.get(owner, {}).pop(key, None)
         if state is not None:
             own[key].load_state_dict(state)
     return own[key]
@@ -114,39 +119,48 @@ def _plain(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else model
 
 
+def _owners(model: nn.Module) -> dict[str, Owner]:
+    model = _plain(model)
+    return {**dict(model.named_modules()), **dict(model.named_parameters())}
+
+
+def _of(owner: Owner) -> tuple[dict[str, Control], dict[str, dict[str, Any]]]:
+    if isinstance(owner, nn.Parameter):
+        return _by_parameter.get(owner, {}), _pending_by_parameter.get(owner, {})
+    return _controls.get(owner, {}), _pending.get(owner, {})
+
+
 def state_dict(model: nn.Module) -> dict[str, Any]:
-    """The adaptive state of a model and of the parts of it that are compiled by themselves: {module: {cut: state}}. Numbers and lists only.
+    """The adaptive state of a model: {parameter or module: {cut: state}}. Numbers and lists only.
 
     Save it beside the model's and the optimizer's; a run that loads all of them and the random state repeats the uninterrupted one.
     """
-    model = _plain(model)
     found: dict[str, Any] = {}
-    for name, module in model.named_modules():
-        states = {key: dict(state) for key, state in _pending.get(module, {}).items()}
-        states |= {key: control.state_dict() for key, control in _controls.get(module, {}).items()}
+    for name, owner in _owners(model).items():
+        own, waiting = _of(owner)
+        states = {key: dict(state) for key, state in waiting.items()} | {key: control.state_dict() for key, control in own.items()}
         if states:
             found[name] = states
     return found
 
 
 def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
-    """Take up the state that `state_dict` gave: at once where the cut is compiled, else when it is. Raises KeyError for a module the model lacks."""
-    model = _plain(model)
-    modules = dict(model.named_modules())
+    """Take up the state that `state_dict` gave: at once where the cut is compiled, else when it is. Raises KeyError for a name the model lacks."""
+    owners = _owners(model)
     for name, states in state.items():
-        if name not in modules:
-            raise KeyError(f"adaptive state for module {name!r}, which {type(model).__name__} does not have; it has {', '.join(list(modules)[:8])}, ...")
-        module = modules[name]
+        if name not in owners:
+            raise KeyError(f"adaptive state for {name!r}, which {type(_plain(model)).__name__} does not have; it has {', '.join(list(owners)[1:9])}, ...")
+        owner = owners[name]
         for key, own in states.items():
-            control = _controls.get(module, {}).get(key)
+            control = _of(owner)[0].get(key)
             if control is not None:
                 control.load_state_dict(own)
+            elif isinstance(owner, nn.Parameter):
+                _pending_by_parameter.setdefault(owner, {})[key] = own
             else:
-                _pending.setdefault(module, {})[key] = own
+                _pending.setdefault(owner, {})[key] = own
 
 
 def controls(model: nn.Module) -> dict[str, Control]:
-    """The controls of a model by name: cut, or module and cut where parts are compiled by themselves."""
-    return {
-        ".".join(p for p in (name, key) if p): c for name, module in _plain(model).named_modules() for key, c in _controls.get(module, {}).items()
-    }
+    """The controls of a model by name: parameter or module, and cut."""
+    return {".".join(p for p in (name, key) if p): c for name, owner in _owners(model).items() for key, c in _of(owner)[0].items()}

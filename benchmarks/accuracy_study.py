@@ -119,7 +119,13 @@ WORKS: dict[str, Work] = {
         lr=2e-3,
         settings=EXACT
         | controls_at(0.58, 0.68)
-        | {"adaptive": adaptive(0.025), "adaptive tau .1": adaptive(0.1), "rows .25": rows(0.25), "rows .125": rows(0.125), "rows .25 uniform": rows(0.25, "uniform")}
+        | {
+            "adaptive": adaptive(0.025),
+            "adaptive tau .1": adaptive(0.1),
+            "rows .25": rows(0.25),
+            "rows .125": rows(0.125),
+            "rows .25 uniform": rows(0.25, "uniform"),
+        }
         | {"forward topk .5": topk(0.5), "forward topk .25": topk(0.25)},
     ),
     "fashion-mlp": Work(
@@ -128,7 +134,9 @@ WORKS: dict[str, Work] = {
         epochs=20,
         batch=512,
         lr=1e-3,
-        settings=EXACT | controls_at(0.65, 0.75) | {"adaptive": adaptive(0.025), "adaptive tau .1": adaptive(0.1), "rows .25": rows(0.25), "forward topk .5": topk(0.5)},
+        settings=EXACT
+        | controls_at(0.65, 0.75)
+        | {"adaptive": adaptive(0.025), "adaptive tau .1": adaptive(0.1), "rows .25": rows(0.25), "forward topk .5": topk(0.5)},
     ),
     "mnist-cnn": Work(
         "mnist",
@@ -157,7 +165,8 @@ WORKS: dict[str, Work] = {
         lr=1e-3,
         score="loss",
         limit=100,
-        settings=EXACT | {"fewer steps": Setting(steps=0.5), "adaptive": adaptive(0.025), "rows .5": rows(0.5)}
+        settings=EXACT
+        | {"fewer steps": Setting(steps=0.5), "adaptive": adaptive(0.025), "rows .5": rows(0.5)}
         | {"tokens .5": Setting({"policy": "always", "sampling": "backward", "grad_input": "exact", "grad_weight": {"method": "bernoulli", "ratio": 0.5}})},
     ),
     "cifar-wrn": Work(
@@ -337,7 +346,9 @@ def table(work: Annotated[list[str] | None, typer.Option(help="all by default")]
             kept = [r["rows_kept"] for r in found if r["rows_kept"] is not None]
             spread = f"{statistics.stdev(final):.3f}" if len(final) > 1 else ""
             first = statistics.mean(r["first_step_s"] for r in found)
-            t.add_row(s, str(len(found)), f"{statistics.mean(final):.3f}", spread, f"{share:.3f}", f"{statistics.mean(kept):.3f}" if kept else "", f"{first:.1f}")
+            t.add_row(
+                s, str(len(found)), f"{statistics.mean(final):.3f}", spread, f"{share:.3f}", f"{statistics.mean(kept):.3f}" if kept else "", f"{first:.1f}"
+            )
         console.print(t)
 
 

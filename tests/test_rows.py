@@ -550,9 +550,9 @@ def test_calls_of_a_stage_count_on_what_was_assumed_of_the_size() -> None:
     counts = []
     plain = backward.RowBackward.run
 
-    def run(self: Any, values: Any, symbols: Any, kept: Any, followed: Any = None) -> Any:
+    def run(self: Any, values: Any, symbols: Any, kept: Any, *more: Any) -> Any:
         counts.append((list(kept), [g.subs(symbols | {self.found.batch: kept[0]}) for g in self.guards]))
-        return plain(self, values, symbols, kept, followed)
+        return plain(self, values, symbols, kept, *more)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backward.RowBackward, "run", run)
