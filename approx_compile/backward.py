@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from approx_compile import _torch
 from approx_compile.config import LEAST_ROWS, ApproxConfig, RowSettings
 from approx_compile.control import Control, control_for
 from approx_compile.kernels.rows import choose
+from approx_compile.passes.batch_norm import WEIGHTS
 from approx_compile.passes.rows import Layout, Rows
 from approx_compile.passes.stages import ALL, SAVED, Cut, Entry, Outlook, Result, Split, Stage, outlook, output_layouts, split, tangent_layouts
 
@@ -53,11 +55,15 @@ class RowCompiler:
         for node, settings in sites.items():
             node.meta[LEVEL] = self._level(settings)
         if _torch.has_backward(graph):
-            found = outlook(graph, self.batch, self.default, {n.name: n.meta[LEVEL] for n in sites})
+            found = outlook(graph, self.batch, self.default, {n.name: n.meta[LEVEL] for n in sites}, self._approximate_batch_norm)
             reason = found.why_not(self._least_share)
             if reason is not None:
                 self._note(found, {}, graph, reason)
                 raise Declined(reason)
+
+    @property
+    def _approximate_batch_norm(self) -> bool:
+        return any(s.approximate_batch_norm for s in self.levels)
 
     @property
     def _least_share(self) -> float:
@@ -70,12 +76,15 @@ class RowCompiler:
         if not is_backward:
             self._known |= output_layouts(gm.graph, self.batch)
             return self.inner(gm, example_inputs, is_backward=False, **kwargs)
-        found = split(gm, self.batch, self._known | tangent_layouts(gm.graph, self._known), self.default, _levels_of(gm))
+        given = [n.name for n in _placeholders(gm)]
+        known = self._known | tangent_layouts(gm.graph, self._known)
+        plain = copy.deepcopy(gm) if self._approximate_batch_norm else gm
+        found = split(gm, self.batch, known, self.default, _levels_of(gm), self._approximate_batch_norm)
         exact = found.outlook.why_not(self._least_share)
         self._note(found.outlook, found.products, gm.graph, exact)
         if exact is not None:
-            return self.inner(gm, example_inputs, is_backward=True, **kwargs)
-        return self._compiled(found, gm, example_inputs, kwargs)
+            return self.inner(plain, example_inputs, is_backward=True, **kwargs)
+        return self._compiled(found, gm, given, example_inputs, kwargs)
 
     def _note(self, found: Outlook, products: Mapping[str, int], graph: fx.Graph, exact: str | None) -> None:
         rows = next((_torch.hint(s) for n in graph.nodes if n.op == "placeholder" for s in _sizes(n) if _torch.size_expr(s) == self.batch), 0)
@@ -88,9 +97,8 @@ class RowCompiler:
             decision = "exact" if exact else "rows"
             self.cuts.append(Cut(asked.method, asked.ratio, rows, decision, reason, found.flops_all, found.flops_on_rows, mine, i))
 
-    def _compiled(self, found: Split, gm: fx.GraphModule, example_inputs: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-        given = {n.name: v for n, v in zip(placeholders, example_inputs, strict=True)}  # may have other strides than the graph says
+    def _compiled(self, found: Split, gm: fx.GraphModule, names: Sequence[str], example_inputs: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        given = dict(zip(names, example_inputs, strict=True))  # may have other strides than the graph says
         donated = _torch.donated(gm)
         uses: dict[str, int] = {}
         for stage in found.stages:
@@ -106,7 +114,7 @@ class RowCompiler:
                 calls.append(self.inner(stage.gm, inputs, is_backward=True, **(kwargs | {"static_input_idxs": static})))
         guards = _torch.guards_on(self.batch, gm)
         backward = RowBackward(
-            found, calls, self.levels, [n.name for n in placeholders], example_inputs, guards, donated, _Controls(self.config, self.root, self.key, self.levels)
+            found, calls, self.levels, names, example_inputs, guards, donated, _Controls(self.config, self.root, self.key, self.levels)
         )
 
         def call(args: list[Any]) -> list[Any]:  # wrappers on the way keep a function's attributes, not an object's
@@ -156,6 +164,8 @@ class _Kept:
     idx: Tensor
     weight: Tensor | None
     k: int
+    before: Tensor | None = None
+    """The weights that these rows' gradients had already, where a graph further up chose them."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +199,7 @@ class RowBackward:
         self.controls = controls
         self.donated = donated
         self.guards = tuple(guards)
+        self.device = next((v.device for v in example_inputs if isinstance(v, Tensor)), torch.device("cpu"))
         self._symbols = _symbol_sources(names, example_inputs)
         self._last_use = _last_use(found)
         self._legal_counts: dict[tuple[Any, ...], int] = {}
@@ -216,10 +227,10 @@ class RowBackward:
         first = next((s for s in self.found.stages if s.level == 1), None)
         gradients = [values[e.name] for e in first.entries if e.gradient and e.source == SAVED] if first is not None else []
         marks = [_mark_of(t) for t in gradients]
-        if marks and all(m is not None and m is marks[0] for m in marks):
-            assert marks[0] is not None
-            if self._legal(len(marks[0]), symbols) == len(marks[0]):
-                return _Kept(marks[0], None, len(marks[0])), True
+        if marks and marks[0] is not None and all(m is not None and m[0] is marks[0][0] for m in marks):
+            idx, before = marks[0]
+            if self._legal(len(idx), symbols) == len(idx):
+                return _Kept(idx, None, len(idx), before), True
         return None, task < 0 or task != _last_sampled[0]
 
     def _values(self, args: Sequence[Any]) -> dict[sympy.Symbol, int]:
@@ -315,6 +326,9 @@ class RowBackward:
     def _entry(self, entry: Entry, shape: Any, level: int, live: Mapping[str, Any], made: Mapping[str, int], kept: Sequence[_Kept | None], size: int) -> Any:
         if entry.number is not None:
             return shape
+        if entry.name == WEIGHTS:
+            weights = _weights(kept, level)
+            return torch.ones(shape[0], device=self.device) if weights is None else weights.float()
         value = live[entry.name]
         if entry.layout is None or made[entry.name] == level:
             return value
@@ -333,10 +347,10 @@ class RowBackward:
         value = live[result.name]
         if result.layout is None:
             return value
-        idx = _path(kept, ALL, made[result.name])[0]
+        idx, _ = _path(kept, ALL, made[result.name])
         full = scattered(value, result.layout, idx, size, [_number(e, symbols) for e in result.size])
         if idx is not None and result.layout == Rows(0):
-            _mark(full, idx)
+            _mark(full, idx, _weights(kept, made[result.name]))
         return full
 
     def _plan(self, symbols: Mapping[sympy.Symbol, int], counts: Sequence[int]) -> list[list[Any]]:
@@ -377,14 +391,25 @@ _last_sampled = [-1]
 _ROWS_MARK = "_approx_compile_rows"
 
 
-def _mark(gradient: Tensor, idx: Tensor) -> None:
+def _mark(gradient: Tensor, idx: Tensor, weight: Tensor | None) -> None:
     """Tell the graph that gets this gradient next which of its rows are not zero. Whatever is added in place makes the mark invalid."""
-    setattr(gradient, _ROWS_MARK, (idx, gradient._version))
+    setattr(gradient, _ROWS_MARK, (idx, weight, gradient._version))
 
 
-def _mark_of(gradient: Tensor) -> Tensor | None:
-    idx, version = getattr(gradient, _ROWS_MARK, (None, None))
-    return idx if version == gradient._version else None
+def _mark_of(gradient: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    idx, weight, version = getattr(gradient, _ROWS_MARK, (None, None, None))
+    return (idx, weight) if version == gradient._version else None
+
+
+def _weights(kept: Sequence[_Kept | None], level: int) -> Tensor | None:
+    """All the weight that the rows of a level have; None: 1."""
+    _, weight = _path(kept, ALL, level)
+    first = next((k for k in kept[:level] if k is not None), None)
+    if first is None or first.before is None:
+        return weight
+    idx, _ = _path(kept, kept.index(first) + 1, level)
+    before = first.before if idx is None else first.before[idx]
+    return before if weight is None else before * weight
 
 
 def _shape_of(entry: Entry, here: Mapping[Any, int], whole: Mapping[Any, int]) -> Any:

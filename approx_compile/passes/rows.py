@@ -48,6 +48,10 @@ CONST, FORWARD, HEAD, ROWS, TOTAL = "const", "forward", "head", "rows", "total"
 """What a node is: made of parameters alone; made of the forward pass's rows; linear in output gradients that have no rows (a loss); linear in the
 output's gradients row by row; a sum of such rows."""
 
+COUPLED = "a sum over the batch goes back to its rows, as in BatchNorm"
+DECOUPLED = "approx_compile_decoupled"
+"""Key in the meta of a node that combines rows with a sum over the batch and may."""
+
 Layout = Rows | None | tuple["Rows | None", ...]
 
 
@@ -182,8 +186,8 @@ def _check_sums(n: fx.Node, linear: list[fx.Node], out: Followed) -> None:
     if not _is_linear(n, set(linear), out):
         raise Blocked(f"{_name(n)} is not linear in the gradient")
     kinds = {out.kind[a] for a in linear}
-    if holds and TOTAL in kinds:
-        raise Blocked("a sum over the batch goes back to its rows, as in BatchNorm")
+    if holds and TOTAL in kinds and DECOUPLED not in n.meta:
+        raise Blocked(COUPLED)
     if n.target is aten.mean.dim and out.kind[n] == TOTAL and ROWS in kinds:
         raise Blocked("a mean over the batch divides by the number of rows")
 

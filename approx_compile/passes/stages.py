@@ -17,7 +17,8 @@ import torch
 from torch import fx
 
 from approx_compile import _torch
-from approx_compile.passes.rows import HEAD, ROWS, TOTAL, Followed, Layout, Rows, follow
+from approx_compile.passes.batch_norm import decouple
+from approx_compile.passes.rows import COUPLED, HEAD, ROWS, TOTAL, Followed, Layout, Rows, follow
 from approx_compile.passes.sites import BMM, CONV, MM
 
 aten = torch.ops.aten
@@ -134,21 +135,28 @@ def tangent_layouts(graph: fx.Graph, known: Mapping[str, Layout]) -> dict[str, L
     return {n.name: known[d] for n in graph.nodes if n.op == "placeholder" and (d := _torch.output_of_tangent(n)) in known}
 
 
-def outlook(graph: fx.Graph, batch: sympy.Symbol, default: int, levels: Mapping[str, int]) -> Outlook:
+def outlook(graph: fx.Graph, batch: sympy.Symbol, default: int, levels: Mapping[str, int], approximate_batch_norm: bool) -> Outlook:
     """What `split` will find, told from the joint graph."""
     tangents = [n for n in graph.nodes if _torch.is_tangent(n)]
     work = _Work(follow(graph, batch, tangent_layouts(graph, output_layouts(graph, batch)), tangents))
+    if approximate_batch_norm:  # it will be tried, at least
+        for n in [n for n, why in work.followed.blocked.items() if why == COUPLED]:
+            del work.followed.blocked[n]
     _assign(graph, work, tangents, default, levels)
     backward = [n for n in graph.nodes if n in work.stage]
     on_rows = sum(_torch.flops(n) for n in backward if 0 < work.stage[n] != work.post)
     return Outlook(sum(_torch.flops(n) for n in backward), on_rows, tuple(work.blocked))
 
 
-def split(gm: fx.GraphModule, batch: sympy.Symbol, known: Mapping[str, Layout], default: int, levels: Mapping[str, int]) -> Split:
-    """`default`: the level at the tangents (ALL: none); `levels`: that of products by node name."""
+def split(
+    gm: fx.GraphModule, batch: sympy.Symbol, known: Mapping[str, Layout], default: int, levels: Mapping[str, int], approximate_batch_norm: bool
+) -> Split:
+    """`default`: the level at the tangents (ALL: none); `levels`: that of products by node name. The approximation of BatchNorm edits `gm`."""
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     tangents = [n for n in placeholders if _torch.is_tangent(n)]
     work = _Work(follow(gm.graph, batch, known, tangents))
+    if approximate_batch_norm and decouple(gm, work.followed):
+        work = _Work(follow(gm.graph, batch, known, tangents))
     _assign(gm.graph, work, tangents, default, levels)
     members, wanted = _members(gm.graph, work)
     stages = []
