@@ -17,13 +17,13 @@ from torch import fx, nn
 
 from approx_compile import _torch, notices
 from approx_compile.annotate import SIGNATURE, full_name, last_module, sign
-from approx_compile.backward import Declined, RowCompiler
 from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.layers import Layers
 from approx_compile.passes.graph_pass import ApproxPass, Listener
 from approx_compile.passes.plan import Plan
 from approx_compile.passes.sites import Context, Input, Module
 from approx_compile.passes.stages import Cut
+from approx_compile.row_compiler import Declined, RowCompiler
 
 DISABLE = "APPROX_COMPILE_DISABLE"
 _TRANSFORMS = ("_vmap_increment_nesting", "_grad_increment_nesting", "_jvp_increment_nesting")

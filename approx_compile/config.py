@@ -356,7 +356,8 @@ class ApproxConfig(_Rules):
     Keys: `method` (one of `ESTIMATORS` or "exact"), `ratio` in (0, 1], `min_k` (shorter axes are exact), `group` (contiguous indices kept or
     dropped together), `sampling` (forward | backward | blackbox), `output` / `grad_input` / `grad_weight` / `grad` (a method's name or a
     table; `grad` with `axis: "rows"`: samples of the batch), `policy` (cost | always | adaptive), `adaptive` (see `AdaptiveTable`), `rules` (a list
-    of tables with `layers`), `lowering` (auto | inductor), `inductor` (Inductor's own options, `mode` included). Frozen, hashable, deep-copyable, picklable. Raises `ConfigError`.
+    of tables with `layers`), `lowering` (auto | inductor), `inductor` (Inductor's own options, `mode` included). Frozen, hashable, deep-copyable,
+    picklable. Raises `ConfigError`.
     """
 
     method: str = "topk"

@@ -54,7 +54,7 @@ class Control:
     @property
     def kept(self) -> float:
         """The mean share of the rows over all steps so far."""
-        ends = [s for s, _ in self.changes][1:] + [self.step + 1]
+        ends = [*[s for s, _ in self.changes][1:], self.step + 1]
         steps = [max(0, end - max(1, begin)) for (begin, _), end in zip(self.changes, ends, strict=True)]
         return sum(n * r for n, (_, r) in zip(steps, self.changes, strict=True)) / sum(steps) if any(steps) else 1.0
 
@@ -104,8 +104,9 @@ _pending_by_parameter = WeakTensorKeyDictionary()
 
 def control_for(owner: Owner, settings: AdaptiveTable, key: str) -> Control:
     """The control of a cut: that of an earlier compilation of the same graph if there is one, or a new one, with loaded state if some waits."""
-    kept, waiting = (_by_parameter, _pending_by_parameter) if isinstance(owner, nn.Parameter) else (_controls, _pending)
-    own = kept.setdefault(owner, {})
+    kept: Any = _by_parameter if isinstance(owner, nn.Parameter) else _controls
+    waiting: Any = _pending_by_parameter if isinstance(owner, nn.Parameter) else _pending
+    own: dict[str, Control] = kept.setdefault(owner, {})
     if key not in own or own[key].settings != settings:
         own[key] = Control(settings, key)
         state = waiting.get(owner, {}).pop(key, None)

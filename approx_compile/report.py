@@ -56,9 +56,9 @@ _SHOWN = ("method", "ratio", "k", "size")
 
 @dataclass
 class Report:
-    """What `explain` found. `sites` in execution order; `cuts`: where rows of the batch are chosen, or why not; `before` and `after`: readable joint graphs, one per compiled graph; `unmatched`: rule
-    patterns that match no site of any graph. `str(report)` is a table. FLOPs are those of the sites' products in one training step (2 per
-    multiply-add), the sampling's own included in `flops_sampled`.
+    """What `explain` found. `sites` in execution order; `cuts`: where rows of the batch are chosen, or why not; `before` and `after`: readable joint
+    graphs, one per compiled graph; `unmatched`: rule patterns that match no site of any graph. `str(report)` is a table. FLOPs are those of the sites'
+    products in one training step (2 per multiply-add), the sampling's own included in `flops_sampled`.
     """
 
     sites: list[SiteReport] = field(default_factory=list)
@@ -98,8 +98,8 @@ class Report:
                 highlight=False,
             )
         for cut in self.cuts:
-            share = f"{cut.ratio:g} of" if cut.ratio is not None else "as many as needed of"
-            what = f"{cut.method}, {share} {cut.rows} rows, {cut.flops_on_rows / max(1, cut.flops_all):.0%} of the backward FLOPs"
+            kept = f"{cut.ratio:g} of" if cut.ratio is not None else "as many as needed of"
+            what = f"{cut.method}, {kept} {cut.rows} rows, {cut.flops_on_rows / max(1, cut.flops_all):.0%} of the backward FLOPs"
             console.print(f"rows, level {cut.level}: {what if cut.decision == 'rows' else 'all'}; {cut.reason}", highlight=False, markup=False)
         for pattern in self.unmatched:
             console.print(f"rule pattern {pattern!r} matches no site", highlight=False, markup=False)

@@ -43,7 +43,7 @@ def test_a_control_starts_exact_relaxes_and_goes_back() -> None:
     assert c.share == pytest.approx(0.2, abs=0.03)
     back = steps(c, torch.ones(1000), 60 * WATCH)
     assert back[-1] == 1 and sorted(back) == back
-    assert [r for _, r in c.changes][0] == 1 and set(r for _, r in c.changes) <= set(LADDER)
+    assert c.changes[0] == (0, 1.0) and set(r for _, r in c.changes) <= set(LADDER)
     assert c.kept == pytest.approx(sum([1.0] * (WATCH + 1) + found + back) / (WATCH + 1 + len(found) + len(back)), abs=1e-9)
 
 

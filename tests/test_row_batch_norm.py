@@ -57,7 +57,7 @@ def by_hand(model: Net, x: Tensor, tangent: Tensor, weight: Tensor) -> list[Tens
     gamma = model.norm.weight.detach().view(shape)  # type: ignore[union-attr,operator]
     dz = torch.where(keep.view(w.shape), gamma * inv.view(shape) * (dy - coupled(dy) - norm * coupled(dy * norm)), 0.0)
     z.backward(dz)
-    found = grads_of(model.first) + [(dy * norm).sum([0, *other]), dy.sum([0, *other])] + grads_of(model.last)
+    found = [*grads_of(model.first), (dy * norm).sum([0, *other]), dy.sum([0, *other]), *grads_of(model.last)]
     model.zero_grad()
     return found
 

@@ -6,9 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from approx_compile.backward import gathered, row_norms_sq, scattered
-from approx_compile.kernels.rows import choose, inclusion, needed, systematic
-from approx_compile.passes.rows import Rows
+from approx_compile.kernels.rows import Rows, choose, gathered, inclusion, needed, row_norms_sq, scattered, systematic
 
 NORMS = {
     "even": torch.ones(40),

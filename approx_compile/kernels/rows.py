@@ -1,4 +1,5 @@
-"""Which rows of a batch go through the backward pass, and how many are needed: readable torch on the device, no host synchronisation.
+"""Which rows of a batch go through the backward pass, how many are needed, and how they are gathered and put back: readable torch on the device, no
+host synchronisation.
 
 Row i has gradient norm g_i at the cut. A row kept with probability p_i and scaled by 1/p_i leaves the gradient's mean as it is and adds to its
 variance about sum (1 - p_i) / p_i g_i^2, where the gradient's own second moment over the batch is sum g_i^2. For a given number of rows the best
@@ -7,6 +8,11 @@ p_i is min(1, c g_i): all rows that are not certain then weigh the same, 1 / c.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
 import torch
 from torch import Tensor
 
@@ -91,3 +97,78 @@ def needed(norms_sq: Tensor, tau: float) -> Tensor:
     c = _first_fit(ascending.cumsum(0) / (tau * total + square.cumsum(0)), ascending)
     share = (c * g).clamp_(max=1).mean()
     return torch.where((total > 0) & (ascending[-1] < _BEYOND) & share.isfinite(), share, 1.0)
+
+
+# --- rows of a tensor ---
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The batch lies in dim `dim`, whose size is outer * batch * inner, in that order. None: every row is the same, so any place will do."""
+
+    dim: int
+    outer: Any = sympy.S.One
+    inner: Any = sympy.S.One
+
+    @property
+    def uniform(self) -> bool:
+        return self.outer is None
+
+    def moved(self, dim: int) -> Rows:
+        return Rows(dim, self.outer, self.inner)
+
+
+def _unfolded(value: Tensor, layout: Rows, size: int) -> tuple[Tensor, int]:
+    """The tensor with its rows in a dim of their own, and that dim."""
+    total = value.shape[layout.dim]
+    inner = total // size if layout.uniform else int(layout.inner) if layout.inner.is_Integer else None
+    if inner is None:  # sizes of other symbols: what the batch and the outer part leave
+        outer = int(layout.outer) if layout.outer.is_Integer else None
+        if outer is None:
+            raise RuntimeError(f"rows between two axes of symbolic size: {layout}")
+        inner = total // size // outer
+    if inner == 1 and total == size:
+        return value, layout.dim
+    outer = total // (size * inner)
+    return value.unflatten(layout.dim, (outer, size, inner)), layout.dim + 1
+
+
+def row_norms_sq(value: Tensor, layout: Rows | None, size: int) -> Tensor:
+    """Squared Euclidean norm of every row, (size,) in fp32 (fp64 for fp64)."""
+    assert layout is not None
+    rows, dim = _unfolded(value, layout, size)
+    rest = [d for d in range(rows.dim()) if d != dim]
+    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+    if not rest:
+        return rows.to(dtype).square()
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=rest, dtype=dtype)
+    return norms.square()
+
+
+def gathered(value: Tensor, layout: Rows, idx: Tensor, weight: Tensor | None, size: Sequence[int], stride: Sequence[int]) -> Tensor:
+    """The rows `idx` of a tensor, times their weights, with the strides that the compiled code expects."""
+    batch = value.shape[layout.dim] * len(idx) // size[layout.dim]
+    rows, dim = _unfolded(value, layout, batch)
+    strides = rows.stride()
+    order = sorted(range(rows.dim()), key=lambda d: -strides[d])  # in memory order: whole rows are copied
+    at = order.index(dim)
+    back = [order.index(d) for d in range(rows.dim())]
+    new = rows.permute(order).index_select(at, idx)
+    if weight is not None:
+        shape = [1] * new.dim()
+        shape[at] = len(idx)
+        new = new.mul_(weight.view(shape)) if new.dtype == weight.dtype else (new * weight.view(shape)).to(new.dtype)
+    new = new.permute(back).reshape(list(size))
+    if any(a != b for a, b, s in zip(new.stride(), stride, size, strict=True) if s > 1):
+        placed = torch.empty_strided(list(size), list(stride), dtype=new.dtype, device=new.device)
+        new = placed.copy_(new)
+    return new
+
+
+def scattered(value: Tensor, layout: Rows, idx: Tensor | None, batch: int, size: Sequence[int]) -> Tensor:
+    """Rows put back in their places among `batch`, zeros elsewhere."""
+    if idx is None:
+        return value
+    rows, dim = _unfolded(value, layout, len(idx))
+    full = torch.zeros([*rows.shape[:dim], batch, *rows.shape[dim + 1 :]], dtype=value.dtype, device=value.device)
+    return full.index_copy_(dim, idx, rows).reshape(list(size))

@@ -17,8 +17,10 @@ import torch
 from torch import fx
 
 from approx_compile import _torch
+from approx_compile.kernels.rows import Rows
 from approx_compile.passes.batch_norm import decouple
-from approx_compile.passes.rows import COUPLED, HEAD, ROWS, TOTAL, Followed, Layout, Rows, follow
+from approx_compile.passes.row_rules import COUPLED, HEAD, ROWS, TOTAL, Followed, Layout
+from approx_compile.passes.rows import follow
 from approx_compile.passes.sites import BMM, CONV, MM
 
 aten = torch.ops.aten
@@ -132,7 +134,7 @@ def output_layouts(graph: fx.Graph, batch: sympy.Symbol) -> dict[str, Layout]:
 
 def tangent_layouts(graph: fx.Graph, known: Mapping[str, Layout]) -> dict[str, Layout]:
     """Where the rows of the output's gradients are: where those of the outputs were."""
-    return {n.name: known[d] for n in graph.nodes if n.op == "placeholder" and (d := _torch.output_of_tangent(n)) in known}
+    return {n.name: known[d] for n in graph.nodes if n.op == "placeholder" and (d := _torch.output_of_tangent(n) or "") in known}
 
 
 def outlook(graph: fx.Graph, batch: sympy.Symbol, default: int, levels: Mapping[str, int], approximate_batch_norm: bool) -> Outlook:

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from approx_compile import _torch
+from approx_compile.passes.row_rules import is_zero
 from approx_compile.passes.sites import VIEWS
 
 aten = torch.ops.aten
@@ -58,7 +59,7 @@ def _carry(n: fx.Node, zero: dict[fx.Node, int]) -> int | None:
     if n.target in (aten.add.Tensor, aten.sub.Tensor):
         return _all_of(n.args[:2], value, zero)
     if n.target is aten.where.self:
-        return _all_of([a for a in n.args[1:] if not _is_zero(a)], value, zero)
+        return _all_of([a for a in n.args[1:] if not is_zero(a)], value, zero)
     if n.target in _SUMS and first in zero:
         return _summed(n, zero[first])  # type: ignore[index]
     return None
@@ -74,14 +75,6 @@ def _broadcast(arg: Any, result: torch.Tensor, zero: dict[fx.Node, int]) -> int 
 def _all_of(args: Any, result: torch.Tensor, zero: dict[fx.Node, int]) -> int | None:
     dims = {_broadcast(a, result, zero) for a in args}
     return dims.pop() if len(dims) == 1 else None
-
-
-def _is_zero(arg: Any) -> bool:
-    if not isinstance(arg, fx.Node):
-        return isinstance(arg, (int, float)) and arg == 0
-    if arg.target is aten.scalar_tensor.default:
-        return bool(arg.args[0] == 0)
-    return arg.target is aten.full.default and bool(arg.args[1] == 0)
 
 
 def _viewed(old: Any, new: Any, dim: int) -> int | None:

@@ -1,0 +1,439 @@
+"""For every family of ops: where its result has the batch, given where its operands have it, or why it may not run on some of the rows; and whether
+it is linear in the gradients it reads. An op without a rule is blocked.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from approx_compile import _torch
+from approx_compile.kernels.rows import Rows
+from approx_compile.passes.sites import BMM, MM, VIEWS
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+
+class Blocked(Exception):
+    """An op that may not run on some of the rows, and why."""
+
+
+CONST, FORWARD, HEAD, ROWS, TOTAL = "const", "forward", "head", "rows", "total"
+"""What a node is: made of parameters alone; made of the forward pass's rows; linear in output gradients that have no rows (a loss); linear in the
+output's gradients row by row; a sum of such rows."""
+
+COUPLED = "a sum over the batch goes back to its rows, as in BatchNorm"
+DECOUPLED = "approx_compile_decoupled"
+"""Key in the meta of a node that combines rows with a sum over the batch and may."""
+
+Layout = Rows | None | tuple["Rows | None", ...]
+
+
+@dataclass
+class Followed:
+    """What is known of every node: `layout` (None: holds no rows), `kind`, and for some `blocked`, the reason."""
+
+    batch: sympy.Symbol
+    layout: dict[fx.Node, Layout] = field(default_factory=dict)
+    kind: dict[fx.Node, str] = field(default_factory=dict)
+    blocked: dict[fx.Node, str] = field(default_factory=dict)
+    lost: set[fx.Node] = field(default_factory=set)
+    """Nodes with the batch somewhere in a merged dim, where exactly is unknown."""
+    numbers: set[fx.Node] = field(default_factory=set)
+    """Nodes that use the batch's size as a number, which must stay that of the whole batch."""
+
+    def rows(self, n: Any) -> Rows | None:
+        found = self.layout.get(n)
+        return found if isinstance(found, Rows) else None
+
+
+def _numel(sizes: Sequence[Any]) -> Any:
+    total = sympy.S.One
+    for s in sizes:
+        total *= _torch.size_expr(s)
+    return total
+
+
+def holds(value: Any, batch: sympy.Symbol) -> bool:
+    if isinstance(value, tuple | list):
+        return any(holds(v, batch) for v in value)
+    return isinstance(value, torch.Tensor) and any(_torch.has_symbol(s, batch) for s in value.shape)
+
+
+def op_name(n: fx.Node) -> str:
+    return str(n.target).removeprefix("aten.").removeprefix("prims.").split(".")[0]
+
+
+# --- one rule per family of ops: the layout of the result ---
+
+Rule = Callable[[fx.Node, Any, Followed], Layout]
+
+
+def _agree(*places: Rows | None) -> Rows | None:
+    """One place for all that hold rows; None where none does."""
+    found: Rows | None = None
+    for p in places:
+        if p is None:
+            continue
+        if found is None or (found.uniform and p.dim == found.dim):
+            found = p
+        elif p.dim != found.dim or not (p.uniform or p == found):
+            raise Blocked("the batch lies elsewhere in another operand")
+    return found
+
+
+def _pointwise(n: fx.Node, value: Any, out: Followed) -> Layout:
+    shape = value[0].shape if isinstance(value, tuple | list) else value.shape
+    places = []
+    for a in n.all_input_nodes:
+        own = out.rows(a)
+        if own is not None:
+            places.append(own.moved(own.dim + len(shape) - _torch.value(a).dim()))
+    return _agree(*places)
+
+
+def _same(n: fx.Node, value: Any, out: Followed) -> Layout:
+    return out.rows(n.args[0])
+
+
+def _view(n: fx.Node, value: Any, out: Followed) -> Layout:
+    own = out.rows(n.args[0])
+    if own is None:
+        return None
+    old, new = _torch.value(n.args[0]).shape, value.shape
+    dims = [d for d, s in enumerate(new) if _torch.has_symbol(s, out.batch)]
+    if len(dims) != 1:
+        raise Blocked("a view splits the batch")
+    (dim,) = dims
+    if own.uniform:
+        return own.moved(dim)
+    before, after = _numel(old[: own.dim]) * own.outer, _numel(old[own.dim + 1 :]) * own.inner
+    outer, inner = sympy.cancel(before / _numel(new[:dim])), sympy.cancel(after / _numel(new[dim + 1 :]))
+    if any(e.is_integer is False or not (e.is_Integer or e.is_polynomial()) for e in (outer, inner)):
+        raise Blocked("a view mixes the batch with other axes")
+    return Rows(dim, outer, inner)
+
+
+def _permute(n: fx.Node, value: Any, out: Followed) -> Layout:
+    own = out.rows(n.args[0])
+    if own is None:
+        return None
+    dims = list(range(value.dim()))
+    if n.target is aten.permute.default:
+        dims = [int(d) % len(dims) for d in n.args[1]]  # type: ignore[union-attr,arg-type]
+    else:
+        i: Any = n.args[1] if n.target is aten.transpose.int else 0
+        j: Any = n.args[2] if n.target is aten.transpose.int else len(dims) - 1
+        if dims:
+            dims[i], dims[j] = dims[j], dims[i]
+    return own.moved(dims.index(own.dim))
+
+
+def _expand(n: fx.Node, value: Any, out: Followed) -> Layout:
+    own = out.rows(n.args[0])
+    return own.moved(own.dim + value.dim() - _torch.value(n.args[0]).dim()) if own is not None else None
+
+
+def _unsqueeze(n: fx.Node, value: Any, out: Followed) -> Layout:
+    own = out.rows(n.args[0])
+    at = int(n.args[1]) % value.dim()  # type: ignore[arg-type]
+    return own.moved(own.dim + (at <= own.dim)) if own is not None else None
+
+
+def _squeeze(n: fx.Node, value: Any, out: Followed) -> Layout:
+    own = out.rows(n.args[0])
+    rank = _torch.value(n.args[0]).dim()
+    given = n.args[1] if len(n.args) > 1 else [d for d in range(rank) if _torch.value(n.args[0]).shape[d] == 1]
+    gone = {int(d) % rank for d in (given if isinstance(given, list | tuple) else [given])}  # type: ignore[arg-type]
+    return own.moved(own.dim - sum(d < own.dim for d in gone)) if own is not None else None
+
+
+def _reduction(n: fx.Node, value: Any, out: Followed) -> Layout:
+    own = out.rows(n.args[0])
+    rank = _torch.value(n.args[0]).dim()
+    given = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim")
+    dims = range(rank) if given is None or given == [] else given if isinstance(given, list | tuple) else [given]
+    gone = {int(d) % rank for d in dims} if rank else set()  # type: ignore[arg-type]
+    if own is None or own.dim in gone:
+        return None
+    keep = (n.args[2] if len(n.args) > 2 else n.kwargs.get("keepdim", False)) if n.target not in (aten.sum.default, aten.mean.default) else False
+    return own if keep else own.moved(own.dim - sum(d < own.dim for d in gone))
+
+
+def _along(position: int) -> Rule:
+    """Ops that work along one dim, their argument number `position`, every entry of it with every other."""
+
+    def rule(n: fx.Node, value: Any, out: Followed) -> Layout:
+        rank = _torch.value(n.args[0]).dim()
+        dim = n.args[position] if len(n.args) > position else n.kwargs.get("dim", -1)
+        own = _agree(*(out.rows(a) for a in n.all_input_nodes))
+        if own is not None and int(dim) % rank == own.dim:  # type: ignore[arg-type]
+            raise Blocked(f"{op_name(n)} runs along the batch")
+        return own
+
+    return rule
+
+
+def _select(n: fx.Node, value: Any, out: Followed) -> Layout:
+    own = out.rows(n.args[0])
+    dim = int(n.args[1]) % _torch.value(n.args[0]).dim()  # type: ignore[arg-type]
+    if own is not None and dim == own.dim:
+        raise Blocked("one sample is taken out of the batch")
+    return own.moved(own.dim - (dim < own.dim)) if own is not None else None
+
+
+def _slice(n: fx.Node, value: Any, out: Followed) -> Layout:
+    own = out.rows(n.args[0])
+    dim = int(n.args[1]) if len(n.args) > 1 else 0  # type: ignore[arg-type]
+    if own is not None and dim % value.dim() == own.dim:
+        step, start = (n.args[4] if len(n.args) > 4 else 1), (n.args[2] if len(n.args) > 2 else 0)
+        if start not in (0, None) or step != 1 or not _torch.known_equal(value.shape[own.dim], _torch.value(n.args[0]).shape[own.dim]):
+            raise Blocked("the batch is sliced")
+    return own
+
+
+def _slice_scatter(n: fx.Node, value: Any, out: Followed) -> Layout:
+    own = _agree(out.rows(n.args[0]), _into(n, out) if n.target is aten.select_scatter.default else out.rows(n.args[1]))
+    dim = int(n.args[2]) if len(n.args) > 2 else 0  # type: ignore[arg-type]
+    if own is not None and dim % value.dim() == own.dim:
+        raise Blocked("the batch is written in parts")
+    return own
+
+
+def _into(n: fx.Node, out: Followed) -> Rows | None:
+    """The place of a select_scatter's source, counted in the result."""
+    own = out.rows(n.args[1])
+    dim = int(n.args[2]) % _torch.value(n.args[0]).dim()  # type: ignore[arg-type]
+    return own.moved(own.dim + (dim <= own.dim)) if own is not None else None
+
+
+def _cat(n: fx.Node, value: Any, out: Followed) -> Layout:
+    own = _agree(*(out.rows(a) for a in n.args[0]))  # type: ignore[union-attr]
+    dim = int(n.args[1]) if len(n.args) > 1 else 0  # type: ignore[arg-type]
+    if own is not None and dim % value.dim() == own.dim:
+        raise Blocked("batches are concatenated")
+    return own
+
+
+def _pad(n: fx.Node, value: Any, out: Followed) -> Layout:
+    own = out.rows(n.args[0])
+    if own is not None and value.dim() - 1 - own.dim < len(n.args[1]) // 2:  # type: ignore[arg-type]
+        pads = n.args[1][2 * (value.dim() - 1 - own.dim) :][:2]  # type: ignore[index]
+        if any(p != 0 for p in pads):  # type: ignore[union-attr]
+            raise Blocked("the batch is padded")
+    return own
+
+
+def _mm(n: fx.Node, value: Any, out: Followed) -> Layout:
+    """(.., M, K) x (.., K, N): rows in M or N stay, rows in K of both are summed; a leading batch dim pairs with the other's."""
+    left, right = n.args[-2], n.args[-1]
+    a, b = out.rows(left), out.rows(right)
+    rank = value.dim()
+    found: Rows | None
+    if a is not None and b is not None:
+        lead = rank == 3 and a.dim == 0 and b.dim == 0
+        if not lead and (a.dim, b.dim) != (rank - 1, rank - 2):
+            raise Blocked(f"{op_name(n)} multiplies rows with rows")
+        together = _agree(a, b if lead else b.moved(a.dim))
+        found = together if lead else None
+    elif a is not None:
+        if a.dim == rank - 1 or (rank == 3 and a.dim == 0):
+            raise Blocked(f"{op_name(n)} contracts the batch with something else")
+        found = a
+    else:
+        assert b is not None or len(n.args) == 3
+        if b is not None and (b.dim == rank - 2 or (rank == 3 and b.dim == 0)):
+            raise Blocked(f"{op_name(n)} contracts the batch with something else")
+        found = b
+    if len(n.args) == 3 and (bias := out.rows(n.args[0])) is not None:
+        if found is None:
+            raise Blocked(f"{op_name(n)} adds rows to a sum over rows")
+        found = _agree(found, bias.moved(bias.dim + rank - _torch.value(n.args[0]).dim()))
+    return found
+
+
+def _first(n: fx.Node, value: Any, out: Followed) -> Layout:
+    """Ops whose tensors all have samples first, or no samples."""
+    own = _agree(*(out.rows(a) for a in n.all_input_nodes))
+    if own is None or own.dim != 0 or not (own.uniform or own == Rows(0)):
+        raise Blocked(f"{op_name(n)}: the batch is not the first axis")
+    if isinstance(value, tuple | list):
+        return tuple(own if holds(v, out.batch) else None for v in value)
+    return own
+
+
+def _attention(n: fx.Node, value: Any, out: Followed) -> Layout:
+    schema = [a.name for a in n.target._schema.arguments]  # type: ignore[union-attr]
+    given = dict(zip(schema, n.args, strict=False)) | n.kwargs
+    if given.get("dropout_p", 0.0) != 0.0:
+        raise Blocked("attention with dropout draws its mask by position in the batch")
+    return _first(n, value, out)
+
+
+def _conv_backward(n: fx.Node, value: Any, out: Followed) -> Layout:
+    dy, x, w = n.args[:3]
+    if out.rows(w) is not None:
+        raise Blocked("the convolution's weight depends on the sample")
+    own = _agree(out.rows(dy), out.rows(x))
+    if own != Rows(0):
+        raise Blocked(f"{op_name(n)}: the batch is not the first axis")
+    return (own if value[0] is not None else None, None, None)
+
+
+def _take(n: fx.Node, value: Any, out: Followed) -> Layout:
+    """x[.., i, j, ..] with tensors for some dims."""
+    x, indices = n.args[0], n.args[1]
+    own = out.rows(x)
+    given = [(d, i) for d, i in enumerate(indices) if i is not None]  # type: ignore[arg-type]
+    places = [out.rows(i) for _, i in given]
+    first, width = given[0][0], max(_torch.value(i).dim() for _, i in given)
+    if [d for d, _ in given] != list(range(first, first + len(given))):
+        raise Blocked("indices of several axes apart")
+    if own is None:  # a table looked up by the sample's entries
+        found = _agree(*(p.moved(p.dim + width - _torch.value(i).dim()) for p, (_, i) in zip(places, given, strict=True) if p is not None))
+        return found.moved(found.dim + first) if found is not None else None
+    if any(p is not None for p in places) or first <= own.dim < first + len(given):
+        raise Blocked("samples are picked by index")
+    return own if own.dim < first else own.moved(own.dim - len(given) + width)
+
+
+def _put(n: fx.Node, value: Any, out: Followed) -> Layout:
+    """x[i, ..] += values: the gradient of a table looked up, a sum over samples; or in a row of x."""
+    if op_name(n) == "_unsafe_masked_index_put_accumulate":
+        x, mask, indices, values = n.args
+        accumulate: Any = True
+        _agree(out.rows(mask), *(out.rows(i) for i in indices if i is not None))  # type: ignore[union-attr]
+    else:
+        x, indices, values = n.args[:3]
+        accumulate = n.args[3] if len(n.args) > 3 else False
+    own, given = out.rows(x), [(d, i) for d, i in enumerate(indices) if i is not None]  # type: ignore[arg-type]
+    places = [out.rows(i) for _, i in given]
+    if own is not None:
+        if any(p is not None for p in places) or own.dim in [d for d, _ in given] or given[0][0] < own.dim:
+            raise Blocked("samples are written by index")
+        return _agree(own, out.rows(values) if _torch.value(values).dim() == value.dim() else None)
+    if not accumulate or [d for d, _ in given] != list(range(len(given))):
+        raise Blocked("rows overwrite one another")
+    width = max(_torch.value(i).dim() for _, i in given)
+    rank = width + _torch.value(x).dim() - len(given)
+    where = _agree(*(p.moved(p.dim + width - _torch.value(i).dim()) for p, (_, i) in zip(places, given, strict=True) if p is not None))
+    held = out.rows(values)
+    held = held.moved(held.dim + rank - _torch.value(values).dim()) if held is not None else None
+    if _agree(where, held) is None or (held is not None and held.dim >= width):
+        raise Blocked("rows are written all over")
+    return None
+
+
+def _table_gradient(n: fx.Node, value: Any, out: Followed) -> Layout:
+    _agree(out.rows(n.args[0]), out.rows(n.args[1]))
+    return None
+
+
+FACTORIES = {aten.full.default, aten.zeros.default, aten.ones.default, aten.empty.memory_format, aten.new_zeros.default, aten.new_full.default}
+FACTORIES |= {aten.full_like.default, aten.zeros_like.default, aten.ones_like.default, aten.empty_like.default}
+SPREADS = {aten.expand.default}
+ARITHMETIC: set[Any] = {aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor}
+_REDUCTIONS = {aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default, aten.amax.default, aten.amin.default, aten.any.dim}
+_REDUCTIONS |= {aten.argmax.default, aten.argmin.default, aten.prod.dim_int, aten.var.correction, aten.var_mean.correction, aten.any.dims}
+_SAME: set[Any] = {aten.clone.default, aten._to_copy.default, prims.convert_element_type.default, aten.copy.default, aten.lift_fresh_copy.default}
+_SAME |= {aten.full_like.default, aten.zeros_like.default, aten.ones_like.default, aten.empty_like.default, aten.detach.default, aten.alias.default}
+
+_FIRST_NAMES = """
+    convolution max_pool2d_with_indices max_pool2d_with_indices_backward avg_pool2d avg_pool2d_backward _adaptive_avg_pool2d
+    _adaptive_avg_pool2d_backward adaptive_max_pool2d_backward max_pool3d_with_indices_backward avg_pool3d_backward _adaptive_avg_pool3d_backward
+    upsample_nearest2d upsample_nearest2d_backward upsample_bilinear2d upsample_bilinear2d_backward upsample_nearest1d_backward
+    reflection_pad1d_backward reflection_pad2d_backward replication_pad2d_backward native_group_norm native_group_norm_backward
+    _low_memory_max_pool_with_offsets _low_memory_max_pool_offsets_to_indices pixel_shuffle pixel_unshuffle""".split()
+_ATTENTION_NAMES = """
+    _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_backward _scaled_dot_product_flash_attention_for_cpu
+    _scaled_dot_product_flash_attention_for_cpu_backward _scaled_dot_product_efficient_attention
+    _scaled_dot_product_efficient_attention_backward _scaled_dot_product_cudnn_attention _scaled_dot_product_cudnn_attention_backward""".split()
+
+
+_RULES: dict[Any, Rule] = {
+    **dict.fromkeys(_SAME, _same),
+    **dict.fromkeys(VIEWS, _view),
+    **dict.fromkeys((aten.permute.default, aten.t.default, aten.transpose.int), _permute),
+    **dict.fromkeys(_REDUCTIONS, _reduction),
+    **dict.fromkeys(MM | BMM, _mm),
+    **dict.fromkeys((aten.squeeze.dims, aten.squeeze.dim, aten.squeeze.default), _squeeze),
+    **dict.fromkeys((aten._softmax.default, aten._log_softmax.default, aten.cumsum.default, aten.cumprod.default, aten.flip.default), _along(1)),
+    **dict.fromkeys((aten.gather.default, aten.scatter.src, aten.scatter.value, aten.scatter_add.default, aten.index_select.default), _along(1)),
+    **dict.fromkeys((aten._softmax_backward_data.default, aten._log_softmax_backward_data.default), _along(2)),
+    **dict.fromkeys((aten.slice_scatter.default, aten.select_scatter.default), _slice_scatter),
+    **dict.fromkeys((aten.index.Tensor, aten._unsafe_index.Tensor), _take),
+    **dict.fromkeys((aten.index_put.default, aten._unsafe_index_put.default), _put),
+    aten.convolution_backward.default: _conv_backward,
+    aten.embedding_dense_backward.default: _table_gradient,
+    aten.expand.default: _expand,
+    aten.unsqueeze.default: _unsqueeze,
+    aten.select.int: _select,
+    aten.slice.Tensor: _slice,
+    aten.cat.default: _cat,
+    aten.constant_pad_nd.default: _pad,
+}
+_RULES_BY_NAME: dict[str, Rule] = {"_unsafe_masked_index_put_accumulate": _put, **dict.fromkeys(_FIRST_NAMES, _first), **dict.fromkeys(_ATTENTION_NAMES, _attention)}
+"""Ops of which Inductor registers some late, and the overloads do not matter."""
+
+
+def rule_of(n: fx.Node) -> Rule | None:
+    return _RULES.get(n.target) or _RULES_BY_NAME.get(op_name(n)) or (_pointwise if _torch.is_pointwise(n) else None)
+
+
+# --- linear in the gradients ---
+
+_MAPS: set[Any] = set(_SAME) | set(VIEWS) | {aten.permute.default, aten.t.default, aten.transpose.int, aten.sum.dim_IntList, aten.sum.default, aten.mean.dim}
+_MAPS |= {aten.squeeze.dims, aten.squeeze.dim, aten.squeeze.default, aten.expand.default, aten.unsqueeze.default, aten.select.int, aten.slice.Tensor}
+_MAPS |= {aten.neg.default, aten.cumsum.default, aten.flip.default, aten.cat.default, aten.constant_pad_nd.default, operator.getitem}
+_ZERO_OR_ALL = {aten.add.Tensor, aten.sub.Tensor, aten.slice_scatter.default, aten.select_scatter.default}
+_FACTORS = {aten.mul.Tensor, aten.mul.Scalar, aten.mm.default, aten.bmm.default}
+_INDEXED = {aten.gather.default, aten.index_select.default, aten.index.Tensor, aten._unsafe_index.Tensor}
+
+
+def is_linear(n: fx.Node, linear: set[fx.Node], out: Followed) -> bool:
+    """Whether a node that reads gradients is linear in them (jointly), so that a row scaled or left out is so in the result."""
+    hits = [a in linear for a in n.args if isinstance(a, fx.Node)]
+    first_alone = bool(hits) and hits[0] and not any(hits[1:]) and not any(v in linear for v in n.kwargs.values())
+    if n.target in _MAPS:
+        return True
+    if n.target in _ZERO_OR_ALL:
+        return all(a in linear or is_zero(a) for a in n.args[:2])
+    if n.target in _FACTORS:
+        return sum(hits) == 1
+    if n.target in (aten.div.Tensor, aten.div.Scalar) or n.target in _INDEXED or op_name(n).endswith(("_backward", "_backward_data")):
+        return first_alone
+    if n.target is aten.where.self:
+        return n.args[0] not in linear and all(a in linear or is_zero(a) for a in n.args[1:3])
+    if n.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        return n.args[1] not in linear and is_zero(n.args[2])
+    if n.target in (aten.index_put.default, aten._unsafe_index_put.default):
+        return all(a in linear or is_zero(a) for a in (n.args[0], n.args[2])) and not any(i in linear for i in n.args[1])  # type: ignore[union-attr]
+    if op_name(n) in ("scatter_add", "scatter"):
+        return (n.args[0] in linear or is_zero(n.args[0])) and n.args[2] not in linear and (n.args[3] in linear or is_zero(n.args[3]))
+    if op_name(n) == "_unsafe_masked_index_put_accumulate":
+        return (n.args[0] in linear or is_zero(n.args[0])) and n.args[1] not in linear and n.args[3] in linear
+    if n.target in (aten.addmm.default, aten.baddbmm.default):
+        return (n.args[0] in linear or is_zero(n.args[0])) and (n.args[1] in linear) != (n.args[2] in linear)
+    if n.target is aten.addcmul.default:
+        return (n.args[0] in linear or is_zero(n.args[0])) and (n.args[1] in linear) != (n.args[2] in linear)
+    return op_name(n) == "fma" and (n.args[2] in linear or is_zero(n.args[2])) and (n.args[0] in linear) != (n.args[1] in linear)
+
+
+def is_zero(arg: Any) -> bool:
+    """Whether an argument is the constant 0."""
+    if not isinstance(arg, fx.Node):
+        return isinstance(arg, int | float) and arg == 0
+    if arg.target in (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default):
+        return True
+    if arg.target is aten.scalar_tensor.default:
+        return bool(arg.args[0] == 0)
+    if arg.target in (aten.expand.default, prims.convert_element_type.default, *VIEWS):
+        return is_zero(arg.args[0])
+    return arg.target in (aten.full.default, aten.full_like.default) and bool(arg.args[1] == 0)

@@ -1,0 +1,148 @@
+"""From a backward graph to code that runs on some rows of the batch: what stands between AOTAutograd and Inductor.
+
+`RowCompiler` splits the backward graph at its cuts (`passes.stages`), compiles the pieces once, with a symbol for the batch, and hands back a
+`RowBackward` that calls them with as many rows as a step needs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx, nn
+
+from approx_compile import _torch
+from approx_compile.backward import Controls, RowBackward
+from approx_compile.config import ApproxConfig, RowSettings
+from approx_compile.passes.row_rules import Layout
+from approx_compile.passes.stages import ALL, SAVED, Cut, Entry, Outlook, Split, outlook, output_layouts, split, tangent_layouts
+
+LEAST_SHARE = 0.3
+"""Under the policies that look at the cost: the share of the backward pass's FLOPs that must run on the rows kept."""
+
+
+class Declined(Exception):
+    """Row sampling is not worth it in this graph; the message says why."""
+
+
+class RowCompiler:
+    """An `inner_compile` for one call of `compile_fx`. `batch`: the symbol of the batch's size; `root`, `key`: the module and the graph of it that
+    adaptive state belongs to."""
+
+    def __init__(self, batch: sympy.Symbol, config: ApproxConfig, inner: Callable[..., Any] | None, root: nn.Module | None = None, key: str = "") -> None:
+        self.batch = batch
+        self.config = config
+        self.root = root
+        self.key = key
+        self.inner = inner or _torch.compile_graph
+        self.levels: list[RowSettings] = []
+        self.default = ALL
+        self.cuts: list[Cut] = []
+        self._known: dict[str, Layout] = {}
+
+    def ask(self, graph: fx.Graph, top: RowSettings | None, sites: Mapping[fx.Node, RowSettings | None]) -> None:
+        """Levels for what is asked, the most rows first; written on the gradient products. Raises Declined if it will not be worth it."""
+        distinct = dict.fromkeys(s for s in (top, *sites.values()) if s is not None)
+        self.levels = sorted(distinct, key=lambda s: -1.0 if s.ratio is None else -s.ratio)
+        self.default = self._level(top)
+        for node, settings in sites.items():
+            node.meta[LEVEL] = self._level(settings)
+        if _torch.has_backward(graph):
+            found = outlook(graph, self.batch, self.default, {n.name: n.meta[LEVEL] for n in sites}, self._approximate_batch_norm)
+            reason = found.why_not(self._least_share)
+            if reason is not None:
+                self._note(found, {}, graph, reason)
+                raise Declined(reason)
+
+    @property
+    def _approximate_batch_norm(self) -> bool:
+        return any(s.approximate_batch_norm for s in self.levels)
+
+    @property
+    def _least_share(self) -> float:
+        return 0.0 if self.config.policy == "always" else LEAST_SHARE
+
+    def _level(self, settings: RowSettings | None) -> int:
+        return self.levels.index(settings) + 1 if settings is not None else ALL
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, is_backward: bool = False, **kwargs: Any) -> Any:
+        if not is_backward:
+            self._known |= output_layouts(gm.graph, self.batch)
+            return self.inner(gm, example_inputs, is_backward=False, **kwargs)
+        given = [n.name for n in _placeholders(gm)]
+        known = self._known | tangent_layouts(gm.graph, self._known)
+        plain = copy.deepcopy(gm) if self._approximate_batch_norm else gm
+        found = split(gm, self.batch, known, self.default, _levels_of(gm), self._approximate_batch_norm)
+        exact = found.outlook.why_not(self._least_share)
+        self._note(found.outlook, found.products, gm.graph, exact)
+        if exact is not None:
+            return self.inner(plain, example_inputs, is_backward=True, **kwargs)
+        return self._compiled(found, gm, given, example_inputs, kwargs)
+
+    def _note(self, found: Outlook, products: Mapping[str, int], graph: fx.Graph, exact: str | None) -> None:
+        rows = next((_torch.hint(s) for n in graph.nodes if n.op == "placeholder" for s in _sizes(n) if _torch.size_expr(s) == self.batch), 0)
+        for i, asked in enumerate(self.levels, 1):
+            mine = tuple(name for name, level in products.items() if level == i)
+            if exact is None and not mine:
+                continue
+            stops = "; ".join(found.blocked)
+            reason = exact or (f"rows end where {stops}" if stops else "the whole backward pass")
+            decision = "exact" if exact else "rows"
+            self.cuts.append(Cut(asked.method, asked.ratio, rows, decision, reason, found.flops_all, found.flops_on_rows, mine, i))
+
+    def _compiled(self, found: Split, gm: fx.GraphModule, names: Sequence[str], example_inputs: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        given = dict(zip(names, example_inputs, strict=True))  # may have other strides than the graph says
+        donated = _torch.donated(gm)
+        uses: dict[str, int] = {}
+        for stage in found.stages:
+            for entry in stage.entries:
+                uses[entry.name] = uses.get(entry.name, 0) + 1
+        found = _restrided(found, given)
+        calls = []
+        for stage in found.stages:
+            inputs = [given.get(e.name, n.meta["val"]) for e, n in zip(stage.entries, _placeholders(stage.gm), strict=True)]
+            mine = [i for i, e in enumerate(stage.entries) if e.name in donated and uses[e.name] == 1]
+            static = [i for i, e in enumerate(stage.entries) if e.source == SAVED and e.layout is None and e.number is None and e.name not in donated]
+            with _torch.donating(mine):
+                calls.append(self.inner(stage.gm, inputs, is_backward=True, **(kwargs | {"static_input_idxs": static})))
+        guards = _torch.guards_on(self.batch, gm)
+        backward = RowBackward(found, calls, self.levels, names, example_inputs, guards, donated, Controls(self.config, self.root, self.key, self.levels))
+
+        def call(args: list[Any]) -> list[Any]:  # wrappers on the way keep a function's attributes, not an object's
+            return backward(args)
+
+        call._boxed_call = True  # type: ignore[attr-defined]
+        return call
+
+
+def _levels_of(gm: fx.GraphModule) -> dict[str, int]:
+    return {n.name: n.meta[LEVEL] for n in gm.graph.nodes if LEVEL in n.meta}
+
+
+LEVEL = "approx_compile_rows"
+"""Key in the meta of a gradient product's node: the level of rows that its site asks for."""
+
+
+def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
+    return [n for n in gm.graph.nodes if n.op == "placeholder"]
+
+
+def _sizes(n: fx.Node) -> Sequence[Any]:
+    value = n.meta.get("val")
+    return value.shape if n.op == "placeholder" and isinstance(value, Tensor) else (value,) if isinstance(value, torch.SymInt) else ()
+
+
+def _restrided(found: Split, given: Mapping[str, Any]) -> Split:
+    """Entries with the strides that the forward pass really gives its saved tensors."""
+
+    def of(e: Entry) -> Entry:
+        value = given.get(e.name)
+        if e.source != SAVED or not isinstance(value, Tensor):
+            return e
+        return replace(e, stride=tuple(map(_torch.size_expr, value.stride())))
+
+    return replace(found, stages=tuple(replace(s, entries=tuple(of(e) for e in s.entries)) for s in found.stages))
