@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cache_child import CASES
+from cache_child import CASES, ROWS
 
 CHILD = Path(__file__).with_name("cache_child.py")
 
@@ -60,3 +60,16 @@ def test_another_code_version_does_not_hit(uncached: dict[str, Any], folder: Pat
     other, _ = run(folder, names, "another version")
     assert all(found["hits"] == 0 and found["misses"] == 1 for found in other.values())
     assert all(other[name]["grads"] == uncached[name]["grads"] for name in other)
+
+
+def test_rows_that_share_a_cache(folder: Path) -> None:
+    """Inductor's own cache serves the pieces of such graphs, in the process that filled it and in the next, and never another setting's."""
+    want, _ = run(folder, list(ROWS), TORCHINDUCTOR_FX_GRAPH_CACHE="0", TORCHINDUCTOR_AUTOGRAD_CACHE="0")
+    for suffix in ("", "+checkpoint"):
+        assert len({tuple(want[name + suffix]["grads"]) for name in ROWS}) == len(ROWS)
+    cold, _ = run(folder, list(ROWS))
+    warm, notices = run(folder, list(reversed(ROWS)))
+    for name, found in want.items():
+        assert cold[name]["grads"] == found["grads"] and warm[name]["grads"] == found["grads"], name
+        assert (warm[name]["hits"], warm[name]["graph_misses"]) == (0, 0) and warm[name]["graph_hits"] >= 2, name
+    assert "runs on rows of the batch (0.5, 0.25)" in notices
