@@ -1,6 +1,7 @@
-"""Speed against Inductor: `make bench`, or `python benchmarks/bench.py speed|share|compile` with `--work`, `--ratio`, `--rounds`.
+"""Speed against Inductor: `make bench`, or `python benchmarks/bench.py speed|rows|share|compile` with `--work`, `--ratio`, `--rounds`.
 
 - `speed`: a training step without the optimizer (fp32, policy always, sampling forward, top-k), Inductor and approx in turn in one process.
+- `rows`: the same step with its backward pass on some rows of the batch, and under the policy "adaptive" where nothing may be left out.
 - `share`: how much of a sampled step is the sampling itself: the time outside products, less that of the exact step, from the profiler.
 - `compile`: seconds of the first step in a fresh process, with an empty cache folder and with a filled one.
 
@@ -72,14 +73,36 @@ WORKS: dict[str, tuple[str, Callable[[], nn.Module], Callable[[], Tensor], Calla
     "block": ("transformer block, width 1024, 8 x 256 tokens", lambda: Block(1024), lambda: torch.randn(8, 256, 1024), None),
 }
 
+ROW_WORKS: dict[str, tuple[str, Callable[[], nn.Module], Callable[[], Tensor], Callable[[], Tensor] | None]] = {
+    "mlp1000": ("MLP 1024-4096-4096-10, batch 1000", lambda: mlp(1024, 4096, 4096, 10), lambda: torch.randn(1000, 1024), lambda: torch.randint(10, (1000,))),
+    "mlp1024": ("MLP 1024-4096-4096-10, batch 1024", WORKS["mlp"][1], WORKS["mlp"][2], WORKS["mlp"][3]),
+    "blocks": (
+        "four transformer blocks, width 512, 16 x 128 tokens",
+        lambda: nn.Sequential(*[Block(512) for _ in range(4)]),
+        lambda: torch.randn(16, 128, 512),
+        None,
+    ),
+    "cnn": (
+        "CNN of Adelman et al., 128 x 28 x 28",
+        lambda: build("cnn", (1, 28, 28), 10),
+        lambda: torch.randn(128, 1, 28, 28),
+        lambda: torch.randint(10, (128,)),
+    ),
+    "wrn": ("WRN-10-2, 128 x 3 x 32 x 32", lambda: build("wrn-10-2", (3, 32, 32), 10), lambda: torch.randn(128, 3, 32, 32), lambda: torch.randint(10, (128,))),
+}
+ROW_BARS = {(w, r): bar for w in ("mlp1000", "mlp1024") for r, bar in ((0.5, 1.43), (0.25, 1.88), (0.1, 2.28))}
+ROW_BARS |= {("blocks", 0.5): 1.46, ("blocks", 0.25): 1.94, ("blocks", 0.1): 2.5}
 
-def stepper(work: str, ratio: float | None) -> Callable[[], None]:
+
+def stepper(work: str, ratio: float | None, options: dict[str, Any] | None = None) -> Callable[[], None]:
     """A training step without the optimizer, compiled by Inductor (ratio None) or approx; same weights and data for all."""
-    _, make, data, target = WORKS[work]
+    _, make, data, target = (WORKS | ROW_WORKS)[work] if options is None else ROW_WORKS[work]
     torch.manual_seed(0)
     model = make()
     x, y = data(), target() if target is not None else None
-    if ratio is None:
+    if options is not None:
+        compiled = torch.compile(model, backend="approx", options=options)
+    elif ratio is None:
         compiled = torch.compile(model, backend="inductor")
     else:
         compiled = torch.compile(model, backend="approx", options={"policy": "always", "ratio": ratio})
@@ -158,23 +181,50 @@ def speed(
     """Training step against Inductor, in turn in one process: medians, 20th and 80th percentile."""
     rows = []
     for name in work or list(WORKS):
-        ratios = ratio or [0.5, 0.25]
         torch._dynamo.reset()
-        steps = {"inductor": stepper(name, None)} | {f"{r:g}": stepper(name, r) for r in ratios}
-        times = race(steps, rounds)
-        base = statistics.median(times["inductor"])
-        for setting, found in times.items():
-            low, median, high = (round(statistics.quantiles(found, n=10)[i], 1) for i in (1, 4, 7))
-            pairs = sorted(a / b for a, b in zip(times["inductor"], found, strict=True))
-            bar = BARS.get((name, float(setting))) if setting != "inductor" else None
-            rows.append(
-                conditions()
-                | {"work": WORKS[name][0], "setting": setting, "rounds": rounds, "median_ms": median, "p20_ms": low, "p80_ms": high}
-                | {"speedup": round(base / statistics.median(found), 3)}
-                | {"speedup_p20": round(pairs[len(pairs) // 5], 3), "speedup_p80": round(pairs[-1 - len(pairs) // 5], 3), "bar": bar or ""}
-            )
-    show("training step against Inductor", rows, ("work", "setting", "median_ms", "p20_ms", "p80_ms", "speedup", "speedup_p20", "speedup_p80", "bar"))
+        contest = {"inductor": stepper(name, None)} | {f"{r:g}": stepper(name, r) for r in ratio or [0.5, 0.25]}
+        rows += raced(WORKS[name][0], contest, rounds, {f"{r:g}": bar for (w, r), bar in BARS.items() if w == name})
+    show("training step against Inductor", rows, SPEED_COLUMNS)
     store("speed", rows)
+
+
+@app.command("rows")
+def rows_speed(
+    work: Annotated[list[str] | None, typer.Option(help="mlp1000, mlp1024, blocks, cnn, wrn; all by default")] = None,
+    rounds: Annotated[int, typer.Option(help="timed steps of each")] = 15,
+) -> None:
+    """Training step with the backward pass on 0.5, 0.25 and 0.1 of the rows; "adaptive" here keeps all, for the data is noise."""
+    found = []
+    for name in work or list(ROW_WORKS):
+        torch._dynamo.reset()
+        shares = [] if name == "wrn" else [0.5, 0.25, 0.1]
+        settings: dict[str, dict[str, Any]] = {f"{r:g}": {"grad": {"axis": "rows", "ratio": r}} for r in shares}
+        settings["adaptive"] = {"policy": "adaptive", "adaptive": {"tau": 1e-9}}
+        contest = {"inductor": stepper(name, None)} | {s: stepper(name, None, o) for s, o in settings.items()}
+        bars = {f"{r:g}": bar for (w, r), bar in ROW_BARS.items() if w == name} | {"adaptive": round(1 / 1.03, 3)}
+        found += raced(ROW_WORKS[name][0], contest, rounds, bars)
+    show("training step, backward on some rows, against Inductor", found, SPEED_COLUMNS)
+    store("rows", found)
+
+
+SPEED_COLUMNS = ("work", "setting", "median_ms", "p20_ms", "p80_ms", "speedup", "speedup_p20", "speedup_p80", "bar")
+
+
+def raced(title: str, contest: dict[str, Callable[[], None]], rounds: int, bars: dict[str, float]) -> list[dict[str, Any]]:
+    """A row for every contestant; the one called inductor is what the others are compared with."""
+    rows = []
+    times = race(contest, rounds)
+    base = statistics.median(times["inductor"])
+    for setting, found in times.items():
+        low, median, high = (round(statistics.quantiles(found, n=10)[i], 1) for i in (1, 4, 7))
+        pairs = sorted(a / b for a, b in zip(times["inductor"], found, strict=True))
+        rows.append(
+            conditions()
+            | {"work": title, "setting": setting, "rounds": rounds, "median_ms": median, "p20_ms": low, "p80_ms": high}
+            | {"speedup": round(base / statistics.median(found), 3)}
+            | {"speedup_p20": round(pairs[len(pairs) // 5], 3), "speedup_p80": round(pairs[-1 - len(pairs) // 5], 3), "bar": bars.get(setting, "")}
+        )
+    return rows
 
 
 @app.command()
@@ -254,6 +304,7 @@ def everything(context: typer.Context) -> None:
     """All three, in turn."""
     if context.invoked_subcommand is None:
         speed(None, None, 15)
+        rows_speed(None, 15)
         share(0.5, 8)
         compile_times(0.5, 3)
 
