@@ -39,6 +39,7 @@ from models import build  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 BARS = {("wrn", 0.5): 1.85, ("wrn", 0.25): 3.0, ("mlp", 0.5): 1.65, ("mlp", 0.25): 2.8, ("block", 0.5): 1.55, ("block", 0.25): 2.3}
+ALWAYS = {"policy": "always"}
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "convolution", "scaled_dot_product")
 app = typer.Typer(help=__doc__, no_args_is_help=False)
 console = Console()
@@ -94,18 +95,13 @@ ROW_BARS = {(w, r): bar for w in ("mlp1000", "mlp1024") for r, bar in ((0.5, 1.4
 ROW_BARS |= {("blocks", 0.5): 1.46, ("blocks", 0.25): 1.94, ("blocks", 0.1): 2.5}
 
 
-def stepper(work: str, ratio: float | None, options: dict[str, Any] | None = None) -> Callable[[], None]:
-    """A training step without the optimizer, compiled by Inductor (ratio None) or approx; same weights and data for all."""
-    _, make, data, target = (WORKS | ROW_WORKS)[work] if options is None else ROW_WORKS[work]
+def stepper(work: str, options: dict[str, Any] | None) -> Callable[[], None]:
+    """A training step without the optimizer, compiled by Inductor (options None) or approx; same weights and data for all."""
+    _, make, data, target = (WORKS | ROW_WORKS)[work]
     torch.manual_seed(0)
     model = make()
     x, y = data(), target() if target is not None else None
-    if options is not None:
-        compiled = torch.compile(model, backend="approx", options=options)
-    elif ratio is None:
-        compiled = torch.compile(model, backend="inductor")
-    else:
-        compiled = torch.compile(model, backend="approx", options={"policy": "always", "ratio": ratio})
+    compiled = torch.compile(model, backend="inductor") if options is None else torch.compile(model, backend="approx", options=options)
 
     def step() -> None:
         for p in model.parameters():
@@ -182,7 +178,7 @@ def speed(
     rows = []
     for name in work or list(WORKS):
         torch._dynamo.reset()
-        contest = {"inductor": stepper(name, None)} | {f"{r:g}": stepper(name, r) for r in ratio or [0.5, 0.25]}
+        contest = {"inductor": stepper(name, None)} | {f"{r:g}": stepper(name, ALWAYS | {"ratio": r}) for r in ratio or [0.5, 0.25]}
         rows += raced(WORKS[name][0], contest, rounds, {f"{r:g}": bar for (w, r), bar in BARS.items() if w == name})
     show("training step against Inductor", rows, SPEED_COLUMNS)
     store("speed", rows)
@@ -200,7 +196,7 @@ def rows_speed(
         shares = [] if name == "wrn" else [0.5, 0.25, 0.1]
         settings: dict[str, dict[str, Any]] = {f"{r:g}": {"grad": {"axis": "rows", "ratio": r}} for r in shares}
         settings["adaptive"] = {"policy": "adaptive", "adaptive": {"tau": 1e-9}}
-        contest = {"inductor": stepper(name, None)} | {s: stepper(name, None, o) for s, o in settings.items()}
+        contest = {"inductor": stepper(name, None)} | {s: stepper(name, o) for s, o in settings.items()}
         bars = {f"{r:g}": bar for (w, r), bar in ROW_BARS.items() if w == name} | {"adaptive": round(1 / 1.03, 3)}
         found += raced(ROW_WORKS[name][0], contest, rounds, bars)
     show("training step, backward on some rows, against Inductor", found, SPEED_COLUMNS)
@@ -235,7 +231,7 @@ def share(ratio: Annotated[float, typer.Option(help="kept share")] = 0.5, steps:
         for name in WORKS:
             torch._dynamo.reset()
             exact_rest, exact_products = _profile(stepper(name, None), steps)
-            rest, products = _profile(stepper(name, ratio), steps)
+            rest, products = _profile(stepper(name, ALWAYS | {"ratio": ratio}), steps)
             rows.append(
                 conditions()
                 | {"work": WORKS[name][0], "ratio": ratio, "exact_products_ms": exact_products, "exact_rest_ms": exact_rest}
@@ -260,39 +256,43 @@ def _profile(step: Callable[[], None], steps: int) -> tuple[float, float]:
 
 @app.command("compile")
 def compile_times(
-    ratio: Annotated[float, typer.Option(help="kept share")] = 0.5, repeats: Annotated[int, typer.Option(help="fresh folders tried")] = 3
+    ratio: Annotated[float, typer.Option(help="kept share")] = 0.5,
+    repeats: Annotated[int, typer.Option(help="fresh folders tried")] = 3,
+    rows: Annotated[bool, typer.Option(help="instead: policy adaptive, with every rung of its ladder")] = False,
 ) -> None:
     """Seconds of the first step in a fresh process: cold (empty cache folder) and warm (second process on it), approx beside Inductor."""
-    rows = []
-    for name in WORKS:
+    found = []
+    works = [w for w in ROW_WORKS if w != "mlp1000"] if rows else list(WORKS)
+    ours: dict[str, Any] = {"policy": "adaptive"} if rows else ALWAYS | {"ratio": ratio}
+    for name in works:
         seconds: dict[tuple[str, str], list[float]] = {}
         for _ in range(repeats):
-            for backend in ("inductor", "approx"):
+            for backend, options in (("inductor", None), ("approx", ours)):
                 with tempfile.TemporaryDirectory() as folder:
                     for state in ("cold", "warm"):
-                        seconds.setdefault((backend, state), []).append(_first_step(name, None if backend == "inductor" else ratio, folder))
+                        seconds.setdefault((backend, state), []).append(_first_step(name, options, folder))
         medians = {key: statistics.median(v) for key, v in seconds.items()}
-        for state, bar in (("cold", 1.5), ("warm", 1.2)):
-            exact, ours = medians["inductor", state], medians["approx", state]
-            rows.append(
+        for state, bar in (("cold", 2.0), ("warm", "")) if rows else (("cold", 1.5), ("warm", 1.2)):
+            exact, own = medians["inductor", state], medians["approx", state]
+            found.append(
                 conditions()
-                | {"work": WORKS[name][0], "ratio": ratio, "cache": state, "repeats": repeats}
-                | {"inductor_s": round(exact, 2), "approx_s": round(ours, 2), "times": round(ours / exact, 3), "bar": bar}
+                | {"work": (WORKS | ROW_WORKS)[name][0], "ratio": "adaptive" if rows else ratio, "cache": state, "repeats": repeats}
+                | {"inductor_s": round(exact, 2), "approx_s": round(own, 2), "times": round(own / exact, 3), "bar": bar}
             )
-    show("seconds to the first step", rows, ("work", "cache", "inductor_s", "approx_s", "times", "bar"))
-    store("compile", rows)
+    show("seconds to the first step", found, ("work", "ratio", "cache", "inductor_s", "approx_s", "times", "bar"))
+    store("compile", found)
 
 
-def _first_step(work: str, ratio: float | None, folder: str) -> float:
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench; bench.first_step({work!r}, {ratio!r})"
+def _first_step(work: str, options: dict[str, Any] | None, folder: str) -> float:
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench; bench.first_step({work!r}, {options!r})"
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder}, capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 
-def first_step(work: str, ratio: float | None) -> None:
+def first_step(work: str, options: dict[str, Any] | None) -> None:
     """Print the seconds from making the model to the end of its first step, the compilers' imports included, less a second step (run in a child)."""
     marks = [time.perf_counter()]
-    step = stepper(work, ratio)
+    step = stepper(work, options)
     for _ in range(2):
         step()
         marks.append(time.perf_counter())
@@ -301,12 +301,13 @@ def first_step(work: str, ratio: float | None) -> None:
 
 @app.callback(invoke_without_command=True)
 def everything(context: typer.Context) -> None:
-    """All three, in turn."""
+    """All of them, in turn."""
     if context.invoked_subcommand is None:
         speed(None, None, 15)
         rows_speed(None, 15)
         share(0.5, 8)
-        compile_times(0.5, 3)
+        compile_times(0.5, 3, False)
+        compile_times(0.5, 3, True)
 
 
 if __name__ == "__main__":
