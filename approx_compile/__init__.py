@@ -4,6 +4,7 @@ from approx_compile.annotate import annotate
 from approx_compile.backend import Backend
 from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.control import Control, controls, load_state_dict, state_dict
+from approx_compile.decisions import Decisions, decisions
 from approx_compile.notices import ApproxWarning
 from approx_compile.report import Report, explain
 
@@ -14,9 +15,11 @@ __all__ = [
     "Backend",
     "ConfigError",
     "Control",
+    "Decisions",
     "Report",
     "annotate",
     "controls",
+    "decisions",
     "explain",
     "load_state_dict",
     "state_dict",

@@ -7,6 +7,7 @@ so the device never waits for it. The state is small and part of a checkpoint (`
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections import deque
 from typing import Any
@@ -17,6 +18,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from approx_compile.config import AdaptiveTable
 from approx_compile.kernels.rows import needed
+
+log = logging.getLogger("approx_compile")
 
 MOMENTUM = 0.9
 """Of the running mean: a batch says little about the next ten."""
@@ -79,6 +82,7 @@ class Control:
         self.share = MOMENTUM * self.share + (1 - MOMENTUM) * float(value)
         ratio = next(r for r in self.settings.ladder if r >= min(1.0, self.share * (1 - 1e-9)))
         if ratio != self.ratio:
+            log.info("rows at cut %s: %g of them from step %d on (%.3f needed)", self.name, ratio, self.step + 1, self.share)
             self.changes.append((self.step, ratio))
 
     def state_dict(self) -> dict[str, Any]:

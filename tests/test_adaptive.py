@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,6 +88,18 @@ def test_training_relaxes_and_learns() -> None:
     (c,) = controls(f).values()
     assert c.step == 200 and c.ratio < 0.3 and c.kept < 0.7
     assert losses[-1] < 0.05 * losses[0]
+
+
+def test_decisions_are_shown(tmp_path: Path) -> None:
+    model = mlp(20, 64, 2)
+    assert "no cut has run yet" in str(approx_compile.decisions(model))
+    f, optimizer = training(model)
+    train(f, optimizer, 120)
+    (c,) = controls(f).values()
+    shown = approx_compile.decisions(f)
+    assert "120" in str(shown) and f"{c.ratio:g}" in str(shown)
+    shown.plot(tmp_path / "shares.png")
+    assert (tmp_path / "shares.png").stat().st_size > 5000
 
 
 def test_a_resumed_run_repeats_the_uninterrupted_one() -> None:
