@@ -395,6 +395,20 @@ class ApproxConfig(_Rules):
             raise ValueError("got None; leave the key out for its default")
         return value
 
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> ApproxConfig:
+        """Under "adaptive" the forward pass is exact and the number of rows is found: keys that say otherwise would do nothing."""
+        said = ("ratio", "sampling", "group", "min_k", "method")
+        for where, keys in (("", self), *((f"rules[{i}]: ", r) for i, r in enumerate(self.rules))):
+            policy = keys.policy or self.policy
+            own = [k for k in said if k in keys.model_fields_set and getattr(keys, k) is not None and not (k == "method" and keys.method == "exact")]
+            if policy == "adaptive" and own and keys.output is None and keys.grad is None and keys.grad_input is None and keys.grad_weight is None:
+                raise ValueError(
+                    f"{where}{own[0]} has no effect under policy 'adaptive', which keeps the forward pass exact and finds the number of rows itself; "
+                    f"for sampled products set policy 'cost' or 'always' beside it, for a fixed share of rows grad={{'axis': 'rows', 'ratio': ...}}"
+                )
+        return self
+
     @field_validator("rules", mode="before")
     @classmethod
     def _rules_list(cls, value: Any) -> Any:

@@ -34,6 +34,8 @@ WRONG = {
     "rows_method": ({"grad": {"axis": "rows", "method": "crs"}}, "crs", "can't choose rows"),
     "rows_group": ({"grad": {"axis": "rows", "group": 4}}, "group", "one by one"),
     "batch_norm_alone": ({"grad": {"batch_norm": "approximate"}}, "batch_norm", "only with axis 'rows'"),
+    "adaptive_ratio": ({"policy": "adaptive", "ratio": 0.5}, "ratio", "no effect under policy 'adaptive'"),
+    "adaptive_rule": ({"policy": "adaptive", "rules": [{"layers": "conv", "sampling": "forward"}]}, "rules[0]", "set policy 'cost'"),
     "adaptive_key": ({"policy": "adaptive", "adaptive": {"tua": 0.1}}, "tua", "Did you mean 'tau'"),
     "adaptive_tau": ({"policy": "adaptive", "adaptive": {"tau": 0}}, "adaptive.tau", "above 0"),
     "adaptive_ladder": ({"policy": "adaptive", "adaptive": {"ladder": [0.5, 2]}}, "adaptive.ladder", "shares in"),
