@@ -355,7 +355,8 @@ class ApproxConfig(_Rules):
 
     Keys: `method` (one of `ESTIMATORS` or "exact"), `ratio` in (0, 1], `min_k` (shorter axes are exact), `group` (contiguous indices kept or
     dropped together), `sampling` (forward | backward | blackbox), `output` / `grad_input` / `grad_weight` / `grad` (a method's name or a
-    table; `grad` with `axis: "rows"`: samples of the batch), `policy` (cost | always | adaptive), `adaptive` (see `AdaptiveTable`), `rules` (a list
+    table; `grad` with `axis: "rows"`: samples of the batch), `policy` (adaptive | cost | always; without
+    it, adaptive if no other key says what to sample, else cost), `adaptive` (see `AdaptiveTable`), `rules` (a list
     of tables with `layers`), `lowering` (auto | inductor), `inductor` (Inductor's own options, `mode` included). Frozen, hashable, deep-copyable,
     picklable. Raises `ConfigError`.
     """
@@ -365,7 +366,7 @@ class ApproxConfig(_Rules):
     min_k: int = 16
     group: int | Literal["auto"] = "auto"
     sampling: str = "forward"
-    policy: str = "cost"
+    policy: str = "adaptive"
     adaptive: AdaptiveTable = Field(default_factory=AdaptiveTable)
     rules: tuple[Rule, ...] = ()
     lowering: str = "auto"
@@ -394,6 +395,14 @@ class ApproxConfig(_Rules):
         if value is None:
             raise ValueError("got None; leave the key out for its default")
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_policy(cls, data: Any) -> Any:
+        """ "adaptive", unless something says how products are to be sampled: then "cost"."""
+        if isinstance(data, Mapping) and "policy" not in data and (set(data) - {"adaptive", "inductor", "lowering"}):
+            return {**data, "policy": "cost"}
+        return data
 
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> ApproxConfig:

@@ -166,3 +166,10 @@ def test_rules_by_layer_reach_the_sites() -> None:
     assert [s.products[0].k for s in sites] == [64, 16, 32, 64]
     assert [p.decision for p in sites[3].products] == ["exact", "sampled", "sampled"]
     assert sites[3].products[1].k == 16
+
+
+def test_the_default_policy_depends_on_what_is_said() -> None:
+    assert ApproxConfig().policy == ApproxConfig(adaptive={"tau": 0.1}).policy == ApproxConfig(inductor={"max_autotune": True}).policy == "adaptive"
+    for options in ({"ratio": 0.5}, {"method": "exact"}, {"rules": [{"layers": "conv", "ratio": 0.25}]}, {"grad": {"axis": "rows", "ratio": 0.5}}):
+        assert ApproxConfig(**options).policy == "cost"
+    assert ApproxConfig().settings([]).rows is not None and ApproxConfig(ratio=0.5).settings([]).rows is None

@@ -159,7 +159,7 @@ def test_two_models_of_one_class_with_different_options() -> None:
     assert [s.products[0].k for s in pb.sites] == [16, 16]
 
 
-def test_the_one_lines_default_is_modest() -> None:
+def test_policy_cost_is_modest() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -170,7 +170,7 @@ def test_the_one_lines_default_is_modest() -> None:
             h = torch.relu(self.wide(torch.relu(self.stem(x))))
             return self.head(torch.relu(self.after(self.norm(self.narrow(h)))))
 
-    sites = {s.name: s for s in plans_of(Model(), {}, torch.randn(4096, 64))}
+    sites = {s.name: s for s in plans_of(Model(), {"policy": "cost"}, torch.randn(4096, 64))}
     assert {n for n, s in sites.items() if s.decision == "sampled"} == {"wide"}
     assert sites["stem"].reason.startswith("fed with raw data")
     assert sites["head"].reason.startswith("the last layer")
