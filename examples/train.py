@@ -34,7 +34,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID
 from rich.table import Table
 from torch import Tensor, nn
 
-from approx_compile import ApproxConfig, explain
+from approx_compile import ApproxConfig, controls, explain
 
 BACKENDS = {"exact": "inductor", "approx": "approx"}
 """What the table and the plot call a run, and the backend behind it."""
@@ -71,7 +71,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Run:
-    """One training. The first step, which compiles, is kept apart from the others (`step_s`); `peak_bytes` is the most memory held while stepping."""
+    """One training. The first step, which compiles, is kept apart from the others (`step_s`); `peak_bytes` is the most memory held while stepping; `kept`
+    the mean share of the batch that policy "adaptive" took through the backward pass."""
 
     name: str
     seed: int
@@ -79,6 +80,7 @@ class Run:
     step_s: tuple[float, ...]
     peak_bytes: int
     curve: tuple[Point, ...]
+    kept: float = 1.0
 
     @property
     def accuracy(self) -> float:
@@ -128,7 +130,8 @@ def train_once(name: str, seed: int, settings: Settings, turn: Callable[[], obje
         loss = torch.stack(losses).mean().item()
         curve.append(Point(len(times), sum(times[1:]), loss, accuracy(compiled, dataset.test_x, dataset.test_y, settings.batch_size)))
         tell(curve[-1])
-    return Run(name, seed, times[0], tuple(times[1:]), peak, tuple(curve))
+    kept = [c.kept for c in controls(model).values()]
+    return Run(name, seed, times[0], tuple(times[1:]), peak, tuple(curve), statistics.mean(kept) if kept else 1.0)
 
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> float:
@@ -302,7 +305,19 @@ class Summary:
     peak_bytes: int
 
 
-def summarise(name: str, runs: Sequence[Run], flops: int) -> Summary:
+@dataclass(frozen=True)
+class StepFlops:
+    """FLOPs of the matrix products of one training step, sampling included; `on_rows` of them are multiplied by the share of the batch kept."""
+
+    exact: int
+    approx: int
+    on_rows: int
+
+    def of(self, run: Run) -> int:
+        return self.exact if run.name == "exact" else round(self.approx - (1 - run.kept) * self.on_rows)
+
+
+def summarise(name: str, runs: Sequence[Run], flops: StepFlops) -> Summary:
     """Medians over the steps of all seeds; times and memory of a whole run as means; the compile time of the first run, whose cache was empty."""
     own = [r for r in runs if r.name == name]
     percent = [100 * r.accuracy for r in own]
@@ -316,7 +331,7 @@ def summarise(name: str, runs: Sequence[Run], flops: int) -> Summary:
         p90 / p10,
         max(0.0, own[0].first_step_s - step_s),
         statistics.mean(sum(r.step_s) for r in own),
-        flops,
+        round(statistics.mean(flops.of(r) for r in own)),
         round(statistics.mean(r.peak_bytes for r in own)),
     )
 
@@ -325,11 +340,13 @@ def _deciles(times: Sequence[float]) -> list[float]:
     return statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else [*times] * 9
 
 
-def step_flops(settings: Settings, dataset: data.Dataset) -> dict[str, int]:
-    """FLOPs of the matrix products of one training step, forward and backward, sampling included, for every name in `BACKENDS`."""
+def step_flops(settings: Settings, dataset: data.Dataset) -> StepFlops:
+    """What `explain` counts, forward and backward."""
     model = models.build(settings.model, dataset.shape, dataset.classes, settings.width).to(settings.device)
     report = explain(model, dataset.train_x[: settings.batch_size], config=dict(settings.options))
-    return {"exact": report.flops_exact, "approx": report.flops_sampled}
+    adaptive = [c.ratio is None for c in report.cuts]
+    on_rows = sum(p.flops_sampled for s in report.sites for p in s.products.values() if p.decision == "rows") if any(adaptive) else 0
+    return StepFlops(report.flops_exact, report.flops_sampled, on_rows)
 
 
 def table(summaries: Sequence[Summary]) -> Table:
@@ -393,7 +410,7 @@ def plot(runs: Sequence[Run], title: str, path: Path) -> None:
     plt.close(figure)
 
 
-def write_rows(runs: Sequence[Run], settings: Settings, flops: Mapping[str, int], path: Path) -> None:
+def write_rows(runs: Sequence[Run], settings: Settings, flops: StepFlops, path: Path) -> None:
     """One JSON object per run and line: the result, its settings and what it ran on."""
     device = torch.cuda.get_device_name(settings.device) if settings.device.startswith("cuda") else platform.processor() or platform.machine()
     with path.open("w") as file:
@@ -417,7 +434,8 @@ def write_rows(runs: Sequence[Run], settings: Settings, flops: Mapping[str, int]
                 "step_s_p90": p90,
                 "first_step_s": r.first_step_s,
                 "train_s": sum(r.step_s),
-                "flops_per_step": flops[r.name],
+                "flops_per_step": flops.of(r),
+                "rows_kept": r.kept,
                 "peak_bytes": r.peak_bytes,
                 "curve": [[p.step, p.seconds, p.loss, p.accuracy] for p in r.curve],
                 "device": device,
@@ -451,7 +469,7 @@ def main(
     method: Annotated[str | None, typer.Option(help="Which indices are kept: topk, crs, ...", rich_help_panel=_APPROX)] = None,
     sampling: Annotated[str | None, typer.Option(help="forward, backward or blackbox.", rich_help_panel=_APPROX)] = None,
     group: Annotated[str | None, typer.Option(help="Contiguous indices kept together, or auto.", rich_help_panel=_APPROX)] = None,
-    policy: Annotated[str | None, typer.Option(help="cost, or always: every legal site.", rich_help_panel=_APPROX)] = None,
+    policy: Annotated[str | None, typer.Option(help="adaptive: rows of the batch; cost; or always: every legal site.", rich_help_panel=_APPROX)] = None,
 ) -> None:
     console = Console()
     if not console.is_terminal:
@@ -481,7 +499,7 @@ def main(
     except RuntimeError as e:
         typer.echo(f"error: {e}", err=True)
         raise typer.Exit(1) from None
-    exact, approx = (summarise(name, runs, flops[name]) for name in BACKENDS)
+    exact, approx = (summarise(name, runs, flops) for name in BACKENDS)
     console.print(table((exact, approx)))
     left_out = samples % batch_size
     dropped = [f"The last {left_out} of an epoch's {samples} samples, a smaller batch, are left out: one shape is compiled."] if left_out else []

@@ -353,7 +353,7 @@ def test_conclusions_say_what_was_measured() -> None:
         return train.Run(name, seed, 1.0 + step_s, (step_s,) * 9 + (3 * step_s,) * 3, 2**20, (train.Point(13, 1.0, 0.1, accuracy),))
 
     runs = [run("exact", 0, 0.96, 0.1), run("exact", 1, 0.98, 0.1), run("approx", 0, 0.95, 0.2), run("approx", 1, 0.95, 0.2)]
-    exact, approx = train.summarise("exact", runs, 10), train.summarise("approx", runs, 5)
+    exact, approx = train.summarise("exact", runs, train.StepFlops(10, 5, 0)), train.summarise("approx", runs, train.StepFlops(10, 5, 0))
     assert exact.accuracy == pytest.approx(97) and exact.spread == pytest.approx(2**0.5) and approx.spread == 0
     assert (exact.step_s, exact.train_s, exact.compile_s) == pytest.approx((0.1, 1.8, 1.0))
     text = "\n".join(train.conclusions(exact, approx, 2))
@@ -372,3 +372,10 @@ def test_same_seed_same_start() -> None:
     other = train.train_once("approx", 4, settings, lambda: None, news.append)
     assert other.curve[0].loss != first.curve[0].loss
     assert [n is None for n in news] == [True, True, False] * 3
+
+
+def test_flops_of_an_adaptive_run_count_the_rows_kept() -> None:
+    flops = train.StepFlops(exact=30, approx=30, on_rows=20)
+    point = (train.Point(1, 1.0, 0.1, 0.9),)
+    assert flops.of(train.Run("exact", 0, 1.0, (1.0,), 1, point)) == 30
+    assert flops.of(train.Run("approx", 0, 1.0, (1.0,), 1, point, kept=0.25)) == 15
