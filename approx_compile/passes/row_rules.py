@@ -174,7 +174,8 @@ def _along(position: int) -> Rule:
         rank = _torch.value(n.args[0]).dim()
         dim = n.args[position] if len(n.args) > position else n.kwargs.get("dim", -1)
         own = _agree(*(out.rows(a) for a in n.all_input_nodes))
-        if own is not None and int(dim) % rank == own.dim:  # type: ignore[arg-type]
+        dims = dim if isinstance(dim, list | tuple) else [dim]
+        if own is not None and any(int(d) % rank == own.dim for d in dims):  # type: ignore[arg-type]
             raise Blocked(f"{op_name(n)} runs along the batch")
         return own
 
@@ -220,6 +221,17 @@ def _cat(n: fx.Node, value: Any, out: Followed) -> Layout:
     if own is not None and dim % value.dim() == own.dim:
         raise Blocked("batches are concatenated")
     return own
+
+
+def _pieces(n: fx.Node, value: Any, out: Followed) -> Layout:
+    """split, unbind: the same place in every piece."""
+    unbind = n.target is aten.unbind.int
+    own = out.rows(n.args[0])
+    position = 1 if unbind else 2
+    dim = int(n.args[position]) % _torch.value(n.args[0]).dim() if len(n.args) > position else 0  # type: ignore[arg-type]
+    if own is not None and dim == own.dim:
+        raise Blocked("the batch is split")
+    return own.moved(own.dim - (unbind and dim < own.dim)) if own is not None else None
 
 
 def _pad(n: fx.Node, value: Any, out: Followed) -> Layout:
@@ -373,13 +385,16 @@ _RULES: dict[Any, Rule] = {
     aten.convolution_backward.default: _conv_backward,
     aten.embedding_dense_backward.default: _table_gradient,
     aten.expand.default: _expand,
+    aten.split_with_sizes.default: _pieces,
+    aten.split.Tensor: _pieces,
+    aten.unbind.int: _pieces,
     aten.unsqueeze.default: _unsqueeze,
     aten.select.int: _select,
     aten.slice.Tensor: _slice,
     aten.cat.default: _cat,
     aten.constant_pad_nd.default: _pad,
 }
-_RULES_BY_NAME: dict[str, Rule] = {"_unsafe_masked_index_put_accumulate": _put, **dict.fromkeys(_FIRST_NAMES, _first), **dict.fromkeys(_ATTENTION_NAMES, _attention)}
+_RULES_BY_NAME: dict[str, Rule] = {"rev": _along(1), "_unsafe_masked_index_put_accumulate": _put, **dict.fromkeys(_FIRST_NAMES, _first), **dict.fromkeys(_ATTENTION_NAMES, _attention)}
 """Ops of which Inductor registers some late, and the overloads do not matter."""
 
 
@@ -392,6 +407,7 @@ def rule_of(n: fx.Node) -> Rule | None:
 _MAPS: set[Any] = set(_SAME) | set(VIEWS) | {aten.permute.default, aten.t.default, aten.transpose.int, aten.sum.dim_IntList, aten.sum.default, aten.mean.dim}
 _MAPS |= {aten.squeeze.dims, aten.squeeze.dim, aten.squeeze.default, aten.expand.default, aten.unsqueeze.default, aten.select.int, aten.slice.Tensor}
 _MAPS |= {aten.neg.default, aten.cumsum.default, aten.flip.default, aten.cat.default, aten.constant_pad_nd.default, operator.getitem}
+_MAPS |= {aten.split_with_sizes.default, aten.split.Tensor, aten.unbind.int}
 _ZERO_OR_ALL = {aten.add.Tensor, aten.sub.Tensor, aten.slice_scatter.default, aten.select_scatter.default}
 _FACTORS = {aten.mul.Tensor, aten.mul.Scalar, aten.mm.default, aten.bmm.default}
 _INDEXED = {aten.gather.default, aten.index_select.default, aten.index.Tensor, aten._unsafe_index.Tensor}
@@ -401,7 +417,7 @@ def is_linear(n: fx.Node, linear: set[fx.Node], out: Followed) -> bool:
     """Whether a node that reads gradients is linear in them (jointly), so that a row scaled or left out is so in the result."""
     hits = [a in linear for a in n.args if isinstance(a, fx.Node)]
     first_alone = bool(hits) and hits[0] and not any(hits[1:]) and not any(v in linear for v in n.kwargs.values())
-    if n.target in _MAPS:
+    if n.target in _MAPS or op_name(n) == "rev":
         return True
     if n.target in _ZERO_OR_ALL:
         return all(a in linear or is_zero(a) for a in n.args[:2])
