@@ -92,7 +92,7 @@ class RowCompiler:
             stops = "; ".join(found.blocked)
             reason = exact or (f"rows end where {stops}" if stops else "the whole backward pass")
             decision = "exact" if exact else "rows"
-            self.cuts.append(Cut(asked.method, asked.ratio, rows, decision, reason, found.flops_all, found.flops_on_rows, mine, i))
+            self.cuts.append(Cut(asked.method, asked.ratio, rows, decision, reason, found.flops_all, found.flops_on_rows, mine, i, bool(exact or stops)))
 
     def _compiled(self, found: Split, gm: fx.GraphModule, names: Sequence[str], example_inputs: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         given = dict(zip(names, example_inputs, strict=True))  # may have other strides than the graph says

@@ -257,6 +257,27 @@ def test_lower_blocks_keep_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(relative(a, b) for a, b in zip(got, want, strict=True)) < 1e-5
 
 
+def test_rows_by_rule_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers above the rule's keep all rows: the cut is where its gradient comes in."""
+    chosen = Chosen(monkeypatch)
+    model, x = nn.Sequential(mlp(20, 32, 24), nn.Tanh(), mlp(24, 32, 5)), torch.randn(48, 20)
+    options = {"policy": "always", "sampling": "backward", "grad": "exact", "rules": [{"layers": "0.*", "grad": {"axis": "rows", "ratio": 0.25}}]}
+    f, plans = rows_of(model, options)
+    out = f(x)
+    tangent = torch.randn_like(out)
+    out.backward(tangent)
+    got = grads(model)
+    assert [s.reason for s in plans.sites] == ["backward on 0.25 of the rows"] * 2 + ["exact by the settings"] * 2
+    hidden = model[0](x)
+    cut = hidden.detach().requires_grad_()
+    model[2](torch.tanh(cut)).backward(tangent)
+    assert cut.grad is not None
+    hidden.backward(cut.grad * chosen.mask(48)[:, None])
+    want = grads(model)
+    want[3] = cut.grad.sum(0)
+    assert max(relative(a, b) for a, b in zip(got, want, strict=True)) < 1e-5
+
+
 class Slices(nn.Module):
     def __init__(self) -> None:
         super().__init__()

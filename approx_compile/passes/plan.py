@@ -97,7 +97,8 @@ class Plan:
         """The plan once it is known which gradient products run on rows kept."""
         on_rows = {name: cut for cut in cuts for name in cut.products if cut.decision == "rows"}
         sites = tuple(_on_rows(s, on_rows) for s in self.sites)
-        return replace(self, sites=sites).without_rows("; ".join(dict.fromkeys(c.reason for c in cuts)), cuts)
+        stops = "; ".join(dict.fromkeys(c.reason for c in cuts if c.stops))
+        return replace(self, sites=sites).without_rows(stops or _BY_SETTINGS, cuts)
 
     def without_rows(self, reason: str, cuts: Sequence[Cut] = ()) -> Plan:
         """The plan with the reason at every site that would have had sampled rows, and the cuts there are or might have been."""

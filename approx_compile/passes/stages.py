@@ -103,7 +103,8 @@ class Split:
 
 @dataclass(frozen=True)
 class Cut:
-    """Where rows are chosen, and what became of it. `level` counts from the loss; `reason` says why nothing is cut, or what stops it further down."""
+    """Where rows are chosen, and what became of it. `level` counts from the loss; `reason` says why nothing is cut, or what stops it further down
+    (`stops`: whether anything does)."""
 
     method: str
     ratio: float | None
@@ -114,6 +115,7 @@ class Cut:
     flops_on_rows: int
     products: tuple[str, ...] = ()
     level: int = 1
+    stops: bool = True
 
 
 @dataclass
