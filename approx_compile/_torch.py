@@ -392,10 +392,12 @@ _UNGUARDED = "_dynamo_propagated_dynamic_indices"
 """What torch itself puts on a compiled graph's outputs to make them dynamic in the next one: read by Dynamo, in no guard."""
 
 
-def compilation() -> str | None:
-    """The name of the compilation Dynamo is in, the same when it traces again."""
-    context = torch._guards.CompileContext.current_compile_id()
-    return str(context) if context is not None else None
+def compilation() -> tuple[str, Any] | None:
+    """The compilation Dynamo is in, by its number and the code it compiles: the same when it traces again."""
+    number, frame = torch._guards.CompileContext.current_compile_id(), dynamo_frame()
+    if number is None or frame is None:
+        return None
+    return f"{number.frame_id}/{number.frame_compile_id}", getattr(frame.output.root_tx, "f_code", None)
 
 
 def ask_for_batch_symbol(chosen: Sequence[fx.Node]) -> bool:

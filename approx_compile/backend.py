@@ -80,7 +80,8 @@ class Backend:
         except Declined as e:
             assert rows is not None
             if asked and (name := _torch.compilation()) is not None:  # back to static sizes: then it is Inductor's code, bit for bit
-                _declined[name] = rows
+                _declined.clear()
+                _declined[name] = tuple(rows.cuts)
                 raise _torch.TraceAgain(restart_reason="approx: rows are not worth it") from None
             no_rows, plans[:] = (str(e), rows.cuts), []
             compiled, uuid = compiled_with(None)
@@ -102,9 +103,9 @@ class Backend:
             return None, None, False
         if context.nothing_trains():
             return None, ("no module is in training mode", ()), False
-        declined = _declined.pop(_torch.compilation() or "", None)
+        declined = _declined.pop(_torch.compilation(), None)
         if declined is not None:
-            return None, (declined.cuts[0].reason, declined.cuts), False
+            return None, (declined[0].reason, declined), False
         batch, asked = batch_symbol(gm, self.config)
         if isinstance(batch, str):
             return None, (batch, ()), asked
@@ -113,8 +114,8 @@ class Backend:
         return RowCompiler(batch, self.config, self.inner_compile, root, key), None, asked
 
 
-_declined: dict[str, RowCompiler] = {}
-"""Compilations in which rows turned out not to be worth it, until Dynamo has traced them again without a symbol."""
+_declined: dict[Any, tuple[Cut, ...]] = {}
+"""The compilation in which rows turned out not to be worth it, until Dynamo has traced it again without a symbol."""
 
 
 def approx(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Any = None, mode: str | None = None, **kwargs: Any) -> Any:

@@ -22,6 +22,9 @@ from approx_compile.kernels.rows import Rows, choose, gathered, row_norms_sq, sc
 from approx_compile.passes.batch_norm import WEIGHTS
 from approx_compile.passes.stages import ALL, SAVED, Entry, Result, Split, Stage
 
+MEMORY = 1024
+"""Sizes for which shapes and legal numbers of rows are remembered."""
+
 
 @dataclass
 class _Kept:
@@ -61,6 +64,7 @@ class RowBackward:
         self.device = next((v.device for v in example_inputs if isinstance(v, Tensor)), torch.device("cpu"))
         self._symbols = _symbol_sources(names, example_inputs)
         self._last_use = _last_use(found)
+        self._chooses = [bool(self._entering(level)) for level in range(len(self.levels))]
         self._legal_counts: dict[tuple[Any, ...], int] = {}
         self._plans: dict[tuple[Any, ...], list[list[Any]]] = {}
 
@@ -69,11 +73,8 @@ class RowBackward:
         values = dict(zip(self.names, args, strict=True))
         args.clear()
         controls = self.controls.of(values.values())
-        counts = self._counts(symbols[self.found.batch], symbols, controls)
         followed, own = self._follow(values, symbols)
-        if followed is not None or not own:
-            most = followed.k if followed is not None else symbols[self.found.batch]
-            counts = [most, *(min(most, k) for k in counts[1:])] if followed is not None else [most] * len(counts)
+        counts = self._counts(symbols, controls, followed) if own else [symbols[self.found.batch]] * len(self.levels)
         return self.run(values, symbols, counts, controls, followed)
 
     def _follow(self, values: Mapping[str, Any], symbols: Mapping[sympy.Symbol, int]) -> tuple[_Kept | None, bool]:
@@ -82,32 +83,39 @@ class RowBackward:
         Rows that are zero already can be left out for nothing. Where other gradients have been added, all rows are needed; choosing among them anew
         would add variance that nobody has accounted for.
         """
-        task = _torch.backward_pass()
-        first = next((s for s in self.found.stages if s.level == 1), None)
-        gradients = [values[e.name] for e in first.entries if e.gradient and e.source == SAVED] if first is not None else []
-        marks = [_mark_of(t) for t in gradients]
-        if marks and marks[0] is not None and all(m is not None and m[0] is marks[0][0] for m in marks):
-            idx, before = marks[0]
+        entering = [e for s in self.found.stages if s.level != ALL for e in s.entries if e.gradient and e.source in (SAVED, ALL)]
+        size = symbols[self.found.batch]
+        marks = [_mark_of(values[e.name]) if e.source == SAVED and e.layout == Rows(0) and values[e.name].shape[0] == size else None for e in entering]
+        first = marks[0] if marks else None
+        if first is not None and all(m is not None and m[0] is first[0] for m in marks):
+            idx, before = first
             if self._legal(len(idx), symbols) == len(idx):
                 return _Kept(idx, None, len(idx), before), True
+        task = _torch.backward_pass()
         return None, task < 0 or task != _last_sampled[0]
 
     def _values(self, args: Sequence[Any]) -> dict[sympy.Symbol, int]:
         return {s: args[i] if d is None else args[i].shape[d] for s, i, d in self._symbols}
 
-    def _counts(self, size: int, symbols: Mapping[sympy.Symbol, int], controls: Sequence[Control | None]) -> list[int]:
-        """Rows kept at each level, never more than at the level before."""
-        counts, most = [], size
-        for asked, control in zip(self.levels, controls, strict=True):
-            ratio = control.begin() if control is not None else asked.ratio
-            assert ratio is not None
-            most = min(most, self._legal(max(asked.min_k, LEAST_ROWS, int(ratio * size + 0.5)), symbols))
+    def _counts(self, symbols: Mapping[sympy.Symbol, int], controls: Sequence[Control | None], followed: _Kept | None) -> list[int]:
+        """Rows kept at each level, never more than at the level before. The first level's number may be given; its control then has no say."""
+        size = most = symbols[self.found.batch]
+        counts = []
+        for level, (asked, control) in enumerate(zip(self.levels, controls, strict=True)):
+            if level == 0 and followed is not None:
+                most = followed.k
+            elif self._chooses[level]:
+                ratio = control.begin() if control is not None else asked.ratio
+                assert ratio is not None
+                most = min(most, self._legal(max(asked.min_k, LEAST_ROWS, int(ratio * size + 0.5)), symbols))
             counts.append(most)
         return counts
 
     def _legal(self, k: int, symbols: Mapping[sympy.Symbol, int]) -> int:
         """The smallest number of rows, k or more, of which everything is true that the compiled code assumed of the batch's size."""
         key = (k, *symbols.values())
+        if len(self._legal_counts) > MEMORY:
+            self._legal_counts.clear()
         if key not in self._legal_counts:
             size = symbols[self.found.batch]
             legal = (n for n in range(k, size) if all(g.subs(dict(symbols) | {self.found.batch: n}) == sympy.true for g in self.guards))
@@ -166,8 +174,8 @@ class RowBackward:
         if k >= before and watched is None:
             return None
         total: Tensor | None = None
-        for entry in stage.entries:
-            if not entry.gradient or made[entry.name] > level:
+        for entry in self._entering(level):
+            if entry.name not in made or made[entry.name] > level:
                 continue
             own = row_norms_sq(live[entry.name], entry.layout, counts[made[entry.name] - 1] if made[entry.name] else size)
             idx, weight = _path(kept, made[entry.name], level)
@@ -182,6 +190,11 @@ class RowBackward:
         idx, weight = choose(self.levels[level].method, total, k)
         return _Kept(idx, weight, k)
 
+    def _entering(self, level: int) -> list[Entry]:
+        """The gradients that come into any stage below a cut from above it: a row is worth keeping if one of them says so."""
+        below = [e for s in self.found.stages if s.level > level for e in s.entries if e.gradient]
+        return list({e.name: e for e in below if e.source <= level}.values())
+
     def _entry(self, entry: Entry, shape: Any, level: int, live: Mapping[str, Any], made: Mapping[str, int], kept: Sequence[_Kept | None], size: int) -> Any:
         if entry.number is not None:
             return shape
@@ -192,7 +205,7 @@ class RowBackward:
         if entry.layout is None or made[entry.name] == level:
             return value
         if level == ALL:
-            return scattered(value, entry.layout, _path(kept, ALL, made[entry.name])[0], size, shape[0])
+            return scattered(value, entry.layout, _path(kept, ALL, made[entry.name])[0], size, *shape)
         idx, weight = _path(kept, made[entry.name], level)
         if idx is None:
             return value
@@ -215,6 +228,8 @@ class RowBackward:
     def _plan(self, symbols: Mapping[sympy.Symbol, int], counts: Sequence[int]) -> list[list[Any]]:
         """Shape and stride (or number) of every entry, for these symbols and counts."""
         key = (*symbols.values(), *counts)
+        if len(self._plans) > MEMORY:
+            self._plans.clear()
         if key not in self._plans:
             plan = []
             for stage in self.found.stages:

@@ -47,6 +47,7 @@ APART: dict[str, Callable[[Tensor], Tensor]] = {
     "index_select": lambda h: h + h.index_select(1, IDX).sum(1, keepdim=True),
     "advanced_index": lambda h: h + h[:, IDX].sum(1, keepdim=True),
     "lookup": lambda h: h * F.embedding(h.detach().abs().long().clamp(max=C - 1), TABLE).sum(2),
+    "gather_by_place": lambda h: h * TABLE.repeat(2, 1)[:B].gather(1, (h[:, :1] > 0).long()),
     "where": lambda h: torch.where(h > 0, h, 0.1 * h.sin()),
     "masked_fill": lambda h: h.masked_fill(h > 0.5, 0.0),
     "tril": lambda h: h.view(B, 3, 4).tril().flatten(1),
@@ -70,6 +71,22 @@ APART: dict[str, Callable[[Tensor], Tensor]] = {
     "size_power": lambda h: h.abs().pow(1 + 1 / h.shape[0]),
     "random": lambda h: h * (1 + 0 * torch.rand_like(h)),
 }
+
+
+class Keeps(torch.autograd.Function):
+    """Its gradient is in part no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * 1
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.cat([g[:, :6], x[:, 6:]], 1)
+
+
 MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda h: h - h.mean(0),
     "softmax": lambda h: h.softmax(0),
@@ -85,6 +102,8 @@ MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "shuffled": lambda h: h[torch.arange(h.shape[0] - 1, -1, -1)],
     "transposed": lambda h: h + h.t().reshape(h.shape),
     "global": lambda h: h * h.sum(),
+    "scatter_some": lambda h: h.scatter(1, IDX[:, None], 3.0),
+    "not_linear": lambda h: Keeps.apply(h),  # type: ignore[no-untyped-call]
 }
 
 

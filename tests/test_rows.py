@@ -627,3 +627,101 @@ def test_backends_differ_by_their_rows() -> None:
     for method, ratio in itertools.product(["bernoulli", "topk"], [0.5, 0.25]):
         seen.add(Backend({"grad": {"axis": "rows", "method": method, "ratio": ratio}}))
     assert len(seen) == 4 and backend.Backend({"policy": "adaptive"}) not in seen
+
+
+class Body(nn.Module):
+    def __init__(self, op: Callable[[Tensor], Any] = torch.tanh) -> None:
+        super().__init__()
+        self.inner, self.op = nn.Linear(8, 8), op
+
+    def forward(self, x: Tensor) -> Any:
+        return self.op(self.inner(x))
+
+
+def test_rows_of_another_axis_are_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The upper graph's first axis is the lower one's second: what it marks are no samples there."""
+    chosen = Chosen(monkeypatch)
+    lower, upper, x = Body(lambda h: torch.tanh(h).transpose(0, 1)), Body(), torch.randn(16, 12, 8)
+    f, g = rows_of(lower)[0], rows_of(upper)[0]
+    out = g(f(x))
+    tangent = torch.randn_like(out)
+    out.backward(tangent)
+    got = grads(lower) + grads(upper)
+    upper(lower(x)).backward(tangent * chosen.mask(12).view(12, 1, 1))
+    assert max(relative(a, b) for a, b in zip(got, grads(lower) + grads(upper), strict=True)) < 1e-5
+
+
+def test_a_graph_with_a_loss_of_its_own_does_not_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = Chosen(monkeypatch)
+    lower, upper, x = Body(lambda h: (torch.tanh(h), h.square().sum())), Body(), torch.randn(16, 8)
+    f, g = rows_of(lower)[0], rows_of(upper)[0]
+    hidden, own = f(x)
+    out = g(hidden)
+    tangent = torch.randn_like(out)
+    ((out * tangent).sum() + own).backward()
+    got = grads(lower)
+    hidden, own = lower(x)
+    ((upper(hidden) * tangent * chosen.mask(16)[:, None]).sum() + own).backward()
+    assert max(relative(a, b) for a, b in zip(got, grads(lower), strict=True)) < 1e-5
+
+
+def test_rows_that_only_a_lower_level_needs_are_kept_above() -> None:
+    """One branch has no gradient in half the rows, the other, which keeps fewer, has."""
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.one, self.two = nn.Linear(20, 16), nn.Linear(16, 5), nn.Linear(16, 5)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            h = torch.tanh(self.body(x))
+            return (self.one(h).square() * mask).mean() + self.two(h).square().mean()
+
+    model, x, mask = Branches(), torch.randn(32, 20), (torch.arange(32) < 16).float()[:, None]
+    f, _ = rows_of(model, HALF | {"rules": [{"layers": "two", "grad": {"axis": "rows", "ratio": 0.25}}]})
+    model(x, mask).backward()
+    want = grads(model)
+    mean = [torch.zeros_like(g) for g in want]
+    for _ in range(600):
+        f(x, mask).backward()
+        mean = [m + g / 600 for m, g in zip(mean, grads(model), strict=True)]
+    assert max(relative(a, b) for a, b in zip(mean, want, strict=True)) < 0.12
+
+
+def test_a_sum_inside_the_graph_spreads_an_expanded_gradient() -> None:
+    first, last, x = nn.Linear(20, 20), nn.Linear(20, 5), torch.randn(32, 20)
+    f, plans = rows_of(lambda x: last(torch.tanh(first(x))).sum())
+    f(x).backward()
+    assert plans[0].cuts[0].decision == "rows" and all(p.grad is not None and p.grad.isfinite().all() for p in first.parameters())
+
+
+def test_an_exact_last_layer_has_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = Chosen(monkeypatch)
+    model, x = mlp(20, 32, 32, 5), torch.randn(32, 20)
+    f, plans = rows_of(model, HALF | {"rules": [{"layers": "4", "method": "exact"}]})
+    out = f(x)
+    tangent = torch.randn_like(out)
+    out.backward(tangent)
+    got = grads(model)
+    hidden = model[:4](x)
+    top = hidden.detach().requires_grad_()
+    model[4](top).backward(tangent)
+    assert top.grad is not None
+    hidden.backward(top.grad * chosen.mask(32)[:, None])
+    bias = 3  # of layer 2, above the cut: exact
+    assert max(relative(a, b) for i, (a, b) in enumerate(zip(got, grads(model), strict=True)) if i != bias) < 1e-5
+    assert [s.reason for s in plans.sites][-1] == "exact by the settings"
+
+
+def test_channels_last_below_the_rows_through_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients put back among all rows have the strides that the code below was compiled for."""
+    chosen = Chosen(monkeypatch)
+    layers = [nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.Flatten(), nn.Linear(288, 5)]
+    model = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+    x = torch.randn(24, 3, 6, 6).contiguous(memory_format=torch.channels_last)
+    out = torch.compile(model, backend="approx", options=HALF)(x)
+    tangent = torch.randn_like(out)
+    out.backward(tangent)
+    got = grads(model)
+    model(x).backward(tangent * chosen.mask(24)[:, None])
+    assert max(relative(a, b) for a, b in zip(got, grads(model), strict=True)) < 1e-5

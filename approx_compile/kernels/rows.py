@@ -158,17 +158,19 @@ def gathered(value: Tensor, layout: Rows, idx: Tensor, weight: Tensor | None, si
         shape = [1] * new.dim()
         shape[at] = len(idx)
         new = new.mul_(weight.view(shape)) if new.dtype == weight.dtype else (new * weight.view(shape)).to(new.dtype)
-    new = new.permute(back).reshape(list(size))
-    if any(a != b for a, b, s in zip(new.stride(), stride, size, strict=True) if s > 1):
-        placed = torch.empty_strided(list(size), list(stride), dtype=new.dtype, device=new.device)
-        new = placed.copy_(new)
-    return new
+    return _strided(new.permute(back).reshape(list(size)), stride)
 
 
-def scattered(value: Tensor, layout: Rows, idx: Tensor | None, batch: int, size: Sequence[int]) -> Tensor:
-    """Rows put back in their places among `batch`, zeros elsewhere."""
+def scattered(value: Tensor, layout: Rows, idx: Tensor | None, batch: int, size: Sequence[int], stride: Sequence[int] | None = None) -> Tensor:
+    """Rows put back in their places among `batch`, zeros elsewhere; with the strides that the compiled code expects, if any."""
     if idx is None:
         return value
     rows, dim = _unfolded(value, layout, len(idx))
     full = torch.zeros([*rows.shape[:dim], batch, *rows.shape[dim + 1 :]], dtype=value.dtype, device=value.device)
-    return full.index_copy_(dim, idx, rows).reshape(list(size))
+    return _strided(full.index_copy_(dim, idx, rows).reshape(list(size)), stride)
+
+
+def _strided(x: Tensor, stride: Sequence[int] | None) -> Tensor:
+    if stride is None or all(a == b for a, b, s in zip(x.stride(), stride, x.shape, strict=True) if s > 1):
+        return x
+    return torch.empty_strided(x.shape, list(stride), dtype=x.dtype, device=x.device).copy_(x)

@@ -118,6 +118,8 @@ def _view(n: fx.Node, value: Any, out: Followed) -> Layout:
     outer, inner = sympy.cancel(before / _numel(new[:dim])), sympy.cancel(after / _numel(new[dim + 1 :]))
     if any(e.is_integer is False or not (e.is_Integer or e.is_polynomial()) for e in (outer, inner)):
         raise Blocked("a view mixes the batch with other axes")
+    if not (outer.is_Integer or inner.is_Integer):
+        raise Blocked("the batch is merged between two axes of dynamic size")
     return Rows(dim, outer, inner)
 
 
@@ -180,6 +182,14 @@ def _along(position: int) -> Rule:
         return own
 
     return rule
+
+
+def _by_place(n: fx.Node, value: Any, out: Followed) -> Layout:
+    """gather and scatter: entry i of every operand belongs to entry i of the others, whatever their sizes; all must have the batch there."""
+    tensors = [a for a in n.all_input_nodes if isinstance(a.meta.get("val"), torch.Tensor)]
+    if any(out.rows(a) is None for a in tensors):
+        raise Blocked(f"{op_name(n)} has an operand without samples")
+    return _along(1)(n, value, out)
 
 
 def _select(n: fx.Node, value: Any, out: Followed) -> Layout:
@@ -377,7 +387,8 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys(MM | BMM, _mm),
     **dict.fromkeys((aten.squeeze.dims, aten.squeeze.dim, aten.squeeze.default), _squeeze),
     **dict.fromkeys((aten._softmax.default, aten._log_softmax.default, aten.cumsum.default, aten.cumprod.default, aten.flip.default), _along(1)),
-    **dict.fromkeys((aten.gather.default, aten.scatter.src, aten.scatter.value, aten.scatter_add.default, aten.index_select.default), _along(1)),
+    **dict.fromkeys((aten.gather.default, aten.scatter.src, aten.scatter.value, aten.scatter_add.default), _by_place),
+    aten.index_select.default: _along(1),
     **dict.fromkeys((aten._softmax_backward_data.default, aten._log_softmax_backward_data.default), _along(2)),
     **dict.fromkeys((aten.slice_scatter.default, aten.select_scatter.default), _slice_scatter),
     **dict.fromkeys((aten.index.Tensor, aten._unsafe_index.Tensor), _take),
@@ -404,9 +415,10 @@ def rule_of(n: fx.Node) -> Rule | None:
 
 # --- linear in the gradients ---
 
-_MAPS: set[Any] = set(_SAME) | set(VIEWS) | {aten.permute.default, aten.t.default, aten.transpose.int, aten.sum.dim_IntList, aten.sum.default, aten.mean.dim}
+_CASTS: set[Any] = {aten._to_copy.default, prims.convert_element_type.default}
+_MAPS: set[Any] = set(VIEWS) | {aten.clone.default, aten.lift_fresh_copy.default, aten.permute.default, aten.t.default, aten.transpose.int, aten.sum.dim_IntList, aten.sum.default, aten.mean.dim}
 _MAPS |= {aten.squeeze.dims, aten.squeeze.dim, aten.squeeze.default, aten.expand.default, aten.unsqueeze.default, aten.select.int, aten.slice.Tensor}
-_MAPS |= {aten.neg.default, aten.cumsum.default, aten.flip.default, aten.cat.default, aten.constant_pad_nd.default, operator.getitem}
+_MAPS |= {aten.neg.default, aten.cumsum.default, aten.flip.default, operator.getitem}
 _MAPS |= {aten.split_with_sizes.default, aten.split.Tensor, aten.unbind.int}
 _ZERO_OR_ALL = {aten.add.Tensor, aten.sub.Tensor, aten.slice_scatter.default, aten.select_scatter.default}
 _FACTORS = {aten.mul.Tensor, aten.mul.Scalar, aten.mm.default, aten.bmm.default}
@@ -417,6 +429,16 @@ def is_linear(n: fx.Node, linear: set[fx.Node], out: Followed) -> bool:
     """Whether a node that reads gradients is linear in them (jointly), so that a row scaled or left out is so in the result."""
     hits = [a in linear for a in n.args if isinstance(a, fx.Node)]
     first_alone = bool(hits) and hits[0] and not any(hits[1:]) and not any(v in linear for v in n.kwargs.values())
+    if is_zero(n):
+        return True
+    if n.target in _CASTS:
+        return bool(_torch.value(n).dtype.is_floating_point)
+    if n.target is aten.copy.default:
+        return n.args[1] in linear or is_zero(n.args[1])
+    if n.target is aten.cat.default:
+        return all(a in linear or is_zero(a) for a in n.args[0])  # type: ignore[union-attr]
+    if n.target is aten.constant_pad_nd.default:
+        return len(n.args) < 3 or is_zero(n.args[2])
     if n.target in _MAPS or op_name(n) == "rev":
         return True
     if n.target in _ZERO_OR_ALL:

@@ -73,7 +73,7 @@ def _node(n: fx.Node, out: Followed) -> None:
         out.layout[n] = None
         return
     try:
-        out.layout[n] = _checked(n, value, _layout(n, value, operands, out), out)
+        out.layout[n] = _placed(n, value, _checked(n, value, _layout(n, value, operands, out), out), out)
         _check_sums(n, linear, out)
         _check_numbers(n, out)
     except Blocked as e:
@@ -138,6 +138,16 @@ def _checked(n: fx.Node, value: Any, layout: Layout, out: Followed) -> Layout:
     if not layout.uniform and sympy.expand(layout.outer * out.batch * layout.inner - _torch.size_expr(value.shape[layout.dim])) != 0:
         raise Blocked(f"{op_name(n)} changes the batch's size")
     return layout
+
+
+def _placed(n: fx.Node, value: Any, layout: Layout, out: Followed) -> Layout:
+    """A gradient that is the same for every row will not be once rows have weights: it needs a definite place."""
+    if not isinstance(layout, Rows) or not layout.uniform or out.kind[n] != ROWS:
+        return layout
+    definite = by_size(value, out.batch)
+    if definite is None:
+        raise Blocked("a gradient spreads over the batch merged with other axes")
+    return definite
 
 
 def _check_sums(n: fx.Node, linear: list[fx.Node], out: Followed) -> None:

@@ -8,7 +8,7 @@ What is blocked (`rows`), and all behind it, runs on all rows again in a last st
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,6 +124,8 @@ class _Work:
     stage: dict[fx.Node, int] = field(default_factory=dict)
     post: int = 0
     blocked: dict[str, None] = field(default_factory=dict)
+    dense: dict[fx.Node, Any] = field(default_factory=dict)
+    """Values that go from stage to stage and are views with one memory for many entries: what they are as tensors of their own."""
 
 
 def output_layouts(graph: fx.Graph, batch: sympy.Symbol) -> dict[str, Layout]:
@@ -178,12 +180,13 @@ def _assign(graph: fx.Graph, work: _Work, tangents: Sequence[fx.Node], default: 
     """The stage of every node that is linear in the gradients; `post` is one more than the last level."""
     known = work.followed
     by_rows = {t for t in tangents if known.kind.get(t) == ROWS}
+    start = ALL if any(levels.get(n.name, default) == ALL for n in _first_products(by_rows)) else default
     raw: dict[fx.Node, int] = {}
     post = max([default, *levels.values()]) + 1
     for n in graph.nodes:
         if n.op != "call_function" or known.kind.get(n) not in (ROWS, TOTAL):
             continue
-        above = [raw.get(a, default if a in by_rows else ALL) for a in n.all_input_nodes if known.kind.get(a) in (ROWS, TOTAL)]
+        above = [raw.get(a, start if a in by_rows else ALL) for a in n.all_input_nodes if known.kind.get(a) in (ROWS, TOTAL)]
         stage = max([ALL, *above])
         if n.target in HEAVY or "attention" in str(n.target):
             stage = max(stage, levels.get(n.name, default))
@@ -194,6 +197,21 @@ def _assign(graph: fx.Graph, work: _Work, tangents: Sequence[fx.Node], default: 
             stage = post
         raw[n] = stage
     work.stage, work.post = raw, post
+
+
+def _first_products(tangents: Iterable[fx.Node]) -> Iterator[fx.Node]:
+    """The products that gradients of outputs reach through no other: if one is to have all rows, the cut is below it."""
+    seen: set[fx.Node] = set()
+    todo = list(tangents)
+    while todo:
+        n = todo.pop()
+        for u in n.users:
+            if u.op == "call_function" and u not in seen:
+                seen.add(u)
+                if u.target in HEAVY:
+                    yield u
+                else:
+                    todo.append(u)
 
 
 def _members(graph: fx.Graph, work: _Work) -> tuple[dict[int, dict[fx.Node, None]], dict[int, dict[fx.Node, None]]]:
@@ -255,6 +273,10 @@ def _stage(gm: fx.GraphModule, work: _Work, s: int, level: int, members: Mapping
     known = work.followed
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
+    for n in outputs:
+        if _expanded(n.meta.get("val")) and n not in work.dense:
+            with _torch.fake_mode_of(n):
+                work.dense[n] = torch.empty_like(n.meta["val"], memory_format=torch.contiguous_format)
     needed: dict[fx.Node, None] = {}
     for n in members:
         for a in n.all_input_nodes:
@@ -265,7 +287,7 @@ def _stage(gm: fx.GraphModule, work: _Work, s: int, level: int, members: Mapping
     whole = [(a, _number_dtype(n)) for n in members if level != ALL and n in known.numbers for a in _torch.number_arguments(n)]
     for a in sorted(needed, key=lambda a: not _is_number(a)):
         new = graph.placeholder(a.name)
-        new.meta = dict(a.meta)
+        new.meta = dict(a.meta) | ({"val": work.dense[a]} if a in work.dense else {})
         env[a] = new
         entries.append(_entry(a, work))
     for a, dtype in dict.fromkeys(whole):  # the batch's size as a number: a tensor made outside, so that it stays what it is
@@ -278,6 +300,10 @@ def _stage(gm: fx.GraphModule, work: _Work, s: int, level: int, members: Mapping
         if level != ALL and n in known.numbers:
             dtype = _number_dtype(n)
             new.args = tuple(constants.get((o, dtype), m) if isinstance(o, fx.Node) else m for o, m in zip(n.args, new.args, strict=True))
+    for n in outputs:
+        if n in work.dense:  # rows of an expanded tensor share their memory: a place of its own for each
+            env[n] = graph.call_function(aten.clone.default, (env[n],), {"memory_format": torch.contiguous_format})
+            env[n].meta["val"] = work.dense[n]
     out = graph.output(tuple(env[n] for n in outputs))
     out.meta["user_visible_output_idxs"] = list(range(len(outputs)))  # the next stage counts on the strides
     graph.eliminate_dead_code()
@@ -288,7 +314,7 @@ def _stage(gm: fx.GraphModule, work: _Work, s: int, level: int, members: Mapping
 def _entry(a: fx.Node, work: _Work) -> Entry:
     if _is_number(a):
         return Entry(a.name, SAVED, None, False, number=_torch.size_expr(a.meta["val"]))
-    known, value = work.followed, _torch.value(a)
+    known, value = work.followed, work.dense.get(a, _torch.value(a))
     source = SAVED if a.op == "placeholder" else work.stage.get(a, 0)
     layout = known.rows(a)
     return Entry(a.name, source, layout, known.kind.get(a) == ROWS, *_expressions(value))
@@ -298,6 +324,10 @@ def _expressions(value: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     if not isinstance(value, torch.Tensor):
         return (), ()
     return tuple(map(_torch.size_expr, value.shape)), tuple(map(_torch.size_expr, value.stride()))
+
+
+def _expanded(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and any(_torch.known_equal(t, 0) and not _torch.known_equal(s, 1) for s, t in zip(value.shape, value.stride(), strict=True))
 
 
 def _number_dtype(n: fx.Node) -> torch.dtype:
