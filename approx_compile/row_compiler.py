@@ -24,6 +24,10 @@ from approx_compile.passes.stages import ALL, SAVED, Cut, Entry, Outlook, Split,
 LEAST_SHARE = 0.3
 """Under the policies that look at the cost: the share of the backward pass's FLOPs that must run on the rows kept."""
 
+LEAST_FLOPS = {"cpu": 2e8, "cuda": 2e10}
+"""And how many there must be: choosing and gathering rows takes half a millisecond or more of small operations, whatever the model's size. (The
+number for CUDA is no measurement: a hundred times the CPU's. Other devices count as CUDA.)"""
+
 
 class Declined(Exception):
     """Row sampling is not worth it in this graph; the message says why."""
@@ -53,7 +57,8 @@ class RowCompiler:
             node.meta[LEVEL] = self._level(settings)
         if _torch.has_backward(graph):
             found = outlook(graph, self.batch, self.default, {n.name: n.meta[LEVEL] for n in sites}, self._approximate_batch_norm)
-            reason = found.why_not(self._least_share)
+            device = next((n.meta["val"].device.type for n in graph.nodes if isinstance(n.meta.get("val"), Tensor)), "cpu")
+            reason = found.why_not(self._least_share) or self._too_little(found.flops_on_rows, device)
             if reason is not None:
                 self._note(found, {}, graph, reason)
                 raise Declined(reason)
@@ -61,6 +66,11 @@ class RowCompiler:
     @property
     def _approximate_batch_norm(self) -> bool:
         return any(s.approximate_batch_norm for s in self.levels)
+
+    def _too_little(self, flops: int, device: str) -> str | None:
+        if self.config.policy == "always" or flops >= LEAST_FLOPS.get(device, LEAST_FLOPS["cuda"]):
+            return None
+        return f"a backward pass of {flops / 1e6:.3g} MFLOP is over before its rows would be chosen"
 
     @property
     def _least_share(self) -> float:

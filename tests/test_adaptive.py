@@ -18,7 +18,7 @@ from approx_compile.backend import run_as_is
 from approx_compile.config import LADDER, AdaptiveTable
 from approx_compile.control import WATCH, Control, controls
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "small_work_counts")
 ADAPTIVE: dict[str, Any] = {"policy": "adaptive", "adaptive": {"tau": 0.1}}
 
 

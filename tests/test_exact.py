@@ -182,8 +182,11 @@ def test_policy_cost_is_modest() -> None:
 
 
 def test_notices_come_once() -> None:
-    with pytest.warns(ApproxWarning, match="nothing was approximated in Sequential: .*last layer"):
+    with pytest.warns(ApproxWarning, match="nothing was approximated in Sequential: .*is over before its rows"):
         torch.compile(mlp(8, 8, 8), backend=Backend({}, inner_compile=run_as_is))(torch.randn(4, 8))
+    torch._dynamo.reset()
+    with pytest.warns(ApproxWarning, match="nothing was approximated in Sequential: .*last layer"):
+        torch.compile(mlp(8, 8, 8), backend=Backend({"policy": "cost"}, inner_compile=run_as_is))(torch.randn(4, 8))
     with pytest.warns(ApproxWarning, match=r"'nowhere\.\*' matches no site"):
         options = ALWAYS | {"rules": [{"layers": "nowhere.*", "ratio": 0.3}]}
         torch.compile(mlp(64, 64, 64), backend=Backend(options, inner_compile=run_as_is))(torch.randn(32, 64))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from approx_compile import Backend
 from approx_compile.backend import run_as_is
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "small_work_counts")
 APPROXIMATE: dict[str, Any] = {"policy": "always", "grad": {"axis": "rows", "ratio": 0.5, "batch_norm": "approximate"}}
 
 

@@ -375,6 +375,19 @@ def test_policies_that_look_at_the_cost_decline_and_are_then_inductor_bit_for_bi
         f(torch.randn(24, 20)).sum().backward()
 
 
+def test_small_models_are_left_alone() -> None:
+    """Choosing rows takes time, too: by default a backward pass must be worth it."""
+    model = mlp(64, 64, 8)
+    f, plans = rows_of(model, {})
+    f(torch.randn(32, 64)).sum().backward()
+    assert "is over before its rows would be chosen" in plans.sites[0].reason
+    large = mlp(512, 1024, 1024, 8)
+    torch._dynamo.reset()
+    f, plans = rows_of(large, {})
+    f(torch.randn(128, 512)).sum().backward()
+    assert {s.decision for s in plans.sites} == {"sampled"}
+
+
 def test_no_symbol_no_rows() -> None:
     model = nn.Linear(20, 5)
 
@@ -616,10 +629,11 @@ def test_calls_of_a_stage_count_on_what_was_assumed_of_the_size() -> None:
 def test_blocked_reasons_are_shown_by_explain() -> None:
     from approx_compile import explain
 
-    report = explain(Norms(), torch.randn(24, 20), config={"policy": "adaptive"})
-    (cut,) = report.cuts
-    assert "rows, level 1" in str(report) and cut.rows == 24
-    assert {s.name: s.products["grad_weight"].decision for s in report.sites} == {"a": "exact", "b": "exact"} or cut.decision == "rows"
+    for config, decision in ((HALF, "rows"), ({}, "exact")):
+        report = explain(Norms(), torch.randn(24, 20), config=config)
+        (cut,) = report.cuts
+        assert "rows, level 1" in str(report) and (cut.rows, cut.decision) == (24, decision)
+        assert {s.name: s.products["grad_weight"].decision for s in report.sites} == {"a": "exact", "b": decision}
 
 
 def test_backends_differ_by_their_rows() -> None:
