@@ -20,7 +20,7 @@ from approx_compile.config import LEAST_ROWS, ApproxConfig, RowSettings
 from approx_compile.control import Control, control_for
 from approx_compile.kernels.rows import Rows, choose, gathered, row_norms_sq, scattered
 from approx_compile.passes.batch_norm import WEIGHTS
-from approx_compile.passes.stages import ALL, SAVED, Entry, Result, Split, Stage
+from approx_compile.passes.stages import ALL, SAVED, Entry, Result, Split
 
 MEMORY = 1024
 """Sizes for which shapes and legal numbers of rows are remembered."""
@@ -51,7 +51,6 @@ class RowBackward:
         names: Sequence[str],
         example_inputs: Sequence[Any],
         guards: Sequence[Any],
-        donated: set[str],
         controls: Controls,
     ) -> None:
         self.found = found
@@ -59,12 +58,11 @@ class RowBackward:
         self.levels = tuple(levels)
         self.names = tuple(names)
         self.controls = controls
-        self.donated = donated
         self.guards = tuple(guards)
         self.device = next((v.device for v in example_inputs if isinstance(v, Tensor)), torch.device("cpu"))
-        self._symbols = _symbol_sources(names, example_inputs)
+        self._symbols = _symbol_sources(example_inputs)
         self._last_use = _last_use(found)
-        self._chooses = [bool(self._entering(level)) for level in range(len(self.levels))]
+        self._entering = [_entering(found, level) for level in range(len(self.levels))]
         self._legal_counts: dict[tuple[Any, ...], int] = {}
         self._plans: dict[tuple[Any, ...], list[list[Any]]] = {}
 
@@ -104,7 +102,7 @@ class RowBackward:
         for level, (asked, control) in enumerate(zip(self.levels, controls, strict=True)):
             if level == 0 and followed is not None:
                 most = followed.k
-            elif self._chooses[level]:
+            elif self._entering[level]:
                 ratio = control.begin() if control is not None else asked.ratio
                 assert ratio is not None
                 most = min(most, self._legal(max(asked.min_k, LEAST_ROWS, int(ratio * size + 0.5)), symbols))
@@ -140,7 +138,7 @@ class RowBackward:
         for s, (stage, call) in enumerate(zip(self.found.stages, self.calls, strict=True)):
             while len(kept) < stage.level:
                 level = len(kept)
-                kept.append(self._choose(stage, level, live, made, kept, size, counts, controls[level]))
+                kept.append(self._choose(level, live, made, kept, size, counts, controls[level]))
             inputs = []
             for entry, shape in zip(stage.entries, plan[s], strict=True):
                 inputs.append(self._entry(entry, shape, stage.level, live, made, kept, size))
@@ -158,7 +156,6 @@ class RowBackward:
 
     def _choose(
         self,
-        stage: Stage,
         level: int,
         live: Mapping[str, Any],
         made: Mapping[str, int],
@@ -167,14 +164,14 @@ class RowBackward:
         counts: Sequence[int],
         control: Control | None,
     ) -> _Kept | None:
-        """The rows of level + 1, by the norms of the gradients that enter the stage there. None: all that the level before has."""
+        """The rows of level + 1, by the norms of the gradients that enter there. None: all that the level before has."""
         before = counts[level - 1] if level else size
         k = counts[level]
         watched = control if control is not None and control.watches else None
         if k >= before and watched is None:
             return None
         total: Tensor | None = None
-        for entry in self._entering(level):
+        for entry in self._entering[level]:
             if entry.name not in made or made[entry.name] > level:
                 continue
             own = row_norms_sq(live[entry.name], entry.layout, counts[made[entry.name] - 1] if made[entry.name] else size)
@@ -189,11 +186,6 @@ class RowBackward:
             return None
         idx, weight = choose(self.levels[level].method, total, k)
         return _Kept(idx, weight, k)
-
-    def _entering(self, level: int) -> list[Entry]:
-        """The gradients that come into any stage below a cut from above it: a row is worth keeping if one of them says so."""
-        below = [e for s in self.found.stages if s.level > level for e in s.entries if e.gradient]
-        return list({e.name: e for e in below if e.source <= level}.values())
 
     def _entry(self, entry: Entry, shape: Any, level: int, live: Mapping[str, Any], made: Mapping[str, int], kept: Sequence[_Kept | None], size: int) -> Any:
         if entry.number is not None:
@@ -299,7 +291,7 @@ def _number(expression: Any, symbols: Mapping[Any, int]) -> Any:
     return int(value) if value.is_Integer else float(value)
 
 
-def _symbol_sources(names: Sequence[str], example_inputs: Sequence[Any]) -> list[tuple[sympy.Symbol, int, int | None]]:
+def _symbol_sources(example_inputs: Sequence[Any]) -> list[tuple[sympy.Symbol, int, int | None]]:
     """For every symbol an input, and the dim of it, that has its value."""
     found: dict[sympy.Symbol, tuple[int, int | None]] = {}
     for i, value in enumerate(example_inputs):
@@ -308,6 +300,12 @@ def _symbol_sources(names: Sequence[str], example_inputs: Sequence[Any]) -> list
             if (e := _torch.size_expr(s)).is_Symbol:
                 found.setdefault(e, (i, d))  # type: ignore[arg-type]
     return [(s, i, d) for s, (i, d) in found.items()]
+
+
+def _entering(found: Split, level: int) -> list[Entry]:
+    """The gradients that come into any stage below a cut from above it: a row is worth keeping if one of them says so."""
+    below = [e for s in found.stages if s.level > level for e in s.entries if e.gradient]
+    return list({e.name: e for e in below if e.source <= level}.values())
 
 
 def _last_use(found: Split) -> dict[str, int]:

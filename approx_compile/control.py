@@ -48,9 +48,7 @@ class Control:
 
     def begin(self) -> float:
         """Start a step: the share of rows to keep in it."""
-        if self._waiting is not None:
-            self._take(*self._waiting)
-            self._waiting = None
+        self._settle()
         self.step += 1
         return self.ratio
 
@@ -76,7 +74,11 @@ class Control:
         else:
             self._waiting = (share, None)
 
-    def _take(self, value: Tensor, event: Any) -> None:
+    def _settle(self) -> None:
+        """Take in the number that the last look gave, if there is one."""
+        if self._waiting is None:
+            return
+        (value, event), self._waiting = self._waiting, None
         if event is not None:
             event.synchronize()  # of the step before: the device has the next forward pass to do meanwhile
         self.share = MOMENTUM * self.share + (1 - MOMENTUM) * float(value)
@@ -86,9 +88,7 @@ class Control:
             self.changes.append((self.step, ratio))
 
     def state_dict(self) -> dict[str, Any]:
-        if self._waiting is not None:
-            self._take(*self._waiting)
-            self._waiting = None
+        self._settle()
         return {"step": self.step, "share": self.share, "changes": [list(c) for c in self.changes]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

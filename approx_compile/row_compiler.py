@@ -120,7 +120,7 @@ class RowCompiler:
             with _torch.donating(mine):
                 calls.append(self.inner(stage.gm, inputs, is_backward=True, **(kwargs | {"static_input_idxs": static})))
         guards = _torch.guards_on(self.batch, gm)
-        backward = RowBackward(found, calls, self.levels, names, example_inputs, guards, donated, Controls(self.config, self.root, self.key, self.levels))
+        backward = RowBackward(found, calls, self.levels, names, example_inputs, guards, Controls(self.config, self.root, self.key, self.levels))
 
         def call(args: list[Any]) -> list[Any]:  # wrappers on the way keep a function's attributes, not an object's
             return backward(args)

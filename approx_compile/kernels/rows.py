@@ -18,9 +18,6 @@ from torch import Tensor
 
 from approx_compile.kernels.estimators import Estimator, select
 
-METHODS = ("bernoulli", "topk", "uniform", "wta")
-"""Estimators that choose rows. `bernoulli` is here the fixed-size scheme of `systematic`."""
-
 _BEYOND = 1e200
 """What an inf or NaN norm counts as: such rows are kept first."""
 
@@ -28,7 +25,7 @@ _BEYOND = 1e200
 def choose(method: str, norms_sq: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
     """Squared norms (B,) -> indices (k,) int64, sorted and distinct, and their weights (k,) or None (topk keeps rows as they are).
 
-    Rows whose norm is inf or NaN are kept first, with weight 1.
+    `bernoulli` is here the fixed-size scheme of `systematic`. Rows whose norm is inf or NaN are kept first, with weight 1.
     """
     if method == "bernoulli":
         idx, p = systematic(inclusion(norms_sq, k), k)
