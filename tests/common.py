@@ -95,3 +95,16 @@ def mlp(*widths: int) -> nn.Sequential:
     for a, b in itertools.pairwise(widths[:-1]):
         layers += [nn.Linear(a, b), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
+
+
+class Buckets(nn.Module):
+    """Four layers of 1 MiB, which DDP with `bucket_cap_mb=1` puts in buckets of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.ModuleList(nn.Linear(512, 512) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.body:
+            x = torch.relu(layer(x))
+        return x

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from common import Plans, grads, mlp, relative
+from common import Buckets, Plans, grads, mlp, relative
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -480,34 +480,18 @@ class Block2(nn.Module):
         return x + torch.tanh(self.inner(x))
 
 
+@pytest.mark.usefixtures("one_rank")
 def test_the_buckets_of_ddp_share_one_set_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", "29631")
     chosen = Chosen(monkeypatch)
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = nn.ModuleList(nn.Linear(512, 512) for _ in range(4))
-
-        def forward(self, x: Tensor) -> Tensor:
-            for layer in self.body:
-                x = torch.relu(layer(x))
-            return x
-
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1)
-    try:
-        net, x = Net(), torch.randn(32, 512)
-        f, plans = rows_of(nn.parallel.DistributedDataParallel(net, bucket_cap_mb=1))
-        out = f(x)
-        tangent = torch.randn_like(out)
-        out.backward(tangent)
-        assert len(plans) > 1 and {s.decision for s in plans.sites} == {"sampled"} and len(chosen.found) == 1
-        got = grads(net)
-        net(x).backward(tangent * chosen.mask(32)[:, None])
-        assert max(relative(a, b) for a, b in zip(got, grads(net), strict=True)) < 1e-5
-    finally:
-        torch.distributed.destroy_process_group()
+    net, x = Buckets(), torch.randn(32, 512)
+    f, plans = rows_of(nn.parallel.DistributedDataParallel(net, bucket_cap_mb=1))
+    out = f(x)
+    tangent = torch.randn_like(out)
+    out.backward(tangent)
+    assert len(plans) > 1 and {s.decision for s in plans.sites} == {"sampled"} and len(chosen.found) == 1
+    got = grads(net)
+    net(x).backward(tangent * chosen.mask(32)[:, None])
+    assert max(relative(a, b) for a, b in zip(got, grads(net), strict=True)) < 1e-5
 
 
 def test_gradients_added_on_the_way_make_the_lower_graph_run_on_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from common import Plans, compiled, grads, mlp, relative
+from common import Buckets, Plans, compiled, grads, mlp, relative
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -270,40 +270,26 @@ def test_checkpoint_inside_inductor_equals_plain() -> None:
     assert max(relative(a, b) for a, b in zip(got, grads(model), strict=True)) < 1e-5
 
 
-def test_ddp_calls_the_backend_once_per_bucket(tmp_path: Any) -> None:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    try:
-
-        class Net(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.body = nn.ModuleList(nn.Linear(512, 512) for _ in range(4))
-
-            def forward(self, x: Tensor) -> Tensor:
-                for layer in self.body:
-                    x = torch.relu(layer(x))
-                return x
-
-        net = Net()
-        model = nn.parallel.DistributedDataParallel(net, bucket_cap_mb=1)
-        f, _, plans = compiled(model, ALWAYS | {"rules": [{"layers": "*body.1", "ratio": 0.25}]})
-        x = torch.randn(32, 512)
-        f(x).sum().backward()
-        assert len(plans) > 1  # DDPOptimizer cuts the graph at the buckets
-        assert {s.name: s.products[0].k for s in plans.sites} == {"body.0": 256, "body.1": 128, "body.2": 256, "body.3": 256}
-        got = grads(net)
-        h = x
-        for layer, k in zip(net.body, (256, 128, 256, 256), strict=True):
-            idx = (h.detach().square().sum(0).sqrt() * layer.weight.detach().square().sum(0).sqrt()).topk(k).indices
-            h = torch.relu(F.linear(h[:, idx], layer.weight[:, idx], layer.bias))
-        h.sum().backward()
-        assert max(relative(a, b) for a, b in zip(got, grads(net), strict=True)) < 1e-5
-        seen = len(plans)
-        model.eval()
-        f(x).sum().backward()
-        assert {s.decision for s in plans.sites[-4:]} == {"exact"}
-        model.train()
-        f(x)
-        assert len(plans) == 2 * seen
-    finally:
-        torch.distributed.destroy_process_group()
+@pytest.mark.usefixtures("one_rank")
+def test_ddp_calls_the_backend_once_per_bucket() -> None:
+    net = Buckets()
+    model = nn.parallel.DistributedDataParallel(net, bucket_cap_mb=1)
+    f, _, plans = compiled(model, ALWAYS | {"rules": [{"layers": "*body.1", "ratio": 0.25}]})
+    x = torch.randn(32, 512)
+    f(x).sum().backward()
+    assert len(plans) > 1  # DDPOptimizer cuts the graph at the buckets
+    assert {s.name: s.products[0].k for s in plans.sites} == {"body.0": 256, "body.1": 128, "body.2": 256, "body.3": 256}
+    got = grads(net)
+    h = x
+    for layer, k in zip(net.body, (256, 128, 256, 256), strict=True):
+        idx = (h.detach().square().sum(0).sqrt() * layer.weight.detach().square().sum(0).sqrt()).topk(k).indices
+        h = torch.relu(F.linear(h[:, idx], layer.weight[:, idx], layer.bias))
+    h.sum().backward()
+    assert max(relative(a, b) for a, b in zip(got, grads(net), strict=True)) < 1e-5
+    seen = len(plans)
+    model.eval()
+    f(x).sum().backward()
+    assert {s.decision for s in plans.sites[-4:]} == {"exact"}
+    model.train()
+    f(x)
+    assert len(plans) == 2 * seen
