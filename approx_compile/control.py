@@ -2,19 +2,19 @@
 
 Of the gradients that reach a cut the norms g are known anyway. `needed` says what share of the rows keeps the added variance under tau of the
 gradient's own; its running mean, rounded up on the ladder, is the share kept from the next step on. A number is read one step after it was made,
-so the device never waits for it. The state is small and part of a checkpoint (`state_dict`), or a resumed run would start exact again.
+so the device never waits for it. The state is small and part of a checkpoint (`state.py`), or a resumed run would start exact again.
 """
 
 from __future__ import annotations
 
 import logging
-import weakref
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import WeakIdKeyDictionary
 
 from approx_compile.config import AdaptiveTable
 from approx_compile.kernels.rows import needed
@@ -100,72 +100,55 @@ class Control:
 # Models of one class share compiled code, so a control belongs to a parameter that its backward pass reads: the first one saved for it. Where none
 # is saved (a single layer) it belongs to the module that was compiled.
 Owner = nn.Parameter | nn.Module
-_controls: weakref.WeakKeyDictionary[nn.Module, dict[str, Control]] = weakref.WeakKeyDictionary()
-_by_parameter = WeakTensorKeyDictionary()
-_pending: weakref.WeakKeyDictionary[nn.Module, dict[str, dict[str, Any]]] = weakref.WeakKeyDictionary()
-_pending_by_parameter = WeakTensorKeyDictionary()
+_controls = WeakIdKeyDictionary()
+_pending = WeakIdKeyDictionary()
+"""Loaded state of cuts that are not compiled yet."""
 
 
 def control_for(owner: Owner, settings: AdaptiveTable, key: str) -> Control:
     """The control of a cut: that of an earlier compilation of the same graph if there is one, or a new one, with loaded state if some waits."""
-    kept: Any = _by_parameter if isinstance(owner, nn.Parameter) else _controls
-    waiting: Any = _pending_by_parameter if isinstance(owner, nn.Parameter) else _pending
-    own: dict[str, Control] = kept.setdefault(owner, {})
+    own: dict[str, Control] = _controls.setdefault(owner, {})
     if key not in own or own[key].settings != settings:
         own[key] = Control(settings, key)
-        state = waiting.get(owner, {}).pop(key, None)
+        state = _pending.get(owner, {}).pop(key, None)
         if state is not None:
             own[key].load_state_dict(state)
     return own[key]
 
 
-def _plain(model: nn.Module) -> nn.Module:
-    inner = getattr(model, "_orig_mod", model)
-    return inner if isinstance(inner, nn.Module) else model
-
-
 def _owners(model: nn.Module) -> dict[str, Owner]:
-    model = _plain(model)
     return {**dict(model.named_modules()), **dict(model.named_parameters())}
 
 
-def _of(owner: Owner) -> tuple[dict[str, Control], dict[str, dict[str, Any]]]:
-    if isinstance(owner, nn.Parameter):
-        return _by_parameter.get(owner, {}), _pending_by_parameter.get(owner, {})
-    return _controls.get(owner, {}), _pending.get(owner, {})
-
-
-def state_dict(model: nn.Module) -> dict[str, Any]:
-    """The adaptive state of a model: {parameter or module: {cut: state}}. Numbers and lists only.
-
-    Save it beside the model's and the optimizer's; a run that loads all of them and the random state repeats the uninterrupted one.
-    """
-    found: dict[str, Any] = {}
+def controls_state(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """{parameter or module: {cut: state}}."""
+    found: dict[str, dict[str, Any]] = {}
     for name, owner in _owners(model).items():
-        own, waiting = _of(owner)
-        states = {key: dict(state) for key, state in waiting.items()} | {key: control.state_dict() for key, control in own.items()}
+        states = {key: dict(state) for key, state in _pending.get(owner, {}).items()}
+        states |= {key: control.state_dict() for key, control in _controls.get(owner, {}).items()}
         if states:
             found[name] = states
     return found
 
 
-def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
-    """Take up the state that `state_dict` gave: at once where the cut is compiled, else when it is. Raises KeyError for a name the model lacks."""
+def load_controls(model: nn.Module, state: Mapping[str, Mapping[str, Any]]) -> None:
+    """At once where a cut is compiled, else when it is."""
     owners = _owners(model)
     for name, states in state.items():
-        if name not in owners:
-            raise KeyError(f"adaptive state for {name!r}, which {type(_plain(model)).__name__} does not have; it has {', '.join(list(owners)[1:9])}, ...")
-        owner = owners[name]
         for key, own in states.items():
-            control = _of(owner)[0].get(key)
+            control = _controls.get(owners[name], {}).get(key)
             if control is not None:
                 control.load_state_dict(own)
-            elif isinstance(owner, nn.Parameter):
-                _pending_by_parameter.setdefault(owner, {})[key] = own
             else:
-                _pending.setdefault(owner, {})[key] = own
+                _pending.setdefault(owners[name], {})[key] = own
 
 
 def controls(model: nn.Module) -> dict[str, Control]:
-    """The controls of a model by name: parameter or module, and cut."""
-    return {".".join(p for p in (name, key) if p): c for name, owner in _owners(model).items() for key, c in _of(owner)[0].items()}
+    """The controls of a model, compiled or not, by name: parameter or module, and cut."""
+    return {".".join(p for p in (name, key) if p): c for name, owner in _owners(plain(model)).items() for key, c in _controls.get(owner, {}).items()}
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The module below torch.compile."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model

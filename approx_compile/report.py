@@ -21,6 +21,7 @@ from approx_compile.backend import Backend
 from approx_compile.config import ApproxConfig
 from approx_compile.passes.plan import Plan, ProductPlan, SitePlan
 from approx_compile.passes.stages import Cut
+from approx_compile.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,9 @@ _SHOWN = ("method", "ratio", "k", "size")
 @dataclass
 class Report:
     """What `explain` found. `sites` in execution order; `cuts`: where rows of the batch are chosen, or why not; `before` and `after`: readable joint
-    graphs, one per compiled graph; `unmatched`: rule patterns that match no site of any graph. `str(report)` is a table. FLOPs are those of the sites'
-    products in one training step (2 per multiply-add), the sampling's own included in `flops_sampled`.
+    graphs, one per compiled graph; `unmatched`: rule patterns that match no site of any graph; `assignments`: how many the settings go through over a
+    run, all but the first of which `explain(..., config=config.at(step, phase))` shows. `str(report)` is a table. FLOPs are those of the sites' products
+    in one training step (2 per multiply-add), the sampling's own included in `flops_sampled`.
     """
 
     sites: list[SiteReport] = field(default_factory=list)
@@ -66,6 +68,7 @@ class Report:
     before: list[str] = field(default_factory=list)
     after: list[str] = field(default_factory=list)
     unmatched: list[str] = field(default_factory=list)
+    assignments: int = 1
 
     @property
     def flops_exact(self) -> int:
@@ -101,6 +104,11 @@ class Report:
             kept = f"{cut.ratio:g} of" if cut.ratio is not None else "as many as needed of"
             what = f"{cut.method}, {kept} {cut.rows} rows, {cut.flops_on_rows / max(1, cut.flops_all):.0%} of the backward FLOPs"
             console.print(f"rows, level {cut.level}: {what if cut.decision == 'rows' else 'all'}; {cut.reason}", highlight=False, markup=False)
+        if self.assignments > 1:
+            console.print(
+                f"the settings of step 0, the first of {self.assignments} assignments over the run; explain(..., config=config.at(step, phase)) shows another",
+                highlight=False,
+            )
         for pattern in self.unmatched:
             console.print(f"rule pattern {pattern!r} matches no site", highlight=False, markup=False)
         return out.getvalue().rstrip()
@@ -130,7 +138,8 @@ def _si(number: float) -> str:
 def explain(model: Callable[..., Any], *args: Any, config: ApproxConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
     """What `backend="approx"` would do with `model(*args, **kwargs)` in a training step, as a `Report`.
 
-    `config`: an `ApproxConfig` or a mapping with the same keys; without one, that of an already compiled model, else the defaults. The forward pass
+    `config`: an `ApproxConfig` or a mapping with the same keys; without one, that of an already compiled model, else the defaults; of settings that change over
+    the run those of step 0. The forward pass
     runs once, op by op; parameters, buffers, gradients, random state, hooks and the user's compiled code stay as they are. Raises `ConfigError`.
     """
     model, own = _unwrap(model)
@@ -143,7 +152,9 @@ def explain(model: Callable[..., Any], *args: Any, config: ApproxConfig | Mappin
             if graph is not None:
                 texts.append(_torch.readable(graph))
 
-    backend = Backend(config if config is not None else own, inner_compile=_torch.run_as_is, on_plan=listen, keep_graphs=True)
+    schedule = Schedule.of(ApproxConfig.of(config if config is not None else own))
+    report.assignments = len(schedule.assignments)
+    backend = Backend(schedule.assignments[0], inner_compile=_torch.run_as_is, on_plan=listen, keep_graphs=True)
     with torch.enable_grad(), _untouched(model), _torch.forgetting_shapes():
         _torch.compile_apart(model, backend)(*args, **kwargs)
     if plans:

@@ -109,7 +109,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one() -> None:
     saved = copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "approx": approx_compile.state_dict(f)})
     rng = torch.get_rng_state()
     want = train(f, optimizer, 60, first=90)
-    assert all(set(state) == {"step", "share", "changes"} for cuts in saved["approx"].values() for state in cuts.values())
+    assert all(set(state) == {"step", "share", "changes"} for cuts in saved["approx"]["controls"].values() for state in cuts.values())
 
     for compiled_before in (False, True):
         torch._dynamo.reset()
@@ -127,7 +127,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one() -> None:
 
 def test_state_of_another_model_is_refused() -> None:
     with pytest.raises(KeyError, match="does not have"):
-        approx_compile.load_state_dict(nn.Linear(2, 2), {"layers.0": {"cut": {"step": 1, "share": 1.0, "changes": [[0, 1.0]]}}})
+        approx_compile.load_state_dict(nn.Linear(2, 2), {"controls": {"layers.0": {"cut": {"step": 1, "share": 1.0, "changes": [[0, 1.0]]}}}, "clocks": []})
 
 
 def test_two_models_of_a_class_have_controls_of_their_own() -> None:

@@ -11,7 +11,7 @@ from common import mlp, plans_of
 from torch import nn
 
 from approx_compile import ApproxConfig, Backend, ConfigError
-from approx_compile.config import Pattern
+from approx_compile.patterns import Pattern
 
 WRONG = {
     "key": ({"ration": 0.5}, "unknown key 'ration'", "'ratio'"),
@@ -28,7 +28,7 @@ WRONG = {
     "policy": ({"policy": "costs"}, "costs", "'cost'"),
     "policy_later": ({"policy": "measure"}, "measure", "not built yet"),
     "method_later": ({"grad_weight": "max"}, "grad_weight.method", "not built yet"),
-    "key_later": ({"rules": [{"layers": "conv", "steps": "::2"}]}, "steps", "not built yet"),
+    "steps_outside": ({"steps": "::2"}, "steps", "belongs in a rule"),
     "rows_axis": ({"grad": {"axis": "row"}}, "grad.axis", "Did you mean 'rows'"),
     "rows_elsewhere": ({"output": {"axis": "rows"}}, "axis", "belongs under grad"),
     "rows_method": ({"grad": {"axis": "rows", "method": "crs"}}, "crs", "can't choose rows"),
@@ -42,7 +42,7 @@ WRONG = {
     "plan_later": ({"plan": "plan.toml"}, "plan", "not built yet"),
     "lowering": ({"lowering": "triton"}, "triton", "not built yet"),
     "rules_dict": ({"rules": {"layers": "conv"}}, "rules", "list of rules"),
-    "rule_no_layers": ({"rules": [{"ratio": 0.5}]}, "rules[0].layers", "required"),
+    "rule_no_layers": ({"rules": [{"ratio": 0.5}]}, "rules[0]: layers", "required"),
     "rule_key": ({"rules": [{"layers": "x"}, {"layers": "y", "methods": "topk"}]}, "rules[1]", "'method'"),
     "rule_type": ({"rules": ["conv"]}, "rules[0]", "table"),
     "layers_empty": ({"rules": [{"layers": []}]}, "layers", "list of patterns"),

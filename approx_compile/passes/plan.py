@@ -10,11 +10,12 @@ from typing import Any
 from torch import fx
 
 from approx_compile import _torch
-from approx_compile.config import ApproxConfig, Pattern, ProductSettings, RowSettings, SiteSettings
+from approx_compile.config import ApproxConfig, ProductSettings, RowSettings, SiteSettings
 from approx_compile.kernels.estimators import Estimator, estimator
 from approx_compile.passes import cost, zeros
 from approx_compile.passes.sites import CONV, MM, Product, Site
 from approx_compile.passes.stages import Cut
+from approx_compile.patterns import Pattern
 
 _BY_SETTINGS = "exact by the settings"
 
@@ -166,13 +167,13 @@ def match_rules(sites: Sequence[Site], config: ApproxConfig) -> tuple[list[list[
 
 
 def row_requests(sites: Sequence[Site], config: ApproxConfig) -> tuple[RowSettings | None, dict[fx.Node, RowSettings | None]]:
-    """What is asked of the rows where no rule matches, and at the gradients of every site; a site that must be exact asks for all rows."""
+    """What is asked of the rows where no site is (of rules, those for every site count), and at the gradients of every site; a site that must be exact asks for all rows."""
     matches, _ = match_rules(sites, config)
     asked: dict[fx.Node, RowSettings | None] = {}
     for site, hits in zip(sites, matches, strict=True):
         for p in site.products[1:]:
             asked[p.node] = config.settings(hits).rows if site.blocked is None else None
-    return config.settings([False] * len(config.rules)).rows, asked
+    return config.settings([rule.layers == ("site",) for rule in config.rules]).rows, asked
 
 
 def _decide(site: Site, settings: SiteSettings) -> SitePlan:
