@@ -24,8 +24,9 @@ from approx_compile.passes.graph_pass import ApproxPass, Listener
 from approx_compile.passes.plan import Plan
 from approx_compile.passes.sites import Context, Input, Module
 from approx_compile.passes.stages import Cut
+from approx_compile.probe import Outputs
 from approx_compile.row_compiler import Declined, RowCompiler
-from approx_compile.schedule import Schedule, count_steps, dispatching
+from approx_compile.schedule import Dispatch, Schedule, count_steps
 
 DISABLE = "APPROX_COMPILE_DISABLE"
 _TRANSFORMS = ("_vmap_increment_nesting", "_grad_increment_nesting", "_jvp_increment_nesting")
@@ -70,14 +71,41 @@ class Backend:
         configs, which = self.schedule.relevant([context.root.name, *(m.name for m in context.modules.values())])
         if context.nothing_trains():
             configs = configs[:1]
-        variants = _Work(self, gm, example_inputs, patches, context, layers, root, len(configs) > 1).compile(configs)
+        rungs = [c.rungs() if not context.nothing_trains() else c.rungs()[-1:] for c in configs]
+        flat = [config for own in rungs for _, config in own]
+        work = _Work(self, gm, example_inputs, patches, context, layers, root, len(flat) > 1)
+        variants = work.compile(flat)
         if self.on_plan is None:
-            record = notices.Record(self.config, root, layers, context, gm.code, _standing_for_all(variants, configs, self.config), len(variants))
+            record = notices.Record(self.config, root, layers, context, gm.code, _standing_for_all(variants, flat, self.config), len(configs))
             record.announce("".join(v.uuid for v in variants), example_inputs)
         if len(variants) == 1:
             return variants[0].call
-        count_steps()
-        return dispatching(self.schedule, [v.call for v in variants], which, _parameters(example_inputs), notices.name_of(root))
+        return self._switching(rungs, [v.call for v in variants], which, _parameters(example_inputs), work.key(), notices.name_of(root))
+
+    def _switching(
+        self, rungs: Sequence[Sequence[tuple[float, Any]]], compiled: Sequence[Any], which: Sequence[int], parameters: Sequence[int], key: str, name: str
+    ) -> Any:
+        """One function of all that was compiled: the assignment that holds, and of its rungs the one that its control says."""
+        left = iter(compiled)
+        calls: list[Any] = []
+        for own in rungs:
+            by_ratio = {ratio: next(left) for ratio, _ in own}
+            calls.append(Outputs(self.config.adaptive, by_ratio, parameters, key) if len(by_ratio) > 1 else next(iter(by_ratio.values())))
+        run = calls[0]
+        if len(calls) > 1:
+            count_steps()
+            run = Dispatch(self.schedule, calls, which, parameters, name)
+        first_is_fake = _torch.first_call_is_fake()
+
+        def call(*args: Any) -> Any:  # a plain function is what wrappers of compiled code expect
+            nonlocal first_is_fake
+            if first_is_fake:  # DDPOptimizer's, after which every compiled function expects real tensors
+                first_is_fake = False
+                first, *_ = [f(*args) for f in compiled]
+                return first
+            return run(*args)
+
+        return call
 
 
 class _Variant(NamedTuple):
@@ -111,7 +139,7 @@ class _Work:
             if isinstance(batch, str):
                 refused[i] = (batch, cuts)
                 continue
-            rows = RowCompiler(batch, configs[i], self.backend.inner_compile, self.root, self._key())
+            rows = RowCompiler(batch, configs[i], self.backend.inner_compile, self.root, self.key())
             try:
                 done[i] = self._one(configs[i], rows)
             except Declined as e:
@@ -148,7 +176,7 @@ class _Work:
         batch, asked = batch_symbol(self.gm, self.backend.config)
         return batch, (), asked
 
-    def _key(self) -> str:
+    def key(self) -> str:
         """Names the graph, the same in another process, whatever the sizes."""
         named = repr([self.context.modules[k.split("@")[0]].name if k else "" for k in self.layers])
         return hashlib.sha256(named.encode()).hexdigest()[:12] + ":"

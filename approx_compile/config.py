@@ -34,6 +34,9 @@ LADDER = (0.0625, 0.09, 0.125, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0)
 FINAL_EXACT = 0.2
 """The last share of a run of known length in which no output is sampled: training ends on the network that is evaluated."""
 
+OUTPUT_LADDER = (0.25, 0.35, 0.5, 0.7, 1.0)
+"""Ratios of outputs under "adaptive": few, for each is a compilation."""
+
 LEAST_ROWS = 2
 """`min_k` of row sampling, if its table has none. (Compiled code takes one row for another case than many.)"""
 
@@ -157,15 +160,20 @@ class GradTable(ProductTable):
 
 
 class AdaptiveTable(BaseModel):
-    """How `policy: "adaptive"` decides how many rows a step needs.
+    """How `policy: "adaptive"` decides how many rows a step needs, and what share of outputs that a rule allows to be sampled.
 
-    `tau`: the variance that leaving out rows may add, as a share of the gradient's own; `ladder`: the shares of the batch to choose from.
+    `tau`: the variance that leaving out rows may add, as a share of the gradient's own; `ladder`: the shares of the batch to choose from. For outputs:
+    `error`, what sampling them may do to the gradient g of a batch, |g' - g|^2 / |g|^2; `outputs`, the ratios to choose from, each of which is compiled;
+    `every`, the steps from one measurement to the next.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     tau: float = 0.025
     ladder: tuple[float, ...] = LADDER
+    error: float = 0.025
+    outputs: tuple[float, ...] = OUTPUT_LADDER
+    every: int = Field(default=200, strict=True, ge=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -177,14 +185,14 @@ class AdaptiveTable(BaseModel):
                 raise ValueError(f"unknown key {key!r}; valid keys here are {', '.join(cls.model_fields)}.{_nearest(str(key), tuple(cls.model_fields))}")
         return dict(data)
 
-    @field_validator("tau", mode="before")
+    @field_validator("tau", "error", mode="before")
     @classmethod
-    def _check_tau(cls, value: Any) -> Any:
+    def _check_share(cls, value: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise ValueError(f"got {value!r}; a number above 0 is expected, the added share of the gradient's variance (0.025)")
+            raise ValueError(f"got {value!r}; a number above 0 is expected, a share of the gradient's variance or square (0.025)")
         return float(value)
 
-    @field_validator("ladder", mode="before")
+    @field_validator("ladder", "outputs", mode="before")
     @classmethod
     def _check_ladder(cls, value: Any) -> Any:
         good = isinstance(value, (list, tuple)) and value and all(isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v <= 1 for v in value)
@@ -474,6 +482,29 @@ class ApproxConfig(_Rules):
         bare = tuple(r.model_copy(update={"steps": None, "phase": None}) for r in held)
         return self.model_copy(update={"rules": bare, "total_steps": None, "final_exact": FINAL_EXACT})
 
+    def rungs(self) -> tuple[tuple[float, ApproxConfig], ...]:
+        """The ratios of outputs to choose from, from the smallest to 1, and the settings with each; one if there is nothing to choose."""
+        ends = [i for i, r in enumerate(self.rules) if r.layers == ("site",) and r.output is not None and r.output.method == "exact"]
+        asking = self.rules[ends[-1] + 1 :] if ends else (None, *self.rules)  # no output that a later rule makes exact everywhere
+        if not any(self._finds_output(r) for r in asking):
+            return ((1.0, self),)
+        return tuple((r, self._with_outputs(r)) for r in self.adaptive.outputs)
+
+    def _with_outputs(self, ratio: float) -> ApproxConfig:
+        """The same with a ratio at every output that has none."""
+
+        def filled(keys: Any) -> dict[str, Any]:
+            output = keys.output
+            return {} if output is None or output.ratio is not None else {"output": output.model_copy(update={"ratio": ratio})}
+
+        return self.model_copy(update={**filled(self), "rules": tuple(r.model_copy(update=filled(r)) for r in self.rules)})
+
+    def _finds_output(self, rule: Rule | None) -> bool:
+        """Whether a site's output is to be sampled at a ratio that nobody says."""
+        keys = _own_keys(self) | (_own_keys(rule) if rule is not None else {})
+        output = keys.get("output")
+        return keys["policy"] == "adaptive" and output is not None and output.method != "exact" and output.ratio is None
+
     def asks_for_rows(self) -> bool:
         """Whether the top level or a rule may sample rows."""
         here = [_row_settings(_own_keys(self)), *(_row_settings(_own_keys(self) | _own_keys(r)) for r in self.rules)]
@@ -526,6 +557,8 @@ def _interpret(keys: dict[str, Any], named: bool) -> SiteSettings:
 
     both = keys.get("grad") if rows is None else None
     output = with_table(output, keys.get("output"))
+    if keys["policy"] == "adaptive" and output.method != "exact":  # a rule allows it: then as everywhere else
+        grad = by_sampling[keys["sampling"]][1]
     grads = [with_table(grad, both, keys.get(name)) for name in ("grad_input", "grad_weight")]
     if output.method == "exact":  # nothing to couple to
         grads = [replace(g, method="exact") if g.method == "coupled" else g for g in grads]

@@ -1,16 +1,17 @@
-"""How many rows a step needs: the policy "adaptive".
+"""How many rows a step needs, and what share of sampled outputs: the policy "adaptive".
 
 Of the gradients that reach a cut the norms g are known anyway. `needed` says what share of the rows keeps the added variance under tau of the
-gradient's own; its running mean, rounded up on the ladder, is the share kept from the next step on. A number is read one step after it was made,
-so the device never waits for it. The state is small and part of a checkpoint (`state.py`), or a resumed run would start exact again.
+gradient's own; its running mean, rounded up on the ladder, is the share kept from the next step on. For outputs `probe.py` measures, every few
+hundred steps, what a ratio does to the gradient. A number is read one step after it was made, so the device never waits for it. The state is small
+and part of a checkpoint (`state.py`), or a resumed run would start exact again.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,33 +32,86 @@ HISTORY = 100_000
 """Changes of the ratio that are remembered."""
 
 
-class Control:
-    """Of one cut of one graph. `share`: the running mean of what was needed, 1 at first; `ratio`: what is kept, a rung of the ladder."""
+class Late:
+    """A number on the device that is read a step after it was made."""
 
-    def __init__(self, settings: AdaptiveTable, name: str) -> None:
+    def __init__(self) -> None:
+        self._waiting: tuple[Tensor, Any] | None = None
+
+    def put(self, value: Tensor) -> None:
+        if value.device.type == "cuda":
+            host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._waiting = (host, event)
+        else:
+            self._waiting = (value, None)
+
+    def take(self) -> Tensor | None:
+        if self._waiting is None:
+            return None
+        (value, event), self._waiting = self._waiting, None
+        if event is not None:
+            event.synchronize()  # of the step before: the device has the next forward pass to do meanwhile
+        return value
+
+
+class Control:
+    """A share that is found over a run, on a ladder. `measured`: what it goes by; `ratio`: what holds now; `changes`: (step, ratio), the first (0, 1)."""
+
+    def __init__(self, settings: AdaptiveTable, name: str, measured: float) -> None:
         self.settings = settings
         self.name = name
         self.step = 0
-        self.share = 1.0
+        self.measured = measured
         self.changes: deque[tuple[int, float]] = deque([(0, 1.0)], maxlen=HISTORY)
-        self._waiting: tuple[Tensor, Any] | None = None
+        self._late = Late()
 
     @property
     def ratio(self) -> float:
         return self.changes[-1][1]
 
+    @property
+    def kept(self) -> float:
+        """The mean share over all steps so far."""
+        ends = [*[s for s, _ in self.changes][1:], self.step + 1]
+        steps = [max(0, end - max(1, begin)) for (begin, _), end in zip(self.changes, ends, strict=True)]
+        return sum(n * r for n, (_, r) in zip(steps, self.changes, strict=True)) / sum(steps) if any(steps) else 1.0
+
     def begin(self) -> float:
-        """Start a step: the share of rows to keep in it."""
+        """Start a step: the share that holds in it."""
         self._settle()
         self.step += 1
         return self.ratio
 
-    @property
-    def kept(self) -> float:
-        """The mean share of the rows over all steps so far."""
-        ends = [*[s for s, _ in self.changes][1:], self.step + 1]
-        steps = [max(0, end - max(1, begin)) for (begin, _), end in zip(self.changes, ends, strict=True)]
-        return sum(n * r for n, (_, r) in zip(steps, self.changes, strict=True)) / sum(steps) if any(steps) else 1.0
+    def _settle(self) -> None:
+        """Take in the number that the last look gave, if there is one."""
+        value = self._late.take()
+        if value is None:
+            return
+        ratio = self._decide(value)
+        if ratio != self.ratio:
+            log.info("%s: %g from step %d on (%.3g measured)", self.name, ratio, self.step + 1, self.measured)
+            self.changes.append((self.step, ratio))
+
+    def _decide(self, value: Tensor) -> float:
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        self._settle()
+        return {"step": self.step, "measured": self.measured, "changes": [list(c) for c in self.changes]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.step, self.measured = int(state["step"]), float(state["measured"])
+        self.changes = deque([(int(s), float(r)) for s, r in state["changes"]], maxlen=HISTORY)
+        self._late = Late()
+
+
+class RowControl(Control):
+    """Of one cut of one graph: the share of the rows that is kept. `measured`: the running mean of what was needed, 1 at first."""
+
+    def __init__(self, settings: AdaptiveTable, name: str) -> None:
+        super().__init__(settings, name, 1.0)
 
     @property
     def watches(self) -> bool:
@@ -65,36 +119,42 @@ class Control:
         return self.step % WATCH == 1
 
     def see(self, norms_sq: Tensor) -> None:
-        share = needed(norms_sq, self.settings.tau)
-        if share.device.type == "cuda":
-            host = torch.empty((), dtype=share.dtype, pin_memory=True).copy_(share, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self._waiting = (host, event)
-        else:
-            self._waiting = (share, None)
+        self._late.put(needed(norms_sq, self.settings.tau))
 
-    def _settle(self) -> None:
-        """Take in the number that the last look gave, if there is one."""
-        if self._waiting is None:
-            return
-        (value, event), self._waiting = self._waiting, None
-        if event is not None:
-            event.synchronize()  # of the step before: the device has the next forward pass to do meanwhile
-        self.share = MOMENTUM * self.share + (1 - MOMENTUM) * float(value)
-        ratio = next(r for r in self.settings.ladder if r >= min(1.0, self.share * (1 - 1e-9)))
-        if ratio != self.ratio:
-            log.info("rows at cut %s: %g of them from step %d on (%.3f needed)", self.name, ratio, self.step + 1, self.share)
-            self.changes.append((self.step, ratio))
+    def _decide(self, value: Tensor) -> float:
+        self.measured = MOMENTUM * self.measured + (1 - MOMENTUM) * float(value)
+        return next(r for r in self.settings.ladder if r >= min(1.0, self.measured * (1 - 1e-9)))
 
-    def state_dict(self) -> dict[str, Any]:
-        self._settle()
-        return {"step": self.step, "share": self.share, "changes": [list(c) for c in self.changes]}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.share = int(state["step"]), float(state["share"])
-        self.changes = deque([(int(s), float(r)) for s, r in state["changes"]], maxlen=HISTORY)
-        self._waiting = None
+class OutputControl(Control):
+    """Of the sampled outputs of one graph: their ratio. `measured`: the last relative squared error |g' - g|^2 / |g|^2 of the gradient.
+
+    One rung down where that rung's error is small enough, one up where the present one's is not.
+    """
+
+    def __init__(self, settings: AdaptiveTable, name: str) -> None:
+        super().__init__(settings, name, 0.0)
+
+    @property
+    def watches(self) -> bool:
+        return self.step % self.settings.every == 1 % self.settings.every
+
+    def candidates(self) -> list[float]:
+        """The rungs whose errors this step is to measure: the next one down and the present one (which has none if it is 1)."""
+        down = [r for r in self.settings.outputs if r < self.ratio][-1:]
+        return [*down, *([self.ratio] if self.ratio < 1 else [])]
+
+    def see(self, candidates: Sequence[float], errors: Tensor) -> None:
+        self._candidates = list(candidates)
+        self._late.put(errors)
+
+    def _decide(self, value: Tensor) -> float:
+        errors = dict(zip(self._candidates, value.tolist(), strict=True))
+        good = [r for r, e in errors.items() if e <= self.settings.error]
+        up = next((r for r in self.settings.outputs if r > self.ratio), 1.0)
+        ratio = min(good) if good else up
+        self.measured = errors.get(ratio, 0.0)
+        return ratio
 
 
 # Models of one class share compiled code, so a control belongs to a parameter that its backward pass reads: the first one saved for it. Where none
@@ -105,11 +165,15 @@ _pending = WeakIdKeyDictionary()
 """Loaded state of cuts that are not compiled yet."""
 
 
-def control_for(owner: Owner, settings: AdaptiveTable, key: str) -> Control:
-    """The control of a cut: that of an earlier compilation of the same graph if there is one, or a new one, with loaded state if some waits."""
-    own: dict[str, Control] = _controls.setdefault(owner, {})
+C = TypeVar("C", bound=Control)
+
+
+def control_for(owner: Owner, settings: AdaptiveTable, key: str, kind: type[C]) -> C:
+    """The control of a cut, or of a graph's outputs: that of an earlier compilation of the same graph if there is one, or a new one, with loaded state if
+    some waits."""
+    own: dict[str, C] = _controls.setdefault(owner, {})
     if key not in own or own[key].settings != settings:
-        own[key] = Control(settings, key)
+        own[key] = kind(settings, key)  # type: ignore[call-arg]
         state = _pending.get(owner, {}).pop(key, None)
         if state is not None:
             own[key].load_state_dict(state)

@@ -139,7 +139,7 @@ def explain(model: Callable[..., Any], *args: Any, config: ApproxConfig | Mappin
     """What `backend="approx"` would do with `model(*args, **kwargs)` in a training step, as a `Report`.
 
     `config`: an `ApproxConfig` or a mapping with the same keys; without one, that of an already compiled model, else the defaults; of settings that change over
-    the run those of step 0. The forward pass
+    the run those of step 0, of outputs whose ratio is to be found the smallest. The forward pass
     runs once, op by op; parameters, buffers, gradients, random state, hooks and the user's compiled code stay as they are. Raises `ConfigError`.
     """
     model, own = _unwrap(model)
@@ -154,7 +154,7 @@ def explain(model: Callable[..., Any], *args: Any, config: ApproxConfig | Mappin
 
     schedule = Schedule.of(ApproxConfig.of(config if config is not None else own))
     report.assignments = len(schedule.assignments)
-    backend = Backend(schedule.assignments[0], inner_compile=_torch.run_as_is, on_plan=listen, keep_graphs=True)
+    backend = Backend(schedule.assignments[0].rungs()[0][1], inner_compile=_torch.run_as_is, on_plan=listen, keep_graphs=True)
     with torch.enable_grad(), _untouched(model), _torch.forgetting_shapes():
         _torch.compile_apart(model, backend)(*args, **kwargs)
     if plans:

@@ -207,16 +207,6 @@ _OP_NAMES = ("mm", "addmm", "bmm", "baddbmm", *(f"conv{kind}{d}d" for kind in ("
 # --- dispatch ---
 
 
-def dispatching(schedule: Schedule, compiled: Sequence[Callable[..., Any]], which: Sequence[int], parameters: Sequence[int], name: str) -> Callable[..., Any]:
-    """A `Dispatch` as a plain function, which is what wrappers of compiled code expect."""
-    dispatch = Dispatch(schedule, compiled, which, parameters, name)
-
-    def call(*args: Any) -> Any:
-        return dispatch(*args)
-
-    return call
-
-
 class Dispatch:
     """The compiled assignments of one graph as one function: each call runs the one that holds at the clock of the graph's parameters.
 
@@ -229,14 +219,9 @@ class Dispatch:
         self.which = tuple(which)
         self.parameters = tuple(parameters)
         self.name = name
-        self._prime = _torch.first_call_is_fake()
         self._uncounted = 0
 
     def __call__(self, *args: Any) -> Any:
-        if self._prime:  # DDPOptimizer's call with fake tensors: every compiled function expects its first to be one
-            self._prime = False
-            first, *_ = [f(*args) for f in self.compiled]
-            return first
         clock = clock_of(args[i] for i in self.parameters)
         if clock is None:
             self._complain()

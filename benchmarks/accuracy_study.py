@@ -17,7 +17,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,11 +46,13 @@ console = Console()
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to train. `options`: the approx backend's, None for Inductor; `steps`: share of the epochs; `width`: share of the hidden units."""
+    """One way to train. `options`: the approx backend's, None for Inductor; `steps`: share of the epochs; `width`: share of the hidden units;
+    `known_length`: the backend is told how many steps there will be (and makes the last of them exact where outputs are sampled)."""
 
     options: Mapping[str, Any] | None = None
     steps: float = 1.0
     width: float = 1.0
+    known_length: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,10 @@ def rows(ratio: float, method: str = "bernoulli") -> Setting:
 
 def topk(ratio: float, **more: Any) -> Setting:
     return Setting({"policy": "always", "ratio": ratio, "rules": [{"layers": "site[0]", "method": "exact"}, {"layers": "site[-1]", "method": "exact"}], **more})
+
+
+def ends_exact(setting: Setting) -> Setting:
+    return replace(setting, known_length=True)
 
 
 def adaptive(tau: float) -> Setting:
@@ -126,7 +132,7 @@ WORKS: dict[str, Work] = {
             "rows .125": rows(0.125),
             "rows .25 uniform": rows(0.25, "uniform"),
         }
-        | {"forward topk .5": topk(0.5), "forward topk .25": topk(0.25)},
+        | {"forward topk .5": topk(0.5), "forward topk .25": topk(0.25), "forward topk .5, end exact": ends_exact(topk(0.5))},
     ),
     "fashion-mlp": Work(
         "fashion-mnist",
@@ -136,7 +142,8 @@ WORKS: dict[str, Work] = {
         lr=1e-3,
         settings=EXACT
         | controls_at(0.65, 0.75)
-        | {"adaptive": adaptive(0.025), "adaptive tau .1": adaptive(0.1), "rows .25": rows(0.25), "forward topk .5": topk(0.5)},
+        | {"adaptive": adaptive(0.025), "adaptive tau .1": adaptive(0.1), "rows .25": rows(0.25), "forward topk .5": topk(0.5)}
+        | {"forward topk .5, end exact": ends_exact(topk(0.5))},
     ),
     "mnist-cnn": Work(
         "mnist",
@@ -145,7 +152,9 @@ WORKS: dict[str, Work] = {
         batch=256,
         lr=1e-3,
         limit=20_000,
-        settings=EXACT | controls_at(0.6, 0.7) | {"adaptive": adaptive(0.025), "rows .25": rows(0.25), "forward topk .33": topk(0.33)},
+        settings=EXACT
+        | controls_at(0.6, 0.7)
+        | {"adaptive": adaptive(0.025), "rows .25": rows(0.25), "forward topk .33": topk(0.33), "forward topk .33, end exact": ends_exact(topk(0.33))},
     ),
     "emnist-finetune": Work(
         "emnist-letters",
@@ -156,6 +165,16 @@ WORKS: dict[str, Work] = {
         limit=20_000,
         pretrain="mnist",
         settings=EXACT | {"fewer steps": Setting(steps=0.67), "adaptive": adaptive(0.025), "adaptive tau .1": adaptive(0.1), "rows .25": rows(0.25)},
+    ),
+    "emnist-finetune-8": Work(
+        "emnist-letters",
+        lambda width: models.build("cnn", (1, 28, 28), 10, 32),
+        epochs=8,
+        batch=256,
+        lr=5e-4,
+        limit=20_000,
+        pretrain="mnist",
+        settings=EXACT | {"fewer steps": Setting(steps=0.67), "adaptive": adaptive(0.025)},
     ),
     "char-transformer": Work(
         "text",
@@ -207,7 +226,8 @@ def start(work: Work, setting: Setting, seed: int, steps: int, base: nn.Module |
         model.load_state_dict(base.state_dict())
         head = nn.Linear(base.head.in_features, 26)  # type: ignore[union-attr,arg-type]
         model.head = head
-    backend: dict[str, Any] = {"backend": "inductor"} if setting.options is None else {"backend": "approx", "options": dict(setting.options)}
+    options = None if setting.options is None else dict(setting.options) | ({"total_steps": steps} if setting.known_length else {})
+    backend: dict[str, Any] = {"backend": "inductor"} if options is None else {"backend": "approx", "options": options}
     if work.momentum is None:
         optimizer: torch.optim.Optimizer = torch.optim.Adam(model.parameters(), lr=work.lr, fused=True)
     else:

@@ -337,7 +337,7 @@ def test_a_switch_costs_little() -> None:
     clock = schedule.clock_of(parameters)
     assert clock is not None and found.at(clock.step, clock.phase) == 1
     calls = []
-    dispatch = schedule.dispatching(found, [lambda *a: calls.append(0), lambda *a: calls.append(1)], [0, 1], [0], "it")
+    dispatch = schedule.Dispatch(found, [lambda *a: calls.append(0), lambda *a: calls.append(1)], [0, 1], [0], "it")
     for step in (0, 1, 1, 2):
         set_step(model, step)
         dispatch(parameters[0])
