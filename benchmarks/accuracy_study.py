@@ -333,7 +333,10 @@ def one_seed(name: str, work: Work, seed: int, wanted: list[str], parts: tuple[T
                 t.curve.append((len(t.times), round(t.seconds, 3), score(t.model, work, test_x, test_y)))
         console.print(f"{name} seed {seed} epoch {e + 1}: " + ", ".join(f"{s} {t.curve[-1][2]:.2f} {t.seconds:.1f}s" for s, t in runs.items()), highlight=False)
     rows = []
+    known = {(r["work"], r["setting"], r["seed"]) for r in done()}
     for s, t in runs.items():
+        if (name, s, seed) in known:
+            continue  # run again only for the others' seconds
         kept = [c.kept for c in controls(t.model).values()]
         rows.append(
             conditions()
