@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from accuracy_study import RESULTS, WORKS, Work, load, loss, score
+from accuracy_study import WORKS
 from bench import conditions
+from study import RESULTS, Work, load, loss, score
 
 ROWS = RESULTS / "shift.jsonl"
 app = typer.Typer(help=__doc__)
