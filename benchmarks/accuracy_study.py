@@ -146,7 +146,9 @@ WORKS: dict[str, Work] = {
         lr=0.1,
         momentum=0.9,
         limit=12_800,
-        settings=EXACT | {"fewer steps": Setting(steps=0.5), "adaptive": adaptive(0.025)},
+        settings=EXACT
+        | {"fewer steps": Setting(steps=0.5), "adaptive": adaptive(0.025)}
+        | {"rows .5 through BatchNorm": Setting({"grad": {"axis": "rows", "ratio": 0.5, "batch_norm": "approximate"}})},
     ),
 }
 
