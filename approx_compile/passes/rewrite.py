@@ -1,4 +1,4 @@
-"""Plan -> graph: executes the decisions, makes none. The only file that edits a graph.
+"""Plan -> graph: executes the decisions, makes none. Graphs are edited here only (`splice` holds the means).
 
 A sampled product keeps its node's op and gets gathered operands; a coupled gradient reads the operand the output kept and is put back in
 place. The pieces are traced from `kernels` on the nodes' fake values and spliced in, so Inductor sees aten ops only: nothing opaque that
@@ -7,7 +7,6 @@ would bypass a cache or hide a change of code.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +17,8 @@ from approx_compile import _torch
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.kernels.products import Axis, sample, take, untake
 from approx_compile.passes.plan import Plan, ProductPlan
-from approx_compile.passes.sites import CONV, VIEWS, Product, Site, channel_axis, conv_weight_axes, permutation_between, users_of_output
+from approx_compile.passes.sites import CONV, VIEWS, Product, Site, channel_axis, conv_weight_axes, permutation_between
+from approx_compile.passes.splice import inline, output_of, refresh, replace_output
 
 aten = torch.ops.aten
 
@@ -147,7 +147,7 @@ def _put_back(graph: fx.Graph, m: fx.Node, holes: Sequence[_Hole], activation: t
     users = list(m.users)
     old = _torch.value(m)
     masked = _relu_backward(m, activation[0]) if activation is not None else None
-    _refresh(m)
+    refresh(m)
     if not holes:
         return
 
@@ -222,7 +222,7 @@ def _conv_gradients(graph: fx.Graph, site: Site, todo: Sequence[_Gradient]) -> N
     left = [bool(on) and i not in done for i, on in enumerate(mask)]
     if any(left):
         m.args = (*m.args[:10], left)
-        _refresh(m)
+        refresh(m)
 
 
 def _narrow_conv(graph: fx.Graph, site: Site, m: fx.Node, group: Sequence[_Gradient]) -> None:
@@ -238,7 +238,7 @@ def _narrow_conv(graph: fx.Graph, site: Site, m: fx.Node, group: Sequence[_Gradi
     call = _conv_backward(graph, m, dy, (x, w), [i in {g.product.mask for g in group} for i in range(3)])
     for work in group:
         of_weight = work.product.mask == 1
-        grad = _output(graph, call, work.product.mask)
+        grad = output_of(graph, call, work.product.mask)
         activation = None
         holes = []
         if coupled is not None:
@@ -247,7 +247,7 @@ def _narrow_conv(graph: fx.Graph, site: Site, m: fx.Node, group: Sequence[_Gradi
         if skipped is not None and of_weight:
             holes.append(_Hole(w_out, skipped, None))
         grad.meta["val"] = _torch.value(m)[work.product.mask]  # the full size, which _put_back restores
-        _replace_output(graph, m, work.product.mask, grad)
+        replace_output(graph, m, work.product.mask, grad)
         _put_back(graph, grad, holes, activation)
 
 
@@ -260,7 +260,7 @@ def _own_axis_conv(graph: fx.Graph, m: fx.Node, site: Site, p: Product, how: Est
         call = _conv_backward(graph, m, first, (x, second), [True, False, False])
     else:
         call = _conv_backward(graph, m, second, (first, w), [False, True, False])
-    _replace_output(graph, m, p.mask, _output(graph, call, p.mask))
+    replace_output(graph, m, p.mask, output_of(graph, call, p.mask))
 
 
 def _groups(m: fx.Node) -> int:
@@ -273,48 +273,5 @@ def _conv_backward(graph: fx.Graph, m: fx.Node, dy: Any, operands: tuple[Any, An
     with graph.inserting_before(m):
         call = graph.call_function(m.target, (dy, *operands, *m.args[3:10], mask))  # type: ignore[arg-type]
     _torch.copy_provenance(m, call)
-    _refresh(call)
+    refresh(call)
     return call
-
-
-def _output(graph: fx.Graph, call: fx.Node, index: int) -> fx.Node:
-    with graph.inserting_after(call):
-        item = graph.call_function(operator.getitem, (call, index))
-    _torch.copy_provenance(call, item)
-    item.meta["val"] = _torch.value(call)[index]
-    return item
-
-
-def _replace_output(graph: fx.Graph, m: fx.Node, index: int, new: fx.Node) -> None:
-    for user in list(users_of_output(m, index)):
-        user.replace_all_uses_with(new)
-        graph.erase_node(user)
-
-
-# --- splicing ---
-
-
-def _refresh(node: fx.Node) -> None:
-    """Recompute a node's fake value after its arguments changed."""
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])  # type: ignore[misc]
-    with _torch.fake_mode_of(node):
-        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def inline(graph: fx.Graph, before: fx.Node, run: Callable[..., Any], args: Sequence[fx.Node | None], like: fx.Node | None = None) -> Any:
-    """Trace `run` on the fake values of `args`, splice it in before `before`, return its results as nodes.
-
-    The new nodes take tag, layer and checkpoint policy from `like` (by default `before`, whose operands they are).
-    """
-    values = [_torch.value(a) if a is not None else None for a in args]
-    with _torch.fake_mode_of(*(a for a in args if a is not None)):
-        traced = _torch.trace(run, values)
-    new: dict[fx.Node, Any] = dict(zip(traced.find_nodes(op="placeholder"), args, strict=True))
-    with graph.inserting_before(before):
-        for n in traced.nodes:
-            if n.op == "call_function":
-                new[n] = graph.node_copy(n, lambda x: new[x])
-                _torch.copy_provenance(like or before, new[n])
-                if _torch.is_random(n) and _torch.is_backward(new[n]):
-                    _torch.keep_in_backward(new[n])
-    return fx.node.map_arg(traced.output_node().args[0], lambda n: new[n])
