@@ -127,8 +127,10 @@ def _summary(plan: Plan, config: ApproxConfig) -> dict[str, Any]:
 
 def _what(plan: Plan, config: ApproxConfig) -> str:
     decisions = [{p.decision for p in s.products} for s in plan.sites]
-    own, rows = sum(bool(d & {"sampled", "coupled"}) for d in decisions), sum("rows" in d for d in decisions)
-    said = [f"{own} of {len(plan.sites)} sites of {{name}} are sampled ({config.method}, ratio {config.ratio:g})"] if own or not rows else []
+    own, rows, replaced = (sum(bool(d & kinds) for d in decisions) for kinds in ({"sampled", "coupled"}, {"rows"}, {"replaced"}))
+    said = [f"{own} of {len(plan.sites)} sites of {{name}} are sampled ({config.method}, ratio {config.ratio:g})"] if own or not (rows or replaced) else []
+    if replaced:
+        said.append(f"gradients of {replaced} of {len(plan.sites)} sites of {{name}} are replaced")
     if rows:
         shares = ", ".join(f"{c.ratio:g}" if c.ratio is not None else "as many as the gradient's variance asks for" for c in plan.cuts)
         said.append(f"the backward pass of {rows} of {len(plan.sites)} sites of {{name}} runs on rows of the batch ({shares})")

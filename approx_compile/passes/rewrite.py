@@ -17,6 +17,7 @@ from approx_compile import _torch
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.kernels.products import Axis, sample, take, untake
 from approx_compile.passes.plan import Plan, ProductPlan
+from approx_compile.passes.replacements import let_go_of_activation, replace_conv_weight, replace_matmul
 from approx_compile.passes.sites import CONV, VIEWS, Product, Site, channel_axis, conv_weight_axes, permutation_between
 from approx_compile.passes.splice import inline, output_of, refresh, replace_output
 
@@ -47,13 +48,15 @@ def rewrite(graph: fx.Graph, sites: Sequence[Site], plan: Plan) -> None:
         for product, decision in zip(site.products[1:], planned.products[1:], strict=True):
             coupled = kept[site.name] if decision.decision == "coupled" else None
             skipped = kept[decision.skips] if decision.skips is not None else None
-            if decision.decision == "sampled" or coupled or skipped:
+            if decision.decision in ("sampled", "replaced") or coupled or skipped:
                 todo.append(_Gradient(product, decision, coupled, skipped))
         if site.node.target in CONV:
             _conv_gradients(graph, site, todo)
             continue
         for work in todo:
-            if work.decision.decision == "sampled":
+            if work.decision.replacement is not None:
+                replace_matmul(graph, work.product, work.decision.replacement)
+            elif work.decision.decision == "sampled":
                 _sample_in_place(graph, site, work.product, work.decision)
             else:
                 _narrow_matmul(graph, site.products[0].operands, work)
@@ -62,7 +65,8 @@ def rewrite(graph: fx.Graph, sites: Sequence[Site], plan: Plan) -> None:
 
 
 class _Gradient(NamedTuple):
-    """What is to be done to one gradient product: sampled on its own axis, or narrowed to kept inputs (`coupled`), kept outputs (`skipped`) or both."""
+    """What is to be done to one gradient product: replaced, sampled on its own axis, or narrowed to kept inputs (`coupled`), kept outputs (`skipped`) or
+    both."""
 
     product: Product
     decision: ProductPlan
@@ -203,29 +207,39 @@ def _like(x: torch.Tensor, old: Any) -> torch.Tensor:
 def _conv_gradients(graph: fx.Graph, site: Site, todo: Sequence[_Gradient]) -> None:
     """One convolution_backward makes up to three gradients; those that are narrowed alike share a call, others get one of their own.
 
-    The bias gradient stays on the exact call, over all samples.
+    The bias gradient stays exact, over all samples; without the weight's beside it, it is a sum of its own (CPUs would make both).
     """
     if not todo:
         return
     m = todo[0].product.node
     mask = list(m.args[10])  # type: ignore[arg-type]
     alike: dict[tuple[bool, str | None], list[_Gradient]] = {}
+    calls = [m]
     for work in todo:
-        if work.decision.decision == "sampled":
+        if work.decision.replacement is not None:
+            replace_conv_weight(graph, work.product, work.decision.replacement)
+        elif work.decision.decision == "sampled":
             assert work.decision.how is not None
-            _own_axis_conv(graph, m, site, work.product, work.decision.how)
+            calls.append(_own_axis_conv(graph, m, site, work.product, work.decision.how))
         else:
             alike.setdefault((work.coupled is not None, work.decision.skips), []).append(work)
     for group in alike.values():
-        _narrow_conv(graph, site, m, group)
+        calls.append(_narrow_conv(graph, site, m, group))
     done = {work.product.mask for work in todo}
     left = [bool(on) and i not in done for i, on in enumerate(mask)]
+    if left[2] and not left[1]:
+        dy = m.args[0]
+        assert isinstance(dy, fx.Node)
+        replace_output(graph, m, 2, inline(graph, m, lambda dy: dy.sum([0, *range(2, dy.dim())]), (dy,)))
+        left[2] = False
     if any(left):
         m.args = (*m.args[:10], left)
         refresh(m)
+    for call in calls:
+        let_go_of_activation(graph, call)
 
 
-def _narrow_conv(graph: fx.Graph, site: Site, m: fx.Node, group: Sequence[_Gradient]) -> None:
+def _narrow_conv(graph: fx.Graph, site: Site, m: fx.Node, group: Sequence[_Gradient]) -> fx.Node:
     """Gradients from kept input channels of x and w, from the output channels of dy and w that are not zero, or both."""
     coupled, skipped = group[0].coupled, group[0].skipped
     transposed, groups = bool(m.args[7]), _groups(m)
@@ -249,9 +263,10 @@ def _narrow_conv(graph: fx.Graph, site: Site, m: fx.Node, group: Sequence[_Gradi
         grad.meta["val"] = _torch.value(m)[work.product.mask]  # the full size, which _put_back restores
         replace_output(graph, m, work.product.mask, grad)
         _put_back(graph, grad, holes, activation)
+    return call
 
 
-def _own_axis_conv(graph: fx.Graph, m: fx.Node, site: Site, p: Product, how: Estimator) -> None:
+def _own_axis_conv(graph: fx.Graph, m: fx.Node, site: Site, p: Product, how: Estimator) -> fx.Node:
     """grad_input from kept output channels of dy and w; grad_weight from kept samples of x and dy."""
     x, w = m.args[1], m.args[2]
     assert isinstance(x, fx.Node) and isinstance(w, fx.Node)
@@ -261,6 +276,7 @@ def _own_axis_conv(graph: fx.Graph, m: fx.Node, site: Site, p: Product, how: Est
     else:
         call = _conv_backward(graph, m, second, (first, w), [False, True, False])
     replace_output(graph, m, p.mask, output_of(graph, call, p.mask))
+    return call
 
 
 def _groups(m: fx.Node) -> int:
