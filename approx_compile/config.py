@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -22,6 +22,8 @@ from approx_compile.patterns import Pattern, Steps, needs_total
 
 ESTIMATORS = ("topk", "topk_weights", "crs", "bernoulli", "uniform", "wta")
 METHODS = (*ESTIMATORS, "exact")
+REPLACEMENTS = {"grad_input": ("max",), "grad_weight": ("zero", "random", "max")}
+"""What may stand in the place of a gradient product, where it is not sampled but made up (`kernels.replacements`)."""
 SAMPLINGS = ("forward", "backward", "blackbox")
 POLICIES = ("cost", "always", "adaptive")
 ROW_METHODS = ("bernoulli", "topk", "uniform", "wta")
@@ -42,10 +44,10 @@ LEAST_ROWS = 2
 
 # Named in the design and the papers, not in this version: refused by name, so that nobody waits for an effect.
 _NOT_BUILT: dict[str, tuple[str, ...]] = {
-    "method": ("zero", "random", "max", "dropout", "adaptive_dropout", "alsh"),
+    "method": ("dropout", "adaptive_dropout", "alsh"),
     "policy": ("measure",),
     "lowering": ("triton", "cuda"),
-    "key": ("plan", "j", "scale", "std"),
+    "key": ("plan",),
 }
 
 
@@ -71,6 +73,7 @@ class _Keys(BaseModel):
     """The keys that a product's table, a rule and the whole config share. None means: not set here."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    methods: ClassVar[tuple[str, ...]] = METHODS
 
     method: str | None = None
     ratio: float | None = None
@@ -90,6 +93,10 @@ class _Keys(BaseModel):
                 raise ValueError(f"key {key!r} belongs under grad: one set of rows serves all gradients; valid keys here are {', '.join(valid)}")
             if key in ("layers", "steps", "phase"):
                 raise ValueError(f"key {key!r} belongs in a rule: rules=[{{{key!r}: ...}}]; valid keys here are {', '.join(valid)}")
+            if key in _REPLACEMENT_KEYS:
+                raise ValueError(
+                    f"key {key!r} belongs in the table of a gradient that method {_REPLACEMENT_KEYS[key]!r} replaces; valid keys here are {', '.join(valid)}"
+                )
             if key in _NOT_BUILT["key"]:
                 raise ValueError(f"key {key!r} is not built yet; valid keys here are {', '.join(valid)}")
             raise ValueError(f"unknown key {key!r}; valid keys here are {', '.join(valid)}.{_nearest(str(key), valid)}")
@@ -98,7 +105,10 @@ class _Keys(BaseModel):
     @field_validator("method", mode="before")
     @classmethod
     def _check_method(cls, value: Any) -> Any:
-        return value if value is None else _choice("method", value, METHODS, "method")
+        found = [product for product, methods in REPLACEMENTS.items() if isinstance(value, str) and value in methods]
+        if found and value not in cls.methods:
+            raise ValueError(f"{value!r} replaces a gradient and can be the method of {' and '.join(found)} only; valid here are {', '.join(cls.methods)}")
+        return value if value is None else _choice("method", value, cls.methods, "method")
 
     @field_validator("ratio", mode="before")
     @classmethod
@@ -126,11 +136,61 @@ class _Keys(BaseModel):
         return value
 
 
+_REPLACEMENT_KEYS = {"j": "max", "scale": "max", "std": "random"}
+_SAMPLING_KEYS = ("ratio", "min_k", "group")
+
+
 class ProductTable(_Keys):
     """Settings of one product: `{"method": ..., "ratio": ..., "min_k": ..., "group": ...}`, each optional."""
 
 
-class GradTable(ProductTable):
+class InputTable(ProductTable):
+    """Settings of `grad_input`. Method "max": through the `j` (1) entries of largest magnitude of every row of the output gradient, times `scale` (1)."""
+
+    methods = (*METHODS, *REPLACEMENTS["grad_input"])
+
+    j: int | None = None
+    scale: float | None = None
+
+    @field_validator("j", mode="before")
+    @classmethod
+    def _check_j(cls, value: Any) -> Any:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"got {value!r}; an integer of at least 1 is expected, the entries of the output gradient that count")
+        return value
+
+    @field_validator("scale", "std", mode="before", check_fields=False)
+    @classmethod
+    def _check_positive(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"got {value!r}; a finite number above 0 is expected")
+        return float(value)
+
+    @model_validator(mode="after")
+    def _keys_of_the_method(self) -> Self:
+        given = [k for k in type(self).model_fields if getattr(self, k) is not None]
+        for key in given:
+            owner = _REPLACEMENT_KEYS.get(key, self.method)
+            if owner != self.method:
+                raise ValueError(f"{key} belongs to method {owner!r}, which this table does not set (method: {self.method!r}); set it here, or drop {key}")
+            if key in _SAMPLING_KEYS and self.method not in (None, *METHODS):
+                raise ValueError(f"{key} has no effect with method {self.method!r}, which keeps no share of an axis; drop it")
+        return self
+
+
+class WeightTable(InputTable):
+    """Settings of `grad_weight`. Method "zero": zeros; "random": normal numbers with mean 0 and standard deviation `std` (1 / batch); "max": for a
+    convolution, of every sample's output channel only the `j` (1) entries of largest magnitude, which carry the channel's whole sum, for a linear
+    layer those of every row, times `scale` (1)."""
+
+    methods = (*METHODS, *REPLACEMENTS["grad_weight"])
+
+    std: float | None = None
+
+
+class GradTable(InputTable):
     """Settings of both gradients. `axis`: "contraction" (each product along its own axis) or "rows": the backward pass runs on some samples of the
     batch, chosen by the norm of their gradient; `method` is then one of `ROW_METHODS`. `batch_norm`: "exact" or "approximate"."""
 
@@ -208,8 +268,8 @@ class _Rules(_Keys):
     policy: str | None = None
     output: ProductTable | None = None
     grad: GradTable | None = None
-    grad_input: ProductTable | None = None
-    grad_weight: ProductTable | None = None
+    grad_input: InputTable | None = None
+    grad_weight: WeightTable | None = None
 
     @field_validator("sampling", mode="before")
     @classmethod
@@ -309,12 +369,19 @@ class Rule(_Rules):
 
 @dataclass(frozen=True)
 class ProductSettings:
-    """What is asked of one product of one site. `method` "coupled" = through the entries that the output kept."""
+    """What is asked of one product of one site. `method` "coupled" = through the entries that the output kept. `j`, `scale`, `std`: of a replacement."""
 
     method: str
     ratio: float
     min_k: int
     group: int | Literal["auto"]
+    j: int = 1
+    scale: float = 1.0
+    std: float | None = None
+
+    @property
+    def replaces(self) -> bool:
+        return any(self.method in methods for methods in REPLACEMENTS.values())
 
 
 @dataclass(frozen=True)
@@ -337,6 +404,10 @@ class SiteSettings:
     policy: str
     named: bool
     rows: RowSettings | None = None
+
+    def of(self, product: str) -> ProductSettings:
+        """By a product's name (a second grad_input is asked for what the first is)."""
+        return {"output": self.output, "grad_weight": self.grad_weight}.get(product, self.grad_input)
 
 
 class ApproxConfig(_Rules):
@@ -550,7 +621,7 @@ def _interpret(keys: dict[str, Any], named: bool) -> SiteSettings:
         given: dict[str, Any] = {}
         for table in tables:
             if table is not None:
-                given |= {k: v for k, v in table.model_dump(include=set(_Keys.model_fields)).items() if v is not None}
+                given |= {k: v for k, v in table.model_dump(exclude={"axis", "batch_norm"}).items() if v is not None}
         if not given:
             return start
         return replace(base, **given)

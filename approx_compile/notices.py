@@ -133,9 +133,11 @@ def _summary(plan: Plan, config: ApproxConfig, assignments: int) -> dict[str, An
 
 def _what(plan: Plan, config: ApproxConfig, assignments: int) -> str:
     decisions = [{p.decision for p in s.products} for s in plan.sites]
-    own, rows = sum(bool(d & {"sampled", "coupled"}) for d in decisions), sum("rows" in d for d in decisions)
+    own, rows, replaced = (sum(bool(d & kinds) for d in decisions) for kinds in ({"sampled", "coupled"}, {"rows"}, {"replaced"}))
     ratio = f"ratio {config.ratio:g}" if len(config.rungs()) == 1 else "at the ratio that the gradient's error allows"
-    said = [f"{own} of {len(plan.sites)} sites of {{name}} are sampled ({config.method}, {ratio})"] if own or not rows else []
+    said = [f"{own} of {len(plan.sites)} sites of {{name}} are sampled ({config.method}, {ratio})"] if own or not (rows or replaced) else []
+    if replaced:
+        said.append(f"gradients of {replaced} of {len(plan.sites)} sites of {{name}} are replaced")
     if rows:
         shares = ", ".join(f"{c.ratio:g}" if c.ratio is not None else "as many as the gradient's variance asks for" for c in plan.cuts)
         said.append(f"the backward pass of {rows} of {len(plan.sites)} sites of {{name}} runs on rows of the batch ({shares})")

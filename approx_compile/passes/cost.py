@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from approx_compile import _torch
 from approx_compile.kernels.estimators import Estimator
+from approx_compile.kernels.replacements import Replacement
 from approx_compile.passes.sites import Product, Site
 
 BALANCE = {"cpu": 40.0, "cuda": 200.0}
@@ -84,3 +85,18 @@ def pays(estimates: list[Estimate], device: str, margin: float = MARGIN) -> bool
     saved = sum(e.flops_exact - e.flops_sampled for e in estimates)
     moved = sum(e.bytes for e in estimates)
     return saved > margin * BALANCE.get(device, max(BALANCE.values())) * moved
+
+
+def replaced(site: Site, product: Product, how: Replacement) -> int:
+    """FLOPs of what stands in a gradient's place: none for zeros, a draw an entry for random numbers; for max the magnitudes and sums of the output gradient,
+    and 2 per entry kept and entry of the weight that it meets."""
+    if how.method == "zero":
+        return 0
+    first, second = site.products[0].operands
+    if how.method == "random":
+        return _torch.numel(second if product.mask == 1 or product.reads == 0 else first)
+    assert product.output_grad is not None
+    dy = _torch.value(product.output_grad)
+    if product.mask == 1:
+        return 2 * _torch.numel(product.output_grad) + 2 * how.j * _torch.hint(dy.shape[0]) * _torch.numel(second)
+    return 2 * _torch.numel(product.output_grad) + how.j * site.flops // _torch.hint(dy.shape[product.output_grad_dim])

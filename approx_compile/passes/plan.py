@@ -12,7 +12,8 @@ from torch import fx
 from approx_compile import _torch
 from approx_compile.config import ApproxConfig, ProductSettings, RowSettings, SiteSettings
 from approx_compile.kernels.estimators import Estimator, estimator
-from approx_compile.passes import cost, zeros
+from approx_compile.kernels.replacements import Replacement
+from approx_compile.passes import cost, replacements, zeros
 from approx_compile.passes.sites import CONV, MM, Product, Site
 from approx_compile.passes.stages import Cut
 from approx_compile.patterns import Pattern
@@ -25,8 +26,8 @@ WIDE = 512
 
 @dataclass(frozen=True)
 class ProductPlan:
-    """The decision for one product: "sampled" along its own axis, "coupled" to the output's choice, run on the "rows" kept, or "exact". `k` of `size`
-    entries are kept. `node`: its name in the joint graph.
+    """The decision for one product: "sampled" along its own axis, "coupled" to the output's choice, run on the "rows" kept, "replaced", or "exact". `k` of
+    `size` entries are kept (of a replaced one, those of the output gradient that count). `node`: its name in the joint graph.
 
     `skips`: the site whose dropped entries make this product's output gradient zero; computing nothing there changes no value.
     """
@@ -43,6 +44,7 @@ class ProductPlan:
     how: Estimator | None = None
     skips: str | None = None
     node: str = ""
+    replacement: Replacement | None = None
 
 
 @dataclass(frozen=True)
@@ -177,9 +179,15 @@ def row_requests(sites: Sequence[Site], config: ApproxConfig) -> tuple[RowSettin
 
 
 def _decide(site: Site, settings: SiteSettings) -> SitePlan:
-    """Legal first, then wanted, then worth it."""
-    reason = site.blocked
-    if reason is None and settings.policy == "cost" and (settings.rows is None or settings.output.method != "exact"):
+    """Legal first, then wanted, then worth it; a replacement is made wherever it is asked for."""
+    if site.blocked is not None:
+        return _all_exact(site, site.blocked)
+    return _with_replacements(site, _sampled(site, settings), settings)
+
+
+def _sampled(site: Site, settings: SiteSettings) -> SitePlan:
+    reason = None
+    if settings.policy == "cost" and (settings.rows is None or settings.output.method != "exact"):
         reason = _unwise(site, settings)
     if reason is not None:
         return _all_exact(site, reason)
@@ -218,7 +226,9 @@ def _output(site: Site, wanted: ProductSettings) -> ProductPlan:
 
 
 def _gradient(site: Site, product: Product, settings: SiteSettings, output: ProductPlan) -> ProductPlan:
-    wanted = settings.grad_weight if product.name == "grad_weight" else settings.grad_input
+    wanted = settings.of(product.name)
+    if wanted.replaces:
+        return _exact(site, product, _BY_SETTINGS)
     if wanted.method != "coupled":
         return _own_axis(site, product, wanted)
     if output.how is None:
@@ -246,6 +256,30 @@ def _own_axis(site: Site, product: Product, wanted: ProductSettings) -> ProductP
     flops = cost.sampled(site, product, how).flops_sampled
     reason = f"{product.name}: {wanted.method}" + (f" in groups of {group}" if group > 1 else "")
     return ProductPlan(product.name, "sampled", reason, wanted.method, wanted.ratio, how.kept, size, site.flops, flops, how)
+
+
+def _with_replacements(site: Site, plan: SitePlan, settings: SiteSettings) -> SitePlan:
+    """The site's plan with the gradients that are not computed but replaced; where one can't be it is exact, and the site says why."""
+    products, said = list(plan.products), []
+    for i, (product, decision) in enumerate(zip(site.products, plan.products, strict=True)):
+        wanted = settings.of(product.name)
+        if not wanted.replaces:
+            continue
+        products[i] = _replaced(site, product, decision, wanted)
+        said.append(f"{product.name}: {products[i].reason}")
+    if not said:
+        return plan
+    rest = [] if plan.reason == _BY_SETTINGS else [plan.reason] if plan.decision == "sampled" else [f"the rest exact: {plan.reason}"]
+    replaced = any(p.decision == "replaced" for p in products)
+    return replace(plan, products=tuple(products), decision="sampled" if replaced else plan.decision, reason="; ".join(said + rest))
+
+
+def _replaced(site: Site, product: Product, exact: ProductPlan, wanted: ProductSettings) -> ProductPlan:
+    how, kept, size, reason = replacements.choose(site, product, wanted)
+    if how is None:
+        return replace(exact, reason=reason)
+    flops = cost.replaced(site, product, how)
+    return replace(exact, decision="replaced", reason=reason, method=how.method, ratio=kept / size, k=kept, size=size, flops_sampled=flops, replacement=how)
 
 
 def _auto_group(site: Site, product: Product) -> int:
@@ -306,7 +340,7 @@ def _one_contraction(site: Site) -> bool:
 
 def _with_skip(site: Site, plan: SitePlan, j: int, source: str, dropped: ProductPlan) -> SitePlan:
     product, decision = site.products[j], plan.products[j]
-    if decision.decision == "sampled" or decision.skips is not None or dropped.how is None:
+    if decision.decision in ("sampled", "replaced") or decision.skips is not None or dropped.how is None:
         return plan
     estimate = cost.skipped(site, product, decision.flops_sampled, dropped.how)
     if not cost.pays([estimate], _device(site), cost.SKIP_MARGIN):
