@@ -124,7 +124,9 @@ WORKS: dict[str, Work] = {
         lr=5e-4,
         limit=20_000,
         pretrain="mnist",
-        settings=EXACT | {"fewer steps": Setting(steps=0.67), "adaptive": adaptive(0.025)},
+        settings=EXACT
+        | {"fewer steps": Setting(steps=0.67), "adaptive": adaptive(0.025)}
+        | {"adaptive, rungs of 2^(1/4)": Setting({"policy": "adaptive", "adaptive": {"ladder": [2 ** (-i / 4) for i in range(17)]}})},
     ),
     "char-transformer": Work(
         "text",

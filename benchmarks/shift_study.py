@@ -173,7 +173,7 @@ def done() -> list[dict[str, Any]]:
     return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
 
 
-PLAN: Mapping[str, tuple[float, int]] = {"fashion-mlp": (0.25, 6), "cifar-wrn": (0.5, 8)}
+PLAN: Mapping[str, tuple[float, int]] = {"fashion-mlp": (0.25, 4), "cifar-wrn": (0.5, 5)}
 """Work -> ratio, epochs."""
 
 
