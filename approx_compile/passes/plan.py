@@ -27,7 +27,8 @@ WIDE = 512
 @dataclass(frozen=True)
 class ProductPlan:
     """The decision for one product: "sampled" along its own axis, "coupled" to the output's choice, run on the "rows" kept, "replaced", or "exact". `k` of
-    `size` entries are kept (of a replaced one, those of the output gradient that count). `node`: its name in the joint graph.
+    `size` entries are kept (of a replaced one, those of the output gradient that count). `node`: its name in the joint graph; `bytes_exact`:
+    of the exact product's operands and result, each counted once.
 
     `skips`: the site whose dropped entries make this product's output gradient zero; computing nothing there changes no value.
     """
@@ -45,6 +46,7 @@ class ProductPlan:
     skips: str | None = None
     node: str = ""
     replacement: Replacement | None = None
+    bytes_exact: int = 0
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,8 @@ def make_plan(sites: Sequence[Site], config: ApproxConfig) -> Plan:
 
 
 def _with_nodes(site: Site, plan: SitePlan) -> SitePlan:
-    return replace(plan, products=tuple(replace(p, node=q.node.name) for p, q in zip(plan.products, site.products, strict=True)))
+    products = (replace(p, node=q.node.name, bytes_exact=q.bytes_once) for p, q in zip(plan.products, site.products, strict=True))
+    return replace(plan, products=tuple(products))
 
 
 def match_rules(sites: Sequence[Site], config: ApproxConfig) -> tuple[list[list[bool]], tuple[str, ...]]:
