@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 import torch
@@ -15,13 +17,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import fx, nn
 
-from approx_compile import _torch
+from approx_compile import _torch, html
 from approx_compile.annotate import annotation_of
 from approx_compile.backend import Backend
 from approx_compile.config import ApproxConfig
 from approx_compile.passes.plan import Plan, ProductPlan, SitePlan
 from approx_compile.passes.stages import Cut
 from approx_compile.schedule import Schedule
+
+if TYPE_CHECKING:
+    from approx_compile.figures import Roof
 
 
 @dataclass(frozen=True)
@@ -78,14 +83,40 @@ class Report:
     def flops_sampled(self) -> int:
         return sum(s.flops_sampled for s in self.sites)
 
+    @property
+    def keys(self) -> list[str]:
+        """A name for every site that no other has: its own, or `name (2)`, ... where several graphs have a site of that name."""
+        seen: Counter[str] = Counter()
+        found = []
+        for site in self.sites:
+            seen[site.name] += 1
+            found.append(site.name if seen[site.name] == 1 else f"{site.name} ({seen[site.name]})")
+        return found
+
     def to_networkx(self) -> nx.DiGraph[str]:
-        """The graph of sites: an edge from a site to every site that reads its output through no other product; node attributes as in `sites`."""
+        """The graph of sites, named as in `keys`: an edge from a site to every site that reads its output through no other product; node attributes
+        as in `sites`."""
         graph: nx.DiGraph[str] = nx.DiGraph()
-        for site in self.sites:
-            graph.add_node(site.name, **{k: v for k, v in vars(site).items() if k not in ("name", "reads")})
-        for site in self.sites:
-            graph.add_edges_from((source, site.name) for source in site.reads)
+        latest: dict[str, str] = {}  # a site reads those of its own graph, and in a graph names are used once
+        for key, site in zip(self.keys, self.sites, strict=True):
+            graph.add_node(key, **{k: v for k, v in vars(site).items() if k not in ("name", "reads")})
+            graph.add_edges_from((latest[source], key) for source in site.reads)
+            latest[site.name] = key
         return graph
+
+    def to_dict(self) -> dict[str, Any]:
+        """Sites with their products, cuts, unmatched patterns and totals as plain values, for JSON; without the graphs' text."""
+        content = {f.name: [asdict(item) for item in getattr(self, f.name)] for f in fields(self) if f.name in ("sites", "cuts")}
+        return content | {"unmatched": self.unmatched, "graphs": len(self.before), "flops_exact": self.flops_exact, "flops_sampled": self.flops_sampled}
+
+    def to_html(self, path: str | Path, roofs: Mapping[str, Roof] | None = None) -> None:
+        """Write one HTML file that needs nothing else and works offline: totals, a sortable table, the graph of sites, a roofline, FLOPs before and after
+        by site, the graphs with changed lines marked; dark or light as the reader's system is.
+
+        `roofs`: the machine's peaks by dtype ({"float32": Roof(gflops, gb_s)}); without them the roofline has no roof. Raises ImportError without the
+        libraries of `pip install approx-compile[report]`, OSError where `path` can't be written.
+        """
+        html.write(self, path, roofs)
 
     def __str__(self) -> str:
         out = io.StringIO()
@@ -96,7 +127,7 @@ class Report:
             share = self.flops_sampled / self.flops_exact
             graphs = f" in {len(self.before)} graphs" if len(self.before) > 1 else ""
             console.print(
-                f"{sampled} of {len(self.sites)} sites sampled{graphs}; FLOPs of a training step {_si(self.flops_exact)} -> {_si(self.flops_sampled)} "
+                f"{sampled} of {len(self.sites)} sites sampled{graphs}; FLOPs of a training step {si(self.flops_exact)} -> {si(self.flops_sampled)} "
                 f"({share:.0%}), the sampling included",
                 highlight=False,
             )
@@ -123,11 +154,12 @@ class Report:
         table.add_column("reason", overflow="fold")
         for s in self.sites:
             kept = f"{s.k} of {s.size}"
-            table.add_row(s.name, s.op, s.shape, s.dtype, s.decision, kept, _si(s.flops_exact), _si(s.flops_sampled), s.reason)
+            table.add_row(s.name, s.op, s.shape, s.dtype, s.decision, kept, si(s.flops_exact), si(s.flops_sampled), s.reason)
         return table
 
 
-def _si(number: float) -> str:
+def si(number: float) -> str:
+    """Three digits and a letter: 1.23M."""
     for unit in ("", "k", "M", "G", "T"):
         if abs(number) < 1000:
             return f"{number:.3g}{unit}"
