@@ -511,6 +511,11 @@ def known_equal(a: Any, b: Any) -> bool:
     return bool(statically_known_true(a == b))
 
 
+def leaves(tree: Any) -> list[Any]:
+    """What is in nested tuples, lists, dicts and registered classes."""
+    return torch.utils._pytree.tree_leaves(tree)
+
+
 def readable(graph: fx.Graph) -> str:
     """A graph as Python with shapes in comments."""
     return graph.python_code("self", verbose=True, include_stride=False, include_device=False).src

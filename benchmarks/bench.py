@@ -33,6 +33,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from approx_compile.bench import device_name, race
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
@@ -126,24 +128,15 @@ def stepper(work: str, options: dict[str, Any] | None) -> Callable[[], None]:
 def conditions() -> dict[str, Any]:
     commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     dirty = subprocess.run(["git", "-C", str(ROOT), "status", "--porcelain", "approx_compile"], capture_output=True, text=True).stdout.strip()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()
     return {
         "date": date.today().isoformat(),
         "commit": commit + ("+" if dirty else ""),
-        "device": device,
+        "device": device_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "dtype": "float32",
     }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def store(name: str, rows: list[dict[str, Any]]) -> None:
@@ -164,18 +157,6 @@ def show(title: str, rows: Iterable[dict[str, Any]], columns: Iterable[str]) -> 
     for row in rows:
         table.add_row(*(f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in columns))
     console.print(table)
-
-
-def race(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of every step, taken in turn A B A B after two warm-up rounds."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for i in range(rounds + 2):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if i >= 2:
-                times[name].append((time.perf_counter() - start) * 1e3)
-    return times
 
 
 @app.command()
