@@ -202,10 +202,11 @@ def before_and_after(names: Sequence[str], before: Iterable[float], after: Itera
             hovertext=[escape(n) for n in names],
             hoverinfo="x+text+name",
         )
-    figure.update_layout(barmode="group", height=110 + 30 * len(names), legend={"orientation": "h", "y": 1, "yanchor": "bottom", "traceorder": "normal"})
+    legend = {"orientation": "h", "yref": "container", "y": 1, "yanchor": "top", "traceorder": "normal"}
+    figure.update_layout(barmode="group", height=150 + 30 * len(names), legend=legend)
     longest = max((len(_short(n)) for n in names), default=0)
-    figure.update_layout(margin={"l": 20 + 7 * longest, "r": 10, "t": 70, "b": 50}, bargap=0.25)  # "automargin" measures every name, for seconds
-    figure.update_xaxes(title=what, side="top" if len(names) > 15 else "bottom")
+    figure.update_layout(margin={"l": 20 + 7 * longest, "r": 10, "t": 90, "b": 50}, bargap=0.25)  # "automargin" measures every name, for seconds
+    figure.update_xaxes(title=what, tickformat="~s", side="top" if len(names) > 15 else "bottom")
     ticks = {"tickvals": places, "ticktext": [escape(_short(n)) for n in names]}
     figure.update_yaxes(range=[len(names) - 0.4, -0.6], **ticks)
     return figure

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from approx_compile.figures import Roof
-    from approx_compile.report import Report
+    from approx_compile.report import Report, SiteReport
 
 MEASURES = (("FLOPs", "flops_exact", "flops_sampled"), ("time, µs", "time_exact_us", "time_sampled_us"))
 """What a site may cost, before and after; shown where the report has it."""
@@ -24,6 +24,16 @@ HEIGHTS = {
     "GFLOP/s at most": "A product's height is the most that the machine allows at its intensity; no time was predicted or measured.",
     "GFLOP/s, predicted": "A product's height is the rate predicted for the exact product.",
 }
+
+
+class Peaks(Protocol):
+    """What a roofline asks of a machine: the dtypes it knows ("float32", ...), the GFLOP/s (10^9) of large products in one, GB/s (10^9) of memory."""
+
+    def dtypes(self) -> list[str]: ...
+
+    def peak_gflops(self, dtype: str) -> float: ...
+
+    def bandwidth_gb_s(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -37,11 +47,10 @@ class Difference:
     added: int
 
 
-def write(report: Report, path: str | Path, roofs: Mapping[str, Roof] | None = None) -> None:
-    """Write `report` to `path`. `roofs`: the machine's peaks by dtype ("float32", ...). Raises ImportError where the extra `report` is missing, OSError
-    where the file can't be written."""
+def write(report: Report, path: str | Path, machine: Peaks | None = None) -> None:
+    """Write `report` to `path`. Raises ImportError where the extra `report` is missing, OSError where the file can't be written."""
     try:
-        page = render(report, roofs or {})
+        page = render(report, machine)
     except ModuleNotFoundError as e:
         if e.name is None or e.name.split(".")[0] not in ("plotly", "itables", "jinja2", "pygments"):
             raise
@@ -49,22 +58,24 @@ def write(report: Report, path: str | Path, roofs: Mapping[str, Roof] | None = N
     Path(path).write_text(page, encoding="utf-8")
 
 
-def render(report: Report, roofs: Mapping[str, Roof]) -> str:
+def render(report: Report, machine: Peaks | None) -> str:
     """The page's text."""
     import jinja2
     import pygments.formatters
     from plotly.offline import get_plotlyjs
 
-    from approx_compile.figures import kind_of
+    from approx_compile.figures import Roof, kind_of
     from approx_compile.report import si
 
     source = resources.files("approx_compile").joinpath("templates", "report.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     style = {name: pygments.formatters.HtmlFormatter(style=name).get_style_defs(".highlight") for name in ("default", "github-dark")}
+    roofs = {dtype: Roof(machine.peak_gflops(dtype), machine.bandwidth_gb_s()) for dtype in machine.dtypes()} if machine is not None else {}
     return environment.from_string(source).render(
         report=report,
         sites=list(zip(report.keys, report.sites, strict=True)),
         kind_of=kind_of,
+        cost=_cost,
         si=si,
         graphs=[difference(b, a) for b, a in zip(report.before, report.after, strict=True)],
         measures=_measures(report),
@@ -78,7 +89,12 @@ def render(report: Report, roofs: Mapping[str, Roof]) -> str:
 
 
 def _measures(report: Report) -> list[tuple[str, str, str]]:
-    return [m for m in MEASURES if report.sites and all(getattr(s, m[1], None) is not None for s in report.sites)]
+    return [m for m in MEASURES if any(getattr(s, m[1], None) is not None for s in report.sites)]
+
+
+def _cost(site: SiteReport, measure: str) -> float:
+    """0 where a site's cost is not known."""
+    return getattr(site, measure, None) or 0
 
 
 def _tables() -> dict[str, str]:
@@ -112,7 +128,7 @@ def _figures(report: Report, roofs: Mapping[str, Roof]) -> dict[str, Any]:
     missing = sorted({s.dtype for s in report.sites} - set(roofs))
     notes = [HEIGHTS[what]] + ([NO_ROOFS if not roofs else f"No peaks were given for {', '.join(missing)}."] if missing else [])
     bars = [
-        (title, figures.before_and_after(report.keys, [getattr(s, a) for s in report.sites], [getattr(s, b) for s in report.sites], title))
+        (title, figures.before_and_after(report.keys, [_cost(s, a) for s in report.sites], [_cost(s, b) for s in report.sites], title))
         for title, a, b in _measures(report)
     ]
     return {

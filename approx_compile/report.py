@@ -9,11 +9,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import networkx as nx
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import fx, nn
 
@@ -24,9 +25,6 @@ from approx_compile.config import ApproxConfig
 from approx_compile.passes.plan import Plan, ProductPlan, SitePlan
 from approx_compile.passes.stages import Cut
 from approx_compile.schedule import Schedule
-
-if TYPE_CHECKING:
-    from approx_compile.figures import Roof
 
 
 @dataclass(frozen=True)
@@ -109,14 +107,14 @@ class Report:
         content = {f.name: [asdict(item) for item in getattr(self, f.name)] for f in fields(self) if f.name in ("sites", "cuts")}
         return content | {"unmatched": self.unmatched, "graphs": len(self.before), "flops_exact": self.flops_exact, "flops_sampled": self.flops_sampled}
 
-    def to_html(self, path: str | Path, roofs: Mapping[str, Roof] | None = None) -> None:
+    def to_html(self, path: str | Path, machine: html.Peaks | None = None) -> None:
         """Write one HTML file that needs nothing else and works offline: totals, a sortable table, the graph of sites, a roofline, FLOPs before and after
         by site, the graphs with changed lines marked; dark or light as the reader's system is.
 
-        `roofs`: the machine's peaks by dtype ({"float32": Roof(gflops, gb_s)}); without them the roofline has no roof. Raises ImportError without the
-        libraries of `pip install approx-compile[report]`, OSError where `path` can't be written.
+        `machine`: what knows its peaks (`html.Peaks`); without one the roofline has no roof. Raises ImportError without the libraries of
+        `pip install approx-compile[report]`, OSError where `path` can't be written.
         """
-        html.write(self, path, roofs)
+        html.write(self, path, machine)
 
     def __str__(self) -> str:
         out = io.StringIO()
@@ -154,7 +152,7 @@ class Report:
         table.add_column("reason", overflow="fold")
         for s in self.sites:
             kept = f"{s.k} of {s.size}"
-            table.add_row(s.name, s.op, s.shape, s.dtype, s.decision, kept, si(s.flops_exact), si(s.flops_sampled), s.reason)
+            table.add_row(escape(s.name), s.op, s.shape, s.dtype, s.decision, kept, si(s.flops_exact), si(s.flops_sampled), escape(s.reason))
         return table
 
 

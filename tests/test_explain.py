@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from typing import Any
 
 import networkx as nx
@@ -62,6 +63,11 @@ def test_as_plain_values() -> None:
     content = json.loads(json.dumps(report.to_dict()))
     assert [s["name"] for s in content["sites"]] == ["0", "2"] and content["sites"][0]["products"]["output"]["k"] == 32
     assert (content["flops_exact"], content["flops_sampled"], content["graphs"]) == (report.flops_exact, report.flops_sampled, 1)
+
+
+def test_names_with_brackets_are_printed_as_they_are() -> None:
+    model = nn.Sequential(OrderedDict([("[red]x[/b]", nn.Linear(64, 64))]))
+    assert "[red]x[/b]" in str(explain(model, torch.randn(8, 64), config=ALWAYS))
 
 
 def test_graphs_before_and_after() -> None:

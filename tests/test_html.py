@@ -41,6 +41,22 @@ def small() -> Report:
     return explain(Branch(), torch.randn(8, 16), config=ALWAYS | {"rules": [{"layers": ["b", "nowhere"], "sampling": "backward"}]})
 
 
+@dataclass(frozen=True)
+class Peaks:
+    """A machine of 40 GFLOP/s and 8 GB/s."""
+
+    dtype: str = "float32"
+
+    def dtypes(self) -> list[str]:
+        return [self.dtype]
+
+    def peak_gflops(self, dtype: str) -> float:
+        return {self.dtype: 40.0}[dtype]
+
+    def bandwidth_gb_s(self) -> float:
+        return 8.0
+
+
 def many(report: Report, count: int) -> Report:
     """A chain of `count` sites like those of `report`."""
     sites = [replace(report.sites[i % 4], name=f"blocks.{i}.fc", reads=(f"blocks.{i - 1}.fc",) if i else ()) for i in range(count)]
@@ -76,8 +92,8 @@ class Page(HTMLParser):
             self.texts[tag][-1] += data
 
 
-def written(report: Report, path: Path, roofs: dict[str, Roof] | None = None) -> Page:
-    report.to_html(path, roofs)
+def written(report: Report, path: Path, machine: Peaks | None = None) -> Page:
+    report.to_html(path, machine)
     page = Page(path)
     assert page.open == []
     return page
@@ -127,13 +143,28 @@ def test_nothing_found(tmp_path: Path) -> None:
 def test_times_are_drawn_where_a_report_has_them(small: Report, tmp_path: Path) -> None:
     @dataclass(frozen=True)
     class Timed(SiteReport):
-        time_exact_us: float = 200.0
-        time_sampled_us: float = 50.0
+        time_exact_us: float | None
+        time_sampled_us: float | None
 
-    timed = [Timed(**{f.name: getattr(s, f.name) for f in fields(SiteReport)}) for s in small.sites]
+    known = [{f.name: getattr(s, f.name) for f in fields(SiteReport)} for s in small.sites]
+    times = [(200.0, 50.0), (300.0, 50.0), (None, None), (500.0, 100.0)]
+    timed = [Timed(**k | {"time_exact_us": a, "time_sampled_us": b}) for k, (a, b) in zip(known, times, strict=True)]
     page = written(replace(small, sites=timed), tmp_path / "report.html")
-    assert "800 → 200" in page.texts["section"][0] and "time, µs" in page.texts["h3"]
-    assert "time, µs" not in written(small, tmp_path / "without.html").texts["h3"]
+    assert "1k → 200" in page.texts["section"][0] and "time, µs" in page.texts["h3"]
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    table = text[text.index('id="site-table"') : text.index("</table>")]
+    assert table.count("<td") == len(timed) * table.count("<th ")
+    untimed = [Timed(**k | {"time_exact_us": None, "time_sampled_us": None}) for k in known]
+    assert "time, µs" not in written(replace(small, sites=untimed), tmp_path / "without.html").texts["h3"]
+
+
+def test_machine_without_a_dtype_and_with(small: Report, tmp_path: Path) -> None:
+    for machine, said in (
+        (None, "peaks were not given"),
+        (Peaks("bfloat16"), "No peaks were given for float32"),
+        (Peaks(), "the most that the machine allows"),
+    ):
+        assert any(said in text for text in written(small, tmp_path / "report.html", machine).texts["p"])
 
 
 def test_changed_lines_are_marked() -> None:
@@ -235,7 +266,7 @@ def column(page: Any, index: int) -> list[str]:
 
 def test_browser_opens_sorts_and_draws(small: Report, tmp_path: Path, browser: Any) -> None:
     report = replace(small, sites=[*small.sites[:3], replace(small.sites[3], name=EVIL, reason=EVIL)])
-    report.to_html(tmp_path / "report.html", {"float32": Roof(40, 8)})
+    report.to_html(tmp_path / "report.html", Peaks())
     page, wrong = opened(browser, tmp_path / "report.html")
     names = [s.name for s in report.sites]
     assert column(page, 2) == names
