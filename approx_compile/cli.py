@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import tomllib
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -18,6 +19,7 @@ import torch
 import typer
 
 from approx_compile import bench as timing
+from approx_compile.backend import DISABLE
 from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.factory import Example, FactoryError, load
 from approx_compile.report import Report, si
@@ -139,6 +141,8 @@ def example_of(spec: str) -> Example:
 
 def _report(example: Example, options: ApproxConfig | None) -> Report:
     """What `explain` finds. A model without products is one thing; one whose products torch.compile never shows to a backend is another."""
+    if os.environ.get(DISABLE) == "1":
+        raise Failure(f"{DISABLE}=1 is set, with which nothing is rewritten; unset it")
     flops = example.forward_flops()
     report = explained(example.model, *example.args, config=options, **example.kwargs)
     if flops and not report.sites:

@@ -183,6 +183,11 @@ def test_unwritable_page_and_debug(folder: Path) -> None:
     assert isinstance(done.exception, FactoryError) and isinstance(done.exception.__cause__, RuntimeError)
 
 
+def test_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("APPROX_COMPILE_DISABLE", "1")
+    assert "APPROX_COMPILE_DISABLE=1 is set" in failed(1, "explain", "factories.py:make")
+
+
 def test_help_version_and_usage() -> None:
     for words, said in ((["--help"], "bench"), (["explain", "--help"], "train.py:example --html report.html"), (["bench", "--help"], "--threads 2")):
         done = run(*words)
