@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from approx_compile.passes.plan import ProductPlan
     from approx_compile.report import Report, SiteReport
 
-COLORS = {"sampled": "#e07b28", "rows": "#2f86d6", "exact": "#8a9099"}
-SYMBOLS = {"sampled": "circle", "rows": "diamond", "exact": "square"}
-LABELS = {"sampled": "sampled", "rows": "backward on rows", "exact": "exact"}
+COLORS = {"sampled": "#e07b28", "replaced": "#a35bc9", "rows": "#2f86d6", "exact": "#8a9099"}
+SYMBOLS = {"sampled": "circle", "replaced": "triangle-up", "rows": "diamond", "exact": "square"}
+LABELS = {"sampled": "sampled", "replaced": "gradient replaced", "rows": "backward on rows", "exact": "exact"}
 BEFORE = "#9aa3ad"
 LABELLED_COLUMNS = 6
 """Sites side by side up to which their names are written beside them; with more the names are in the hover text alone."""
@@ -50,10 +50,9 @@ class Rated:
 
 
 def kind_of(site: SiteReport) -> str:
-    """`sampled`, `exact`, or `rows`: nothing but the backward pass on some of the rows."""
-    if any(p.decision in ("sampled", "coupled") for p in site.products.values()):
-        return "sampled"
-    return "rows" if any(p.decision == "rows" for p in site.products.values()) else site.decision
+    """`sampled`; else `replaced`: a gradient is; else `rows`: the backward pass runs on some of the rows; else `exact`."""
+    kinds = {"sampled" if p.decision == "coupled" else p.decision for p in site.products.values()}
+    return next((kind for kind in COLORS if kind in kinds), "exact")
 
 
 # --- the graph of sites ---

@@ -64,7 +64,7 @@ def render(report: Report, machine: Peaks | None) -> str:
     import pygments.formatters
     from plotly.offline import get_plotlyjs
 
-    from approx_compile.figures import Roof, kind_of
+    from approx_compile.figures import LABELS, Roof, kind_of
     from approx_compile.report import si
 
     source = resources.files("approx_compile").joinpath("templates", "report.html.j2").read_text(encoding="utf-8")
@@ -75,6 +75,7 @@ def render(report: Report, machine: Peaks | None) -> str:
         report=report,
         sites=list(zip(report.keys, report.sites, strict=True)),
         kind_of=kind_of,
+        labels=LABELS,
         cost=_cost,
         si=si,
         graphs=[difference(b, a) for b, a in zip(report.before, report.after, strict=True)],

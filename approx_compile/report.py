@@ -105,7 +105,8 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Sites with their products, cuts, unmatched patterns and totals as plain values, for JSON; without the graphs' text."""
         content = {f.name: [asdict(item) for item in getattr(self, f.name)] for f in fields(self) if f.name in ("sites", "cuts")}
-        return content | {"unmatched": self.unmatched, "graphs": len(self.before), "flops_exact": self.flops_exact, "flops_sampled": self.flops_sampled}
+        totals = {"graphs": len(self.before), "flops_exact": self.flops_exact, "flops_sampled": self.flops_sampled}
+        return content | totals | {"unmatched": self.unmatched, "assignments": self.assignments}
 
     def to_html(self, path: str | Path, machine: html.Peaks | None = None) -> None:
         """Write one HTML file that needs nothing else and works offline: totals, a sortable table, the graph of sites, a roofline, FLOPs before and after

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
@@ -133,6 +134,17 @@ def test_cuts(tmp_path: Path, small_work_counts: None) -> None:
     page = written(report, tmp_path / "report.html")
     assert cut.decision == "rows" and "0.25 of the rows" in page.texts["td"] and cut.reason in page.texts["td"]
     assert page.texts["td"].count("backward on rows") == sum(any(p.decision == "rows" for p in s.products.values()) for s in report.sites) > 0
+
+
+def test_replaced_gradients_and_schedules(tmp_path: Path) -> None:
+    rules = [{"layers": "0", "output": "exact", "grad_weight": "zero"}, {"layers": "2", "steps": "100:", "ratio": 0.25}]
+    report = explain(mlp(64, 64, 64), torch.randn(8, 64), config=ALWAYS | {"rules": rules})
+    page = written(report, tmp_path / "report.html")
+    assert page.texts["td"].count("gradient replaced") == page.texts["td"].count("replaced") == 1
+    assert any(f"one of {report.assignments} assignments" in text for text in page.texts["p"]) and report.assignments > 1
+    drawn_as = {t.name for t in site_graph(report).data} - {"edges"}
+    assert drawn_as == {"gradient replaced", "sampled"}
+    assert json.loads(json.dumps(report.to_dict()))["assignments"] == report.assignments
 
 
 def test_nothing_found(tmp_path: Path) -> None:
