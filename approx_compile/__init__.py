@@ -11,6 +11,7 @@ from approx_compile.plans import TunedPlan
 from approx_compile.report import Report, explain
 from approx_compile.schedule import set_phase, set_step
 from approx_compile.state import load_state_dict, state_dict
+from approx_compile.tune import tune
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "set_phase",
     "set_step",
     "state_dict",
+    "tune",
 ]
