@@ -8,8 +8,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from approx_compile.config import ApproxConfig, ConfigError, Pattern, Rule
+from approx_compile.config import ApproxConfig, ConfigError, Rule
 from approx_compile.passes.plan import LAST, RAW, SitePlan, match_rules
+from approx_compile.patterns import Pattern
 from approx_compile.trials import Trials
 
 _DETERMINISTIC = ("topk", "topk_weights", "exact")
@@ -34,6 +35,8 @@ class Candidates:
             config = ApproxConfig(**{"policy": "cost", **(config or {})})
         if config.asks_for_rows() and config.policy != "adaptive":
             raise ConfigError("tune: config: grad with axis 'rows' is tried by itself (rows=True); leave it out")
+        if any(r.timed for r in config.all_rules()):
+            raise ConfigError("tune: config: a plan is tuned for all steps alike; leave steps, phase and total_steps out, and set them beside the plan")
         if config.method == "exact" and not config.rules:
             raise ConfigError("tune: config: method 'exact' leaves nothing to tune; name the method to sample with, such as 'topk'")
         policy = config.policy if config.policy == "always" else "cost"
