@@ -13,7 +13,7 @@ from approx_compile.passes.plan import LAST, RAW, SitePlan, match_rules
 from approx_compile.patterns import Pattern
 from approx_compile.trials import Trials
 
-_DETERMINISTIC = ("topk", "topk_weights", "exact")
+_DETERMINISTIC = ("topk", "topk_weights", "zero", "max", "exact")
 _DEFAULTS: dict[str, Any] = {"min_k": 16, "group": "auto", "sampling": "forward"}
 
 

@@ -108,8 +108,9 @@ class _Choice:
     rows: float | None = None
 
 
-def _picked(found: Measurements, budget: float) -> dict[str, float]:
-    """The ratio of every site to sample: the knapsack of what each saves alone, less what two save both. Errors are taken to add up as squares."""
+def _picked(found: Measurements, budget: float) -> tuple[dict[str, float], float]:
+    """The ratio of every site to sample, and the share of the step's time that this saves: the knapsack of what each saves alone, less what two save both.
+    Errors are taken to add up as squares."""
     model = StepTime(found.candidates.sites, found.times)
     keys = found.usable
     options = [Option(name, model.saved(found.alone[name, ratio].sites), found.alone[name, ratio].error ** 2) for name, ratio in keys]
@@ -119,7 +120,9 @@ def _picked(found: Measurements, budget: float) -> dict[str, float]:
             for j, (b, q) in enumerate(keys):
                 if (a, b) == (of, by):
                     overlaps[i, j] = model.rate(site) * flops / model.flops * (1 - r) * (1 - q)
-    return {keys[i][0]: keys[i][1] for i in choose(options, budget, overlaps)}
+    chosen = choose(options, budget, overlaps)
+    saved = sum(options[i].gain for i in chosen) - sum(overlap for (i, j), overlap in overlaps.items() if i in chosen and j in chosen)
+    return dict(keys[i] for i in chosen), saved
 
 
 def _on_rows(found: Measurements) -> list[_Choice]:
@@ -137,7 +140,7 @@ def _best(found: Measurements) -> _Choice:
     seen: list[dict[str, float]] = [{}]
     budget = found.max_error**2
     for _ in range(REVISIONS):
-        ratios = _picked(found, budget)
+        ratios, _ = _picked(found, budget)
         if ratios in seen or (found.late and any(c.ratios for c in good)):
             break
         seen.append(ratios)
@@ -151,9 +154,7 @@ def _best(found: Measurements) -> _Choice:
 
 def _unchecked(found: Measurements) -> _Choice:
     """The best of what is known, its error not measured."""
-    model = StepTime(found.candidates.sites, found.times)
-    ratios = _picked(found, found.max_error**2)
-    saved = sum(model.saved(found.alone[key].sites) for key in ratios.items())
+    ratios, saved = _picked(found, found.max_error**2)
     return max([_nothing(found), _Choice(found.candidates.options(ratios), ratios, saved, None), *_on_rows(found)], key=lambda c: c.saved)
 
 
