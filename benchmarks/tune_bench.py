@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
-from bench import RESULTS, Block, conditions, console, race, show, store
+from bench import RESULTS, Block, conditions, console, mlp, race, show, store
 from models import build
 from torch import Tensor, nn
 
@@ -30,6 +30,12 @@ Work = tuple[str, Callable[[], nn.Module], Callable[[], Tensor], Callable[[], Te
 WORKS: dict[str, Work] = {
     "wrn": ("WRN-16-4, 64 x 3 x 32 x 32", lambda: build("wrn-16-4", (3, 32, 32), 10), lambda: torch.randn(64, 3, 32, 32), lambda: torch.randint(10, (64,))),
     "blocks": ("four transformer blocks, width 512, 8 x 128 tokens", lambda: _language(512), lambda: _tokens(), lambda: _tokens()),
+    "mlp": (
+        "MLP 512-1024-1024-1024-512-10, batch 256",
+        lambda: mlp(512, *[1024] * 3, 512, 10),
+        lambda: torch.randn(256, 512),
+        lambda: torch.randint(10, (256,)),
+    ),
     "blocks-256": ("four transformer blocks, width 256, 8 x 128 tokens", lambda: _language(256), lambda: _tokens(), lambda: _tokens()),
 }
 COLUMNS = ("work", "rows", "max_error", "error", "kept", "predicted", "achieved", "apart", "bar", "tune_s", "stopped")
