@@ -41,7 +41,8 @@ class TunedSite(BaseModel):
 
 
 class Tuned(BaseModel):
-    """What a plan was made for, and with what result. Times in milliseconds, of one training step without the optimizer; None: not measured.
+    """What a plan was made for, and with what result. Times in milliseconds, of one training step without the optimizer (on one CPU thread: of this
+    process alone); None: not measured.
 
     `error`: relative error of the whole gradient under the plan; `stopped`: why tuning ended early, if it did.
     """
