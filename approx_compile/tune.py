@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -134,21 +135,26 @@ def _nothing(found: Measurements) -> _Choice:
 
 
 def _best(found: Measurements) -> _Choice:
-    """Squares of errors do not quite add up: a few plans are tried for their error, and of those within it the one that saves most is taken."""
+    """Squares of errors do not quite add up: the budget at which the plan's own error is the one allowed is sought by bisection, and of the plans within it the
+    one that saves most is taken."""
     model = StepTime(found.candidates.sites, found.times)
     good = [_nothing(found), *_on_rows(found)]
-    seen: list[dict[str, float]] = [{}]
-    budget = found.max_error**2
-    for _ in range(REVISIONS):
+    errors: dict[tuple[tuple[str, float], ...], float] = {(): 0.0}
+    low, high, budget = 0.0, math.inf, found.max_error**2
+    most = sum(found.alone[key].error ** 2 for key in found.usable)  # all sites at all ratios: more changes nothing
+    while len(errors) <= REVISIONS and low < most and high > 1.05 * low and high > 1e-3 * found.max_error**2:
         ratios, _ = _picked(found, budget)
-        if ratios in seen or (found.late and any(c.ratios for c in good)):
-            break
-        seen.append(ratios)
-        found.show("gradient error of the whole plan")
-        tried = found.tried(found.candidates.options(ratios))
-        if tried.error <= found.max_error:
-            good.append(_Choice(tried.options, ratios, model.saved(tried.sites), tried.error))
-        budget *= min(4.0, max(0.1, (found.max_error / max(tried.error, 1e-9)) ** 2))
+        key = tuple(ratios.items())
+        if key not in errors:
+            if found.late and any(c.ratios for c in good):
+                break
+            found.show("gradient error of the whole plan")
+            tried = found.tried(found.candidates.options(ratios))
+            errors[key] = tried.error
+            if tried.error <= found.max_error:
+                good.append(_Choice(tried.options, ratios, model.saved(tried.sites), tried.error))
+        low, high = (budget, high) if errors[key] <= found.max_error else (low, budget)
+        budget = 1.5 * low if high == math.inf else math.sqrt(low * high) if low else high / 4
     return max(good, key=lambda c: c.saved)
 
 
