@@ -14,11 +14,15 @@ from approx_compile.config import ApproxConfig, ProductSettings, RowSettings, Si
 from approx_compile.kernels.estimators import Estimator, estimator
 from approx_compile.kernels.replacements import Replacement
 from approx_compile.passes import cost, replacements, zeros
+from approx_compile.passes.fit import check_shapes
 from approx_compile.passes.sites import CONV, MM, Product, Site
 from approx_compile.passes.stages import Cut
 from approx_compile.patterns import Pattern
 
 _BY_SETTINGS = "exact by the settings"
+
+RAW, LAST = "fed with raw data", "the last layer"
+"""Reasons for which a site is better left exact, whatever it would save."""
 
 WIDE = 512
 """Contraction channels that a linear site needs before the one line's default samples it (narrow layers lose accuracy for little time)."""
@@ -82,11 +86,13 @@ class SitePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The decisions for one graph, in execution order, the patterns of its rules that matched no site, and where rows of the batch are chosen."""
+    """The decisions for one graph, in execution order, the patterns of its rules that matched no site, where rows of the batch are chosen, and in what the
+    graph differs from the one that a tuned plan was made for."""
 
     sites: tuple[SitePlan, ...]
     unmatched: tuple[str, ...] = ()
     cuts: tuple[Cut, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @property
     def sampled(self) -> int:
@@ -96,7 +102,8 @@ class Plan:
         """The plan of two graphs; a pattern is unmatched if it is so in both (a graph without sites has nothing to say)."""
         if not self.sites or not other.sites:
             return self if self.sites else other
-        return Plan(self.sites + other.sites, tuple(p for p in self.unmatched if p in other.unmatched), self.cuts + other.cuts)
+        unmatched = tuple(p for p in self.unmatched if p in other.unmatched)
+        return Plan(self.sites + other.sites, unmatched, self.cuts + other.cuts, self.remarks + other.remarks)
 
     def with_cuts(self, cuts: Sequence[Cut]) -> Plan:
         """The plan once it is known which gradient products run on rows kept."""
@@ -141,8 +148,10 @@ def _on_rows(site: SitePlan, cuts: Mapping[str, Cut]) -> SitePlan:
 
 def make_plan(sites: Sequence[Site], config: ApproxConfig) -> Plan:
     matches, unmatched = match_rules(sites, config)
+    remarks = check_shapes(config.plan, sites) if config.plan is not None else ()
     decided = [_decide(s, config.settings(m)) for s, m in zip(sites, matches, strict=True)]
-    return Plan(tuple(_with_nodes(s, p) for s, p in zip(sites, _skip_zeros(sites, decided), strict=True)), unmatched)
+    planned = tuple(_with_nodes(s, p) for s, p in zip(sites, _skip_zeros(sites, decided), strict=True))
+    return Plan(planned, unmatched, remarks=tuple(remarks))
 
 
 def _with_nodes(site: Site, plan: SitePlan) -> SitePlan:
@@ -150,7 +159,7 @@ def _with_nodes(site: Site, plan: SitePlan) -> SitePlan:
     return replace(plan, products=tuple(products))
 
 
-def match_rules(sites: Sequence[Site], config: ApproxConfig) -> tuple[list[list[bool]], tuple[str, ...]]:
+def match_rules(sites: Sequence[Site | SitePlan], config: ApproxConfig) -> tuple[list[list[bool]], tuple[str, ...]]:
     """For every site which rules match it; and the patterns that match none."""
     positions: list[dict[str, int]] = []
     counts: dict[str, int] = defaultdict(int)
@@ -209,9 +218,9 @@ def _sampled(site: Site, settings: SiteSettings) -> SitePlan:
 def _unwise(site: Site, settings: SiteSettings) -> str | None:
     """Where sampling is known to hurt, and, unless a rule names the site, all but what the default is sure of."""
     if "raw data" in site.fed_by:
-        return "fed with raw data"
+        return RAW
     if site.last:
-        return "the last layer"
+        return LAST
     if settings.named:
         return None
     if site.kind != "linear":
