@@ -15,7 +15,7 @@ import sympy
 import torch
 from torch import fx, nn
 
-from approx_compile import _torch, notices
+from approx_compile import _torch, machine, notices
 from approx_compile.annotate import SIGNATURE, full_name, last_module, sign
 from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.layers import Layers
@@ -67,9 +67,10 @@ class Backend:
         context, layers, root = read_graph(gm, example_inputs, self.config)
         record = notices.Record(self.config, root, layers, context, gm.code)
         plans: list[tuple[Plan, fx.Graph | None, fx.Graph | None]] = []
+        profile = _profile(example_inputs) if self.config.asks_for_products() else None
 
         def compiled_with(rows: RowCompiler | None) -> Any:
-            approx = ApproxPass(self.config, context, layers, lambda *found: plans.append(found), self.keep_graphs, rows.ask if rows else None)
+            approx = ApproxPass(self.config, context, layers, lambda *found: plans.append(found), self.keep_graphs, rows.ask if rows else None, profile)
             inner = rows if rows is not None else self.inner_compile
             compiled = _torch.compile_fx(gm, example_inputs, patches | {"joint_custom_pre_pass": _after_users(approx)}, inner, cached)
             return compiled, approx.uuid()
@@ -112,6 +113,13 @@ class Backend:
         named = repr([context.modules[k.split("@")[0]].name if k else "" for k in layers])
         key = hashlib.sha256(named.encode()).hexdigest()[:12] + ":"  # the same in another process, whatever the sizes
         return RowCompiler(batch, self.config, self.inner_compile, root, key), None, asked
+
+
+def _profile(example_inputs: Sequence[Any]) -> machine.Machine | None:
+    """The profile of the device that the model is on, if that can be measured."""
+    devices = {v.device.type for v in example_inputs if isinstance(v, torch.Tensor)}
+    device = next(iter(devices - {"cpu"}), "cpu")
+    return machine.current(device, notices.say_once) if device in machine.DEVICES else None
 
 
 _declined: dict[Any, tuple[Cut, ...]] = {}

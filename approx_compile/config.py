@@ -320,12 +320,13 @@ def _parse_slice(text: str, brackets: str) -> slice | int:
 
 @dataclass(frozen=True)
 class ProductSettings:
-    """What is asked of one product of one site. `method` "coupled" = through the entries that the output kept."""
+    """What is asked of one product of one site. `method` "coupled" = through the entries that the output kept; `whole`: k is rounded up to its multiples."""
 
     method: str
     ratio: float
     min_k: int
     group: int | Literal["auto"]
+    whole: int = 1
 
 
 @dataclass(frozen=True)
@@ -463,6 +464,11 @@ class ApproxConfig(_Rules):
         """Whether the top level or a rule may sample rows."""
         here = [_row_settings(_own_keys(self)), *(_row_settings(_own_keys(self) | _own_keys(r)) for r in self.rules)]
         return any(r is not None for r in here)
+
+    def asks_for_products(self) -> bool:
+        """Whether any product may be sampled along its own axis. Rules, which may combine in many ways, count as asking."""
+        settings = self.settings([False] * len(self.rules))
+        return bool(self.rules) or any(p.method != "exact" for p in (settings.output, settings.grad_input, settings.grad_weight))
 
     def least_rows(self) -> int:
         """The smallest `min_k` that row sampling may meet."""

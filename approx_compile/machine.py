@@ -35,6 +35,8 @@ from approx_compile.config import ConfigError
 FILE = "APPROX_COMPILE_MACHINE"
 """Environment variable: the profile to use, whatever this machine is."""
 
+DEVICES = ("cpu", "cuda")
+
 FORMAT = 1
 """Of the file and of what is measured: a file of another format is measured anew."""
 
@@ -211,7 +213,7 @@ def calibrate(device: str | None = None, *, quick: bool = False, progress: bool 
     Raises ConfigError for a device that is not there, and OSError where the profile can't be stored.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+    if device not in DEVICES or (device == "cuda" and not torch.cuda.is_available()):
         raise ConfigError(f"device: got {device!r}; valid are cpu" + (", cuda" if torch.cuda.is_available() else " (this torch sees no GPU)"))
     path = path_of(device)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -56,16 +56,16 @@ class Grid:
 
 
 FULL = Grid(
-    linear={"M": (1, 4, 16, 64, 256, 1024), "K": (16, 64, 256, 1024, 4096), "N": (16, 64, 256, 1024, 4096)},
-    bmm={"M": (16, 64, 256, 1024), "K": (16, 64, 256, 1024), "N": (16, 64, 256, 1024)},
-    conv={"places": (256, 2048, 16384), "C": (16, 64, 256), "O": (16, 64, 256), "taps": (1, 9)},
+    linear={"M": (1, 4, 16, 64, 256, 1024), "K": (4, 16, 64, 256, 1024, 4096), "N": (4, 16, 64, 256, 1024, 4096)},
+    bmm={"M": (4, 16, 64, 256, 1024), "K": (4, 16, 64, 256, 1024), "N": (4, 16, 64, 256, 1024)},
+    conv={"places": (256, 2048, 16384), "C": (4, 16, 64, 256), "O": (4, 16, 64, 256), "taps": (1, 9)},
     sizes=(2**14, 2**17, 2**20, 2**23, 2**26),
     runs=(1, 16, 256),
     select={"units": (16, 128, 1024, 4096), "lead": (1, 16)},
 )
 QUICK = Grid(
-    linear={"M": (1, 32, 512), "K": (32, 1024), "N": (32, 1024)},
-    bmm={"M": (32, 256), "K": (32, 256), "N": (32, 256)},
+    linear={"M": (1, 32, 512), "K": (8, 64, 1024), "N": (8, 64, 1024)},
+    bmm={"M": (8, 64, 256), "K": (8, 64, 256), "N": (8, 64, 256)},
     conv={"places": (256, 4096), "C": (16, 128), "O": (16, 128), "taps": (1, 9)},
     sizes=(2**16, 2**20, 2**24),
     runs=(1, 16, 256),
@@ -124,15 +124,19 @@ class Clock:
 
     def __call__(self, run: Run) -> float:
         run()
-        first = self._sample(run, 1)
-        calls = max(1, int(self.least / 6 / max(first, 1e-7)))
-        samples, spent = [first] if calls == 1 else [], 0.0
+        calls = self.calls(run, self.least / 6)
+        samples: list[float] = []
+        spent = 0.0
         while len(samples) < 3 or spent < self.least:
-            samples.append(self._sample(run, calls))
+            samples.append(self.sample(run, calls))
             spent += samples[-1] * calls
         return min(samples)
 
-    def _sample(self, run: Run, calls: int) -> float:
+    def calls(self, run: Run, seconds: float | None = None) -> int:
+        """How many calls take about so long, by default `least`; at least one."""
+        return max(1, int((self.least if seconds is None else seconds) / max(self.sample(run, 1), 1e-7)))
+
+    def sample(self, run: Run, calls: int) -> float:
         self.wait()
         start = self.now()
         for _ in range(calls):
@@ -167,27 +171,45 @@ def _filled(device: str, dtype: torch.dtype, *shape: int) -> Tensor:
 
 
 def _linear(product: str, device: str, dtype: torch.dtype, m: int, k: int, n: int) -> tuple[float, Run]:
-    x, w, dy = (_filled(device, dtype, *s) for s in ((m, k), (n, k), (m, n)))
-    a, b = {"output": (x, w.t()), "grad_input": (dy, w), "grad_weight": (dy.t(), x)}[product]
-    return 2.0 * m * k * n, lambda: torch.mm(a, b)
+    def made() -> Run:
+        x, w, dy = (_filled(device, dtype, *s) for s in ((m, k), (n, k), (m, n)))
+        a, b = {"output": (x, w.t()), "grad_input": (dy, w), "grad_weight": (dy.t(), x)}[product]
+        return partial(torch.mm, a, b)
+
+    return 2.0 * m * k * n, _in_turn(made, (m * k + k * n + m * n) * dtype.itemsize)
 
 
 def _bmm(device: str, dtype: torch.dtype, m: int, k: int, n: int) -> tuple[float, Run]:
     batch = max(1, min(16, 2**27 // (m * k * n)))
-    a, b = _filled(device, dtype, batch, m, k), _filled(device, dtype, batch, k, n)
-    return 2.0 * batch * m * k * n, lambda: torch.bmm(a, b)
+
+    def made() -> Run:
+        return partial(torch.bmm, _filled(device, dtype, batch, m, k), _filled(device, dtype, batch, k, n))
+
+    return 2.0 * batch * m * k * n, _in_turn(made, batch * (m * k + k * n) * dtype.itemsize)
 
 
 def _conv(product: str, device: str, dtype: torch.dtype, places: int, c: int, o: int, taps: int) -> tuple[float, Run]:
     side, kernel = 16, round(taps**0.5)
-    x, dy = (_filled(device, dtype, max(1, places // side**2), n, side, side).to(memory_format=torch.channels_last) for n in (c, o))
-    w = _filled(device, dtype, o, c, kernel, kernel).to(memory_format=torch.channels_last)
     rest = ([1, 1], [kernel // 2] * 2, [1, 1], False, [0, 0], 1)
-    flops = 2.0 * places * c * o * taps
-    if product == "output":
-        return flops, lambda: torch.ops.aten.convolution(x, w, None, *rest)
     mask = [product == "grad_input", product == "grad_weight", False]
-    return flops, lambda: torch.ops.aten.convolution_backward(dy, x, w, None, *rest, mask)
+
+    def made() -> Run:
+        x, dy = (_filled(device, dtype, max(1, places // side**2), n, side, side).to(memory_format=torch.channels_last) for n in (c, o))
+        w = _filled(device, dtype, o, c, kernel, kernel).to(memory_format=torch.channels_last)
+        if product == "output":
+            return partial(torch.ops.aten.convolution, x, w, None, *rest)
+        return partial(torch.ops.aten.convolution_backward, dy, x, w, None, *rest, mask)
+
+    return 2.0 * places * c * o * taps, _in_turn(made, places * (c + o) * dtype.itemsize)
+
+
+_COLD = 2**23
+
+
+def _in_turn(made: Callable[[], Run], size: int) -> Run:
+    """Calls on several sets of operands of `size` bytes in turn, so that none is still in the fastest caches: in training it would not be."""
+    turns = itertools.cycle([made() for _ in range(max(1, min(64, _COLD // size)))])
+    return lambda: next(turns)()
 
 
 # --- what sampling adds ---

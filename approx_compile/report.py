@@ -40,6 +40,8 @@ class SiteReport:
     size: int
     flops_exact: int
     flops_sampled: int
+    time_exact_us: float | None
+    time_sampled_us: float | None
     products: Mapping[str, ProductPlan]
     reads: tuple[str, ...]
 

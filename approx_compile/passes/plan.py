@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,11 +13,15 @@ from torch import fx
 from approx_compile import _torch
 from approx_compile.config import ApproxConfig, Pattern, ProductSettings, RowSettings, SiteSettings
 from approx_compile.kernels.estimators import Estimator, estimator
-from approx_compile.passes import cost, zeros
-from approx_compile.passes.sites import CONV, MM, Product, Site
+from approx_compile.machine import Machine
+from approx_compile.passes import cost
+from approx_compile.passes.sites import Product, Site
 from approx_compile.passes.stages import Cut
 
 _BY_SETTINGS = "exact by the settings"
+
+GRANULE = 16
+"""Under the policy "cost" kept entries come in multiples of this, which vector units and product kernels like."""
 
 WIDE = 512
 """Contraction channels that a linear site needs before the one line's default samples it (narrow layers lose accuracy for little time)."""
@@ -25,7 +30,8 @@ WIDE = 512
 @dataclass(frozen=True)
 class ProductPlan:
     """The decision for one product: "sampled" along its own axis, "coupled" to the output's choice, run on the "rows" kept, or "exact". `k` of `size`
-    entries are kept. `node`: its name in the joint graph.
+    entries are kept. `node`: its name in the joint graph. Times are predictions in us (None where nothing was to be decided by time); `terms` says
+    term by term what the time as planned is made of (see `passes.cost`).
 
     `skips`: the site whose dropped entries make this product's output gradient zero; computing nothing there changes no value.
     """
@@ -42,6 +48,9 @@ class ProductPlan:
     how: Estimator | None = None
     skips: str | None = None
     node: str = ""
+    time_exact_us: float | None = None
+    time_sampled_us: float | None = None
+    terms: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,19 @@ class SitePlan:
     @property
     def flops_sampled(self) -> int:
         return sum(p.flops_sampled for p in self.products)
+
+    @property
+    def time_exact_us(self) -> float | None:
+        return _sum(p.time_exact_us for p in self.products)
+
+    @property
+    def time_sampled_us(self) -> float | None:
+        return _sum(p.time_sampled_us for p in self.products)
+
+
+def _sum(times: Iterable[float | None]) -> float | None:
+    found = list(times)
+    return None if None in found else math.fsum(t for t in found if t is not None)
 
 
 @dataclass(frozen=True)
@@ -125,6 +147,7 @@ def _on_rows(site: SitePlan, cuts: Mapping[str, Cut]) -> SitePlan:
                 k=k,
                 size=cut.rows,
                 flops_sampled=round(share * p.flops_exact),
+                time_sampled_us=share * p.time_exact_us if p.time_exact_us is not None else None,
             )
     if all(p.decision != "rows" for p in products):
         return site
@@ -134,10 +157,11 @@ def _on_rows(site: SitePlan, cuts: Mapping[str, Cut]) -> SitePlan:
     return replace(site, products=tuple(products), decision="sampled", reason=reason)
 
 
-def make_plan(sites: Sequence[Site], config: ApproxConfig) -> Plan:
+def make_plan(sites: Sequence[Site], config: ApproxConfig, machine: Machine | None = None) -> Plan:
+    """The decisions by the settings and, where they ask for it, by what the machine is predicted to take. Without one nothing is decided by time."""
     matches, unmatched = match_rules(sites, config)
-    decided = [_decide(s, config.settings(m)) for s, m in zip(sites, matches, strict=True)]
-    return Plan(tuple(_with_nodes(s, p) for s, p in zip(sites, _skip_zeros(sites, decided), strict=True)), unmatched)
+    decided = [_decide(s, config.settings(m), machine) for s, m in zip(sites, matches, strict=True)]
+    return Plan(tuple(_with_nodes(s, p) for s, p in zip(sites, decided, strict=True)), unmatched)
 
 
 def _with_nodes(site: Site, plan: SitePlan) -> SitePlan:
@@ -175,23 +199,77 @@ def row_requests(sites: Sequence[Site], config: ApproxConfig) -> tuple[RowSettin
     return config.settings([False] * len(config.rules)).rows, asked
 
 
-def _decide(site: Site, settings: SiteSettings) -> SitePlan:
+def _decide(site: Site, settings: SiteSettings, machine: Machine | None) -> SitePlan:
     """Legal first, then wanted, then worth it."""
     reason = site.blocked
     if reason is None and settings.policy == "cost" and (settings.rows is None or settings.output.method != "exact"):
         reason = _unwise(site, settings)
     if reason is not None:
-        return _all_exact(site, reason)
-    output = _output(site, settings.output)
-    gradients = [_gradient(site, p, settings, output) for p in site.products[1:]]
-    products = (output, *gradients)
+        return _all_exact(site, reason, machine)
+    tries = [_products(site, s, machine) for s in _candidates(site, settings)]
+    products = min(tries, key=_time)
     if all(p.decision == "exact" for p in products):
-        return _all_exact(site, output.reason, products)
-    if settings.policy == "cost" and not cost.pays([_estimate(site, p, products) for p in products], _device(site)):
-        saved = sum(p.flops_exact - p.flops_sampled for p in products)
-        return _all_exact(site, f"would not pay: {saved / 1e6:.3g} MFLOP saved do not outweigh what the sampling moves")
+        return _all_exact(site, products[0].reason, machine, products)
     done = next(p for p in products if p.decision != "exact")
-    return _site_plan(site, "sampled", done.reason, products)
+    if settings.policy != "cost":
+        return _site_plan(site, "sampled", done.reason, products)
+    if machine is None:
+        return _all_exact(site, f"no cost model for {_device(site)}", machine)
+    found, prediction = _site_plan(site, "sampled", done.reason, products), _predicted(site, products, machine)
+    assert found.time_exact_us is not None and found.time_sampled_us is not None
+    if not cost.pays(found.time_exact_us, found.time_sampled_us, cost.margin(machine)):
+        return _all_exact(site, f"would not pay: {prediction}", machine)
+    return replace(found, reason=f"{done.reason}; {prediction}")
+
+
+def _candidates(site: Site, settings: SiteSettings) -> list[SiteSettings]:
+    """Under the policy "cost" what `group: "auto"` may come to: single entries, or as many as move fast."""
+    if settings.policy != "cost" or "auto" not in [w.group for w in (settings.output, settings.grad_input, settings.grad_weight)]:
+        return [settings]
+
+    def grouped(wanted: ProductSettings, group: int) -> ProductSettings:
+        return replace(wanted, group=group, whole=GRANULE) if wanted.group == "auto" else replace(wanted, whole=GRANULE)
+
+    return [
+        replace(settings, output=grouped(settings.output, g), grad_input=grouped(settings.grad_input, g), grad_weight=grouped(settings.grad_weight, g))
+        for g in (1, _long_run(site))
+    ]
+
+
+def _products(site: Site, settings: SiteSettings, machine: Machine | None) -> tuple[ProductPlan, ...]:
+    output = _own_axis(site, site.products[0], settings.output, machine)
+    return (output, *(_gradient(site, p, settings, output, machine) for p in site.products[1:]))
+
+
+def _time(products: Sequence[ProductPlan]) -> float:
+    """For comparison: what takes no more than 3% longer counts as equal, and the first of equals, the finer grained, wins."""
+    time = _sum(p.time_sampled_us for p in products)
+    return 0.0 if time is None or time <= 0 else math.ceil(math.log(time) / math.log(1.03))
+
+
+def _predicted(site: Site, products: Sequence[ProductPlan], machine: Machine) -> str:
+    """ "predicted 0.94x at ratio 0.5, break-even 0.41"."""
+    exact, planned = (_sum(times) for times in ([p.time_exact_us for p in products], [p.time_sampled_us for p in products]))
+    assert exact is not None and planned is not None
+    ratio = next(p.ratio for p in products if p.decision != "exact")
+
+    def gain(share: float) -> float:
+        return exact - math.fsum(_estimate(site, p, products, machine, share).time_us or 0.0 for p in products)
+
+    return f"predicted {exact / planned:.2f}x at ratio {ratio:g}, {_break_even(gain)}"
+
+
+def _break_even(gain: Callable[[float], float]) -> str:
+    """The largest ratio at which sampling takes no longer than the exact products; `gain` falls with the ratio."""
+    low, high = 0.001, 1.0
+    if gain(low) <= 0:
+        return "no ratio breaks even"
+    if gain(high) > 0:
+        return "every ratio breaks even"
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if gain(middle) > 0 else (low, middle)
+    return f"break-even {low:.2f}"
 
 
 def _unwise(site: Site, settings: SiteSettings) -> str | None:
@@ -212,39 +290,39 @@ def _unwise(site: Site, settings: SiteSettings) -> str | None:
     return None
 
 
-def _output(site: Site, wanted: ProductSettings) -> ProductPlan:
-    return _own_axis(site, site.products[0], wanted)
-
-
-def _gradient(site: Site, product: Product, settings: SiteSettings, output: ProductPlan) -> ProductPlan:
+def _gradient(site: Site, product: Product, settings: SiteSettings, output: ProductPlan, machine: Machine | None) -> ProductPlan:
     wanted = settings.grad_weight if product.name == "grad_weight" else settings.grad_input
     if wanted.method != "coupled":
-        return _own_axis(site, product, wanted)
+        return _own_axis(site, product, wanted, machine)
     if output.how is None:
-        return _exact(site, product, "the output it is coupled to is exact")
-    flops = cost.coupled(site, product, output.how).flops_sampled
-    return ProductPlan(
-        product.name, "coupled", "through the entries the output kept", output.method, output.ratio, output.k, output.size, site.flops, flops, output.how
-    )
+        return _exact(site, product, "the output it is coupled to is exact", machine)
+    plan = replace(output, name=product.name, decision="coupled", reason="through the entries the output kept")
+    return _timed(site, plan, product, cost.coupled(site, product, output.how, machine), machine)
 
 
-def _own_axis(site: Site, product: Product, wanted: ProductSettings) -> ProductPlan:
+def _own_axis(site: Site, product: Product, wanted: ProductSettings, machine: Machine | None) -> ProductPlan:
     if wanted.method == "exact":
-        return _exact(site, product, _BY_SETTINGS)
+        return _exact(site, product, _BY_SETTINGS, machine)
     size = product.size
     if not isinstance(size, int):
-        return _exact(site, product, "its contraction axis has a dynamic size")
+        return _exact(site, product, "its contraction axis has a dynamic size", machine)
     if wanted.method == "topk_weights" and product.weight is None:
-        return _exact(site, product, "topk_weights needs a weight, and neither operand is one")
+        return _exact(site, product, "topk_weights needs a weight, and neither operand is one", machine)
     group = _auto_group(site, product) if wanted.group == "auto" else wanted.group
-    how = estimator(wanted.method, size, wanted.ratio, wanted.min_k, group, product.weight)
+    ratio = wanted.ratio if size < 4 * wanted.whole else math.ceil(math.floor(wanted.ratio * size + 0.5) / wanted.whole) * wanted.whole / size
+    how = estimator(wanted.method, size, ratio, wanted.min_k, group, product.weight)
     if how is None:
         short = size <= wanted.min_k
         reason = f"axis of {size}, min_k is {wanted.min_k}" if short else f"keeps all {size} at ratio {wanted.ratio:g}, group {group}"
-        return _exact(site, product, reason)
-    flops = cost.sampled(site, product, how).flops_sampled
+        return _exact(site, product, reason, machine)
     reason = f"{product.name}: {wanted.method}" + (f" in groups of {group}" if group > 1 else "")
-    return ProductPlan(product.name, "sampled", reason, wanted.method, wanted.ratio, how.kept, size, site.flops, flops, how)
+    plan = ProductPlan(product.name, "sampled", reason, wanted.method, wanted.ratio, how.kept, size, site.flops, site.flops, how)
+    return _timed(site, plan, product, cost.sampled(site, product, how, machine), machine)
+
+
+def _timed(site: Site, plan: ProductPlan, product: Product, estimate: cost.Estimate, machine: Machine | None) -> ProductPlan:
+    exact = cost.exact(site, product, machine)
+    return replace(plan, flops_sampled=estimate.flops, time_exact_us=exact.time_us, time_sampled_us=estimate.time_us, terms=estimate.terms)
 
 
 def _auto_group(site: Site, product: Product) -> int:
@@ -252,6 +330,10 @@ def _auto_group(site: Site, product: Product) -> int:
     assert isinstance(product.size, int)
     if product.size < 256 or site.kind == "conv" or product.name == "grad_weight":
         return 1
+    return _long_run(site)
+
+
+def _long_run(site: Site) -> int:
     return 16 if _device(site) == "cpu" else 32
 
 
@@ -259,63 +341,27 @@ def _device(site: Site) -> str:
     return str(_torch.value(site.node).device.type)
 
 
-def _estimate(site: Site, plan: ProductPlan, products: Sequence[ProductPlan]) -> cost.Estimate:
+def _estimate(site: Site, plan: ProductPlan, products: Sequence[ProductPlan], machine: Machine, share: float) -> cost.Estimate:
+    """Of a product as planned, but with another share of its axis kept."""
     product = next(p for p in site.products if p.name == plan.name)
     if plan.how is None:
-        return cost.exact(site)
-    return (cost.coupled if plan.decision == "coupled" else cost.sampled)(site, product, plan.how)
+        return cost.exact(site, product, machine)
+    return (cost.coupled if plan.decision == "coupled" else cost.sampled)(site, product, plan.how, machine, share * plan.size)
 
 
-def _exact(site: Site, product: Product, reason: str) -> ProductPlan:
+def _exact(site: Site, product: Product, reason: str, machine: Machine | None) -> ProductPlan:
     size = _torch.hint(product.size)
-    return ProductPlan(product.name, "exact", reason, "exact", 1.0, size, size, site.flops, site.flops)
+    plan = ProductPlan(product.name, "exact", reason, "exact", 1.0, size, size, site.flops, site.flops)
+    return _timed(site, plan, product, cost.exact(site, product, machine), machine)
 
 
-def _all_exact(site: Site, reason: str, products: Sequence[ProductPlan] = ()) -> SitePlan:
-    return _site_plan(site, "exact", reason, tuple(products) or tuple(_exact(site, p, reason) for p in site.products))
+def _all_exact(site: Site, reason: str, machine: Machine | None, products: Sequence[ProductPlan] = ()) -> SitePlan:
+    return _site_plan(site, "exact", reason, tuple(products) or tuple(_exact(site, p, reason, machine) for p in site.products))
 
 
 def _site_plan(site: Site, decision: str, reason: str, products: tuple[ProductPlan, ...]) -> SitePlan:
     dtype = str(site.dtype).removeprefix("torch.")
     return SitePlan(site.name, site.module, site.kind, site.op, site.shape, dtype, decision, reason, products, site.reads)
-
-
-def _skip_zeros(sites: Sequence[Site], plans: list[SitePlan]) -> list[SitePlan]:
-    """Let gradient products leave out what a later site's dropped entries made zero, where that saves more than its gathers move."""
-    users: dict[tuple[fx.Node | None, int], list[tuple[int, int]]] = defaultdict(list)
-    for i, site in enumerate(sites):
-        for j, p in enumerate(site.products):
-            if p.output_grad is not None and _one_contraction(site):
-                users[p.output_grad, p.output_grad_dim].append((i, j))
-    new = list(plans)
-    for source, planned in zip(sites, plans, strict=True):
-        for p, d in zip(source.products, planned.products, strict=True):
-            if d.decision != "coupled" or not _one_contraction(source) or p.result is None:
-                continue
-            for zero in zeros.follow(*p.result).items():
-                for i, j in users.get(zero, ()):
-                    new[i] = _with_skip(sites[i], new[i], j, source.name, d)
-    return new
-
-
-def _one_contraction(site: Site) -> bool:
-    """Neither batched nor grouped: one index set, whatever the batch's size."""
-    return site.node.target in MM or (site.node.target in CONV and bool(site.node.args[8] == 1))
-
-
-def _with_skip(site: Site, plan: SitePlan, j: int, source: str, dropped: ProductPlan) -> SitePlan:
-    product, decision = site.products[j], plan.products[j]
-    if decision.decision == "sampled" or decision.skips is not None or dropped.how is None:
-        return plan
-    estimate = cost.skipped(site, product, decision.flops_sampled, dropped.how)
-    if not cost.pays([estimate], _device(site), cost.SKIP_MARGIN):
-        return plan
-    reason = f"{decision.reason}; skips what {source} dropped"
-    products = list(plan.products)
-    products[j] = replace(decision, reason=reason, flops_sampled=estimate.flops_sampled, skips=source)
-    note = "; its gradients skip what later sites dropped"
-    exact = plan.decision == "exact" and note not in plan.reason
-    return replace(plan, products=tuple(products), reason=plan.reason + note if exact else plan.reason)
 
 
 def needs_random_numbers(plan: Plan) -> bool:
