@@ -2,21 +2,21 @@
 
 Each of some 90 sites (linear, bmm, conv; fp32 and bf16) is a model of its own, whose forward and backward pass is timed as Inductor compiles it and
 with every product sampled (top-k, forward), in turn. A step is predicted as its products' times (`approx_compile.passes.cost`) and the time of a step
-on next to no data, measured here. One row a site in results/predict.csv; sites that have one for this device, number of threads, torch and profile are
-not measured again. Bars: median error 15%, 90th percentile 40%; decisions within 3% of the better of exact and sampled on average, and no site
-approximated that is slower by over 2%.
+on next to no data of the same dtype, measured here. One row a site in results/predict.csv; sites that have one for this device, number of threads,
+torch and profile are not measured again. Bars: median error 15%, 90th percentile 40%; decisions within 3% of the better of exact and sampled on
+average, and no site approximated that is slower by over 2%.
 """
 
 from __future__ import annotations
 
-import csv
+import functools
 import random
 import statistics
 from typing import Annotated, Any
 
 import torch
 import typer
-from bench import RESULTS, conditions, console, show, store
+from bench import conditions, console, show, store, stored
 from rich.progress import track
 
 from approx_compile import Backend, machine
@@ -28,7 +28,7 @@ BATCHES = (1, 4, 16, 64, 256, 1024)
 WIDTHS = (16, 64, 128, 256, 512, 1024, 2048, 4096)
 RATIOS = (0.1, 0.25, 0.5, 0.75, 0.9)
 LARGEST_FLOP = 1e10
-KEY = ("device", "threads", "torch", "profile", "kind", "dtype", "shape", "ratio")
+KEY = ("profile", "kind", "dtype", "shape", "ratio")
 
 
 def contiguous(*shape: int) -> Layout:
@@ -63,6 +63,7 @@ def grid() -> list[tuple[str, Product, float]]:
             flops, given = make(pick)
             if 1e4 < flops < LARGEST_FLOP:
                 found.append((kind, Product(dtype=pick.choice(("float32", "bfloat16")), device="cpu", **given), pick.choice(RATIOS)))
+    pick.shuffle(found)  # so that a part of them is a fair sample
     return found
 
 
@@ -74,17 +75,19 @@ def planned(product: Product, ratio: float, rounds: int) -> tuple[SitePlan, list
     return plans[0].sites[0], times
 
 
-def overhead_us() -> float:
-    """A step's time outside of its products."""
-    site, (exact, _) = planned(Product("mm", (contiguous(1, 16), ((16, 16), (1, 16))), "float32", "cpu"), 0.5, 15)
+@functools.cache
+def overhead_us(dtype: str) -> float:
+    """A step's time outside of its products, from a small site."""
+    site, (exact, _) = planned(Product("mm", (contiguous(4, 128), ((128, 16), (1, 128))), dtype, "cpu"), 0.5, 15)
     assert site.time_exact_us is not None
     return max(0.0, exact - site.time_exact_us)
 
 
-def row(kind: str, product: Product, ratio: float, outside: float, rounds: int) -> dict[str, Any]:
+def row(kind: str, product: Product, ratio: float, rounds: int) -> dict[str, Any]:
+    outside = overhead_us(product.dtype)
     site, (exact, sampled) = planned(product, ratio, rounds)
     assert site.time_exact_us is not None and site.time_sampled_us is not None
-    chosen = cost.pays(site.time_exact_us, site.time_sampled_us, cost.margin(machine.current())) and site.decision == "sampled"
+    chosen = site.decision == "sampled" and cost.worth(site.kind, site.time_exact_us, site.time_sampled_us, machine.current())
     return (
         {k: v for k, v in conditions().items() if k != "dtype"}
         | identity(kind, product, ratio)
@@ -124,23 +127,15 @@ def main(
 ) -> None:
     if threads:
         torch.set_num_threads(threads)
-    path = RESULTS / "predict.csv"
-    stored = list(csv.DictReader(path.open())) if path.exists() and not fresh else []
-    here = {k: str(v) for k, v in conditions().items()} | {"profile": machine.current().digest[:12]}
-    rows = [r for r in stored if all(r[k] == here[k] for k in ("device", "threads", "torch", "profile"))]
-    done = {tuple(r[k] for k in KEY) for r in rows}
-    todo = [g for g in grid() if _key(here, g) not in done]
-    outside = overhead_us() if todo else 0.0
+    here = conditions() | {"profile": machine.current().digest[:12]}
+    rows = [] if fresh else stored("predict", {k: here[k] for k in ("device", "threads", "torch", "profile")})
+    done = [{k: r[k] for k in KEY} for r in rows]
+    todo = [g for g in grid() if {k: str(v) for k, v in identity(*g).items()} not in done]
     for site in track(todo[: limit or None], "timing sites", console=console):
-        found = row(*site, outside, rounds)
+        found = row(*site, rounds)
         store("predict", [found])
         rows.append(found)
     summary(rows)
-
-
-def _key(here: dict[str, str], site: tuple[str, Product, float]) -> tuple[str, ...]:
-    known = here | {k: str(v) for k, v in identity(*site).items()}
-    return tuple(known[k] for k in KEY)
 
 
 if __name__ == "__main__":
