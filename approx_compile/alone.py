@@ -63,6 +63,13 @@ def _operand(product: Product, i: int) -> Tensor:
 Backend = str | Callable[..., Any]
 
 
+def sampled(options: dict[str, Any]) -> Backend:
+    """A backend with these options, which says nothing about it."""
+    from approx_compile.backend import Backend as Approx  # which comes to ask for times itself
+
+    return Approx(options, on_plan=lambda plan, before, after: None)
+
+
 def step_of(product: Product, backend: Backend) -> Callable[[], None]:
     """A forward and backward pass of the product alone, compiled; gradients are dropped before each."""
     model = Alone(product)

@@ -24,7 +24,7 @@ from approx_compile import _torch
 ESTIMATORS = ("topk", "topk_weights", "crs", "bernoulli", "uniform", "wta")
 METHODS = (*ESTIMATORS, "exact")
 SAMPLINGS = ("forward", "backward", "blackbox")
-POLICIES = ("cost", "always", "adaptive")
+POLICIES = ("cost", "always", "adaptive", "measure")
 ROW_METHODS = ("bernoulli", "topk", "uniform", "wta")
 LOWERINGS = ("auto", "inductor")
 KINDS = ("conv", "linear", "matmul", "site")
@@ -39,7 +39,6 @@ LEAST_ROWS = 2
 # Named in the design and the papers, not in this version: refused by name, so that nobody waits for an effect.
 _NOT_BUILT: dict[str, tuple[str, ...]] = {
     "method": ("zero", "random", "max", "dropout", "adaptive_dropout", "alsh"),
-    "policy": ("measure",),
     "lowering": ("triton", "cuda"),
     "key": ("steps", "plan", "j", "scale", "std"),
 }
@@ -356,7 +355,7 @@ class ApproxConfig(_Rules):
 
     Keys: `method` (one of `ESTIMATORS` or "exact"), `ratio` in (0, 1], `min_k` (shorter axes are exact), `group` (contiguous indices kept or
     dropped together), `sampling` (forward | backward | blackbox), `output` / `grad_input` / `grad_weight` / `grad` (a method's name or a
-    table; `grad` with `axis: "rows"`: samples of the batch), `policy` (adaptive | cost | always; without
+    table; `grad` with `axis: "rows"`: samples of the batch), `policy` (adaptive | cost | measure | always; without
     it, adaptive if no other key says what to sample, else cost), `adaptive` (see `AdaptiveTable`), `rules` (a list
     of tables with `layers`), `lowering` (auto | inductor), `inductor` (Inductor's own options, `mode` included). Frozen, hashable, deep-copyable,
     picklable. Raises `ConfigError`.
@@ -469,6 +468,10 @@ class ApproxConfig(_Rules):
         """Whether any product may be sampled along its own axis. Rules, which may combine in many ways, count as asking."""
         settings = self.settings([False] * len(self.rules))
         return bool(self.rules) or any(p.method != "exact" for p in (settings.output, settings.grad_input, settings.grad_weight))
+
+    def measures(self) -> bool:
+        """Whether any site may be decided by timing it."""
+        return "measure" in [self.policy, *(rule.policy for rule in self.rules)]
 
     def least_rows(self) -> int:
         """The smallest `min_k` that row sampling may meet."""

@@ -125,22 +125,13 @@ class Machine(BaseModel):
         """Of reading `size` bytes (by default far more than any cache holds)."""
         return self.tables["read"].at(size)
 
-    @functools.cached_property
+    @property  # not cached: a changed copy of a model copies what is cached, too
     def digest(self) -> str:
         """A hash of everything a decision may read."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
     def save(self, path: Path) -> None:
-        """Atomically: several processes may write at once, and a reader sees one whole file or another."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        try:
-            with os.fdopen(fd, "w") as f:
-                f.write(self.model_dump_json(indent=1))
-            os.replace(temporary, path)
-        except OSError:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write(path, self.model_dump_json(indent=1))
 
     def __rich__(self) -> RichTable:
         kind = "quick measurement" if self.quick else "calibrated"
@@ -151,6 +142,19 @@ class Machine(BaseModel):
             over = ", ".join(f"{axis} {sizes[0]:g}..{sizes[-1]:g}" for axis, sizes in t.axes.items())
             table.add_row(name, over, f"{min(t.values):.3g}", f"{max(t.values):.3g}", t.unit)
         return table
+
+
+def write(path: Path, text: str) -> None:
+    """Atomically: several processes may write at once, and a reader sees one whole file or another."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(fd, "w") as f:
+            f.write(text)
+        os.replace(temporary, path)
+    except OSError:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def load(path: str | os.PathLike[str]) -> Machine:

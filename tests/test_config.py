@@ -26,7 +26,6 @@ WRONG = {
     "group": ({"group": -4}, "-4", "'auto'"),
     "sampling": ({"sampling": "forwards"}, "forwards", "'forward'"),
     "policy": ({"policy": "costs"}, "costs", "'cost'"),
-    "policy_later": ({"policy": "measure"}, "measure", "not built yet"),
     "method_later": ({"grad_weight": "max"}, "grad_weight.method", "not built yet"),
     "key_later": ({"rules": [{"layers": "conv", "steps": "::2"}]}, "steps", "not built yet"),
     "rows_axis": ({"grad": {"axis": "row"}}, "grad.axis", "Did you mean 'rows'"),

@@ -11,14 +11,29 @@ import torch
 from common import mlp, plans_of
 from torch import nn
 
-from approx_compile import Backend, machine
+from approx_compile import Backend, explain, machine
 from approx_compile.backend import run_as_is
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.passes import cost
 from approx_compile.passes.cost import Case, evaluate, terms
 
 ALWAYS: dict[str, Any] = {"policy": "always", "ratio": 0.5, "min_k": 1}
-SIZES = {cost.B: 1, cost.M: 32, cost.K: 64, cost.N: 128, cost.T: 1, cost.I: 32, cost.O: 32, cost.S: 32, cost.e: 4, cost.k: 16, cost.u: 64}
+SIZES = {
+    cost.B: 1,
+    cost.M: 32,
+    cost.K: 64,
+    cost.N: 128,
+    cost.T: 1,
+    cost.I: 32,
+    cost.O: 32,
+    cost.S: 32,
+    cost.e: 4,
+    cost.k: 16,
+    cost.u: 64,
+    cost.p: 1,
+    cost.q: 1,
+    cost.r: 1,
+}
 
 
 def factor(machine_: machine.Machine, name: str, by: float) -> machine.Machine:
@@ -93,9 +108,17 @@ def test_decisions_follow_the_machine() -> None:
     assert slow.decision == "exact" and ("break-even 0.0" in slow.reason or "no ratio breaks even" in slow.reason)
 
 
-def test_a_quick_profile_asks_for_more() -> None:
+def test_a_quick_profile_asks_for_more_and_little_is_left_alone() -> None:
+    model, x = mlp(1024, 1024, 1024), torch.randn(512, 1024, requires_grad=True)
     profile = machine.current()
-    assert cost.margin(profile) < cost.margin(profile.model_copy(update={"quick": True}))
+    (site, *_) = decided(model, x, profile)
+    exact, sampled = site.time_exact_us, site.time_sampled_us
+    dull = factor(profile, "kernel", (exact - sampled) / profile.table("kernel").at() / cost.LEAST_LAUNCHES * 1.2)
+    assert decided(model, x, dull)[0].decision == "exact"
+    quick = profile.model_copy(update={"quick": True})
+    for gain, want in ((1.1, (False, False)), (1.3, (True, False)), (1.6, (True, True))):
+        assert tuple(cost.worth("linear", gain * 1e6, 1e6, p) for p in (profile, quick)) == want
+    assert not cost.worth("conv", 1.3e6, 1e6, profile) and cost.worth("conv", 1.6e6, 1e6, profile)
 
 
 def test_break_even_is_where_times_meet() -> None:
@@ -140,6 +163,16 @@ def test_expressions_hold_for_a_symbolic_batch() -> None:
     backend = Backend({**ALWAYS, "group": 1}, inner_compile=run_as_is, on_plan=lambda plan, b, a: found.append(plan))
     torch.compile(mlp(64, 64, 64), backend=backend)(x)
     assert found[0].sites[0].products[0].time_exact_us == plans_of(mlp(64, 64, 64), {**ALWAYS, "group": 1}, torch.randn(48, 64))[0].products[0].time_exact_us
+
+
+def test_explain_prints_the_expressions() -> None:
+    report = explain(mlp(64, 48, 32), torch.randn(40, 64), config=ALWAYS | {"group": 1})
+    lines = report.costs().splitlines()
+    (product, *_) = [line for line in lines if "2*B*M*N*T*k" in line]
+    first = report.sites[0].products["output"]
+    assert f"{dict(first.terms)['product: 2*B*M*N*T*k by linear.output at M, k, N']:.3g}" in product
+    assert dict(first.sizes) == {"B": 1, "I": 40, "K": 64, "M": 40, "N": 48, "T": 1, "e": 4, "k": 32, "p": 1, "q": 1, "u": 64}
+    assert report.sites[0].time_sampled_us == sum(p.time_sampled_us or 0 for p in report.sites[0].products.values())
 
 
 def test_estimators_of_every_method_have_a_time() -> None:

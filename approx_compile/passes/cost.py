@@ -34,11 +34,20 @@ from approx_compile.kernels.estimators import Estimator
 from approx_compile.machine import Machine
 from approx_compile.passes.sites import BMM, CONV, Product, Site
 
-MARGIN = 1.1
-"""Predicted exact time over sampled time that sampling must reach."""
+MARGIN = 1.2
+"""Predicted exact time over sampled time that sampling must reach: expressions are within some 20% of most sites (benchmarks/predict.py)."""
+
+CONV_MARGIN = 1.5
+"""The same for convolutions: in which layout their gathers run is Inductor's choice, and later."""
 
 QUICK_MARGIN = 1.25
-"""The same by a quick measurement of the machine."""
+"""By this more where the machine was measured quickly."""
+
+LEAST_LAUNCHES = 20
+"""The time saved must be that of so many launches: what the expressions leave out, allocations and checks, comes in launches."""
+
+MEASURED_MARGIN = 1.05
+"""The same for times measured (each is a median, within a few percent of the next one)."""
 
 SKIP_MARGIN = 1.05
 """The same for skipping zeros, which costs no accuracy."""
@@ -147,11 +156,12 @@ Sizes = dict[sympy.Symbol, float]
 
 @dataclass(frozen=True)
 class Estimate:
-    """FLOPs of a product, the sampling included, and its predicted time: in all, and by term. Without a machine there are no times."""
+    """FLOPs of a product, the sampling included, and its predicted time: in all, and by term, at which sizes. Without a machine there are no times."""
 
     flops: int
     time_us: float | None
     terms: tuple[tuple[str, float], ...] = ()
+    sizes: tuple[tuple[str, float], ...] = ()
 
 
 def evaluate(case: Case, sizes: Mapping[sympy.Symbol, float], dtype: Any, machine: Machine | None) -> Estimate:
@@ -165,7 +175,9 @@ def evaluate(case: Case, sizes: Mapping[sympy.Symbol, float], dtype: Any, machin
         rate, unit = table.at(*at), table.unit
         amount = {"flops": f, "bytes": b, "launches": count}[_AMOUNT[unit]]
         times.append((str(term), amount * rate if unit == "us" else amount / rate / 1e3))
-    return Estimate(round(flops), sum(t for _, t in times) if machine is not None else None, tuple(times))
+    used = sorted({str(s) for t in terms(case) for x in (t.flops, t.bytes, *t.at) for s in x.free_symbols})
+    known = {str(s): float(v) for s, v in sizes.items()}
+    return Estimate(round(flops), sum(t for _, t in times) if machine is not None else None, tuple(times), tuple((s, known[s]) for s in used))
 
 
 # --- sites ---
@@ -245,5 +257,8 @@ def pays(exact_us: float, sampled_us: float, margin: float) -> bool:
     return exact_us > margin * sampled_us
 
 
-def margin(machine: Machine) -> float:
-    return QUICK_MARGIN if machine.quick else MARGIN
+def worth(kind: str, exact_us: float, sampled_us: float, machine: Machine) -> bool:
+    """Whether the predicted times of a site ("conv" or another kind) call for sampling."""
+    margin = (CONV_MARGIN if kind == "conv" else MARGIN) * (QUICK_MARGIN if machine.quick else 1)
+    least = LEAST_LAUNCHES * machine.table("kernel").at()
+    return pays(exact_us, sampled_us, margin) and exact_us - sampled_us > least

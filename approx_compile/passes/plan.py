@@ -20,8 +20,11 @@ from approx_compile.passes.stages import Cut
 
 _BY_SETTINGS = "exact by the settings"
 
+TIMED = ("cost", "measure")
+"""The policies under which a site must be worth its time."""
+
 GRANULE = 16
-"""Under the policy "cost" kept entries come in multiples of this, which vector units and product kernels like."""
+"""Under these kept entries come in multiples of this, which vector units and product kernels like."""
 
 WIDE = 512
 """Contraction channels that a linear site needs before the one line's default samples it (narrow layers lose accuracy for little time)."""
@@ -31,7 +34,7 @@ WIDE = 512
 class ProductPlan:
     """The decision for one product: "sampled" along its own axis, "coupled" to the output's choice, run on the "rows" kept, or "exact". `k` of `size`
     entries are kept. `node`: its name in the joint graph. Times are predictions in us (None where nothing was to be decided by time); `terms` says
-    term by term what the time as planned is made of (see `passes.cost`).
+    term by term what the time as planned is made of, `sizes` what the symbols in them stand for (see `passes.cost`).
 
     `skips`: the site whose dropped entries make this product's output gradient zero; computing nothing there changes no value.
     """
@@ -51,6 +54,7 @@ class ProductPlan:
     time_exact_us: float | None = None
     time_sampled_us: float | None = None
     terms: tuple[tuple[str, float], ...] = ()
+    sizes: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -157,10 +161,23 @@ def _on_rows(site: SitePlan, cuts: Mapping[str, Cut]) -> SitePlan:
     return replace(site, products=tuple(products), decision="sampled", reason=reason)
 
 
-def make_plan(sites: Sequence[Site], config: ApproxConfig, machine: Machine | None = None) -> Plan:
-    """The decisions by the settings and, where they ask for it, by what the machine is predicted to take. Without one nothing is decided by time."""
+Tries = list[tuple[ProductPlan, ...]]
+"""Ways to carry out a site's products."""
+
+Ask = Callable[[Sequence[tuple[Site, Tries]]], Sequence[Sequence[float]]]
+"""Measured times of sites, us: exact, then each of the tries."""
+
+
+def make_plan(sites: Sequence[Site], config: ApproxConfig, machine: Machine | None = None, ask: Ask | None = None) -> Plan:
+    """The decisions by the settings and, where they ask for it, by what the machine is predicted to take, or was measured to (`ask`)."""
     matches, unmatched = match_rules(sites, config)
-    decided = [_decide(s, config.settings(m), machine) for s, m in zip(sites, matches, strict=True)]
+    settings = [config.settings(m) for m in matches]
+    tried = [_tried(s, w, machine) for s, w in zip(sites, settings, strict=True)]
+    asked = [i for i, t in enumerate(tried) if settings[i].policy == "measure" and not isinstance(t, SitePlan)]
+    times: dict[int, Sequence[float]] = {}
+    if asked and ask is not None:
+        times = dict(zip(asked, ask([(sites[i], t) for i in asked if not isinstance(t := tried[i], SitePlan)]), strict=True))
+    decided = [t if isinstance(t, SitePlan) else _judged(sites[i], settings[i], t, machine, times.get(i)) for i, t in enumerate(tried)]
     return Plan(tuple(_with_nodes(s, p) for s, p in zip(sites, decided, strict=True)), unmatched)
 
 
@@ -199,32 +216,40 @@ def row_requests(sites: Sequence[Site], config: ApproxConfig) -> tuple[RowSettin
     return config.settings([False] * len(config.rules)).rows, asked
 
 
-def _decide(site: Site, settings: SiteSettings, machine: Machine | None) -> SitePlan:
-    """Legal first, then wanted, then worth it."""
+def _tried(site: Site, settings: SiteSettings, machine: Machine | None) -> SitePlan | Tries:
+    """Legal first, then wanted: the site left exact, or the ways to sample it among which time decides."""
     reason = site.blocked
-    if reason is None and settings.policy == "cost" and (settings.rows is None or settings.output.method != "exact"):
+    if reason is None and settings.policy in TIMED and (settings.rows is None or settings.output.method != "exact"):
         reason = _unwise(site, settings)
     if reason is not None:
         return _all_exact(site, reason, machine)
     tries = [_products(site, s, machine) for s in _candidates(site, settings)]
-    products = min(tries, key=_time)
-    if all(p.decision == "exact" for p in products):
-        return _all_exact(site, products[0].reason, machine, products)
-    done = next(p for p in products if p.decision != "exact")
-    if settings.policy != "cost":
-        return _site_plan(site, "sampled", done.reason, products)
+    if all(p.decision == "exact" for p in tries[0]):
+        return _all_exact(site, tries[0][0].reason, machine, tries[0])
+    return tries
+
+
+def _judged(site: Site, settings: SiteSettings, tries: Tries, machine: Machine | None, times: Sequence[float] | None) -> SitePlan:
+    """The best of the tries, if it is worth it."""
+    best = min(tries, key=_time) if times is None else tries[min(range(len(tries)), key=lambda i: times[i + 1])]
+    done = next(p for p in best if p.decision != "exact")
+    found = _site_plan(site, "sampled", done.reason, best)
+    if settings.policy not in TIMED:
+        return found
     if machine is None:
         return _all_exact(site, f"no cost model for {_device(site)}", machine)
-    found, prediction = _site_plan(site, "sampled", done.reason, products), _predicted(site, products, machine)
-    assert found.time_exact_us is not None and found.time_sampled_us is not None
-    if not cost.pays(found.time_exact_us, found.time_sampled_us, cost.margin(machine)):
-        return _all_exact(site, f"would not pay: {prediction}", machine)
-    return replace(found, reason=f"{done.reason}; {prediction}")
+    if times is not None:
+        worth, why = cost.pays(times[0], min(times[1:]), cost.MEASURED_MARGIN), f"measured {times[0] / min(times[1:]):.2f}x at ratio {done.ratio:g}"
+    else:
+        assert found.time_exact_us is not None and found.time_sampled_us is not None
+        worth = cost.worth(site.kind, found.time_exact_us, found.time_sampled_us, machine)
+        why = _predicted(site, best, machine)
+    return replace(found, reason=f"{done.reason}; {why}") if worth else _all_exact(site, f"would not pay: {why}", machine)
 
 
 def _candidates(site: Site, settings: SiteSettings) -> list[SiteSettings]:
-    """Under the policy "cost" what `group: "auto"` may come to: single entries, or as many as move fast."""
-    if settings.policy != "cost" or "auto" not in [w.group for w in (settings.output, settings.grad_input, settings.grad_weight)]:
+    """Where time decides, what `group: "auto"` may come to: single entries, or as many as move fast."""
+    if settings.policy not in TIMED or "auto" not in [w.group for w in (settings.output, settings.grad_input, settings.grad_weight)]:
         return [settings]
 
     def grouped(wanted: ProductSettings, group: int) -> ProductSettings:
@@ -322,7 +347,7 @@ def _own_axis(site: Site, product: Product, wanted: ProductSettings, machine: Ma
 
 def _timed(site: Site, plan: ProductPlan, product: Product, estimate: cost.Estimate, machine: Machine | None) -> ProductPlan:
     exact = cost.exact(site, product, machine)
-    return replace(plan, flops_sampled=estimate.flops, time_exact_us=exact.time_us, time_sampled_us=estimate.time_us, terms=estimate.terms)
+    return replace(plan, flops_sampled=estimate.flops, time_exact_us=exact.time_us, time_sampled_us=estimate.time_us, terms=estimate.terms, sizes=estimate.sizes)
 
 
 def _auto_group(site: Site, product: Product) -> int:

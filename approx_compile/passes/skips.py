@@ -48,7 +48,7 @@ def _with_skip(site: Site, plan: SitePlan, j: int, source: str, dropped: Product
     reason = f"{decision.reason}; skips what {source} dropped"
     products = list(plan.products)
     products[j] = replace(
-        decision, reason=reason, flops_sampled=estimate.flops, time_sampled_us=estimate.time_us, terms=estimate.terms, skips=source
+        decision, reason=reason, flops_sampled=estimate.flops, time_sampled_us=estimate.time_us, terms=estimate.terms, sizes=estimate.sizes, skips=source
     )
     note = "; its gradients skip what later sites dropped"
     exact = plan.decision == "exact" and note not in plan.reason
