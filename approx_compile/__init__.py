@@ -1,12 +1,15 @@
 """approx_compile: a torch.compile backend that trains with approximate matrix products and convolutions."""
 
+from approx_compile import presets
 from approx_compile.annotate import annotate
 from approx_compile.backend import Backend
 from approx_compile.config import ApproxConfig, ConfigError
-from approx_compile.control import Control, controls, load_state_dict, state_dict
+from approx_compile.control import Control, controls
 from approx_compile.decisions import Decisions, decisions
 from approx_compile.notices import ApproxWarning
 from approx_compile.report import Report, explain
+from approx_compile.schedule import set_phase, set_step
+from approx_compile.state import load_state_dict, state_dict
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,5 +25,8 @@ __all__ = [
     "decisions",
     "explain",
     "load_state_dict",
+    "presets",
+    "set_phase",
+    "set_step",
     "state_dict",
 ]

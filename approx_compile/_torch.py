@@ -336,16 +336,20 @@ def exact_mark(node: fx.Node) -> str | None:
     return reason if isinstance(reason, str) else None
 
 
-def compile_fx(gm: fx.GraphModule, example_inputs: Any, patches: dict[str, Any], inner_compile: Any = None, cached: bool = True) -> Any:
+def compile_fx(
+    gm: fx.GraphModule, example_inputs: Any, patches: dict[str, Any], inner_compile: Any = None, cached: bool = True, one_of_several: bool = False
+) -> Any:
     """Inductor, or, with `inner_compile`, its front half handing the partitioned graphs to something else.
 
     AOTAutograd's cache would bring back compiled graphs without what an `inner_compile` put around them, so it is off then; and the backward
-    graph is compiled at once. `cached`: whether Inductor's own cache of graphs is used.
+    graph is compiled at once. `cached`: whether Inductor's own cache of graphs is used. `one_of_several`: the graph is compiled more than once in one call
+    of the backend, and what AOTAutograd keeps of it for a backward pass compiled later would be another's.
     """
     from torch._inductor.compile_fx import compile_fx as inductor
 
     if inner_compile is None:
-        return inductor(gm, example_inputs, config_patches=patches)
+        with torch._functorch.config.patch(force_non_lazy_backward_lowering=True) if one_of_several else contextlib.nullcontext():
+            return inductor(gm, example_inputs, config_patches=patches)
     patches = patches if cached else {**patches, "fx_graph_cache": False}
     with torch._functorch.config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True):
         return inductor(gm, example_inputs, inner_compile=inner_compile, config_patches=patches)
@@ -390,6 +394,26 @@ def guards_on(symbol: sympy.Symbol, gm: fx.GraphModule) -> list[Any]:
     env = _graph_mode(gm.graph).shape_env
     known = {env.replace(g.expr) for g in env.guards}  # sizes found equal are one symbol then
     return [e for e in known if symbol in e.free_symbols]
+
+
+def first_call_is_fake() -> bool:
+    """Whether whoever compiles now will first call what comes out with fake tensors (DDPOptimizer does)."""
+    return bool(getattr(torch._guards.TracingContext.try_get(), "fakify_first_call", False))
+
+
+def not_traced(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Dynamo calls the function as it is, where it meets it in code that it compiles."""
+    disabled: Callable[..., Any] = torch.compiler.disable(f)
+    return disabled
+
+
+def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
+    """A Dynamo graph to compile once more: passes before autograd edit it in place, and a copy alone would lose where its inputs come from."""
+    new = copy.deepcopy(gm)
+    for a, b in zip(gm.graph.find_nodes(op="placeholder"), new.graph.find_nodes(op="placeholder"), strict=True):
+        if hasattr(a, "_dynamo_source"):
+            b._dynamo_source = a._dynamo_source  # type: ignore[attr-defined]
+    return new
 
 
 # --- a symbol for the batch ---
@@ -501,6 +525,11 @@ def known_equal(a: Any, b: Any) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return bool(statically_known_true(a == b))
+
+
+def leaves(tree: Any) -> list[Any]:
+    """What is in nested tuples, lists, dicts and registered classes."""
+    return torch.utils._pytree.tree_leaves(tree)
 
 
 def readable(graph: fx.Graph) -> str:

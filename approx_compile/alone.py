@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from approx_compile.probes import Clock
+from approx_compile.gauges import Clock
 
 Layout = tuple[tuple[int, ...], tuple[int, ...]]
 """Shape and strides of an operand."""

@@ -12,7 +12,8 @@ import weakref
 
 from torch import nn
 
-from approx_compile.config import ApproxConfig, Pattern
+from approx_compile.config import ApproxConfig
+from approx_compile.patterns import Pattern
 
 _NAME = "_approx_compile_name"
 _MODEL = "_approx_compile_model"

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import sympy
 import torch
@@ -23,7 +24,9 @@ from approx_compile.passes.graph_pass import ApproxPass, Listener
 from approx_compile.passes.plan import Plan
 from approx_compile.passes.sites import Context, Input, Module
 from approx_compile.passes.stages import Cut
+from approx_compile.probe import Outputs
 from approx_compile.row_compiler import Declined, RowCompiler
+from approx_compile.schedule import Dispatch, Schedule, count_steps
 
 DISABLE = "APPROX_COMPILE_DISABLE"
 _TRANSFORMS = ("_vmap_increment_nesting", "_grad_increment_nesting", "_jvp_increment_nesting")
@@ -45,6 +48,7 @@ class Backend:
         keep_graphs: bool = False,
     ) -> None:
         self.config = ApproxConfig.of(config)
+        self.schedule = Schedule.of(self.config)
         self.inner_compile = inner_compile
         self.on_plan = on_plan
         self.keep_graphs = keep_graphs
@@ -61,58 +65,137 @@ class Backend:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, **kwargs: Any) -> Any:
         patches = inductor_patches(self.config, mode)
-        cached = self.inner_compile is None
         if os.environ.get(DISABLE) == "1" or not torch.is_grad_enabled():  # no gradient: exact, and no guard on the modules' mode
-            return _torch.compile_fx(gm, example_inputs, patches, self.inner_compile, cached)
+            return _torch.compile_fx(gm, example_inputs, patches, self.inner_compile, self.inner_compile is None)
         context, layers, root = read_graph(gm, example_inputs, self.config)
-        record = notices.Record(self.config, root, layers, context, gm.code)
-        plans: list[tuple[Plan, fx.Graph | None, fx.Graph | None]] = []
-        profile = _profile(example_inputs) if self.config.asks_for_products() else None
+        configs, which = self.schedule.relevant([context.root.name, *(m.name for m in context.modules.values())])
+        if context.nothing_trains():
+            configs = configs[:1]
+        rungs = [c.rungs() if not context.nothing_trains() else c.rungs()[-1:] for c in configs]
+        flat = [config for own in rungs for _, config in own]
+        work = _Work(self, gm, example_inputs, patches, context, layers, root, len(flat) > 1)
+        variants = work.compile(flat)
+        if self.on_plan is None:
+            record = notices.Record(self.config, root, layers, context, gm.code, _standing_for_all(variants, flat, self.config), len(configs))
+            record.announce("".join(v.uuid for v in variants), example_inputs)
+        if len(variants) == 1:
+            return variants[0].call
+        return self._switching(rungs, [v.call for v in variants], which, _parameters(example_inputs), work.key(), notices.name_of(root))
 
-        def compiled_with(rows: RowCompiler | None) -> Any:
-            approx = ApproxPass(self.config, context, layers, lambda *found: plans.append(found), self.keep_graphs, rows.ask if rows else None, profile)
-            inner = rows if rows is not None else self.inner_compile
-            compiled = _torch.compile_fx(gm, example_inputs, patches | {"joint_custom_pre_pass": _after_users(approx)}, inner, cached)
-            return compiled, approx.uuid()
+    def _switching(
+        self, rungs: Sequence[Sequence[tuple[float, Any]]], compiled: Sequence[Any], which: Sequence[int], parameters: Sequence[int], key: str, name: str
+    ) -> Any:
+        """One function of all that was compiled: the assignment that holds, and of its rungs the one that its control says."""
+        left = iter(compiled)
+        calls: list[Any] = []
+        for own in rungs:
+            by_ratio = {ratio: next(left) for ratio, _ in own}
+            calls.append(Outputs(self.config.adaptive, by_ratio, parameters, key) if len(by_ratio) > 1 else next(iter(by_ratio.values())))
+        run = calls[0]
+        if len(calls) > 1:
+            count_steps()
+            run = Dispatch(self.schedule, calls, which, parameters, name)
+        first_is_fake = _torch.first_call_is_fake()
 
-        rows, no_rows, asked = self._rows(gm, context, layers, root)
-        try:
-            compiled, uuid = compiled_with(rows)
-        except Declined as e:
-            assert rows is not None
-            if asked and (name := _torch.compilation()) is not None:  # back to static sizes: then it is Inductor's code, bit for bit
-                _declined.clear()
-                _declined[name] = tuple(rows.cuts)
-                raise _torch.TraceAgain(restart_reason="approx: rows are not worth it") from None
-            no_rows, plans[:] = (str(e), rows.cuts), []
-            compiled, uuid = compiled_with(None)
+        def call(*args: Any) -> Any:  # a plain function is what wrappers of compiled code expect
+            nonlocal first_is_fake
+            if first_is_fake:  # DDPOptimizer's, after which every compiled function expects real tensors
+                first_is_fake = False
+                first, *_ = [f(*args) for f in compiled]
+                return first
+            return run(*args)
+
+        return call
+
+
+class _Variant(NamedTuple):
+    """A graph compiled with settings that hold at some steps."""
+
+    call: Any
+    uuid: str
+    plan: Plan | None
+
+
+@dataclass
+class _Work:
+    """One call of the backend: a Dynamo graph to be compiled, once or with several settings."""
+
+    backend: Backend
+    gm: fx.GraphModule
+    example_inputs: Sequence[Any]
+    patches: dict[str, Any]
+    context: Context
+    layers: tuple[str, ...]
+    root: nn.Module | None
+    several: bool
+
+    def compile(self, configs: Sequence[ApproxConfig]) -> list[_Variant]:
+        """The graph with each of the settings. Those with rows come first: if they are worth it in none, Dynamo traces again without a symbol."""
+        rowed = [i for i, c in enumerate(configs) if c.asks_for_rows()]
+        batch, cuts, asked = self._batch() if rowed else ("", (), False)
+        refused: dict[int, tuple[str, Sequence[Cut]]] = {}
+        done: dict[int, _Variant] = {}
+        for i in rowed:
+            if isinstance(batch, str):
+                refused[i] = (batch, cuts)
+                continue
+            rows = RowCompiler(batch, configs[i], self.backend.inner_compile, self.root, self.key())
+            try:
+                done[i] = self._one(configs[i], rows)
+            except Declined as e:
+                refused[i] = (str(e), rows.cuts)
+        if asked and len(refused) == len(rowed) and not isinstance(batch, str) and (name := _torch.compilation()) is not None:
+            _declined.clear()
+            _declined[name] = tuple(cut for _, cuts in refused.values() for cut in cuts)
+            raise _torch.TraceAgain(restart_reason="approx: rows are not worth it")
+        return [done[i] if i in done else self._one(c, None, refused.get(i)) for i, c in enumerate(configs)]
+
+    def _one(self, config: ApproxConfig, rows: RowCompiler | None, no_rows: tuple[str, Sequence[Cut]] | None = None) -> _Variant:
+        """With rows, or with the reason why not and the cuts that might have been, or without a word of rows."""
+        backend, plans = self.backend, list[tuple[Plan, fx.Graph | None, fx.Graph | None]]()
+        profile = _profile(self.example_inputs) if config.asks_for_products() else None
+        approx = ApproxPass(config, self.context, self.layers, lambda *found: plans.append(found), backend.keep_graphs, rows.ask if rows else None, profile)
+        inner = rows if rows is not None else backend.inner_compile
+        gm = _torch.copy_of(self.gm) if self.several else self.gm
+        patches = self.patches | {"joint_custom_pre_pass": _after_users(approx)}
+        compiled = _torch.compile_fx(gm, self.example_inputs, patches, inner, backend.inner_compile is None, self.several)
+        whole: Plan | None = None
         for plan, before, after in plans:  # graphs inside the graph have passes of their own
             plan = plan.without_rows(*no_rows) if no_rows is not None else plan.with_cuts(rows.cuts) if rows is not None else plan
-            record.plan = plan if record.plan is None else record.plan.joined(plan)
-            if self.on_plan is not None:
-                self.on_plan(plan, before, after)
-        if self.on_plan is None:
-            record.announce(uuid, example_inputs)
-        return compiled
+            whole = plan if whole is None else whole.joined(plan)
+            if backend.on_plan is not None:
+                backend.on_plan(plan, before, after)
+        return _Variant(compiled, approx.uuid(), whole)
 
-    def _rows(
-        self, gm: fx.GraphModule, context: Context, layers: tuple[str, ...], root: nn.Module | None
-    ) -> tuple[RowCompiler | None, tuple[str, Sequence[Cut]] | None, bool]:
-        """What compiles the backward pass for some of the rows, if the settings ask for it; or the reason why not and the cuts that might have been;
-        and whether a symbol was asked for."""
-        if not self.config.asks_for_rows():
-            return None, None, False
-        if context.nothing_trains():
-            return None, ("no module is in training mode", ()), False
+    def _batch(self) -> tuple[sympy.Symbol | str, Sequence[Cut], bool]:
+        """The symbol of the batch's size, or why rows can't be sampled and the cuts that might have been; and whether a symbol was asked for."""
+        if self.context.nothing_trains():
+            return "no module is in training mode", (), False
         declined = _declined.pop(_torch.compilation(), None)
         if declined is not None:
-            return None, (declined[0].reason, declined), False
-        batch, asked = batch_symbol(gm, self.config)
-        if isinstance(batch, str):
-            return None, (batch, ()), asked
-        named = repr([context.modules[k.split("@")[0]].name if k else "" for k in layers])
-        key = hashlib.sha256(named.encode()).hexdigest()[:12] + ":"  # the same in another process, whatever the sizes
-        return RowCompiler(batch, self.config, self.inner_compile, root, key), None, asked
+            return declined[0].reason, declined, False
+        batch, asked = batch_symbol(self.gm, self.backend.config)
+        return batch, (), asked
+
+    def key(self) -> str:
+        """Names the graph, the same in another process, whatever the sizes."""
+        named = repr([self.context.modules[k.split("@")[0]].name if k else "" for k in self.layers])
+        return hashlib.sha256(named.encode()).hexdigest()[:12] + ":"
+
+
+def _standing_for_all(variants: Sequence[_Variant], configs: Sequence[ApproxConfig], config: ApproxConfig) -> Plan | None:
+    """The plan that the user is told of: the one that samples most. A pattern of a rule is unmatched if it is so wherever the rule holds."""
+    plans = [v.plan for v in variants if v.plan is not None]
+    if len(plans) < len(variants):
+        return None
+    if len(plans) == 1:
+        return plans[0]
+    matched = {p.text for plan, c in zip(plans, configs, strict=True) for p in c.patterns() if p.text not in plan.unmatched}
+    return replace(max(plans, key=lambda p: p.sampled), unmatched=tuple(p.text for p in config.patterns() if p.text not in matched))
+
+
+def _parameters(example_inputs: Sequence[Any]) -> list[int]:
+    return [i for i, v in enumerate(example_inputs) if isinstance(v, nn.Parameter)]
 
 
 def _profile(example_inputs: Sequence[Any]) -> machine.Machine | None:

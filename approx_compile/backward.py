@@ -6,8 +6,9 @@ input gradients back in place. `Controls` finds the adaptive state of whatever m
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from approx_compile import _torch
 from approx_compile.config import LEAST_ROWS, ApproxConfig, RowSettings
-from approx_compile.control import Control, control_for
+from approx_compile.control import RowControl, control_for
 from approx_compile.kernels.rows import Rows, choose, gathered, row_norms_sq, scattered
 from approx_compile.passes.batch_norm import WEIGHTS
 from approx_compile.passes.stages import ALL, SAVED, Entry, Result, Split
@@ -70,6 +71,8 @@ class RowBackward:
         symbols = self._values(args)
         values = dict(zip(self.names, args, strict=True))
         args.clear()
+        if _all_rows[0]:
+            return self.run(values, symbols, [symbols[self.found.batch]] * len(self.levels), [None] * len(self.levels))
         controls = self.controls.of(values.values())
         followed, own = self._follow(values, symbols)
         counts = self._counts(symbols, controls, followed) if own else [symbols[self.found.batch]] * len(self.levels)
@@ -95,7 +98,7 @@ class RowBackward:
     def _values(self, args: Sequence[Any]) -> dict[sympy.Symbol, int]:
         return {s: args[i] if d is None else args[i].shape[d] for s, i, d in self._symbols}
 
-    def _counts(self, symbols: Mapping[sympy.Symbol, int], controls: Sequence[Control | None], followed: _Kept | None) -> list[int]:
+    def _counts(self, symbols: Mapping[sympy.Symbol, int], controls: Sequence[RowControl | None], followed: _Kept | None) -> list[int]:
         """Rows kept at each level, never more than at the level before. The first level's number may be given; its control then has no say."""
         size = most = symbols[self.found.batch]
         counts = []
@@ -125,7 +128,7 @@ class RowBackward:
         values: dict[str, Any],
         symbols: Mapping[sympy.Symbol, int],
         counts: Sequence[int],
-        controls: Sequence[Control | None],
+        controls: Sequence[RowControl | None],
         followed: _Kept | None = None,
     ) -> list[Any]:
         """One backward pass with `counts` rows at each level; `followed`: the first level's rows, if they are given."""
@@ -162,7 +165,7 @@ class RowBackward:
         kept: Sequence[_Kept | None],
         size: int,
         counts: Sequence[int],
-        control: Control | None,
+        control: RowControl | None,
     ) -> _Kept | None:
         """The rows of level + 1, by the norms of the gradients that enter there. None: all that the level before has."""
         before = counts[level - 1] if level else size
@@ -239,16 +242,29 @@ class Controls:
         self.key = key
         self.root = weakref.ref(root) if root is not None else None
         self.asked = [s.ratio is None for s in levels]
-        self.own = [Control(config.adaptive, f"{key}{i}") for i, _ in enumerate(levels, 1)]
+        self.own = [RowControl(config.adaptive, f"{key}{i}") for i, _ in enumerate(levels, 1)]
 
-    def of(self, saved: Iterable[Any]) -> list[Control | None]:
+    def of(self, saved: Iterable[Any]) -> list[RowControl | None]:
         """One for every level whose ratio is to be found."""
         if not any(self.asked):
             return [None] * len(self.asked)
         owner = next((v for v in saved if isinstance(v, nn.Parameter)), self.root() if self.root is not None else None)
         if owner is None:
             return [c if a else None for a, c in zip(self.asked, self.own, strict=True)]
-        return [control_for(owner, self.adaptive, f"{self.key}{i}") if a else None for i, a in enumerate(self.asked, 1)]
+        return [control_for(owner, self.adaptive, f"{self.key}{i}", RowControl) if a else None for i, a in enumerate(self.asked, 1)]
+
+
+_all_rows = [False]
+
+
+@contextlib.contextmanager
+def all_rows() -> Iterator[None]:
+    """Inside, backward passes run on all rows, and nobody takes notice of them."""
+    before, _all_rows[0] = _all_rows[0], True
+    try:
+        yield
+    finally:
+        _all_rows[0] = before
 
 
 _last_sampled = [-1]

@@ -10,37 +10,43 @@ import difflib
 import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from approx_compile import _torch
+from approx_compile.patterns import Pattern, Steps, needs_total
 
 ESTIMATORS = ("topk", "topk_weights", "crs", "bernoulli", "uniform", "wta")
 METHODS = (*ESTIMATORS, "exact")
+REPLACEMENTS = {"grad_input": ("max",), "grad_weight": ("zero", "random", "max")}
+"""What may stand in the place of a gradient product, where it is not sampled but made up (`kernels.replacements`)."""
 SAMPLINGS = ("forward", "backward", "blackbox")
 POLICIES = ("cost", "always", "adaptive", "measure")
 ROW_METHODS = ("bernoulli", "topk", "uniform", "wta")
 LOWERINGS = ("auto", "inductor")
-KINDS = ("conv", "linear", "matmul", "site")
 PRODUCTS = ("output", "grad_input", "grad_weight")
 
 LADDER = (0.0625, 0.09, 0.125, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0)
 """Shares of the batch, a factor of about the square root of 2 apart."""
+
+FINAL_EXACT = 0.2
+"""The last share of a run of known length in which no output is sampled: training ends on the network that is evaluated."""
+
+OUTPUT_LADDER = (0.25, 0.35, 0.5, 0.7, 1.0)
+"""Ratios of outputs under "adaptive": few, for each is a compilation."""
 
 LEAST_ROWS = 2
 """`min_k` of row sampling, if its table has none. (Compiled code takes one row for another case than many.)"""
 
 # Named in the design and the papers, not in this version: refused by name, so that nobody waits for an effect.
 _NOT_BUILT: dict[str, tuple[str, ...]] = {
-    "method": ("zero", "random", "max", "dropout", "adaptive_dropout", "alsh"),
+    "method": ("dropout", "adaptive_dropout", "alsh"),
     "lowering": ("triton", "cuda"),
-    "key": ("steps", "plan", "j", "scale", "std"),
+    "key": ("plan",),
 }
 
 
@@ -66,6 +72,7 @@ class _Keys(BaseModel):
     """The keys that a product's table, a rule and the whole config share. None means: not set here."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    methods: ClassVar[tuple[str, ...]] = METHODS
 
     method: str | None = None
     ratio: float | None = None
@@ -83,6 +90,12 @@ class _Keys(BaseModel):
                 continue
             if key in ("axis", "batch_norm"):
                 raise ValueError(f"key {key!r} belongs under grad: one set of rows serves all gradients; valid keys here are {', '.join(valid)}")
+            if key in ("layers", "steps", "phase"):
+                raise ValueError(f"key {key!r} belongs in a rule: rules=[{{{key!r}: ...}}]; valid keys here are {', '.join(valid)}")
+            if key in _REPLACEMENT_KEYS:
+                raise ValueError(
+                    f"key {key!r} belongs in the table of a gradient that method {_REPLACEMENT_KEYS[key]!r} replaces; valid keys here are {', '.join(valid)}"
+                )
             if key in _NOT_BUILT["key"]:
                 raise ValueError(f"key {key!r} is not built yet; valid keys here are {', '.join(valid)}")
             raise ValueError(f"unknown key {key!r}; valid keys here are {', '.join(valid)}.{_nearest(str(key), valid)}")
@@ -91,7 +104,10 @@ class _Keys(BaseModel):
     @field_validator("method", mode="before")
     @classmethod
     def _check_method(cls, value: Any) -> Any:
-        return value if value is None else _choice("method", value, METHODS, "method")
+        found = [product for product, methods in REPLACEMENTS.items() if isinstance(value, str) and value in methods]
+        if found and value not in cls.methods:
+            raise ValueError(f"{value!r} replaces a gradient and can be the method of {' and '.join(found)} only; valid here are {', '.join(cls.methods)}")
+        return value if value is None else _choice("method", value, cls.methods, "method")
 
     @field_validator("ratio", mode="before")
     @classmethod
@@ -119,11 +135,61 @@ class _Keys(BaseModel):
         return value
 
 
+_REPLACEMENT_KEYS = {"j": "max", "scale": "max", "std": "random"}
+_SAMPLING_KEYS = ("ratio", "min_k", "group")
+
+
 class ProductTable(_Keys):
     """Settings of one product: `{"method": ..., "ratio": ..., "min_k": ..., "group": ...}`, each optional."""
 
 
-class GradTable(ProductTable):
+class InputTable(ProductTable):
+    """Settings of `grad_input`. Method "max": through the `j` (1) entries of largest magnitude of every row of the output gradient, times `scale` (1)."""
+
+    methods = (*METHODS, *REPLACEMENTS["grad_input"])
+
+    j: int | None = None
+    scale: float | None = None
+
+    @field_validator("j", mode="before")
+    @classmethod
+    def _check_j(cls, value: Any) -> Any:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"got {value!r}; an integer of at least 1 is expected, the entries of the output gradient that count")
+        return value
+
+    @field_validator("scale", "std", mode="before", check_fields=False)
+    @classmethod
+    def _check_positive(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"got {value!r}; a finite number above 0 is expected")
+        return float(value)
+
+    @model_validator(mode="after")
+    def _keys_of_the_method(self) -> Self:
+        given = [k for k in type(self).model_fields if getattr(self, k) is not None]
+        for key in given:
+            owner = _REPLACEMENT_KEYS.get(key, self.method)
+            if owner != self.method:
+                raise ValueError(f"{key} belongs to method {owner!r}, which this table does not set (method: {self.method!r}); set it here, or drop {key}")
+            if key in _SAMPLING_KEYS and self.method not in (None, *METHODS):
+                raise ValueError(f"{key} has no effect with method {self.method!r}, which keeps no share of an axis; drop it")
+        return self
+
+
+class WeightTable(InputTable):
+    """Settings of `grad_weight`. Method "zero": zeros; "random": normal numbers with mean 0 and standard deviation `std` (1 / batch); "max": for a
+    convolution, of every sample's output channel only the `j` (1) entries of largest magnitude, which carry the channel's whole sum, for a linear
+    layer those of every row, times `scale` (1)."""
+
+    methods = (*METHODS, *REPLACEMENTS["grad_weight"])
+
+    std: float | None = None
+
+
+class GradTable(InputTable):
     """Settings of both gradients. `axis`: "contraction" (each product along its own axis) or "rows": the backward pass runs on some samples of the
     batch, chosen by the norm of their gradient; `method` is then one of `ROW_METHODS`. `batch_norm`: "exact" or "approximate"."""
 
@@ -153,15 +219,20 @@ class GradTable(ProductTable):
 
 
 class AdaptiveTable(BaseModel):
-    """How `policy: "adaptive"` decides how many rows a step needs.
+    """How `policy: "adaptive"` decides how many rows a step needs, and what share of outputs that a rule allows to be sampled.
 
-    `tau`: the variance that leaving out rows may add, as a share of the gradient's own; `ladder`: the shares of the batch to choose from.
+    `tau`: the variance that leaving out rows may add, as a share of the gradient's own; `ladder`: the shares of the batch to choose from. For outputs:
+    `error`, what sampling them may do to the gradient g of a batch, |g' - g|^2 / |g|^2; `outputs`, the ratios to choose from, each of which is compiled;
+    `every`, the steps from one measurement to the next.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     tau: float = 0.025
     ladder: tuple[float, ...] = LADDER
+    error: float = 0.025
+    outputs: tuple[float, ...] = OUTPUT_LADDER
+    every: int = Field(default=200, strict=True, ge=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -173,14 +244,14 @@ class AdaptiveTable(BaseModel):
                 raise ValueError(f"unknown key {key!r}; valid keys here are {', '.join(cls.model_fields)}.{_nearest(str(key), tuple(cls.model_fields))}")
         return dict(data)
 
-    @field_validator("tau", mode="before")
+    @field_validator("tau", "error", mode="before")
     @classmethod
-    def _check_tau(cls, value: Any) -> Any:
+    def _check_share(cls, value: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise ValueError(f"got {value!r}; a number above 0 is expected, the added share of the gradient's variance (0.025)")
+            raise ValueError(f"got {value!r}; a number above 0 is expected, a share of the gradient's variance or square (0.025)")
         return float(value)
 
-    @field_validator("ladder", mode="before")
+    @field_validator("ladder", "outputs", mode="before")
     @classmethod
     def _check_ladder(cls, value: Any) -> Any:
         good = isinstance(value, (list, tuple)) and value and all(isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v <= 1 for v in value)
@@ -196,8 +267,8 @@ class _Rules(_Keys):
     policy: str | None = None
     output: ProductTable | None = None
     grad: GradTable | None = None
-    grad_input: ProductTable | None = None
-    grad_weight: ProductTable | None = None
+    grad_input: InputTable | None = None
+    grad_weight: WeightTable | None = None
 
     @field_validator("sampling", mode="before")
     @classmethod
@@ -234,13 +305,24 @@ class _Rules(_Keys):
 
 
 class Rule(_Rules):
-    """Settings for the sites that `layers` matches.
+    """Settings for the sites that `layers` matches, while `steps` and `phase` hold.
 
     `layers`: a kind (`conv`, `linear`, `matmul`, `site`), bare or with an index or slice in execution order (`conv[1::4]`); else a glob
-    on the module's name, `*` crossing dots, or `re:` and a regular expression; a list means any of them.
+    on the module's name, `*` crossing dots, or `re:` and a regular expression; a list means any of them. May be left out beside `steps` or `phase`: then
+    every site. `steps`: a Python slice over completed optimizer steps, from 0 ("::2", "3::4", ":8000"), ends as shares of `total_steps` too ("80%:").
+    `phase`: the name, or names, under which the rule holds (`set_phase`).
     """
 
-    layers: tuple[str, ...] = Field(min_length=1)
+    layers: tuple[str, ...] = ("site",)
+    steps: str | None = None
+    phase: tuple[str, ...] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _says_where(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and not {"layers", "steps", "phase"} & set(data):
+            raise ValueError("layers: this key is required in a rule without steps or phase; 'site' means every site")
+        return data
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -252,80 +334,55 @@ class Rule(_Rules):
             Pattern.parse(item)
         return tuple(items)
 
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _check_steps(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            raise ValueError(f"got {value!r}; a slice over optimizer steps as a string is expected: '::2', '3::4', ':8000', '80%:'")
+        Steps.parse(value, 1_000_000)  # the syntax; what is a share is checked where total_steps is known
+        return value
 
-@dataclass(frozen=True)
-class Pattern:
-    """One parsed entry of `layers`."""
-
-    text: str
-    kind: str | None = None
-    index: slice | int | None = None
-    regex: re.Pattern[str] | None = None
-
-    @staticmethod
-    def parse(text: str) -> Pattern:
-        if not text.strip():
-            raise ValueError("layers: an empty pattern; write 'site' for every site")
-        if text.startswith("re:"):
-            try:
-                return Pattern(text, regex=re.compile(text[3:]))
-            except re.error as e:
-                raise ValueError(f"layers: {text!r} is not a regular expression: {e}") from None
-        kind = re.fullmatch(rf"({'|'.join(KINDS)})(\[.*)?", text)
-        if kind is None:
-            if text.count("[") != text.count("]"):
-                raise ValueError(f"layers: {text!r} has an unbalanced bracket; '[abc]' in a glob is a set of characters")
-            return Pattern(text)
-        if kind[2] is None:
-            return Pattern(text, kind=kind[1])
-        return Pattern(text, kind=kind[1], index=_parse_slice(text, kind[2]))
+    @field_validator("phase", mode="before")
+    @classmethod
+    def _check_phase(cls, value: Any) -> Any:
+        items = (value,) if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)) or not items or not all(isinstance(i, str) and i for i in items):
+            raise ValueError(f"got {value!r}; the name of a phase or a list of names (strings) is expected")
+        return tuple(items)
 
     @property
-    def is_name(self) -> bool:
-        """Whether it is matched against module names (and not against kinds)."""
-        return self.kind is None
+    def timed(self) -> bool:
+        return self.steps is not None or self.phase is not None
 
-    def matches_name(self, *names: str) -> bool:
-        if self.regex is not None:
-            return any(self.regex.fullmatch(n) for n in names)
-        return any(fnmatchcase(n, self.text) for n in names)
+    def holds(self, step: int, phase: str | None, total: int | None) -> bool:
+        in_phase = self.phase is None or phase in self.phase
+        return in_phase and (self.steps is None or Steps.parse(self.steps, total).hold(step))
 
-    def matches_position(self, position: int, count: int) -> bool:
-        """Whether `index` holds the site at `position` among `count` of its kind."""
-        if self.index is None:
-            return True
-        if isinstance(self.index, int):
-            return position == (self.index if self.index >= 0 else self.index + count)
-        return position in range(count)[self.index]
-
-
-def _parse_slice(text: str, brackets: str) -> slice | int:
-    inside = re.fullmatch(r"\[\s*(-?\d*)\s*(?::\s*(-?\d*)\s*(?::\s*(-?\d*)\s*)?)?\]", brackets)
-    try:
-        if inside is None:
-            raise ValueError
-        parts = [p for p in inside.groups() if p is not None]
-        if len(parts) == 1:
-            return int(parts[0])
-        numbers = [int(p) if p else None for p in parts]
-        if len(numbers) == 3 and numbers[2] == 0:
-            raise ValueError
-        return slice(*numbers)
-    except ValueError:
-        raise ValueError(
-            f"layers: {text!r} is no valid slice; write conv[3], conv[1::4], linear[:-1] (a kind, then a Python index or slice with a step other than 0)"
-        ) from None
+    @property
+    def only_exact(self) -> bool:
+        """Whether all it says is that something is to be exact."""
+        tables = [t for t in (self.output, self.grad, self.grad_input, self.grad_weight) if t is not None]
+        said = any(v is not None for v in (self.ratio, self.sampling, self.group, self.min_k))
+        return not said and self.method in (None, "exact") and (self.method == "exact" or bool(tables)) and all(t.method == "exact" for t in tables)
 
 
 @dataclass(frozen=True)
 class ProductSettings:
-    """What is asked of one product of one site. `method` "coupled" = through the entries that the output kept; `whole`: k is rounded up to its multiples."""
+    """What is asked of one product of one site. `method` "coupled" = through the entries that the output kept; `whole`: k is rounded up to its
+    multiples. `j`, `scale`, `std`: of a replacement."""
 
     method: str
     ratio: float
     min_k: int
     group: int | Literal["auto"]
     whole: int = 1
+    j: int = 1
+    scale: float = 1.0
+    std: float | None = None
+
+    @property
+    def replaces(self) -> bool:
+        return any(self.method in methods for methods in REPLACEMENTS.values())
 
 
 @dataclass(frozen=True)
@@ -349,6 +406,10 @@ class SiteSettings:
     named: bool
     rows: RowSettings | None = None
 
+    def of(self, product: str) -> ProductSettings:
+        """By a product's name (a second grad_input is asked for what the first is)."""
+        return {"output": self.output, "grad_weight": self.grad_weight}.get(product, self.grad_input)
+
 
 class ApproxConfig(_Rules):
     """The backend's settings; the same keys as `options` of `torch.compile(model, backend="approx", options=...)`.
@@ -357,7 +418,8 @@ class ApproxConfig(_Rules):
     dropped together), `sampling` (forward | backward | blackbox), `output` / `grad_input` / `grad_weight` / `grad` (a method's name or a
     table; `grad` with `axis: "rows"`: samples of the batch), `policy` (adaptive | cost | measure | always; without
     it, adaptive if no other key says what to sample, else cost), `adaptive` (see `AdaptiveTable`), `rules` (a list
-    of tables with `layers`), `lowering` (auto | inductor), `inductor` (Inductor's own options, `mode` included). Frozen, hashable, deep-copyable,
+    of tables with `layers`, `steps`, `phase`: see `Rule`), `total_steps` (the optimizer steps of the whole run), `final_exact` (the last share of them in which
+    no output is sampled), `lowering` (auto | inductor), `inductor` (Inductor's own options, `mode` included). Frozen, hashable, deep-copyable,
     picklable. Raises `ConfigError`.
     """
 
@@ -369,6 +431,8 @@ class ApproxConfig(_Rules):
     policy: str = "adaptive"
     adaptive: AdaptiveTable = Field(default_factory=AdaptiveTable)
     rules: tuple[Rule, ...] = ()
+    total_steps: int | None = Field(default=None, strict=True, ge=1)
+    final_exact: float = Field(default=FINAL_EXACT, strict=True, ge=0, lt=1)
     lowering: str = "auto"
     inductor: Mapping[str, Any] = Field(default_factory=dict)
 
@@ -400,7 +464,7 @@ class ApproxConfig(_Rules):
     @classmethod
     def _default_policy(cls, data: Any) -> Any:
         """ "adaptive", unless something says how products are to be sampled: then "cost"."""
-        if isinstance(data, Mapping) and "policy" not in data and (set(data) - {"adaptive", "inductor", "lowering"}):
+        if isinstance(data, Mapping) and "policy" not in data and (set(data) - {"adaptive", "inductor", "lowering", "total_steps"}):
             return {**data, "policy": "cost"}
         return data
 
@@ -416,6 +480,18 @@ class ApproxConfig(_Rules):
                     f"{where}{own[0]} has no effect under policy 'adaptive', which keeps the forward pass exact and finds the number of rows itself; "
                     f"for sampled products set policy 'cost' or 'always' beside it, for a fixed share of rows grad={{'axis': 'rows', 'ratio': ...}}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _shares_of_a_known_run(self) -> ApproxConfig:
+        for i, rule in enumerate(self.rules):
+            if rule.steps is not None and needs_total(rule.steps):
+                try:
+                    Steps.parse(rule.steps, self.total_steps)
+                except ValueError as e:
+                    raise ValueError(f"rules[{i}].{e}") from None
+        if "final_exact" in self.model_fields_set and self.total_steps is None:
+            raise ValueError("final_exact: a share of the run; set total_steps, the number of optimizer steps it will have")
         return self
 
     @field_validator("rules", mode="before")
@@ -459,6 +535,48 @@ class ApproxConfig(_Rules):
     def patterns(self) -> tuple[Pattern, ...]:
         return tuple(Pattern.parse(t) for t in dict.fromkeys(t for rule in self.rules for t in rule.layers))
 
+    def all_rules(self) -> tuple[Rule, ...]:
+        """The rules, and the final exact phase of a run of known length that samples outputs."""
+        if self.total_steps is None or not self.final_exact or not self._samples_outputs():
+            return self.rules
+        begin = round((1 - self.final_exact) * self.total_steps)
+        return (*self.rules, Rule(steps=f"{begin}:", output=ProductTable(method="exact")))
+
+    def _samples_outputs(self) -> bool:
+        merged = [_own_keys(self), *(_own_keys(self) | _own_keys(r) for r in self.rules)]
+        return any(_interpret(keys, False).output.method != "exact" for keys in merged)
+
+    def at(self, step: int = 0, phase: str | None = None) -> ApproxConfig:
+        """The settings that hold after `step` optimizer steps in a phase: the same, with the rules that hold and without times."""
+        held = [r for r in self.all_rules() if r.holds(step, phase, self.total_steps)]
+        whole = [i for i, r in enumerate(held) if r.layers == ("site",) and r.method == "exact"]
+        held = held[whole[-1] if whole else 0 :]  # what such a rule overrules makes no other assignment
+        bare = tuple(r.model_copy(update={"steps": None, "phase": None}) for r in held)
+        return self.model_copy(update={"rules": bare, "total_steps": None, "final_exact": FINAL_EXACT})
+
+    def rungs(self) -> tuple[tuple[float, ApproxConfig], ...]:
+        """The ratios of outputs to choose from, from the smallest to 1, and the settings with each; one if there is nothing to choose."""
+        ends = [i for i, r in enumerate(self.rules) if r.layers == ("site",) and r.output is not None and r.output.method == "exact"]
+        asking = self.rules[ends[-1] + 1 :] if ends else (None, *self.rules)  # no output that a later rule makes exact everywhere
+        if not any(self._finds_output(r) for r in asking):
+            return ((1.0, self),)
+        return tuple((r, self._with_outputs(r)) for r in self.adaptive.outputs)
+
+    def _with_outputs(self, ratio: float) -> ApproxConfig:
+        """The same with a ratio at every output that has none."""
+
+        def filled(keys: Any) -> dict[str, Any]:
+            output = keys.output
+            return {} if output is None or output.ratio is not None else {"output": output.model_copy(update={"ratio": ratio})}
+
+        return self.model_copy(update={**filled(self), "rules": tuple(r.model_copy(update=filled(r)) for r in self.rules)})
+
+    def _finds_output(self, rule: Rule | None) -> bool:
+        """Whether a site's output is to be sampled at a ratio that nobody says."""
+        keys = _own_keys(self) | (_own_keys(rule) if rule is not None else {})
+        output = keys.get("output")
+        return keys["policy"] == "adaptive" and output is not None and output.method != "exact" and output.ratio is None
+
     def asks_for_rows(self) -> bool:
         """Whether the top level or a rule may sample rows."""
         here = [_row_settings(_own_keys(self)), *(_row_settings(_own_keys(self) | _own_keys(r)) for r in self.rules)]
@@ -488,7 +606,7 @@ class ApproxConfig(_Rules):
                 for key in (*PRODUCTS, "grad"):
                     keys.pop(key, None)
             keys |= new
-        return _interpret(keys, any(matches))
+        return _interpret(keys, any(hit and not rule.only_exact for rule, hit in zip(self.rules, matches, strict=True)))
 
 
 def _own_keys(rules: _Rules) -> dict[str, Any]:
@@ -513,13 +631,15 @@ def _interpret(keys: dict[str, Any], named: bool) -> SiteSettings:
         given: dict[str, Any] = {}
         for table in tables:
             if table is not None:
-                given |= {k: v for k, v in table.model_dump(include=set(_Keys.model_fields)).items() if v is not None}
+                given |= {k: v for k, v in table.model_dump(exclude={"axis", "batch_norm"}).items() if v is not None}
         if not given:
             return start
         return replace(base, **given)
 
     both = keys.get("grad") if rows is None else None
     output = with_table(output, keys.get("output"))
+    if keys["policy"] == "adaptive" and output.method != "exact":  # a rule allows it: then as everywhere else
+        grad = by_sampling[keys["sampling"]][1]
     grads = [with_table(grad, both, keys.get(name)) for name in ("grad_input", "grad_weight")]
     if output.method == "exact":  # nothing to couple to
         grads = [replace(g, method="exact") if g.method == "coupled" else g for g in grads]
@@ -549,5 +669,6 @@ def _message(error: pydantic.ValidationError) -> str:
         text = item["msg"].removeprefix("Value error, ")
         if item["type"] == "missing":
             text = "this key is required"
-        lines.append(f"{where}: {text}" if where and not text.startswith(where + ":") else text)
+        text = text.removeprefix(f"{where.rpartition('.')[2]}: ") if where else text  # patterns and slices name their key themselves
+        lines.append(f"{where}: {text}" if where else text)
     return "; ".join(dict.fromkeys(lines))

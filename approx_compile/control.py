@@ -1,20 +1,21 @@
-"""How many rows a step needs: the policy "adaptive".
+"""How many rows a step needs, and what share of sampled outputs: the policy "adaptive".
 
 Of the gradients that reach a cut the norms g are known anyway. `needed` says what share of the rows keeps the added variance under tau of the
-gradient's own; its running mean, rounded up on the ladder, is the share kept from the next step on. A number is read one step after it was made,
-so the device never waits for it. The state is small and part of a checkpoint (`state_dict`), or a resumed run would start exact again.
+gradient's own; its running mean, rounded up on the ladder, is the share kept from the next step on. For outputs `probe.py` measures, every few
+hundred steps, what a ratio does to the gradient. A number is read one step after it was made, so the device never waits for it. The state is small
+and part of a checkpoint (`state.py`), or a resumed run would start exact again.
 """
 
 from __future__ import annotations
 
 import logging
-import weakref
 from collections import deque
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import WeakIdKeyDictionary
 
 from approx_compile.config import AdaptiveTable
 from approx_compile.kernels.rows import needed
@@ -31,33 +32,86 @@ HISTORY = 100_000
 """Changes of the ratio that are remembered."""
 
 
-class Control:
-    """Of one cut of one graph. `share`: the running mean of what was needed, 1 at first; `ratio`: what is kept, a rung of the ladder."""
+class Late:
+    """A number on the device that is read a step after it was made."""
 
-    def __init__(self, settings: AdaptiveTable, name: str) -> None:
+    def __init__(self) -> None:
+        self._waiting: tuple[Tensor, Any] | None = None
+
+    def put(self, value: Tensor) -> None:
+        if value.device.type == "cuda":
+            host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._waiting = (host, event)
+        else:
+            self._waiting = (value, None)
+
+    def take(self) -> Tensor | None:
+        if self._waiting is None:
+            return None
+        (value, event), self._waiting = self._waiting, None
+        if event is not None:
+            event.synchronize()  # of the step before: the device has the next forward pass to do meanwhile
+        return value
+
+
+class Control:
+    """A share that is found over a run, on a ladder. `measured`: what it goes by; `ratio`: what holds now; `changes`: (step, ratio), the first (0, 1)."""
+
+    def __init__(self, settings: AdaptiveTable, name: str, measured: float) -> None:
         self.settings = settings
         self.name = name
         self.step = 0
-        self.share = 1.0
+        self.measured = measured
         self.changes: deque[tuple[int, float]] = deque([(0, 1.0)], maxlen=HISTORY)
-        self._waiting: tuple[Tensor, Any] | None = None
+        self._late = Late()
 
     @property
     def ratio(self) -> float:
         return self.changes[-1][1]
 
+    @property
+    def kept(self) -> float:
+        """The mean share over all steps so far."""
+        ends = [*[s for s, _ in self.changes][1:], self.step + 1]
+        steps = [max(0, end - max(1, begin)) for (begin, _), end in zip(self.changes, ends, strict=True)]
+        return sum(n * r for n, (_, r) in zip(steps, self.changes, strict=True)) / sum(steps) if any(steps) else 1.0
+
     def begin(self) -> float:
-        """Start a step: the share of rows to keep in it."""
+        """Start a step: the share that holds in it."""
         self._settle()
         self.step += 1
         return self.ratio
 
-    @property
-    def kept(self) -> float:
-        """The mean share of the rows over all steps so far."""
-        ends = [*[s for s, _ in self.changes][1:], self.step + 1]
-        steps = [max(0, end - max(1, begin)) for (begin, _), end in zip(self.changes, ends, strict=True)]
-        return sum(n * r for n, (_, r) in zip(steps, self.changes, strict=True)) / sum(steps) if any(steps) else 1.0
+    def _settle(self) -> None:
+        """Take in the number that the last look gave, if there is one."""
+        value = self._late.take()
+        if value is None:
+            return
+        ratio = self._decide(value)
+        if ratio != self.ratio:
+            log.info("%s: %g from step %d on (%.3g measured)", self.name, ratio, self.step + 1, self.measured)
+            self.changes.append((self.step, ratio))
+
+    def _decide(self, value: Tensor) -> float:
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        self._settle()
+        return {"step": self.step, "measured": self.measured, "changes": [list(c) for c in self.changes]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.step, self.measured = int(state["step"]), float(state["measured"])
+        self.changes = deque([(int(s), float(r)) for s, r in state["changes"]], maxlen=HISTORY)
+        self._late = Late()
+
+
+class RowControl(Control):
+    """Of one cut of one graph: the share of the rows that is kept. `measured`: the running mean of what was needed, 1 at first."""
+
+    def __init__(self, settings: AdaptiveTable, name: str) -> None:
+        super().__init__(settings, name, 1.0)
 
     @property
     def watches(self) -> bool:
@@ -65,107 +119,100 @@ class Control:
         return self.step % WATCH == 1
 
     def see(self, norms_sq: Tensor) -> None:
-        share = needed(norms_sq, self.settings.tau)
-        if share.device.type == "cuda":
-            host = torch.empty((), dtype=share.dtype, pin_memory=True).copy_(share, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self._waiting = (host, event)
-        else:
-            self._waiting = (share, None)
+        self._late.put(needed(norms_sq, self.settings.tau))
 
-    def _settle(self) -> None:
-        """Take in the number that the last look gave, if there is one."""
-        if self._waiting is None:
-            return
-        (value, event), self._waiting = self._waiting, None
-        if event is not None:
-            event.synchronize()  # of the step before: the device has the next forward pass to do meanwhile
-        self.share = MOMENTUM * self.share + (1 - MOMENTUM) * float(value)
-        ratio = next(r for r in self.settings.ladder if r >= min(1.0, self.share * (1 - 1e-9)))
-        if ratio != self.ratio:
-            log.info("rows at cut %s: %g of them from step %d on (%.3f needed)", self.name, ratio, self.step + 1, self.share)
-            self.changes.append((self.step, ratio))
+    def _decide(self, value: Tensor) -> float:
+        self.measured = MOMENTUM * self.measured + (1 - MOMENTUM) * float(value)
+        return next(r for r in self.settings.ladder if r >= min(1.0, self.measured * (1 - 1e-9)))
 
-    def state_dict(self) -> dict[str, Any]:
-        self._settle()
-        return {"step": self.step, "share": self.share, "changes": [list(c) for c in self.changes]}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.share = int(state["step"]), float(state["share"])
-        self.changes = deque([(int(s), float(r)) for s, r in state["changes"]], maxlen=HISTORY)
-        self._waiting = None
+class OutputControl(Control):
+    """Of the sampled outputs of one graph: their ratio. `measured`: the last relative squared error |g' - g|^2 / |g|^2 of the gradient.
+
+    One rung down where that rung's error is small enough, one up where the present one's is not.
+    """
+
+    def __init__(self, settings: AdaptiveTable, name: str) -> None:
+        super().__init__(settings, name, 0.0)
+
+    @property
+    def watches(self) -> bool:
+        return self.step % self.settings.every == 1 % self.settings.every
+
+    def candidates(self) -> list[float]:
+        """The rungs whose errors this step is to measure: the next one down and the present one (which has none if it is 1)."""
+        down = [r for r in self.settings.outputs if r < self.ratio][-1:]
+        return [*down, *([self.ratio] if self.ratio < 1 else [])]
+
+    def see(self, candidates: Sequence[float], errors: Tensor) -> None:
+        self._candidates = list(candidates)
+        self._late.put(errors)
+
+    def _decide(self, value: Tensor) -> float:
+        errors = dict(zip(self._candidates, value.tolist(), strict=True))
+        good = [r for r, e in errors.items() if e <= self.settings.error]
+        up = next((r for r in self.settings.outputs if r > self.ratio), 1.0)
+        ratio = min(good) if good else up
+        self.measured = errors.get(ratio, 0.0)
+        return ratio
 
 
 # Models of one class share compiled code, so a control belongs to a parameter that its backward pass reads: the first one saved for it. Where none
 # is saved (a single layer) it belongs to the module that was compiled.
 Owner = nn.Parameter | nn.Module
-_controls: weakref.WeakKeyDictionary[nn.Module, dict[str, Control]] = weakref.WeakKeyDictionary()
-_by_parameter = WeakTensorKeyDictionary()
-_pending: weakref.WeakKeyDictionary[nn.Module, dict[str, dict[str, Any]]] = weakref.WeakKeyDictionary()
-_pending_by_parameter = WeakTensorKeyDictionary()
+_controls = WeakIdKeyDictionary()
+_pending = WeakIdKeyDictionary()
+"""Loaded state of cuts that are not compiled yet."""
 
 
-def control_for(owner: Owner, settings: AdaptiveTable, key: str) -> Control:
-    """The control of a cut: that of an earlier compilation of the same graph if there is one, or a new one, with loaded state if some waits."""
-    kept: Any = _by_parameter if isinstance(owner, nn.Parameter) else _controls
-    waiting: Any = _pending_by_parameter if isinstance(owner, nn.Parameter) else _pending
-    own: dict[str, Control] = kept.setdefault(owner, {})
+C = TypeVar("C", bound=Control)
+
+
+def control_for(owner: Owner, settings: AdaptiveTable, key: str, kind: type[C]) -> C:
+    """The control of a cut, or of a graph's outputs: that of an earlier compilation of the same graph if there is one, or a new one, with loaded state if
+    some waits."""
+    own: dict[str, C] = _controls.setdefault(owner, {})
     if key not in own or own[key].settings != settings:
-        own[key] = Control(settings, key)
-        state = waiting.get(owner, {}).pop(key, None)
+        own[key] = kind(settings, key)  # type: ignore[call-arg]
+        state = _pending.get(owner, {}).pop(key, None)
         if state is not None:
             own[key].load_state_dict(state)
     return own[key]
 
 
-def _plain(model: nn.Module) -> nn.Module:
-    inner = getattr(model, "_orig_mod", model)
-    return inner if isinstance(inner, nn.Module) else model
-
-
 def _owners(model: nn.Module) -> dict[str, Owner]:
-    model = _plain(model)
     return {**dict(model.named_modules()), **dict(model.named_parameters())}
 
 
-def _of(owner: Owner) -> tuple[dict[str, Control], dict[str, dict[str, Any]]]:
-    if isinstance(owner, nn.Parameter):
-        return _by_parameter.get(owner, {}), _pending_by_parameter.get(owner, {})
-    return _controls.get(owner, {}), _pending.get(owner, {})
-
-
-def state_dict(model: nn.Module) -> dict[str, Any]:
-    """The adaptive state of a model: {parameter or module: {cut: state}}. Numbers and lists only.
-
-    Save it beside the model's and the optimizer's; a run that loads all of them and the random state repeats the uninterrupted one.
-    """
-    found: dict[str, Any] = {}
+def controls_state(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """{parameter or module: {cut: state}}."""
+    found: dict[str, dict[str, Any]] = {}
     for name, owner in _owners(model).items():
-        own, waiting = _of(owner)
-        states = {key: dict(state) for key, state in waiting.items()} | {key: control.state_dict() for key, control in own.items()}
+        states = {key: dict(state) for key, state in _pending.get(owner, {}).items()}
+        states |= {key: control.state_dict() for key, control in _controls.get(owner, {}).items()}
         if states:
             found[name] = states
     return found
 
 
-def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
-    """Take up the state that `state_dict` gave: at once where the cut is compiled, else when it is. Raises KeyError for a name the model lacks."""
+def load_controls(model: nn.Module, state: Mapping[str, Mapping[str, Any]]) -> None:
+    """At once where a cut is compiled, else when it is."""
     owners = _owners(model)
     for name, states in state.items():
-        if name not in owners:
-            raise KeyError(f"adaptive state for {name!r}, which {type(_plain(model)).__name__} does not have; it has {', '.join(list(owners)[1:9])}, ...")
-        owner = owners[name]
         for key, own in states.items():
-            control = _of(owner)[0].get(key)
+            control = _controls.get(owners[name], {}).get(key)
             if control is not None:
                 control.load_state_dict(own)
-            elif isinstance(owner, nn.Parameter):
-                _pending_by_parameter.setdefault(owner, {})[key] = own
             else:
-                _pending.setdefault(owner, {})[key] = own
+                _pending.setdefault(owners[name], {})[key] = own
 
 
 def controls(model: nn.Module) -> dict[str, Control]:
-    """The controls of a model by name: parameter or module, and cut."""
-    return {".".join(p for p in (name, key) if p): c for name, owner in _owners(model).items() for key, c in _of(owner)[0].items()}
+    """The controls of a model, compiled or not, by name: parameter or module, and cut."""
+    return {".".join(p for p in (name, key) if p): c for name, owner in _owners(plain(model)).items() for key, c in _controls.get(owner, {}).items()}
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The module below torch.compile."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model

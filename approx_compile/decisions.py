@@ -15,7 +15,8 @@ from approx_compile.control import Control, controls
 
 @dataclass(frozen=True)
 class Decisions:
-    """The cuts of a model by name; `str()` is a table, `plot(path)` draws the share of rows kept over the steps."""
+    """What is controlled in a model by name: cuts (share of the rows; measured is the share needed) and sampled outputs (ratio; measured is the
+    gradient's relative squared error). `str()` is a table, `plot(path)` draws the share kept over the steps."""
 
     cuts: dict[str, Control]
 
@@ -23,9 +24,9 @@ class Decisions:
         if not self.cuts:
             return "no cut has run yet: either nothing was trained, or all rows run (approx_compile.explain(model, *inputs) says why)"
         out = io.StringIO()
-        table = Table("cut", "steps", "needed now", "kept now", "kept on average", "changes")
+        table = Table("cut or outputs", "steps", "measured", "kept now", "kept on average", "changes")
         for name, c in self.cuts.items():
-            table.add_row(name, str(c.step), f"{c.share:.3f}", f"{c.ratio:g}", f"{c.kept:.3f}", str(len(c.changes) - 1))
+            table.add_row(name, str(c.step), f"{c.measured:.3g}", f"{c.ratio:g}", f"{c.kept:.3f}", str(len(c.changes) - 1))
         Console(file=out, width=120).print(table)
         return out.getvalue().rstrip()
 
@@ -41,7 +42,7 @@ class Decisions:
             steps = [*(s for s, _ in c.changes), c.step]
             shares = [*(r for _, r in c.changes), c.ratio]
             axes.step(steps, shares, where="post", label=name)
-        axes.set(xlabel="steps", ylabel="share of the rows kept", ylim=(0, 1.05))
+        axes.set(xlabel="steps", ylabel="share kept", ylim=(0, 1.05))
         if self.cuts:
             axes.legend()
         figure.savefig(path, dpi=110, bbox_inches="tight")

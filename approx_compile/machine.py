@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, model_validator
 from rich.table import Table as RichTable
 
-from approx_compile import _torch, probes
+from approx_compile import _torch, gauges
 from approx_compile.config import ConfigError
 
 FILE = "APPROX_COMPILE_MACHINE"
@@ -88,7 +88,7 @@ def _on_grid(value: float) -> float:
 
 
 class Machine(BaseModel):
-    """The profile of a device. `tables` by name (see `probes`); `quick`: from the short measurement, which decisions trust less."""
+    """The profile of a device. `tables` by name (see `gauges`); `quick`: from the short measurement, which decisions trust less."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -102,7 +102,7 @@ class Machine(BaseModel):
 
     @model_validator(mode="after")
     def _complete(self) -> Machine:
-        missing = [n for n in probes.names(self.dtypes()) if n not in self.tables]
+        missing = [n for n in gauges.names(self.dtypes()) if n not in self.tables]
         if missing:
             raise ValueError(f"tables are missing: {', '.join(missing[:3])}")
         return self
@@ -279,7 +279,7 @@ def _stored_or_measured(device: str, say: Notice) -> Machine:
 def _measured(device: str, quick: bool, progress: bool, before: Machine | None) -> Machine:
     key = _key(device)
     with _torch.no_modes():
-        found = {n: Table(unit=unit, axes=axes, values=values) for n, unit, axes, values in probes.measure(device, quick, progress)}
+        found = {n: Table(unit=unit, axes=axes, values=values) for n, unit, axes, values in gauges.measure(device, quick, progress)}
     same = before.tables if before is not None and before.quick == quick else {}
     tables = {n: t.rounded(same.get(n)) for n, t in found.items()}
     return Machine(format=FORMAT, device=device, name=key[1], threads=key[2], torch_version=torch.__version__, quick=quick, tables=tables)

@@ -18,9 +18,10 @@ from torch import nn
 
 from approx_compile import _torch
 from approx_compile.annotate import full_name, whole_model
-from approx_compile.config import ApproxConfig, Pattern
+from approx_compile.config import ApproxConfig
 from approx_compile.passes.plan import Plan
 from approx_compile.passes.sites import Context
+from approx_compile.patterns import Pattern
 
 log = logging.getLogger("approx_compile")
 _said: set[str] = set()
@@ -52,12 +53,13 @@ class Record:
     context: Context
     text: str
     plan: Plan | None = None
+    assignments: int = 1
 
     def announce(self, uuid: str, example_inputs: Sequence[Any]) -> None:
         """Say what was decided. After a cache hit the summary stored by the process that compiled is used."""
         path = _torch.cache_folder() / "approx_compile" / f"{_shapes_key(uuid, self.text, example_inputs)}.json"
         if self.plan is not None:
-            summary = _summary(self.plan, self.config)
+            summary = _summary(self.plan, self.config, self.assignments)
             _store(path, summary)
             for site in self.plan.sites:
                 log.info("%s: %s (%s %s %s)", site.name, site.decision, site.op, site.shape, site.reason)
@@ -78,7 +80,7 @@ class Record:
         sites, sampled = summary["sites"], summary["sampled"]
         if not sites:
             return
-        name = type(self.root).__name__ if self.root is not None else "the function"
+        name = name_of(self.root)
         for pattern in self._nowhere(summary["unmatched"]):
             warn_once(f"approx: rule pattern {pattern!r} matches no site of {name}; approx_compile.explain(model, *inputs) lists the sites")
         sliced = any(p.kind is not None and p.index is not None for p in self.config.patterns())
@@ -119,19 +121,28 @@ def _graphs(config: ApproxConfig, root: nn.Module | None, layers: tuple[str, ...
     return graphs
 
 
-def _summary(plan: Plan, config: ApproxConfig) -> dict[str, Any]:
+def name_of(root: nn.Module | None) -> str:
+    return type(root).__name__ if root is not None else "the function"
+
+
+def _summary(plan: Plan, config: ApproxConfig, assignments: int) -> dict[str, Any]:
     reasons = Counter(s.reason for s in plan.sites if s.decision == "exact")
     counts = {"sites": len(plan.sites), "sampled": plan.sampled}
-    return counts | {"unmatched": list(plan.unmatched), "reasons": [list(r) for r in reasons.most_common()], "what": _what(plan, config)}
+    return counts | {"unmatched": list(plan.unmatched), "reasons": [list(r) for r in reasons.most_common()], "what": _what(plan, config, assignments)}
 
 
-def _what(plan: Plan, config: ApproxConfig) -> str:
+def _what(plan: Plan, config: ApproxConfig, assignments: int) -> str:
     decisions = [{p.decision for p in s.products} for s in plan.sites]
-    own, rows = sum(bool(d & {"sampled", "coupled"}) for d in decisions), sum("rows" in d for d in decisions)
-    said = [f"{own} of {len(plan.sites)} sites of {{name}} are sampled ({config.method}, ratio {config.ratio:g})"] if own or not rows else []
+    own, rows, replaced = (sum(bool(d & kinds) for d in decisions) for kinds in ({"sampled", "coupled"}, {"rows"}, {"replaced"}))
+    ratio = f"ratio {config.ratio:g}" if len(config.rungs()) == 1 else "at the ratio that the gradient's error allows"
+    said = [f"{own} of {len(plan.sites)} sites of {{name}} are sampled ({config.method}, {ratio})"] if own or not (rows or replaced) else []
+    if replaced:
+        said.append(f"gradients of {replaced} of {len(plan.sites)} sites of {{name}} are replaced")
     if rows:
         shares = ", ".join(f"{c.ratio:g}" if c.ratio is not None else "as many as the gradient's variance asks for" for c in plan.cuts)
         said.append(f"the backward pass of {rows} of {len(plan.sites)} sites of {{name}} runs on rows of the batch ({shares})")
+    if assignments > 1:
+        said.append(f"these are the most of {assignments} assignments that its steps and phases go through")
     return "; ".join(said)
 
 

@@ -5,22 +5,26 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import networkx as nx
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import fx, nn
 
-from approx_compile import _torch
+from approx_compile import _torch, html
 from approx_compile.annotate import annotation_of
 from approx_compile.backend import Backend
 from approx_compile.config import ApproxConfig
 from approx_compile.passes.plan import Plan, ProductPlan, SitePlan
 from approx_compile.passes.stages import Cut
+from approx_compile.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,9 @@ _SHOWN = ("method", "ratio", "k", "size")
 @dataclass
 class Report:
     """What `explain` found. `sites` in execution order; `cuts`: where rows of the batch are chosen, or why not; `before` and `after`: readable joint
-    graphs, one per compiled graph; `unmatched`: rule patterns that match no site of any graph. `str(report)` is a table. FLOPs are those of the sites'
-    products in one training step (2 per multiply-add), the sampling's own included in `flops_sampled`.
+    graphs, one per compiled graph; `unmatched`: rule patterns that match no site of any graph; `assignments`: how many the settings go through over a
+    run, all but the first of which `explain(..., config=config.at(step, phase))` shows. `str(report)` is a table. FLOPs are those of the sites' products
+    in one training step (2 per multiply-add), the sampling's own included in `flops_sampled`.
     """
 
     sites: list[SiteReport] = field(default_factory=list)
@@ -68,6 +73,7 @@ class Report:
     before: list[str] = field(default_factory=list)
     after: list[str] = field(default_factory=list)
     unmatched: list[str] = field(default_factory=list)
+    assignments: int = 1
 
     @property
     def flops_exact(self) -> int:
@@ -77,13 +83,25 @@ class Report:
     def flops_sampled(self) -> int:
         return sum(s.flops_sampled for s in self.sites)
 
+    @property
+    def keys(self) -> list[str]:
+        """A name for every site that no other has: its own, or `name (2)`, ... where several graphs have a site of that name."""
+        seen: Counter[str] = Counter()
+        found = []
+        for site in self.sites:
+            seen[site.name] += 1
+            found.append(site.name if seen[site.name] == 1 else f"{site.name} ({seen[site.name]})")
+        return found
+
     def to_networkx(self) -> nx.DiGraph[str]:
-        """The graph of sites: an edge from a site to every site that reads its output through no other product; node attributes as in `sites`."""
+        """The graph of sites, named as in `keys`: an edge from a site to every site that reads its output through no other product; node attributes
+        as in `sites`."""
         graph: nx.DiGraph[str] = nx.DiGraph()
-        for site in self.sites:
-            graph.add_node(site.name, **{k: v for k, v in vars(site).items() if k not in ("name", "reads")})
-        for site in self.sites:
-            graph.add_edges_from((source, site.name) for source in site.reads)
+        latest: dict[str, str] = {}  # a site reads those of its own graph, and in a graph names are used once
+        for key, site in zip(self.keys, self.sites, strict=True):
+            graph.add_node(key, **{k: v for k, v in vars(site).items() if k not in ("name", "reads")})
+            graph.add_edges_from((latest[source], key) for source in site.reads)
+            latest[site.name] = key
         return graph
 
     def costs(self) -> str:
@@ -104,6 +122,21 @@ class Report:
         Console(file=out, width=160).print(table, highlight=False)
         return out.getvalue().rstrip()
 
+    def to_dict(self) -> dict[str, Any]:
+        """Sites with their products, cuts, unmatched patterns and totals as plain values, for JSON; without the graphs' text."""
+        content = {f.name: [asdict(item) for item in getattr(self, f.name)] for f in fields(self) if f.name in ("sites", "cuts")}
+        totals = {"graphs": len(self.before), "flops_exact": self.flops_exact, "flops_sampled": self.flops_sampled}
+        return content | totals | {"unmatched": self.unmatched, "assignments": self.assignments}
+
+    def to_html(self, path: str | Path, machine: html.Peaks | None = None) -> None:
+        """Write one HTML file that needs nothing else and works offline: totals, a sortable table, the graph of sites, a roofline, FLOPs before and after
+        by site, the graphs with changed lines marked; dark or light as the reader's system is.
+
+        `machine`: what knows its peaks (`html.Peaks`); without one the roofline has no roof. Raises ImportError without the libraries of
+        `pip install approx-compile[report]`, OSError where `path` can't be written.
+        """
+        html.write(self, path, machine)
+
     def __str__(self) -> str:
         out = io.StringIO()
         console = Console(file=out, width=160)
@@ -113,7 +146,7 @@ class Report:
             share = self.flops_sampled / self.flops_exact
             graphs = f" in {len(self.before)} graphs" if len(self.before) > 1 else ""
             console.print(
-                f"{sampled} of {len(self.sites)} sites sampled{graphs}; FLOPs of a training step {_si(self.flops_exact)} -> {_si(self.flops_sampled)} "
+                f"{sampled} of {len(self.sites)} sites sampled{graphs}; FLOPs of a training step {si(self.flops_exact)} -> {si(self.flops_sampled)} "
                 f"({share:.0%}), the sampling included",
                 highlight=False,
             )
@@ -121,6 +154,11 @@ class Report:
             kept = f"{cut.ratio:g} of" if cut.ratio is not None else "as many as needed of"
             what = f"{cut.method}, {kept} {cut.rows} rows, {cut.flops_on_rows / max(1, cut.flops_all):.0%} of the backward FLOPs"
             console.print(f"rows, level {cut.level}: {what if cut.decision == 'rows' else 'all'}; {cut.reason}", highlight=False, markup=False)
+        if self.assignments > 1:
+            console.print(
+                f"the settings of step 0, the first of {self.assignments} assignments over the run; explain(..., config=config.at(step, phase)) shows another",
+                highlight=False,
+            )
         for pattern in self.unmatched:
             console.print(f"rule pattern {pattern!r} matches no site", highlight=False, markup=False)
         return out.getvalue().rstrip()
@@ -135,11 +173,12 @@ class Report:
         table.add_column("reason", overflow="fold")
         for s in self.sites:
             kept = f"{s.k} of {s.size}"
-            table.add_row(s.name, s.op, s.shape, s.dtype, s.decision, kept, _si(s.flops_exact), _si(s.flops_sampled), s.reason)
+            table.add_row(escape(s.name), s.op, s.shape, s.dtype, s.decision, kept, si(s.flops_exact), si(s.flops_sampled), escape(s.reason))
         return table
 
 
-def _si(number: float) -> str:
+def si(number: float) -> str:
+    """Three digits and a letter: 1.23M."""
     for unit in ("", "k", "M", "G", "T"):
         if abs(number) < 1000:
             return f"{number:.3g}{unit}"
@@ -150,7 +189,8 @@ def _si(number: float) -> str:
 def explain(model: Callable[..., Any], *args: Any, config: ApproxConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
     """What `backend="approx"` would do with `model(*args, **kwargs)` in a training step, as a `Report`.
 
-    `config`: an `ApproxConfig` or a mapping with the same keys; without one, that of an already compiled model, else the defaults. The forward pass
+    `config`: an `ApproxConfig` or a mapping with the same keys; without one, that of an already compiled model, else the defaults; of settings that change over
+    the run those of step 0, of outputs whose ratio is to be found the smallest. The forward pass
     runs once, op by op; parameters, buffers, gradients, random state, hooks and the user's compiled code stay as they are. Raises `ConfigError`.
     """
     model, own = _unwrap(model)
@@ -163,7 +203,9 @@ def explain(model: Callable[..., Any], *args: Any, config: ApproxConfig | Mappin
             if graph is not None:
                 texts.append(_torch.readable(graph))
 
-    backend = Backend(config if config is not None else own, inner_compile=_torch.run_as_is, on_plan=listen, keep_graphs=True)
+    schedule = Schedule.of(ApproxConfig.of(config if config is not None else own))
+    report.assignments = len(schedule.assignments)
+    backend = Backend(schedule.assignments[0].rungs()[0][1], inner_compile=_torch.run_as_is, on_plan=listen, keep_graphs=True)
     with torch.enable_grad(), _untouched(model), _torch.forgetting_shapes():
         _torch.compile_apart(model, backend)(*args, **kwargs)
     if plans:

@@ -1,7 +1,8 @@
-"""Speed against Inductor: `make bench`, or `python benchmarks/bench.py speed|rows|share|compile` with `--work`, `--ratio`, `--rounds`.
+"""Speed against Inductor: `make bench`, or `python benchmarks/bench.py speed|rows|schedule|share|compile` with `--work`, `--ratio`, `--rounds`.
 
 - `speed`: a training step without the optimizer (fp32, policy always, sampling forward, top-k), Inductor and approx in turn in one process.
 - `rows`: the same step with its backward pass on some rows of the batch, and under the policy "adaptive" where nothing may be left out.
+- `schedule`: weight gradients by a schedule over steps, and what switching costs.
 - `share`: how much of a sampled step is the sampling itself: the time outside products, less that of the exact step, from the profiler.
 - `compile`: seconds of the first step in a fresh process, with an empty cache folder and with a filled one.
 
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,10 +33,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from approx_compile.bench import device_name, race
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
 from models import build  # noqa: E402
+
+from approx_compile import presets, set_step  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 BARS = {("wrn", 0.5): 1.85, ("wrn", 0.25): 3.0, ("mlp", 0.5): 1.65, ("mlp", 0.25): 2.8, ("block", 0.5): 1.55, ("block", 0.25): 2.3}
@@ -89,6 +94,12 @@ ROW_WORKS: dict[str, tuple[str, Callable[[], nn.Module], Callable[[], Tensor], C
         lambda: torch.randn(128, 1, 28, 28),
         lambda: torch.randint(10, (128,)),
     ),
+    "resnet": (
+        "ResNet-20, 128 x 3 x 32 x 32",
+        lambda: build("resnet-20", (3, 32, 32), 10),
+        lambda: torch.randn(128, 3, 32, 32),
+        lambda: torch.randint(10, (128,)),
+    ),
     "wrn": ("WRN-10-2, 128 x 3 x 32 x 32", lambda: build("wrn-10-2", (3, 32, 32), 10), lambda: torch.randn(128, 3, 32, 32), lambda: torch.randint(10, (128,))),
 }
 ROW_BARS = {(w, r): bar for w in ("mlp1000", "mlp1024") for r, bar in ((0.5, 1.43), (0.25, 1.88), (0.1, 2.28))}
@@ -110,30 +121,22 @@ def stepper(work: str, options: dict[str, Any] | None) -> Callable[[], None]:
         loss = F.cross_entropy(out, y) if y is not None else out.square().mean()
         loss.backward()
 
+    step.model = model  # type: ignore[attr-defined]
     return step
 
 
 def conditions() -> dict[str, Any]:
     commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     dirty = subprocess.run(["git", "-C", str(ROOT), "status", "--porcelain", "approx_compile"], capture_output=True, text=True).stdout.strip()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()
     return {
         "date": date.today().isoformat(),
         "commit": commit + ("+" if dirty else ""),
-        "device": device,
+        "device": device_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "dtype": "float32",
     }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def store(name: str, rows: list[dict[str, Any]]) -> None:
@@ -165,18 +168,6 @@ def show(title: str, rows: Iterable[dict[str, Any]], columns: Iterable[str]) -> 
     console.print(table)
 
 
-def race(steps: dict[str, Callable[[], None]], rounds: int, now: Callable[[], float] = time.perf_counter) -> dict[str, list[float]]:
-    """Milliseconds of every step, taken in turn A B A B after two warm-up rounds, by a clock in seconds."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for i in range(rounds + 2):
-        for name, step in steps.items():
-            start = now()
-            step()
-            if i >= 2:
-                times[name].append((now() - start) * 1e3)
-    return times
-
-
 @app.command()
 def speed(
     work: Annotated[list[str] | None, typer.Option(help="wrn, mlp, block; all by default")] = None,
@@ -200,7 +191,7 @@ def rows_speed(
 ) -> None:
     """Training step with the backward pass on 0.5, 0.25 and 0.1 of the rows; "adaptive" here keeps all, for the data is noise."""
     found = []
-    for name in work or list(ROW_WORKS):
+    for name in work or [w for w in ROW_WORKS if w != "resnet"]:
         torch._dynamo.reset()
         shares = [] if name == "wrn" else [0.5, 0.25, 0.1]
         settings: dict[str, dict[str, Any]] = {f"{r:g}": {"grad": {"axis": "rows", "ratio": r}} for r in shares}
@@ -210,6 +201,42 @@ def rows_speed(
         found += raced(ROW_WORKS[name][0], contest, rounds, bars)
     show("training step, backward on some rows, against Inductor", found, SPEED_COLUMNS)
     store("rows", found)
+
+
+@app.command()
+def schedule(rounds: Annotated[int, typer.Option(help="timed periods of each, four steps long")] = 15) -> None:
+    """ResNet-20 under Wang and Nelaturu's schedule 3 (all weight gradients of convolutions at every fourth step), mean of a period of four steps; and what
+    switching costs: two assignments in turn against four steps of each."""
+    cycles: dict[str, Callable[[], None]] = {"inductor": cycle("resnet", None, range(4))}
+    for method in ("zero", "max"):
+        cycles[f"schedule 3, {method}"] = cycle("resnet", {**EXACT, "rules": presets.schedule_3(method)}, range(4))
+    torch._dynamo.reset()
+    found = raced(ROW_WORKS["resnet"][0], cycles, rounds, {"schedule 3, zero": 1.05, "schedule 3, max": 1.035})
+    torch._dynamo.reset()
+    turns = {**EXACT, "rules": [{"layers": "conv", "steps": "1::2", "grad_weight": "zero"}]}
+    contest = {"inductor": cycle("resnet", None, range(4)), "in turn": cycle("resnet", turns, range(4))}
+    contest |= {"first only": cycle("resnet", turns, [0] * 4), "second only": cycle("resnet", turns, [1] * 4)}
+    switched = raced(ROW_WORKS["resnet"][0], contest, rounds, {})
+    by_name = {r["setting"]: r["median_ms"] for r in switched}
+    mean = (by_name["first only"] + by_name["second only"]) / 2
+    console.print(f"two assignments in turn: {by_name['in turn'] / mean:.3f} of the mean of the two (bar 1.03)")
+    show("training step, mean over the schedule", found + switched, SPEED_COLUMNS)
+    store("schedule", found + switched)
+
+
+EXACT = {"policy": "always", "method": "exact"}
+
+
+def cycle(work: str, options: dict[str, Any] | None, steps: Sequence[int]) -> Callable[[], None]:
+    """Training steps at these places of a schedule, as one."""
+    step = stepper(work, options)
+
+    def run() -> None:
+        for i in steps:
+            set_step(step.model, i)  # type: ignore[attr-defined]
+            step()
+
+    return run
 
 
 SPEED_COLUMNS = ("work", "setting", "median_ms", "p20_ms", "p80_ms", "speedup", "speedup_p20", "speedup_p80", "bar")
@@ -271,7 +298,7 @@ def compile_times(
 ) -> None:
     """Seconds of the first step in a fresh process: cold (empty cache folder) and warm (second process on it), approx beside Inductor."""
     found = []
-    works = [w for w in ROW_WORKS if w != "mlp1000"] if rows else list(WORKS)
+    works = [w for w in ROW_WORKS if w not in ("mlp1000", "resnet")] if rows else list(WORKS)
     ours: dict[str, Any] = {"policy": "adaptive"} if rows else ALWAYS | {"ratio": ratio}
     for name in works:
         seconds: dict[tuple[str, str], list[float]] = {}
@@ -314,6 +341,7 @@ def everything(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         speed(None, None, 15)
         rows_speed(None, 15)
+        schedule(15)
         share(0.5, 8)
         compile_times(0.5, 3, False)
         compile_times(0.5, 3, True)

@@ -13,14 +13,15 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from bench import conditions, console, race, show, store, stored
+from bench import conditions, console, show, store, stored
 from rich.progress import track
 from torch import Tensor
 from zoo import Work, works
 
 from approx_compile import Backend, machine
+from approx_compile.bench import race
+from approx_compile.gauges import Clock
 from approx_compile.passes.plan import Plan
-from approx_compile.probes import Clock
 
 KEY = ("device", "threads", "torch", "profile")
 BAR = 0.97
@@ -46,7 +47,7 @@ def row(name: str, make: Callable[[], Work], rounds: int) -> dict[str, Any]:
     plans: list[Plan] = []
     ours = Backend({"policy": "cost"}, on_plan=lambda plan, before, after: plans.append(plan))
     clock = Clock("cpu", 0.0)
-    times = race({"inductor": stepper(make, "inductor"), "cost": stepper(make, ours)}, rounds, clock.now)
+    times = race({"inductor": stepper(make, "inductor"), "cost": stepper(make, ours)}, rounds, now=clock.now)
     base, found = (statistics.median(times[s]) for s in ("inductor", "cost"))
     sites = [s for plan in plans for s in plan.sites]
     return conditions() | {

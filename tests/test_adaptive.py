@@ -16,7 +16,7 @@ import approx_compile
 from approx_compile import Backend, control
 from approx_compile.backend import run_as_is
 from approx_compile.config import LADDER, AdaptiveTable
-from approx_compile.control import WATCH, Control, controls
+from approx_compile.control import WATCH, RowControl, controls
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_work_counts")
 ADAPTIVE: dict[str, Any] = {"policy": "adaptive", "adaptive": {"tau": 0.1}}
@@ -27,7 +27,7 @@ def heavy(size: int, share: float) -> Tensor:
     return torch.cat([torch.ones(round(share * size)), torch.full((size - round(share * size),), 1e-12)])
 
 
-def steps(c: Control, norms_sq: Tensor, count: int) -> list[float]:
+def steps(c: RowControl, norms_sq: Tensor, count: int) -> list[float]:
     found = []
     for _ in range(count):
         found.append(c.begin())
@@ -37,11 +37,11 @@ def steps(c: Control, norms_sq: Tensor, count: int) -> list[float]:
 
 
 def test_a_control_starts_exact_relaxes_and_goes_back() -> None:
-    c = Control(AdaptiveTable(), "cut")
+    c = RowControl(AdaptiveTable(), "cut")
     assert steps(c, heavy(1000, 0.2), WATCH + 1)[0] == 1
     found = steps(c, heavy(1000, 0.2), 60 * WATCH)
     assert found[-1] == 0.25 and sorted(found, reverse=True) == found
-    assert c.share == pytest.approx(0.2, abs=0.03)
+    assert c.measured == pytest.approx(0.2, abs=0.03)
     back = steps(c, torch.ones(1000), 60 * WATCH)
     assert back[-1] == 1 and sorted(back) == back
     assert c.changes[0] == (0, 1.0) and set(r for _, r in c.changes) <= set(LADDER)
@@ -49,16 +49,16 @@ def test_a_control_starts_exact_relaxes_and_goes_back() -> None:
 
 
 def test_a_number_is_used_in_the_step_after_it_was_made() -> None:
-    c = Control(AdaptiveTable(), "cut")
+    c = RowControl(AdaptiveTable(), "cut")
     c.begin()
     c.see(heavy(1000, 0.01))
-    before = c.share
+    before = c.measured
     c.begin()
-    assert before == 1 and c.share == pytest.approx(0.9 + 0.1 * 0.01, abs=1e-3)
+    assert before == 1 and c.measured == pytest.approx(0.9 + 0.1 * 0.01, abs=1e-3)
 
 
 def test_even_gradients_are_declined() -> None:
-    c = Control(AdaptiveTable(), "cut")
+    c = RowControl(AdaptiveTable(), "cut")
     assert set(steps(c, torch.rand(256) * 0.1 + 1, 200)) == {1.0}
 
 
@@ -109,7 +109,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one() -> None:
     saved = copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "approx": approx_compile.state_dict(f)})
     rng = torch.get_rng_state()
     want = train(f, optimizer, 60, first=90)
-    assert all(set(state) == {"step", "share", "changes"} for cuts in saved["approx"].values() for state in cuts.values())
+    assert all(set(state) == {"step", "measured", "changes"} for cuts in saved["approx"]["controls"].values() for state in cuts.values())
 
     for compiled_before in (False, True):
         torch._dynamo.reset()
@@ -127,7 +127,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one() -> None:
 
 def test_state_of_another_model_is_refused() -> None:
     with pytest.raises(KeyError, match="does not have"):
-        approx_compile.load_state_dict(nn.Linear(2, 2), {"layers.0": {"cut": {"step": 1, "share": 1.0, "changes": [[0, 1.0]]}}})
+        approx_compile.load_state_dict(nn.Linear(2, 2), {"controls": {"layers.0": {"cut": {"step": 1, "measured": 1.0, "changes": [[0, 1.0]]}}}, "clocks": []})
 
 
 def test_two_models_of_a_class_have_controls_of_their_own() -> None:
@@ -163,7 +163,7 @@ def test_the_random_state_is_untouched_while_all_rows_run() -> None:
 
 def test_history_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(control, "HISTORY", 4)
-    c = Control(AdaptiveTable(), "cut")
+    c = RowControl(AdaptiveTable(), "cut")
     for i in range(20):
         steps(c, heavy(1000, 0.05 if i % 2 else 1.0), 30 * WATCH)
     assert len(c.changes) <= max(4, control.HISTORY) or c.changes.maxlen is not None

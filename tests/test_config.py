@@ -11,7 +11,7 @@ from common import mlp, plans_of
 from torch import nn
 
 from approx_compile import ApproxConfig, Backend, ConfigError
-from approx_compile.config import Pattern
+from approx_compile.patterns import Pattern
 
 WRONG = {
     "key": ({"ration": 0.5}, "unknown key 'ration'", "'ratio'"),
@@ -26,8 +26,19 @@ WRONG = {
     "group": ({"group": -4}, "-4", "'auto'"),
     "sampling": ({"sampling": "forwards"}, "forwards", "'forward'"),
     "policy": ({"policy": "costs"}, "costs", "'cost'"),
-    "method_later": ({"grad_weight": "max"}, "grad_weight.method", "not built yet"),
-    "key_later": ({"rules": [{"layers": "conv", "steps": "::2"}]}, "steps", "not built yet"),
+    "steps_outside": ({"steps": "::2"}, "steps", "belongs in a rule"),
+    "method_later": ({"grad_weight": "dropout"}, "grad_weight.method", "not built yet"),
+    "replace_all": ({"method": "zero"}, "'zero' replaces a gradient", "grad_weight only"),
+    "replace_output": ({"output": "max"}, "output.method", "grad_input and grad_weight only"),
+    "replace_input": ({"rules": [{"layers": "conv", "grad": "random"}]}, "rules[0].grad.method", "valid here are topk"),
+    "replace_rows": ({"grad": {"axis": "rows", "method": "max"}}, "grad", "can't choose rows"),
+    "replace_keys": ({"grad_weight": {"method": "zero", "j": 3}}, "grad_weight", "j belongs to method 'max'"),
+    "replace_keys_alone": ({"grad_weight": {"std": 0.1}}, "std belongs to method 'random'", "method: None"),
+    "replace_share": ({"grad_weight": {"method": "max", "ratio": 0.5}}, "ratio has no effect with method 'max'", "drop it"),
+    "replace_j": ({"grad_weight": {"method": "max", "j": 0}}, "grad_weight.j", "at least 1"),
+    "replace_scale": ({"grad_input": {"method": "max", "scale": -1}}, "grad_input.scale", "above 0"),
+    "replace_std": ({"grad_weight": {"method": "random", "std": True}}, "grad_weight.std", "above 0"),
+    "replace_top": ({"j": 3}, "key 'j' belongs in the table of a gradient", "'max'"),
     "rows_axis": ({"grad": {"axis": "row"}}, "grad.axis", "Did you mean 'rows'"),
     "rows_elsewhere": ({"output": {"axis": "rows"}}, "axis", "belongs under grad"),
     "rows_method": ({"grad": {"axis": "rows", "method": "crs"}}, "crs", "can't choose rows"),
@@ -41,7 +52,7 @@ WRONG = {
     "plan_later": ({"plan": "plan.toml"}, "plan", "not built yet"),
     "lowering": ({"lowering": "triton"}, "triton", "not built yet"),
     "rules_dict": ({"rules": {"layers": "conv"}}, "rules", "list of rules"),
-    "rule_no_layers": ({"rules": [{"ratio": 0.5}]}, "rules[0].layers", "required"),
+    "rule_no_layers": ({"rules": [{"ratio": 0.5}]}, "rules[0]: layers", "required"),
     "rule_key": ({"rules": [{"layers": "x"}, {"layers": "y", "methods": "topk"}]}, "rules[1]", "'method'"),
     "rule_type": ({"rules": ["conv"]}, "rules[0]", "table"),
     "layers_empty": ({"rules": [{"layers": []}]}, "layers", "list of patterns"),

@@ -80,6 +80,8 @@ def test_time_is_amount_over_rate_and_flops_match_torch() -> None:
     assert found.time_us is not None and math.isclose(found.time_us, found.flops / profile.table("linear.output").at(32, 64, 128) / 1e3)
     sampled = evaluate(Case("linear", "output", "sampled"), SIZES, torch.float32, profile)
     assert sampled.time_us is not None and math.isclose(sampled.time_us, sum(t for _, t in sampled.terms)) and len(sampled.terms) == 6
+    norms = next(time for term, time in sampled.terms if term.startswith("norms"))
+    assert math.isclose(norms, 4 * 64 * 160 / profile.table("norms").at(cost.LIVE * 4 * 64 * 160) / 1e3)
     assert evaluate(Case("linear", "output", "sampled"), SIZES, torch.float32, None).time_us is None
 
 

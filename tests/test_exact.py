@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -297,3 +298,18 @@ def test_the_rest_of_forward_without_its_module_is_exact() -> None:
     f(torch.randn(32, 64, requires_grad=True), torch.randn(64, 64, requires_grad=True))
     assert [s.decision for s in plans.sites] == ["sampled", "exact"]
     assert "could not be traced back" in plans.sites[1].reason
+
+
+def test_statistics_collected_anew_are_those_of_the_exact_network() -> None:
+    """`torch.optim.swa_utils.update_bn` runs in training mode without gradients: on the compiled model too it is the exact network that it sees."""
+    model = Net()
+    f, choices, _ = compiled(model, ALWAYS)
+    batches = [torch.randn(8, 3, 8, 8) for _ in range(3)]
+    f(batches[0]).sum().backward()
+    assert choices
+    choices.clear()
+    plain = copy.deepcopy(model)
+    torch.optim.swa_utils.update_bn(batches, f)
+    torch.optim.swa_utils.update_bn(batches, plain)
+    assert not choices and model.training
+    assert torch.allclose(model.bn.running_mean, plain.bn.running_mean, atol=1e-6) and torch.allclose(model.bn.running_var, plain.bn.running_var, atol=1e-6)

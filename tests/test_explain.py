@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import OrderedDict
 from typing import Any
 
 import networkx as nx
@@ -41,6 +43,31 @@ def test_table_totals_and_reasons() -> None:
     text = str(report)
     for piece in ("conv2d", "axis of 16, min_k is 16", "32 of 64", "1 of 2 sites sampled", "FLOPs of a training step"):
         assert piece in text
+
+
+def test_bytes_of_operands_and_results() -> None:
+    model = nn.Sequential(nn.Linear(32, 64), nn.Unflatten(1, (16, 2, 2)), nn.Conv2d(16, 8, 2))
+    linear, conv = explain(model, torch.randn(5, 32), config=ALWAYS).sites
+    assert {p.bytes_exact for p in linear.products.values()} == {4 * (5 * 32 + 32 * 64 + 5 * 64)}
+    x, w, y = 5 * 16 * 2 * 2, 8 * 16 * 2 * 2, 5 * 8
+    assert {n: p.bytes_exact for n, p in conv.products.items()} == dict.fromkeys(("output", "grad_input", "grad_weight"), 4 * (x + w + y))
+    with torch.autocast("cpu", torch.bfloat16):
+        (half,) = explain(nn.Linear(32, 64), torch.randn(5, 32), config=ALWAYS).sites
+    assert half.products["output"].bytes_exact == 2 * (5 * 32 + 32 * 64 + 5 * 64)
+    (bmm,) = explain(torch.bmm, torch.randn(2, 3, 64, requires_grad=True), torch.randn(2, 64, 5, requires_grad=True), config=ALWAYS).sites
+    assert {p.bytes_exact for p in bmm.products.values()} == {4 * 2 * (3 * 64 + 64 * 5 + 3 * 5)} and len(bmm.products) == 3
+
+
+def test_as_plain_values() -> None:
+    report = explain(mlp(64, 64, 64), torch.randn(8, 64), config=ALWAYS)
+    content = json.loads(json.dumps(report.to_dict()))
+    assert [s["name"] for s in content["sites"]] == ["0", "2"] and content["sites"][0]["products"]["output"]["k"] == 32
+    assert (content["flops_exact"], content["flops_sampled"], content["graphs"]) == (report.flops_exact, report.flops_sampled, 1)
+
+
+def test_names_with_brackets_are_printed_as_they_are() -> None:
+    model = nn.Sequential(OrderedDict([("[red]x[/b]", nn.Linear(64, 64))]))
+    assert "[red]x[/b]" in str(explain(model, torch.randn(8, 64), config=ALWAYS))
 
 
 def test_graphs_before_and_after() -> None:

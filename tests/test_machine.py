@@ -12,7 +12,7 @@ import pytest
 import rich
 import torch
 
-from approx_compile import ConfigError, machine, probes
+from approx_compile import ConfigError, gauges, machine
 from approx_compile.machine import Machine, Table
 
 
@@ -64,7 +64,7 @@ def test_measured_stored_and_read_again(empty: Path) -> None:
     state = torch.random.get_rng_state()
     found = machine.current("cpu", said.append)
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert found.quick and set(found.tables) == set(probes.names(["float32", "bfloat16"])) and len(said) == 1
+    assert found.quick and set(found.tables) == set(gauges.names(["float32", "bfloat16"])) and len(said) == 1
     assert machine.load(empty) == found and machine.load(empty).digest == found.digest
     assert found.peak_gflops("float32") >= found.table("linear.output").at(512, 1024, 1024) > found.table("linear.output").at(1, 32, 32)
     assert found.bandwidth_gb_s() > 0 and found.table("bmm", torch.float64) == found.tables["bmm.float32"]
@@ -123,9 +123,9 @@ def test_devices_that_are_not_there() -> None:
 
 def test_what_is_compiled_is_measured_too() -> None:
     """The full measurement's generated kernels, at one size."""
-    grid = probes.Grid(linear={}, bmm={}, conv={}, sizes=(2**16,), runs=(16.0,), select={})
+    grid = gauges.Grid(linear={}, bmm={}, conv={}, sizes=(2**16,), runs=(16.0,), select={})
     for kind in ("norms", "take", "untake"):
-        name, unit, axes, rates = probes._moves(kind, "cpu", torch.float32, grid, False, probes.Clock("cpu", 1e-3))
+        name, unit, axes, rates = gauges._moves(kind, "cpu", torch.float32, grid, False, gauges.Clock("cpu", 1e-3))
         assert (name, unit) == (f"{kind}.float32", "GB/s") and len(rates) == 1 and rates[0] > 0
         assert axes["bytes"] == grid.sizes
 

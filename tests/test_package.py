@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 import venv
@@ -29,7 +31,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_contents(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / "approx_compile").rglob("*.py")}
-    assert sources <= set(names)
+    assert sources | {"approx_compile/templates/report.html.j2"} <= set(names)
     assert {n.split("/")[0] for n in names if not n.split("/")[0].endswith(".dist-info")} == {"approx_compile"}
 
 
@@ -48,6 +50,16 @@ print("good")
 """
     done = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.strip() == "good", done.stderr
+
+
+def test_installed_command(wheel: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", home, wheel], check=True, capture_output=True)
+    (tmp_path / "small.py").write_text("import torch\ndef make():\n    return torch.nn.Linear(64, 32), torch.randn(8, 64)\n")
+    command = [home / "bin" / "approx-compile", "explain", "small.py:make", "--set", "policy=always", "--json", "--html", "report.html"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(home)})
+    assert done.returncode == 0, done.stderr
+    assert [s["decision"] for s in json.loads(done.stdout)["sites"]] == ["sampled"] and "addmm" in (tmp_path / "report.html").read_text()
 
 
 def test_folders_are_importable_inside_the_package_only() -> None:

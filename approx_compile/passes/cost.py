@@ -17,7 +17,7 @@ u units it is chosen from; p, q contiguous entries per kept index in the two ope
 | skip, the result of `grad_weight` | | e per entry of the whole result | 1 kernel | bytes / `untake` |
 
 `take` and `untake` are measured with half of the entries kept: 2 e per kept entry is then the size of the whole. Rates are tables of `machine`, read at
-the sizes of the term; `kernel` is what a launch costs (a library call's is in the rates). FLOPs decide nothing, they are reported.
+the sizes of the term (bandwidths at `LIVE` times the bytes); `kernel` is what a launch costs (a library call's is in the rates). FLOPs decide nothing, they are reported.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import sympy
 
 from approx_compile import _torch
 from approx_compile.kernels.estimators import Estimator
+from approx_compile.kernels.replacements import Replacement
 from approx_compile.machine import Machine
 from approx_compile.passes.sites import BMM, CONV, Product, Site
 
@@ -48,6 +49,10 @@ LEAST_LAUNCHES = 20
 
 MEASURED_MARGIN = 1.05
 """The same for times measured (each is a median, within a few percent of the next one)."""
+
+LIVE = 4
+"""Tensors of the size of one that a step holds at once, so that its memory is as far away, or as newly mapped, as theirs together: bandwidths are read at
+so many times the bytes."""
 
 SKIP_MARGIN = 1.05
 """The same for skipping zeros, which costs no accuracy."""
@@ -172,6 +177,7 @@ def evaluate(case: Case, sizes: Mapping[sympy.Symbol, float], dtype: Any, machin
         if machine is None:
             continue
         table = machine.table(term.rate, dtype)
+        at = [x * LIVE if axis == "bytes" else x for x, axis in zip(at, table.axes, strict=True)]
         rate, unit = table.at(*at), table.unit
         amount = {"flops": f, "bytes": b, "launches": count}[_AMOUNT[unit]]
         times.append((str(term), amount * rate if unit == "us" else amount / rate / 1e3))
@@ -262,3 +268,18 @@ def worth(kind: str, exact_us: float, sampled_us: float, machine: Machine) -> bo
     margin = (CONV_MARGIN if kind == "conv" else MARGIN) * (QUICK_MARGIN if machine.quick else 1)
     least = LEAST_LAUNCHES * machine.table("kernel").at()
     return pays(exact_us, sampled_us, margin) and exact_us - sampled_us > least
+
+
+def replaced(site: Site, product: Product, how: Replacement) -> int:
+    """FLOPs of what stands in a gradient's place: none for zeros, a draw an entry for random numbers; for max the magnitudes and sums of the output gradient,
+    and 2 per entry kept and entry of the weight that it meets."""
+    if how.method == "zero":
+        return 0
+    first, second = site.products[0].operands
+    if how.method == "random":
+        return _torch.numel(second if product.mask == 1 or product.reads == 0 else first)
+    assert product.output_grad is not None
+    dy = _torch.value(product.output_grad)
+    if product.mask == 1:
+        return 2 * _torch.numel(product.output_grad) + 2 * how.j * _torch.hint(dy.shape[0]) * _torch.numel(second)
+    return 2 * _torch.numel(product.output_grad) + how.j * site.flops // _torch.hint(dy.shape[product.output_grad_dim])

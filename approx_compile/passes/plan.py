@@ -11,20 +11,16 @@ from typing import Any
 from torch import fx
 
 from approx_compile import _torch
-from approx_compile.config import ApproxConfig, Pattern, ProductSettings, RowSettings, SiteSettings
+from approx_compile.config import ApproxConfig, ProductSettings, RowSettings, SiteSettings
 from approx_compile.kernels.estimators import Estimator, estimator
+from approx_compile.kernels.replacements import Replacement
 from approx_compile.machine import Machine
-from approx_compile.passes import cost
+from approx_compile.passes import cost, replacements, worth
 from approx_compile.passes.sites import Product, Site
 from approx_compile.passes.stages import Cut
+from approx_compile.patterns import Pattern
 
 _BY_SETTINGS = "exact by the settings"
-
-TIMED = ("cost", "measure")
-"""The policies under which a site must be worth its time."""
-
-GRANULE = 16
-"""Under these kept entries come in multiples of this, which vector units and product kernels like."""
 
 WIDE = 512
 """Contraction channels that a linear site needs before the one line's default samples it (narrow layers lose accuracy for little time)."""
@@ -32,9 +28,10 @@ WIDE = 512
 
 @dataclass(frozen=True)
 class ProductPlan:
-    """The decision for one product: "sampled" along its own axis, "coupled" to the output's choice, run on the "rows" kept, or "exact". `k` of `size`
-    entries are kept. `node`: its name in the joint graph. Times are predictions in us (None where nothing was to be decided by time); `terms` says
-    term by term what the time as planned is made of, `sizes` what the symbols in them stand for (see `passes.cost`).
+    """The decision for one product: "sampled" along its own axis, "coupled" to the output's choice, run on the "rows" kept, "replaced", or "exact". `k` of
+    `size` entries are kept (of a replaced one, those of the output gradient that count). `node`: its name in the joint graph; `bytes_exact`:
+    of the exact product's operands and result, each counted once. Times are predictions in us (None where nothing was to be decided by time);
+    `terms` says term by term what the time as planned is made of, `sizes` what the symbols in them stand for (see `passes.cost`).
 
     `skips`: the site whose dropped entries make this product's output gradient zero; computing nothing there changes no value.
     """
@@ -51,6 +48,8 @@ class ProductPlan:
     how: Estimator | None = None
     skips: str | None = None
     node: str = ""
+    replacement: Replacement | None = None
+    bytes_exact: int = 0
     time_exact_us: float | None = None
     time_sampled_us: float | None = None
     terms: tuple[tuple[str, float], ...] = ()
@@ -89,16 +88,11 @@ class SitePlan:
 
     @property
     def time_exact_us(self) -> float | None:
-        return _sum(p.time_exact_us for p in self.products)
+        return worth.total(p.time_exact_us for p in self.products)
 
     @property
     def time_sampled_us(self) -> float | None:
-        return _sum(p.time_sampled_us for p in self.products)
-
-
-def _sum(times: Iterable[float | None]) -> float | None:
-    found = list(times)
-    return None if None in found else math.fsum(t for t in found if t is not None)
+        return worth.total(p.time_sampled_us for p in self.products)
 
 
 @dataclass(frozen=True)
@@ -177,12 +171,14 @@ def make_plan(sites: Sequence[Site], config: ApproxConfig, machine: Machine | No
     times: dict[int, Sequence[float]] = {}
     if asked and ask is not None:
         times = dict(zip(asked, ask([(sites[i], t) for i in asked if not isinstance(t := tried[i], SitePlan)]), strict=True))
-    decided = [t if isinstance(t, SitePlan) else _judged(sites[i], settings[i], t, machine, times.get(i)) for i, t in enumerate(tried)]
+    judged = [t if isinstance(t, SitePlan) else _judged(sites[i], settings[i], t, machine, times.get(i)) for i, t in enumerate(tried)]
+    decided = [_with_replacements(s, p, w) for s, p, w in zip(sites, judged, settings, strict=True)]
     return Plan(tuple(_with_nodes(s, p) for s, p in zip(sites, decided, strict=True)), unmatched)
 
 
 def _with_nodes(site: Site, plan: SitePlan) -> SitePlan:
-    return replace(plan, products=tuple(replace(p, node=q.node.name) for p, q in zip(plan.products, site.products, strict=True)))
+    products = (replace(p, node=q.node.name, bytes_exact=q.bytes_once) for p, q in zip(plan.products, site.products, strict=True))
+    return replace(plan, products=tuple(products))
 
 
 def match_rules(sites: Sequence[Site], config: ApproxConfig) -> tuple[list[list[bool]], tuple[str, ...]]:
@@ -207,23 +203,23 @@ def match_rules(sites: Sequence[Site], config: ApproxConfig) -> tuple[list[list[
 
 
 def row_requests(sites: Sequence[Site], config: ApproxConfig) -> tuple[RowSettings | None, dict[fx.Node, RowSettings | None]]:
-    """What is asked of the rows where no rule matches, and at the gradients of every site; a site that must be exact asks for all rows."""
+    """What is asked of the rows where no site is (of rules, those for every site count), and at the gradients of every site; a site that must be exact asks for all rows."""
     matches, _ = match_rules(sites, config)
     asked: dict[fx.Node, RowSettings | None] = {}
     for site, hits in zip(sites, matches, strict=True):
         for p in site.products[1:]:
             asked[p.node] = config.settings(hits).rows if site.blocked is None else None
-    return config.settings([False] * len(config.rules)).rows, asked
+    return config.settings([rule.layers == ("site",) for rule in config.rules]).rows, asked
 
 
 def _tried(site: Site, settings: SiteSettings, machine: Machine | None) -> SitePlan | Tries:
     """Legal first, then wanted: the site left exact, or the ways to sample it among which time decides."""
     reason = site.blocked
-    if reason is None and settings.policy in TIMED and (settings.rows is None or settings.output.method != "exact"):
+    if reason is None and settings.policy in worth.TIMED and (settings.rows is None or settings.output.method != "exact"):
         reason = _unwise(site, settings)
     if reason is not None:
         return _all_exact(site, reason, machine)
-    tries = [_products(site, s, machine) for s in _candidates(site, settings)]
+    tries = [_products(site, s, machine) for s in worth.candidates(site, settings)]
     if all(p.decision == "exact" for p in tries[0]):
         return _all_exact(site, tries[0][0].reason, machine, tries[0])
     return tries
@@ -231,70 +227,25 @@ def _tried(site: Site, settings: SiteSettings, machine: Machine | None) -> SiteP
 
 def _judged(site: Site, settings: SiteSettings, tries: Tries, machine: Machine | None, times: Sequence[float] | None) -> SitePlan:
     """The best of the tries, if it is worth it."""
-    best = min(tries, key=_time) if times is None else tries[min(range(len(tries)), key=lambda i: times[i + 1])]
+    best = min(tries, key=worth.rank) if times is None else tries[min(range(len(tries)), key=lambda i: times[i + 1])]
     done = next(p for p in best if p.decision != "exact")
     found = _site_plan(site, "sampled", done.reason, best)
-    if settings.policy not in TIMED:
+    if settings.policy not in worth.TIMED:
         return found
     if machine is None:
-        return _all_exact(site, f"no cost model for {_device(site)}", machine)
+        return _all_exact(site, f"no cost model for {worth.device(site)}", machine)
     if times is not None:
-        worth, why = cost.pays(times[0], min(times[1:]), cost.MEASURED_MARGIN), f"measured {times[0] / min(times[1:]):.2f}x at ratio {done.ratio:g}"
+        pays, why = cost.pays(times[0], min(times[1:]), cost.MEASURED_MARGIN), f"measured {times[0] / min(times[1:]):.2f}x at ratio {done.ratio:g}"
     else:
         assert found.time_exact_us is not None and found.time_sampled_us is not None
-        worth = cost.worth(site.kind, found.time_exact_us, found.time_sampled_us, machine)
-        why = _predicted(site, best, machine)
-    return replace(found, reason=f"{done.reason}; {why}") if worth else _all_exact(site, f"would not pay: {why}", machine)
-
-
-def _candidates(site: Site, settings: SiteSettings) -> list[SiteSettings]:
-    """Where time decides, what `group: "auto"` may come to: single entries, or as many as move fast."""
-    if settings.policy not in TIMED or "auto" not in [w.group for w in (settings.output, settings.grad_input, settings.grad_weight)]:
-        return [settings]
-
-    def grouped(wanted: ProductSettings, group: int) -> ProductSettings:
-        return replace(wanted, group=group, whole=GRANULE) if wanted.group == "auto" else replace(wanted, whole=GRANULE)
-
-    return [
-        replace(settings, output=grouped(settings.output, g), grad_input=grouped(settings.grad_input, g), grad_weight=grouped(settings.grad_weight, g))
-        for g in (1, _long_run(site))
-    ]
+        pays = cost.worth(site.kind, found.time_exact_us, found.time_sampled_us, machine)
+        why = worth.predicted(site, best, machine)
+    return replace(found, reason=f"{done.reason}; {why}") if pays else _all_exact(site, f"would not pay: {why}", machine)
 
 
 def _products(site: Site, settings: SiteSettings, machine: Machine | None) -> tuple[ProductPlan, ...]:
     output = _own_axis(site, site.products[0], settings.output, machine)
     return (output, *(_gradient(site, p, settings, output, machine) for p in site.products[1:]))
-
-
-def _time(products: Sequence[ProductPlan]) -> float:
-    """For comparison: what takes no more than 3% longer counts as equal, and the first of equals, the finer grained, wins."""
-    time = _sum(p.time_sampled_us for p in products)
-    return 0.0 if time is None or time <= 0 else math.ceil(math.log(time) / math.log(1.03))
-
-
-def _predicted(site: Site, products: Sequence[ProductPlan], machine: Machine) -> str:
-    """ "predicted 0.94x at ratio 0.5, break-even 0.41"."""
-    exact, planned = (_sum(times) for times in ([p.time_exact_us for p in products], [p.time_sampled_us for p in products]))
-    assert exact is not None and planned is not None
-    ratio = next(p.ratio for p in products if p.decision != "exact")
-
-    def gain(share: float) -> float:
-        return exact - math.fsum(_estimate(site, p, products, machine, share).time_us or 0.0 for p in products)
-
-    return f"predicted {exact / planned:.2f}x at ratio {ratio:g}, {_break_even(gain)}"
-
-
-def _break_even(gain: Callable[[float], float]) -> str:
-    """The largest ratio at which sampling takes no longer than the exact products; `gain` falls with the ratio."""
-    low, high = 0.001, 1.0
-    if gain(low) <= 0:
-        return "no ratio breaks even"
-    if gain(high) > 0:
-        return "every ratio breaks even"
-    for _ in range(20):
-        middle = (low + high) / 2
-        low, high = (middle, high) if gain(middle) > 0 else (low, middle)
-    return f"break-even {low:.2f}"
 
 
 def _unwise(site: Site, settings: SiteSettings) -> str | None:
@@ -316,7 +267,9 @@ def _unwise(site: Site, settings: SiteSettings) -> str | None:
 
 
 def _gradient(site: Site, product: Product, settings: SiteSettings, output: ProductPlan, machine: Machine | None) -> ProductPlan:
-    wanted = settings.grad_weight if product.name == "grad_weight" else settings.grad_input
+    wanted = settings.of(product.name)
+    if wanted.replaces:
+        return _exact(site, product, _BY_SETTINGS, machine)
     if wanted.method != "coupled":
         return _own_axis(site, product, wanted, machine)
     if output.how is None:
@@ -333,7 +286,7 @@ def _own_axis(site: Site, product: Product, wanted: ProductSettings, machine: Ma
         return _exact(site, product, "its contraction axis has a dynamic size", machine)
     if wanted.method == "topk_weights" and product.weight is None:
         return _exact(site, product, "topk_weights needs a weight, and neither operand is one", machine)
-    group = _auto_group(site, product) if wanted.group == "auto" else wanted.group
+    group = worth.auto_group(site, product) if wanted.group == "auto" else wanted.group
     ratio = wanted.ratio if size < 4 * wanted.whole else math.ceil(math.floor(wanted.ratio * size + 0.5) / wanted.whole) * wanted.whole / size
     how = estimator(wanted.method, size, ratio, wanted.min_k, group, product.weight)
     if how is None:
@@ -350,28 +303,31 @@ def _timed(site: Site, plan: ProductPlan, product: Product, estimate: cost.Estim
     return replace(plan, flops_sampled=estimate.flops, time_exact_us=exact.time_us, time_sampled_us=estimate.time_us, terms=estimate.terms, sizes=estimate.sizes)
 
 
-def _auto_group(site: Site, product: Product) -> int:
-    """1 below 256. Else so long that a gather moves whole vectors (CPU) or sectors (GPU); rows and conv channels lie contiguous anyway."""
-    assert isinstance(product.size, int)
-    if product.size < 256 or site.kind == "conv" or product.name == "grad_weight":
-        return 1
-    return _long_run(site)
+def _with_replacements(site: Site, plan: SitePlan, settings: SiteSettings) -> SitePlan:
+    """The site's plan with the gradients that are not computed but replaced, wherever that is asked for; where one can't be it is exact, and the site
+    says why."""
+    if site.blocked is not None:
+        return plan
+    products, said = list(plan.products), []
+    for i, (product, decision) in enumerate(zip(site.products, plan.products, strict=True)):
+        wanted = settings.of(product.name)
+        if not wanted.replaces:
+            continue
+        products[i] = _replaced(site, product, decision, wanted)
+        said.append(f"{product.name}: {products[i].reason}")
+    if not said:
+        return plan
+    rest = [] if plan.reason == _BY_SETTINGS else [plan.reason] if plan.decision == "sampled" else [f"the rest exact: {plan.reason}"]
+    replaced = any(p.decision == "replaced" for p in products)
+    return replace(plan, products=tuple(products), decision="sampled" if replaced else plan.decision, reason="; ".join(said + rest))
 
 
-def _long_run(site: Site) -> int:
-    return 16 if _device(site) == "cpu" else 32
-
-
-def _device(site: Site) -> str:
-    return str(_torch.value(site.node).device.type)
-
-
-def _estimate(site: Site, plan: ProductPlan, products: Sequence[ProductPlan], machine: Machine, share: float) -> cost.Estimate:
-    """Of a product as planned, but with another share of its axis kept."""
-    product = next(p for p in site.products if p.name == plan.name)
-    if plan.how is None:
-        return cost.exact(site, product, machine)
-    return (cost.coupled if plan.decision == "coupled" else cost.sampled)(site, product, plan.how, machine, share * plan.size)
+def _replaced(site: Site, product: Product, exact: ProductPlan, wanted: ProductSettings) -> ProductPlan:
+    how, kept, size, reason = replacements.choose(site, product, wanted)
+    if how is None:
+        return replace(exact, reason=reason)
+    flops = cost.replaced(site, product, how)
+    return replace(exact, decision="replaced", reason=reason, method=how.method, ratio=kept / size, k=kept, size=size, flops_sampled=flops, replacement=how, time_sampled_us=None)
 
 
 def _exact(site: Site, product: Product, reason: str, machine: Machine | None) -> ProductPlan:

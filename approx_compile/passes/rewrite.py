@@ -1,4 +1,4 @@
-"""Plan -> graph: executes the decisions, makes none. The only file that edits a graph.
+"""Plan -> graph: executes the decisions, makes none. Graphs are edited here only (`splice` holds the means).
 
 A sampled product keeps its node's op and gets gathered operands; a coupled gradient reads the operand the output kept and is put back in
 place. The pieces are traced from `kernels` on the nodes' fake values and spliced in, so Inductor sees aten ops only: nothing opaque that
@@ -7,7 +7,6 @@ would bypass a cache or hide a change of code.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +17,9 @@ from approx_compile import _torch
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.kernels.products import Axis, sample, take, untake
 from approx_compile.passes.plan import Plan, ProductPlan
-from approx_compile.passes.sites import CONV, VIEWS, Product, Site, channel_axis, conv_weight_axes, permutation_between, users_of_output
+from approx_compile.passes.replacements import let_go_of_activation, replace_conv_weight, replace_matmul
+from approx_compile.passes.sites import CONV, VIEWS, Product, Site, channel_axis, conv_weight_axes, permutation_between
+from approx_compile.passes.splice import inline, output_of, refresh, replace_output
 
 aten = torch.ops.aten
 
@@ -47,13 +48,15 @@ def rewrite(graph: fx.Graph, sites: Sequence[Site], plan: Plan) -> None:
         for product, decision in zip(site.products[1:], planned.products[1:], strict=True):
             coupled = kept[site.name] if decision.decision == "coupled" else None
             skipped = kept[decision.skips] if decision.skips is not None else None
-            if decision.decision == "sampled" or coupled or skipped:
+            if decision.decision in ("sampled", "replaced") or coupled or skipped:
                 todo.append(_Gradient(product, decision, coupled, skipped))
         if site.node.target in CONV:
             _conv_gradients(graph, site, todo)
             continue
         for work in todo:
-            if work.decision.decision == "sampled":
+            if work.decision.replacement is not None:
+                replace_matmul(graph, work.product, work.decision.replacement)
+            elif work.decision.decision == "sampled":
                 _sample_in_place(graph, site, work.product, work.decision)
             else:
                 _narrow_matmul(graph, site.products[0].operands, work)
@@ -62,7 +65,8 @@ def rewrite(graph: fx.Graph, sites: Sequence[Site], plan: Plan) -> None:
 
 
 class _Gradient(NamedTuple):
-    """What is to be done to one gradient product: sampled on its own axis, or narrowed to kept inputs (`coupled`), kept outputs (`skipped`) or both."""
+    """What is to be done to one gradient product: replaced, sampled on its own axis, or narrowed to kept inputs (`coupled`), kept outputs (`skipped`) or
+    both."""
 
     product: Product
     decision: ProductPlan
@@ -147,7 +151,7 @@ def _put_back(graph: fx.Graph, m: fx.Node, holes: Sequence[_Hole], activation: t
     users = list(m.users)
     old = _torch.value(m)
     masked = _relu_backward(m, activation[0]) if activation is not None else None
-    _refresh(m)
+    refresh(m)
     if not holes:
         return
 
@@ -203,29 +207,39 @@ def _like(x: torch.Tensor, old: Any) -> torch.Tensor:
 def _conv_gradients(graph: fx.Graph, site: Site, todo: Sequence[_Gradient]) -> None:
     """One convolution_backward makes up to three gradients; those that are narrowed alike share a call, others get one of their own.
 
-    The bias gradient stays on the exact call, over all samples.
+    The bias gradient stays exact, over all samples; without the weight's beside it, it is a sum of its own (CPUs would make both).
     """
     if not todo:
         return
     m = todo[0].product.node
     mask = list(m.args[10])  # type: ignore[arg-type]
     alike: dict[tuple[bool, str | None], list[_Gradient]] = {}
+    calls = [m]
     for work in todo:
-        if work.decision.decision == "sampled":
+        if work.decision.replacement is not None:
+            replace_conv_weight(graph, work.product, work.decision.replacement)
+        elif work.decision.decision == "sampled":
             assert work.decision.how is not None
-            _own_axis_conv(graph, m, site, work.product, work.decision.how)
+            calls.append(_own_axis_conv(graph, m, site, work.product, work.decision.how))
         else:
             alike.setdefault((work.coupled is not None, work.decision.skips), []).append(work)
     for group in alike.values():
-        _narrow_conv(graph, site, m, group)
+        calls.append(_narrow_conv(graph, site, m, group))
     done = {work.product.mask for work in todo}
     left = [bool(on) and i not in done for i, on in enumerate(mask)]
+    if left[2] and not left[1]:
+        dy = m.args[0]
+        assert isinstance(dy, fx.Node)
+        replace_output(graph, m, 2, inline(graph, m, lambda dy: dy.sum([0, *range(2, dy.dim())]), (dy,)))
+        left[2] = False
     if any(left):
         m.args = (*m.args[:10], left)
-        _refresh(m)
+        refresh(m)
+    for call in calls:
+        let_go_of_activation(graph, call)
 
 
-def _narrow_conv(graph: fx.Graph, site: Site, m: fx.Node, group: Sequence[_Gradient]) -> None:
+def _narrow_conv(graph: fx.Graph, site: Site, m: fx.Node, group: Sequence[_Gradient]) -> fx.Node:
     """Gradients from kept input channels of x and w, from the output channels of dy and w that are not zero, or both."""
     coupled, skipped = group[0].coupled, group[0].skipped
     transposed, groups = bool(m.args[7]), _groups(m)
@@ -238,7 +252,7 @@ def _narrow_conv(graph: fx.Graph, site: Site, m: fx.Node, group: Sequence[_Gradi
     call = _conv_backward(graph, m, dy, (x, w), [i in {g.product.mask for g in group} for i in range(3)])
     for work in group:
         of_weight = work.product.mask == 1
-        grad = _output(graph, call, work.product.mask)
+        grad = output_of(graph, call, work.product.mask)
         activation = None
         holes = []
         if coupled is not None:
@@ -247,11 +261,12 @@ def _narrow_conv(graph: fx.Graph, site: Site, m: fx.Node, group: Sequence[_Gradi
         if skipped is not None and of_weight:
             holes.append(_Hole(w_out, skipped, None))
         grad.meta["val"] = _torch.value(m)[work.product.mask]  # the full size, which _put_back restores
-        _replace_output(graph, m, work.product.mask, grad)
+        replace_output(graph, m, work.product.mask, grad)
         _put_back(graph, grad, holes, activation)
+    return call
 
 
-def _own_axis_conv(graph: fx.Graph, m: fx.Node, site: Site, p: Product, how: Estimator) -> None:
+def _own_axis_conv(graph: fx.Graph, m: fx.Node, site: Site, p: Product, how: Estimator) -> fx.Node:
     """grad_input from kept output channels of dy and w; grad_weight from kept samples of x and dy."""
     x, w = m.args[1], m.args[2]
     assert isinstance(x, fx.Node) and isinstance(w, fx.Node)
@@ -260,7 +275,8 @@ def _own_axis_conv(graph: fx.Graph, m: fx.Node, site: Site, p: Product, how: Est
         call = _conv_backward(graph, m, first, (x, second), [True, False, False])
     else:
         call = _conv_backward(graph, m, second, (first, w), [False, True, False])
-    _replace_output(graph, m, p.mask, _output(graph, call, p.mask))
+    replace_output(graph, m, p.mask, output_of(graph, call, p.mask))
+    return call
 
 
 def _groups(m: fx.Node) -> int:
@@ -273,48 +289,5 @@ def _conv_backward(graph: fx.Graph, m: fx.Node, dy: Any, operands: tuple[Any, An
     with graph.inserting_before(m):
         call = graph.call_function(m.target, (dy, *operands, *m.args[3:10], mask))  # type: ignore[arg-type]
     _torch.copy_provenance(m, call)
-    _refresh(call)
+    refresh(call)
     return call
-
-
-def _output(graph: fx.Graph, call: fx.Node, index: int) -> fx.Node:
-    with graph.inserting_after(call):
-        item = graph.call_function(operator.getitem, (call, index))
-    _torch.copy_provenance(call, item)
-    item.meta["val"] = _torch.value(call)[index]
-    return item
-
-
-def _replace_output(graph: fx.Graph, m: fx.Node, index: int, new: fx.Node) -> None:
-    for user in list(users_of_output(m, index)):
-        user.replace_all_uses_with(new)
-        graph.erase_node(user)
-
-
-# --- splicing ---
-
-
-def _refresh(node: fx.Node) -> None:
-    """Recompute a node's fake value after its arguments changed."""
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])  # type: ignore[misc]
-    with _torch.fake_mode_of(node):
-        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def inline(graph: fx.Graph, before: fx.Node, run: Callable[..., Any], args: Sequence[fx.Node | None], like: fx.Node | None = None) -> Any:
-    """Trace `run` on the fake values of `args`, splice it in before `before`, return its results as nodes.
-
-    The new nodes take tag, layer and checkpoint policy from `like` (by default `before`, whose operands they are).
-    """
-    values = [_torch.value(a) if a is not None else None for a in args]
-    with _torch.fake_mode_of(*(a for a in args if a is not None)):
-        traced = _torch.trace(run, values)
-    new: dict[fx.Node, Any] = dict(zip(traced.find_nodes(op="placeholder"), args, strict=True))
-    with graph.inserting_before(before):
-        for n in traced.nodes:
-            if n.op == "call_function":
-                new[n] = graph.node_copy(n, lambda x: new[x])
-                _torch.copy_provenance(like or before, new[n])
-                if _torch.is_random(n) and _torch.is_backward(new[n]):
-                    _torch.keep_in_backward(new[n])
-    return fx.node.map_arg(traced.output_node().args[0], lambda n: new[n])

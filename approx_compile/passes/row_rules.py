@@ -358,7 +358,7 @@ def _table_gradient(n: fx.Node, value: Any, out: Followed) -> Layout:
     return None
 
 
-FACTORIES = {aten.full.default, aten.zeros.default, aten.ones.default, aten.empty.memory_format, aten.new_zeros.default, aten.new_full.default}
+FACTORIES = {aten.full.default, aten.zeros.default, aten.ones.default, aten.empty.memory_format, aten.empty_permuted.default, aten.new_zeros.default, aten.new_full.default}
 FACTORIES |= {aten.full_like.default, aten.zeros_like.default, aten.ones_like.default, aten.empty_like.default}
 SPREADS = {aten.expand.default}
 ARITHMETIC: set[Any] = {aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor}

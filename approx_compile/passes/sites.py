@@ -111,6 +111,13 @@ class Product:
         grad = next(users_of_output(self.node, self.mask), None)
         return (grad, 1) if grad is not None and self.mask == 0 else None
 
+    @property
+    def bytes_once(self) -> int:
+        """Bytes of both operands and of the result, each counted once: the least that the exact product moves."""
+        made = _torch.value(self.node)
+        values = (*(_torch.value(o) for o in self.operands), made[self.mask] if self.mask >= 0 else made)
+        return sum(_torch.numel_of(v) * v.dtype.itemsize for v in values)
+
 
 @dataclass(frozen=True)
 class Site:

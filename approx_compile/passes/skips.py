@@ -39,7 +39,7 @@ def _one_contraction(site: Site) -> bool:
 
 def _with_skip(site: Site, plan: SitePlan, j: int, source: str, dropped: ProductPlan, machine: Machine) -> SitePlan:
     product, decision = site.products[j], plan.products[j]
-    if decision.decision == "sampled" or decision.skips is not None or dropped.how is None:
+    if decision.decision in ("sampled", "replaced") or decision.skips is not None or dropped.how is None:
         return plan
     estimate = cost.skipped(site, product, decision.how, dropped.how, machine)
     assert decision.time_sampled_us is not None and estimate.time_us is not None

@@ -1,0 +1,180 @@
+"""`approx-compile`: what the library does, on the command line.
+
+A new command is a function with `@app.command()` whose body stands in `with failures(debug):`. Exit codes: 0, 2 for wrong usage (options, config,
+factory), 1 for every other failure; the reason is one line on stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from approx_compile import bench as timing
+from approx_compile.backend import DISABLE
+from approx_compile.config import ApproxConfig, ConfigError
+from approx_compile.factory import Example, FactoryError, load
+from approx_compile.report import Report, si
+from approx_compile.report import explain as explained
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Train PyTorch models with approximate matrix products and convolutions: look at a model, time it.",
+)
+
+_EXAMPLES = "\n\n".join(
+    (
+        "**The model**: `package.module:factory` or `path/to/file.py:factory`; the factory takes no arguments and returns `(model, example_inputs)`, "
+        "the inputs being a tensor, a tuple of arguments or a dict of keyword arguments.",
+        "**Examples**",
+        "`approx-compile {command} my_package.models:small`",
+        "`approx-compile {command} train.py:example --config approx.toml --set ratio=0.25`",
+        "`approx-compile {command} train.py:example {more}`",
+    )
+)
+
+_NO_PRODUCTS = (
+    "torch.compile shows the backend none of the model's products ({flops}FLOP forward; {graphs} graphs seen, none with a product): "
+    "each is behind a graph break, or compiling is off there; TORCH_LOGS=graph_breaks says where"
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODULE:FACTORY", help="What makes the model and its example inputs.", show_default=False)]
+Config = Annotated[Path | None, typer.Option("--config", help="A TOML file with the keys of the backend's `options`.", show_default=False)]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One key of the options, over the file's: `ratio=0.25`.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
+
+
+class Failure(Exception):
+    """What could not be done, in one line."""
+
+
+@contextlib.contextmanager
+def failures(debug: bool) -> Iterator[None]:
+    """Inside, exceptions become one line on stderr and an exit code; with `debug` they pass."""
+    try:
+        yield
+    except Exception as e:
+        if debug or isinstance(e, typer.Exit):
+            raise
+        own = isinstance(e, (ConfigError, FactoryError, Failure, ImportError, OSError))
+        lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [""]
+        text = " ".join(lines) if own else lines[0] + ("" if len(lines) == 1 else " (--debug shows all of it)")
+        typer.echo(f"approx-compile: {text if own else f'{type(e).__name__}: {text}'}", err=True)
+        raise typer.Exit(2 if isinstance(e, (ConfigError, FactoryError)) else 1) from e
+
+
+@app.callback(invoke_without_command=True)
+def main(show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if show_version:
+        typer.echo(version("approx-compile"))
+        raise typer.Exit
+
+
+@app.command(epilog=_EXAMPLES.format(command="explain", more="--html report.html"))
+def explain(
+    model: Model,
+    config: Config = None,
+    settings: Set = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write the report as a page.", show_default=False)] = None,
+    as_json: Json = False,
+    graphs: Annotated[bool, typer.Option("--graphs", help="Print the graphs before and after, too.")] = False,
+    debug: Debug = False,
+) -> None:
+    """What would be rewritten in a training step, why, and what it saves; nothing is compiled to machine code."""
+    with failures(debug):
+        options = read_options(config, settings or [])
+        if html is not None and not html.absolute().parent.is_dir():
+            raise Failure(f"--html: there is no folder {html.parent}")
+        example = example_of(model)
+        report = _report(example, options)
+        if html is not None:
+            report.to_html(html)
+        if as_json:
+            typer.echo(json.dumps(report.to_dict() | ({"before": report.before, "after": report.after} if graphs else {})))
+            return
+        typer.echo(str(report))
+        for i, (before, after) in enumerate(zip(report.before, report.after, strict=True) if graphs else (), 1):
+            typer.echo(f"\n# --- graph {i}, before ---\n{before}\n# --- graph {i}, after ---\n{after}")
+        if html is not None:
+            typer.echo(f"written: {html}")
+
+
+@app.command(epilog=_EXAMPLES.format(command="bench", more="--threads 2 --repeats 30 --json"))
+def bench(
+    model: Model,
+    config: Config = None,
+    settings: Set = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed steps of each backend.")] = 15,
+    threads: Annotated[int | None, typer.Option(min=1, help="torch's threads; its own choice by default.", show_default=False)] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time a training step (forward and backward) under Inductor and under approx, in turn in one process."""
+    with failures(debug):
+        options = read_options(config, settings or [])
+        if threads is not None:
+            torch.set_num_threads(threads)
+        example = example_of(model)
+        report = _report(example, options)
+        found = timing.compare(example.model, *example.args, config=options, repeats=repeats, **example.kwargs)
+        sampled = sum(s.decision == "sampled" for s in report.sites)
+        counts = {"sites": len(report.sites), "sampled": sampled, "flops_exact": report.flops_exact, "flops_sampled": report.flops_sampled}
+        typer.echo(json.dumps(found.to_dict() | counts) if as_json else f"{found}; {sampled} of {len(report.sites)} sites sampled")
+
+
+def example_of(spec: str) -> Example:
+    """The model that `spec` names, the same weights and data at every call."""
+    torch.manual_seed(0)
+    return load(spec)
+
+
+def _report(example: Example, options: ApproxConfig | None) -> Report:
+    """What `explain` finds. A model without products is one thing; one whose products torch.compile never shows to a backend is another."""
+    if os.environ.get(DISABLE) == "1":
+        raise Failure(f"{DISABLE}=1 is set, with which nothing is rewritten; unset it")
+    flops = example.forward_flops()
+    report = explained(example.model, *example.args, config=options, **example.kwargs)
+    if flops and not report.sites:
+        raise Failure(_NO_PRODUCTS.format(flops=si(flops), graphs=len(report.before)))
+    return report
+
+
+def read_options(path: Path | None, settings: list[str]) -> ApproxConfig | None:
+    """The file's keys with `settings` ("key=value", the value as in TOML or a bare word, the key dotted for tables) laid over; None if nothing is given."""
+    if path is None and not settings:
+        return None
+    options: dict[str, Any] = {}
+    if path is not None:
+        try:
+            options = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as e:
+            raise ConfigError(f"--config: {path} can't be read: {e}") from e
+        except tomllib.TOMLDecodeError as e:
+            raise ConfigError(f"--config: {path} is no TOML: {e}") from e
+    for text in settings:
+        options = _merged(options, _setting(text))
+    return ApproxConfig.of(options)
+
+
+def _setting(text: str) -> dict[str, Any]:
+    key, equals, value = (part.strip() for part in text.partition("="))
+    for written in (value, json.dumps(value)) if equals and value else ():
+        with contextlib.suppress(tomllib.TOMLDecodeError):
+            return tomllib.loads(f"{key} = {written}")
+    raise ConfigError(f"--set: got {text!r}; KEY=VALUE is expected, such as ratio=0.25, method=topk, grad.axis=rows")
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    both = {k: _merged(below[k], v) for k, v in above.items() if isinstance(v, dict) and isinstance(below.get(k), dict)}
+    return below | above | both

@@ -1,0 +1,99 @@
+"""A model named on the command line: `package.module:factory` or `path/to/file.py:factory`, the factory returning `(model, example_inputs)`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm, torch.ops.aten.convolution, torch.ops.aten._convolution)
+
+
+class FactoryError(ValueError):
+    """A factory that can't be found or imported, fails, or does not return a model that runs on its example inputs."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A model and what it is called with."""
+
+    model: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def forward_flops(self) -> int:
+        """FLOPs of the products of one forward pass as torch runs it, without compiling; FactoryError if the model does not run."""
+        counter = FlopCounterMode(display=False)
+        try:
+            with counter:
+                self.model(*self.args, **self.kwargs)
+        except Exception as e:
+            raise FactoryError(f"the model fails on its example inputs: {type(e).__name__}: {e}") from e
+        return sum(flops for op, flops in counter.get_flop_counts().get("Global", {}).items() if op in _PRODUCTS)
+
+
+def load(spec: str) -> Example:
+    """The example that `spec` names. The factory takes no arguments; its inputs are a tensor, a sequence of positional or a mapping of keyword arguments."""
+    place, colon, name = spec.rpartition(":")
+    if not (colon and place and name):
+        raise FactoryError(f"model: got {spec!r}; package.module:factory or path/to/file.py:factory is expected")
+    module = _module(place)
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        near = difflib.get_close_matches(name, [n for n, f in vars(module).items() if inspect.isfunction(f)], n=1)
+        raise FactoryError(f"model: {place} has no function {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
+    try:
+        made = factory()
+    except (Exception, SystemExit) as e:
+        raise FactoryError(f"model: {spec} raised {type(e).__name__}: {e}") from e
+    if not isinstance(made, (tuple, list)) or len(made) != 2 or not callable(made[0]):
+        raise FactoryError(f"model: {spec} returned {_described(made)}; (model, example_inputs) is expected")
+    model, inputs = made
+    if isinstance(inputs, Mapping):
+        return Example(model, (), dict(inputs))
+    if isinstance(inputs, Tensor):
+        return Example(model, (inputs,), {})
+    if isinstance(inputs, (tuple, list)):
+        return Example(model, tuple(inputs), {})
+    raise FactoryError(
+        f"model: {spec} returned {type(inputs).__name__} as example inputs; a tensor, a tuple of arguments or a dict of keyword arguments is expected"
+    )
+
+
+def _module(place: str) -> ModuleType:
+    path = Path(place)
+    is_file = place.endswith(".py")
+    if is_file and not path.is_file():
+        raise FactoryError(f"model: there is no file {place}")
+    # what is beside the file, or in the working folder, can be imported, as with `python file.py` and `python -m package.module`
+    folder = str(path.resolve().parent if is_file else Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        if not is_file:
+            return importlib.import_module(place)
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules.setdefault(path.stem, module)  # dataclasses and pickle look a class's module up by name
+        spec.loader.exec_module(module)
+        return module
+    except (Exception, SystemExit) as e:
+        raise FactoryError(f"model: importing {place} failed: {type(e).__name__}: {e}") from e
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {', '.join(type(v).__name__ for v in value) or 'nothing'}"
+    return type(value).__name__

@@ -1,0 +1,138 @@
+"""What stands in the place of a gradient product: zeros, random numbers, or the product with the largest entries of the output gradient only.
+
+Wang and Nelaturu, *Accelerated CNN Training Through Gradient Approximation*, 2019 (zero, random, and max for convolutions: Algorithm 1);
+Sun et al., *meProp*, ICML 2017 (max for linear layers).
+
+The product with few entries is a weighted sum of rows of a table, `bags`: of the input's pixels, all channels of one a row, for the weight
+gradient of a convolution; of samples, or of the weight's rows, for linear layers. No sparse gradient is ever written out, and the only change of
+layout is that which puts a pixel's channels side by side (none for channels-last). Shapes never depend on data.
+
+Legend: N samples, C input and O output channels, P places of the output (Q of the input), T taps of the kernel, J entries kept; of a linear layer
+M rows, K inputs, N outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """`method` zero, random (normal with mean 0 and standard deviation `std`, None: 1 / batch) or max (the `j` largest entries, the result times `scale`)."""
+
+    method: str
+    j: int = 1
+    scale: float = 1.0
+    std: float | None = None
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A convolution's kernel size, stride, padding and dilation by spatial dim, its groups, and whether it is transposed."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+    transposed: bool = False
+
+
+def bags(table: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    """out[i] = sum of weights[e] table[rows[e]] over the entries e of bag i, which begin at offsets[i]; (R, D), (E,), (E,), (B,) -> (B, D).
+
+    Sums are fp32 (fp64 for fp64), weights in the table's dtype.
+    """
+    out: Tensor = torch.ops.aten._embedding_bag_forward_only(table.contiguous(), rows, offsets, False, 0, False, weights.to(table.dtype))[0]
+    return out
+
+
+def largest(dy: Tensor, j: int) -> Tensor:
+    """Indices of the j entries of largest magnitude along the last dim, (.., L) -> (.., j); NaN counts as the largest, of equal ones (j = 1) the first."""
+    size = dy.abs()
+    return size.argmax(-1, keepdim=True) if j == 1 else size.topk(j, dim=-1, sorted=False).indices
+
+
+def max_conv_weight(x: Tensor, dy: Tensor, how: Replacement, conv: Geometry) -> Tensor:
+    """The weight gradient from the j largest entries of every sample's output channel: x (N, C, *in), dy (N, O, *out) -> the weight's shape.
+
+    df[o] = scale * sum over n and the chosen places p of v[n, o, p] patch(x[n], p), where the values v of a channel always have the channel's sum S: with
+    j = 1 the one entry is S (Algorithm 1). With more, each carries its own value and an equal share of what the others leave,
+    v = dy[p] + (S - sum of the chosen dy) / j, so that j = 1 is Algorithm 1 and j = P the exact product; scaling the chosen entries to the sum
+    instead would divide by a sum that may be 0.
+
+    Taps outside the image have weight 0 at the nearest pixel (a NaN or inf there makes a NaN).
+    """
+    place, value = _entries(dy, how)
+    samples, inputs, outputs = x.shape[0], x.shape[1] // conv.groups, dy.shape[1]
+    pixel, inside = _taps(place.transpose(0, 1).unsqueeze(1), tuple(x.shape[2:]), tuple(dy.shape[2:]), conv)  # (O, T, N, J)
+    sample = torch.arange(samples, device=x.device).reshape(-1, 1)
+    group = (torch.arange(outputs, device=x.device) // (outputs // conv.groups)).reshape(-1, 1, 1, 1)
+    row = (sample * math.prod(x.shape[2:]) + pixel) * conv.groups + group
+    weight = torch.where(inside, value.transpose(0, 1).unsqueeze(1), 0)
+    table = x.movedim(1, -1).reshape(-1, inputs)
+    taps = math.prod(conv.kernel)
+    offsets = torch.arange(outputs * taps, device=x.device) * (samples * place.shape[-1])
+    df = bags(table, row.flatten(), weight.flatten(), offsets)
+    if not conv.transposed:
+        return df.reshape(outputs, *conv.kernel, inputs).movedim(-1, 1)
+    by_group = df.reshape(conv.groups, outputs // conv.groups, *conv.kernel, inputs)
+    return by_group.movedim(-1, 1).flatten(0, 1)
+
+
+def _entries(dy: Tensor, how: Replacement) -> tuple[Tensor, Tensor]:
+    """Where the chosen entries of dy (N, O, *out) are, as flat places, and their values in the accumulator's precision: (N, O, J) each."""
+    flat = dy.flatten(2)
+    place = largest(flat, how.j)
+    wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
+    value = flat.sum(-1, keepdim=True, dtype=wide)
+    if how.j > 1:
+        own = flat.gather(-1, place).to(wide)
+        value = own + (value - own.sum(-1, keepdim=True)) / how.j
+    return place, value * how.scale
+
+
+def _taps(place: Tensor, size: tuple[int, ...], out: tuple[int, ...], conv: Geometry) -> tuple[Tensor, Tensor]:
+    """The input pixel that every tap of the kernel has at an output place: place (O, 1, N, J) -> pixels (O, T, N, J), and which lie in the image.
+
+    Per dim: at = place stride + tap dilation - padding; transposed: at = (place + padding - tap dilation) / stride where that is whole.
+    """
+    tap = torch.arange(math.prod(conv.kernel), device=place.device).reshape(-1, 1, 1)
+    pixel, inside = torch.zeros_like(place), torch.ones_like(place, dtype=torch.bool)
+    step = 1
+    for d in reversed(range(len(size))):
+        k, tap = tap % conv.kernel[d], tap // conv.kernel[d]
+        q, place = place % out[d], place // out[d]
+        if conv.transposed:
+            spread = q + conv.padding[d] - k * conv.dilation[d]
+            at = spread // conv.stride[d]
+            inside = inside & (spread % conv.stride[d] == 0)
+        else:
+            at = q * conv.stride[d] + k * conv.dilation[d] - conv.padding[d]
+        inside = inside & (at >= 0) & (at < size[d])
+        pixel = pixel + at.clamp(0, size[d] - 1) * step
+        step *= size[d]
+    return pixel, inside
+
+
+def max_linear_weight(x: Tensor, dy: Tensor, how: Replacement) -> Tensor:
+    """dW[n] = scale * sum of dy[m, n] x[m] over the rows m that have n among their j largest entries; x (M, K), dy (M, N) -> (N, K).
+
+    Entries are put in the order of their output, so that each has one run of them, however long.
+    """
+    at = largest(dy, how.j)
+    value = (dy.gather(-1, at) * how.scale).flatten()
+    output, order = at.flatten().sort(stable=True)
+    offsets = torch.searchsorted(output, torch.arange(dy.shape[1], device=dy.device))
+    return bags(x, order // how.j, value.gather(0, order), offsets)
+
+
+def max_linear_input(dy: Tensor, w: Tensor, how: Replacement) -> Tensor:
+    """dX[m] = scale * sum of dy[m, n] w[n] over the j largest entries n of the row; dy (M, N), w (N, K) -> (M, K)."""
+    at = largest(dy, how.j)
+    value = dy.gather(-1, at) * how.scale
+    return bags(w, at.flatten(), value.flatten(), torch.arange(dy.shape[0], device=dy.device) * how.j)

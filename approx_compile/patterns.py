@@ -1,0 +1,120 @@
+"""Where and when a rule holds: patterns over layers, slices over optimizer steps, names of phases."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+KINDS = ("conv", "linear", "matmul", "site")
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """One parsed entry of `layers`."""
+
+    text: str
+    kind: str | None = None
+    index: slice | int | None = None
+    regex: re.Pattern[str] | None = None
+
+    @staticmethod
+    def parse(text: str) -> Pattern:
+        if not text.strip():
+            raise ValueError("layers: an empty pattern; write 'site' for every site")
+        if text.startswith("re:"):
+            try:
+                return Pattern(text, regex=re.compile(text[3:]))
+            except re.error as e:
+                raise ValueError(f"layers: {text!r} is not a regular expression: {e}") from None
+        kind = re.fullmatch(rf"({'|'.join(KINDS)})(\[.*)?", text)
+        if kind is None:
+            if text.count("[") != text.count("]"):
+                raise ValueError(f"layers: {text!r} has an unbalanced bracket; '[abc]' in a glob is a set of characters")
+            return Pattern(text)
+        if kind[2] is None:
+            return Pattern(text, kind=kind[1])
+        return Pattern(text, kind=kind[1], index=_parse_slice(text, kind[2]))
+
+    @property
+    def is_name(self) -> bool:
+        """Whether it is matched against module names (and not against kinds)."""
+        return self.kind is None
+
+    def matches_name(self, *names: str) -> bool:
+        if self.regex is not None:
+            return any(self.regex.fullmatch(n) for n in names)
+        return any(fnmatchcase(n, self.text) for n in names)
+
+    def matches_position(self, position: int, count: int) -> bool:
+        """Whether `index` holds the site at `position` among `count` of its kind."""
+        if self.index is None:
+            return True
+        if isinstance(self.index, int):
+            return position == (self.index if self.index >= 0 else self.index + count)
+        return position in range(count)[self.index]
+
+
+def _parse_slice(text: str, brackets: str) -> slice | int:
+    inside = re.fullmatch(r"\[\s*(-?\d*)\s*(?::\s*(-?\d*)\s*(?::\s*(-?\d*)\s*)?)?\]", brackets)
+    try:
+        if inside is None:
+            raise ValueError
+        parts = [p for p in inside.groups() if p is not None]
+        if len(parts) == 1:
+            return int(parts[0])
+        numbers = [int(p) if p else None for p in parts]
+        if len(numbers) == 3 and numbers[2] == 0:
+            raise ValueError
+        return slice(*numbers)
+    except ValueError:
+        raise ValueError(
+            f"layers: {text!r} is no valid slice; write conv[3], conv[1::4], linear[:-1] (a kind, then a Python index or slice with a step other than 0)"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A slice over completed optimizer steps, from 0. Ends may be shares of `total_steps`: "80%:" is the last fifth of a run."""
+
+    text: str
+    start: int = 0
+    stop: int | None = None
+    stride: int = 1
+
+    @staticmethod
+    def parse(text: str, total: int | None = None) -> Steps:
+        """Raises ValueError; with shares in `text` and no `total` too, unless there is no need to know yet (see `needs_total`)."""
+        found = _STEPS.fullmatch(text.replace(" ", ""))
+        if found is None or not text.strip():
+            raise ValueError(f"steps: got {text!r}; a slice over optimizer steps is expected: '::2', '3::4', ':8000', or shares of total_steps: '80%:'")
+        start, stop = (_place(text, part, total) for part in found.group(1, 2))
+        stride = int(found[3]) if found[3] else 1
+        if stride == 0:
+            raise ValueError(f"steps: {text!r} has a stride of 0")
+        if stop is not None and stop <= (start or 0):
+            raise ValueError(f"steps: {text!r} holds no step")
+        return Steps(text, start or 0, stop, stride)
+
+    def hold(self, step: int) -> bool:
+        return step >= self.start and (self.stop is None or step < self.stop) and (step - self.start) % self.stride == 0
+
+
+_STEPS = re.compile(r"(\d+(?:\.\d+)?%|\d+)?:(\d+(?:\.\d+)?%|\d+)?(?::(\d+)?)?")
+
+
+def needs_total(text: str) -> bool:
+    return "%" in text
+
+
+def _place(text: str, part: str | None, total: int | None) -> int | None:
+    if not part:
+        return None
+    if not part.endswith("%"):
+        return int(part)
+    share = float(part[:-1]) / 100
+    if share > 1:
+        raise ValueError(f"steps: {text!r} goes beyond 100%")
+    if total is None:
+        raise ValueError(f"steps: {text!r} is a share of the run; set total_steps, the number of optimizer steps it will have")
+    return round(share * total)

@@ -1,0 +1,67 @@
+"""Schedules by name, as lists of rules for the key `rules`: those of Wang and Nelaturu, and any table of a method per layer and batch.
+
+    torch.compile(model, backend="approx", options={"policy": "always", "method": "exact", "rules": presets.schedule_3("max")})
+
+Source: Wang and Nelaturu, "Accelerating Convolutional Neural Network Training via Gradient Approximation" (sections 2.5, 3 and 3.4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Rules = list[dict[str, Any]]
+Method = str | Mapping[str, Any]
+
+FIGURE_3 = (
+    ("exact", "zero", "random", "zero"),
+    ("exact", "exact", "random", "exact"),
+    ("max", "exact", "random", "exact"),
+    ("max", "exact", "exact", "exact"),
+    ("max", "zero", "exact", "zero"),
+)
+"""The paper's example: rows are the convolutions of a network, columns four batches, which repeat."""
+
+
+def schedule_1(method: Method) -> Rules:
+    """Every fourth convolution from the second on, at every step: about 25% of the weight gradients (ResNet-20 and VGG-19, tables 3 and 4)."""
+    return [{"layers": "conv[1::4]", "grad_weight": method}]
+
+
+def schedule_2(method: Method) -> Rules:
+    """Every other convolution at every other step (table 5)."""
+    return [{"layers": "conv[1::2]", "steps": "1::2", "grad_weight": method}]
+
+
+def schedule_3(method: Method) -> Rules:
+    """Every convolution at every fourth step (table 5)."""
+    return [{"layers": "conv", "steps": "3::4", "grad_weight": method}]
+
+
+def two_layers(method: Method) -> Rules:
+    """The second convolution at every other step (figure 4, table 2)."""
+    return [{"layers": "conv[1]", "steps": "1::2", "grad_weight": method}]
+
+
+def figure_3() -> Rules:
+    """The example of figure 3, for a network of five convolutions."""
+    return from_table(FIGURE_3)
+
+
+def from_table(table: Sequence[Sequence[Method]], layers: str = "conv") -> Rules:
+    """Rules for the weight gradients from a table with a row per layer (of one kind, in execution order) and a column per step; the steps repeat.
+
+    Raises ValueError if the rows differ in length or `layers` is no kind ("conv", "linear", "matmul", "site").
+    """
+    lengths = {len(row) for row in table}
+    if len(lengths) != 1 or not min(lengths):
+        raise ValueError(f"from_table: rows of {sorted(lengths)} steps; every row needs the same number of them, one or more")
+    if layers not in ("conv", "linear", "matmul", "site"):
+        raise ValueError(f"from_table: layers={layers!r}; a kind is expected: conv, linear, matmul or site")
+    steps = lengths.pop()
+    return [
+        {"layers": f"{layers}[{i}]", "steps": f"{step}::{steps}", "grad_weight": method}
+        for i, row in enumerate(table)
+        for step, method in enumerate(row)
+        if method != "exact"
+    ]
