@@ -7,9 +7,11 @@ from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.control import Control, controls
 from approx_compile.decisions import Decisions, decisions
 from approx_compile.notices import ApproxWarning
+from approx_compile.plans import TunedPlan
 from approx_compile.report import Report, explain
 from approx_compile.schedule import set_phase, set_step
 from approx_compile.state import load_state_dict, state_dict
+from approx_compile.tune import tune
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "Control",
     "Decisions",
     "Report",
+    "TunedPlan",
     "annotate",
     "controls",
     "decisions",
@@ -29,4 +32,5 @@ __all__ = [
     "set_phase",
     "set_step",
     "state_dict",
+    "tune",
 ]

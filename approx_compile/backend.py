@@ -17,9 +17,10 @@ import torch
 from torch import fx, nn
 
 from approx_compile import _torch, machine, notices
-from approx_compile.annotate import SIGNATURE, full_name, last_module, sign
+from approx_compile.annotate import SIGNATURE, full_name, last_module, sign, whole_model
 from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.layers import Layers
+from approx_compile.passes.fit import check_modules
 from approx_compile.passes.graph_pass import ApproxPass, Listener
 from approx_compile.passes.plan import Plan
 from approx_compile.passes.sites import Context, Input, Module
@@ -268,6 +269,9 @@ def read_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Approx
     stacks = [n.meta.get("nn_module_stack") or {} for n in _calls(gm)]
     frame = _torch.dynamo_frame()
     layers = Layers(stacks, [n for n in gm.graph.nodes if n.op == "placeholder"], frame)
+    if config.plan is not None and layers.root is not None:
+        whole = whole_model(layers.root) or layers.root
+        check_modules(config.plan, {n for n, _ in whole.named_modules(remove_duplicate=False)}, type(whole).__name__)
     modules = {key: Module(layers.display(key), _watched(found.module, found.source, frame), found.batch_norm) for key, found in layers.found.items()}
     if layers.root is not None and layers.root_source is not None and frame is not None:
         _guard_rules(layers.root, layers.root_source, config)

@@ -1,4 +1,4 @@
-"""What the user asks for: one schema for `options`, `ApproxConfig` and (later) plan files, checked on construction.
+"""What the user asks for: one schema for `options`, `ApproxConfig` and plan files, checked on construction.
 
 Rules are merged key by key, later wins. `settings` turns the merged keys into one decision request per product; whether a
 site can honour it is `passes.plan`'s business.
@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from approx_compile import _torch
 from approx_compile.patterns import Pattern, Steps, needs_total
+from approx_compile.plans import Tuned, TunedPlan
 
 ESTIMATORS = ("topk", "topk_weights", "crs", "bernoulli", "uniform", "wta")
 METHODS = (*ESTIMATORS, "exact")
@@ -46,7 +47,6 @@ LEAST_ROWS = 2
 _NOT_BUILT: dict[str, tuple[str, ...]] = {
     "method": ("dropout", "adaptive_dropout", "alsh"),
     "lowering": ("triton", "cuda"),
-    "key": ("plan",),
 }
 
 
@@ -96,8 +96,6 @@ class _Keys(BaseModel):
                 raise ValueError(
                     f"key {key!r} belongs in the table of a gradient that method {_REPLACEMENT_KEYS[key]!r} replaces; valid keys here are {', '.join(valid)}"
                 )
-            if key in _NOT_BUILT["key"]:
-                raise ValueError(f"key {key!r} is not built yet; valid keys here are {', '.join(valid)}")
             raise ValueError(f"unknown key {key!r}; valid keys here are {', '.join(valid)}.{_nearest(str(key), valid)}")
         return dict(data)
 
@@ -418,7 +416,8 @@ class ApproxConfig(_Rules):
     dropped together), `sampling` (forward | backward | blackbox), `output` / `grad_input` / `grad_weight` / `grad` (a method's name or a
     table; `grad` with `axis: "rows"`: samples of the batch), `policy` (adaptive | cost | measure | always; without
     it, adaptive if no other key says what to sample, else cost), `adaptive` (see `AdaptiveTable`), `rules` (a list
-    of tables with `layers`, `steps`, `phase`: see `Rule`), `total_steps` (the optimizer steps of the whole run), `final_exact` (the last share of them in which
+    of tables with `layers`, `steps`, `phase`: see `Rule`), `plan` (a plan file, a `TunedPlan` or a table like a plan file: its settings, under the keys given
+    beside it; the attribute then holds its record), `total_steps` (the optimizer steps of the whole run), `final_exact` (the last share of them in which
     no output is sampled), `lowering` (auto | inductor), `inductor` (Inductor's own options, `mode` included). Frozen, hashable, deep-copyable,
     picklable. Raises `ConfigError`.
     """
@@ -431,6 +430,7 @@ class ApproxConfig(_Rules):
     policy: str = "adaptive"
     adaptive: AdaptiveTable = Field(default_factory=AdaptiveTable)
     rules: tuple[Rule, ...] = ()
+    plan: Tuned | None = None
     total_steps: int | None = Field(default=None, strict=True, ge=1)
     final_exact: float = Field(default=FINAL_EXACT, strict=True, ge=0, lt=1)
     lowering: str = "auto"
@@ -438,7 +438,7 @@ class ApproxConfig(_Rules):
 
     def __init__(self, **data: Any) -> None:
         try:
-            super().__init__(**data)
+            super().__init__(**_with_plan(data))
         except pydantic.ValidationError as e:
             raise ConfigError(_message(e)) from None
 
@@ -529,7 +529,7 @@ class ApproxConfig(_Rules):
 
     def digest(self) -> str:
         """A hash of everything that decides a rewrite (Inductor's own options are in Inductor's own key)."""
-        content = self.model_dump(mode="python", exclude={"inductor"})
+        content = self.model_dump(mode="python", exclude={"inductor", "plan"}) | {"plan": self.plan.fingerprint() if self.plan is not None else None}
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=list).encode()).hexdigest()
 
     def patterns(self) -> tuple[Pattern, ...]:
@@ -597,6 +597,10 @@ class ApproxConfig(_Rules):
 
     def settings(self, matches: Sequence[bool]) -> SiteSettings:
         """The settings of a site, given which of `rules` match it."""
+        return _interpret(self.merged(matches), any(hit and not rule.only_exact for rule, hit in zip(self.rules, matches, strict=True)))
+
+    def merged(self, matches: Sequence[bool]) -> dict[str, Any]:
+        """The keys that hold for a site, given which of `rules` match it."""
         keys = _own_keys(self)
         for rule, hit in zip(self.rules, matches, strict=True):
             if not hit:
@@ -606,7 +610,24 @@ class ApproxConfig(_Rules):
                 for key in (*PRODUCTS, "grad"):
                     keys.pop(key, None)
             keys |= new
-        return _interpret(keys, any(hit and not rule.only_exact for rule, hit in zip(self.rules, matches, strict=True)))
+        return keys
+
+
+def _with_plan(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys with a plan's under them, and of the plan the record alone."""
+    own = {k: v for k, v in data.items() if k != "plan"}
+    given = data.get("plan")
+    if given is None or isinstance(given, Tuned):
+        return dict(data)
+    try:
+        plan, where = TunedPlan.given(given)
+    except ValueError as e:
+        raise ConfigError(str(e)) from None
+    try:
+        ApproxConfig(**plan.options)  # what is wrong with the file is the file's fault, not that of the keys beside it
+    except ConfigError as e:
+        raise ConfigError(f"{where}: {e}") from None
+    return plan.overridden(own) | {"plan": plan.tuned}
 
 
 def _own_keys(rules: _Rules) -> dict[str, Any]:

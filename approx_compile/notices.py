@@ -81,6 +81,8 @@ class Record:
         if not sites:
             return
         name = name_of(self.root)
+        for remark in summary["remarks"]:
+            warn_once(f"approx: {remark}")
         for pattern in self._nowhere(summary["unmatched"]):
             warn_once(f"approx: rule pattern {pattern!r} matches no site of {name}; approx_compile.explain(model, *inputs) lists the sites")
         sliced = any(p.kind is not None and p.index is not None for p in self.config.patterns())
@@ -128,14 +130,17 @@ def name_of(root: nn.Module | None) -> str:
 def _summary(plan: Plan, config: ApproxConfig, assignments: int) -> dict[str, Any]:
     reasons = Counter(s.reason for s in plan.sites if s.decision == "exact")
     counts = {"sites": len(plan.sites), "sampled": plan.sampled}
-    return counts | {"unmatched": list(plan.unmatched), "reasons": [list(r) for r in reasons.most_common()], "what": _what(plan, config, assignments)}
+    told = {"unmatched": list(plan.unmatched), "remarks": list(plan.remarks), "reasons": [list(r) for r in reasons.most_common()]}
+    return counts | told | {"what": _what(plan, config, assignments)}
 
 
 def _what(plan: Plan, config: ApproxConfig, assignments: int) -> str:
     decisions = [{p.decision for p in s.products} for s in plan.sites]
     own, rows, replaced = (sum(bool(d & kinds) for d in decisions) for kinds in ({"sampled", "coupled"}, {"rows"}, {"replaced"}))
     ratio = f"ratio {config.ratio:g}" if len(config.rungs()) == 1 else "at the ratio that the gradient's error allows"
-    said = [f"{own} of {len(plan.sites)} sites of {{name}} are sampled ({config.method}, {ratio})"] if own or not (rows or replaced) else []
+    by = "by rule" if config.plan is None else "by a tuned plan"
+    how = f"{config.method}, {ratio}" if config.method != "exact" else by
+    said = [f"{own} of {len(plan.sites)} sites of {{name}} are sampled ({how})"] if own or not (rows or replaced) else []
     if replaced:
         said.append(f"gradients of {replaced} of {len(plan.sites)} sites of {{name}} are replaced")
     if rows:
@@ -166,7 +171,7 @@ def _store(path: Any, summary: dict[str, Any]) -> None:
 def _load(path: Any) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text())
-        return found if {"sites", "sampled", "unmatched", "reasons", "what"} <= set(found) else None
+        return found if {"sites", "sampled", "unmatched", "reasons", "remarks", "what"} <= set(found) else None
     except (OSError, ValueError, TypeError):
         return None
 

@@ -206,7 +206,7 @@ def explain(model: Callable[..., Any], *args: Any, config: ApproxConfig | Mappin
     schedule = Schedule.of(ApproxConfig.of(config if config is not None else own))
     report.assignments = len(schedule.assignments)
     backend = Backend(schedule.assignments[0].rungs()[0][1], inner_compile=_torch.run_as_is, on_plan=listen, keep_graphs=True)
-    with torch.enable_grad(), _untouched(model), _torch.forgetting_shapes():
+    with torch.enable_grad(), untouched(model), _torch.forgetting_shapes():
         _torch.compile_apart(model, backend)(*args, **kwargs)
     if plans:
         whole = functools.reduce(Plan.joined, plans)
@@ -228,7 +228,7 @@ def _unwrap(model: Any) -> tuple[Any, ApproxConfig | None]:
 
 
 @contextlib.contextmanager
-def _untouched(model: Any) -> Iterator[None]:
+def untouched(model: Any) -> Iterator[None]:
     """Put modules' attributes and buffers' contents, and torch's random state, back as they were."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     plain = [{k: v for k, v in m.__dict__.items() if not annotation_of(k)} for m in modules]

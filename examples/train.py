@@ -116,7 +116,7 @@ def train_once(name: str, seed: int, settings: Settings, turn: Callable[[], obje
         turn()
         model.train()
         losses = []
-        _reset_peak(device)
+        reset_peak(device)
         # a last batch of another size would be compiled anew, so it is left out; every epoch draws anew which samples that hits
         for batch in torch.randperm(samples, generator=order).split(settings.batch_size)[: samples // settings.batch_size]:
             start = time.perf_counter()
@@ -124,9 +124,9 @@ def train_once(name: str, seed: int, settings: Settings, turn: Callable[[], obje
             _wait(device)
             times.append(time.perf_counter() - start)
             if len(times) == 1:  # the compiler's memory is not the training's
-                _reset_peak(device)
+                reset_peak(device)
             tell(None)
-        peak = max(peak, _peak_bytes(device))
+        peak = max(peak, peak_bytes(device))
         loss = torch.stack(losses).mean().item()
         curve.append(Point(len(times), sum(times[1:]), loss, accuracy(compiled, dataset.test_x, dataset.test_y, settings.batch_size)))
         tell(curve[-1])
@@ -159,7 +159,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _reset_peak(device: torch.device) -> None:
+def reset_peak(device: torch.device) -> None:
     """Start to measure memory anew (where the system allows it; elsewhere the peak is that of the process so far)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -168,7 +168,7 @@ def _reset_peak(device: torch.device) -> None:
             Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_bytes(device: torch.device) -> int:
+def peak_bytes(device: torch.device) -> int:
     """CUDA: the most that tensors held. Else: the process's largest resident size, libraries and data included."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

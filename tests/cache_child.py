@@ -41,6 +41,8 @@ CASES: dict[str, dict[str, Any] | None] = {
     "group": {"group": 4},
     "weight_gradient": {"grad_weight": {"method": "topk", "ratio": 0.25}},
     "bernoulli": {"method": "bernoulli", "ratio": 0.25},
+    "plan_first": {"plan": {"method": "exact", "rules": [{"layers": "first", "method": "topk", "ratio": 0.125}]}},
+    "plan_second": {"plan": {"method": "exact", "rules": [{"layers": "second", "method": "topk", "ratio": 0.125}]}},
 }
 
 ROWS: dict[str, dict[str, Any] | None] = {

@@ -49,7 +49,7 @@ WRONG = {
     "adaptive_key": ({"policy": "adaptive", "adaptive": {"tua": 0.1}}, "tua", "Did you mean 'tau'"),
     "adaptive_tau": ({"policy": "adaptive", "adaptive": {"tau": 0}}, "adaptive.tau", "above 0"),
     "adaptive_ladder": ({"policy": "adaptive", "adaptive": {"ladder": [0.5, 2]}}, "adaptive.ladder", "shares in"),
-    "plan_later": ({"plan": "plan.toml"}, "plan", "not built yet"),
+    "plan": ({"plan": "nowhere.toml"}, "nowhere.toml", "No such file"),
     "lowering": ({"lowering": "triton"}, "triton", "not built yet"),
     "rules_dict": ({"rules": {"layers": "conv"}}, "rules", "list of rules"),
     "rule_no_layers": ({"rules": [{"ratio": 0.5}]}, "rules[0]: layers", "required"),

@@ -16,11 +16,15 @@ from approx_compile.kernels.estimators import Estimator, estimator
 from approx_compile.kernels.replacements import Replacement
 from approx_compile.machine import Machine
 from approx_compile.passes import cost, replacements, worth
+from approx_compile.passes.fit import check_shapes
 from approx_compile.passes.sites import Product, Site
 from approx_compile.passes.stages import Cut
 from approx_compile.patterns import Pattern
 
 _BY_SETTINGS = "exact by the settings"
+
+RAW, LAST = "fed with raw data", "the last layer"
+"""Reasons for which a site is better left exact, whatever it would save."""
 
 WIDE = 512
 """Contraction channels that a linear site needs before the one line's default samples it (narrow layers lose accuracy for little time)."""
@@ -97,11 +101,13 @@ class SitePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The decisions for one graph, in execution order, the patterns of its rules that matched no site, and where rows of the batch are chosen."""
+    """The decisions for one graph, in execution order, the patterns of its rules that matched no site, where rows of the batch are chosen, and in what the
+    graph differs from the one that a tuned plan was made for."""
 
     sites: tuple[SitePlan, ...]
     unmatched: tuple[str, ...] = ()
     cuts: tuple[Cut, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @property
     def sampled(self) -> int:
@@ -111,7 +117,8 @@ class Plan:
         """The plan of two graphs; a pattern is unmatched if it is so in both (a graph without sites has nothing to say)."""
         if not self.sites or not other.sites:
             return self if self.sites else other
-        return Plan(self.sites + other.sites, tuple(p for p in self.unmatched if p in other.unmatched), self.cuts + other.cuts)
+        unmatched = tuple(p for p in self.unmatched if p in other.unmatched)
+        return Plan(self.sites + other.sites, unmatched, self.cuts + other.cuts, self.remarks + other.remarks)
 
     def with_cuts(self, cuts: Sequence[Cut]) -> Plan:
         """The plan once it is known which gradient products run on rows kept."""
@@ -165,6 +172,7 @@ Ask = Callable[[Sequence[tuple[Site, Tries]]], Sequence[Sequence[float]]]
 def make_plan(sites: Sequence[Site], config: ApproxConfig, machine: Machine | None = None, ask: Ask | None = None) -> Plan:
     """The decisions by the settings and, where they ask for it, by what the machine is predicted to take, or was measured to (`ask`)."""
     matches, unmatched = match_rules(sites, config)
+    remarks = check_shapes(config.plan, sites) if config.plan is not None else ()
     settings = [config.settings(m) for m in matches]
     tried = [_tried(s, w, machine) for s, w in zip(sites, settings, strict=True)]
     asked = [i for i, t in enumerate(tried) if settings[i].policy == "measure" and not isinstance(t, SitePlan)]
@@ -173,7 +181,7 @@ def make_plan(sites: Sequence[Site], config: ApproxConfig, machine: Machine | No
         times = dict(zip(asked, ask([(sites[i], t) for i in asked if not isinstance(t := tried[i], SitePlan)]), strict=True))
     judged = [t if isinstance(t, SitePlan) else _judged(sites[i], settings[i], t, machine, times.get(i)) for i, t in enumerate(tried)]
     decided = [_with_replacements(s, p, w) for s, p, w in zip(sites, judged, settings, strict=True)]
-    return Plan(tuple(_with_nodes(s, p) for s, p in zip(sites, decided, strict=True)), unmatched)
+    return Plan(tuple(_with_nodes(s, p) for s, p in zip(sites, decided, strict=True)), unmatched, remarks=tuple(remarks))
 
 
 def _with_nodes(site: Site, plan: SitePlan) -> SitePlan:
@@ -181,7 +189,7 @@ def _with_nodes(site: Site, plan: SitePlan) -> SitePlan:
     return replace(plan, products=tuple(products))
 
 
-def match_rules(sites: Sequence[Site], config: ApproxConfig) -> tuple[list[list[bool]], tuple[str, ...]]:
+def match_rules(sites: Sequence[Site | SitePlan], config: ApproxConfig) -> tuple[list[list[bool]], tuple[str, ...]]:
     """For every site which rules match it; and the patterns that match none."""
     positions: list[dict[str, int]] = []
     counts: dict[str, int] = defaultdict(int)
@@ -251,9 +259,9 @@ def _products(site: Site, settings: SiteSettings, machine: Machine | None) -> tu
 def _unwise(site: Site, settings: SiteSettings) -> str | None:
     """Where sampling is known to hurt, and, unless a rule names the site, all but what the default is sure of."""
     if "raw data" in site.fed_by:
-        return "fed with raw data"
+        return RAW
     if site.last:
-        return "the last layer"
+        return LAST
     if settings.named:
         return None
     if site.kind != "linear":

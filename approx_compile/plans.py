@@ -1,0 +1,257 @@
+"""Tuned plans and their files: the keys of `options` as TOML that a person edits, and a table `tuned` that says what they were made for.
+
+A plan is settings and a record. The settings are checked by `config.ApproxConfig` like any others; the record names every site of the model it was
+made for, so that a plan for another model is refused (`passes.fit`) and not silently without effect.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import tomlkit
+from pydantic import BaseModel, ConfigDict, Field
+from rich.console import Console
+from rich.table import Table
+from tomlkit.exceptions import TOMLKitError
+
+RECORD = "tuned"
+"""The table of a plan file that is no setting."""
+
+
+class TunedSite(BaseModel):
+    """One site of the model that was tuned. `ratio`: the share kept, 1 for an exact site; `saved`: predicted share of the exact step's time; `error`: relative
+    error of the whole gradient with this site alone approximated, |g - g_exact| / |g_exact|; `reason`: why an exact site is exact."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    op: str
+    shape: str
+    dtype: str
+    ratio: float = 1.0
+    saved: float = 0.0
+    error: float = 0.0
+    reason: str | None = None
+
+
+class Tuned(BaseModel):
+    """What a plan was made for, and with what result. Times in milliseconds, of one training step without the optimizer (on one CPU thread: of this
+    process alone); None: not measured.
+
+    `error`: relative error of the whole gradient under the plan; `stopped`: why tuning ended early, if it did.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    torch: str
+    device: str
+    threads: int
+    max_error: float
+    error: float | None = None
+    predicted_speedup: float = 1.0
+    achieved_speedup: float | None = None
+    step_exact_ms: float | None = None
+    step_ms: float | None = None
+    rows: float | None = None
+    stopped: str | None = None
+    sites: tuple[TunedSite, ...] = Field(default=())
+
+    def fingerprint(self) -> list[tuple[str, str]]:
+        """What decides whether the plan fits a model."""
+        return [(s.name, s.shape) for s in self.sites]
+
+
+@dataclass(frozen=True)
+class TunedPlan:
+    """Settings and the record of how they were found. `torch.compile(model, backend="approx", options={"plan": plan})` runs it.
+
+    `options`: keys of `ApproxConfig`; `tuned`: the record, None in a file written by hand. `str()` is a table, predicted beside achieved.
+    """
+
+    options: Mapping[str, Any]
+    tuned: Tuned | None = None
+    comments: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """What the file says beside a rule, by the rule's `layers`."""
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as TOML. Raises OSError where the path cannot be written."""
+        Path(path).write_text(self.to_toml(), encoding="utf-8")
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> TunedPlan:
+        """Read a plan file; its settings are checked where they are used. Raises ValueError with the place of what is wrong."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            reason = e.strerror if isinstance(e, OSError) else "no UTF-8 text"
+            raise ValueError(f"plan file {str(path)!r}: {reason}; approx_compile.tune(model, *inputs).save(path) writes one") from None
+        try:
+            content = tomlkit.parse(text).unwrap()
+        except TOMLKitError as e:
+            raise ValueError(f"plan file {str(path)!r} is no TOML: {e}") from None
+        return TunedPlan.of(content, f"plan file {str(path)!r}")
+
+    @staticmethod
+    def of(content: Mapping[str, Any], where: str) -> TunedPlan:
+        """A plan from the content of a plan file; `where` begins the messages."""
+        options = {k: v for k, v in content.items() if k != RECORD}
+        if "plan" in options:
+            raise ValueError(f"{where}: key 'plan': a plan holds no other plan; write its keys out")
+        if RECORD not in content:
+            return TunedPlan(options)
+        try:
+            return TunedPlan(options, Tuned.model_validate(content[RECORD]))
+        except pydantic.ValidationError as e:
+            first = e.errors(include_url=False)[0]
+            place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in first["loc"])
+            raise ValueError(f"{where}: {RECORD}{place}: {first['msg']}; leave the table {RECORD!r} out to run the settings on any model") from None
+
+    @staticmethod
+    def given(value: Any) -> tuple[TunedPlan, str]:
+        """The plan that the key `plan` asks for: a path, a plan, or the content of a plan file; and what to call it in messages. Raises ValueError."""
+        if isinstance(value, TunedPlan):
+            return value, "plan"
+        if isinstance(value, (str, os.PathLike)):
+            return TunedPlan.load(value), f"plan file {str(value)!r}"
+        if isinstance(value, Mapping):
+            return TunedPlan.of(value, "plan"), "plan"
+        raise ValueError(f"plan: got {value!r}; the path of a plan file, a TunedPlan or a table like a plan file is expected")
+
+    def overridden(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """The plan's settings with the keys of `own` over them: at the top and in each of its rules, save what the plan leaves exact; own rules come last.
+
+        `method: exact` drops the plan's rules: everything is exact but what own rules name.
+        """
+        rest = {k: v for k, v in own.items() if k != "rules"}
+        if own.get("method") == "exact":
+            top = {k: v for k, v in self.options.items() if k not in _SAMPLING and k != "rules"} | rest
+            return top | {"rules": list(own.get("rules", ()))}
+        top = _over(self.options, own) | {k: v for k, v in rest.items() if k not in _SAMPLING}
+        return top | {"rules": [*(_over(r, own) for r in self.options.get("rules", ())), *own.get("rules", ())]}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of the plan file, of plain types (for JSON)."""
+        record = {RECORD: self.tuned.model_dump(exclude_none=True)} if self.tuned is not None else {}
+        content: dict[str, Any] = _plain(dict(self.options) | record)
+        return content
+
+    def to_toml(self) -> str:
+        """The plan file."""
+        content = self.to_dict()
+        record, rules = content.pop(RECORD, None), content.pop("rules", [])
+        document = tomlkit.document()
+        for line in _HEADER:
+            document.add(tomlkit.comment(line))
+        for key, value in content.items():
+            document.add(key, tomlkit.item(_inline(value)))
+        if rules:
+            document.add("rules", self._rules(rules))
+        if record is not None:
+            document.add(RECORD, _record(record))
+        return tomlkit.dumps(document)
+
+    def _rules(self, rules: Sequence[Mapping[str, Any]]) -> tomlkit.items.AoT:
+        tables = tomlkit.aot()
+        for rule in rules:
+            table = tomlkit.table()
+            for key, value in rule.items():
+                table.add(key, tomlkit.item(_inline(value)))
+            if comment := self.comments.get(str(rule["layers"])):
+                table["layers"].comment(comment)  # type: ignore[union-attr]
+            tables.append(table)
+        return tables
+
+    def __str__(self) -> str:
+        if self.tuned is None:
+            return self.to_toml()
+        out = io.StringIO()
+        console = Console(file=out, width=140)
+        console.print(_table(self.tuned), highlight=False)
+        for line in _lines(self.tuned):
+            console.print(line, highlight=False, markup=False)
+        return out.getvalue().rstrip()
+
+
+_HEADER = (
+    "A plan of approx_compile.tune: the keys of `options`, to be edited freely. [tuned] is the record of how they were",
+    "found; the plan is refused where a site named there is missing or has another weight.",
+)
+
+_SAMPLING = ("method", "ratio", "sampling", "output", "grad", "grad_input", "grad_weight")
+"""Keys that say what is sampled: they don't change what a plan leaves exact."""
+
+_EVERYWHERE = (*_SAMPLING, "min_k", "group", "policy")
+"""Keys that a rule may have, too."""
+
+
+def _over(table: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    exact = table.get("method") == "exact"
+    return dict(table) | {k: v for k, v in own.items() if k in _EVERYWHERE and not (exact and k in _SAMPLING)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _inline(value: Any) -> Any:
+    """A nested table on one line."""
+    if not isinstance(value, Mapping):
+        return value
+    table = tomlkit.inline_table()
+    for k, v in value.items():
+        table.add(k, _inline(v))
+    return table
+
+
+def _record(record: Mapping[str, Any]) -> tomlkit.items.Table:
+    table = tomlkit.table()
+    for key, value in record.items():
+        if key != "sites":
+            table.add(key, value)
+    sites = tomlkit.array().multiline(True)
+    for site in record.get("sites", ()):
+        sites.append(_inline(site))
+    table.add("sites", sites)
+    return table
+
+
+def _table(tuned: Tuned) -> Table:
+    table = Table(title=f"plan for {tuned.model}")
+    for title in ("site", "op", "shape"):
+        table.add_column(title, overflow="fold")
+    for title in ("kept", "saves of the step", "gradient error alone"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("exact because", overflow="fold")
+    for s in tuned.sites:
+        sampled = s.ratio < 1
+        table.add_row(
+            s.name,
+            s.op,
+            s.shape,
+            f"{s.ratio:g}" if sampled else "all",
+            f"{s.saved:.1%}" if sampled else "",
+            f"{s.error:.3g}" if sampled else "",
+            s.reason or "",
+        )
+    return table
+
+
+def _lines(tuned: Tuned) -> list[str]:
+    achieved = f"{tuned.achieved_speedup:.2f}x" if tuned.achieved_speedup is not None else "not measured"
+    times = f" ({tuned.step_exact_ms:.4g} ms -> {tuned.step_ms:.4g} ms a step)" if tuned.step_ms is not None and tuned.step_exact_ms is not None else ""
+    error = f"{tuned.error:.3f}" if tuned.error is not None else "not measured"
+    lines = [f"speed-up: predicted {tuned.predicted_speedup:.2f}x, achieved {achieved}{times}", f"gradient error: {error}, at most {tuned.max_error:g} allowed"]
+    if tuned.rows is not None:
+        lines.append(f"the backward pass runs on {tuned.rows:g} of the rows")
+    elif all(s.ratio == 1 for s in tuned.sites):
+        lines.append("everything stays exact")
+    return lines + ([f"stopped early: {tuned.stopped}"] if tuned.stopped else [])
