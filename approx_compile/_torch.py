@@ -55,6 +55,13 @@ def is_wrapper_subclass(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value)
 
 
+def no_modes() -> contextlib.AbstractContextManager[Any]:
+    """Real tensors inside the block, whatever is traced outside; where the name is gone measuring there fails, and says so."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
 # --- nodes of a joint graph ---
 
 
@@ -155,6 +162,15 @@ def trace(run: Callable[..., Any], values: Sequence[Any]) -> fx.Graph:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     return make_fx(run, decomposition_table=_decompositions())(*values).graph
+
+
+def compile_kernel(run: Callable[..., Any], values: Sequence[torch.Tensor]) -> Callable[..., Any]:
+    """`run` for these shapes as Inductor's code, without Dynamo."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    traced = make_fx(run, decomposition_table=_decompositions(), tracing_mode="fake")(*values)
+    compiled: Callable[..., Any] = torch._inductor.compile(traced, list(values))
+    return compiled
 
 
 _PROVENANCE = ("partitioner_tag", "seq_nr", "nn_module_stack", "fwd_nn_module_stack", "stack_trace", "recompute", "ac_graph_id")

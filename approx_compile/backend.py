@@ -16,7 +16,7 @@ import sympy
 import torch
 from torch import fx, nn
 
-from approx_compile import _torch, notices
+from approx_compile import _torch, machine, notices
 from approx_compile.annotate import SIGNATURE, full_name, last_module, sign, whole_model
 from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.layers import Layers
@@ -154,7 +154,8 @@ class _Work:
     def _one(self, config: ApproxConfig, rows: RowCompiler | None, no_rows: tuple[str, Sequence[Cut]] | None = None) -> _Variant:
         """With rows, or with the reason why not and the cuts that might have been, or without a word of rows."""
         backend, plans = self.backend, list[tuple[Plan, fx.Graph | None, fx.Graph | None]]()
-        approx = ApproxPass(config, self.context, self.layers, lambda *found: plans.append(found), backend.keep_graphs, rows.ask if rows else None)
+        profile = _profile(self.example_inputs) if config.asks_for_products() else None
+        approx = ApproxPass(config, self.context, self.layers, lambda *found: plans.append(found), backend.keep_graphs, rows.ask if rows else None, profile)
         inner = rows if rows is not None else backend.inner_compile
         gm = _torch.copy_of(self.gm) if self.several else self.gm
         patches = self.patches | {"joint_custom_pre_pass": _after_users(approx)}
@@ -196,6 +197,13 @@ def _standing_for_all(variants: Sequence[_Variant], configs: Sequence[ApproxConf
 
 def _parameters(example_inputs: Sequence[Any]) -> list[int]:
     return [i for i, v in enumerate(example_inputs) if isinstance(v, nn.Parameter)]
+
+
+def _profile(example_inputs: Sequence[Any]) -> machine.Machine | None:
+    """The profile of the device that the model is on, if that can be measured."""
+    devices = {v.device.type for v in example_inputs if isinstance(v, torch.Tensor)}
+    device = next(iter(devices - {"cpu"}), "cpu")
+    return machine.current(device, notices.say_once) if device in machine.DEVICES else None
 
 
 _declined: dict[Any, tuple[Cut, ...]] = {}

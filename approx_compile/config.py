@@ -26,7 +26,7 @@ METHODS = (*ESTIMATORS, "exact")
 REPLACEMENTS = {"grad_input": ("max",), "grad_weight": ("zero", "random", "max")}
 """What may stand in the place of a gradient product, where it is not sampled but made up (`kernels.replacements`)."""
 SAMPLINGS = ("forward", "backward", "blackbox")
-POLICIES = ("cost", "always", "adaptive")
+POLICIES = ("cost", "always", "adaptive", "measure")
 ROW_METHODS = ("bernoulli", "topk", "uniform", "wta")
 LOWERINGS = ("auto", "inductor")
 PRODUCTS = ("output", "grad_input", "grad_weight")
@@ -46,7 +46,6 @@ LEAST_ROWS = 2
 # Named in the design and the papers, not in this version: refused by name, so that nobody waits for an effect.
 _NOT_BUILT: dict[str, tuple[str, ...]] = {
     "method": ("dropout", "adaptive_dropout", "alsh"),
-    "policy": ("measure",),
     "lowering": ("triton", "cuda"),
 }
 
@@ -367,12 +366,14 @@ class Rule(_Rules):
 
 @dataclass(frozen=True)
 class ProductSettings:
-    """What is asked of one product of one site. `method` "coupled" = through the entries that the output kept. `j`, `scale`, `std`: of a replacement."""
+    """What is asked of one product of one site. `method` "coupled" = through the entries that the output kept; `whole`: k is rounded up to its
+    multiples. `j`, `scale`, `std`: of a replacement."""
 
     method: str
     ratio: float
     min_k: int
     group: int | Literal["auto"]
+    whole: int = 1
     j: int = 1
     scale: float = 1.0
     std: float | None = None
@@ -413,7 +414,7 @@ class ApproxConfig(_Rules):
 
     Keys: `method` (one of `ESTIMATORS` or "exact"), `ratio` in (0, 1], `min_k` (shorter axes are exact), `group` (contiguous indices kept or
     dropped together), `sampling` (forward | backward | blackbox), `output` / `grad_input` / `grad_weight` / `grad` (a method's name or a
-    table; `grad` with `axis: "rows"`: samples of the batch), `policy` (adaptive | cost | always; without
+    table; `grad` with `axis: "rows"`: samples of the batch), `policy` (adaptive | cost | measure | always; without
     it, adaptive if no other key says what to sample, else cost), `adaptive` (see `AdaptiveTable`), `rules` (a list
     of tables with `layers`, `steps`, `phase`: see `Rule`), `plan` (a plan file, a `TunedPlan` or a table like a plan file: its settings, under the keys given
     beside it; the attribute then holds its record), `total_steps` (the optimizer steps of the whole run), `final_exact` (the last share of them in which
@@ -580,6 +581,15 @@ class ApproxConfig(_Rules):
         """Whether the top level or a rule may sample rows."""
         here = [_row_settings(_own_keys(self)), *(_row_settings(_own_keys(self) | _own_keys(r)) for r in self.rules)]
         return any(r is not None for r in here)
+
+    def asks_for_products(self) -> bool:
+        """Whether any product may be sampled along its own axis. Rules, which may combine in many ways, count as asking."""
+        settings = self.settings([False] * len(self.rules))
+        return bool(self.rules) or any(p.method != "exact" for p in (settings.output, settings.grad_input, settings.grad_weight))
+
+    def measures(self) -> bool:
+        """Whether any site may be decided by timing it."""
+        return "measure" in [self.policy, *(rule.policy for rule in self.rules)]
 
     def least_rows(self) -> int:
         """The smallest `min_k` that row sampling may meet."""

@@ -44,6 +44,8 @@ class SiteReport:
     size: int
     flops_exact: int
     flops_sampled: int
+    time_exact_us: float | None
+    time_sampled_us: float | None
     products: Mapping[str, ProductPlan]
     reads: tuple[str, ...]
 
@@ -101,6 +103,24 @@ class Report:
             graph.add_edges_from((latest[source], key) for source in site.reads)
             latest[site.name] = key
         return graph
+
+    def costs(self) -> str:
+        """Where the predicted times come from: for every product as planned its sizes and, term by term, an expression over them and its microseconds."""
+        table = Table()
+        for title in ("site", "product", "as planned", "term"):
+            table.add_column(title, overflow="fold")
+        for title in ("us", "exact: us"):
+            table.add_column(title, justify="right", no_wrap=True)
+        for site in self.sites:
+            for p in site.products.values():
+                exact = f"{p.time_exact_us:.3g}" if p.time_exact_us is not None else ""
+                sizes = ", ".join(f"{name} = {size:g}" for name, size in p.sizes)
+                table.add_row(site.name, p.name, p.decision, sizes, "" if p.time_sampled_us is None else f"{p.time_sampled_us:.3g}", exact)
+                for term, time in p.terms:
+                    table.add_row("", "", "", term, f"{time:.3g}", "")
+        out = io.StringIO()
+        Console(file=out, width=160).print(table, highlight=False)
+        return out.getvalue().rstrip()
 
     def to_dict(self) -> dict[str, Any]:
         """Sites with their products, cuts, unmatched patterns and totals as plain values, for JSON; without the graphs' text."""

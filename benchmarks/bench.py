@@ -152,6 +152,15 @@ def store(name: str, rows: list[dict[str, Any]]) -> None:
     console.print(f"{len(rows)} rows appended to {path.relative_to(ROOT)}")
 
 
+def stored(name: str, where: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of results/<name>.csv that have these values."""
+    path = RESULTS / f"{name}.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as f:
+        return [r for r in csv.DictReader(f) if all(r[k] == str(v) for k, v in where.items())]
+
+
 def show(title: str, rows: Iterable[dict[str, Any]], columns: Iterable[str]) -> None:
     table = Table(*columns, title=title)
     for row in rows:

@@ -26,7 +26,6 @@ WRONG = {
     "group": ({"group": -4}, "-4", "'auto'"),
     "sampling": ({"sampling": "forwards"}, "forwards", "'forward'"),
     "policy": ({"policy": "costs"}, "costs", "'cost'"),
-    "policy_later": ({"policy": "measure"}, "measure", "not built yet"),
     "steps_outside": ({"steps": "::2"}, "steps", "belongs in a rule"),
     "method_later": ({"grad_weight": "dropout"}, "grad_weight.method", "not built yet"),
     "replace_all": ({"method": "zero"}, "'zero' replaces a gradient", "grad_weight only"),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from common import compiled, grads, plans_of, relative
 from torch import Tensor, nn
 
-from approx_compile.passes import plan as planning
+from approx_compile.passes import cost, graph_pass
 
 ALWAYS: dict[str, Any] = {"policy": "always", "ratio": 0.5, "group": 1}
 
@@ -76,7 +76,7 @@ CASES: dict[str, tuple[Any, tuple[int, ...], set[tuple[str, str, str]]]] = {
 @pytest.fixture
 def skip_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """The models here are too small for skipping to pay."""
-    monkeypatch.setattr(planning.cost, "pays", lambda *anything: True)
+    monkeypatch.setattr(cost, "pays", lambda *anything: True)
 
 
 def skips(sites: list[Any]) -> set[tuple[str, str, str]]:
@@ -101,7 +101,7 @@ def test_gradients_are_the_same_with_and_without(name: str, method: str, skip_al
         with_skips, sites = run(model, options, x)
         assert skips(sites) == want
         with monkeypatch.context() as m:
-            m.setattr(planning, "_skip_zeros", lambda sites, plans: plans)
+            m.setattr(graph_pass, "skip_zeros", lambda sites, plan, machine: plan)
             without, sites = run(model, options, x)
         assert not skips(sites)
         assert max(relative(a, b) for a, b in zip(with_skips, without, strict=True)) < 2e-6

@@ -1,90 +1,273 @@
-"""What sampling a site saves and what it moves. A plain gate for now: a fixed machine balance, no measured machine.
+"""Site x machine -> time: what every product costs exactly and sampled, as expressions over the site's sizes, and whether the difference pays.
 
-Terms, per product with operands A and B, kept share r = kept / K:
+Sizes (sympy symbols, positive integers): B independent contractions (batch of a bmm, groups of a convolution); M, K, N, T as in
+Y (M, N) = A (M, K) B (K, N) with T taps, for a convolution M places, K input and N output channels of a group; I and O entries per input and output
+channel (M for a matmul); S rows that `grad_weight` contracts, M or a convolution's samples; e bytes of an entry; k kept of the contraction axis,
+u units it is chosen from; p, q contiguous entries per kept index in the two operands and r in the result. |A| = B I K, |W| = B K N T, |Y| = B O N.
 
-| term | counts |
-|---|---|
-| exact product | F floating-point operations |
-| sampled product | r F |
-| norms of both operands (not for `uniform`; the weight's alone for `topk_weights`) | 2 (|A| + |B|) operations, reads |A| + |B| |
-| selection over K units | about 10 K log2 K operations |
-| gathers | read and write r (|A| + |B|), one operation per entry of B where scaled |
-| un-gather of a coupled gradient | r F for the product, reads r |G|, writes |G| where the exact product wrote |G| too |
+| term | FLOPs | bytes | launches | its time |
+|---|---|---|---|---|
+| product, exact | 2 B M K N T | | 1 | FLOPs / rate of that product at its sizes |
+| product, sampled | the same with k for its axis | | 1 | the same at those sizes: a shorter axis has another rate |
+| norms of both operands (none for `uniform`, the weight's alone for `topk_weights`) | 2 per entry | e per entry | 1 kernel | bytes / `norms` |
+| selection | 10 B u log2 u | | 1 | `select.METHOD` at u, B |
+| take, each operand | 1 per entry kept where scaled | 2 e per entry kept | 1 kernel | bytes / `take` at p or q |
+| untake, a coupled gradient | 1 per entry kept where scaled | e per entry of the whole result | 1 kernel | bytes / `untake` at r |
+| skip, each of dY and (for `grad_input`) W | | 2 e per entry left | 1 kernel | bytes / `take` at unit runs |
+| skip, the result of `grad_weight` | | e per entry of the whole result | 1 kernel | bytes / `untake` |
+
+`take` and `untake` are measured with half of the entries kept: 2 e per kept entry is then the size of the whole. Rates are tables of `machine`, read at
+the sizes of the term (bandwidths at `LIVE` times the bytes); `kernel` is what a launch costs (a library call's is in the rates). FLOPs decide nothing, they are reported.
 """
 
 from __future__ import annotations
 
-import math
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import sympy
 
 from approx_compile import _torch
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.kernels.replacements import Replacement
-from approx_compile.passes.sites import Product, Site
+from approx_compile.machine import Machine
+from approx_compile.passes.sites import BMM, CONV, Product, Site
 
-BALANCE = {"cpu": 40.0, "cuda": 200.0}
-"""Floating-point operations a machine does in the time it moves a byte into memory of its own; other devices count as the larger. On CPUs most of what
-sampling writes is freshly allocated: some 5 GB/s where products reach 200 GFLOP/s."""
+MARGIN = 1.2
+"""Predicted exact time over sampled time that sampling must reach: expressions are within some 20% of most sites (benchmarks/predict.py)."""
 
-MARGIN = 1.6
-"""The time saved must be this many times the time the sampling takes."""
+CONV_MARGIN = 1.5
+"""The same for convolutions: in which layout their gathers run is Inductor's choice, and later."""
 
-SKIP_MARGIN = 0.65
-"""The same for skipping zeros, which costs no accuracy and gathers whole rows of the weight: below 1, because the balance is that of short runs."""
+QUICK_MARGIN = 1.25
+"""By this more where the machine was measured quickly."""
+
+LEAST_LAUNCHES = 20
+"""The time saved must be that of so many launches: what the expressions leave out, allocations and checks, comes in launches."""
+
+MEASURED_MARGIN = 1.05
+"""The same for times measured (each is a median, within a few percent of the next one)."""
+
+LIVE = 4
+"""Tensors of the size of one that a step holds at once, so that its memory is as far away, or as newly mapped, as theirs together: bandwidths are read at
+so many times the bytes."""
+
+SKIP_MARGIN = 1.05
+"""The same for skipping zeros, which costs no accuracy."""
+
+B, M, K, N, T, I, O, S, e, k, u, p, q, r, skip = SYMBOLS = sympy.symbols("B M K N T I O S e k u p q r n", positive=True)
+_A, _W, _Y = B * I * K, B * K * N * T, B * O * N
+_OPERANDS = {"output": (_A, _W, _Y, K), "grad_input": (_Y, _W, _A, N), "grad_weight": (_A, _Y, _W, S)}
+"""Of each product: its operands' and its result's entries, and the axis it contracts."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One line of the table above. `rate`: the machine's table, read `at` these sizes; its unit says which amount it divides or, in us, multiplies."""
+
+    what: str
+    rate: str
+    at: tuple[sympy.Expr, ...] = ()
+    flops: sympy.Expr = sympy.Integer(0)
+    bytes: sympy.Expr = sympy.Integer(0)
+    launches: sympy.Expr = sympy.Integer(0)
+
+    def __str__(self) -> str:
+        amount = self.launches if self.rate.startswith(("select", "kernel")) else self.flops if not self.bytes else self.bytes
+        at = f" at {', '.join(map(str, self.at))}" if self.at else ""
+        return f"{self.what}: {amount} by {self.rate}{at}"
+
+
+class Case(NamedTuple):
+    """What of a product decides which terms it has: of a "linear", "bmm" or "conv" site, exact | sampled | coupled, and which zeros it skips."""
+
+    kind: str
+    product: str
+    decision: str
+    method: str = "topk"
+    weight: int | None = None
+    scaled: bool = False
+    skips: bool = False
+
+
+@functools.cache
+def terms(case: Case) -> tuple[Term, ...]:
+    """The terms of a product over `SYMBOLS`."""
+    a, b, result, axis = _OPERANDS[case.product]
+    if case.decision == "exact":
+        return (*_skipping(case, {}), _product(case, {}))
+    if case.decision == "coupled":
+        small = {K: k}
+        scale = k / K * result if case.scaled and case.product == "grad_weight" else sympy.Integer(0)
+        untake = Term("untake", "untake", (r, e * result), scale, e * result, sympy.Integer(1))
+        return (*_skipping(case, small), _product(case, small), untake, _kernels(1))
+    entries = {"uniform": 0 * a, "topk_weights": (a, b)[case.weight or 0]}.get(case.method, a + b)
+    norms = [Term("norms", "norms", (e * entries,), 2 * entries, e * entries, sympy.Integer(1))] if entries != 0 else []
+    selection = Term("selection", f"select.{case.method}", (u, B), 10 * B * u * sympy.log(u, 2), launches=sympy.Integer(1))
+    kept = k / axis
+    takes = [
+        Term(f"take {name}", "take", (run, 2 * e * kept * size), kept * size if case.scaled and name == "B" else 0 * e, 2 * e * kept * size)
+        for name, size, run in (("A", a, p), ("B", b, q))
+    ]
+    return (*norms, selection, *takes, _product(case, _smaller(axis)), _kernels(len(norms) + 1))
+
+
+def _smaller(axis: sympy.Symbol) -> dict[sympy.Symbol, sympy.Expr]:
+    return {M: M * k / S, I: I * k / S, O: O * k / S} if axis is S else {axis: k}
+
+
+def _product(case: Case, small: Mapping[sympy.Symbol, sympy.Expr]) -> Term:
+    small = {N: skip, **small} if case.skips else small
+    m, inner, n, taps = (x.subs(small, simultaneous=True) for x in (M, K, N, T))
+    rate = "bmm" if case.kind == "bmm" else f"{case.kind}.{case.product}"
+    at = {
+        "linear": (m, inner, n),
+        "conv": (m, inner, n, taps),
+        "bmm": {"output": (m, inner, n), "grad_input": (m, n, inner), "grad_weight": (inner, m, n)}[case.product],
+    }[case.kind]
+    return Term("product", rate, at, 2 * B * m * inner * n * taps, launches=sympy.Integer(1))
+
+
+def _skipping(case: Case, small: Mapping[sympy.Symbol, sympy.Expr]) -> list[Term]:
+    """Gathering what is left of dY, and of the weight or into the weight's gradient, where other sites' zeros are skipped."""
+    if not case.skips:
+        return []
+    left, weight = 2 * e * _Y * skip / N, (e * _W).subs(small)
+    found = [Term("take dY", "take", (u, left), bytes=left, launches=sympy.Integer(1))]
+    if case.product == "grad_input":
+        found.append(Term("take W", "take", (q, 2 * weight * skip / N), bytes=2 * weight * skip / N))
+    else:
+        found.append(Term("untake", "untake", (q, weight), bytes=weight))
+    return [*found, _kernels(1)]
+
+
+def _kernels(count: int) -> Term:
+    return Term("launches", "kernel", launches=sympy.Integer(count))
+
+
+_AMOUNT = {"GFLOP/s": "flops", "GB/s": "bytes", "us": "launches"}
+
+
+@functools.cache
+def _numbers(case: Case) -> Any:
+    """(flops, bytes, launches, sizes to read the rate at) of every term, as a function of the symbols."""
+    return sympy.lambdify(SYMBOLS, [[t.flops, t.bytes, t.launches, list(t.at)] for t in terms(case)], "math")
+
+
+Sizes = dict[sympy.Symbol, float]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """FLOPs of one product, exact and as planned (sampling included), and the bytes that the sampling moves."""
+    """FLOPs of a product, the sampling included, and its predicted time: in all, and by term, at which sizes. Without a machine there are no times."""
 
-    flops_exact: int
-    flops_sampled: int
-    bytes: int
-
-
-def exact(site: Site) -> Estimate:
-    return Estimate(site.flops, site.flops, 0)
+    flops: int
+    time_us: float | None
+    terms: tuple[tuple[str, float], ...] = ()
+    sizes: tuple[tuple[str, float], ...] = ()
 
 
-def sampled(site: Site, product: Product, how: Estimator) -> Estimate:
-    """A product sampled along its own contraction axis."""
-    a, b = (_torch.numel(o) for o in product.operands)
-    kept = how.kept / how.size
-    if how.method == "uniform":
-        normed = 0
-    elif how.method == "topk_weights":
-        normed = (a, b)[how.weight or 0]
-    else:
-        normed = a + b
-    selection = 10 * how.units * max(1, math.ceil(math.log2(max(2, how.units)))) * _torch.hint(product.lead)
-    flops = kept * site.flops + 2 * normed + selection + (kept * b if how.scaled else 0)
-    size = _torch.value(site.node).dtype.itemsize
-    return Estimate(site.flops, round(flops), round(size * (normed + 2 * kept * (a + b))))
+def evaluate(case: Case, sizes: Mapping[sympy.Symbol, float], dtype: Any, machine: Machine | None) -> Estimate:
+    """The terms of a case at some sizes, on a machine."""
+    flops, times = 0.0, []
+    for term, (f, b, count, at) in zip(terms(case), _numbers(case)(*(sizes.get(s, 1) for s in SYMBOLS)), strict=True):
+        flops += f
+        if machine is None:
+            continue
+        table = machine.table(term.rate, dtype)
+        at = [x * LIVE if axis == "bytes" else x for x, axis in zip(at, table.axes, strict=True)]
+        rate, unit = table.at(*at), table.unit
+        amount = {"flops": f, "bytes": b, "launches": count}[_AMOUNT[unit]]
+        times.append((str(term), amount * rate if unit == "us" else amount / rate / 1e3))
+    used = sorted({str(s) for t in terms(case) for x in (t.flops, t.bytes, *t.at) for s in x.free_symbols})
+    known = {str(s): float(v) for s, v in sizes.items()}
+    return Estimate(round(flops), sum(t for _, t in times) if machine is not None else None, tuple(times), tuple((s, known[s]) for s in used))
 
 
-def coupled(site: Site, product: Product, how: Estimator) -> Estimate:
+# --- sites ---
+
+
+def sizes_of(site: Site) -> Sizes:
+    """The sizes of a site, symbolic ones at the size they were traced with."""
+    return {s: float(_torch.hint(v)) if not isinstance(v, float) else v for s, v in _sizes(site).items()}
+
+
+def _sizes(site: Site) -> dict[sympy.Symbol, Any]:
+    output = site.products[0]
+    a, b, y = (_torch.value(n) for n in (*output.operands, site.node))
+    found: dict[sympy.Symbol, Any] = {e: site.dtype.itemsize, B: _torch.hint(output.lead)}
+    if site.node.target not in CONV:
+        m, inner, n = a.shape[-2], a.shape[-1], b.shape[-1]
+        return found | {M: m, K: inner, N: n, T: 1, I: m, O: m, S: m}
+    groups, samples = int(site.node.args[8]), _torch.hint(a.shape[0])  # type: ignore[arg-type]
+    places = [samples * _product_of(t.shape[2:]) for t in (a, y)]
+    channels = [_torch.hint(t.shape[1]) // groups for t in (a, y)]
+    return found | {M: places[0 if site.node.args[6] else 1], K: channels[0], N: channels[1], T: _product_of(b.shape[2:]), I: places[0], O: places[1], S: samples}
+
+
+def _product_of(sizes: Any) -> int:
+    return int(sympy.prod([_torch.hint(s) for s in sizes]))
+
+
+def kind_of(site: Site) -> str:
+    return "conv" if site.node.target in CONV else "bmm" if site.node.target in BMM else "linear"
+
+
+def role(product: Product) -> str:
+    """Which of Y = A B, dA = dY B^T and dB = A^T dY a product is, under the names that these have where B is the weight."""
+    if product.name == "output":
+        return "output"
+    grad_of = product.mask if product.mask >= 0 else 1 - product.reads
+    return ("grad_input", "grad_weight")[grad_of]
+
+
+def exact(site: Site, product: Product, machine: Machine | None) -> Estimate:
+    return evaluate(Case(kind_of(site), role(product), "exact"), sizes_of(site), site.dtype, machine)
+
+
+def sampled(site: Site, product: Product, how: Estimator, machine: Machine | None, kept: float | None = None) -> Estimate:
+    """A product sampled along its own contraction axis; `kept` entries in place of the estimator's."""
+    runs = [_run(site, product, i) for i in (0, 1)]
+    sizes = sizes_of(site) | {k: kept or how.kept, u: how.units, p: runs[0] * how.unit, q: runs[1] * how.unit}
+    return evaluate(Case(kind_of(site), role(product), "sampled", how.method, how.weight, how.scaled), sizes, site.dtype, machine)
+
+
+def coupled(site: Site, product: Product, how: Estimator, machine: Machine | None, kept: float | None = None) -> Estimate:
     """A gradient through the entries that the output kept (`how` is the output's)."""
-    kept = how.kept / how.size
-    grad_of = 1 - product.reads if product.mask < 0 else product.mask
-    grad = _torch.numel(site.products[0].operands[grad_of])
-    size = _torch.value(site.node).dtype.itemsize
-    scaled = kept * grad if how.scaled and grad_of == 1 else 0
-    return Estimate(site.flops, round(kept * site.flops + scaled), round(size * kept * grad))
+    run = _run(site, site.products[0], 0 if role(product) == "grad_input" else 1) * how.unit
+    sizes = sizes_of(site) | {k: kept or how.kept, r: run}
+    return evaluate(Case(kind_of(site), role(product), "coupled", how.method, how.weight, how.scaled), sizes, site.dtype, machine)
 
 
-def skipped(site: Site, product: Product, flops: int, dropped: Estimator) -> Estimate:
-    """A gradient of `flops` that leaves out the output channels another site dropped (dY, and for grad_input the weight, are gathered)."""
-    kept = dropped.kept / dropped.size
-    size = _torch.value(site.node).dtype.itemsize
-    moved = sum(_torch.numel(o) for o in product.operands) + _torch.numel(site.products[0].operands[1])
-    return Estimate(flops, round(flops * kept), round(size * kept * moved))
+def skipped(site: Site, product: Product, how: Estimator | None, dropped: Estimator, machine: Machine | None) -> Estimate:
+    """A gradient, exact or coupled to its own output (`how`), that leaves out the output channels another site `dropped`."""
+    sizes = sizes_of(site) | {skip: dropped.kept, u: dropped.unit, q: dropped.unit * _torch.hint(_torch.value(site.products[0].operands[0]).shape[-1])}
+    if how is None:
+        return evaluate(Case(kind_of(site), role(product), "exact", skips=True), sizes, site.dtype, machine)
+    sizes |= {k: how.kept, r: how.unit}
+    return evaluate(Case(kind_of(site), role(product), "coupled", how.method, how.weight, how.scaled, True), sizes, site.dtype, machine)
 
 
-def pays(estimates: list[Estimate], device: str, margin: float = MARGIN) -> bool:
-    """Whether the FLOPs saved over a site outweigh the bytes moved, by the margin."""
-    saved = sum(e.flops_exact - e.flops_sampled for e in estimates)
-    moved = sum(e.bytes for e in estimates)
-    return saved > margin * BALANCE.get(device, max(BALANCE.values())) * moved
+def _run(site: Site, product: Product, operand: int) -> int:
+    """Contiguous entries per index of a product's axis in an operand. Inductor lays the activations of convolutions out channels last on CPUs."""
+    value, axis = _torch.value(product.operands[operand]), product.axes[operand]
+    if site.node.target in CONV and value.device.type == "cpu" and axis.dim != 0:
+        return 1
+    return max(1, _torch.hint(axis.view(value).stride(axis.dim))) if axis.split is None else 1
+
+
+def pays(exact_us: float, sampled_us: float, margin: float) -> bool:
+    """Whether the time saved beats the margin."""
+    return exact_us > margin * sampled_us
+
+
+def worth(kind: str, exact_us: float, sampled_us: float, machine: Machine) -> bool:
+    """Whether the predicted times of a site ("conv" or another kind) call for sampling."""
+    margin = (CONV_MARGIN if kind == "conv" else MARGIN) * (QUICK_MARGIN if machine.quick else 1)
+    least = LEAST_LAUNCHES * machine.table("kernel").at()
+    return pays(exact_us, sampled_us, margin) and exact_us - sampled_us > least
 
 
 def replaced(site: Site, product: Product, how: Replacement) -> int:

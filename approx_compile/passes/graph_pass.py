@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from approx_compile import _torch
+from approx_compile import _torch, stopwatch
 from approx_compile.config import ApproxConfig, ConfigError, RowSettings
-from approx_compile.passes.plan import Plan, make_plan, needs_random_numbers, row_requests
+from approx_compile.machine import Machine
+from approx_compile.passes.plan import Plan, Tries, make_plan, needs_random_numbers, row_requests
+from approx_compile.passes.question import question
 from approx_compile.passes.rewrite import rewrite
-from approx_compile.passes.sites import Context, find_sites
+from approx_compile.passes.sites import Context, Site, find_sites
+from approx_compile.passes.skips import skip_zeros
+
+log = logging.getLogger("approx_compile")
 
 AskRows = Callable[[fx.Graph, RowSettings | None, dict[fx.Node, RowSettings | None]], None]
 """Is told what is asked of the rows at the top, and at every gradient product of a joint graph."""
@@ -29,22 +35,37 @@ class ApproxPass(_torch.CustomGraphPass):
     """Inductor's joint-graph pass of one compiled graph.
 
     `uuid` covers everything the pass reads that is not in the graph's own text: the config, every module's name and mode in graph order,
-    which inputs are parameters, data or need gradients, and the code of this package.
+    which inputs are parameters, data or need gradients, the machine's (rounded) profile and the code of this package.
     """
 
     def __init__(
-        self, config: ApproxConfig, context: Context, layers: tuple[str, ...], on_plan: Listener, keep_graphs: bool = False, ask_rows: AskRows | None = None
+        self,
+        config: ApproxConfig,
+        context: Context,
+        layers: tuple[str, ...],
+        on_plan: Listener,
+        keep_graphs: bool = False,
+        ask_rows: AskRows | None = None,
+        machine: Machine | None = None,
     ) -> None:
         self.config = config
+        self.machine = machine
         self.context = context
         self.on_plan = on_plan
         self.keep_graphs = keep_graphs
         self.ask_rows = ask_rows
-        self._uuid = cache_key(config, context, layers)
+        self._uuid = cache_key(config, context, layers, machine)
+
+    def _ask(self, asked: Sequence[tuple[Site, Tries]]) -> list[list[float]]:
+        assert self.machine is not None
+        with _torch.no_modes():
+            return stopwatch.answers([question(site, tries) for site, tries in asked], self.machine, log.warning)
 
     def __call__(self, graph: fx.Graph) -> None:
         sites = find_sites(graph, self.context)
-        plan = make_plan(sites, self.config)
+        plan = make_plan(sites, self.config, self.machine, self._ask if self.machine is not None else None)
+        if self.machine is not None:
+            plan = skip_zeros(sites, plan, self.machine)
         if self.ask_rows is not None:
             self.ask_rows(graph, *row_requests(sites, self.config))
         _refuse_redrawn(plan)
@@ -57,12 +78,13 @@ class ApproxPass(_torch.CustomGraphPass):
         return self._uuid
 
 
-def cache_key(config: ApproxConfig, context: Context, layers: tuple[str, ...]) -> str:
+def cache_key(config: ApproxConfig, context: Context, layers: tuple[str, ...], machine: Machine | None = None) -> str:
     """A hash of all that decides a rewrite besides the graph."""
     modules = [(key, context.modules[key.split("@")[0]]) if key else None for key in layers]
     first_seen: dict[str, int] = {}
     order = [(first_seen.setdefault(m[0], len(first_seen)), asdict(m[1])) if m else None for m in modules]
-    parts = (config.digest(), order, asdict(context.root), [asdict(i) for i in context.inputs], context.exact, context.last_module, code_version())
+    profile = (machine.digest, stopwatch.name(machine) if config.measures() else None) if machine is not None else None
+    parts = (config.digest(), order, asdict(context.root), [asdict(i) for i in context.inputs], context.exact, context.last_module, profile, code_version())
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

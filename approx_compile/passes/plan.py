@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,9 +14,10 @@ from approx_compile import _torch
 from approx_compile.config import ApproxConfig, ProductSettings, RowSettings, SiteSettings
 from approx_compile.kernels.estimators import Estimator, estimator
 from approx_compile.kernels.replacements import Replacement
-from approx_compile.passes import cost, replacements, zeros
+from approx_compile.machine import Machine
+from approx_compile.passes import cost, replacements, worth
 from approx_compile.passes.fit import check_shapes
-from approx_compile.passes.sites import CONV, MM, Product, Site
+from approx_compile.passes.sites import Product, Site
 from approx_compile.passes.stages import Cut
 from approx_compile.patterns import Pattern
 
@@ -32,7 +34,8 @@ WIDE = 512
 class ProductPlan:
     """The decision for one product: "sampled" along its own axis, "coupled" to the output's choice, run on the "rows" kept, "replaced", or "exact". `k` of
     `size` entries are kept (of a replaced one, those of the output gradient that count). `node`: its name in the joint graph; `bytes_exact`:
-    of the exact product's operands and result, each counted once.
+    of the exact product's operands and result, each counted once. Times are predictions in us (None where nothing was to be decided by time);
+    `terms` says term by term what the time as planned is made of, `sizes` what the symbols in them stand for (see `passes.cost`).
 
     `skips`: the site whose dropped entries make this product's output gradient zero; computing nothing there changes no value.
     """
@@ -51,6 +54,10 @@ class ProductPlan:
     node: str = ""
     replacement: Replacement | None = None
     bytes_exact: int = 0
+    time_exact_us: float | None = None
+    time_sampled_us: float | None = None
+    terms: tuple[tuple[str, float], ...] = ()
+    sizes: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,14 @@ class SitePlan:
     @property
     def flops_sampled(self) -> int:
         return sum(p.flops_sampled for p in self.products)
+
+    @property
+    def time_exact_us(self) -> float | None:
+        return worth.total(p.time_exact_us for p in self.products)
+
+    @property
+    def time_sampled_us(self) -> float | None:
+        return worth.total(p.time_sampled_us for p in self.products)
 
 
 @dataclass(frozen=True)
@@ -137,6 +152,7 @@ def _on_rows(site: SitePlan, cuts: Mapping[str, Cut]) -> SitePlan:
                 k=k,
                 size=cut.rows,
                 flops_sampled=round(share * p.flops_exact),
+                time_sampled_us=share * p.time_exact_us if p.time_exact_us is not None else None,
             )
     if all(p.decision != "rows" for p in products):
         return site
@@ -146,12 +162,26 @@ def _on_rows(site: SitePlan, cuts: Mapping[str, Cut]) -> SitePlan:
     return replace(site, products=tuple(products), decision="sampled", reason=reason)
 
 
-def make_plan(sites: Sequence[Site], config: ApproxConfig) -> Plan:
+Tries = list[tuple[ProductPlan, ...]]
+"""Ways to carry out a site's products."""
+
+Ask = Callable[[Sequence[tuple[Site, Tries]]], Sequence[Sequence[float]]]
+"""Measured times of sites, us: exact, then each of the tries."""
+
+
+def make_plan(sites: Sequence[Site], config: ApproxConfig, machine: Machine | None = None, ask: Ask | None = None) -> Plan:
+    """The decisions by the settings and, where they ask for it, by what the machine is predicted to take, or was measured to (`ask`)."""
     matches, unmatched = match_rules(sites, config)
     remarks = check_shapes(config.plan, sites) if config.plan is not None else ()
-    decided = [_decide(s, config.settings(m)) for s, m in zip(sites, matches, strict=True)]
-    planned = tuple(_with_nodes(s, p) for s, p in zip(sites, _skip_zeros(sites, decided), strict=True))
-    return Plan(planned, unmatched, remarks=tuple(remarks))
+    settings = [config.settings(m) for m in matches]
+    tried = [_tried(s, w, machine) for s, w in zip(sites, settings, strict=True)]
+    asked = [i for i, t in enumerate(tried) if settings[i].policy == "measure" and not isinstance(t, SitePlan)]
+    times: dict[int, Sequence[float]] = {}
+    if asked and ask is not None:
+        times = dict(zip(asked, ask([(sites[i], t) for i in asked if not isinstance(t := tried[i], SitePlan)]), strict=True))
+    judged = [t if isinstance(t, SitePlan) else _judged(sites[i], settings[i], t, machine, times.get(i)) for i, t in enumerate(tried)]
+    decided = [_with_replacements(s, p, w) for s, p, w in zip(sites, judged, settings, strict=True)]
+    return Plan(tuple(_with_nodes(s, p) for s, p in zip(sites, decided, strict=True)), unmatched, remarks=tuple(remarks))
 
 
 def _with_nodes(site: Site, plan: SitePlan) -> SitePlan:
@@ -190,29 +220,40 @@ def row_requests(sites: Sequence[Site], config: ApproxConfig) -> tuple[RowSettin
     return config.settings([rule.layers == ("site",) for rule in config.rules]).rows, asked
 
 
-def _decide(site: Site, settings: SiteSettings) -> SitePlan:
-    """Legal first, then wanted, then worth it; a replacement is made wherever it is asked for."""
-    if site.blocked is not None:
-        return _all_exact(site, site.blocked)
-    return _with_replacements(site, _sampled(site, settings), settings)
-
-
-def _sampled(site: Site, settings: SiteSettings) -> SitePlan:
-    reason = None
-    if settings.policy == "cost" and (settings.rows is None or settings.output.method != "exact"):
+def _tried(site: Site, settings: SiteSettings, machine: Machine | None) -> SitePlan | Tries:
+    """Legal first, then wanted: the site left exact, or the ways to sample it among which time decides."""
+    reason = site.blocked
+    if reason is None and settings.policy in worth.TIMED and (settings.rows is None or settings.output.method != "exact"):
         reason = _unwise(site, settings)
     if reason is not None:
-        return _all_exact(site, reason)
-    output = _output(site, settings.output)
-    gradients = [_gradient(site, p, settings, output) for p in site.products[1:]]
-    products = (output, *gradients)
-    if all(p.decision == "exact" for p in products):
-        return _all_exact(site, output.reason, products)
-    if settings.policy == "cost" and not cost.pays([_estimate(site, p, products) for p in products], _device(site)):
-        saved = sum(p.flops_exact - p.flops_sampled for p in products)
-        return _all_exact(site, f"would not pay: {saved / 1e6:.3g} MFLOP saved do not outweigh what the sampling moves")
-    done = next(p for p in products if p.decision != "exact")
-    return _site_plan(site, "sampled", done.reason, products)
+        return _all_exact(site, reason, machine)
+    tries = [_products(site, s, machine) for s in worth.candidates(site, settings)]
+    if all(p.decision == "exact" for p in tries[0]):
+        return _all_exact(site, tries[0][0].reason, machine, tries[0])
+    return tries
+
+
+def _judged(site: Site, settings: SiteSettings, tries: Tries, machine: Machine | None, times: Sequence[float] | None) -> SitePlan:
+    """The best of the tries, if it is worth it."""
+    best = min(tries, key=worth.rank) if times is None else tries[min(range(len(tries)), key=lambda i: times[i + 1])]
+    done = next(p for p in best if p.decision != "exact")
+    found = _site_plan(site, "sampled", done.reason, best)
+    if settings.policy not in worth.TIMED:
+        return found
+    if machine is None:
+        return _all_exact(site, f"no cost model for {worth.device(site)}", machine)
+    if times is not None:
+        pays, why = cost.pays(times[0], min(times[1:]), cost.MEASURED_MARGIN), f"measured {times[0] / min(times[1:]):.2f}x at ratio {done.ratio:g}"
+    else:
+        assert found.time_exact_us is not None and found.time_sampled_us is not None
+        pays = cost.worth(site.kind, found.time_exact_us, found.time_sampled_us, machine)
+        why = worth.predicted(site, best, machine)
+    return replace(found, reason=f"{done.reason}; {why}") if pays else _all_exact(site, f"would not pay: {why}", machine)
+
+
+def _products(site: Site, settings: SiteSettings, machine: Machine | None) -> tuple[ProductPlan, ...]:
+    output = _own_axis(site, site.products[0], settings.output, machine)
+    return (output, *(_gradient(site, p, settings, output, machine) for p in site.products[1:]))
 
 
 def _unwise(site: Site, settings: SiteSettings) -> str | None:
@@ -233,45 +274,48 @@ def _unwise(site: Site, settings: SiteSettings) -> str | None:
     return None
 
 
-def _output(site: Site, wanted: ProductSettings) -> ProductPlan:
-    return _own_axis(site, site.products[0], wanted)
-
-
-def _gradient(site: Site, product: Product, settings: SiteSettings, output: ProductPlan) -> ProductPlan:
+def _gradient(site: Site, product: Product, settings: SiteSettings, output: ProductPlan, machine: Machine | None) -> ProductPlan:
     wanted = settings.of(product.name)
     if wanted.replaces:
-        return _exact(site, product, _BY_SETTINGS)
+        return _exact(site, product, _BY_SETTINGS, machine)
     if wanted.method != "coupled":
-        return _own_axis(site, product, wanted)
+        return _own_axis(site, product, wanted, machine)
     if output.how is None:
-        return _exact(site, product, "the output it is coupled to is exact")
-    flops = cost.coupled(site, product, output.how).flops_sampled
-    return ProductPlan(
-        product.name, "coupled", "through the entries the output kept", output.method, output.ratio, output.k, output.size, site.flops, flops, output.how
-    )
+        return _exact(site, product, "the output it is coupled to is exact", machine)
+    plan = replace(output, name=product.name, decision="coupled", reason="through the entries the output kept")
+    return _timed(site, plan, product, cost.coupled(site, product, output.how, machine), machine)
 
 
-def _own_axis(site: Site, product: Product, wanted: ProductSettings) -> ProductPlan:
+def _own_axis(site: Site, product: Product, wanted: ProductSettings, machine: Machine | None) -> ProductPlan:
     if wanted.method == "exact":
-        return _exact(site, product, _BY_SETTINGS)
+        return _exact(site, product, _BY_SETTINGS, machine)
     size = product.size
     if not isinstance(size, int):
-        return _exact(site, product, "its contraction axis has a dynamic size")
+        return _exact(site, product, "its contraction axis has a dynamic size", machine)
     if wanted.method == "topk_weights" and product.weight is None:
-        return _exact(site, product, "topk_weights needs a weight, and neither operand is one")
-    group = _auto_group(site, product) if wanted.group == "auto" else wanted.group
-    how = estimator(wanted.method, size, wanted.ratio, wanted.min_k, group, product.weight)
+        return _exact(site, product, "topk_weights needs a weight, and neither operand is one", machine)
+    group = worth.auto_group(site, product) if wanted.group == "auto" else wanted.group
+    ratio = wanted.ratio if size < 4 * wanted.whole else math.ceil(math.floor(wanted.ratio * size + 0.5) / wanted.whole) * wanted.whole / size
+    how = estimator(wanted.method, size, ratio, wanted.min_k, group, product.weight)
     if how is None:
         short = size <= wanted.min_k
         reason = f"axis of {size}, min_k is {wanted.min_k}" if short else f"keeps all {size} at ratio {wanted.ratio:g}, group {group}"
-        return _exact(site, product, reason)
-    flops = cost.sampled(site, product, how).flops_sampled
+        return _exact(site, product, reason, machine)
     reason = f"{product.name}: {wanted.method}" + (f" in groups of {group}" if group > 1 else "")
-    return ProductPlan(product.name, "sampled", reason, wanted.method, wanted.ratio, how.kept, size, site.flops, flops, how)
+    plan = ProductPlan(product.name, "sampled", reason, wanted.method, wanted.ratio, how.kept, size, site.flops, site.flops, how)
+    return _timed(site, plan, product, cost.sampled(site, product, how, machine), machine)
+
+
+def _timed(site: Site, plan: ProductPlan, product: Product, estimate: cost.Estimate, machine: Machine | None) -> ProductPlan:
+    exact = cost.exact(site, product, machine)
+    return replace(plan, flops_sampled=estimate.flops, time_exact_us=exact.time_us, time_sampled_us=estimate.time_us, terms=estimate.terms, sizes=estimate.sizes)
 
 
 def _with_replacements(site: Site, plan: SitePlan, settings: SiteSettings) -> SitePlan:
-    """The site's plan with the gradients that are not computed but replaced; where one can't be it is exact, and the site says why."""
+    """The site's plan with the gradients that are not computed but replaced, wherever that is asked for; where one can't be it is exact, and the site
+    says why."""
+    if site.blocked is not None:
+        return plan
     products, said = list(plan.products), []
     for i, (product, decision) in enumerate(zip(site.products, plan.products, strict=True)):
         wanted = settings.of(product.name)
@@ -291,78 +335,22 @@ def _replaced(site: Site, product: Product, exact: ProductPlan, wanted: ProductS
     if how is None:
         return replace(exact, reason=reason)
     flops = cost.replaced(site, product, how)
-    return replace(exact, decision="replaced", reason=reason, method=how.method, ratio=kept / size, k=kept, size=size, flops_sampled=flops, replacement=how)
+    return replace(exact, decision="replaced", reason=reason, method=how.method, ratio=kept / size, k=kept, size=size, flops_sampled=flops, replacement=how, time_sampled_us=None)
 
 
-def _auto_group(site: Site, product: Product) -> int:
-    """1 below 256. Else so long that a gather moves whole vectors (CPU) or sectors (GPU); rows and conv channels lie contiguous anyway."""
-    assert isinstance(product.size, int)
-    if product.size < 256 or site.kind == "conv" or product.name == "grad_weight":
-        return 1
-    return 16 if _device(site) == "cpu" else 32
-
-
-def _device(site: Site) -> str:
-    return str(_torch.value(site.node).device.type)
-
-
-def _estimate(site: Site, plan: ProductPlan, products: Sequence[ProductPlan]) -> cost.Estimate:
-    product = next(p for p in site.products if p.name == plan.name)
-    if plan.how is None:
-        return cost.exact(site)
-    return (cost.coupled if plan.decision == "coupled" else cost.sampled)(site, product, plan.how)
-
-
-def _exact(site: Site, product: Product, reason: str) -> ProductPlan:
+def _exact(site: Site, product: Product, reason: str, machine: Machine | None) -> ProductPlan:
     size = _torch.hint(product.size)
-    return ProductPlan(product.name, "exact", reason, "exact", 1.0, size, size, site.flops, site.flops)
+    plan = ProductPlan(product.name, "exact", reason, "exact", 1.0, size, size, site.flops, site.flops)
+    return _timed(site, plan, product, cost.exact(site, product, machine), machine)
 
 
-def _all_exact(site: Site, reason: str, products: Sequence[ProductPlan] = ()) -> SitePlan:
-    return _site_plan(site, "exact", reason, tuple(products) or tuple(_exact(site, p, reason) for p in site.products))
+def _all_exact(site: Site, reason: str, machine: Machine | None, products: Sequence[ProductPlan] = ()) -> SitePlan:
+    return _site_plan(site, "exact", reason, tuple(products) or tuple(_exact(site, p, reason, machine) for p in site.products))
 
 
 def _site_plan(site: Site, decision: str, reason: str, products: tuple[ProductPlan, ...]) -> SitePlan:
     dtype = str(site.dtype).removeprefix("torch.")
     return SitePlan(site.name, site.module, site.kind, site.op, site.shape, dtype, decision, reason, products, site.reads)
-
-
-def _skip_zeros(sites: Sequence[Site], plans: list[SitePlan]) -> list[SitePlan]:
-    """Let gradient products leave out what a later site's dropped entries made zero, where that saves more than its gathers move."""
-    users: dict[tuple[fx.Node | None, int], list[tuple[int, int]]] = defaultdict(list)
-    for i, site in enumerate(sites):
-        for j, p in enumerate(site.products):
-            if p.output_grad is not None and _one_contraction(site):
-                users[p.output_grad, p.output_grad_dim].append((i, j))
-    new = list(plans)
-    for source, planned in zip(sites, plans, strict=True):
-        for p, d in zip(source.products, planned.products, strict=True):
-            if d.decision != "coupled" or not _one_contraction(source) or p.result is None:
-                continue
-            for zero in zeros.follow(*p.result).items():
-                for i, j in users.get(zero, ()):
-                    new[i] = _with_skip(sites[i], new[i], j, source.name, d)
-    return new
-
-
-def _one_contraction(site: Site) -> bool:
-    """Neither batched nor grouped: one index set, whatever the batch's size."""
-    return site.node.target in MM or (site.node.target in CONV and bool(site.node.args[8] == 1))
-
-
-def _with_skip(site: Site, plan: SitePlan, j: int, source: str, dropped: ProductPlan) -> SitePlan:
-    product, decision = site.products[j], plan.products[j]
-    if decision.decision in ("sampled", "replaced") or decision.skips is not None or dropped.how is None:
-        return plan
-    estimate = cost.skipped(site, product, decision.flops_sampled, dropped.how)
-    if not cost.pays([estimate], _device(site), cost.SKIP_MARGIN):
-        return plan
-    reason = f"{decision.reason}; skips what {source} dropped"
-    products = list(plan.products)
-    products[j] = replace(decision, reason=reason, flops_sampled=estimate.flops_sampled, skips=source)
-    note = "; its gradients skip what later sites dropped"
-    exact = plan.decision == "exact" and note not in plan.reason
-    return replace(plan, products=tuple(products), reason=plan.reason + note if exact else plan.reason)
 
 
 def needs_random_numbers(plan: Plan) -> bool:

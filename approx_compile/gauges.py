@@ -1,0 +1,307 @@
+"""How each of a machine's quantities is measured. `measure` yields them table by table; `machine` rounds and stores.
+
+| table | over | unit | what runs |
+|---|---|---|---|
+| `linear.output`, `.grad_input`, `.grad_weight` | M, K, N | GFLOP/s | X W^T, dY W, dY^T X of X (M, K), W (N, K), dY (M, N) |
+| `bmm` | M, K, N | GFLOP/s | (B, M, K) (B, K, N) for a B of some work |
+| `conv.output`, `.grad_input`, `.grad_weight` | places, C, O, taps | GFLOP/s | a convolution and its backward, channels last; places: pixels of all samples |
+| `norms` | bytes | GB/s | squared norms along the last axis of a matrix, of the bytes read |
+| `take`, `untake` | run, bytes | GB/s | kept entries gathered, and put back: contiguous entries per index, bytes of the whole tensor; half is kept |
+| `read`, `fresh` | bytes | GB/s | a sum; a write into newly allocated memory, which on CPUs pays for the page faults |
+| `select.METHOD` | units, lead | us | norms to indices, `lead` independent ones at once |
+| `kernel`, `extern` | | us | a launch of a generated kernel and of a library call on next to no data |
+
+Full measurements run `norms`, `take` and `untake` as Inductor compiles them (what training runs); quick ones have no time to compile and run eager
+ops that move the same bytes. On CPUs with one thread the clock counts CPU time, so that a busy machine does not disturb it. Of
+several runs the fastest counts. Nothing here draws random numbers, but for the selections that do, and those leave the generator's state as it was.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from approx_compile import _torch
+from approx_compile.kernels.estimators import Estimator, select
+from approx_compile.kernels.products import Axis, norms_sq, take, untake
+
+Axes = dict[str, tuple[float, ...]]
+Found = tuple[str, str, Axes, tuple[float, ...]]
+Run = Callable[[], Any]
+
+PRODUCTS = ("output", "grad_input", "grad_weight")
+SELECTIONS = ("topk", "topk_weights", "crs", "bernoulli", "uniform", "wta")
+_LONGEST_S = 0.3
+_WIDTH = 1024
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The sizes at which a measurement looks."""
+
+    linear: Axes
+    bmm: Axes
+    conv: Axes
+    sizes: tuple[float, ...]
+    runs: tuple[float, ...]
+    select: Axes
+
+
+FULL = Grid(
+    linear={"M": (1, 4, 16, 64, 256, 1024), "K": (4, 16, 64, 256, 1024, 4096), "N": (4, 16, 64, 256, 1024, 4096)},
+    bmm={"M": (4, 16, 64, 256, 1024), "K": (4, 16, 64, 256, 1024), "N": (4, 16, 64, 256, 1024)},
+    conv={"places": (256, 2048, 16384), "C": (4, 16, 64, 256), "O": (4, 16, 64, 256), "taps": (1, 9)},
+    sizes=(2**14, 2**17, 2**20, 2**23, 2**26),
+    runs=(1, 16, 256),
+    select={"units": (16, 128, 1024, 4096), "lead": (1, 16)},
+)
+QUICK = Grid(
+    linear={"M": (1, 32, 512), "K": (8, 64, 1024), "N": (8, 64, 1024)},
+    bmm={"M": (8, 64, 256), "K": (8, 64, 256), "N": (8, 64, 256)},
+    conv={"places": (256, 4096), "C": (16, 128), "O": (16, 128), "taps": (1, 9)},
+    sizes=(2**16, 2**20, 2**24),
+    runs=(1, 16, 256),
+    select={"units": (16, 256, 2048), "lead": (1, 16)},
+)
+
+
+def names(dtypes: list[str]) -> list[str]:
+    """Every table that a profile of these dtypes has."""
+    by_dtype = [*(f"linear.{p}" for p in PRODUCTS), "bmm", *(f"conv.{p}" for p in PRODUCTS), "norms", "take", "untake"]
+    return [f"{n}.{d}" for n in by_dtype for d in dtypes] + [f"select.{m}" for m in SELECTIONS] + ["read", "fresh", "kernel", "extern"]
+
+
+def measure(device: str, quick: bool, progress: bool) -> list[Found]:
+    """Every table of `names`, in some order."""
+    grid = QUICK if quick else FULL
+    dtypes = [torch.float32, torch.bfloat16] + ([torch.float16] if device == "cuda" else [])
+    bar = Progress(disable=not progress)
+    found: list[Found] = []
+    with bar, torch.no_grad(), torch.random.fork_rng(devices=[torch.cuda.current_device()] if device == "cuda" else []):
+        clock = Clock(device, 1e-3 if quick else 3e-3)
+        steps = list(_steps(device, dtypes, grid, quick, clock))
+        task = bar.add_task("measuring", total=len(steps))
+        for title, step in steps:
+            bar.update(task, description=f"measuring {title}")
+            found.append(step())
+            bar.advance(task)
+    return found
+
+
+def _steps(device: str, dtypes: list[torch.dtype], grid: Grid, quick: bool, clock: Clock) -> Iterator[tuple[str, Callable[[], Found]]]:
+    for dtype in dtypes:
+        name = str(dtype).removeprefix("torch.")
+        for product in PRODUCTS:
+            yield f"linear {name}", partial(_rates, f"linear.{product}", dtype, grid.linear, partial(_linear, product, device, dtype), clock)
+            yield f"conv {name}", partial(_rates, f"conv.{product}", dtype, grid.conv, partial(_conv, product, device, dtype), clock)
+        yield f"bmm {name}", partial(_rates, "bmm", dtype, grid.bmm, partial(_bmm, device, dtype), clock)
+        for kind in ("norms", "take", "untake"):
+            yield f"{kind} {name}", partial(_moves, kind, device, dtype, grid, quick, clock)
+    for kind in ("read", "fresh"):
+        yield "memory", partial(_memory, kind, device, grid, clock)
+    for method in SELECTIONS:
+        yield "selection", partial(_selection, method, device, grid, clock)
+    for kind in ("kernel", "extern"):
+        yield "launches", partial(_launch, kind, device, quick, clock)
+
+
+class Clock:
+    """Seconds of a call: the fastest of at least three samples of at least `least` seconds in all."""
+
+    def __init__(self, device: str, least: float) -> None:
+        self.least = least
+        self.wait: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
+        alone = device == "cpu" and torch.get_num_threads() == 1
+        self.now = time.process_time if alone else time.perf_counter
+
+    def __call__(self, run: Run) -> float:
+        run()
+        calls = self.calls(run, self.least / 6)
+        samples: list[float] = []
+        spent = 0.0
+        while len(samples) < 3 or spent < self.least:
+            samples.append(self.sample(run, calls))
+            spent += samples[-1] * calls
+        return min(samples)
+
+    def calls(self, run: Run, seconds: float | None = None) -> int:
+        """How many calls take about so long, by default `least`; at least one."""
+        return max(1, int((self.least if seconds is None else seconds) / max(self.sample(run, 1), 1e-7)))
+
+    def sample(self, run: Run, calls: int) -> float:
+        self.wait()
+        start = self.now()
+        for _ in range(calls):
+            run()
+        self.wait()
+        return (self.now() - start) / calls
+
+
+# --- products ---
+
+
+def _rates(name: str, dtype: torch.dtype, axes: Axes, make: Callable[..., tuple[float, Run]], clock: Clock) -> Found:
+    """GFLOP/s at every point, in order of work; where a call would take too long it is not made and the rate of its next smaller neighbour holds."""
+    rates: dict[tuple[float, ...], float] = {}
+    for point in itertools.product(*axes.values()):
+        near = [rates[s] for i, axis in enumerate(axes.values()) if (s := _smaller(point, i, axis)) is not None]
+        flops, run = make(*(int(p) for p in point))
+        if near and flops / (max(near) * 1e9) > _LONGEST_S:
+            rates[point] = max(near)
+        else:
+            rates[point] = flops / clock(run) / 1e9
+    return f"{name}.{str(dtype).removeprefix('torch.')}", "GFLOP/s", axes, tuple(rates.values())
+
+
+def _smaller(point: tuple[float, ...], i: int, axis: tuple[float, ...]) -> tuple[float, ...] | None:
+    at = axis.index(point[i])
+    return (*point[:i], axis[at - 1], *point[i + 1 :]) if at else None
+
+
+def _filled(device: str, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.full(shape, 0.5, dtype=dtype, device=device)
+
+
+def _linear(product: str, device: str, dtype: torch.dtype, m: int, k: int, n: int) -> tuple[float, Run]:
+    def made() -> Run:
+        x, w, dy = (_filled(device, dtype, *s) for s in ((m, k), (n, k), (m, n)))
+        a, b = {"output": (x, w.t()), "grad_input": (dy, w), "grad_weight": (dy.t(), x)}[product]
+        return partial(torch.mm, a, b)
+
+    return 2.0 * m * k * n, _in_turn(made, (m * k + k * n + m * n) * dtype.itemsize)
+
+
+def _bmm(device: str, dtype: torch.dtype, m: int, k: int, n: int) -> tuple[float, Run]:
+    batch = max(1, min(16, 2**27 // (m * k * n)))
+
+    def made() -> Run:
+        return partial(torch.bmm, _filled(device, dtype, batch, m, k), _filled(device, dtype, batch, k, n))
+
+    return 2.0 * batch * m * k * n, _in_turn(made, batch * (m * k + k * n) * dtype.itemsize)
+
+
+def _conv(product: str, device: str, dtype: torch.dtype, places: int, c: int, o: int, taps: int) -> tuple[float, Run]:
+    side, kernel = 16, round(taps**0.5)
+    rest = ([1, 1], [kernel // 2] * 2, [1, 1], False, [0, 0], 1)
+    mask = [product == "grad_input", product == "grad_weight", False]
+
+    def made() -> Run:
+        x, dy = (_filled(device, dtype, max(1, places // side**2), n, side, side).to(memory_format=torch.channels_last) for n in (c, o))
+        w = _filled(device, dtype, o, c, kernel, kernel).to(memory_format=torch.channels_last)
+        if product == "output":
+            return partial(torch.ops.aten.convolution, x, w, None, *rest)
+        return partial(torch.ops.aten.convolution_backward, dy, x, w, None, *rest, mask)
+
+    return 2.0 * places * c * o * taps, _in_turn(made, places * (c + o) * dtype.itemsize)
+
+
+_COLD = 2**23
+
+
+def _in_turn(made: Callable[[], Run], size: int) -> Run:
+    """Calls on several sets of operands of `size` bytes in turn, so that none is still in the fastest caches: in training it would not be."""
+    turns = itertools.cycle([made() for _ in range(max(1, min(64, _COLD // size)))])
+    return lambda: next(turns)()
+
+
+# --- what sampling adds ---
+
+
+_GENERATED_AT = 2**20
+
+
+def _moves(kind: str, device: str, dtype: torch.dtype, grid: Grid, quick: bool, clock: Clock) -> Found:
+    """Bandwidths of reading norms, of gathering half of the units and of putting them back, for runs of contiguous entries per index.
+
+    With t(run, bytes) the seconds per byte of eager ops and g(run) those of the generated kernel at a size that caches hold, the rate is
+    1 / (g(run) + max(0, t(run, bytes) - t(run, 1 MiB))): what another size costs is the memory's doing, not the kernel's.
+    """
+    rates = []
+    runs = (1.0,) if kind == "norms" else grid.runs
+    for run in runs:
+
+        def per_byte(size: float, make: Callable[..., Run], run: int = int(run)) -> float:
+            rows = max(32, int(size) // (_WIDTH * dtype.itemsize))
+            x = _filled(device, dtype, rows, _WIDTH // 2 if kind == "untake" else _WIDTH)
+            return clock(make(kind, run, x, torch.arange(0, _WIDTH // run, 2, device=device))) / (rows * _WIDTH * dtype.itemsize)
+
+        eager = [per_byte(size, _eager) for size in grid.sizes]
+        if not quick:
+            here, generated = per_byte(_GENERATED_AT, _eager), per_byte(_GENERATED_AT, _generated)
+            eager = [generated + max(0.0, t - here) for t in eager]
+        rates += [1e-9 / t for t in eager]
+    axes: Axes = {"bytes": grid.sizes} if kind == "norms" else {"run": runs, "bytes": grid.sizes}
+    return f"{kind}.{str(dtype).removeprefix('torch.')}", "GB/s", axes, tuple(rates)
+
+
+def _generated(kind: str, run: int, x: Tensor, idx: Tensor) -> Run:
+    """The kernel that the pass inserts, as Inductor compiles it."""
+    axis = Axis(1)
+    whole: Callable[[Tensor, Tensor], Tensor] = {
+        "norms": lambda x, idx: norms_sq(x, axis, run),
+        "take": lambda x, idx: take(x, axis, idx, None, run),
+        "untake": lambda x, idx: untake(x, axis, idx, None, run, _WIDTH),
+    }[kind]
+    compiled = _torch.compile_kernel(whole, [x, idx])
+    return lambda: compiled(x, idx)
+
+
+def _eager(kind: str, run: int, x: Tensor, idx: Tensor) -> Run:
+    """Eager ops that move the same bytes."""
+
+    def put_back() -> Tensor:
+        full = x.new_zeros(x.shape[0], _WIDTH // run, run)
+        return full.index_copy_(1, idx, x.unflatten(1, (-1, run)))
+
+    runs: dict[str, Run] = {
+        "norms": partial(torch.sum, x),
+        "take": partial(torch.index_select, x.unflatten(1, (-1, run)), 1, idx),
+        "untake": put_back,
+    }
+    return runs[kind]
+
+
+def _memory(kind: str, device: str, grid: Grid, clock: Clock) -> Found:
+    values = []
+    for size in grid.sizes:
+        x = _filled(device, torch.float32, int(size) // 4)
+        run: Run = x.sum if kind == "read" else partial(torch.full_like, x, 0.5)
+        values.append(size / clock(run) / 1e9)
+    return kind, "GB/s", {"bytes": grid.sizes}, tuple(values)
+
+
+def _selection(method: str, device: str, grid: Grid, clock: Clock) -> Found:
+    values = []
+    for units, lead in itertools.product(*grid.select.values()):
+        how = Estimator(method, int(units), int(units) // 2, weight=1 if method == "topk_weights" else None)
+        norms = torch.linspace(1, 2, int(units * lead), device=device).view(int(lead), int(units))
+        given = norms[0] if lead == 1 else norms
+        values.append(clock(partial(select, how, given, given)) * 1e6)
+    return f"select.{method}", "us", grid.select, tuple(values)
+
+
+def _launch(kind: str, device: str, quick: bool, clock: Clock) -> Found:
+    """A library call is timed by itself; a generated kernel, where there is time to compile, as what ten more links add to a chain of kernel and call."""
+    x = _filled(device, torch.float32, 16, 16)  # Inductor writes products of vectors as loops
+    extern = clock(partial(torch.mm, x, x))
+    if kind == "extern":
+        return kind, "us", {}, (extern * 1e6,)
+    kernel = clock(partial(torch.mul, x, 2))
+    if not quick:
+        short, long = (clock(partial(_torch.compile_kernel(partial(_chain, links), [x]), x)) for links in (2, 12))
+        kernel = max(kernel, (long - short) / 10 - extern)
+    return kind, "us", {}, (kernel * 1e6,)
+
+
+def _chain(links: int, x: Tensor) -> Tensor:
+    for _ in range(links):
+        x = torch.mm(x.sin(), x)
+    return x

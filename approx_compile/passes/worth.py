@@ -1,0 +1,99 @@
+"""What time has to say in a plan: which ways to sample a site are tried, how they compare, and the words for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from approx_compile import _torch
+from approx_compile.config import ProductSettings, SiteSettings
+from approx_compile.machine import Machine
+from approx_compile.passes import cost
+from approx_compile.passes.sites import Product, Site
+
+if TYPE_CHECKING:  # plan asks here
+    from approx_compile.passes.plan import ProductPlan
+
+TIMED = ("cost", "measure")
+"""The policies under which a site must be worth its time."""
+
+GRANULE = 16
+"""Under these kept entries come in multiples of this, which vector units and product kernels like."""
+
+
+def total(times: Iterable[float | None]) -> float | None:
+    found = list(times)
+    return None if None in found else math.fsum(t for t in found if t is not None)
+
+
+def candidates(site: Site, settings: SiteSettings) -> list[SiteSettings]:
+    """Where time decides, what `group: "auto"` may come to: single entries, or as many as move fast."""
+    if settings.policy not in TIMED or "auto" not in [w.group for w in (settings.output, settings.grad_input, settings.grad_weight)]:
+        return [settings]
+
+    def grouped(wanted: ProductSettings, group: int) -> ProductSettings:
+        return replace(wanted, group=group, whole=GRANULE) if wanted.group == "auto" else replace(wanted, whole=GRANULE)
+
+    return [
+        replace(settings, output=grouped(settings.output, g), grad_input=grouped(settings.grad_input, g), grad_weight=grouped(settings.grad_weight, g))
+        for g in (1, _long_run(site))
+    ]
+
+
+def rank(products: Sequence[ProductPlan]) -> float:
+    """For comparison: what takes no more than 3% longer counts as equal, and the first of equals, the finer grained, wins."""
+    time = total(p.time_sampled_us for p in products)
+    return 0.0 if time is None or time <= 0 else math.ceil(math.log(time) / math.log(1.03))
+
+
+def predicted(site: Site, products: Sequence[ProductPlan], machine: Machine) -> str:
+    """ "predicted 0.94x at ratio 0.5, break-even 0.41"."""
+    exact, planned = (total(times) for times in ([p.time_exact_us for p in products], [p.time_sampled_us for p in products]))
+    assert exact is not None and planned is not None
+    ratio = next(p.ratio for p in products if p.decision != "exact")
+
+    def gain(share: float) -> float:
+        return exact - math.fsum(_estimate(site, p, products, machine, share).time_us or 0.0 for p in products)
+
+    return f"predicted {exact / planned:.2f}x at ratio {ratio:g}, {_break_even(gain)}"
+
+
+def _break_even(gain: Callable[[float], float]) -> str:
+    """The largest ratio at which sampling takes no longer than the exact products; `gain` falls with the ratio."""
+    low, high = 0.001, 1.0
+    if gain(low) <= 0:
+        return "no ratio breaks even"
+    if gain(high) > 0:
+        return "every ratio breaks even"
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if gain(middle) > 0 else (low, middle)
+    return f"break-even {low:.2f}"
+
+
+def _estimate(site: Site, plan: ProductPlan, products: Sequence[ProductPlan], machine: Machine, share: float) -> cost.Estimate:
+    """Of a product as planned, but with another share of its axis kept."""
+    product = next(p for p in site.products if p.name == plan.name)
+    if plan.how is None:
+        return cost.exact(site, product, machine)
+    return (cost.coupled if plan.decision == "coupled" else cost.sampled)(site, product, plan.how, machine, share * plan.size)
+
+
+def auto_group(site: Site, product: Product) -> int:
+    """1 below 256. Else so long that a gather moves whole vectors (CPU) or sectors (GPU); rows and conv channels lie contiguous anyway."""
+    assert isinstance(product.size, int)
+    if product.size < 256 or site.kind == "conv" or product.name == "grad_weight":
+        return 1
+    return _long_run(site)
+
+
+def _long_run(site: Site) -> int:
+    return 16 if device(site) == "cpu" else 32
+
+
+def device(site: Site) -> str:
+    return str(_torch.value(site.node).device.type)
+
+

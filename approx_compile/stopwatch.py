@@ -1,0 +1,124 @@
+"""Times of sites alone, measured once per site and machine by a process of its own, and remembered on disk beside the machine's profile.
+
+A process of its own, because this is asked in the middle of a compilation. What is stored never changes: the file's `name`, which is new whenever
+the file is, therefore stands for its contents, those still to come included, and is all that a cache key needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import torch
+from filelock import FileLock
+from pydantic import BaseModel
+
+from approx_compile import alone, machine
+
+_LONGEST_S = 3600
+
+
+@dataclass(frozen=True)
+class Question:
+    """How long does a step of this product take, exactly and under each of these options?"""
+
+    product: alone.Product
+    options: tuple[dict[str, Any], ...]
+
+    def key(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+
+class Times(BaseModel):
+    """The file: its name, and microseconds by question (exact, then each of its options)."""
+
+    name: str
+    us: dict[str, list[float]] = {}
+
+    def save(self, path: Path) -> None:
+        machine.write(path, self.model_dump_json())
+
+
+def path_of(profile: machine.Machine) -> Path:
+    """Another profile, another file: the times belong to it."""
+    return machine.path_of(profile.device).parent / f"times-{profile.digest[:16]}.json"
+
+
+def name(profile: machine.Machine) -> str:
+    """The name of the file of times, made here if there is none."""
+    return _with_file(path_of(profile), lambda times: times).name
+
+
+def answers(questions: Sequence[Question], profile: machine.Machine, say: machine.Notice = lambda text: None) -> list[list[float]]:
+    """Microseconds of each question's steps. Raises RuntimeError with the child's last words if it fails to measure."""
+
+    def complete(times: Times) -> Times:
+        missing = list({q.key(): q for q in questions if q.key() not in times.us}.values())
+        if missing:
+            say(f"measuring {len(missing)} kinds of sites, some seconds each; the times are kept in {path_of(profile)}")
+            found = _measured(missing, profile)
+            times = times.model_copy(update={"us": times.us | {q.key(): us for q, us in zip(missing, found, strict=True)}})
+        return times
+
+    times = _with_file(path_of(profile), complete)
+    return [times.us[q.key()] for q in questions]
+
+
+def _with_file(path: Path, change: Callable[[Times], Times]) -> Times:
+    """The file's contents, changed under a lock; a damaged file is begun anew, under a new name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        try:
+            before = Times.model_validate_json(path.read_text())
+        except (OSError, pydantic.ValidationError):
+            before = Times(name=uuid.uuid4().hex)
+            before.save(path)
+        after = change(before)
+        if after != before:
+            after.save(path)
+        return after
+
+
+def _measured(questions: Sequence[Question], profile: machine.Machine) -> list[list[float]]:
+    with tempfile.TemporaryDirectory() as folder:
+        profile.save(Path(folder) / "machine.json")
+        asked = {"threads": torch.get_num_threads(), "questions": [dataclasses.asdict(q) for q in questions]}
+        paths = os.pathsep.join(p for p in sys.path if p)
+        env = {k: v for k, v in os.environ.items() if k != "APPROX_COMPILE_DISABLE"} | {machine.FILE: f"{folder}/machine.json", "PYTHONPATH": paths}
+        child = [sys.executable, "-m", "approx_compile.stopwatch"]
+        done = subprocess.run(child, input=json.dumps(asked), env=env, capture_output=True, text=True, timeout=_LONGEST_S)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise RuntimeError(f"policy 'measure': the process that times sites failed ({last}); policy 'cost' needs no measurement of sites")
+    found: list[list[float]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    """The child: questions on stdin, their times on stdout."""
+    asked = json.load(sys.stdin)
+    torch.set_num_threads(asked["threads"])
+    found = []
+    for q in asked["questions"]:
+        given = q["product"]
+        product = alone.Product(**given | {k: _tuples(given[k]) for k in ("layouts", "needs_grad", "rest")})
+        found.append(alone.times_us(product, ["inductor", *(alone.sampled(o) for o in q["options"])]))
+    print(json.dumps(found))
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Unmodified models under `policy: "cost"` with its defaults, against Inductor: `python benchmarks/never_slower.py`, with `--threads`, `--limit`, `--fresh`.
+
+Each model of `zoo` takes training steps without the optimizer, Inductor's and ours in turn in one process; one row a model in
+results/never_slower.csv, and models that have one for this device, number of threads, torch and profile are not measured again. Bars: 0.97 for every
+model, 1 for their geometric mean. One thread is timed by its CPU time, which other processes disturb less.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import torch
+import typer
+from bench import conditions, console, show, store, stored
+from rich.progress import track
+from torch import Tensor
+from zoo import Work, works
+
+from approx_compile import Backend, machine
+from approx_compile.bench import race
+from approx_compile.gauges import Clock
+from approx_compile.passes.plan import Plan
+
+KEY = ("device", "threads", "torch", "profile")
+BAR = 0.97
+
+
+def stepper(make: Callable[[], Work], backend: Any) -> Callable[[], None]:
+    torch.manual_seed(0)
+    model, given = make()
+    compiled = torch.compile(model, backend=backend)
+
+    def step() -> None:
+        for p in model.parameters():
+            p.grad = None
+        out = compiled(**given) if isinstance(given, dict) else compiled(*given)
+        first: Tensor = out if isinstance(out, Tensor) else out[0]
+        first.square().mean().backward()
+
+    return step
+
+
+def row(name: str, make: Callable[[], Work], rounds: int) -> dict[str, Any]:
+    torch.compiler.reset()
+    plans: list[Plan] = []
+    ours = Backend({"policy": "cost"}, on_plan=lambda plan, before, after: plans.append(plan))
+    clock = Clock("cpu", 0.0)
+    times = race({"inductor": stepper(make, "inductor"), "cost": stepper(make, ours)}, rounds, now=clock.now)
+    base, found = (statistics.median(times[s]) for s in ("inductor", "cost"))
+    sites = [s for plan in plans for s in plan.sites]
+    return conditions() | {
+        "profile": machine.current().digest[:12],
+        "work": name,
+        "sites": len(sites),
+        "sampled": sum(s.decision == "sampled" for s in sites),
+        "inductor_ms": round(base, 3),
+        "cost_ms": round(found, 3),
+        "rounds": rounds,
+        "clock": clock.now.__name__,
+        "speedup": round(base / found, 3),
+    }
+
+
+def main(
+    threads: Annotated[int, typer.Option(help="of torch; 0 leaves its own choice")] = 0,
+    limit: Annotated[int, typer.Option(help="measure no more than so many models now; 0 means all")] = 0,
+    rounds: Annotated[int, typer.Option(help="timed steps of each")] = 15,
+    fresh: Annotated[bool, typer.Option(help="measure models again that have a row")] = False,
+) -> None:
+    if threads:
+        torch.set_num_threads(threads)
+    here = conditions() | {"profile": machine.current().digest[:12]}
+    rows = [] if fresh else stored("never_slower", {k: here[k] for k in KEY})
+    done = {r["work"] for r in rows}
+    todo = [(name, make) for name, make in works().items() if name not in done]
+    for name, make in track(todo[: limit or None], "timing models", console=console):
+        rows.append(row(name, make, rounds))
+        store("never_slower", rows[-1:])
+    show("training step against Inductor", rows, ("work", "sites", "sampled", "inductor_ms", "cost_ms", "speedup"))
+    gains = [float(r["speedup"]) for r in rows]
+    console.print(f"{len(rows)} models, geometric mean {statistics.geometric_mean(gains):.3f} (bar 1), lowest {min(gains):.3f} (bar {BAR})")
+    for r in rows:
+        if float(r["speedup"]) < BAR:
+            console.print(f"below the bar: {r['work']}, {r['speedup']}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

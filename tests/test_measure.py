@@ -1,0 +1,107 @@
+"""The policy "measure": sites are timed alone by a child process, once, and what is stored decides. What is asked and stored is tested, not the times."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from common import mlp, plans_of
+from torch import Tensor, nn
+
+from approx_compile import alone, machine, stopwatch
+from approx_compile.config import ApproxConfig
+from approx_compile.passes.graph_pass import cache_key
+from approx_compile.passes.sites import Context
+
+MEASURE: dict[str, Any] = {"policy": "measure", "ratio": 0.5, "rules": [{"layers": "site"}]}
+
+
+class Mixed(nn.Module):
+    """A linear layer twice, a convolution and a product of two activations, each behind another layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.two, self.head = (nn.Linear(64, 64) for _ in range(4))
+        self.conv = nn.Conv2d(32, 32, 3, padding=1, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.two(torch.relu(self.one(torch.relu(self.stem(x))))))
+        h = torch.relu(self.conv(h.view(-1, 32, 8, 8))).view(-1, 32, 16)
+        h = h.transpose(1, 2) @ h.sin()
+        return self.head(h.reshape(-1, 64))
+
+
+@pytest.fixture
+def times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return stopwatch.path_of(machine.current())
+
+
+def decisions(sites: list[Any]) -> dict[str, tuple[str, str]]:
+    return {s.name: (s.decision, s.reason) for s in sites}
+
+
+def test_measured_once_then_remembered(times: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = mlp(64, 64, 64, 64, 64), torch.randn(512, 64)
+    sites = plans_of(model, MEASURE, x)
+    stored = json.loads(times.read_text())
+    ((question, us),) = stored["us"].items()  # the two in the middle are alike; raw data feeds the first, and the last layer is exact
+    assert len(us) == 3 and min(us) > 0  # exact, single entries, runs
+    assert ["measured" in s.reason for s in sites] == [False, True, True, False]
+    monkeypatch.setattr(stopwatch, "_measured", lambda questions, profile: pytest.fail("asked again"))
+    assert decisions(plans_of(model, MEASURE, x)) == decisions(sites)
+
+    for us, decision, says in (
+        ([100, 60, 50], "sampled", "measured 2.00x at ratio 0.5"),
+        ([100, 98, 99], "exact", "would not pay: measured 1.02x at ratio 0.5"),
+    ):
+        times.write_text(json.dumps(stored | {"us": {question: us}}))
+        site = plans_of(model, MEASURE, x)[1]
+        assert site.decision == decision and site.reason.endswith(says)
+        if decision == "sampled":
+            assert site.products[0].how.group == 16  # the second try
+
+
+def test_what_is_timed_is_what_is_planned(times: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every question's options, given to the model of the site alone, lead to the products that were to be timed."""
+    asked: list[Any] = []
+
+    def note(questions: Any, profile: Any) -> list[list[float]]:
+        asked.extend(questions)
+        return [[100.0, 50.0, 60.0] for _ in questions]
+
+    monkeypatch.setattr(stopwatch, "_measured", note)
+    for options in ({}, {"sampling": "backward"}, {"sampling": "blackbox", "method": "crs"}, {"grad_weight": {"method": "bernoulli", "ratio": 0.25}}):
+        asked.clear()
+        times.unlink(missing_ok=True)
+        wanted = {(s.kind, s.op): s.products for s in plans_of(Mixed(), MEASURE | options, torch.randn(512, 64))[1:-1]}
+        assert len(asked) == (2 if options.get("sampling") == "backward" else 3)  # the gradients of the bmm have axes of 16
+        for q in asked:
+            torch._dynamo.reset()  # or sizes that differ from the last become symbols
+            model = alone.Alone(q.product)
+            (site,) = plans_of(model, q.options[0], *model.given())
+            op = {"mm": "addmm", "convolution": "conv2d", "bmm": "bmm"}[q.product.op]
+            (products,) = [p for (kind, name), p in wanted.items() if name == op]
+            assert [(p.name, p.decision, p.k, p.size, p.how) for p in site.products] == [(p.name, p.decision, p.k, p.size, p.how) for p in products]
+
+
+def test_another_file_is_another_key(times: Path) -> None:
+    profile = machine.current()
+
+    def key(options: dict[str, Any], profile: machine.Machine = profile) -> str:
+        return cache_key(ApproxConfig(**options), Context(), (), profile)
+
+    first = key(MEASURE)
+    assert first == key(MEASURE) != key({"policy": "cost"})
+    times.write_text("damaged")
+    assert key(MEASURE) != first
+    assert key({"policy": "cost"}) == key({"policy": "cost"}) != key({"policy": "cost"}, profile.model_copy(update={"quick": True}))
+
+
+def test_a_child_that_fails_says_so(times: Path) -> None:
+    product = alone.Product("mm", (((4, 8), (8, 1)), ((9, 4), (4, 1))), "float32", "cpu")
+    with pytest.raises(RuntimeError, match="policy 'measure': the process that times sites failed"):
+        stopwatch.answers([stopwatch.Question(product, ())], machine.current())
