@@ -17,19 +17,22 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich.console import Console
 
 from approx_compile import bench as timing
+from approx_compile import machine as machines
 from approx_compile.backend import DISABLE
 from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.factory import Example, FactoryError, load
 from approx_compile.report import Report, si
 from approx_compile.report import explain as explained
+from approx_compile.tune import tune as tuned
 
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
-    help="Train PyTorch models with approximate matrix products and convolutions: look at a model, time it.",
+    help="Train PyTorch models with approximate matrix products and convolutions: look at a model, time it, tune it; measure this machine.",
 )
 
 _EXAMPLES = "\n\n".join(
@@ -52,6 +55,7 @@ Model = Annotated[str, typer.Argument(metavar="MODULE:FACTORY", help="What makes
 Config = Annotated[Path | None, typer.Option("--config", help="A TOML file with the keys of the backend's `options`.", show_default=False)]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One key of the options, over the file's: `ratio=0.25`.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="torch's threads; its own choice by default.", show_default=False)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
 
 
@@ -89,21 +93,27 @@ def explain(
     html: Annotated[Path | None, typer.Option("--html", help="Write the report as a page.", show_default=False)] = None,
     as_json: Json = False,
     graphs: Annotated[bool, typer.Option("--graphs", help="Print the graphs before and after, too.")] = False,
+    costs: Annotated[bool, typer.Option("--costs", help="Print what the predicted times are made of, term by term.")] = False,
+    step: Annotated[int, typer.Option(min=0, help="Of settings that change over a run, those after this many optimizer steps.")] = 0,
+    phase: Annotated[str | None, typer.Option(help="And in this phase.", show_default=False)] = None,
     debug: Debug = False,
 ) -> None:
     """What would be rewritten in a training step, why, and what it saves; nothing is compiled to machine code."""
     with failures(debug):
         options = read_options(config, settings or [])
-        if html is not None and not html.absolute().parent.is_dir():
-            raise Failure(f"--html: there is no folder {html.parent}")
+        if step or phase:
+            options = ApproxConfig.of(options).at(step, phase)
+        _check_folder("--html", html)
         example = example_of(model)
         report = _report(example, options)
         if html is not None:
-            report.to_html(html)
+            report.to_html(html, machines.current(_device(example)))
         if as_json:
             typer.echo(json.dumps(report.to_dict() | ({"before": report.before, "after": report.after} if graphs else {})))
             return
         typer.echo(str(report))
+        if costs:
+            typer.echo(report.costs())
         for i, (before, after) in enumerate(zip(report.before, report.after, strict=True) if graphs else (), 1):
             typer.echo(f"\n# --- graph {i}, before ---\n{before}\n# --- graph {i}, after ---\n{after}")
         if html is not None:
@@ -116,7 +126,7 @@ def bench(
     config: Config = None,
     settings: Set = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed steps of each backend.")] = 15,
-    threads: Annotated[int | None, typer.Option(min=1, help="torch's threads; its own choice by default.", show_default=False)] = None,
+    threads: Threads = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -131,6 +141,69 @@ def bench(
         sampled = sum(s.decision == "sampled" for s in report.sites)
         counts = {"sites": len(report.sites), "sampled": sampled, "flops_exact": report.flops_exact, "flops_sampled": report.flops_sampled}
         typer.echo(json.dumps(found.to_dict() | counts) if as_json else f"{found}; {sampled} of {len(report.sites)} sites sampled")
+
+
+@app.command(epilog=_EXAMPLES.format(command="tune", more="--out plan.toml --max-error 0.3 --budget 300"))
+def tune(
+    model: Model,
+    config: Config = None,
+    settings: Set = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the plan as TOML, for `options={'plan': ...}`.", show_default=False)] = None,
+    max_error: Annotated[float, typer.Option(help="Relative error that the gradient may have.")] = 0.5,
+    budget: Annotated[float, typer.Option(help="Seconds it may take.")] = 600.0,
+    rows: Annotated[bool, typer.Option(help="Try the backward pass on some of the rows, too.")] = True,
+    threads: Threads = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure every site of the model on its example inputs and choose the plan that saves most time; Ctrl-C takes the best so far."""
+    with failures(debug):
+        options = read_options(config, settings or [])
+        _check_folder("--out", out)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        example = example_of(model)
+        if not isinstance(example.model, torch.nn.Module):
+            raise Failure(f"{model} makes a {type(example.model).__name__}; tune needs a torch.nn.Module")
+        if example.kwargs:
+            raise Failure(f"{model} gives its inputs by keyword; tune needs positional ones")
+        plan = tuned(example.model, *example.args, loss=timing.loss_of, config=options, max_error=max_error, time_budget_s=budget, rows=rows)
+        if out is not None:
+            plan.save(out)
+        typer.echo(json.dumps(plan.to_dict()) if as_json else str(plan))
+        if out is not None and not as_json:
+            typer.echo(f"written: {out}")
+
+
+@app.command()
+def calibrate(
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.", show_default=False)] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="The short measurement that first use makes.")] = False,
+    threads: Threads = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure this machine (product rates, bandwidths, selection, launches) for the cost model, and store it."""
+    with failures(debug):
+        if threads is not None:
+            torch.set_num_threads(threads)
+        found = machines.calibrate(device, quick=quick, progress=not as_json)
+        if as_json:
+            typer.echo(found.model_dump_json())
+            return
+        Console().print(found)
+        typer.echo(f"stored: {machines.path_of(found.device)}")
+
+
+def _check_folder(option: str, path: Path | None) -> None:
+    if path is not None and not path.absolute().parent.is_dir():
+        raise Failure(f"{option}: there is no folder {path.parent}")
+
+
+def _device(example: Example) -> str:
+    """The device that the model's tensors are on."""
+    tensors = [*(example.model.parameters() if isinstance(example.model, torch.nn.Module) else ()), *example.args, *example.kwargs.values()]
+    return next((t.device.type for t in tensors if isinstance(t, torch.Tensor)), "cpu")
 
 
 def example_of(spec: str) -> Example:

@@ -258,3 +258,37 @@ def test_factory_is_called_once_and_may_use_what_is_beside_it(folder: Path) -> N
     example = load("beside/main.py:make")
     assert example.model.in_features == 64 and example.args == ()
     assert sys.modules.pop("main", None) is not None and sys.modules.pop("helper").width == 64
+
+
+# --- tune, calibrate ---
+
+
+def test_explain_costs_and_steps(folder: Path) -> None:
+    (folder / "steps.toml").write_text('policy = "always"\nmethod = "exact"\n[[rules]]\nsteps = "1::2"\nmethod = "topk"\n')
+    done = run("explain", "factories.py:make", "--config", "steps.toml")
+    assert done.exit_code == 0 and "0 of 2 sites sampled" in done.stdout and "the first of 2 assignments" in done.stdout
+    assert "2 of 2 sites sampled" in run("explain", "factories.py:make", "--config", "steps.toml", "--step", "3").stdout
+    assert "product: " in run("explain", "factories.py:make", *ALWAYS, "--costs").stdout
+
+
+def test_tune_writes_a_plan_that_explain_takes(folder: Path) -> None:
+    done = run("tune", "factories.py:make", *ALWAYS, "--max-error", "5", "--budget", "1", "--no-rows", "--out", "plan.toml", "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert {s["name"] for s in found["tuned"]["sites"]} == {"0", "2"}
+    done = run("explain", "factories.py:make", "--set", 'plan="plan.toml"')
+    assert done.exit_code == 0 and "of 2 sites sampled" in done.stdout
+    assert "keyword" in failed(1, "tune", "factories.py:keywords")
+    assert "there is no folder" in failed(1, "tune", "factories.py:make", "--out", "nowhere/plan.toml")
+    assert "max_error" in failed(2, "tune", "factories.py:make", "--max-error", "-1")
+
+
+def test_calibrate_stores_a_profile(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    done = run("calibrate", "--quick", "--device", "cpu", "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["device"] == "cpu" and found["quick"] and len(found["tables"]) > 10
+    (stored,) = (folder / "cache").rglob("*.json")
+    assert json.loads(stored.read_text()) == found
+    assert "device" in failed(2, "calibrate", "--device", "tpu")

@@ -36,7 +36,7 @@ from approx_compile.machine import Machine
 from approx_compile.passes.sites import BMM, CONV, Product, Site
 
 MARGIN = 1.2
-"""Predicted exact time over sampled time that sampling must reach: expressions are within some 20% of most sites (benchmarks/predict.py)."""
+"""Predicted exact time over sampled time that sampling must reach (benchmarks/predict.py has how far expressions are off)."""
 
 CONV_MARGIN = 1.5
 """The same for convolutions: in which layout their gathers run is Inductor's choice, and later."""
