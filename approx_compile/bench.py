@@ -8,7 +8,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from approx_compile import _torch
 from approx_compile.backend import Backend
 from approx_compile.config import ApproxConfig
+from approx_compile.machine import device_name
 
 WARM_UP = 2
 
@@ -85,7 +85,7 @@ def compare(model: Callable[..., Any], *args: Any, config: ApproxConfig | Mappin
         speedup_p80=rounds.p80_ms,
         repeats=repeats,
         threads=torch.get_num_threads(),
-        device=device_name(),
+        device=device_name("cuda" if torch.cuda.is_available() else "cpu"),
         torch=torch.__version__,
         python=platform.python_version(),
     )
@@ -131,14 +131,3 @@ def loss_of(output: Any) -> Tensor:
     if not tensors:
         raise ValueError(f"the model returned {type(output).__name__} without a tensor that needs a gradient: there is no training step to time")
     return tensors[0] if len(tensors) == 1 and tensors[0].dim() == 0 else torch.stack([t.abs().square().mean().float() for t in tensors]).sum()
-
-
-def device_name() -> str:
-    """The accelerator's name, or the processor's."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -229,11 +229,12 @@ def calibrate(device: str | None = None, *, quick: bool = False, progress: bool 
 
 
 def _key(device: str) -> tuple[str, str, int]:
-    return device, _name(device), torch.get_num_threads()
+    return device, device_name(device), torch.get_num_threads()
 
 
 @functools.cache
-def _name(device: str) -> str:
+def device_name(device: str) -> str:
+    """The accelerator's name ("cuda"), or the processor's ("cpu")."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     try:

@@ -33,7 +33,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from approx_compile.bench import device_name, race
+from approx_compile.bench import race  # noqa: E402
+from approx_compile.machine import device_name
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
@@ -131,7 +132,7 @@ def conditions() -> dict[str, Any]:
     return {
         "date": date.today().isoformat(),
         "commit": commit + ("+" if dirty else ""),
-        "device": device_name(),
+        "device": device_name("cuda" if torch.cuda.is_available() else "cpu"),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
