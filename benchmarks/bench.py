@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from approx_compile.bench import race  # noqa: E402
+from approx_compile.bench import race
 from approx_compile.machine import device_name
 
 ROOT = Path(__file__).resolve().parent.parent
