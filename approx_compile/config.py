@@ -583,9 +583,11 @@ class ApproxConfig(_Rules):
         return any(r is not None for r in here)
 
     def asks_for_products(self) -> bool:
-        """Whether any product may be sampled along its own axis. Rules, which may combine in many ways, count as asking."""
-        settings = self.settings([False] * len(self.rules))
-        return bool(self.rules) or any(p.method != "exact" for p in (settings.output, settings.grad_input, settings.grad_weight))
+        """Whether a product may be sampled along its own axis: by the settings at the top, or by these and one rule (where rules combine, one of them or
+        the top names the method)."""
+        merged = [_own_keys(self), *(_own_keys(self) | _own_keys(r) for r in self.rules)]
+        asked = [p for s in (_interpret(keys, False) for keys in merged) for p in (s.output, s.grad_input, s.grad_weight)]
+        return any(p.method != "exact" and not p.replaces for p in asked)
 
     def measures(self) -> bool:
         """Whether any site may be decided by timing it."""

@@ -183,3 +183,17 @@ def test_the_default_policy_depends_on_what_is_said() -> None:
     for options in ({"ratio": 0.5}, {"method": "exact"}, {"rules": [{"layers": "conv", "ratio": 0.25}]}, {"grad": {"axis": "rows", "ratio": 0.5}}):
         assert ApproxConfig(**options).policy == "cost"
     assert ApproxConfig().settings([]).rows is not None and ApproxConfig(ratio=0.5).settings([]).rows is None
+
+
+def test_which_settings_weigh_time() -> None:
+    rows, replaced = {"policy": "adaptive"}, {"policy": "always", "method": "exact", "rules": [{"layers": "conv", "grad_weight": "max"}]}
+    for options in (rows, replaced, {"method": "exact"}, {"rules": [{"layers": "conv", "method": "exact"}], "policy": "adaptive"}):
+        assert not ApproxConfig(**options).asks_for_products(), options
+    for options in (
+        {"policy": "cost"},
+        {"policy": "adaptive", "rules": [{"layers": "conv", "output": "topk"}]},
+        {"method": "exact", "rules": [{"layers": "conv", "method": "crs"}]},
+        {"policy": "adaptive", "rules": [{"layers": "conv", "policy": "cost"}]},
+        {"policy": "always", "method": "exact", "rules": [{"layers": "conv", "grad_input": {"method": "topk"}}]},
+    ):
+        assert ApproxConfig(**options).asks_for_products(), options
