@@ -41,7 +41,8 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 from models import build  # noqa: E402
 
-from approx_compile import presets, set_step  # noqa: E402
+from approx_compile import ApproxConfig, presets, set_step  # noqa: E402
+from approx_compile.schedule import Dispatch, Schedule, _stepped  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 BARS = {("wrn", 0.5): 1.85, ("wrn", 0.25): 3.0, ("mlp", 0.5): 1.65, ("mlp", 0.25): 2.8, ("block", 0.5): 1.55, ("block", 0.25): 2.3}
@@ -220,12 +221,26 @@ def schedule(rounds: Annotated[int, typer.Option(help="timed periods of each, fo
     switched = raced(ROW_WORKS["resnet"][0], contest, rounds, {})
     by_name = {r["setting"]: r["median_ms"] for r in switched}
     mean = (by_name["first only"] + by_name["second only"]) / 2
-    console.print(f"two assignments in turn: {by_name['in turn'] / mean:.3f} of the mean of the two (bar 1.03)")
+    costs = conditions() | {"work": ROW_WORKS["resnet"][0], "in_turn_over_mean": round(by_name["in turn"] / mean, 4), "bar": 1.03} | _switch_us()
+    show("switching", [costs], ("in_turn_over_mean", "bar", "dispatch_us", "count_us"))
+    store("switch", [costs])
     show("training step, mean over the schedule", found + switched, SPEED_COLUMNS)
     store("schedule", found + switched)
 
 
 EXACT = {"policy": "always", "method": "exact"}
+
+
+def _switch_us() -> dict[str, float]:
+    """Microseconds of picking an assignment (figure 3's ten rules, 100 parameters) and of counting an optimizer step, medians of 2,000."""
+    model = nn.ParameterList(torch.zeros(2) for _ in range(100))
+    found = Schedule.of(ApproxConfig(**EXACT, rules=presets.figure_3()))
+    pick = Dispatch(found, [lambda *args: None] * len(found.assignments), range(len(found.assignments)), range(100), "")
+    set_step(model, 1)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.SGD(parameters)
+    counted = {"dispatch_us": lambda: pick(*parameters), "count_us": lambda: _stepped(optimizer, (), {})}
+    return {name: round(statistics.median(times) * 1e3, 2) for name, times in race(counted, 2000).items()}
 
 
 def cycle(work: str, options: dict[str, Any] | None, steps: Sequence[int]) -> Callable[[], None]:
