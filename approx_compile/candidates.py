@@ -48,7 +48,8 @@ class Candidates:
         hurt: dict[str, str] = {}
         if self.base.policy != "always":
             everything = (*self.base.rules, Rule(layers=("site",)))
-            hurt = {s.name: s.reason for s in trials.planned(self.base.model_copy(update={"rules": everything})) if s.reason in (RAW, LAST)}
+            planned_by_cost = trials.planned(self.base.model_copy(update={"rules": everything}))
+            hurt = {s.name: reason for s in planned_by_cost for reason in (RAW, LAST) if s.reason.startswith(reason)}  # what it skips may stand behind
         matches, _ = match_rules(planned, self.base)
         self._rules = {s.name: self._rule(planned, s, self.base.merged(m)) for s, m in zip(planned, matches, strict=True)}
         self.sites = planned

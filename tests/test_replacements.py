@@ -247,8 +247,7 @@ def test_zero_is_gone_with_the_activation_it_kept(lowering: Any) -> None:
         else:
             assert relative(got, expected) < 1e-5
     assert zero.products == exact.products - 3
-    mask = 16 * 8 * 100  # of the ReLU, a byte each, in place of its output
-    assert exact.bytes - zero.bytes == 4 * 16 * (8 * 100 + 8 * 64 + 36) - mask  # the three inputs
+    assert exact.bytes - zero.bytes == 4 * 16 * (8 * 64 + 36)  # two of the three inputs; a ReLU's backward reads the other (on CPUs its mask is worse)
 
 
 def test_zero_under_optimizers() -> None:
