@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from bench import conditions, raced, show, store
-from torch import Tensor
+from torch import Tensor, nn
 
 from approx_compile.kernels.replacements import Geometry, Replacement, max_conv_weight
 
@@ -83,7 +83,7 @@ def training(work: str, options: dict[str, Any] | None, channels_last: bool = Fa
     """A training step without the optimizer, by Inductor (options None) or approx."""
     torch.manual_seed(0)
     form = torch.channels_last if channels_last else torch.contiguous_format
-    model, x, y = build(work, IMAGE, 10).to(memory_format=form), torch.randn(BATCH, *IMAGE).contiguous(memory_format=form), torch.randint(10, (BATCH,))
+    model, x, y = network(work).to(memory_format=form), torch.randn(BATCH, *IMAGE).contiguous(memory_format=form), torch.randint(10, (BATCH,))
     f = torch.compile(model, backend="inductor") if options is None else torch.compile(model, backend="approx", options=options)
 
     def step() -> None:
@@ -110,12 +110,22 @@ def whole_step(
     store("gradients", rows)
 
 
-MEMORY_WORKS = ("resnet-20", "vgg-11")
+MEMORY_WORKS = ("resnet-20", "vgg-11", "vgg-11 with GELU")
+
+
+def network(work: str) -> nn.Module:
+    """A model of examples/models.py, with GELU for every ReLU if its name says so: the backward pass of a ReLU reads its output, so that is kept anyway."""
+    name, _, gelu = work.partition(" with ")
+    model = build(name, IMAGE, 10)
+    for child, module in list(model.named_children()):
+        if gelu and isinstance(module, nn.ReLU):
+            setattr(model, child, nn.GELU())
+    return model
 
 
 @app.command()
 def memory(
-    work: Annotated[list[str] | None, typer.Option(help="models of examples/models.py; resnet-20 and vgg-11 by default")] = None,
+    work: Annotated[list[str] | None, typer.Option(help="models of examples/models.py; resnet-20, vgg-11 and that with GELU by default")] = None,
     threads: Annotated[int | None, typer.Option(help="threads of torch; its own choice by default")] = None,
 ) -> None:
     """The memory that a step holds at its peak over what the process holds between steps."""
