@@ -81,19 +81,23 @@ class Backend:
             record.announce("".join(v.uuid for v in variants), example_inputs)
         if len(variants) == 1:
             return variants[0].call
-        return self._switching(rungs, [v.call for v in variants], which, _parameters(example_inputs), work.key(), notices.name_of(root))
+        return self._switching(rungs, variants, which, _parameters(example_inputs), work.key(), root)
 
     def _switching(
-        self, rungs: Sequence[Sequence[tuple[float, Any]]], compiled: Sequence[Any], which: Sequence[int], parameters: Sequence[int], key: str, name: str
+        self, rungs: Sequence[Sequence[tuple[float, Any]]], variants: Sequence[_Variant], which: Sequence[int], parameters: Sequence[int], key: str, root: Any
     ) -> Any:
         """One function of all that was compiled: the assignment that holds, and of its rungs the one that its control says."""
-        left = iter(compiled)
+        left, compiled, name = iter(variants), [v.call for v in variants], notices.name_of(root)
         calls: list[Any] = []
-        for own in rungs:
+        for i, own in enumerate(rungs):
             by_ratio = {ratio: next(left) for ratio, _ in own}
-            calls.append(Outputs(self.config.adaptive, by_ratio, parameters, key) if len(by_ratio) > 1 else next(iter(by_ratio.values())))
+            found = any(v.plan is None or any(s.products[0].decision == "sampled" for s in v.plan.sites) for v in by_ratio.values())
+            ladder = {r: v.call for r, v in by_ratio.items()}
+            calls.append(Outputs(self.config.adaptive, ladder, parameters, f"{key}{i or ''}") if found and len(ladder) > 1 else ladder[max(ladder)])
         run = calls[0]
         if len(calls) > 1:
+            if (why := _uncounted(root, parameters)) is not None:
+                notices.warn_once(f"approx: {name} {why}: the settings of step 0, without a phase, go on holding there")
             count_steps()
             run = Dispatch(self.schedule, calls, which, parameters, name)
         first_is_fake = _torch.first_call_is_fake()
@@ -196,7 +200,15 @@ def _standing_for_all(variants: Sequence[_Variant], configs: Sequence[ApproxConf
 
 
 def _parameters(example_inputs: Sequence[Any]) -> list[int]:
-    return [i for i, v in enumerate(example_inputs) if isinstance(v, nn.Parameter)]
+    """The places of what an optimizer may own: parameters, and leaves that need a gradient."""
+    return [i for i, v in enumerate(example_inputs) if isinstance(v, nn.Parameter) or (isinstance(v, torch.Tensor) and v.is_leaf and v.requires_grad)]
+
+
+def _uncounted(root: nn.Module | None, parameters: Sequence[int]) -> str | None:
+    """Why nobody counts the steps of a graph, if so."""
+    if root is not None and any(c.__name__ == "FSDPModule" for c in type(root).__mro__):
+        return "is sharded by FSDP2, whose optimizers step other tensors than the graph reads"
+    return None if parameters else "has no parameters in one of its graphs"
 
 
 def _profile(example_inputs: Sequence[Any]) -> machine.Machine | None:

@@ -464,7 +464,7 @@ class ApproxConfig(_Rules):
     @classmethod
     def _default_policy(cls, data: Any) -> Any:
         """ "adaptive", unless something says how products are to be sampled: then "cost"."""
-        if isinstance(data, Mapping) and "policy" not in data and (set(data) - {"adaptive", "inductor", "lowering", "total_steps"}):
+        if isinstance(data, Mapping) and "policy" not in data and (set(data) - {"adaptive", "inductor", "lowering", "total_steps", "final_exact"}):
             return {**data, "policy": "cost"}
         return data
 
@@ -556,11 +556,15 @@ class ApproxConfig(_Rules):
 
     def rungs(self) -> tuple[tuple[float, ApproxConfig], ...]:
         """The ratios of outputs to choose from, from the smallest to 1, and the settings with each; one if there is nothing to choose."""
-        ends = [i for i, r in enumerate(self.rules) if r.layers == ("site",) and r.output is not None and r.output.method == "exact"]
-        asking = self.rules[ends[-1] + 1 :] if ends else (None, *self.rules)  # no output that a later rule makes exact everywhere
-        if not any(self._finds_output(r) for r in asking):
+        places = [(None, ()), *((r, r.layers) for r in self.rules)]
+        if not any(self._finds_output(r) and not self._exact_later(i, layers) for i, (r, layers) in enumerate(places)):
             return ((1.0, self),)
         return tuple((r, self._with_outputs(r)) for r in self.adaptive.outputs)
+
+    def _exact_later(self, place: int, layers: tuple[str, ...]) -> bool:
+        """Whether a rule from `place` on makes the outputs of these layers (empty: all), or of every site, exact."""
+        later = (r for r in self.rules[place:] if r.layers == ("site",) or r.layers == layers)
+        return any(r.method == "exact" or (r.output is not None and r.output.method == "exact") for r in later)
 
     def _with_outputs(self, ratio: float) -> ApproxConfig:
         """The same with a ratio at every output that has none."""

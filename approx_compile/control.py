@@ -139,6 +139,11 @@ class OutputControl(Control):
     def watches(self) -> bool:
         return self.step % self.settings.every == 1 % self.settings.every
 
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        if self.ratio not in self.settings.outputs:  # another ladder: the next rung up
+            self.changes.append((self.step, next((r for r in self.settings.outputs if r > self.ratio), 1.0)))
+
     def candidates(self) -> list[float]:
         """The rungs whose errors this step is to measure: the next one down and the present one (which has none if it is 1)."""
         down = [r for r in self.settings.outputs if r < self.ratio][-1:]

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from approx_compile import _torch
 from approx_compile.backward import all_rows
 from approx_compile.config import AdaptiveTable
 from approx_compile.control import OutputControl, control_for
+from approx_compile.notices import warn_once
 
 
 class Outputs:
@@ -33,6 +35,8 @@ class Outputs:
     def __call__(self, *args: Any) -> Any:
         owner = next((args[i] for i in self.parameters), None)
         control = control_for(owner, self.settings, self.key, OutputControl) if owner is not None else self._own
+        if _torch.backward_pass() >= 0:  # a checkpointed block runs once more, as it ran
+            return self.rungs[control.ratio](*args)
         ratio = control.begin()
         candidates = control.candidates() if control.watches and torch.is_grad_enabled() else []
         if not candidates:
@@ -42,6 +46,9 @@ class Outputs:
         outs = [o for o in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(o, Tensor) and o.requires_grad]
 
         def arrived(gradients: Sequence[Tensor | None]) -> None:
+            if probe.gone:
+                warn_once("approx: a model's parameters are gone when its backward pass begins (FSDP2): outputs whose ratio is to be found stay exact")
+                return
             exact = probe.gradient(self.rungs[1.0], gradients)
             control.see(candidates, torch.stack([_error(probe.gradient(self.rungs[r], gradients), exact) for r in candidates]))
 
@@ -55,25 +62,33 @@ class _Probe:
 
     def __init__(self, args: Sequence[Any]) -> None:
         # what is no parameter may be written to: buffers, by the graph itself; inputs, by the user before the backward pass
-        self.args = [a if isinstance(a, nn.Parameter) or not isinstance(a, Tensor) else a.detach().clone() for a in args]
+        self.args = [a if isinstance(a, nn.Parameter) or not isinstance(a, Tensor) else _copy(a.detach()) for a in args]
         self.needs = [isinstance(a, Tensor) and a.requires_grad for a in args]
         self.random = _random_state(args)
 
+    @property
+    def gone(self) -> bool:
+        """Whether a parameter's memory has been freed since."""
+        return any(isinstance(a, nn.Parameter) and a.numel() and not a.untyped_storage().size() for a in self.args)
+
     def gradient(self, call: Callable[..., Any], gradients: Sequence[Tensor | None]) -> list[Tensor]:
         with torch.enable_grad(), all_rows(), _random(self.random):
-            args = [self._fresh(a, n) for a, n in zip(self.args, self.needs, strict=True)]
-            out = call(*args)
+            leaves = [a.detach().requires_grad_(n) if isinstance(a, Tensor) else a for a, n in zip(self.args, self.needs, strict=True)]
+            # the graph may write to what is no parameter, and into a leaf it could not
+            out = call(*(v if isinstance(a, nn.Parameter) or not isinstance(v, Tensor) else _copy(v) for a, v in zip(self.args, leaves, strict=True)))
             outs = [o for o in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(o, Tensor) and o.requires_grad]
             pairs = [(o, g) for o, g in zip(outs, gradients, strict=True) if g is not None]
-            leaves = [a for a, n in zip(args, self.needs, strict=True) if n]
-            found = torch.autograd.grad([o for o, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True)
+            wanted = [v for v, n in zip(leaves, self.needs, strict=True) if n]
+            found = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
         return [g for g in found if g is not None]
 
-    @staticmethod
-    def _fresh(a: Any, needs: bool) -> Any:
-        if not isinstance(a, Tensor):
-            return a
-        return a.detach().requires_grad_() if needs else a.detach() if isinstance(a, nn.Parameter) else a.clone()
+
+def _copy(x: Tensor) -> Tensor:
+    """A copy with the same strides, for which code was compiled; an expanded dim stays one."""
+    small = x
+    for d, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)):
+        small = small.narrow(d, 0, 1) if stride == 0 and size > 1 else small
+    return torch.empty_strided(small.shape, small.stride(), dtype=x.dtype, device=x.device).copy_(small).expand(x.shape)
 
 
 def _error(sampled: Sequence[Tensor], exact: Sequence[Tensor]) -> Tensor:

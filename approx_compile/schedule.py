@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from approx_compile import _torch
@@ -36,10 +36,12 @@ PATIENCE = 200
 
 @dataclass(eq=False)
 class Clock:
-    """Completed optimizer steps of the parameters that share it, and the phase they are in."""
+    """Completed optimizer steps of the parameters that share it, and the phase they are in. `owned`: an optimizer steps them; `by`: its id."""
 
     step: int = 0
     phase: str | None = None
+    owned: bool = False
+    by: int | None = None
 
 
 _clocks = WeakIdKeyDictionary()
@@ -51,26 +53,34 @@ _version = [0]
 @functools.cache
 def count_steps() -> None:
     """From now on every step of every optimizer is counted."""
+    register_optimizer_step_pre_hook(_begin)
     register_optimizer_step_post_hook(_stepped)
 
 
 @_torch.not_traced
-def _stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+def _begin(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Find the clocks of an optimizer's parameters. One that steps them from inside another's step takes them over, so the step counts once."""
     parameters = sum(len(g["params"]) for g in optimizer.param_groups)
     known = _counted.get(optimizer)
     if known is None or known[:2] != (_version[0], parameters):
-        known = (_version[0], parameters, _shared(p for g in optimizer.param_groups for p in g["params"]))
-        _counted[optimizer] = known
-    for clock in known[2]:
+        clocks = _shared((p for g in optimizer.param_groups for p in g["params"]), id(optimizer))
+        _counted[optimizer] = (_version[0], parameters, clocks)
+
+
+@_torch.not_traced
+def _stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for clock in _counted[optimizer][2] if optimizer in _counted else ():
         clock.step += 1
 
 
-def _shared(parameters: Iterable[Tensor]) -> list[Clock]:
-    """One clock for all parameters of an optimizer that are at the same step of the same phase."""
+def _shared(parameters: Iterable[Tensor], by: int) -> list[Clock]:
+    """One clock for all parameters of an optimizer that are at the same step of the same phase. Whoever counted them before has to look again."""
     found: dict[tuple[int, str | None], Clock] = {}
     for p in parameters:
         old = _clocks.get(p) or Clock()
-        _clocks[p] = found.setdefault((old.step, old.phase), Clock(old.step, old.phase))
+        if old.by not in (None, by):
+            _version[0] += 1
+        _clocks[p] = found.setdefault((old.step, old.phase), Clock(old.step, old.phase, True, by))
     return list(found.values())
 
 
@@ -78,7 +88,7 @@ def _set(parameters: Iterable[Tensor], step: int | None, phase: tuple[str | None
     """Give parameters clocks of their own; the optimizer's next step joins those that are equal."""
     for p in parameters:
         old = _clocks.get(p) or Clock()
-        _clocks[p] = Clock(old.step if step is None else step, old.phase if phase is None else phase[0])
+        _clocks[p] = Clock(old.step if step is None else step, old.phase if phase is None else phase[0], old.owned)
     _version[0] += 1
 
 
@@ -103,8 +113,14 @@ def _module(model: nn.Module, what: str) -> nn.Module:
 
 
 def clock_of(parameters: Iterable[Any]) -> Clock | None:
-    """The clock of the first of these that has one."""
-    return next((c for p in parameters if (c := _clocks.get(p)) is not None), None)
+    """The clock of the first of these that an optimizer steps, or else of the first that has one (frozen, or set by hand)."""
+    found: Clock | None = None
+    for p in parameters:
+        clock: Clock | None = _clocks.get(p)
+        if clock is not None and clock.owned:
+            return clock
+        found = found or clock
+    return found
 
 
 def clocks_state(named: dict[str, nn.Parameter]) -> list[dict[str, Any]]:

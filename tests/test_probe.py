@@ -171,3 +171,66 @@ def test_rows_and_outputs_together(small_work_counts) -> None:
     kinds = {type(c).__name__: c.ratio for c in controls(model).values()}
     assert kinds == {"OutputControl": 0.5, "RowControl": 0.25}
     assert all(bool(g.isfinite().all()) for g in got) and relative(got[0], first[0]) > 1e-3
+
+
+def test_a_checkpointed_block_runs_again_as_it_ran() -> None:
+    model = mlp(20, 64, 64, 4)
+    f = torch.compile(model, backend=Backend(options(error=1e9, every=1), inner_compile=run_as_is))
+    for _ in range(4):
+        torch.utils.checkpoint.checkpoint(f, torch.randn(32, 20), use_reentrant=False).sum().backward()
+    (control,) = controls(model).values()
+    assert control.step == 4 and control.ratio == 0.25
+
+
+class Strided(Choices):
+    """Compares the strides of the inputs with those that the graph was compiled for."""
+
+    def __call__(self, gm, example_inputs, **kwargs):
+        call = super().__call__(gm, example_inputs, **kwargs)
+        want = [tuple(v.stride()) if isinstance(v, torch.Tensor) else None for v in example_inputs]
+
+        def checked(args):
+            assert [tuple(v.stride()) if isinstance(v, torch.Tensor) else None for v in args] == want
+            return call(args)
+
+        checked._boxed_call = True
+        return checked
+
+
+@pytest.mark.parametrize("lowering", ["op by op", "inductor"])
+def test_inputs_keep_their_strides_and_may_be_written_to(lowering: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(20, 64), nn.Linear(64, 64)
+
+        def forward(self, x, scale):
+            x = torch.relu_(x)
+            return self.second(torch.relu(self.first(x))) * scale
+
+    model, before = Net(), nn.Linear(24, 24)
+    asked = options(error=1e9, every=1, outputs=[0.5])
+    asked["rules"][0]["layers"] = "second"
+    f = torch.compile(model, backend=Backend(asked, inner_compile=Strided() if lowering == "op by op" else None))
+    for _ in range(3):
+        f(before(torch.randn(32, 24))[:, :20], torch.ones(1, 64).expand(32, 64)).sum().backward()
+    (control,) = controls(model).values()
+    assert control.ratio == 0.5
+
+
+def test_an_exact_phase_leaves_the_ratio_alone() -> None:
+    model = mlp(20, 64, 64, 4)
+    asked = options(error=1e-9, every=1)
+    asked["rules"].append({"layers": "2", "phase": "exact", "method": "exact"})
+    f = torch.compile(model, backend=Backend(asked, inner_compile=run_as_is))
+    for phase in (None, "exact", None):
+        approx_compile.set_phase(model, phase)
+        for _ in range(4):
+            f(torch.randn(32, 20)).square().sum().backward()
+        assert [c.ratio for c in controls(model).values()] == [1.0]
+
+
+def test_state_of_another_ladder() -> None:
+    control = OutputControl(AdaptiveTable(outputs=(0.3, 0.7)), "outputs")
+    control.load_state_dict({"step": 7, "measured": 0.0, "changes": [[0, 1.0], [3, 0.25]]})
+    assert control.ratio == 0.3 and control.begin() == 0.3

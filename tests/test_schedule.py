@@ -122,6 +122,76 @@ def test_the_optimizer_that_owns_the_parameters_counts() -> None:
             o.step()
 
 
+def steps_of(model: nn.Module) -> set[int]:
+    return {c.step for p in model.parameters() if (c := schedule._clocks.get(p)) is not None and c.owned}
+
+
+def test_frozen_layers_have_no_say() -> None:
+    w = Watched(EVERY_OTHER)
+    w.model[0].requires_grad_(False)
+    w.optimizer = torch.optim.SGD(list(w.model.parameters())[2:], lr=1e-3)
+    for i in range(3):
+        assert w.kept() == ({"2": 16} if i % 2 else {})
+        w.step()
+    set_phase(w.model, None)
+    for i in range(3, 6):
+        assert w.kept() == ({"2": 16} if i % 2 else {})
+        w.step()
+    set_step(w.model, 100)
+    assert w.kept() == {}
+    w.step()
+    assert w.kept() == {"2": 16} and steps_of(w.model) == {101}
+
+
+def test_optimizers_of_the_same_parameters_count_together() -> None:
+    w = Watched(EVERY_OTHER)
+    w.kept()
+    pair = [torch.optim.SGD(w.model.parameters(), lr=1e-3), torch.optim.Adam(w.model.parameters(), lr=1e-3)]
+    for i in range(6):
+        pair[i % 2].step()
+        assert steps_of(w.model) == {i + 1}
+
+
+def test_an_optimizer_inside_another_counts_once() -> None:
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, inner: torch.optim.Optimizer) -> None:
+            super().__init__(inner.param_groups, {})
+            self.inner = inner
+
+        def step(self, closure=None):
+            return self.inner.step()
+
+    w = Watched(EVERY_OTHER)
+    w.kept()
+    outer = Wrapper(w.optimizer)
+    for i in range(4):
+        outer.step()
+        assert steps_of(w.model) == {i + 1}
+
+
+def test_a_function_of_leaves() -> None:
+    choices, weight = Choices(), torch.randn(64, 64, requires_grad=True)
+    options = {"policy": "always", "rules": [{"steps": ":1", "method": "exact"}]}
+    f = torch.compile(lambda x, w: x @ w, backend=Backend(options, inner_compile=choices))
+    optimizer = torch.optim.SGD([weight], lr=1e-3)
+    for i in range(3):
+        choices.clear()
+        f(torch.randn(32, 64), weight).sum().backward()
+        assert bool(choices) == (i > 0)
+        optimizer.step()
+
+
+def test_a_graph_that_nobody_counts_says_so() -> None:
+    class Core(nn.Module):
+        def forward(self, q, k):
+            return q @ k.mT
+
+    q, k = torch.randn(4, 32, 64, requires_grad=True), torch.randn(4, 32, 64, requires_grad=True)
+    f = torch.compile(Core(), backend=Backend({"policy": "always", "rules": [{"steps": ":1", "method": "exact"}]}, inner_compile=run_as_is))
+    with pytest.warns(ApproxWarning, match="the function has no parameters in one of its graphs: the settings of step 0"):
+        f(q * 1, k * 1)
+
+
 def test_a_step_that_gradscaler_skips_on_the_host_does_not_count() -> None:
     w = Watched(EVERY_OTHER)
     scaler = torch.amp.GradScaler("cpu")
@@ -171,6 +241,7 @@ def test_the_end_of_a_run_of_known_length_is_exact() -> None:
 def test_gradients_sampled_by_themselves_go_on_to_the_end() -> None:
     for options in ({"policy": "always", "sampling": "backward"}, {"policy": "adaptive"}, {"grad": {"axis": "rows"}}):
         assert len(Schedule.of(ApproxConfig(total_steps=10, **options)).assignments) == 1
+    assert ApproxConfig(total_steps=10, final_exact=0.1).policy == "adaptive"
     config = ApproxConfig(policy="always", total_steps=10, grad_weight={"method": "bernoulli", "ratio": 0.25}).at(9)
     settings = config.settings([True])
     assert (settings.output.method, settings.grad_input.method, settings.grad_weight.method) == ("exact", "exact", "bernoulli")
