@@ -37,7 +37,8 @@ def scheduled(schedule: Callable[[presets.Method], presets.Rules], names: tuple[
 FULL = {"exact": Setting()}
 SMALLER = {"ResNet-14": Setting(width=0.5)}
 FEWER = {"fewer steps": Setting(steps=0.93)}
-RESNET = FULL | SMALLER | FEWER | scheduled(presets.schedule_1) | scheduled(presets.schedule_2) | scheduled(presets.schedule_3)
+FOUR = {"schedule 3 max j 4": Setting({"policy": "always", "method": "exact", "rules": presets.schedule_3({"method": "max", "j": 4})})}
+RESNET = FOUR | FULL | SMALLER | FEWER | scheduled(presets.schedule_1) | scheduled(presets.schedule_2) | scheduled(presets.schedule_3)
 
 
 def resnet(width: float) -> nn.Module:
