@@ -365,7 +365,8 @@ def test_policies_that_look_at_the_cost_decline_and_are_then_inductor_bit_for_bi
     twin = copy.deepcopy(model)
     plans = Plans()
     f = torch.compile(model, backend=Backend({"policy": "adaptive"}, on_plan=plans))
-    f(x).sum().backward()
+    with torch._inductor.config.patch(force_disable_caches=True):  # after a cache hit there is no plan to look at
+        f(x).sum().backward()
     torch.compile(twin, backend="inductor")(x).sum().backward()
     assert all(torch.equal(a, b) for a, b in zip(grads(model), grads(twin), strict=True))
     assert "BatchNorm" in plans.sites[0].reason and "could run on some of the rows" in plans.sites[0].reason
