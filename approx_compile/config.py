@@ -18,7 +18,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from approx_compile import _torch
-from approx_compile.patterns import Pattern, Steps, needs_total
+from approx_compile.patterns import Pattern, Steps, When, needs_total
 from approx_compile.plans import Tuned, TunedPlan
 
 ESTIMATORS = ("topk", "topk_weights", "crs", "bernoulli", "uniform", "wta")
@@ -352,9 +352,8 @@ class Rule(_Rules):
     def timed(self) -> bool:
         return self.steps is not None or self.phase is not None
 
-    def holds(self, step: int, phase: str | None, total: int | None) -> bool:
-        in_phase = self.phase is None or phase in self.phase
-        return in_phase and (self.steps is None or Steps.parse(self.steps, total).hold(step))
+    def when(self, total: int | None) -> When:
+        return When(Steps.parse(self.steps, total) if self.steps is not None else None, self.phase)
 
     @property
     def only_exact(self) -> bool:
@@ -543,12 +542,15 @@ class ApproxConfig(_Rules):
         return (*self.rules, Rule(steps=f"{begin}:", output=ProductTable(method="exact")))
 
     def _samples_outputs(self) -> bool:
-        merged = [_own_keys(self), *(_own_keys(self) | _own_keys(r) for r in self.rules)]
-        return any(_interpret(keys, False).output.method != "exact" for keys in merged)
+        return any(_interpret(keys, False).output.method != "exact" for keys in self._each_alone())
+
+    def _each_alone(self) -> list[dict[str, Any]]:
+        """The keys at the top, and these with each rule by itself over them."""
+        return [_own_keys(self), *(_own_keys(self) | _own_keys(r) for r in self.rules)]
 
     def at(self, step: int = 0, phase: str | None = None) -> ApproxConfig:
         """The settings that hold after `step` optimizer steps in a phase: the same, with the rules that hold and without times."""
-        held = [r for r in self.all_rules() if r.holds(step, phase, self.total_steps)]
+        held = [r for r in self.all_rules() if r.when(self.total_steps).holds(step, phase)]
         whole = [i for i, r in enumerate(held) if r.layers == ("site",) and r.method == "exact"]
         held = held[whole[-1] if whole else 0 :]  # what such a rule overrules makes no other assignment
         bare = tuple(r.model_copy(update={"steps": None, "phase": None}) for r in held)
@@ -556,8 +558,8 @@ class ApproxConfig(_Rules):
 
     def rungs(self) -> tuple[tuple[float, ApproxConfig], ...]:
         """The ratios of outputs to choose from, from the smallest to 1, and the settings with each; one if there is nothing to choose."""
-        places = [(None, ()), *((r, r.layers) for r in self.rules)]
-        if not any(self._finds_output(r) and not self._exact_later(i, layers) for i, (r, layers) in enumerate(places)):
+        places = [(), *(r.layers for r in self.rules)]
+        if not any(_finds_output(keys) and not self._exact_later(i, layers) for i, (keys, layers) in enumerate(zip(self._each_alone(), places, strict=True))):
             return ((1.0, self),)
         return tuple((r, self._with_outputs(r)) for r in self.adaptive.outputs)
 
@@ -575,22 +577,14 @@ class ApproxConfig(_Rules):
 
         return self.model_copy(update={**filled(self), "rules": tuple(r.model_copy(update=filled(r)) for r in self.rules)})
 
-    def _finds_output(self, rule: Rule | None) -> bool:
-        """Whether a site's output is to be sampled at a ratio that nobody says."""
-        keys = _own_keys(self) | (_own_keys(rule) if rule is not None else {})
-        output = keys.get("output")
-        return keys["policy"] == "adaptive" and output is not None and output.method != "exact" and output.ratio is None
-
     def asks_for_rows(self) -> bool:
         """Whether the top level or a rule may sample rows."""
-        here = [_row_settings(_own_keys(self)), *(_row_settings(_own_keys(self) | _own_keys(r)) for r in self.rules)]
-        return any(r is not None for r in here)
+        return any(_row_settings(keys) is not None for keys in self._each_alone())
 
     def asks_for_products(self) -> bool:
         """Whether a product may be sampled along its own axis: by the settings at the top, or by these and one rule (where rules combine, one of them or
         the top names the method)."""
-        merged = [_own_keys(self), *(_own_keys(self) | _own_keys(r) for r in self.rules)]
-        asked = [p for s in (_interpret(keys, False) for keys in merged) for p in (s.output, s.grad_input, s.grad_weight)]
+        asked = [p for s in (_interpret(keys, False) for keys in self._each_alone()) for p in (s.output, s.grad_input, s.grad_weight)]
         return any(p.method != "exact" and not p.replaces for p in asked)
 
     def measures(self) -> bool:
@@ -617,6 +611,12 @@ class ApproxConfig(_Rules):
                     keys.pop(key, None)
             keys |= new
         return keys
+
+
+def _finds_output(keys: Mapping[str, Any]) -> bool:
+    """Whether a site's output is to be sampled at a ratio that nobody says."""
+    output = keys.get("output")
+    return keys["policy"] == "adaptive" and output is not None and output.method != "exact" and output.ratio is None
 
 
 def _with_plan(data: Mapping[str, Any]) -> dict[str, Any]:

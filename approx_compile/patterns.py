@@ -100,6 +100,17 @@ class Steps:
         return step >= self.start and (self.stop is None or step < self.stop) and (step - self.start) % self.stride == 0
 
 
+@dataclass(frozen=True)
+class When:
+    """The steps and the phases at which a rule holds; None: all."""
+
+    steps: Steps | None
+    phases: tuple[str, ...] | None
+
+    def holds(self, step: int, phase: str | None) -> bool:
+        return (self.steps is None or self.steps.hold(step)) and (self.phases is None or phase in self.phases)
+
+
 _STEPS = re.compile(r"(\d+(?:\.\d+)?%|\d+)?:(\d+(?:\.\d+)?%|\d+)?(?::(\d+)?)?")
 
 

@@ -22,7 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from approx_compile import _torch
 from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.notices import warn_once
-from approx_compile.patterns import Pattern, Steps
+from approx_compile.patterns import Pattern, Steps, When
 
 MOST = 32
 """Assignments of one model; each is compiled."""
@@ -140,16 +140,13 @@ def load_clocks(named: dict[str, nn.Parameter], state: Sequence[dict[str, Any]])
 # --- assignments ---
 
 
-Timed = tuple[Steps | None, tuple[str, ...] | None]
-
-
 @dataclass(frozen=True)
 class Schedule:
     """The assignments of a config: what holds when. `assignments[0]` holds at the start."""
 
     assignments: tuple[ApproxConfig, ...]
-    timed: tuple[Timed, ...]
-    """Steps and phases of the rules that have any."""
+    timed: tuple[When, ...]
+    """Of the rules that have steps or phases."""
     phases: tuple[str | None, ...]
     """No phase, and every name that a rule asks for."""
     index: dict[tuple[bool, ...], int]
@@ -159,12 +156,11 @@ class Schedule:
     @functools.lru_cache(maxsize=256)
     def of(config: ApproxConfig) -> Schedule:
         """Raises ConfigError if there are more than `MOST` assignments."""
-        rules = [r for r in config.all_rules() if r.timed]
-        timed = tuple((Steps.parse(r.steps, config.total_steps) if r.steps is not None else None, r.phase) for r in rules)
-        phases = (None, *dict.fromkeys(name for _, names in timed for name in names or ()))
+        timed = tuple(r.when(config.total_steps) for r in config.all_rules() if r.timed)
+        phases = (None, *dict.fromkeys(name for w in timed for name in w.phases or ()))
         assignments: list[ApproxConfig] = []
         index: dict[tuple[bool, ...], int] = {}
-        for phase, step in itertools.product(phases, _moments([s for s, _ in timed if s is not None])):
+        for phase, step in itertools.product(phases, _moments([w.steps for w in timed if w.steps is not None])):
             held = _held(timed, step, phase)
             if held not in index:
                 new = config.at(step, phase)
@@ -197,8 +193,8 @@ class Schedule:
         return tuple(distinct), tuple(which)
 
 
-def _held(timed: Sequence[Timed], step: int, phase: str | None) -> tuple[bool, ...]:
-    return tuple((steps is None or steps.hold(step)) and (names is None or phase in names) for steps, names in timed)
+def _held(timed: Sequence[When], step: int, phase: str | None) -> tuple[bool, ...]:
+    return tuple(w.holds(step, phase) for w in timed)
 
 
 def _moments(slices: Sequence[Steps]) -> Iterable[int]:
