@@ -132,10 +132,7 @@ def bench(
 ) -> None:
     """Time a training step (forward and backward) under Inductor and under approx, in turn in one process."""
     with failures(debug):
-        options = read_options(config, settings or [])
-        if threads is not None:
-            torch.set_num_threads(threads)
-        example = example_of(model)
+        options, example = _prepared(model, config, settings, threads)
         report = _report(example, options)
         found = timing.compare(example.model, *example.args, config=options, repeats=repeats, **example.kwargs)
         sampled = sum(s.decision == "sampled" for s in report.sites)
@@ -158,11 +155,8 @@ def tune(
 ) -> None:
     """Measure every site of the model on its example inputs and choose the plan that saves most time; Ctrl-C takes the best so far."""
     with failures(debug):
-        options = read_options(config, settings or [])
         _check_folder("--out", out)
-        if threads is not None:
-            torch.set_num_threads(threads)
-        example = example_of(model)
+        options, example = _prepared(model, config, settings, threads)
         if not isinstance(example.model, torch.nn.Module):
             raise Failure(f"{model} makes a {type(example.model).__name__}; tune needs a torch.nn.Module")
         if example.kwargs:
@@ -185,14 +179,25 @@ def calibrate(
 ) -> None:
     """Measure this machine (product rates, bandwidths, selection, launches) for the cost model, and store it."""
     with failures(debug):
-        if threads is not None:
-            torch.set_num_threads(threads)
+        _set_threads(threads)
         found = machines.calibrate(device, quick=quick, progress=not as_json)
         if as_json:
             typer.echo(found.model_dump_json())
             return
         Console().print(found)
         typer.echo(f"stored: {machines.path_of(found.device)}")
+
+
+def _prepared(model: str, config: Path | None, settings: list[str] | None, threads: int | None) -> tuple[ApproxConfig | None, Example]:
+    """What a command that times things works on: checked options, then the model, under so many threads."""
+    options = read_options(config, settings or [])
+    _set_threads(threads)
+    return options, example_of(model)
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def _check_folder(option: str, path: Path | None) -> None:
