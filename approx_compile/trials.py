@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import random
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from torch import Tensor, fx, nn
 from approx_compile import _torch
 from approx_compile.backend import Backend
 from approx_compile.config import ApproxConfig
+from approx_compile.gauges import Clock
 from approx_compile.passes.plan import Plan, SitePlan
 from approx_compile.report import untouched
 
@@ -95,14 +95,16 @@ class Trials:
         return step
 
     def times(self, step: Step) -> Times:
-        """Of the exact step and this one, taken in turn."""
+        """Of the exact step and this one, taken in turn. On one CPU thread those of this process alone: what else the machine does is no property of
+        the model."""
         exact = self.exact
+        clock = Clock("cuda" if any(p.device.type == "cuda" for p in self.parameters) else "cpu", SECONDS)
         with untouched(self.model):
             for _ in range(WARM_UP):
                 exact()
-                once = self._timed(step)
+                once = clock.sample(step, 1)
             rounds = min(MOST_ROUNDS, max(LEAST_ROUNDS, int(SECONDS / max(once, 1e-6))))
-            pairs = [(self._timed(exact), self._timed(step)) for _ in range(rounds)]
+            pairs = [(clock.sample(exact, 1), clock.sample(step, 1)) for _ in range(rounds)]
         return Times(statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs), statistics.median(b / a for a, b in pairs))
 
     @property
@@ -111,19 +113,6 @@ class Trials:
         if self._exact is None:
             self._exact = self.compiled(self._exact_options)
         return self._exact
-
-    def _timed(self, step: Step) -> float:
-        start = self._now()
-        step()
-        return self._now() - start
-
-    def _now(self) -> float:
-        """Seconds. On one CPU thread those of this process alone: what else the machine does is no property of the model."""
-        if any(p.device.type == "cuda" for p in self.parameters):
-            torch.cuda.synchronize()
-        elif torch.get_num_threads() == 1:
-            return time.process_time()
-        return time.perf_counter()
 
     def _compiled(self, options: Settings, planned: list[SitePlan], **kwargs: Any) -> Callable[..., Any]:
         def listen(plan: Plan, before: fx.Graph | None, after: fx.Graph | None) -> None:
