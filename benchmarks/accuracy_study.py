@@ -22,7 +22,6 @@ import models  # isort: skip (study puts the examples on the path)
 from bench import Block
 
 EXACT = {"exact": Setting()}
-ROWS_ON = {"policy": "adaptive"}
 
 
 def rows(ratio: float, method: str = "bernoulli") -> Setting:
@@ -66,6 +65,17 @@ class CharTransformer(nn.Module):
         return out
 
 
+FINETUNE = Work(
+    "emnist-letters",
+    lambda width: models.build("cnn", (1, 28, 28), 10, 32),
+    epochs=3,
+    batch=256,
+    lr=5e-4,
+    limit=20_000,
+    pretrain="mnist",
+    settings=EXACT | {"fewer steps": Setting(steps=0.67), "adaptive": adaptive(0.025), "adaptive tau .1": adaptive(0.1), "rows .25": rows(0.25)},
+)
+
 WORKS: dict[str, Work] = {
     "mnist-mlp": Work(
         "mnist",
@@ -106,24 +116,10 @@ WORKS: dict[str, Work] = {
         | controls_at(0.6, 0.7)
         | {"adaptive": adaptive(0.025), "rows .25": rows(0.25), "forward topk .33": topk(0.33), "forward topk .33, end exact": ends_exact(topk(0.33))},
     ),
-    "emnist-finetune": Work(
-        "emnist-letters",
-        lambda width: models.build("cnn", (1, 28, 28), 10, 32),
-        epochs=3,
-        batch=256,
-        lr=5e-4,
-        limit=20_000,
-        pretrain="mnist",
-        settings=EXACT | {"fewer steps": Setting(steps=0.67), "adaptive": adaptive(0.025), "adaptive tau .1": adaptive(0.1), "rows .25": rows(0.25)},
-    ),
-    "emnist-finetune-8": Work(
-        "emnist-letters",
-        lambda width: models.build("cnn", (1, 28, 28), 10, 32),
+    "emnist-finetune": FINETUNE,
+    "emnist-finetune-8": replace(
+        FINETUNE,
         epochs=8,
-        batch=256,
-        lr=5e-4,
-        limit=20_000,
-        pretrain="mnist",
         settings=EXACT
         | {"fewer steps": Setting(steps=0.67), "adaptive": adaptive(0.025)}
         | {"adaptive, rungs of 2^(1/4)": Setting({"policy": "adaptive", "adaptive": {"ladder": [2 ** (-i / 4) for i in range(17)]}})},
