@@ -181,9 +181,9 @@ def grad_weight(
         if PH + PW > 0:
             inside = real & (h >= 0) & (h < H) & (v >= 0) & (v < W)
         row = ((p // (WO * HO) * H + h) * W + v) * C
-        a = tl.load(dy + (p * O)[:, None] + o[None, :], mask=real[:, None] & (o < O)[None, :], other=0.0)
+        a = tl.load(dy + (p * O)[None, :] + o[:, None], mask=real[None, :] & (o < O)[:, None], other=0.0)
         b = tl.load(x + row[:, None] + c[None, :], mask=inside[:, None] & valid[None, :], other=0.0)
-        acc = tl.dot(tl.trans(a), b, acc, input_precision="tf32")
+        acc = tl.dot(a, b, acc, input_precision="tf32")
     at = ((tl.program_id(1) * O + o) * (KH * KW) + tap) * columns
     tl.store(sums + at[:, None] + column[None, :], acc, mask=(o < O)[:, None] & valid[None, :])
 
