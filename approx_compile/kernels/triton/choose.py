@@ -63,16 +63,20 @@ def choose(score: Tensor, k: int) -> Tensor:
     return idx
 
 
-def norms_sq(x: Tensor, dim: int, programs: int = 1024) -> Tensor:
-    """x (R, C) -> sums of squares along the other dim, fp32: (C,) for dim 1, (R,) for dim 0. One read of x, then a sum of as many parts as it takes to
-    have about `programs` programs; always in the same order."""
+def norms_sq(x: Tensor, dim: int, group: int, programs: int = 1024) -> Tensor:
+    """x (R, C), not empty -> sums of squares along the other dim, of `group` entries each along this one, fp32: (C // group,) for dim 1, (R // group,) for 0.
+
+    One read of x by about `programs` programs, each a part of a sum; then a sum of the parts, always in the same order.
+    """
     kept, summed = x.shape[dim], x.shape[1 - dim]
-    wide = x.stride(dim) == 1  # neighbours in memory go to neighbouring threads
-    block_kept, block_summed = (128, 32) if wide else (16, 256)
+    block_kept, block_summed = (128, 32) if x.stride(dim) == 1 else (16, 256)  # neighbours in memory go to neighbouring threads
     tiles = triton.cdiv(kept, block_kept)
     chunk = triton.cdiv(triton.cdiv(summed, triton.cdiv(programs, tiles)), block_summed) * block_summed
     parts = triton.cdiv(summed, chunk)
     part = torch.empty((parts, kept), dtype=torch.float32, device=x.device)
     with on_device(x):
         norms_kernel[(tiles, parts)](x, part, kept, summed, chunk, x.stride(dim), x.stride(1 - dim), block_kept, block_summed, num_warps=4)
-    return part[0] if parts == 1 else part.sum(0)
+    if parts == group == 1:
+        return part[0]
+    units = kept // group
+    return part[:, : units * group].view(parts, units, group).sum((0, 2))

@@ -10,7 +10,7 @@ Nothing is gathered into memory first: the loop over the contraction axis steps 
 unit fills whole tiles its start is one number, and operands come by TMA where their layout allows it; smaller units are tiles of rows that lie
 apart, read with asynchronous copies. Sums are fp32, no atomics, and every entry of the result is written by one program.
 
-Legend: a unit is UNIT contiguous entries, `kept` entries = units kept * UNIT; `sa_m`: a's stride over m, and so on.
+Legend: a unit is UNIT contiguous entries, `count` units are kept; `sa_m`: a's stride over m, and so on.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def dropped(idx, count, d, STEPS: tl.constexpr):
 
 @triton.jit
 def skip_kernel(
-    a, b, y, idx, scale, bias, M, N, kept, sa_m, sa_k, sb_k, sb_n,
+    a, b, y, idx, scale, bias, M, N, count, sa_m, sa_k, sb_k, sb_n,
     UNIT: tl.constexpr, RUN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     A_TMA: tl.constexpr, B_TMA: tl.constexpr,
 ):  # fmt: skip
@@ -71,6 +71,7 @@ def skip_kernel(
         b += n0.to(tl.int64) * sb_n
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     RUNS: tl.constexpr = UNIT % BLOCK_K == 0
+    kept = count * UNIT
     last = tl.cdiv(kept, BLOCK_K) - 1
     at = tl.load(idx) if RUNS else tl.load(idx + rk // UNIT, mask=rk < kept, other=0)
     for step in range(last + 1):  # `at` was loaded in the step before: a load that waits for another in its step costs a stage of the pipeline
@@ -115,7 +116,7 @@ def into_kernel(
     UNIT: tl.constexpr, RUN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     A_TMA: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """`count` units are chosen. A program first writes its share of the zeros, whose stores then run beside its products."""
+    """A program first writes its share of the zeros, whose stores then run beside its products."""
     tiles_n = tl.cdiv(count * UNIT, BLOCK_N)
     tile_m, tile_n = program_tile(tl.cdiv(M, BLOCK_M), tiles_n, GROUP)
     m0 = tile_m * BLOCK_M
@@ -158,10 +159,10 @@ def into_kernel(
 # --- what starts them ---
 
 HALF = {
-    80: (Config(128, 256, 32, 8, 3), Config(128, 128, 64, 8, 3), Config(128, 128, 32, 4, 4), Config(64, 128, 32, 4, 4), Config(64, 64, 64, 4, 4)),
-    90: (Config(128, 256, 64, 8, 4), Config(256, 128, 64, 8, 4), Config(128, 128, 64, 8, 5), Config(64, 128, 64, 4, 5), Config(64, 64, 64, 4, 6)),
+    8: (Config(128, 128, 64, 8, 3), Config(64, 128, 64, 8, 4), Config(64, 64, 64, 4, 4)),
+    9: (Config(128, 256, 64, 8, 4), Config(256, 128, 64, 8, 4), Config(128, 128, 64, 8, 5), Config(64, 128, 64, 4, 5), Config(64, 64, 64, 4, 6)),
 }
-"""Configurations for operands of two bytes by architecture; for fp32 (tf32) BLOCK_K is half of these."""
+"""Configurations for operands of two bytes by major compute capability; for fp32 (tf32) BLOCK_K is half of these."""
 
 GROUP = 8
 
@@ -170,7 +171,7 @@ def configs(itemsize: int, unit: int, arch: int) -> list[Config]:
     """Those for a dtype and a sampled contraction axis (unit 0: one that is not sampled). A unit that is no multiple of BLOCK_K but of its half gets that
     half, and twice the stages."""
     made = []
-    for c in HALF[arch // 10 * 10]:
+    for c in HALF[arch // 10]:
         k, stages = c.block_k * 2 // itemsize, c.stages
         if unit % k and unit % (k // 2) == 0:
             k, stages = k // 2, min(2 * stages, 8)
@@ -184,34 +185,41 @@ def tensor_cores(dtype: torch.dtype) -> bool:
 
 
 def reads_well(x: Tensor, axis: int, unit: int | None) -> bool:
-    """Whether a matrix can be read in pieces of 16 bytes: one stride is 1, the other a multiple of 16 (what Triton makes use of); and, where only runs of
-    `unit` entries along `axis` are read, so are they."""
+    """Whether a matrix can be read in pieces of 16 bytes: one stride is 1, the other and the length of a line multiples of 16 (what Triton makes use
+    of); and, where only runs of `unit` entries along `axis` are read, so are they."""
     along = 1 if x.stride(1) == 1 else 0
-    straight = x.stride(along) == 1 and x.stride(1 - along) % 16 == 0
+    line = x.stride(1 - along)
+    straight = x.stride(along) == 1 and line > 0 and line % 16 == 0 and x.shape[along] % 16 == 0
     return straight and (unit is None or along != axis or unit * x.element_size() % 16 == 0)
 
 
 def can_skip(a: Tensor, b: Tensor, unit: int) -> bool:
     """Whether `skip` serves these operands: decided by device, dtype, sizes and strides alone."""
-    return _can(a, b) and reads_well(a, 1, unit) and reads_well(b, 0, unit)
+    copied = None if unit * a.element_size() % 64 == 0 else b
+    return _can(a, b, copied) and reads_well(a, 1, unit) and reads_well(b, 0, unit)
 
 
 def can_skip_into(a: Tensor, b: Tensor, unit: int, dim: int) -> bool:
     """Whether `skip_into` serves these operands. The result lies in rows: parts of a row are written in runs like those that are read."""
     if dim == 0:
-        return _can(a, b) and reads_well(a, 0, unit) and reads_well(b, 1, None)
-    return _can(a, b) and reads_well(a, 0, None) and reads_well(b, 1, unit) and unit * a.element_size() % 16 == 0
+        return _can(a, b, a.T) and reads_well(a, 0, unit) and reads_well(b, 1, None)
+    return _can(a, b, b) and reads_well(a, 0, None) and reads_well(b, 1, unit) and unit * a.element_size() % 16 == 0
 
 
-def _can(a: Tensor, b: Tensor) -> bool:
-    return tensor_cores(a.dtype) and min(*a.shape, *b.shape) > 0 and tuning.device_of(a).arch // 10 in HALF
+def _can(a: Tensor, b: Tensor, copied: Tensor | None) -> bool:
+    """Lines of the result are written as operands are read. `copied`: the kernel's right operand, if it does not come by TMA. Hopper multiplies TF32 only
+    if the contraction axis of that one is contiguous; what comes by TMA is turned on the chip, copies would bring 4 bytes at a time."""
+    if not tensor_cores(a.dtype) or min(*a.shape, *b.shape) == 0 or b.shape[1] % 16:
+        return False
+    major = tuning.device_of(a).arch // 10
+    return major in HALF and not (major == 9 and a.dtype == torch.float32 and copied is not None and copied.stride(0) != 1)
 
 
 def operand(x: Tensor, lines: int, run: int, tma: bool) -> tuple[Any, str]:
     """What a kernel gets for a matrix that it reads in tiles of lines x run: a TMA descriptor of the matrix ("rows") or of its transpose ("columns"), or,
     where its layout allows none, the tensor ("")."""
     for how, view, block in (("rows", x, [lines, run]), ("columns", x.T, [run, lines])):
-        if tma and view.stride(1) == 1 and view.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0:
+        if tma and view.stride(1) == 1 and view.stride(0) > 0 and view.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0:
             return TensorDescriptor(view, list(view.shape), list(view.stride()), block), how
     return x, ""
 
@@ -228,18 +236,18 @@ def skip(
 
     `config` and `tma` are the test's: left out, the one is looked up (`tuning`), and TMA is used where the device has it.
     """
-    (m, _), n, kept = a.shape, b.shape[1], len(idx) * unit
+    (m, _), n = a.shape, b.shape[1]
     y = torch.empty((m, n), dtype=a.dtype, device=a.device)
 
     def run(c: Config) -> None:
         by_tma = _has_tma(a, tma) and unit % c.block_k == 0
         (x, x_tma), (z, z_tma) = operand(a, c.block_m, c.block_k, by_tma), operand(b, c.block_k, c.block_n, by_tma)
         skip_kernel[(triton.cdiv(m, c.block_m) * triton.cdiv(n, c.block_n),)](
-            x, z, y, idx, scale, bias, m, n, kept, *a.stride(), *b.stride(),
+            x, z, y, idx, scale, bias, m, n, len(idx), *a.stride(), *b.stride(),
             unit, aligned(unit), c.block_m, c.block_n, c.block_k, GROUP, x_tma, z_tma, num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
 
-    what = ("skip", tuning.bucket(kept), unit, a.dtype, a.stride(1) == 1, b.stride(1) == 1, scale is None, bias is None)
+    what = ("skip", tuning.bucket(len(idx) * unit), unit, a.dtype, a.stride(1) == 1, b.stride(1) == 1, scale is None, bias is None)
     with on_device(a):
         run(config or _config(skip_kernel, a, m, n, unit, what, run))
     return y
