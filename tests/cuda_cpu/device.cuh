@@ -83,6 +83,16 @@ template <class F> struct Call {
     static inline F* now;
 };
 
+static void run_warp(int first, int last, bool backwards) {
+    for (int i = first; i < last; i++) {
+        current = backwards ? last - 1 - (i - first) : i;
+        if (fibers[current].state != RUNS) continue;
+        threadIdx = {current, 0, 0};
+        swapcontext(&scheduler, &fibers[current].context);
+    }
+}
+
+// A warp runs as far as it gets, to a barrier, before the next one does: the order in which a missing barrier does most harm.
 template <class F> static void run_block(F& body, bool backwards) {
     int threads = blockDim.x;
     fibers.resize(threads);
@@ -98,19 +108,15 @@ template <class F> static void run_block(F& body, bool backwards) {
         makecontext(&f.context, fiber_main<Call<F>>, 0);
     }
     for (;;) {
-        bool ran = false, over = true;
-        for (int i = 0; i < threads; i++) {
-            current = backwards ? threads - 1 - i : i;
-            if (fibers[current].state != RUNS) continue;
-            threadIdx = {current, 0, 0};
-            swapcontext(&scheduler, &fibers[current].context);
-            ran = true;
+        bool over = true;
+        for (int n = 0; n < threads; n += 32) {
+            int first = backwards ? (threads - 1 - n) / 32 * 32 : n, last = min(first + 32, threads);
+            do run_warp(first, last, backwards);
+            while (release(first, last, AT_WARP));
         }
         for (Fiber& f : fibers) over &= f.state == ENDED;
         if (over) return;
-        for (int w = 0; w < threads; w += 32) ran |= release(w, min(w + 32, threads), AT_WARP);
-        ran |= release(0, threads, AT_BARRIER);
-        REQUIRE(ran);  // else some threads wait at a barrier that others never reach
+        REQUIRE(release(0, threads, AT_BARRIER));  // else some threads wait where others never come
     }
 }
 

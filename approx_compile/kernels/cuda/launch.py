@@ -60,6 +60,11 @@ class _Stream:
 
 
 @functools.cache
+def _kernel(program: Program, kernel: str, arch: int) -> Any:
+    return _loaded(program, arch).get_kernel(kernel)
+
+
+@functools.cache
 def _loaded(program: Program, arch: int) -> Any:
     from cuda.core import Device, ObjectCode
 
@@ -75,9 +80,8 @@ def on_device(program: Program, kernel: str, grid: tuple[int, int, int], threads
 
     with torch.cuda.device(device):
         major, minor = torch.cuda.get_device_capability(device)
-        code = _loaded(program, 10 * major + minor)
         stream = _Stream(torch.cuda.current_stream(device).cuda_stream)
-        launch(stream, LaunchConfig(grid=grid, block=threads), code.get_kernel(kernel), *arguments)
+        launch(stream, LaunchConfig(grid=grid, block=threads), _kernel(program, kernel, 10 * major + minor), *arguments)
 
 
 # The weight gradient from few entries (max_conv.cu)
@@ -102,8 +106,10 @@ class Window:
 def supports_max_conv(x: Tensor, dy: Tensor, j: int) -> bool:
     """2-D, fp32, fp16 or bf16, at most MOST_ENTRIES entries (and no more than there are), no axis empty."""
     sizes = (*x.shape, *dy.shape)
-    narrow = all(0 < s < 2**31 for s in sizes) and dy.shape[1] < 2**16 and x.shape[0] * j < 2**31
-    return x.dim() == 4 and x.dtype == dy.dtype and x.dtype in ELEMENTS and narrow and 1 <= j <= min(MOST_ENTRIES, dy.shape[2] * dy.shape[3])
+    if x.dim() != 4 or x.dtype != dy.dtype or x.dtype not in ELEMENTS or not 1 <= j <= min(MOST_ENTRIES, dy.shape[2] * dy.shape[3]):
+        return False
+    narrow = dy.shape[1] < 2**16 and max(x.shape[0] * j, dy.shape[2] * dy.shape[3]) < 2**31  # what the kernels count in 32 bits
+    return narrow and all(0 < s < 2**31 for s in sizes)
 
 
 def max_conv_program(dtype: torch.dtype, j: int, channels_fast: bool, vector: int) -> Program:
