@@ -10,7 +10,7 @@
 `idx`: int64, sorted and distinct, in units: idx[i] stands for the entries idx[i] * unit .. + unit - 1 of an axis whose length is a multiple of `unit`.
 `scale`: fp32, one per index, or None. Operands have any strides; sums are fp32, the result has the operands' dtype and is contiguous.
 
-On a CPU an op is its reference, `*_reference`, in readable torch. On a GPU it is a Triton kernel where that serves the operands' shapes, dtype and strides
+On a CPU an op is its reference, `*_reference`, in readable torch. On a GPU it is one in CUDA C++ for groups of an odd multiple of 16 (`kernels/cuda`), or a Triton kernel where that serves the operands' shapes, dtype and strides
 (`kernels/triton/matmul.py` has the conditions), else the reference: never by values, so shapes and code never depend on data.
 """
 
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from approx_compile.kernels.cuda import launch
 from approx_compile.kernels.products import Axis, norms_sq, take, untake
 
 
@@ -30,6 +31,11 @@ from approx_compile.kernels.products import Axis, norms_sq, take, untake
 def kernels(name: str) -> Any:
     """A module of the Triton kernels, None where Triton is not installed."""
     return importlib.import_module(f"approx_compile.kernels.triton.{name}") if importlib.util.find_spec("triton") else None
+
+
+def _in_cuda(a: Tensor, b: Tensor, unit: int) -> bool:
+    """Groups of 16, 48, .. are CUDA C++'s: Triton would read them in pieces."""
+    return unit % 32 == 16 and launch.supports_matmul(a, b, unit) and launch.available(a.device, f"a product in groups of {unit}")
 
 
 # --- Y = A[:, idx] diag(scale) B[idx, :] + bias ---
@@ -55,6 +61,8 @@ def skip_matmul(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: i
 @skip_matmul.register_kernel("cuda")
 def _(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: int, bias: Tensor | None = None) -> Tensor:
     _check(a, b, idx, scale, unit, a.shape[1])
+    if _in_cuda(a, b, unit):
+        return launch.skip_matmul(a, b, idx, scale, unit, bias)
     fast = kernels("matmul")
     if fast and len(idx) and fast.can_skip(a, b, unit):
         return fast.skip(a, b, idx, scale, unit, bias)  # type: ignore[no-any-return]
@@ -91,6 +99,8 @@ def skip_matmul_into(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, un
 @skip_matmul_into.register_kernel("cuda")
 def _(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: int, dim: int) -> Tensor:
     _check_into(a, b, idx, scale, unit, dim)
+    if _in_cuda(a, b, unit):
+        return launch.skip_matmul_into(a, b, idx, scale, unit, dim)
     fast = kernels("matmul")
     if fast and len(idx) and fast.can_skip_into(a, b, unit, dim):
         return fast.skip_into(a, b, idx, scale, unit, dim)  # type: ignore[no-any-return]
