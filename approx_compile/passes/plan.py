@@ -37,7 +37,8 @@ class ProductPlan:
     of the exact product's operands and result, each counted once. Times are predictions in us (None where nothing was to be decided by time);
     `terms` says term by term what the time as planned is made of, `sizes` what the symbols in them stand for (see `passes.cost`).
 
-    `skips`: the site whose dropped entries make this product's output gradient zero; computing nothing there changes no value.
+    `skips`: the site whose dropped entries make this product's output gradient zero, or are all that will be read of this output; computing nothing there
+    changes no value.
     """
 
     name: str
@@ -62,7 +63,8 @@ class ProductPlan:
 
 @dataclass(frozen=True)
 class SitePlan:
-    """The decision for one site. `k` and `size` are the output product's, or the first approximated one's; FLOPs are summed."""
+    """The decision for one site. `k` and `size` are the output product's, or the first approximated one's; FLOPs are summed. `shrinks`: the sites that make
+    only what this one keeps of its activation."""
 
     name: str
     module: str
@@ -74,6 +76,7 @@ class SitePlan:
     reason: str
     products: tuple[ProductPlan, ...]
     reads: tuple[str, ...]
+    shrinks: tuple[str, ...] = ()
 
     @property
     def shown(self) -> ProductPlan:
