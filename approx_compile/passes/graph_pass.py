@@ -64,9 +64,10 @@ class ApproxPass(_torch.CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         sites = find_sites(graph, self.context)
-        plan = make_plan(sites, self.config, self.machine, self._ask if self.machine is not None else None)
+        producers = Producers(sites, self.machine)
+        plan = make_plan(sites, self.config, self.machine, self._ask if self.machine is not None else None, producers.beside)
         if self.machine is not None:
-            plan = skip_zeros(sites, Producers(sites, self.machine).shrink(plan), self.machine)
+            plan = skip_zeros(sites, producers.shrink(plan), self.machine)
         if self.ask_rows is not None:
             self.ask_rows(graph, *row_requests(sites, self.config))
         _refuse_redrawn(plan)

@@ -6,17 +6,17 @@ of h[:, idx], f runs on the narrow Y, and so does its backward pass, which ends 
 value changes but for the order of summation.
 
 All between producer and consumer is either unknown outside the kept channels (the activation and what is made of it) or zero there (gradients). What is
-unknown may have no reader that is not narrowed as well; what is zero is put back in place for the others. BatchNorm in training reads all channels for its
-running statistics, which would go stale: it forbids shrinking, as any other reader does.
+unknown may have no reader that is not narrowed as well; what is zero is put back in place for the others. BatchNorm in training would let the running
+statistics of the other channels go stale: it forbids shrinking, as any other reader does. In eval mode it is elementwise, and narrowed.
 
-Decided here (`Producers`), found again and carried out for `rewrite` (`Region`).
+Decided here, carried out by `narrowing`.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,12 +24,11 @@ from torch import Tensor, fx
 
 from approx_compile import _torch
 from approx_compile.kernels.estimators import Estimator
-from approx_compile.kernels.products import Axis, choose_by_weight, take, untake
 from approx_compile.machine import Machine
 from approx_compile.passes import cost, zeros
 from approx_compile.passes.plan import Plan, ProductPlan, SitePlan
-from approx_compile.passes.sites import CONV, NO_GRADIENT, VIEWS, Product, Site, conv_weight_axes, one_contraction
-from approx_compile.passes.splice import Sampled, inline, keep_choice, like, refresh
+from approx_compile.passes.row_rules import op_name
+from approx_compile.passes.sites import NO_GRADIENT, VIEWS, Product, Site, one_contraction
 
 aten = torch.ops.aten
 
@@ -37,13 +36,8 @@ METHOD = "topk_weights"
 """The one choice that needs no activation."""
 
 
-@dataclass(frozen=True)
-class Reach:
-    """What lies between a producer and the consumer, forward and backward: every node with its channel dim; and which of the nodes are zero outside of what is kept."""
-
-    dims: dict[fx.Node, int]
-    zero: frozenset[fx.Node]
-
+Reach = dict[fx.Node, int]
+"""What lies between a producer and the consumer, forward and backward: every node that is narrowed with its channel dim."""
 
 # --- legal ---
 
@@ -59,12 +53,14 @@ def reach(producer: Site, consumer: Site) -> Reach | str:
     if producer.node in _ancestors(weight):
         return f"the weight of {consumer.name} is made from it"
     start = next((p.result for p in consumer.products if p.name == "grad_input"), None)
-    found = _closure(producer.node, _channels(producer), start, {p.node for p in consumer.products})
+    found = _closure(producer.node, start, consumer.node, {p.node for p in consumer.products[1:]})
     if isinstance(found, str):
         return found
-    if found.dims.get(activation) != output.axes[1 - output.weight].dim or weight in found.dims:
+    if [n for n in consumer.node.all_input_nodes if n in found] != [activation]:
+        return f"{consumer.name} reads it in other ways, too"
+    if found.get(activation) != output.axes[1 - output.weight].dim:
         return f"what {consumer.name} keeps are not its output channels"
-    if any(p.output_grad is None or found.dims.get(p.output_grad) != p.output_grad_dim for p in producer.products[1:]):
+    if any(p.output_grad is None or found.get(p.output_grad) != p.output_grad_dim for p in producer.products[1:]):
         return f"its gradient is not that of {consumer.name} alone"
     return found
 
@@ -81,11 +77,6 @@ def _can_consume(site: Site) -> str | None:
     return None if one_contraction(site) else f"{site.name} is batched or grouped"
 
 
-def _channels(site: Site) -> int:
-    """The dim of a producer's output that its weight alone gives: columns, or a convolution's channels."""
-    return 1
-
-
 def _ancestors(n: fx.Node) -> set[fx.Node]:
     found, todo = {n}, [n]
     while todo:
@@ -95,23 +86,28 @@ def _ancestors(n: fx.Node) -> set[fx.Node]:
     return found
 
 
-def _closure(producer: fx.Node, dim: int, start: tuple[fx.Node, int] | None, own: set[fx.Node]) -> Reach | str:
-    """Everything elementwise behind the producer. `start`: the consumer's gradient of the activation; `own`: the consumer's products."""
+def _closure(producer: fx.Node, start: tuple[fx.Node, int] | None, consumer: fx.Node, gradients: set[fx.Node]) -> Reach | str:
+    """Everything elementwise behind the channels (dim 1) of the producer. `start`: the consumer's gradient of the activation, of its `gradients`."""
     zero = zeros.follow(*start) if start is not None else {}
-    dims = {producer: dim}
+    dims, behind, others = {producer: 1}, {consumer}, list[fx.Node]()
     n = producer.next
     while n.op != "root":
         read = [i for i in n.all_input_nodes if i in dims]
+        forward = not _torch.is_backward(n)
+        if forward and any(i in behind for i in n.all_input_nodes):
+            behind.add(n)
         if start is not None and n is start[0]:
             dims[n] = start[1]
-        elif read and n not in own:
-            found = carried(n, dims, n in zero)
+        elif read and n is not consumer and n not in gradients and (n in zero or not all(i in zero for i in read)):
+            found = carried(n, dims, n in zero) if not (n in behind and forward) else None
             if found is not None and zero.get(n, found) == found:
                 dims[n] = found
             elif not all(i in zero for i in read):
-                return _reader(n)
+                others.append(n)
         n = n.next
-    return Reach(dims, frozenset(n for n in dims if n in zero))
+    if others:
+        return _reader(next((n for n in others if not _torch.is_backward(n)), others[0]))
+    return dims
 
 
 def carried(n: fx.Node, dims: dict[fx.Node, int], zero: bool) -> int | None:
@@ -132,9 +128,9 @@ def carried(n: fx.Node, dims: dict[fx.Node, int], zero: bool) -> int | None:
 def _reader(n: fx.Node) -> str:
     if n.op == "output":
         return "its activation is an output of the graph"
-    if n.target is aten.var_mean.correction or "batch_norm" in str(n.target):
-        return "a normalisation needs all its channels (BatchNorm's running statistics would go stale)"
-    return f"{str(n.target).removeprefix('aten.')} reads its activation as well"
+    if n.target is aten.var_mean.correction:
+        return "a normalisation needs all of it (of BatchNorm the running statistics of the other channels would go stale)"
+    return f"{op_name(n)} reads its activation as well"
 
 
 # --- decided ---
@@ -147,51 +143,50 @@ class Producers:
         self.sites = sites
         self.machine = machine
         self._index = {s.name: i for i, s in enumerate(sites)}
+        self._found: dict[int, dict[int, Reach | str]] = {}
 
-    @functools.cache  # noqa: B019 (lives as long as one pass over one graph)
     def of(self, i: int) -> dict[int, Reach | str]:
         """The producers of site `i`'s activation, each with what is narrowed with it or why it can't be."""
-        return {self._index[name]: reach(self.sites[self._index[name]], self.sites[i]) for name in self.sites[i].reads}
+        if i not in self._found:
+            self._found[i] = {self._index[name]: reach(self.sites[self._index[name]], self.sites[i]) for name in self.sites[i].reads}
+        return self._found[i]
 
-    def saving_us(self, i: int, products: Sequence[ProductPlan]) -> float:
-        """The time that exact producers would save if site `i` was carried out as `products` say."""
-        if self.machine is None or not _asks(products):
-            return 0.0
-        found = [j for j, r in self.of(i).items() if isinstance(r, Reach)]
-        if not found:
-            return 0.0
-        saved = _total(products) - _total(self._fed(i, products))
+    def beside(self, i: int, products: Sequence[ProductPlan]) -> tuple[float, float]:
+        """The time of exact producers, us, as they are and as they would be if site `i` was carried out as `products` say; what the site itself saves by
+        them is taken off the latter. Zeros where they can't be shrunk or would be slower."""
+        found = [j for j, r in self.of(i).items() if not isinstance(r, str)] if self.machine is not None and _asks(products) else []
+        before = after = 0.0
         for j in found:
-            exact = [cost.exact(self.sites[j], p, self.machine).time_us or 0.0 for p in self.sites[j].products]
-            less = [cost.shrunk(self.sites[j], p, None, products[0].how, False, self.machine).time_us or 0.0 for p in self.sites[j].products]
-            saved += max(0.0, sum(exact) - sum(less))
-        return saved
+            site = self.sites[j]
+            exact = math.fsum(cost.exact(site, p, self.machine).time_us or 0.0 for p in site.products)
+            less = math.fsum(cost.shrunk(site, p, None, products[0].how, False, self.machine).time_us or 0.0 for p in site.products)
+            if cost.pays(exact, less, cost.SKIP_MARGIN):
+                before, after = before + exact, after + less
+        return (before, after + _total(self._fed(i, products)) - _total(products)) if before else (0.0, 0.0)
 
     def shrink(self, plan: Plan) -> Plan:
         """The plan with producers that make only what their consumer keeps, where that saves time; consumers whose producers can't be say why."""
         new, taken = list(plan.sites), set[fx.Node]()
         for i in range(len(self.sites)):
-            how = new[i].products[0].how
-            if self.machine is None or how is None or not _asks(new[i].products):
+            if self.machine is None or not _asks(new[i].products):
                 continue
-            done, said = [], []
+            names, said, mine = [], [], dict[fx.Node, int]()
             for j, found in self.of(i).items():
-                why = found if isinstance(found, str) else "part of it is narrowed for another site" if taken & found.dims.keys() else None
-                shrunk = self._narrow(j, new[j], self.sites[i].name, how)
-                if why is not None:
-                    said.append(f"all channels of {self.sites[j].name} are made: {why}")
-                elif cost.pays(_total(new[j].products), _total(shrunk.products), cost.SKIP_MARGIN):
-                    new[j] = shrunk
-                    done.append((j, found))
+                narrow = self._narrow(j, new[j], new[i])
+                if isinstance(found, str):
+                    why = found
+                elif taken & found.keys() or any(mine.get(n, d) != d for n, d in found.items()):
+                    why = "part of what is behind it is narrowed in another way"
+                elif not cost.pays(_total(new[j].products), _total(narrow.products), cost.SKIP_MARGIN):
+                    why = "fewer would take no less time"
                 else:
-                    said.append(f"all channels of {self.sites[j].name} are made: to gather its weight takes longer")
-            for _, found in done:
-                assert isinstance(found, Reach)
-                taken |= found.dims.keys()
-            if done:
-                names = tuple(self.sites[j].name for j, _ in done)
-                fed = self._fed(i, new[i].products)
-                new[i] = replace(new[i], products=fed, shrinks=names)
+                    new[j], mine = narrow, mine | found
+                    names.append(self.sites[j].name)
+                    continue
+                said.append(f"all channels of {self.sites[j].name} are made: {why}")
+            taken |= mine.keys()
+            if names:
+                new[i] = replace(new[i], products=self._fed(i, new[i].products), shrinks=tuple(names))
                 said.insert(0, f"{' and '.join(names)} make{'s' if len(names) == 1 else ''} these channels only")
             new[i] = replace(new[i], reason="; ".join([new[i].reason, *said]))
         return replace(plan, sites=tuple(new))
@@ -203,23 +198,21 @@ class Producers:
             for p, d in zip(self.sites[i].products, products, strict=True)
         )
 
-    def _narrow(self, j: int, plan: SitePlan, consumer: str, how: Estimator) -> SitePlan:
-        """A producer's plan when it makes only what the consumer keeps."""
-        products = [
-            replace(self._timed(self.sites[j], p, d, how, bool(plan.shrinks) and p.name != "grad_weight"), reason=f"{d.reason}; {_only(how, consumer)}", skips=consumer)
-            if p.name == "output" or d.decision in ("exact", "coupled")
-            else d
-            for p, d in zip(self.sites[j].products, plan.products, strict=True)
-        ]
-        return replace(plan, products=tuple(products), reason=f"{plan.reason}; {_only(how, consumer)}")
+    def _narrow(self, j: int, plan: SitePlan, consumer: SitePlan) -> SitePlan:
+        """A producer's plan when it makes only what the consumer keeps. A gradient that is sampled on its own axis, or replaced, stays as it is."""
+        site, how = self.sites[j], consumer.products[0].how
+        assert how is not None
+        only = f"only the {how.kept} of {how.size} channels that {consumer.name} keeps"
+        products = list(plan.products)
+        for n, (p, d) in enumerate(zip(site.products, plan.products, strict=True)):
+            if p.name == "output" or d.decision in ("exact", "coupled"):
+                new = self._timed(site, p, d, how, bool(plan.shrinks) and p.name != "grad_weight")
+                products[n] = replace(new, reason=f"{d.reason}; {only}", skips=consumer.name)
+        return replace(plan, products=tuple(products), reason=f"{plan.reason}; {only}")
 
     def _timed(self, site: Site, product: Product, plan: ProductPlan, only: Estimator | None, fed: bool) -> ProductPlan:
         new = cost.shrunk(site, product, plan.how, only, fed, self.machine)
         return replace(plan, flops_sampled=new.flops, time_sampled_us=new.time_us, terms=new.terms, sizes=new.sizes)
-
-
-def _only(how: Estimator, consumer: str) -> str:
-    return f"only the {how.kept} of {how.size} channels that {consumer} keeps"
 
 
 def _asks(products: Sequence[ProductPlan]) -> bool:
@@ -231,166 +224,4 @@ def _asks(products: Sequence[ProductPlan]) -> bool:
 
 
 def _total(products: Iterable[ProductPlan]) -> float:
-    return sum(p.time_sampled_us or 0.0 for p in products)
-
-
-# --- carried out ---
-
-
-@dataclass
-class Region:
-    """What is narrowed for one consumer: its producers and all nodes in between, each with its channel dim."""
-
-    consumer: Site
-    how: Estimator
-    producers: tuple[Site, ...]
-    dims: dict[fx.Node, int]
-    zero: frozenset[fx.Node]
-    late: frozenset[fx.Node]
-    """Nodes that depend on the consumer's gradients."""
-
-
-def regions(sites: Sequence[Site], plan: Plan) -> dict[str, Region]:
-    """By consumer, what the plan narrows; to be asked before the graph is edited."""
-    by_name = {s.name: s for s in sites}
-    found: dict[str, Region] = {}
-    for site, planned in zip(sites, plan.sites, strict=True):
-        if not planned.shrinks:
-            continue
-        how, dims, zero = planned.products[0].how, dict[fx.Node, int](), frozenset[fx.Node]()
-        for name in planned.shrinks:
-            one = reach(by_name[name], site)
-            assert isinstance(one, Reach) and how is not None
-            dims, zero = dims | one.dims, zero | one.zero
-        assert how is not None
-        late: set[fx.Node] = set()
-        gradients = {p.node for p in site.products[1:]}
-        for n in site.node.graph.nodes:
-            if n in gradients or any(i in late for i in n.all_input_nodes):
-                late.add(n)
-        found[site.name] = Region(site, how, tuple(by_name[name] for name in planned.shrinks), dims, zero, frozenset(late & dims.keys()))
-    return found
-
-
-class Narrowing:
-    """One region being narrowed: first all that does not depend on the consumer's gradients, then, when those are narrow, the rest."""
-
-    def __init__(self, graph: fx.Graph, region: Region) -> None:
-        self.graph, self.region = graph, region
-        self.first = min((p.node for p in region.producers), key=list(graph.nodes).index)
-        output = region.consumer.products[0]
-        assert output.weight is not None
-        weight = output.operands[output.weight]
-        _hoist(weight, self.first)
-        self.idx, taken = inline(graph, self.first, lambda w: choose_by_weight(region.how, w, output.axes[output.weight or 0]), (weight,), region.consumer.node)
-        keep_choice(self.idx, f"{region.consumer.name}.output.idx")
-        operands = (output.operands[0], taken) if output.weight == 1 else (taken, output.operands[1])
-        self.narrow: dict[fx.Node, fx.Node] = {}
-        self.sampled = Sampled(region.how, self.idx, None, operands, self.narrow)
-        self.old = {n: _torch.value(n) for n in region.dims}
-        self.taken: dict[tuple[fx.Node, int], fx.Node] = {}
-
-    def forward(self, kept: dict[str, Sampled], narrow: dict[str, tuple[fx.Node, fx.Node]]) -> Sampled:
-        """Producers, then what is made of their outputs, and the consumer. The producers' narrow operands go to `narrow`, and to what `kept` has of them."""
-        for site in self.region.producers:
-            operands = narrow[site.name] = self._producer(site)
-            if site.name in kept:
-                kept[site.name] = kept[site.name]._replace(operands=operands)
-        for n in [n for n in self.graph.nodes if n in self.region.dims and n not in self.region.late and not any(n is p.node for p in self.region.producers)]:
-            self._narrow(n)
-        node = self.region.consumer.node
-        args = list(node.args)
-        first = 0 if node.target in CONV else len(args) - 2
-        args[first], args[first + 1] = self.sampled.operands
-        node.args = tuple(args)
-        return self.sampled
-
-    def _producer(self, site: Site) -> tuple[fx.Node, fx.Node]:
-        node, args = site.node, list(site.node.args)
-        conv = node.target in CONV
-        at = 1 if conv else len(args) - 1  # of the weight, which stands behind the activation
-        axis = conv_weight_axes(bool(args[6]), 1)[1] if conv else Axis(1)
-        bias = 2 if conv else 0 if len(args) == 3 else None
-        weight, unit = args[at], self.region.how.unit
-        assert isinstance(weight, fx.Node)
-        args[at] = inline(self.graph, node, lambda w, idx: take(w, axis, idx, None, unit), (weight, self.idx))
-        if bias is not None and isinstance(b := args[bias], fx.Node) and _torch.value(b).shape[-1] != 1:
-            args[bias] = inline(self.graph, node, lambda b, idx: take(b, Axis(b.dim() - 1), idx, None, unit), (b, self.idx))
-        node.args = tuple(args)
-        refresh(node)
-        activation = args[at - 1]
-        narrow = args[at]
-        assert isinstance(activation, fx.Node) and isinstance(narrow, fx.Node)
-        return activation, narrow
-
-    def _narrow(self, n: fx.Node) -> None:
-        """Let an elementwise op or a view work on narrow operands."""
-        dim, value = self.region.dims[n], self.old[n]
-        if n.target in VIEWS and len(n.args) > 1:
-            shape: Any = list(n.args[1])  # type: ignore[arg-type]
-            shape[dim] = self.region.how.kept
-            n.args = (n.args[0], shape)
-        elif n.target not in zeros.SUMS:
-            n.args = tuple(self._operand(a, dim - value.dim()) if isinstance(a, fx.Node) else a for a in n.args)
-        refresh(n)
-
-    def _operand(self, x: fx.Node, behind: int) -> fx.Node:
-        """The kept entries of an operand, on its dim `behind` (counted from the last)."""
-        value = x.meta.get("val")
-        if x in self.region.dims or not isinstance(value, Tensor) or -behind > value.dim() or value.shape[behind] == 1:
-            return x
-        dim = value.dim() + behind
-        if (x, dim) not in self.taken:
-            self.taken[x, dim] = self._copied(x, dim) if _torch.is_backward(x) and _torch.is_pointwise(x) and not x.kwargs else self._take(x, dim)
-        return self.taken[x, dim]
-
-    def _copied(self, x: fx.Node, dim: int) -> fx.Node:
-        """The backward pass's own arithmetic on something saved, repeated on what is kept of that: less is saved then."""
-        args = [self._operand(a, dim - _torch.value(x).dim()) if isinstance(a, fx.Node) else a for a in x.args]
-        with self.graph.inserting_after(x):
-            new = self.graph.call_function(x.target, tuple(args))  # type: ignore[arg-type]
-        _torch.copy_provenance(x, new)
-        refresh(new)
-        return new
-
-    def _take(self, x: fx.Node, dim: int) -> fx.Node:
-        order = list(self.graph.nodes)
-        early = order.index(x) < order.index(self.first)
-        at, source = (self.first, self.first) if early else (x.next, x)
-        new = inline(self.graph, at, lambda v, idx: take(v, Axis(dim), idx, None, self.region.how.unit), (x, self.idx), source)
-        assert isinstance(new, fx.Node)
-        return new
-
-    def backward(self) -> None:
-        """Once the consumer's gradients are narrow: the chain behind them, and its whole in place for those who read it and are not narrowed."""
-        own = {p.node for p in self.region.consumer.products}
-        starts = {p.result[0] for p in self.region.consumer.products if p.result is not None}
-        for n in [n for n in self.graph.nodes if n in self.region.late]:
-            if n not in starts:
-                self._narrow(n)
-            others = [u for u in n.users if u not in self.region.dims and u not in own]
-            if others:
-                full = self._whole(n)
-                for u in others:
-                    u.replace_input_with(n, full)
-                self.narrow[full] = n
-
-    def _whole(self, n: fx.Node) -> fx.Node:
-        how, old, axis = self.region.how, self.old[n], Axis(self.region.dims[n])
-        full = inline(self.graph, n.next, lambda y, idx: like(untake(y, axis, idx, None, how.unit, how.size), old), (n, self.idx), n)
-        assert isinstance(full, fx.Node)
-        return full
-
-
-def _hoist(n: fx.Node, before: fx.Node) -> None:
-    """Move a node and what it is made of in front of another one, where they are not."""
-    order = {m: i for i, m in enumerate(before.graph.nodes)}
-
-    def behind(m: fx.Node) -> Iterator[fx.Node]:
-        if order[m] > order[before]:
-            for i in m.all_input_nodes:
-                yield from behind(i)
-            yield m
-
-    for m in dict.fromkeys(behind(n)):
-        before.prepend(m)
+    return math.fsum(p.time_sampled_us or 0.0 for p in products)

@@ -7,7 +7,8 @@ would bypass a cache or hide a change of code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +17,8 @@ from torch import fx
 from approx_compile import _torch
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.kernels.products import Axis, sample, take, untake
+from approx_compile.passes.narrowing import Narrowing, regions
 from approx_compile.passes.plan import Plan, ProductPlan
-from approx_compile.passes.producers import Narrowing, regions
 from approx_compile.passes.replacements import let_go_of_activation, replace_conv_weight, replace_matmul
 from approx_compile.passes.sites import CONV, VIEWS, Product, Site, channel_axis, conv_weight_axes, permutation_between, users_of_output
 from approx_compile.passes.splice import Sampled, inline, keep_choice, like, output_of, refresh, replace_output
@@ -28,7 +29,7 @@ def rewrite(graph: fx.Graph, sites: Sequence[Site], plan: Plan) -> None:
     """Carry out `plan` (made from `sites` of this graph), then remove what it made dead and lint."""
     kept: dict[str, Sampled] = {}
     narrow: dict[str, tuple[fx.Node, fx.Node]] = {}
-    found, narrowing = regions(sites, plan), dict[str, Narrowing]()
+    found, narrowing, whole = regions(sites, plan), dict[str, Narrowing](), dict[fx.Node, fx.Node]()
     for site, planned in zip(sites, plan.sites, strict=True):
         output = planned.products[0]
         if site.name in found:
@@ -43,10 +44,13 @@ def rewrite(graph: fx.Graph, sites: Sequence[Site], plan: Plan) -> None:
             skipped = kept[decision.skips] if decision.skips is not None else None
             if decision.decision in ("sampled", "replaced") or coupled or skipped:
                 fed = site.name in narrowing and product.name == "grad_input"
+                first, second = product.operands
+                product = replace(product, operands=(whole.get(first, first), whole.get(second, second)))
                 todo.append(_Gradient(product, decision, coupled, skipped, narrow.get(site.name), fed))
         _gradients(graph, site, todo)
         if site.name in narrowing:
             narrowing[site.name].backward()
+            whole |= narrowing[site.name].whole
     graph.eliminate_dead_code()
     graph.lint()
 
