@@ -84,11 +84,11 @@ def refusal(product: str, g: Geometry, unit: int, idx: Tensor, *operands: Tensor
 def configs(product: str, itemsize: int, length: int, capability: int) -> list[Config]:
     """Those whose steps exceed `length`, the contraction axis or the unit in which it is sampled, least at its end; for fp32 a step is 32 at most.
 
-    Shorter steps have more of them in flight, and medium tiles only.
+    Shorter steps have more of them in flight, and the smallest tile.
     """
     longest = 128 // itemsize
     run = min((r for r in RUNS[product] if r <= longest), key=lambda r: (-length % r, -r))
-    tiles = (*WIDE[capability], *MEDIUM) if run == longest else MEDIUM
+    tiles = (*WIDE[capability], *MEDIUM) if run == longest else MEDIUM[-1:]  # short steps are those of narrow layers
     return [replace(c, block_k=run, stages=min(c.stages * longest // run, 6)) for c in tiles]
 
 
