@@ -147,7 +147,7 @@ def shipped() -> list[Any]:
 
 @pytest.mark.parametrize(("product", "arch", "dtype", "config", "length"), shipped())
 def test_machine_code(product: str, arch: int, dtype: torch.dtype, config: Config, length: int) -> None:
-    """Tensor cores, asynchronous copies, no spills."""
+    """Tensor cores, asynchronous copies of 16 bytes, no spills."""
     check(product, arch, dtype, config, wide(channels=10 * length), unit=length if product == "output" else 32)
 
 
@@ -161,6 +161,8 @@ def check(product: str, arch: int, dtype: torch.dtype, config: Config, g: conv.G
     made = code(product, arch, dtype, config, g, unit)
     assert (made.spills, made.stack) == (0, 0)
     assert {"HGMMA" if arch == 90 else "HMMA", "LDGSTS"} <= made.opcodes
+    # sm_90 multiplies fp32 with its contraction axis contiguous only, and a weight gradient's is not: it is transposed on its way, by 4 bytes
+    assert made.copy_bits == ({32} if (product, arch, dtype) == ("grad_weight", 90, torch.float32) else {128})
     assert made.shared <= config.shared_bytes(dtype.itemsize)
 
 
