@@ -188,7 +188,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Config]:
 
 
 def pick(key: str = "key", device: Device = H200) -> Config:
-    return tuning.pick(matmul.skip_kernel, (key,), matmul.configs(2, 64, 90), device, lambda c: None)
+    return tuning.pick(matmul.skip_kernel, (key,), lambda: matmul.configs(2, 64, 90), device, lambda c: None)
 
 
 def test_choice_is_timed_once_and_stored(timed: list[Config], tmp_path: Path) -> None:
