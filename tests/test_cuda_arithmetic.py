@@ -87,9 +87,10 @@ LEAST = TILES[-1]
 @pytest.mark.parametrize("at", range(4))
 def test_skip(at: int, scaled: bool) -> None:
     tile, (a_t, b_t), dtype = TILES[at], LAYOUTS[at], (torch.float16, torch.bfloat16)[at % 2 ^ scaled]
-    a, b = guarded(135, 112, dtype, a_t), guarded(112, 93, dtype, b_t)
+    m, n = (136, 96) if at in (1, 2) else (135, 93)  # whole chunks of 8 on the contiguous axes, or not
+    a, b = guarded(m, 112, dtype, a_t), guarded(112, n, dtype, b_t)
     assert launch.supports_matmul(a, b, 16)
-    scale, bias = (torch.tensor([0.5, 3.0, 0.0]) if scaled else None), torch.randn(93).to(dtype)
+    scale, bias = (torch.tensor([0.5, 3.0, 0.0]) if scaled else None), torch.randn(n).to(dtype)
     idx = torch.tensor([0, 3, 6])
     y = in_both_orders(lambda run: launch.skip_matmul(a, b, idx, scale, 16, bias, How(run, tile)))
     close(y, product64(a, b, idx, scale, 16, bias), terms=30)
@@ -99,8 +100,9 @@ def test_skip(at: int, scaled: bool) -> None:
 @pytest.mark.parametrize("at", range(4))
 def test_skip_into(at: int, dim: int) -> None:
     tile, (a_t, b_t), dtype = TILES[at], LAYOUTS[3 - at], (torch.float16, torch.bfloat16)[at % 2 ^ dim]
-    m, n = (240, 75) if dim == 0 else (75, 240)
-    a, b = guarded(m, 37, dtype, a_t), guarded(37, n, dtype, b_t)
+    other, contracted = (75, 37) if at % 2 else (72, 40)  # no whole chunks of 8 on the contiguous axes, or whole ones
+    m, n = (240, other) if dim == 0 else (other, 240)
+    a, b = guarded(m, contracted, dtype, a_t), guarded(contracted, n, dtype, b_t)
     idx = torch.tensor([1, 2, 5, 6, 7, 9, 10, 11, 13])  # gaps before, between and after, more units than a tile has
     scale = torch.rand(9) + 0.5 if at % 2 else None
     y = in_both_orders(lambda run: launch.skip_matmul_into(a, b, idx, scale, 16, dim, How(run, tile)))

@@ -38,10 +38,10 @@ def matmul_variants(every: bool = False) -> list[Program]:
     modes = [(None, False), (None, True), (0, False), (1, False)]
     layouts = list(itertools.product((False, True), repeat=2))
     return [
-        matmul_program((torch.float16, torch.bfloat16)[(t + m // 2) % 2], 16, into, scaled, a, b, tile)
+        matmul_program((torch.float16, torch.bfloat16)[(t + m // 2) % 2], 16, into, scaled, a, b, ragged, tile)
         for (t, tile), (m, (into, scaled)) in itertools.product(enumerate(TILES), enumerate(modes))
-        for i, (a, b) in enumerate(layouts)
-        if every or i == (t + m) % 4
+        for (i, (a, b)), ragged in itertools.product(enumerate(layouts), (False, True))
+        if every or (i == (t + m) % 4 and ragged == (t == m))
     ]
 
 
