@@ -20,13 +20,14 @@ TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump
 @dataclass(frozen=True)
 class Code:
     """Machine code of one kernel: registers per thread, bytes of the stack, stores and loads of spilled registers, shared memory in bytes, and the
-    instructions it has, without their modifiers (`HGMMA`, `LDGSTS`, ...)."""
+    instructions it has, without their modifiers (`HGMMA`, `LDGSTS`, ...), and the bits that its asynchronous copies move at a time (`LDGSTS`: 32, 64, 128)."""
 
     registers: int
     stack: int
     spills: int
     shared: int
     opcodes: frozenset[str]
+    copy_bits: frozenset[int]
 
 
 _compiled: dict[Any, Code] = {}
@@ -62,6 +63,8 @@ def _read(cubin: bytes, shared: int) -> Code:
         usage, sass = (subprocess.run([str(TOOL), what, f.name], capture_output=True, text=True, check=True).stdout for what in ("-res-usage", "-sass"))
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, f"cuobjdump prints no registers: {usage}"
-    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", sass)
-    assert opcodes, "cuobjdump prints no instructions"
-    return Code(int(found[1]), int(found[2]), sum(o in ("STL", "LDL") for o in opcodes), shared, frozenset(opcodes))
+    found_ops = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)((?:\.\w+)*)", sass)
+    assert found_ops, "cuobjdump prints no instructions"
+    opcodes = [name for name, _ in found_ops]
+    copies = {next((bits for bits in (64, 128) if str(bits) in how.split(".")), 32) for name, how in found_ops if name == "LDGSTS"}
+    return Code(int(found[1]), int(found[2]), sum(o in ("STL", "LDL") for o in opcodes), shared, frozenset(opcodes), frozenset(copies))
