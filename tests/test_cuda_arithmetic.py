@@ -40,10 +40,10 @@ def in_both_orders(product: Callable[[Any], Tensor]) -> Tensor:
     return y
 
 
-def guarded(rows: int, columns: int, dtype: torch.dtype, transposed: bool = False) -> Tensor:
+def guarded(rows: int, columns: int, dtype: torch.dtype, transposed: bool = False, device: str = "cpu") -> Tensor:
     """(rows, columns) with steps of whole 16 bytes, amid NaN."""
     r, c = (columns, rows) if transposed else (rows, columns)
-    around = torch.full((r + 2, -(-c // 8) * 8 + 16), NAN, dtype=dtype)
+    around = torch.full((r + 2, -(-c // 8) * 8 + 16), NAN, dtype=dtype, device=device)
     inner = around[1:-1, 8 : 8 + c]
     inner.copy_(torch.randn(r, c))
     return inner.t() if transposed else inner
@@ -230,3 +230,33 @@ def test_max_conv_of_other_layouts() -> None:
     close(df, max64(x, dy, 1, 1.0, SQUARE), terms=30)
     assert not launch.supports_max_conv(x.double(), dy.double(), 1) and not launch.supports_max_conv(x, dy, 9)
     assert not launch.supports_max_conv(x[:, :, :, :0], dy, 1) and not launch.supports_max_conv(x, dy[:, :, :1, :2], 4)
+
+
+# The same on a GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("at", range(4))
+def test_on_a_gpu(at: int) -> None:
+    (a_t, b_t), dtype, tile = LAYOUTS[at], (torch.float16, torch.bfloat16)[at % 2], TILES[at]
+    idx, scale = torch.tensor([0, 3, 6]), torch.tensor([0.5, 3.0, 0.0])
+    a, b, bias = guarded(135, 112, dtype, a_t, "cuda"), guarded(112, 96, dtype, b_t, "cuda"), torch.randn(96, device="cuda", dtype=dtype)
+    given = (a, b, idx.cuda(), scale.cuda(), 16)
+    expected = product64(a.cpu(), b.cpu(), idx, scale, 16, bias.cpu())
+    y = launch.skip_matmul(*given, bias, How(tile=tile))
+    close(y.cpu(), expected, terms=30)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        again = launch.skip_matmul(*given, bias, How(tile=tile))
+    graph.replay()
+    assert torch.equal(again, y)
+
+    units = idx[:2]
+    into = launch.skip_matmul_into(a, b, units.cuda(), None, 16, 1, How(tile=tile))
+    close(into.cpu(), into64(a.cpu(), b.cpu(), units, None, 16, 1), terms=30)
+
+    _samples, inputs, outputs, size, w = list(CASES.values())[at]
+    x = torch.randn(64, inputs, *size).to(dtype)
+    dy = outputs_of(x, outputs, w).to(dtype)
+    df = launch.max_conv_weight(x.cuda(), dy.cuda(), 1 + at, 0.5, w)
+    close(df.cpu(), max64(x, dy, 1 + at, 0.5, w), terms=30)

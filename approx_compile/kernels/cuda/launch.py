@@ -168,7 +168,8 @@ def _vector(x: Tensor, inputs: int) -> int:
 
 @dataclass(frozen=True)
 class Tile:
-    """What a block computes, by how many warps, with how many buffers, and how many blocks a multiprocessor shall hold (scaled: fewer, of more registers)."""
+    """What a block computes, by how many warps, with how many buffers, and how many blocks a multiprocessor shall hold (scaled or
+    ragged: fewer, of more registers)."""
 
     rows: int
     columns: int
@@ -176,7 +177,7 @@ class Tile:
     warps_columns: int
     stages: int
     blocks: int
-    blocks_scaled: int
+    blocks_roomy: int
 
     @property
     def threads(self) -> int:
@@ -247,7 +248,7 @@ def matmul_program(dtype: torch.dtype, unit: int, into: int | None, scaled: bool
     sizes = {"TILE_M": tile.rows, "TILE_N": tile.columns, "WARPS_M": tile.warps_rows, "WARPS_N": tile.warps_columns}
     return Program(
         "skip_matmul.cu",
-        tuple((macros | sizes | {"STAGES": tile.stages, "BLOCKS": tile.blocks_scaled if looped else tile.blocks, "RAGGED": int(ragged)}).items()),
+        tuple((macros | sizes | {"STAGES": tile.stages, "BLOCKS": tile.blocks_roomy if looped or ragged else tile.blocks, "RAGGED": int(ragged)}).items()),
     )
 
 
