@@ -185,7 +185,6 @@ CASES = {
     "3x2, dilated, groups": (5, 16, 6, (9, 9), Window((3, 2), (1, 2), (2, 1), (2, 3), 2)),
     "many samples": (300, 3, 2, (4, 4), SQUARE),
     "many channels": (2, 300, 3, (3, 3), SQUARE),
-    "one slice of several runs": (70, 8, 513, (2, 2), SQUARE),
 }
 
 
@@ -206,6 +205,13 @@ def test_max_conv(case: str, j: int) -> None:
         close(df, max64(x, dy, j, 0.5, w), terms=30)
         how, conv = Replacement("max", j, 0.5), Geometry(w.kernel, w.stride, w.padding, w.dilation, w.groups)
         assert df.stride() == reference(x, dy, how, conv).stride() and df.shape[1] == inputs // w.groups
+
+
+def test_max_conv_of_more_entries_than_threads() -> None:
+    x = torch.randn(10, 8, 3, 3).contiguous(memory_format=torch.channels_last)
+    dy = torch.randn(10, 257, 3, 3).contiguous(memory_format=torch.channels_last)  # so many channels that the batch is one slice
+    df = in_both_orders(lambda run: launch.max_conv_weight(x, dy, 8, 1.0, SQUARE, run))
+    close(df, max64(x, dy, 8, 1.0, SQUARE), terms=30)
 
 
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
