@@ -86,12 +86,12 @@ class Candidates:
         return str(self._rules[name]["layers"])
 
     def overlaps(self) -> dict[tuple[str, str], tuple[SitePlan, int]]:
-        """{(site, later site): (site, FLOPs)} of gradients that shrink with either: with the entries that the site keeps of its input, and with those that the
+        """{(site, later site): (site, FLOPs)} of products that shrink with either: with the entries that the site keeps of its input, and with those that the
         later one keeps of its output."""
         found: dict[tuple[str, str], tuple[SitePlan, int]] = {}
         for s in self.sampled:
             for p in s.products:
-                if p.skips is not None and p.decision == "coupled":
+                if p.skips is not None and p.decision in ("sampled", "coupled"):
                     found[s.name, p.skips] = (s, found.get((s.name, p.skips), (s, 0))[1] + p.flops_exact)
         return found
 

@@ -15,6 +15,10 @@ u units it is chosen from; p, q contiguous entries per kept index in the two ope
 | untake, a coupled gradient | 1 per entry kept where scaled | e per entry of the whole result | 1 kernel | bytes / `untake` at r |
 | skip, each of dY and (for `grad_input`) W | | 2 e per entry left | 1 kernel | bytes / `take` at unit runs |
 | skip, the result of `grad_weight` | | e per entry of the whole result | 1 kernel | bytes / `untake` |
+| narrow (a producer makes only what its consumer keeps): W, for `output` | | 2 e per entry left | 1 kernel | bytes / `take` at q |
+| narrow, the result of `grad_weight` | | e per entry of the whole result | 1 kernel | bytes / `untake` |
+| narrow, product; dY comes narrow, W is there | n for N | | 1 | as above |
+| fed (the consumer): no take of A, no untake of `grad_input` | | | | |
 
 Under the lowerings `triton` and `cuda` there is no take and no untake: a product steps over what was not chosen, at the rates that the kernel itself has
 (`triton.linear.output`, coupled gradients `triton.linear.grad_input` and `.grad_weight`, which write the zeros too; on its own axis a gradient runs the
@@ -86,7 +90,8 @@ class Term:
 
 
 class Case(NamedTuple):
-    """What of a product decides which terms it has: of a "linear", "bmm" or "conv" site, exact | sampled | coupled, and which zeros it skips."""
+    """What of a product decides which terms it has: of a "linear", "bmm" or "conv" site, exact | sampled | coupled, which zeros it skips; whether of N
+    only n are made in the first place (`narrow`), and whether its activation comes so (`fed`)."""
 
     kind: str
     product: str
@@ -96,6 +101,8 @@ class Case(NamedTuple):
     scaled: bool = False
     skips: bool = False
     lowering: str = "inductor"
+    narrow: bool = False
+    fed: bool = False
 
 
 @functools.cache
@@ -103,11 +110,13 @@ def terms(case: Case) -> tuple[Term, ...]:
     """The terms of a product over `SYMBOLS`."""
     a, b, result, axis = _OPERANDS[case.product]
     if case.decision == "exact":
-        return (*_skipping(case, {}), _product(case, {}))
+        return (*_skipping(case, {}), *_narrowed(case), _product(case, {}))
     if case.decision == "coupled":
         small = {K: k}
         if case.lowering != "inductor":
             return (_product(case, small), _kernels(1))
+        if case.fed and case.product == "grad_input":
+            return (*_skipping(case, small), _product(case, small))
         scale = k / K * result if case.scaled and case.product == "grad_weight" else sympy.Integer(0)
         untake = Term("untake", "untake", (r, e * result), scale, e * result, sympy.Integer(1))
         return (*_skipping(case, small), _product(case, small), untake, _kernels(1))
@@ -119,7 +128,8 @@ def terms(case: Case) -> tuple[Term, ...]:
         return (*norms, selection, _product(case, _smaller(axis)), _kernels(len(norms)))
     takes = [
         Term(f"take {name}", "take", (run, 2 * e * kept * size), kept * size if case.scaled and name == "B" else 0 * e, 2 * e * kept * size)
-        for name, size, run in (("A", a, p), ("B", b, q))
+        for name, size, run in (("A", a, p), ("B", b.subs(N, skip) if case.narrow else b, q))
+        if name == "B" or not case.fed
     ]
     return (*norms, selection, *takes, _product(case, _smaller(axis)), _kernels(len(norms) + 1))
 
@@ -129,7 +139,7 @@ def _smaller(axis: sympy.Symbol) -> dict[sympy.Symbol, sympy.Expr]:
 
 
 def _product(case: Case, small: Mapping[sympy.Symbol, sympy.Expr]) -> Term:
-    small = {N: skip, **small} if case.skips else small
+    small = {N: skip, **small} if case.skips or case.narrow else small
     m, inner, n, taps = (x.subs(small, simultaneous=True) for x in (M, K, N, T))
     rate = "bmm" if case.kind == "bmm" else f"{case.kind}.{case.product}"
     turned = {"output": (m, inner, n), "grad_input": (m, n, inner), "grad_weight": (inner, m, n)}[case.product]
@@ -151,6 +161,15 @@ def _skipping(case: Case, small: Mapping[sympy.Symbol, sympy.Expr]) -> list[Term
     else:
         found.append(Term("untake", "untake", (q, weight), bytes=weight))
     return [*found, _kernels(1)]
+
+
+def _narrowed(case: Case) -> list[Term]:
+    """What an exact product takes besides when it makes, or reads a dY that has, n of N output channels."""
+    if not case.narrow or case.product == "grad_input":
+        return []
+    if case.product == "output":
+        return [Term("take W", "take", (q, 2 * e * _W * skip / N), bytes=2 * e * _W * skip / N), _kernels(1)]
+    return [Term("untake", "untake", (q, e * _W), bytes=e * _W), _kernels(1)]
 
 
 def _kernels(count: int) -> Term:
@@ -264,6 +283,22 @@ def skipped(site: Site, product: Product, how: Estimator | None, dropped: Estima
         return evaluate(Case(kind_of(site), role(product), "exact", skips=True), sizes, site.dtype, machine)
     sizes |= {k: how.kept, r: how.unit}
     return evaluate(Case(kind_of(site), role(product), "coupled", how.method, how.weight, how.scaled, True), sizes, site.dtype, machine)
+
+
+def shrunk(site: Site, product: Product, how: Estimator | None, only: Estimator | None, fed: bool, machine: Machine | None) -> Estimate:
+    """A product, exact or sampled through the entries that the output kept (`how`), of a site that makes `only` what a consumer keeps, or is such a consumer
+    (`fed`), or both."""
+    if how is None:
+        case, sizes = Case(kind_of(site), role(product), "exact"), sizes_of(site)
+    else:
+        output = product.name == "output"
+        case = Case(kind_of(site), role(product), "sampled" if output else "coupled", how.method, how.weight, how.scaled, fed=fed)
+        runs = [_run(site, site.products[0], i) * how.unit for i in (0, 1)]
+        sizes = sizes_of(site) | {k: how.kept, u: how.units, p: runs[0], q: runs[1], r: runs[0 if role(product) == "grad_input" else 1]}
+    if only is not None:
+        width = _torch.hint(_torch.value(site.products[0].operands[0]).shape[-1]) if kind_of(site) != "conv" else 1
+        case, sizes = case._replace(narrow=True), {q: only.unit * width} | sizes | {skip: only.kept}
+    return evaluate(case, sizes, site.dtype, machine)
 
 
 def _run(site: Site, product: Product, operand: int) -> int:

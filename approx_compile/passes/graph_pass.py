@@ -18,6 +18,7 @@ from approx_compile.config import ApproxConfig, ConfigError, RowSettings
 from approx_compile.kernels import available
 from approx_compile.machine import Machine
 from approx_compile.passes.plan import Plan, Tries, make_plan, needs_random_numbers, row_requests
+from approx_compile.passes.producers import Producers
 from approx_compile.passes.question import question
 from approx_compile.passes.rewrite import rewrite
 from approx_compile.passes.sites import Context, Site, find_sites
@@ -64,9 +65,10 @@ class ApproxPass(_torch.CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         sites = find_sites(graph, self.context)
-        plan = make_plan(sites, self.config, self.machine, self._ask if self.machine is not None else None)
+        producers = Producers(sites, self.machine)
+        plan = make_plan(sites, self.config, self.machine, self._ask if self.machine is not None else None, producers.beside)
         if self.machine is not None:
-            plan = skip_zeros(sites, plan, self.machine)
+            plan = skip_zeros(sites, producers.shrink(plan), self.machine)
         if self.ask_rows is not None:
             self.ask_rows(graph, *row_requests(sites, self.config))
         _refuse_redrawn(plan)

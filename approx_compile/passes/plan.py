@@ -38,7 +38,8 @@ class ProductPlan:
     of the exact product's operands and result, each counted once; `lowering`: the code that runs it. Times are predictions in us (None where nothing was to be decided by time);
     `terms` says term by term what the time as planned is made of, `sizes` what the symbols in them stand for (see `passes.cost`).
 
-    `skips`: the site whose dropped entries make this product's output gradient zero; computing nothing there changes no value.
+    `skips`: the site whose dropped entries make this product's output gradient zero, or are all that will be read of this output; computing nothing there
+    changes no value.
     """
 
     name: str
@@ -64,7 +65,8 @@ class ProductPlan:
 
 @dataclass(frozen=True)
 class SitePlan:
-    """The decision for one site. `k` and `size` are the output product's, or the first approximated one's; FLOPs are summed."""
+    """The decision for one site. `k` and `size` are the output product's, or the first approximated one's; FLOPs are summed. `shrinks`: the sites that make
+    only what this one keeps of its activation."""
 
     name: str
     module: str
@@ -76,6 +78,7 @@ class SitePlan:
     reason: str
     products: tuple[ProductPlan, ...]
     reads: tuple[str, ...]
+    shrinks: tuple[str, ...] = ()
 
     @property
     def shown(self) -> ProductPlan:
@@ -170,9 +173,13 @@ Tries = list[tuple[ProductPlan, ...]]
 Ask = Callable[[Sequence[tuple[Site, Tries]]], Sequence[Sequence[float]]]
 """Measured times of sites, us: exact, then each of the tries."""
 
+Others = Callable[[int, Sequence[ProductPlan]], tuple[float, float]]
+"""Of a site's number, and its products as planned: predicted us of what else changes with them in other sites, before and after."""
 
-def make_plan(sites: Sequence[Site], config: ApproxConfig, machine: Machine | None = None, ask: Ask | None = None) -> Plan:
-    """The decisions by the settings and, where they ask for it, by what the machine is predicted to take, or was measured to (`ask`)."""
+
+def make_plan(sites: Sequence[Site], config: ApproxConfig, machine: Machine | None = None, ask: Ask | None = None, others: Others | None = None) -> Plan:
+    """The decisions by the settings and, where they ask for it, by what the machine is predicted to take, or was measured to (`ask`), with what a site changes
+    in `others`."""
     matches, unmatched = match_rules(sites, config)
     remarks = check_shapes(config.plan, sites) if config.plan is not None else ()
     settings = [config.settings(m) for m in matches]
@@ -181,7 +188,11 @@ def make_plan(sites: Sequence[Site], config: ApproxConfig, machine: Machine | No
     times: dict[int, Sequence[float]] = {}
     if asked and ask is not None:
         times = dict(zip(asked, ask([(sites[i], t) for i in asked if not isinstance(t := tried[i], SitePlan)]), strict=True))
-    judged = [t if isinstance(t, SitePlan) else _judged(sites[i], settings[i], t, machine, times.get(i)) for i, t in enumerate(tried)]
+
+    def beside(i: int) -> Callable[[Sequence[ProductPlan]], tuple[float, float]]:
+        return lambda products: others(i, products) if others is not None else (0.0, 0.0)
+
+    judged = [t if isinstance(t, SitePlan) else _judged(sites[i], settings[i], t, machine, times.get(i), beside(i)) for i, t in enumerate(tried)]
     decided = [_with_replacements(s, p, w) for s, p, w in zip(sites, judged, settings, strict=True)]
     return Plan(tuple(_with_nodes(s, p) for s, p in zip(sites, decided, strict=True)), unmatched, remarks=tuple(remarks))
 
@@ -235,8 +246,15 @@ def _tried(site: Site, settings: SiteSettings, machine: Machine | None) -> SiteP
     return tries
 
 
-def _judged(site: Site, settings: SiteSettings, tries: Tries, machine: Machine | None, times: Sequence[float] | None) -> SitePlan:
-    """The best of the tries, if it is worth it."""
+def _judged(
+    site: Site,
+    settings: SiteSettings,
+    tries: Tries,
+    machine: Machine | None,
+    times: Sequence[float] | None,
+    beside: Callable[[Sequence[ProductPlan]], tuple[float, float]],
+) -> SitePlan:
+    """The best of the tries, if it is worth it: alone, or with what it changes `beside` it."""
     best = min(tries, key=worth.rank) if times is None else tries[min(range(len(tries)), key=lambda i: times[i + 1])]
     done = next(p for p in best if p.decision != "exact")
     found = _site_plan(site, "sampled", done.reason, best)
@@ -245,12 +263,21 @@ def _judged(site: Site, settings: SiteSettings, tries: Tries, machine: Machine |
     if machine is None:
         return _all_exact(site, f"no cost model for {worth.device(site)}", machine)
     if times is not None:
-        pays, why = cost.pays(times[0], min(times[1:]), cost.MEASURED_MARGIN), f"measured {times[0] / min(times[1:]):.2f}x at ratio {done.ratio:g}"
+        exact, sampled, why = times[0], min(times[1:]), f"measured {times[0] / min(times[1:]):.2f}x at ratio {done.ratio:g}"
     else:
         assert found.time_exact_us is not None and found.time_sampled_us is not None
-        pays = cost.worth(site.kind, found.time_exact_us, found.time_sampled_us, machine)
-        why = worth.predicted(site, best, machine)
-    return replace(found, reason=f"{done.reason}; {why}") if pays else _all_exact(site, f"would not pay: {why}", machine)
+        exact, sampled, why = found.time_exact_us, found.time_sampled_us, worth.predicted(site, best, machine)
+
+    def pays(more_before: float, more_after: float) -> bool:
+        if times is not None:
+            return cost.pays(exact + more_before, sampled + more_after, cost.MEASURED_MARGIN)
+        assert machine is not None
+        return cost.worth(site.kind, exact + more_before, sampled + more_after, machine)
+
+    before, after = beside(best)
+    if before > after:
+        why = f"{why}, {(exact + before) / (sampled + after):.2f}x with the sites before it"
+    return replace(found, reason=f"{done.reason}; {why}") if pays(0.0, 0.0) or pays(before, after) else _all_exact(site, f"would not pay: {why}", machine)
 
 
 def _products(site: Site, settings: SiteSettings, machine: Machine | None) -> tuple[ProductPlan, ...]:

@@ -7,7 +7,8 @@ would bypass a cache or hide a change of code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,64 +19,69 @@ from approx_compile.kernels.available import OWN
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.kernels.products import Axis, sample, take, untake
 from approx_compile.passes import own_kernels
+from approx_compile.passes.narrowing import Narrowing, regions
 from approx_compile.passes.plan import Plan, ProductPlan
 from approx_compile.passes.replacements import let_go_of_activation, replace_conv_weight, replace_matmul
-from approx_compile.passes.sites import CONV, VIEWS, Product, Site, channel_axis, conv_weight_axes, permutation_between
-from approx_compile.passes.splice import inline, output_of, refresh, replace_output
+from approx_compile.passes.sites import CONV, VIEWS, Product, Site, channel_axis, conv_weight_axes, permutation_between, users_of_output
+from approx_compile.passes.splice import Sampled, inline, keep_choice, like, output_of, refresh, replace_output
 
 aten = torch.ops.aten
-
-CHOICE = "approx_compile_choice"
-"""Key in the meta of the nodes that hold a selection's indices and scale: `site.product.idx`, `site.product.scale`."""
-
-
-class Sampled(NamedTuple):
-    """The nodes a sampled output leaves for its coupled gradients."""
-
-    how: Estimator
-    idx: fx.Node
-    scale: fx.Node | None
-    operands: tuple[fx.Node, fx.Node]
-
 
 def rewrite(graph: fx.Graph, sites: Sequence[Site], plan: Plan) -> None:
     """Carry out `plan` (made from `sites` of this graph), then remove what it made dead and lint."""
     kept: dict[str, Sampled] = {}
+    narrow: dict[str, tuple[fx.Node, fx.Node]] = {}
+    found, narrowing, whole = regions(sites, plan), dict[str, Narrowing](), dict[fx.Node, fx.Node]()
     for site, planned in zip(sites, plan.sites, strict=True):
         output = planned.products[0]
-        if output.decision == "sampled":
+        if site.name in found:
+            narrowing[site.name] = Narrowing(graph, found[site.name])
+            kept[site.name] = narrowing[site.name].forward(kept, narrow)
+        elif output.decision == "sampled":
             kept[site.name] = _sample_in_place(graph, site, site.products[0], output)
-    for site, planned in zip(sites, plan.sites, strict=True):
+    for site, planned in zip(reversed(sites), reversed(plan.sites), strict=True):  # as the backward pass goes
         todo = []
         for product, decision in zip(site.products[1:], planned.products[1:], strict=True):
             coupled = kept[site.name] if decision.decision == "coupled" else None
             skipped = kept[decision.skips] if decision.skips is not None else None
             if decision.decision in ("sampled", "replaced") or coupled or skipped:
-                todo.append(_Gradient(product, decision, coupled, skipped))
-        if site.node.target in CONV:
-            _conv_gradients(graph, site, todo)
-            continue
-        for work in todo:
-            if work.decision.replacement is not None:
-                replace_matmul(graph, work.product, work.decision.replacement)
-            elif work.decision.decision == "sampled":
-                _sample_in_place(graph, site, work.product, work.decision)
-            elif work.coupled is not None and work.decision.lowering in OWN:
-                own_kernels.narrow_matmul(work.product, work.coupled.how, work.coupled.idx, work.coupled.scale)
-            else:
-                _narrow_matmul(graph, site.products[0].operands, work)
+                fed = site.name in narrowing and product.name == "grad_input"
+                first, second = product.operands
+                product = replace(product, operands=(whole.get(first, first), whole.get(second, second)))
+                todo.append(_Gradient(product, decision, coupled, skipped, narrow.get(site.name), fed))
+        _gradients(graph, site, todo)
+        if site.name in narrowing:
+            narrowing[site.name].backward()
+            whole |= narrowing[site.name].whole
     graph.eliminate_dead_code()
     graph.lint()
 
 
+def _gradients(graph: fx.Graph, site: Site, todo: Sequence[_Gradient]) -> None:
+    if site.node.target in CONV:
+        _conv_gradients(graph, site, todo)
+        return
+    for work in todo:
+        if work.decision.replacement is not None:
+            replace_matmul(graph, work.product, work.decision.replacement)
+        elif work.decision.decision == "sampled":
+            _sample_in_place(graph, site, work.product, work.decision)
+        elif work.coupled is not None and work.decision.lowering in OWN:
+            own_kernels.narrow_matmul(work.product, work.coupled.how, work.coupled.idx, work.coupled.scale)
+        else:
+            _narrow_matmul(graph, site.products[0].operands, work)
+
+
 class _Gradient(NamedTuple):
     """What is to be done to one gradient product: replaced, sampled on its own axis, or narrowed to kept inputs (`coupled`), kept outputs (`skipped`) or
-    both."""
+    both. `narrow`: the operands of an output that is made for the kept ones only; `fed`: the activation came narrow, and so may its gradient leave."""
 
     product: Product
     decision: ProductPlan
     coupled: Sampled | None
     skipped: Sampled | None
+    narrow: tuple[fx.Node, fx.Node] | None
+    fed: bool
 
 
 class _Hole(NamedTuple):
@@ -118,8 +124,7 @@ def _gathered(graph: fx.Graph, before: fx.Node, site: Site, product: Product, ho
 def _mark_choice(site: Site, product: Product, idx: fx.Node, scale: fx.Node | None) -> None:
     for node, name in ((idx, "idx"), (scale, "scale")):
         if node is not None:
-            _torch.must_save(node)  # a choice that is made again in the backward pass might be another one
-            node.meta[CHOICE] = f"{site.name}.{product.name}.{name}"
+            keep_choice(node, f"{site.name}.{product.name}.{name}")
 
 
 def _narrow_matmul(graph: fx.Graph, forward: tuple[fx.Node, fx.Node], work: _Gradient) -> None:
@@ -130,19 +135,22 @@ def _narrow_matmul(graph: fx.Graph, forward: tuple[fx.Node, fx.Node], work: _Gra
     assert isinstance(operand, fx.Node) and isinstance(dy, fx.Node)
     lead = 0 if _torch.value(m).dim() == 3 else None
     holes = []
-    if work.coupled is not None:
+    whole = work.narrow is None or p.reads == 0
+    cut = work.coupled.operands if work.coupled is not None else None if whole else work.narrow
+    if cut is not None:
         order = permutation_between(forward[p.reads], operand)
-        operand = work.coupled.operands[p.reads]
+        operand = cut[p.reads]
         if order != sorted(order):
             operand = inline(graph, m, lambda x: x.permute(order), (operand,))
+    if work.coupled is not None and not work.fed:
         scale = work.coupled.scale if p.reads == 0 else None  # B' holds its scale already
         holes.append(_Hole(Axis(position + _torch.value(m).dim() - 2, lead), work.coupled, scale))
     if work.skipped is not None:
         columns = Axis(p.output_grad_dim)
         dy = _taken(graph, m, dy, columns, work.skipped)
-        if p.reads == 1:
+        if p.reads == 1 and whole:
             operand = _taken(graph, m, operand, p.axes[position], work.skipped)
-        else:
+        elif p.reads == 0:
             holes.append(_Hole(Axis(1 - position + _torch.value(m).dim() - 2), work.skipped, None))
     m.args = (operand, dy) if position == 0 else (dy, operand)
     activation = (forward[0], work.coupled.operands[0]) if work.coupled is not None and p.reads == position == 1 else None  # dA, in A's own orientation
@@ -150,6 +158,8 @@ def _narrow_matmul(graph: fx.Graph, forward: tuple[fx.Node, fx.Node], work: _Gra
 
 
 def _taken(graph: fx.Graph, before: fx.Node, x: fx.Node, axis: Axis, kept: Sampled) -> fx.Node:
+    if x in kept.narrow:
+        return kept.narrow[x]
     new = inline(graph, before, lambda x, idx: take(x, axis, idx, None, kept.how.unit), (x, kept.idx))
     assert isinstance(new, fx.Node)
     return new
@@ -173,7 +183,7 @@ def _put_back(graph: fx.Graph, m: fx.Node, holes: Sequence[_Hole], activation: t
         for hole, idx, scale in zip(holes, chosen[::2], chosen[1::2], strict=True):
             assert idx is not None
             y = untake(y, hole.axis, idx, scale, hole.kept.how.unit, hole.kept.how.size)
-        return _like(y, old)
+        return like(y, old)
 
     chosen = [n for hole in holes for n in (hole.kept.idx, hole.scale)]
     full = inline(graph, m.next, run, (m, activation[1] if masked and activation else None, *chosen), m)
@@ -206,12 +216,6 @@ def _behind_views(n: Any) -> Any:
     while isinstance(n, fx.Node) and n.target in VIEWS:
         n = n.args[0]
     return n
-
-
-def _like(x: torch.Tensor, old: Any) -> torch.Tensor:
-    """The strides that the graph expects, where gathering changed them."""
-    same = all(_torch.hint(a) == _torch.hint(b) for a, b, n in zip(x.stride(), old.stride(), x.shape, strict=True) if _torch.hint(n) > 1)
-    return x if same else x.clone(memory_format=torch.contiguous_format) if old.is_contiguous() else x
 
 
 # --- gradients of convolutions ---
@@ -259,17 +263,21 @@ def _conv_gradients(graph: fx.Graph, site: Site, todo: Sequence[_Gradient]) -> N
 
 def _narrow_conv(graph: fx.Graph, site: Site, m: fx.Node, group: Sequence[_Gradient]) -> fx.Node:
     """Gradients from kept input channels of x and w, from the output channels of dy and w that are not zero, or both."""
-    coupled, skipped = group[0].coupled, group[0].skipped
+    coupled, skipped, narrow = group[0].coupled, group[0].skipped, group[0].narrow
     transposed, groups = bool(m.args[7]), _groups(m)
     w_in, w_out = conv_weight_axes(transposed, groups)
     dy = m.args[0]
-    x, w = coupled.operands if coupled is not None else (m.args[1], m.args[2])
+    x, w = coupled.operands if coupled is not None else narrow or (m.args[1], m.args[2])
     assert isinstance(dy, fx.Node) and isinstance(x, fx.Node) and isinstance(w, fx.Node)
     if skipped is not None:
-        dy, w = _taken(graph, m, dy, Axis(1), skipped), _taken(graph, m, w, w_out, skipped)
+        dy = _taken(graph, m, dy, Axis(1), skipped)
+        w = w if narrow is not None else _taken(graph, m, w, w_out, skipped)
     call = _conv_backward(graph, m, dy, (x, w), [i in {g.product.mask for g in group} for i in range(3)])
     for work in group:
         of_weight = work.product.mask == 1
+        if work.fed:
+            _come_from(m, call, work.product.mask)
+            continue
         grad = output_of(graph, call, work.product.mask)
         activation = None
         holes = []
@@ -282,6 +290,13 @@ def _narrow_conv(graph: fx.Graph, site: Site, m: fx.Node, group: Sequence[_Gradi
         replace_output(graph, m, work.product.mask, grad)
         _put_back(graph, grad, holes, activation)
     return call
+
+
+def _come_from(m: fx.Node, call: fx.Node, index: int) -> None:
+    """Let the node that takes an output of `m` take that of `call`."""
+    for item in list(users_of_output(m, index)):
+        item.args = (call, index)
+        refresh(item)
 
 
 def _own_axis_conv(graph: fx.Graph, m: fx.Node, site: Site, p: Product, how: Estimator) -> fx.Node:

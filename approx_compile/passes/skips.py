@@ -12,7 +12,7 @@ from approx_compile.kernels.available import OWN
 from approx_compile.machine import Machine
 from approx_compile.passes import cost, zeros
 from approx_compile.passes.plan import Plan, ProductPlan, SitePlan
-from approx_compile.passes.sites import CONV, MM, Site
+from approx_compile.passes.sites import Site, one_contraction
 
 
 def skip_zeros(sites: Sequence[Site], plan: Plan, machine: Machine) -> Plan:
@@ -20,22 +20,17 @@ def skip_zeros(sites: Sequence[Site], plan: Plan, machine: Machine) -> Plan:
     users: dict[tuple[fx.Node | None, int], list[tuple[int, int]]] = defaultdict(list)
     for i, site in enumerate(sites):
         for j, p in enumerate(site.products):
-            if p.output_grad is not None and _one_contraction(site):
+            if p.output_grad is not None and one_contraction(site):
                 users[p.output_grad, p.output_grad_dim].append((i, j))
     new = list(plan.sites)
     for source, planned in zip(sites, plan.sites, strict=True):
         for p, d in zip(source.products, planned.products, strict=True):
-            if d.decision != "coupled" or not _one_contraction(source) or p.result is None:
+            if d.decision != "coupled" or not one_contraction(source) or p.result is None:
                 continue
             for zero in zeros.follow(*p.result).items():
                 for i, j in users.get(zero, ()):
                     new[i] = _with_skip(sites[i], new[i], j, source.name, d, machine)
     return replace(plan, sites=tuple(new))
-
-
-def _one_contraction(site: Site) -> bool:
-    """Neither batched nor grouped: one index set, whatever the batch's size."""
-    return site.node.target in MM or (site.node.target in CONV and bool(site.node.args[8] == 1))
 
 
 def _with_skip(site: Site, plan: SitePlan, j: int, source: str, dropped: ProductPlan, machine: Machine) -> SitePlan:

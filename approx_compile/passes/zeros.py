@@ -20,8 +20,8 @@ from approx_compile.passes.sites import VIEWS
 aten = torch.ops.aten
 prims = torch.ops.prims
 
-_UNARY = {aten.neg.default, aten.clone.default, aten._to_copy.default, prims.convert_element_type.default, aten.abs.default, aten.contiguous.default}
-_SUMS = {aten.sum.dim_IntList, aten.mean.dim}
+UNARY = {aten.neg.default, aten.clone.default, aten._to_copy.default, prims.convert_element_type.default, aten.abs.default, aten.contiguous.default}
+SUMS = {aten.sum.dim_IntList, aten.mean.dim}
 
 
 def follow(start: fx.Node, dim: int) -> dict[fx.Node, int]:
@@ -30,20 +30,20 @@ def follow(start: fx.Node, dim: int) -> dict[fx.Node, int]:
     n = start.next
     while n.op != "root":
         if n.op == "call_function" and any(i in zero for i in n.all_input_nodes):
-            found = _carry(n, zero)
+            found = carry(n, zero)
             if found is not None:
                 zero[n] = found
         n = n.next
     return zero
 
 
-def _carry(n: fx.Node, zero: dict[fx.Node, int]) -> int | None:
+def carry(n: fx.Node, zero: dict[fx.Node, int]) -> int | None:
     """The dim along which `n` has its input's zeros, or None."""
     value = n.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return None
     first = n.args[0] if n.args else None
-    if n.target in _UNARY or n.target is aten.alias.default or n.target is aten.detach.default:
+    if n.target in UNARY or n.target is aten.alias.default or n.target is aten.detach.default:
         return zero.get(first)  # type: ignore[arg-type]
     if n.target is aten.permute.default and first in zero:
         order: list[int] = [int(d) % value.dim() for d in n.args[1]]  # type: ignore[arg-type,union-attr]
@@ -60,7 +60,7 @@ def _carry(n: fx.Node, zero: dict[fx.Node, int]) -> int | None:
         return _all_of(n.args[:2], value, zero)
     if n.target is aten.where.self:
         return _all_of([a for a in n.args[1:] if not is_zero(a)], value, zero)
-    if n.target in _SUMS and first in zero:
+    if n.target in SUMS and first in zero:
         return _summed(n, zero[first])  # type: ignore[index]
     return None
 
