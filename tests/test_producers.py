@@ -126,8 +126,8 @@ def outputs_too(h: Tensor) -> tuple[Tensor, Tensor]:
 
 
 FORBIDDEN: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any], str]] = {
-    "BatchNorm": (lambda: Between(F.relu, True, nn.BatchNorm2d(24)), CONV, {}, "running statistics"),
-    "LayerNorm": (lambda: Between(F.gelu, norm=nn.LayerNorm(24)), LINEAR, {}, "normalisation"),
+    "BatchNorm": (lambda: Between(F.relu, True, nn.BatchNorm2d(24)), CONV, {}, "the running statistics of BatchNorm would go stale"),
+    "LayerNorm": (lambda: Between(F.gelu, norm=nn.LayerNorm(24)), LINEAR, {}, "a normalisation over channels"),
     "softmax": (lambda: Between(lambda h: h.softmax(-1)), LINEAR, {}, "amax reads its activation as well"),
     "an output": (lambda: Between(outputs_too), LINEAR, {}, "its activation is an output of the graph"),
     "a mean of it": (lambda: Between(lambda h: (h.relu(), h.mean())), LINEAR, {}, "mean reads its activation as well"),

@@ -106,7 +106,7 @@ def _closure(producer: fx.Node, start: tuple[fx.Node, int] | None, consumer: fx.
                 others.append(n)
         n = n.next
     if others:
-        return _reader(next((n for n in others if not _torch.is_backward(n)), others[0]))
+        return _reader(next((n for n in others if not _torch.is_backward(n)), others[0]), dims)
     return dims
 
 
@@ -125,11 +125,14 @@ def carried(n: fx.Node, dims: dict[fx.Node, int], zero: bool) -> int | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _reader(n: fx.Node) -> str:
+def _reader(n: fx.Node, dims: Reach) -> str:
     if n.op == "output":
         return "its activation is an output of the graph"
     if n.target is aten.var_mean.correction:
-        return "a normalisation needs all of it (of BatchNorm the running statistics of the other channels would go stale)"
+        (activation,) = n.all_input_nodes
+        over: Any = n.args[1]
+        by_channel = dims[activation] not in {int(d) % _torch.value(activation).dim() for d in over}
+        return "the running statistics of BatchNorm would go stale" if by_channel else "a normalisation over channels reads its activation"
     return f"{op_name(n)} reads its activation as well"
 
 
