@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from approx_compile import Backend, explain
+from approx_compile.kernels import available
 from approx_compile.passes import cost
 from approx_compile.passes.producers import Producers
 
@@ -148,6 +149,15 @@ def test_whoever_reads_the_activation_forbids_it(name: str) -> None:
     sites = plans_of(make(), ALWAYS | more, torch.randn(shape))
     assert not shrinks(sites) and why in sites[-1].reason
     assert ("all channels of" in sites[-1].reason) == bool(why)
+
+
+def test_kernels_of_ours_read_whole_operands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(available, "missing", lambda lowering, device: None)
+    for layer in ("0", "2"):
+        torch._dynamo.reset()
+        rules = [{"layers": layer, "lowering": "triton", "group": 32}]
+        sites = plans_of(mlp(128, 128, 16), ALWAYS | {"lowering": "inductor", "rules": rules}, torch.randn(40, 128))
+        assert not shrinks(sites) and "triton steps over what was not chosen" in sites[1].reason
 
 
 def test_a_residual_and_a_second_consumer_forbid_it() -> None:

@@ -20,6 +20,10 @@ u units it is chosen from; p, q contiguous entries per kept index in the two ope
 | narrow, product; dY comes narrow, W is there | n for N | | 1 | as above |
 | fed (the consumer): no take of A, no untake of `grad_input` | | | | |
 
+Under the lowerings `triton` and `cuda` there is no take and no untake: a product steps over what was not chosen, at the rates that the kernel itself has
+(`triton.linear.output`, coupled gradients `triton.linear.grad_input` and `.grad_weight`, which write the zeros too; on its own axis a gradient runs the
+output's kernel). A profile without these tables gives a kernel the exact product's rate at the sizes kept.
+
 `take` and `untake` are measured with half of the entries kept: 2 e per kept entry is then the size of the whole. Rates are tables of `machine`, read at
 the sizes of the term (bandwidths at `LIVE` times the bytes); `kernel` is what a launch costs (a library call's is in the rates). FLOPs decide nothing, they are reported.
 """
@@ -34,6 +38,7 @@ from typing import Any, NamedTuple
 import sympy
 
 from approx_compile import _torch
+from approx_compile.kernels.available import OWN
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.kernels.replacements import Replacement
 from approx_compile.machine import Machine
@@ -97,6 +102,7 @@ class Case(NamedTuple):
     skips: bool = False
     narrow: bool = False
     fed: bool = False
+    lowering: str = "inductor"
 
 
 @functools.cache
@@ -109,6 +115,8 @@ def terms(case: Case) -> tuple[Term, ...]:
         small = {K: k}
         if case.fed and case.product == "grad_input":
             return (*_skipping(case, small), _product(case, small))
+        if case.lowering != "inductor":
+            return (_product(case, small), _kernels(1))
         scale = k / K * result if case.scaled and case.product == "grad_weight" else sympy.Integer(0)
         untake = Term("untake", "untake", (r, e * result), scale, e * result, sympy.Integer(1))
         return (*_skipping(case, small), _product(case, small), untake, _kernels(1))
@@ -116,6 +124,8 @@ def terms(case: Case) -> tuple[Term, ...]:
     norms = [Term("norms", "norms", (e * entries,), 2 * entries, e * entries, sympy.Integer(1))] if entries != 0 else []
     selection = Term("selection", f"select.{case.method}", (u, B), 10 * B * u * sympy.log(u, 2), launches=sympy.Integer(1))
     kept = k / axis
+    if case.lowering != "inductor":
+        return (*norms, selection, _product(case, _smaller(axis)), _kernels(len(norms)))
     takes = [
         Term(f"take {name}", "take", (run, 2 * e * kept * size), kept * size if case.scaled and name == "B" else 0 * e, 2 * e * kept * size)
         for name, size, run in (("A", a, p), ("B", b.subs(N, skip) if case.narrow else b, q))
@@ -132,11 +142,11 @@ def _product(case: Case, small: Mapping[sympy.Symbol, sympy.Expr]) -> Term:
     small = {N: skip, **small} if case.skips or case.narrow else small
     m, inner, n, taps = (x.subs(small, simultaneous=True) for x in (M, K, N, T))
     rate = "bmm" if case.kind == "bmm" else f"{case.kind}.{case.product}"
-    at = {
-        "linear": (m, inner, n),
-        "conv": (m, inner, n, taps),
-        "bmm": {"output": (m, inner, n), "grad_input": (m, n, inner), "grad_weight": (inner, m, n)}[case.product],
-    }[case.kind]
+    turned = {"output": (m, inner, n), "grad_input": (m, n, inner), "grad_weight": (inner, m, n)}[case.product]
+    at = {"linear": (m, inner, n), "conv": (m, inner, n, taps), "bmm": turned}[case.kind]
+    if case.lowering != "inductor":
+        own_axis = case.kind == "linear" and case.decision == "sampled"
+        rate, at = (f"{case.lowering}.{case.kind}.output", turned) if own_axis else (f"{case.lowering}.{rate}", at)
     return Term("product", rate, at, 2 * B * m * inner * n * taps, launches=sympy.Integer(1))
 
 
@@ -195,7 +205,7 @@ def evaluate(case: Case, sizes: Mapping[sympy.Symbol, float], dtype: Any, machin
         flops += f
         if machine is None:
             continue
-        table = machine.table(term.rate, dtype)
+        table = _table(machine, term.rate, dtype)
         at = [x * LIVE if axis == "bytes" else x for x, axis in zip(at, table.axes, strict=True)]
         rate, unit = table.at(*at), table.unit
         amount = {"flops": f, "bytes": b, "launches": count}[_AMOUNT[unit]]
@@ -203,6 +213,12 @@ def evaluate(case: Case, sizes: Mapping[sympy.Symbol, float], dtype: Any, machin
     used = sorted({str(s) for t in terms(case) for x in (t.flops, t.bytes, *t.at) for s in x.free_symbols})
     known = {str(s): float(v) for s, v in sizes.items()}
     return Estimate(round(flops), sum(t for _, t in times) if machine is not None else None, tuple(times), tuple((s, known[s]) for s in used))
+
+
+def _table(machine: Machine, rate: str, dtype: Any) -> Any:
+    """A profile's table; for a kernel that it was made without, that of the exact product."""
+    lowering, _, exact = rate.partition(".")
+    return machine.table(exact if lowering in OWN and not machine.has(rate, dtype) else rate, dtype)
 
 
 # --- sites ---
@@ -246,18 +262,18 @@ def exact(site: Site, product: Product, machine: Machine | None) -> Estimate:
     return evaluate(Case(kind_of(site), role(product), "exact"), sizes_of(site), site.dtype, machine)
 
 
-def sampled(site: Site, product: Product, how: Estimator, machine: Machine | None, kept: float | None = None) -> Estimate:
+def sampled(site: Site, product: Product, how: Estimator, machine: Machine | None, kept: float | None = None, lowering: str = "inductor") -> Estimate:
     """A product sampled along its own contraction axis; `kept` entries in place of the estimator's."""
     runs = [_run(site, product, i) for i in (0, 1)]
     sizes = sizes_of(site) | {k: kept or how.kept, u: how.units, p: runs[0] * how.unit, q: runs[1] * how.unit}
-    return evaluate(Case(kind_of(site), role(product), "sampled", how.method, how.weight, how.scaled), sizes, site.dtype, machine)
+    return evaluate(Case(kind_of(site), role(product), "sampled", how.method, how.weight, how.scaled, lowering=lowering), sizes, site.dtype, machine)
 
 
-def coupled(site: Site, product: Product, how: Estimator, machine: Machine | None, kept: float | None = None) -> Estimate:
+def coupled(site: Site, product: Product, how: Estimator, machine: Machine | None, kept: float | None = None, lowering: str = "inductor") -> Estimate:
     """A gradient through the entries that the output kept (`how` is the output's)."""
     run = _run(site, site.products[0], 0 if role(product) == "grad_input" else 1) * how.unit
     sizes = sizes_of(site) | {k: kept or how.kept, r: run}
-    return evaluate(Case(kind_of(site), role(product), "coupled", how.method, how.weight, how.scaled), sizes, site.dtype, machine)
+    return evaluate(Case(kind_of(site), role(product), "coupled", how.method, how.weight, how.scaled, lowering=lowering), sizes, site.dtype, machine)
 
 
 def skipped(site: Site, product: Product, how: Estimator | None, dropped: Estimator, machine: Machine | None) -> Estimate:

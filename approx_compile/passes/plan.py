@@ -12,10 +12,11 @@ from torch import fx
 
 from approx_compile import _torch
 from approx_compile.config import ApproxConfig, ProductSettings, RowSettings, SiteSettings
+from approx_compile.kernels.available import OWN
 from approx_compile.kernels.estimators import Estimator, estimator
 from approx_compile.kernels.replacements import Replacement
 from approx_compile.machine import Machine
-from approx_compile.passes import cost, replacements, worth
+from approx_compile.passes import cost, lowerings, replacements, worth
 from approx_compile.passes.fit import check_shapes
 from approx_compile.passes.sites import Product, Site
 from approx_compile.passes.stages import Cut
@@ -34,7 +35,7 @@ WIDE = 512
 class ProductPlan:
     """The decision for one product: "sampled" along its own axis, "coupled" to the output's choice, run on the "rows" kept, "replaced", or "exact". `k` of
     `size` entries are kept (of a replaced one, those of the output gradient that count). `node`: its name in the joint graph; `bytes_exact`:
-    of the exact product's operands and result, each counted once. Times are predictions in us (None where nothing was to be decided by time);
+    of the exact product's operands and result, each counted once; `lowering`: the code that runs it. Times are predictions in us (None where nothing was to be decided by time);
     `terms` says term by term what the time as planned is made of, `sizes` what the symbols in them stand for (see `passes.cost`).
 
     `skips`: the site whose dropped entries make this product's output gradient zero, or are all that will be read of this output; computing nothing there
@@ -54,6 +55,7 @@ class ProductPlan:
     skips: str | None = None
     node: str = ""
     replacement: Replacement | None = None
+    lowering: str = "inductor"
     bytes_exact: int = 0
     time_exact_us: float | None = None
     time_sampled_us: float | None = None
@@ -238,7 +240,7 @@ def _tried(site: Site, settings: SiteSettings, machine: Machine | None) -> SiteP
         reason = _unwise(site, settings)
     if reason is not None:
         return _all_exact(site, reason, machine)
-    tries = [_products(site, s, machine) for s in worth.candidates(site, settings)]
+    tries = [_products(site, s, machine) for s in worth.candidates(site, settings, machine)]
     if all(p.decision == "exact" for p in tries[0]):
         return _all_exact(site, tries[0][0].reason, machine, tries[0])
     return tries
@@ -310,7 +312,7 @@ def _gradient(site: Site, product: Product, settings: SiteSettings, output: Prod
     if output.how is None:
         return _exact(site, product, "the output it is coupled to is exact", machine)
     plan = replace(output, name=product.name, decision="coupled", reason="through the entries the output kept")
-    return _timed(site, plan, product, cost.coupled(site, product, output.how, machine), machine)
+    return _timed(site, plan, product, cost.coupled(site, product, output.how, machine, lowering=output.lowering), machine)
 
 
 def _own_axis(site: Site, product: Product, wanted: ProductSettings, machine: Machine | None) -> ProductPlan:
@@ -328,9 +330,18 @@ def _own_axis(site: Site, product: Product, wanted: ProductSettings, machine: Ma
         short = size <= wanted.min_k
         reason = f"axis of {size}, min_k is {wanted.min_k}" if short else f"keeps all {size} at ratio {wanted.ratio:g}, group {group}"
         return _exact(site, product, reason, machine)
-    reason = f"{product.name}: {wanted.method}" + (f" in groups of {group}" if group > 1 else "")
-    plan = ProductPlan(product.name, "sampled", reason, wanted.method, wanted.ratio, how.kept, size, site.flops, site.flops, how)
-    return _timed(site, plan, product, cost.sampled(site, product, how, machine), machine)
+    lowering, by = _lowered(site, product, how, wanted.lowering)
+    reason = f"{product.name}: {wanted.method}" + (f" in groups of {group}" if group > 1 else "") + by
+    plan = ProductPlan(product.name, "sampled", reason, wanted.method, wanted.ratio, how.kept, size, site.flops, site.flops, how, lowering=lowering)
+    return _timed(site, plan, product, cost.sampled(site, product, how, machine, lowering=lowering), machine)
+
+
+def _lowered(site: Site, product: Product, how: Estimator, wanted: str) -> tuple[str, str]:
+    """The code that runs a sampled product, and the words for it."""
+    if wanted not in OWN:
+        return "inductor", ""
+    why = lowerings.refused(site, product, how, wanted)
+    return (wanted, f" by {wanted}") if why is None else ("inductor", f" by inductor: {why}")
 
 
 def _timed(site: Site, plan: ProductPlan, product: Product, estimate: cost.Estimate, machine: Machine | None) -> ProductPlan:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from approx_compile import _torch
+from approx_compile.kernels.available import OWN
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.machine import Machine
 from approx_compile.passes import cost, zeros
@@ -157,7 +158,8 @@ class Producers:
     def beside(self, i: int, products: Sequence[ProductPlan]) -> tuple[float, float]:
         """The time of exact producers, us, as they are and as they would be if site `i` was carried out as `products` say; what the site itself saves by
         them is taken off the latter. Zeros where they can't be shrunk or would be slower."""
-        found = [j for j, r in self.of(i).items() if not isinstance(r, str)] if self.machine is not None and _asks(products) else []
+        asks = self.machine is not None and _asks(products) and _by_a_kernel(products) is None
+        found = [j for j, r in self.of(i).items() if not isinstance(r, str)] if asks else []
         before = after = 0.0
         for j in found:
             site = self.sites[j]
@@ -175,21 +177,24 @@ class Producers:
                 continue
             names, said, mine = [], [], dict[fx.Node, int]()
             for j, found in self.of(i).items():
-                narrow = self._narrow(j, new[j], new[i])
+                narrow, fed = self._narrow(j, new[j], new[i]), self._fed(i, new[i].products)
                 if isinstance(found, str):
                     why = found
+                elif (kernel := _by_a_kernel((*new[i].products, *new[j].products))) is not None:
+                    why = kernel
                 elif taken & found.keys() or any(mine.get(n, d) != d for n, d in found.items()):
                     why = "part of what is behind it is narrowed in another way"
-                elif not cost.pays(_total(new[j].products), _total(narrow.products), cost.SKIP_MARGIN):
+                elif not cost.pays(_total((*new[j].products, *new[i].products)), _total((*narrow.products, *fed)), cost.SKIP_MARGIN):
                     why = "fewer would take no less time"
                 else:
                     new[j], mine = narrow, mine | found
+                    new[i] = replace(new[i], products=fed)
                     names.append(self.sites[j].name)
                     continue
                 said.append(f"all channels of {self.sites[j].name} are made: {why}")
             taken |= mine.keys()
             if names:
-                new[i] = replace(new[i], products=self._fed(i, new[i].products), shrinks=tuple(names))
+                new[i] = replace(new[i], shrinks=tuple(names))
                 said.insert(0, f"{' and '.join(names)} make{'s' if len(names) == 1 else ''} these channels only")
             new[i] = replace(new[i], reason="; ".join([new[i].reason, *said]))
         return replace(plan, sites=tuple(new))
@@ -197,7 +202,7 @@ class Producers:
     def _fed(self, i: int, products: Sequence[ProductPlan]) -> tuple[ProductPlan, ...]:
         """A consumer's products when its activation comes narrow, and the gradient of it may leave so."""
         return tuple(
-            self._timed(self.sites[i], p, d, None, True) if p.name in ("output", "grad_input") and d.decision in ("sampled", "coupled") else d
+            self._timed(self.sites[i], p, d, None, p.name != "grad_weight") if d.decision in ("sampled", "coupled") else d
             for p, d in zip(self.sites[i].products, products, strict=True)
         )
 
@@ -210,12 +215,18 @@ class Producers:
         for n, (p, d) in enumerate(zip(site.products, plan.products, strict=True)):
             if p.name == "output" or d.decision in ("exact", "coupled"):
                 new = self._timed(site, p, d, how, bool(plan.shrinks) and p.name != "grad_weight")
-                products[n] = replace(new, reason=f"{d.reason}; {only}", skips=consumer.name)
+                products[n] = replace(new, reason=f"{new.reason}; {only}", skips=consumer.name)
         return replace(plan, products=tuple(products), reason=f"{plan.reason}; {only}")
 
     def _timed(self, site: Site, product: Product, plan: ProductPlan, only: Estimator | None, fed: bool) -> ProductPlan:
         new = cost.shrunk(site, product, plan.how, only, fed, self.machine)
         return replace(plan, flops_sampled=new.flops, time_sampled_us=new.time_us, terms=new.terms, sizes=new.sizes)
+
+
+def _by_a_kernel(products: Sequence[ProductPlan]) -> str | None:
+    """Why a site stays whole that is run by kernels of ours, if it is."""
+    own = next((p.lowering for p in products if p.lowering in OWN), None)
+    return f"{own} steps over what was not chosen of whole operands (lowering 'inductor' takes narrow ones)" if own is not None else None
 
 
 def _asks(products: Sequence[ProductPlan]) -> bool:

@@ -15,8 +15,10 @@ import torch
 from torch import fx
 
 from approx_compile import _torch
+from approx_compile.kernels.available import OWN
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.kernels.products import Axis, sample, take, untake
+from approx_compile.passes import own_kernels
 from approx_compile.passes.narrowing import Narrowing, regions
 from approx_compile.passes.plan import Plan, ProductPlan
 from approx_compile.passes.replacements import let_go_of_activation, replace_conv_weight, replace_matmul
@@ -64,6 +66,8 @@ def _gradients(graph: fx.Graph, site: Site, todo: Sequence[_Gradient]) -> None:
             replace_matmul(graph, work.product, work.decision.replacement)
         elif work.decision.decision == "sampled":
             _sample_in_place(graph, site, work.product, work.decision)
+        elif work.coupled is not None and work.decision.lowering in OWN:
+            own_kernels.narrow_matmul(work.product, work.coupled.how, work.coupled.idx, work.coupled.scale)
         else:
             _narrow_matmul(graph, site.products[0].operands, work)
 
@@ -92,9 +96,14 @@ class _Hole(NamedTuple):
 
 
 def _sample_in_place(graph: fx.Graph, site: Site, product: Product, decision: ProductPlan) -> Sampled:
-    """Gather both operands of a product along its contraction axis and let its node work on those."""
+    """Gather both operands of a product along its contraction axis and let its node work on those, or let it skip along that axis by itself."""
     assert decision.how is not None
     node, how = product.node, decision.how
+    if decision.lowering in OWN:
+        idx, scale = own_kernels.choice(graph, node, product, how)
+        _mark_choice(site, product, idx, scale)
+        own_kernels.sample_output(graph, product, how, idx, scale)
+        return Sampled(how, idx, scale, product.operands)
     kept = _gathered(graph, node, site, product, how)
     args = list(node.args)
     first = len(args) - 2 if node.target not in CONV else 0
@@ -108,10 +117,14 @@ def _gathered(graph: fx.Graph, before: fx.Node, site: Site, product: Product, ho
         return sample(how, a, b, *product.axes)
 
     idx, scale, a, b = inline(graph, before, run, product.operands)
+    _mark_choice(site, product, idx, scale)
+    return Sampled(how, idx, scale, (a, b))
+
+
+def _mark_choice(site: Site, product: Product, idx: fx.Node, scale: fx.Node | None) -> None:
     for node, name in ((idx, "idx"), (scale, "scale")):
         if node is not None:
             keep_choice(node, f"{site.name}.{product.name}.{name}")
-    return Sampled(how, idx, scale, (a, b))
 
 
 def _narrow_matmul(graph: fx.Graph, forward: tuple[fx.Node, fx.Node], work: _Gradient) -> None:
@@ -219,7 +232,12 @@ def _conv_gradients(graph: fx.Graph, site: Site, todo: Sequence[_Gradient]) -> N
     mask = list(m.args[10])  # type: ignore[arg-type]
     alike: dict[tuple[bool, str | None], list[_Gradient]] = {}
     calls = [m]
+    skipping = [w for w in todo if w.coupled is not None and w.decision.decision == "coupled" and w.decision.lowering in OWN]
+    if skipping and (kept := skipping[0].coupled) is not None:
+        own_kernels.narrow_conv(graph, m, [w.product for w in skipping], kept.how, kept.idx, kept.scale)
     for work in todo:
+        if work in skipping:
+            continue
         if work.decision.replacement is not None:
             replace_conv_weight(graph, work.product, work.decision.replacement)
         elif work.decision.decision == "sampled":

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from torch import fx
 
+from approx_compile.kernels.available import OWN
 from approx_compile.machine import Machine
 from approx_compile.passes import cost, zeros
 from approx_compile.passes.plan import Plan, ProductPlan, SitePlan
@@ -34,7 +35,7 @@ def skip_zeros(sites: Sequence[Site], plan: Plan, machine: Machine) -> Plan:
 
 def _with_skip(site: Site, plan: SitePlan, j: int, source: str, dropped: ProductPlan, machine: Machine) -> SitePlan:
     product, decision = site.products[j], plan.products[j]
-    if decision.decision in ("sampled", "replaced") or decision.skips is not None or dropped.how is None:
+    if decision.decision in ("sampled", "replaced") or decision.skips is not None or dropped.how is None or decision.lowering in OWN:
         return plan
     estimate = cost.skipped(site, product, decision.how, dropped.how, machine)
     assert decision.time_sampled_us is not None and estimate.time_us is not None
