@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -54,6 +56,26 @@ def compile_for(
         made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         _compiled[key] = _read(made.asm["cubin"], made.metadata.shared)
     return _compiled[key]
+
+
+@contextmanager
+def instead_of_running(kernel: Any, arch: int) -> Iterator[list[Code]]:
+    """Inside, a launch of the kernel compiles it for sm_80 or sm_90, specialized for the launch's arguments as on a GPU, and adds to what is yielded."""
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    made: list[Code] = []
+
+    def run(*args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        options, signature, constexprs, attrs = kernel._pack_args(backend, kwargs, *bind(*args, **kwargs))
+        code = triton.compile(ASTSource(kernel, signature, constexprs, attrs), target=target, options=options.__dict__)
+        made.append(_read(code.asm["cubin"], code.metadata.shared))
+
+    kernel.run = run
+    try:
+        yield made
+    finally:
+        del kernel.run
 
 
 def _read(cubin: bytes, shared: int) -> Code:

@@ -207,3 +207,16 @@ def test_patches_of_max_are_added_up_by_an_op_of_ours() -> None:
     torch._dynamo.reset()
     _, _, plans = trained(model, x, exact | {"rules": [{"layers": "conv", "grad_weight": {"method": "max", "j": 9}}]})
     assert [s.products[-1].replacement.lowering for s in plans.sites] == ["inductor"] * 2
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_what_a_kernel_of_ours_runs_is_not_narrowed_for_its_consumer() -> None:
+    """A choice by the weight alone lets the layer before make fewer channels, but where a kernel reads whole operands."""
+    model, x = mlp(256, 512, 512, 16), torch.randn(64, 256, requires_grad=True)
+    options = {"method": "topk_weights", "group": 64}
+    want, _, _ = trained(model, x, options | {"lowering": "inductor"})
+    for rules in ([], [{"layers": "linear[1]", "lowering": "inductor"}], [{"layers": "linear[0]", "lowering": "inductor"}]):
+        torch._dynamo.reset()
+        got, _, plans = trained(model, x, options | {"lowering": "triton", "rules": rules})
+        assert not any(s.shrinks for s in plans.sites if s.products[0].lowering == "triton")
+        assert max(relative(a, b) for a, b in zip(got, want, strict=True)) < 1e-5

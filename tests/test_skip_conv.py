@@ -67,11 +67,13 @@ def test_opcheck(scaled: bool) -> None:
 def test_operands_that_do_not_fit() -> None:
     x, w = operands((3, 3))
     geometry = GEOMETRY["3x3"][1:]
-    with pytest.raises(ValueError, match="64 input channels are no multiple of unit = 24"):
-        skip_conv(x, w, IDX, None, 24, *geometry)
-    with pytest.raises(ValueError, match="64 input channels are no multiple of unit = 24"):
-        skip_conv_input(x, w, IDX, None, 24, (9, 7), *geometry)
-    with pytest.raises(ValueError, match=r"scale has shape \(3,\): one number is needed for each of the 2 units"):
+    for unit in (24, 0):
+        with pytest.raises(ValueError, match=f"unit {unit} for an axis of 64 entries; expected a divisor of 64"):
+            skip_conv(x, w, IDX, None, unit, *geometry)
+        with pytest.raises(ValueError, match=f"unit {unit} for an axis of 64 entries"):
+            skip_conv_input(x[:, :24], w, IDX, None, unit, (9, 7), *geometry)
+    with pytest.raises(ValueError, match=r"scale \(3,\) torch.float32; expected \(2,\)"):
         skip_conv(x, w, IDX, torch.ones(3), 16, *geometry)
-    with pytest.raises(ValueError, match="a 2-D convolution takes"):
-        skip_conv_weight(x[0], x, IDX, None, 16, (3, 3), *geometry)
+    for op, args in ((skip_conv, (x[0], w)), (skip_conv, (x, w[:, :32])), (skip_conv_input, (x, w)), (skip_conv_weight, (x, x[:1].float()))):
+        with pytest.raises(ValueError, match=r"expected two of x \(N, C, H, W\), w \(O, C, kh, kw\) and dy \(N, O, Ho, Wo\)"):
+            op(*args, IDX, None, 16, *([(9, 7)] if op is not skip_conv else []), *geometry)

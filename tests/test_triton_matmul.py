@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from triton_matmul_cases import CASES, NORMS, SCORES
+from triton_matmul_cases import CASES, NORMS, SCORES, largest
 
 from approx_compile.kernels import skip
 
 pytest.importorskip("triton", reason="Triton is not installed (extra `triton`)")
 
-from gpu_code import Code, compile_for
+from gpu_code import Code, instead_of_running
 
 from approx_compile.kernels.triton import choose, matmul, tuning
 from approx_compile.kernels.triton.tuning import Config, Device
@@ -56,101 +56,99 @@ def test_norms(interpreted: dict[str, Any]) -> None:
 
 # --- machine code of what is shipped ---
 
-SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 SHARED = {80: 166_912, 90: 232_448}
 """Bytes of shared memory that a program may have (CUDA C++ Programming Guide, technical specifications: 163 and 227 KB)."""
 
-
-def operand(dtype: str, tma: str, tile: tuple[int, int]) -> str:
-    shape = {"rows": tile, "columns": tile[::-1]}.get(tma)
-    return f"*{dtype}" if shape is None else f"tensordesc<{dtype}[{shape[0]},{shape[1]}]>"
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SHIPPED = [(arch, dtype, c) for arch, dtype in itertools.product((80, 90), DTYPES) for c in matmul.configs(dtype.itemsize, 64, arch)]
 
 
-def built(kernel: Any, arch: int, types: dict[str, str], known: dict[str, Any], lines: set[str], c: Config) -> Code:
-    """With the launcher's specialization: what `known` holds is constant; pointers, strides and lengths of `lines` are multiples of 16."""
-    blocks = {"BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "BLOCK_K": c.block_k, "GROUP": matmul.GROUP}
-    constants = known | blocks
-    signature = {n: types.get(n, "i32") for n in kernel.arg_names}
-    aligned = tuple(n for n in signature if (n in lines or n[0] == "s" or signature[n][0] == "*") and n not in constants)
-    return compile_for(kernel, arch, signature, constants, aligned, c.warps, c.stages)
+def named(value: Any) -> str:
+    return f"{value.block_m}x{value.block_n}x{value.block_k}-warps{value.warps}-stages{value.stages}" if isinstance(value, Config) else str(value)
 
 
-def skip_code(arch: int, dtype: str, c: Config, unit: int, transposed: tuple[bool, bool], scale: bool) -> Code:
-    tma = ["columns" if t else "rows" for t in transposed] if arch == 90 and unit % c.block_k == 0 else ["", ""]
-    types = {"a": operand(dtype, tma[0], (c.block_m, c.block_k)), "b": operand(dtype, tma[1], (c.block_k, c.block_n)), "y": f"*{dtype}"}
-    types |= {"idx": "*i64", "scale": "*fp32", "bias": f"*{dtype}"}
-    known = {"UNIT": unit, "RUN": matmul.aligned(unit), "A_TMA": tma[0], "B_TMA": tma[1]}
-    known |= {"sa_m" if transposed[0] else "sa_k": 1, "sb_k" if transposed[1] else "sb_n": 1} | ({} if scale else {"scale": None})
-    return built(matmul.skip_kernel, arch, types, known, {"N", "M" if transposed[0] else "N"}, c)
+def matrix(dtype: torch.dtype, rows: int, columns: int, transposed: bool) -> Tensor:
+    return torch.empty(columns, rows, dtype=dtype).T if transposed else torch.empty(rows, columns, dtype=dtype)
 
 
-def into_code(arch: int, dtype: str, c: Config, unit: int, transposed: tuple[bool, bool], columns: bool) -> Code:
-    tma = ("columns" if transposed[0] else "rows") if arch == 90 else ""
-    types = {"a": operand(dtype, tma, (c.block_m, c.block_k)), "b": f"*{dtype}", "y": f"*{dtype}", "idx": "*i64", "scale": "*fp32"}
-    known = {"UNIT": unit, "RUN": matmul.aligned(unit), "A_TMA": tma, "STEPS": 6}
-    known |= {"sa_m" if transposed[0] else "sa_l": 1, "sb_l" if transposed[1] else "sb_n": 1, "sy_n" if columns else "sy_m": 1}
-    lines = {"M" if transposed[0] else "L", "L" if transposed[1] else "N", "N" if columns else "M"}
-    return built(matmul.into_kernel, arch, types, known, lines, c)
+def skip_code(arch: int, dtype: torch.dtype, c: Config, unit: int, layout: str, scale: bool = False, m: int = 200, kept: int = 6) -> Code:
+    """`layout`: of both operands, N for rows, T for columns that are contiguous. With a bias."""
+    a, b = matrix(dtype, m, unit * 16, layout[0] == "T"), matrix(dtype, unit * 16, 224, layout[1] == "T")
+    idx, bias = torch.arange(kept), torch.empty(224, dtype=dtype)
+    with instead_of_running(matmul.skip_kernel, arch) as codes:
+        matmul.skip(a, b, idx, torch.ones(kept) if scale else None, unit, bias, c, tma=arch == 90)
+    return codes[0]
 
 
-def check(code: Code, arch: int, c: Config, itemsize: int, tma: bool, scaled: bool = False) -> None:
+def into_code(arch: int, dtype: torch.dtype, c: Config, unit: int, layout: str, dim: int, length: int = 208, kept: int = 6) -> Code:
+    size = (224, unit * 16) if dim == 1 else (unit * 16, 224)
+    a, b = matrix(dtype, size[0], length, layout[0] == "T"), matrix(dtype, length, size[1], layout[1] == "T")
+    with instead_of_running(matmul.into_kernel, arch) as codes:
+        matmul.skip_into(a, b, torch.arange(kept), torch.ones(kept), unit, dim, c, tma=arch == 90)
+    return codes[0]
+
+
+def check(code: Code, arch: int, dtype: torch.dtype, c: Config, tma: bool, scaled: bool = False) -> None:
     assert not code.spills and not code.stack
-    assert code.shared <= c.shared_bytes(itemsize) <= SHARED[arch]
-    assert code.shared > (c.stages - 2) * (c.block_m + c.block_n) * c.block_k * itemsize  # the pipeline is as deep as was asked for, or one less
+    assert code.shared <= c.shared_bytes(dtype.itemsize) <= SHARED[arch]
+    assert code.shared > (c.stages - 2) * (c.block_m + c.block_n) * c.block_k * dtype.itemsize  # the pipeline is as deep as was asked for, or one less
     assert {80: "HMMA", 90: "HGMMA"}[arch] in code.opcodes
     assert ("UTMALDG" if tma else "LDGSTS") in code.opcodes
     assert code.copy_bits <= {128, 32 * scaled}  # tiles move in pieces of 16 bytes, scales one by one
 
 
-SHIPPED = [(arch, dtype, c) for arch, dtype in itertools.product((80, 90), SIZES) for c in matmul.configs(SIZES[dtype], 64, arch)]
-
-
-def named(value: Any) -> str | None:
-    return f"{value.block_m}x{value.block_n}x{value.block_k}-warps{value.warps}-stages{value.stages}" if isinstance(value, Config) else None
-
-
 @pytest.mark.parametrize(("arch", "dtype", "c"), SHIPPED, ids=named)
-def test_code_of_skip(arch: int, dtype: str, c: Config) -> None:
+def test_code_of_skip(arch: int, dtype: torch.dtype, c: Config) -> None:
     """Every configuration with units of 64, scaled in bf16 (which takes most registers), in the layout of a linear layer's output: X W^T."""
-    scale = dtype == "bf16"
-    check(skip_code(arch, dtype, c, 64, (False, True), scale), arch, c, SIZES[dtype], arch == 90, scale)
+    scale = dtype == torch.bfloat16
+    check(skip_code(arch, dtype, c, 64, "NT", scale), arch, dtype, c, arch == 90, scale)
 
 
-@pytest.mark.parametrize(("arch", "dtype", "c"), [s for s in SHIPPED if s[1] != "fp16"], ids=named)
-def test_code_of_skip_into(arch: int, dtype: str, c: Config) -> None:
+@pytest.mark.parametrize(("arch", "dtype", "c"), [s for s in SHIPPED if s[1] != torch.float16], ids=named)
+def test_code_of_skip_into(arch: int, dtype: torch.dtype, c: Config) -> None:
     """In the layout of grad_input, columns of dY W (in fp32 of a transposed W, which is what `can_skip_into` lets through). Both ways of reading, TMA for the
     whole operand and copies for the chosen columns, are in the code."""
-    code = into_code(arch, dtype, c, 64, (False, dtype == "fp32"), columns=True)
-    check(code, arch, c, SIZES[dtype], tma=arch == 90)
+    code = into_code(arch, dtype, c, 64, "NT" if dtype == torch.float32 else "NN", dim=1)
+    check(code, arch, dtype, c, tma=arch == 90)
     assert "LDGSTS" in code.opcodes
 
 
-@pytest.mark.parametrize(("arch", "dtype", "c"), [s for s in SHIPPED if s[1] == "bf16"], ids=named)
-def test_code_of_rows(arch: int, dtype: str, c: Config) -> None:
+@pytest.mark.parametrize(("arch", "dtype", "c"), [s for s in SHIPPED if s[1] == torch.bfloat16], ids=named)
+def test_code_of_rows(arch: int, dtype: torch.dtype, c: Config) -> None:
     """Rows that lie apart, as sampled tokens do: X^T dY."""
-    check(skip_code(arch, dtype, c, 1, (True, False), scale=False), arch, c, SIZES[dtype], tma=False)
+    check(skip_code(arch, dtype, c, 1, "TN", m=208), arch, dtype, c, tma=False)
 
 
-OTHER = [(80, 64), (80, 32), (90, 64), (90, 32), (90, 16)]
-
-
-@pytest.mark.parametrize(("arch", "unit"), OTHER)
+@pytest.mark.parametrize(("arch", "unit"), [(80, 64), (80, 32), (90, 64), (90, 32), (90, 16)])
 def test_code_of_other_layouts_and_units(arch: int, unit: int) -> None:
+    dtype = torch.bfloat16
     c = matmul.configs(2, unit, arch)[0]
-    check(skip_code(arch, "bf16", c, unit, (True, False), scale=False), arch, c, 2, tma=arch == 90 and unit % c.block_k == 0)
+    check(skip_code(arch, dtype, c, unit, "TN", m=208), arch, dtype, c, tma=arch == 90 and unit % c.block_k == 0)
     whole = matmul.configs(2, 0, arch)[0]
-    check(into_code(arch, "bf16", whole, unit, (True, True), columns=False), arch, whole, 2, tma=arch == 90)
+    check(into_code(arch, dtype, whole, unit, "NN", dim=0), arch, dtype, whole, tma=arch == 90)
+
+
+def test_code_of_single_entries() -> None:
+    """Triton makes a constant of a size that is 1."""
+    c, dtype = matmul.configs(2, 64, 90)[-1], torch.bfloat16
+    for code in (
+        skip_code(90, dtype, c, 64, "NT", m=1),
+        skip_code(90, dtype, c, 64, "NT", kept=1),
+        into_code(90, dtype, c, 64, "NN", dim=1, kept=1),
+        into_code(90, dtype, c, 64, "TN", dim=0, length=1, kept=1),
+    ):
+        assert not code.spills
 
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_code_of_selection_and_norms(arch: int) -> None:
-    types = {"score": "*fp32", "idx": "*i64", "units": "i32", "k": "i32"}
-    code = compile_for(choose.choose_kernel, arch, types | {"BLOCK": "constexpr"}, {"BLOCK": choose.MOST_UNITS}, ("score", "idx"), 16)
-    assert not code.spills
-    names = choose.norms_kernel.arg_names
-    for constants in ({"sx_kept": 1, "BLOCK_KEPT": 128, "BLOCK_SUMMED": 32}, {"sx_summed": 1, "BLOCK_KEPT": 16, "BLOCK_SUMMED": 256}):
-        signature = {n: {"x": "*bf16", "part": "*fp32"}.get(n, "i32") for n in names}
-        assert not compile_for(choose.norms_kernel, arch, signature, constants, tuple(n for n in names if n not in constants)).spills
+    with instead_of_running(choose.choose_kernel, arch) as codes:
+        choose.choose(torch.empty(choose.MOST_UNITS), 16)
+    assert not codes[0].spills
+    with instead_of_running(choose.norms_kernel, arch) as codes:
+        choose.norms_sq(torch.empty(256, 128), 0, 1)
+        choose.norms_sq(torch.empty(256, 128), 1, 64)
+    assert len(codes) == 2 and not any(code.spills for code in codes)
 
 
 # --- which configuration, and which operands ---
@@ -188,7 +186,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Config]:
 
 
 def pick(key: str = "key", device: Device = H200) -> Config:
-    return tuning.pick(matmul.skip_kernel, (key,), matmul.configs(2, 64, 90), device, lambda c: None)
+    return tuning.pick(matmul.skip_kernel, (key,), lambda: matmul.configs(2, 64, 90), device, lambda c: None)
 
 
 def test_choice_is_timed_once_and_stored(timed: list[Config], tmp_path: Path) -> None:
@@ -271,9 +269,8 @@ def test_ops(unit: int, scaled: bool, transposed: bool) -> None:
 @pytest.mark.parametrize("name", SCORES)
 def test_choose_of_the_op(name: str) -> None:
     score = SCORES[name]
-    order = sorted(range(len(score)), key=lambda i: (score[i] == score[i], -score[i] if score[i] == score[i] else 0, i))
     for k in {0, 1, len(score) // 2, len(score)}:
-        assert skip.choose(torch.tensor(score), k).tolist() == sorted(order[:k])
+        assert skip.choose(torch.tensor(score), k).tolist() == largest(score, k)
 
 
 @pytest.mark.parametrize(("m", "size", "n", "kept"), [(0, 8, 3, 1), (3, 8, 0, 1), (3, 0, 4, 0), (3, 8, 4, 0), (1, 1, 1, 1), (1, 8, 1, 8)])

@@ -119,9 +119,13 @@ def _check_into(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: i
 
 
 def _check(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: int, size: int) -> None:
-    """What an index would read beyond its operand for is an error here."""
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0] or a.dtype != b.dtype:
         raise ValueError(f"operands {tuple(a.shape)} {a.dtype} and {tuple(b.shape)} {b.dtype}; expected matrices (M, K) and (K, N) of one dtype")
+    check_index(idx, scale, unit, size)
+
+
+def check_index(idx: Tensor, scale: Tensor | None, unit: int, size: int) -> None:
+    """What an index would read beyond an axis of `size` entries for is an error here."""
     if unit < 1 or size % unit:
         raise ValueError(f"unit {unit} for an axis of {size} entries; expected a divisor of {size}: pad the axis, or take unit 1 and indices of entries")
     if idx.dim() != 1 or idx.dtype != torch.int64 or len(idx) > size // unit:

@@ -18,13 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import wraps
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from approx_compile.kernels.products import Axis, take, untake
+from approx_compile.kernels.skip import check_index, kernels
 
 _CHANNELS = Axis(1)
 
@@ -82,18 +82,18 @@ def _channels_last(x: Tensor) -> Tensor:
     return x if x.stride() == made.stride() else made.copy_(x)
 
 
-def _checked(function: Callable[..., Tensor], reads_x: bool) -> Callable[..., Tensor]:
+def _checked(function: Callable[..., Tensor], product: str) -> Callable[..., Tensor]:
     """The function for operands that fit each other; a ValueError says what does not."""
+    common = {"output": (1, 1), "grad_input": (1, 0), "grad_weight": (0, 0)}[product]  # the dims of the operands that are the same axis
 
     @wraps(function)
     def run(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: int, *rest: Any) -> Tensor:
-        if a.dim() != 4 or b.dim() != 4:
-            raise ValueError(f"operands have shapes {tuple(a.shape)} and {tuple(b.shape)}: a 2-D convolution takes (N, C, H, W) and (O, C, kh, kw)")
-        channels = a.shape[1] if reads_x else b.shape[1]
-        if channels % unit:
-            raise ValueError(f"{channels} input channels are no multiple of unit = {unit}")
-        if scale is not None and scale.shape != idx.shape:
-            raise ValueError(f"scale has shape {tuple(scale.shape)}: one number is needed for each of the {idx.shape[0]} units in idx")
+        if a.dim() != 4 or b.dim() != 4 or a.shape[common[0]] != b.shape[common[1]] or a.dtype != b.dtype:
+            raise ValueError(
+                f"operands {tuple(a.shape)} {a.dtype} and {tuple(b.shape)} {b.dtype}; expected two of x (N, C, H, W), w (O, C, kh, kw) and dy (N, O, Ho, Wo), "
+                "of one dtype; 1-D and 3-D convolutions, and those in groups, have no op of this kind"
+            )
+        check_index(idx, scale, unit, (b if product == "grad_input" else a).shape[1])
         return function(a, b, idx, scale, unit, *rest)
 
     return run
@@ -103,23 +103,23 @@ def fastest(reference: Callable[..., Tensor], like: Callable[..., Tensor]) -> Ca
     """The Triton kernel of the reference's name where it takes the operands, else the reference."""
 
     def run(*args: Any) -> Tensor:
-        if find_spec("triton") is None:
+        conv = kernels("conv")
+        if conv is None:
             return reference(*args)
-        from approx_compile.kernels.triton import conv
-
         result = like(*args)
         return result if getattr(conv, reference.__name__)(result, *args) else reference(*args)
 
     return run
 
 
-def _op(name: str, reference: Callable[..., Tensor], like: Callable[..., Tensor], reads_x: bool = True) -> Any:
-    op = torch.library.custom_op(f"approx_compile::{name}", _checked(reference, reads_x), mutates_args=())
-    op.register_kernel("cuda", _checked(fastest(reference, like), reads_x))
-    op.register_fake(_checked(like, reads_x))
+def _op(name: str, reference: Callable[..., Tensor], like: Callable[..., Tensor]) -> Any:
+    product = reference.__name__
+    op = torch.library.custom_op(f"approx_compile::{name}", _checked(reference, product), mutates_args=())
+    op.register_kernel("cuda", _checked(fastest(reference, like), product))
+    op.register_fake(_checked(like, product))
     return op
 
 
 skip_conv = _op("skip_conv", output, output_like)
-skip_conv_input = _op("skip_conv_input", grad_input, grad_input_like, reads_x=False)
+skip_conv_input = _op("skip_conv_input", grad_input, grad_input_like)
 skip_conv_weight = _op("skip_conv_weight", grad_weight, grad_weight_like)

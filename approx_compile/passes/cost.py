@@ -100,9 +100,9 @@ class Case(NamedTuple):
     weight: int | None = None
     scaled: bool = False
     skips: bool = False
+    lowering: str = "inductor"
     narrow: bool = False
     fed: bool = False
-    lowering: str = "inductor"
 
 
 @functools.cache
@@ -113,10 +113,10 @@ def terms(case: Case) -> tuple[Term, ...]:
         return (*_skipping(case, {}), *_narrowed(case), _product(case, {}))
     if case.decision == "coupled":
         small = {K: k}
-        if case.fed and case.product == "grad_input":
-            return (*_skipping(case, small), _product(case, small))
         if case.lowering != "inductor":
             return (_product(case, small), _kernels(1))
+        if case.fed and case.product == "grad_input":
+            return (*_skipping(case, small), _product(case, small))
         scale = k / K * result if case.scaled and case.product == "grad_weight" else sympy.Integer(0)
         untake = Term("untake", "untake", (r, e * result), scale, e * result, sympy.Integer(1))
         return (*_skipping(case, small), _product(case, small), untake, _kernels(1))

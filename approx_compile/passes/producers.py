@@ -202,7 +202,7 @@ class Producers:
     def _fed(self, i: int, products: Sequence[ProductPlan]) -> tuple[ProductPlan, ...]:
         """A consumer's products when its activation comes narrow, and the gradient of it may leave so."""
         return tuple(
-            self._timed(self.sites[i], p, d, None, p.name != "grad_weight") if d.decision in ("sampled", "coupled") else d
+            self._timed(self.sites[i], p, d, None, True) if p.name in ("output", "grad_input") and d.decision in ("sampled", "coupled") else d
             for p, d in zip(self.sites[i].products, products, strict=True)
         )
 
@@ -215,7 +215,7 @@ class Producers:
         for n, (p, d) in enumerate(zip(site.products, plan.products, strict=True)):
             if p.name == "output" or d.decision in ("exact", "coupled"):
                 new = self._timed(site, p, d, how, bool(plan.shrinks) and p.name != "grad_weight")
-                products[n] = replace(new, reason=f"{new.reason}; {only}", skips=consumer.name)
+                products[n] = replace(new, reason=f"{d.reason}; {only}", skips=consumer.name)
         return replace(plan, products=tuple(products), reason=f"{plan.reason}; {only}")
 
     def _timed(self, site: Site, product: Product, plan: ProductPlan, only: Estimator | None, fed: bool) -> ProductPlan:

@@ -75,7 +75,7 @@ def norms_sq(x: Tensor, dim: int, group: int, programs: int = 1024) -> Tensor:
     parts = triton.cdiv(summed, chunk)
     part = torch.empty((parts, kept), dtype=torch.float32, device=x.device)
     with on_device(x):
-        norms_kernel[(tiles, parts)](x, part, kept, summed, chunk, x.stride(dim), x.stride(1 - dim), block_kept, block_summed, num_warps=4)
+        norms_kernel[(tiles, parts)](x, part, kept, summed, chunk, x.stride(dim), x.stride(1 - dim), block_kept, block_summed, num_warps=8)
     if parts == group == 1:
         return part[0]
     units = kept // group

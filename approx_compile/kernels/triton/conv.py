@@ -66,7 +66,7 @@ def refusal(product: str, g: Geometry, unit: int, idx: Tensor, *operands: Tensor
         return f"dtypes are {', '.join(sorted(str(d) for d in dtypes))}: one of bfloat16, float16 and float32 is needed"
     if torch.float32 in dtypes and torch.backends.cudnn.conv.fp32_precision != "tf32":  # type: ignore[attr-defined]
         return "fp32 without tf32 has no tensor cores: torch.backends.cudnn.conv.fp32_precision is not 'tf32'"
-    if any(t.is_cuda and torch.cuda.get_device_capability(t.device)[0] not in WIDE for t in operands):
+    if any(t.is_cuda and device_of(t).arch // 10 not in WIDE for t in operands):
         return "there are kernels for compute capability 8.x and 9.x"
     if unit not in UNITS:
         return f"groups of {unit} channels: there are kernels for {', '.join(map(str, UNITS))}"
@@ -84,19 +84,22 @@ def refusal(product: str, g: Geometry, unit: int, idx: Tensor, *operands: Tensor
 def configs(product: str, itemsize: int, length: int, capability: int) -> list[Config]:
     """Those whose steps exceed `length`, the contraction axis or the unit in which it is sampled, least at its end; for fp32 a step is 32 at most.
 
-    Shorter steps have more of them in flight, and medium tiles only.
+    Shorter steps have more of them in flight, and the smallest tile.
     """
     longest = 128 // itemsize
     run = min((r for r in RUNS[product] if r <= longest), key=lambda r: (-length % r, -r))
-    tiles = (*WIDE[capability], *MEDIUM) if run == longest else MEDIUM
+    tiles = (*WIDE[capability], *MEDIUM) if run == longest else MEDIUM[-1:]  # short steps are those of narrow layers
     return [replace(c, block_k=run, stages=min(c.stages * longest // run, 6)) for c in tiles]
 
 
 def _best(product: str, x: Tensor, size: tuple[int, int], length: int, key: tuple[Any, ...], launch: Callable[[Config], None]) -> Config:
-    """The configuration for a result of `size` rows and columns."""
-    device = device_of(x)
-    fit = fitting(configs(product, x.itemsize, length, device.arch // 10), *size, x.itemsize, device)
-    return pick(getattr(kernels, product), (*key, bucket(size[0]), bucket(size[1]), x.dtype), fit, device, launch)
+    """The configuration for a result of `size` rows and columns, the same up to the next powers of two."""
+    device, itemsize = device_of(x), x.itemsize
+    m, n = bucket(size[0]), bucket(size[1])
+    return pick(
+        getattr(kernels, product), (*key, m, n, x.dtype),
+        lambda: fitting(configs(product, itemsize, length, device.arch // 10), m, n, itemsize, device), device, launch,
+    )  # fmt: skip
 
 
 def output(

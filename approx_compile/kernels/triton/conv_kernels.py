@@ -60,7 +60,7 @@ def output(
     left = m % WO * SW - PW
     row = ((m // (WO * HO) * H + top) * W + left) * C
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    coming = tl.load(idx)
+    coming = tl.load(idx)  # one step ahead: a load that waits for another in its own step costs the pipeline a stage
     for step in range(kept * (parts * KH * KW)):
         tap = step % (KH * KW)
         part = step // (KH * KW)

@@ -237,6 +237,7 @@ def skip(
     `config` and `tma` are the test's: left out, the one is looked up (`tuning`), and TMA is used where the device has it.
     """
     (m, _), n = a.shape, b.shape[1]
+    idx, scale, bias = idx.contiguous(), _packed(scale), _packed(bias)
     y = torch.empty((m, n), dtype=a.dtype, device=a.device)
 
     def run(c: Config) -> None:
@@ -259,7 +260,7 @@ def skip_into(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: int
     `config` and `tma` as for `skip`.
     """
     y = torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype, device=a.device)
-    out = y
+    out, idx, scale = y, idx.contiguous(), _packed(scale)
     if dim == 0:  # the transposed product
         a, b, out = b.T, a.T, y.T
     (m, length), n = a.shape, b.shape[1]
@@ -277,11 +278,15 @@ def skip_into(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: int
     return y
 
 
+def _packed(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
 def _has_tma(x: Tensor, given: bool | None) -> bool:
     return tuning.device_of(x).arch // 10 == 9 if given is None else given
 
 
 def _config(kernel: Any, a: Tensor, m: int, n: int, unit: int, what: tuple[Any, ...], run: Callable[[Config], None]) -> Config:
-    device = tuning.device_of(a)
-    fitting = tuning.fitting(configs(a.element_size(), unit, device.arch), m, n, a.element_size(), device)
-    return tuning.pick(kernel, (*what, tuning.bucket(m), tuning.bucket(n)), fitting, device, run)
+    """The configuration for sizes up to the next powers of two."""
+    device, size, m, n = tuning.device_of(a), a.element_size(), tuning.bucket(m), tuning.bucket(n)
+    return tuning.pick(kernel, (*what, m, n), lambda: tuning.fitting(configs(size, unit, device.arch), m, n, size, device), device, run)

@@ -7,6 +7,7 @@ the same.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -63,8 +64,14 @@ class Device:
 
 
 def device_of(x: torch.Tensor) -> Device:
-    p: Any = torch.cuda.get_device_properties(x.device)
-    return Device(p.name, p.major * 10 + p.minor, p.multi_processor_count, p.shared_memory_per_block_optin)
+    """`arch` is 0 for what is no NVIDIA GPU."""
+    return _device(x.device)
+
+
+@functools.cache
+def _device(device: torch.device) -> Device:
+    p: Any = torch.cuda.get_device_properties(device)
+    return Device(p.name, 0 if torch.version.hip else p.major * 10 + p.minor, p.multi_processor_count, p.shared_memory_per_block_optin)
 
 
 def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
@@ -84,22 +91,26 @@ def bucket(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
-def pick(kernel: Any, key: tuple[Hashable, ...], configs: Sequence[Config], device: Device, run: Callable[[Config], None]) -> Config:
-    """The fastest of `configs` for `run`, which launches the kernel `key` describes, by an earlier call, an earlier process, or timing.
+def pick(kernel: Any, key: tuple[Hashable, ...], candidates: Callable[[], Sequence[Config]], device: Device, run: Callable[[Config], None]) -> Config:
+    """The fastest of `candidates` (which depend on `key` and `device` alone) for `run`, which launches the kernel: by an earlier call, an earlier process, or
+    timing.
 
     The first one, without timing, under `torch.use_deterministic_algorithms` (another order of sums is another result) and, for a key not seen before,
     while a CUDA graph is captured: the graph keeps it, the next call outside decides.
     """
-    if len(configs) == 1 or torch.are_deterministic_algorithms_enabled():
-        return configs[0]
-    full = (kernel.cache_key, triton.__version__, device, key, tuple(configs))
-    with _lock:
-        found = _memory.get(full)
-        if found is None:
-            if torch.cuda.is_current_stream_capturing():
-                return configs[0]
-            found = _memory[full] = _stored(full, configs) or _fastest(full, configs, run)
-    return found
+    fixed = torch.are_deterministic_algorithms_enabled()
+    place = (kernel, key, device, fixed)
+    found = _memory.get(place)
+    if found is not None:
+        return found
+    configs = candidates()
+    if not fixed and len(configs) > 1:
+        if torch.cuda.is_current_stream_capturing():
+            return configs[0]
+        with _lock:  # one timing at a time
+            full = (kernel.cache_key, triton.__version__, device, key, tuple(configs))
+            found = _memory.get(place) or _stored(full, configs) or _fastest(full, configs, run)
+    return _memory.setdefault(place, found or configs[0])
 
 
 def _folder(full: tuple[Any, ...]) -> Any:
