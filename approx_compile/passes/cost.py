@@ -13,6 +13,7 @@ u units it is chosen from; p, q contiguous entries per kept index in the two ope
 | selection | 10 B u log2 u | | 1 | `select.METHOD` at u, B |
 | take, each operand | 1 per entry kept where scaled | 2 e per entry kept | 1 kernel | bytes / `take` at p or q |
 | untake, a coupled gradient | 1 per entry kept where scaled | e per entry of the whole result | 1 kernel | bytes / `untake` at r |
+| a site that shares another's indices (`passes.shared`) | | | | norms of its own weight only, no selection, no take A; no untake of a `grad_input` that is put back with the other's |
 | skip, each of dY and (for `grad_input`) W | | 2 e per entry left | 1 kernel | bytes / `take` at unit runs |
 | skip, the result of `grad_weight` | | e per entry of the whole result | 1 kernel | bytes / `untake` |
 
@@ -54,6 +55,10 @@ LIVE = 4
 """Tensors of the size of one that a step holds at once, so that its memory is as far away, or as newly mapped, as theirs together: bandwidths are read at
 so many times the bytes."""
 
+SHARE_MARGIN = 1.1
+"""What sampling sites with indices of their own must take over sampling them with shared ones: sharing raises the gradient's error by a tenth where it does harm
+(benchmarks/share_study.py), which more entries kept would make good at about this price."""
+
 SKIP_MARGIN = 1.05
 """The same for skipping zeros, which costs no accuracy."""
 
@@ -81,7 +86,8 @@ class Term:
 
 
 class Case(NamedTuple):
-    """What of a product decides which terms it has: of a "linear", "bmm" or "conv" site, exact | sampled | coupled, and which zeros it skips."""
+    """What of a product decides which terms it has: of a "linear", "bmm" or "conv" site, exact | sampled | coupled, and whether it skips zeros and shares
+    what another site chose."""
 
     kind: str
     product: str
@@ -90,6 +96,7 @@ class Case(NamedTuple):
     weight: int | None = None
     scaled: bool = False
     skips: bool = False
+    shares: bool = False
 
 
 @functools.cache
@@ -100,10 +107,12 @@ def terms(case: Case) -> tuple[Term, ...]:
         return (*_skipping(case, {}), _product(case, {}))
     if case.decision == "coupled":
         small = {K: k}
+        if case.shares:
+            return (*_skipping(case, small), _product(case, small))
         scale = k / K * result if case.scaled and case.product == "grad_weight" else sympy.Integer(0)
         untake = Term("untake", "untake", (r, e * result), scale, e * result, sympy.Integer(1))
         return (*_skipping(case, small), _product(case, small), untake, _kernels(1))
-    entries = {"uniform": 0 * a, "topk_weights": (a, b)[case.weight or 0]}.get(case.method, a + b)
+    entries = {"uniform": 0 * a, "topk_weights": (a, b)[case.weight or 0]}.get(case.method, b if case.shares else a + b)
     norms = [Term("norms", "norms", (e * entries,), 2 * entries, e * entries, sympy.Integer(1))] if entries != 0 else []
     selection = Term("selection", f"select.{case.method}", (u, B), 10 * B * u * sympy.log(u, 2), launches=sympy.Integer(1))
     kept = k / axis
@@ -111,7 +120,8 @@ def terms(case: Case) -> tuple[Term, ...]:
         Term(f"take {name}", "take", (run, 2 * e * kept * size), kept * size if case.scaled and name == "B" else 0 * e, 2 * e * kept * size)
         for name, size, run in (("A", a, p), ("B", b, q))
     ]
-    return (*norms, selection, *takes, _product(case, _smaller(axis)), _kernels(len(norms) + 1))
+    chosen = takes[1:] if case.shares else [selection, *takes]
+    return (*norms, *chosen, _product(case, _smaller(axis)), _kernels(len(norms) + 1))
 
 
 def _smaller(axis: sympy.Symbol) -> dict[sympy.Symbol, sympy.Expr]:
@@ -227,27 +237,27 @@ def exact(site: Site, product: Product, machine: Machine | None) -> Estimate:
     return evaluate(Case(kind_of(site), role(product), "exact"), sizes_of(site), site.dtype, machine)
 
 
-def sampled(site: Site, product: Product, how: Estimator, machine: Machine | None, kept: float | None = None) -> Estimate:
-    """A product sampled along its own contraction axis; `kept` entries in place of the estimator's."""
+def sampled(site: Site, product: Product, how: Estimator, machine: Machine | None, kept: float | None = None, shares: bool = False) -> Estimate:
+    """A product sampled along its own contraction axis; `kept` entries in place of the estimator's. `shares`: at the entries that another site chose."""
     runs = [_run(site, product, i) for i in (0, 1)]
     sizes = sizes_of(site) | {k: kept or how.kept, u: how.units, p: runs[0] * how.unit, q: runs[1] * how.unit}
-    return evaluate(Case(kind_of(site), role(product), "sampled", how.method, how.weight, how.scaled), sizes, site.dtype, machine)
+    return evaluate(Case(kind_of(site), role(product), "sampled", how.method, how.weight, how.scaled, shares=shares), sizes, site.dtype, machine)
 
 
-def coupled(site: Site, product: Product, how: Estimator, machine: Machine | None, kept: float | None = None) -> Estimate:
-    """A gradient through the entries that the output kept (`how` is the output's)."""
+def coupled(site: Site, product: Product, how: Estimator, machine: Machine | None, kept: float | None = None, shares: bool = False) -> Estimate:
+    """A gradient through the entries that the output kept (`how` is the output's). `shares`: another site's put it back, too."""
     run = _run(site, site.products[0], 0 if role(product) == "grad_input" else 1) * how.unit
     sizes = sizes_of(site) | {k: kept or how.kept, r: run}
-    return evaluate(Case(kind_of(site), role(product), "coupled", how.method, how.weight, how.scaled), sizes, site.dtype, machine)
+    return evaluate(Case(kind_of(site), role(product), "coupled", how.method, how.weight, how.scaled, shares=shares), sizes, site.dtype, machine)
 
 
-def skipped(site: Site, product: Product, how: Estimator | None, dropped: Estimator, machine: Machine | None) -> Estimate:
-    """A gradient, exact or coupled to its own output (`how`), that leaves out the output channels another site `dropped`."""
+def skipped(site: Site, product: Product, how: Estimator | None, dropped: Estimator, machine: Machine | None, shares: bool = False) -> Estimate:
+    """A gradient, exact or coupled to its own output (`how`), that leaves out the output channels another site `dropped`. `shares` as in `coupled`."""
     sizes = sizes_of(site) | {skip: dropped.kept, u: dropped.unit, q: dropped.unit * _torch.hint(_torch.value(site.products[0].operands[0]).shape[-1])}
     if how is None:
         return evaluate(Case(kind_of(site), role(product), "exact", skips=True), sizes, site.dtype, machine)
     sizes |= {k: how.kept, r: how.unit}
-    return evaluate(Case(kind_of(site), role(product), "coupled", how.method, how.weight, how.scaled, True), sizes, site.dtype, machine)
+    return evaluate(Case(kind_of(site), role(product), "coupled", how.method, how.weight, how.scaled, True, shares), sizes, site.dtype, machine)
 
 
 def _run(site: Site, product: Product, operand: int) -> int:

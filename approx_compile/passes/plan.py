@@ -15,7 +15,7 @@ from approx_compile.config import ApproxConfig, ProductSettings, RowSettings, Si
 from approx_compile.kernels.estimators import Estimator, estimator
 from approx_compile.kernels.replacements import Replacement
 from approx_compile.machine import Machine
-from approx_compile.passes import cost, replacements, worth
+from approx_compile.passes import cost, replacements, shared, worth
 from approx_compile.passes.fit import check_shapes
 from approx_compile.passes.sites import Product, Site
 from approx_compile.passes.stages import Cut
@@ -38,6 +38,7 @@ class ProductPlan:
     `terms` says term by term what the time as planned is made of, `sizes` what the symbols in them stand for (see `passes.cost`).
 
     `skips`: the site whose dropped entries make this product's output gradient zero; computing nothing there changes no value.
+    `shares`: the site whose indices it uses: an output that is sampled at the entries chosen there (see `passes.shared`), a gradient put back with that site's.
     """
 
     name: str
@@ -51,6 +52,7 @@ class ProductPlan:
     flops_sampled: int
     how: Estimator | None = None
     skips: str | None = None
+    shares: str | None = None
     node: str = ""
     replacement: Replacement | None = None
     bytes_exact: int = 0
@@ -180,6 +182,8 @@ def make_plan(sites: Sequence[Site], config: ApproxConfig, machine: Machine | No
     if asked and ask is not None:
         times = dict(zip(asked, ask([(sites[i], t) for i in asked if not isinstance(t := tried[i], SitePlan)]), strict=True))
     judged = [t if isinstance(t, SitePlan) else _judged(sites[i], settings[i], t, machine, times.get(i)) for i, t in enumerate(tried)]
+    if machine is not None:
+        judged = shared.share(sites, settings, tried, judged, machine)
     decided = [_with_replacements(s, p, w) for s, p, w in zip(sites, judged, settings, strict=True)]
     return Plan(tuple(_with_nodes(s, p) for s, p in zip(sites, decided, strict=True)), unmatched, remarks=tuple(remarks))
 
@@ -247,7 +251,7 @@ def _judged(site: Site, settings: SiteSettings, tries: Tries, machine: Machine |
     else:
         assert found.time_exact_us is not None and found.time_sampled_us is not None
         pays = cost.worth(site.kind, found.time_exact_us, found.time_sampled_us, machine)
-        why = worth.predicted(site, best, machine)
+        why = worth.predicted([(site, best)], machine)
     return replace(found, reason=f"{done.reason}; {why}") if pays else _all_exact(site, f"would not pay: {why}", machine)
 
 

@@ -7,7 +7,8 @@ would bypass a cache or hide a change of code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +17,12 @@ from torch import fx
 from approx_compile import _torch
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.kernels.products import Axis, sample, take, untake
+from approx_compile.passes import shared
 from approx_compile.passes.plan import Plan, ProductPlan
 from approx_compile.passes.replacements import let_go_of_activation, replace_conv_weight, replace_matmul
+from approx_compile.passes.shared import Sum
 from approx_compile.passes.sites import CONV, VIEWS, Product, Site, channel_axis, conv_weight_axes, permutation_between
-from approx_compile.passes.splice import inline, output_of, refresh, replace_output
+from approx_compile.passes.splice import hoist, inline, output_of, refresh, replace_output
 
 aten = torch.ops.aten
 
@@ -39,17 +42,21 @@ class Sampled(NamedTuple):
 def rewrite(graph: fx.Graph, sites: Sequence[Site], plan: Plan) -> None:
     """Carry out `plan` (made from `sites` of this graph), then remove what it made dead and lint."""
     kept: dict[str, Sampled] = {}
+    readers = shared.readers(sites, plan)
+    sums = {name: _Shared(*found) for name, found in shared.sums(sites, plan).items()}
     for site, planned in zip(sites, plan.sites, strict=True):
         output = planned.products[0]
         if output.decision == "sampled":
-            kept[site.name] = _sample_in_place(graph, site, site.products[0], output)
+            leader = kept[output.shares] if output.shares is not None else None
+            kept[site.name] = _sample_in_place(graph, site, site.products[0], output, leader, readers.get(site.name, ()))
     for site, planned in zip(sites, plan.sites, strict=True):
         todo = []
         for product, decision in zip(site.products[1:], planned.products[1:], strict=True):
             coupled = kept[site.name] if decision.decision == "coupled" else None
             skipped = kept[decision.skips] if decision.skips is not None else None
             if decision.decision in ("sampled", "replaced") or coupled or skipped:
-                todo.append(_Gradient(product, decision, coupled, skipped))
+                into = sums.get(decision.shares or site.name) if product.name == "grad_input" else None
+                todo.append(_Gradient(product, decision, coupled, skipped, into))
         if site.node.target in CONV:
             _conv_gradients(graph, site, todo)
             continue
@@ -60,6 +67,8 @@ def rewrite(graph: fx.Graph, sites: Sequence[Site], plan: Plan) -> None:
                 _sample_in_place(graph, site, work.product, work.decision)
             else:
                 _narrow_matmul(graph, site.products[0].operands, work)
+    for into in sums.values():
+        _put_back_sum(graph, into)
     graph.eliminate_dead_code()
     graph.lint()
 
@@ -72,6 +81,19 @@ class _Gradient(NamedTuple):
     decision: ProductPlan
     coupled: Sampled | None
     skipped: Sampled | None
+    into: _Shared | None
+
+
+@dataclass
+class _Shared:
+    """Gradients of one activation through the same entries, which are put back in place once, summed up in their `order`; `total` is the sum."""
+
+    total: fx.Node
+    order: Sum
+    narrow: list[fx.Node] = field(default_factory=list)
+    holes: tuple[_Hole, ...] = ()
+    activation: tuple[fx.Node, fx.Node] | None = None
+    like: Any = None
 
 
 class _Hole(NamedTuple):
@@ -85,11 +107,16 @@ class _Hole(NamedTuple):
 # --- outputs, and gradients of matmuls ---
 
 
-def _sample_in_place(graph: fx.Graph, site: Site, product: Product, decision: ProductPlan) -> Sampled:
-    """Gather both operands of a product along its contraction axis and let its node work on those."""
+def _sample_in_place(
+    graph: fx.Graph, site: Site, product: Product, decision: ProductPlan, leader: Sampled | None = None, readers: Sequence[Product] = ()
+) -> Sampled:
+    """Gather both operands of a product along its contraction axis and let its node work on those. `leader`: whose indices and activation it uses; `readers`:
+    products that will use its own, whose weights have their say in the choice and must stand before it."""
     assert decision.how is not None
     node, how = product.node, decision.how
-    kept = _gathered(graph, node, site, product, how)
+    for other in readers:
+        hoist(other.operands[1], node)
+    kept = _gathered(graph, node, site, product, how, readers) if leader is None else _joined(graph, product, leader)
     args = list(node.args)
     first = len(args) - 2 if node.target not in CONV else 0
     args[first], args[first + 1] = kept.operands
@@ -97,16 +124,26 @@ def _sample_in_place(graph: fx.Graph, site: Site, product: Product, decision: Pr
     return kept
 
 
-def _gathered(graph: fx.Graph, before: fx.Node, site: Site, product: Product, how: Estimator) -> Sampled:
-    def run(a: torch.Tensor, b: torch.Tensor) -> Any:
-        return sample(how, a, b, *product.axes)
+def _gathered(graph: fx.Graph, before: fx.Node, site: Site, product: Product, how: Estimator, readers: Sequence[Product] = ()) -> Sampled:
+    def run(a: torch.Tensor, b: torch.Tensor, *others: torch.Tensor) -> Any:
+        return sample(how, a, b, *product.axes, [(w, r.axes[1]) for w, r in zip(others, readers, strict=True)])
 
-    idx, scale, a, b = inline(graph, before, run, product.operands)
+    idx, scale, a, b = inline(graph, before, run, (*product.operands, *(r.operands[1] for r in readers)))
     for node, name in ((idx, "idx"), (scale, "scale")):
         if node is not None:
             _torch.must_save(node)  # a choice that is made again in the backward pass might be another one
             node.meta[CHOICE] = f"{site.name}.{product.name}.{name}"
     return Sampled(how, idx, scale, (a, b))
+
+
+def _joined(graph: fx.Graph, product: Product, leader: Sampled) -> Sampled:
+    """The operands of a product at the entries that another one kept of the same activation."""
+
+    def run(b: torch.Tensor, idx: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        return take(b, product.axes[1], idx, scale, leader.how.unit)
+
+    b = inline(graph, product.node, run, (product.operands[1], leader.idx, leader.scale))
+    return leader._replace(operands=(leader.operands[0], b))
 
 
 def _narrow_matmul(graph: fx.Graph, forward: tuple[fx.Node, fx.Node], work: _Gradient) -> None:
@@ -133,7 +170,7 @@ def _narrow_matmul(graph: fx.Graph, forward: tuple[fx.Node, fx.Node], work: _Gra
             holes.append(_Hole(Axis(1 - position + _torch.value(m).dim() - 2), work.skipped, None))
     m.args = (operand, dy) if position == 0 else (dy, operand)
     activation = (forward[0], work.coupled.operands[0]) if work.coupled is not None and p.reads == position == 1 else None  # dA, in A's own orientation
-    _put_back(graph, m, holes, activation)
+    _put_back(graph, m, holes, activation, work.into)
 
 
 def _taken(graph: fx.Graph, before: fx.Node, x: fx.Node, axis: Axis, kept: Sampled) -> fx.Node:
@@ -142,18 +179,53 @@ def _taken(graph: fx.Graph, before: fx.Node, x: fx.Node, axis: Axis, kept: Sampl
     return new
 
 
-def _put_back(graph: fx.Graph, m: fx.Node, holes: Sequence[_Hole], activation: tuple[fx.Node, fx.Node] | None = None) -> None:
+def _put_back(
+    graph: fx.Graph, m: fx.Node, holes: Sequence[_Hole], activation: tuple[fx.Node, fx.Node] | None = None, into: _Shared | None = None
+) -> None:
     """Recompute the meta of a node that now makes the kept entries only, and give its users the full-size result.
 
     `activation`: the one whose gradient this is, whole and kept. If it is a ReLU's output and this its only gradient, the ReLU's backward moves in
     front of the un-gather: outside the kept entries the gradient is zero anyway, and the mask of the whole activation need not be saved.
+    `into`: the sum that is put back in its stead.
     """
-    users = list(m.users)
     old = _torch.value(m)
+    if into is not None:
+        into.narrow.append(m)
+        into.holes, into.activation, into.like = tuple(holes), into.activation or activation, old
+        refresh(m)
+        return
+    users = list(m.users)
     masked = _relu_backward(m, activation[0]) if activation is not None else None
     refresh(m)
     if not holes:
         return
+    full = _filled(graph, m.next, m, holes, activation[1] if masked and activation else None, old)
+    for u in users:
+        u.replace_input_with(m, full)
+    _drop_mask(masked)
+
+
+def _put_back_sum(graph: fx.Graph, work: _Shared) -> None:
+    """Give the users of a sum of gradients, each of the kept entries only by now, that sum in place."""
+
+    def run(*parts: torch.Tensor) -> torch.Tensor:
+        return _added(work.order, parts)
+
+    total = work.total
+    masked = _relu_backward(total, work.activation[0]) if work.activation is not None else None
+    y = inline(graph, total, run, work.narrow, total)
+    full = _filled(graph, total, y, work.holes, work.activation[1] if masked and work.activation else None, work.like)
+    full = inline(graph, total, lambda x: _like(x.reshape(_torch.value(total).shape), _torch.value(total)), (full,), total)
+    total.replace_all_uses_with(full)
+    _drop_mask(masked)
+
+
+def _added(order: Sum, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return parts[order] if isinstance(order, int) else _added(order[0], parts) + _added(order[1], parts)
+
+
+def _filled(graph: fx.Graph, before: fx.Node, narrow: fx.Node, holes: Sequence[_Hole], masked: fx.Node | None, old: Any) -> fx.Node:
+    """The full-size gradient (`old` has its shape and strides) of what is kept of it, zero where the kept activation `masked` is not positive."""
 
     def run(y: torch.Tensor, x: torch.Tensor | None, *chosen: torch.Tensor | None) -> torch.Tensor:
         y = torch.where(x <= 0, 0, y) if x is not None else y
@@ -163,9 +235,12 @@ def _put_back(graph: fx.Graph, m: fx.Node, holes: Sequence[_Hole], activation: t
         return _like(y, old)
 
     chosen = [n for hole in holes for n in (hole.kept.idx, hole.scale)]
-    full = inline(graph, m.next, run, (m, activation[1] if masked and activation else None, *chosen), m)
-    for u in users:
-        u.replace_input_with(m, full)
+    full = inline(graph, before, run, (narrow, masked, *chosen), narrow)
+    assert isinstance(full, fx.Node)
+    return full
+
+
+def _drop_mask(masked: fx.Node | None) -> None:
     if masked is not None:
         masked.replace_all_uses_with(masked.args[2])  # type: ignore[arg-type]
 
@@ -262,7 +337,7 @@ def _narrow_conv(graph: fx.Graph, site: Site, m: fx.Node, group: Sequence[_Gradi
             holes.append(_Hole(w_out, skipped, None))
         grad.meta["val"] = _torch.value(m)[work.product.mask]  # the full size, which _put_back restores
         replace_output(graph, m, work.product.mask, grad)
-        _put_back(graph, grad, holes, activation)
+        _put_back(graph, grad, holes, activation, work.into)
     return call
 
 

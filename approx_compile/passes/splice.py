@@ -26,6 +26,14 @@ def replace_output(graph: fx.Graph, m: fx.Node, index: int, new: fx.Node) -> Non
         graph.erase_node(user)
 
 
+def hoist(n: fx.Node, before: fx.Node) -> None:
+    """Move a node, and what it is made of, in front of another."""
+    if before < n:
+        for i in n.all_input_nodes:
+            hoist(i, before)
+        before.prepend(n)
+
+
 def refresh(node: fx.Node) -> None:
     """Recompute a node's fake value after its arguments changed."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])  # type: ignore[misc]

@@ -23,6 +23,10 @@ GRANULE = 16
 """Under these kept entries come in multiples of this, which vector units and product kernels like."""
 
 
+TIES = 1.03
+"""Times no more than so many times apart count as equal, and the finer grained way is taken."""
+
+
 def total(times: Iterable[float | None]) -> float | None:
     found = list(times)
     return None if None in found else math.fsum(t for t in found if t is not None)
@@ -43,21 +47,22 @@ def candidates(site: Site, settings: SiteSettings) -> list[SiteSettings]:
 
 
 def rank(products: Sequence[ProductPlan]) -> float:
-    """For comparison: what takes no more than 3% longer counts as equal, and the first of equals, the finer grained, wins."""
+    """For comparison: ties count as equal, and the first of equals wins."""
     time = total(p.time_sampled_us for p in products)
-    return 0.0 if time is None or time <= 0 else math.ceil(math.log(time) / math.log(1.03))
+    return 0.0 if time is None or time <= 0 else math.ceil(math.log(time) / math.log(TIES))
 
 
-def predicted(site: Site, products: Sequence[ProductPlan], machine: Machine) -> str:
-    """ "predicted 0.94x at ratio 0.5, break-even 0.41"."""
-    exact, planned = (total(times) for times in ([p.time_exact_us for p in products], [p.time_sampled_us for p in products]))
-    assert exact is not None and planned is not None
-    ratio = next(p.ratio for p in products if p.decision != "exact")
+def predicted(planned: Sequence[tuple[Site, Sequence[ProductPlan]]], machine: Machine) -> str:
+    """Of one site, or of those that are sampled together: "predicted 0.94x at ratio 0.5, break-even 0.41"."""
+    everything = [(site, p) for site, products in planned for p in products]
+    exact, time = (total(times) for times in ([p.time_exact_us for _, p in everything], [p.time_sampled_us for _, p in everything]))
+    assert exact is not None and time is not None
+    ratio = next(p.ratio for _, p in everything if p.decision != "exact")
 
     def gain(share: float) -> float:
-        return exact - math.fsum(_estimate(site, p, products, machine, share).time_us or 0.0 for p in products)
+        return exact - math.fsum(_estimate(site, p, machine, share).time_us or 0.0 for site, p in everything)
 
-    return f"predicted {exact / planned:.2f}x at ratio {ratio:g}, {_break_even(gain)}"
+    return f"predicted {exact / time:.2f}x at ratio {ratio:g}, {_break_even(gain)}"
 
 
 def _break_even(gain: Callable[[float], float]) -> str:
@@ -73,12 +78,12 @@ def _break_even(gain: Callable[[float], float]) -> str:
     return f"break-even {low:.2f}"
 
 
-def _estimate(site: Site, plan: ProductPlan, products: Sequence[ProductPlan], machine: Machine, share: float) -> cost.Estimate:
+def _estimate(site: Site, plan: ProductPlan, machine: Machine, share: float) -> cost.Estimate:
     """Of a product as planned, but with another share of its axis kept."""
     product = next(p for p in site.products if p.name == plan.name)
     if plan.how is None:
         return cost.exact(site, product, machine)
-    return (cost.coupled if plan.decision == "coupled" else cost.sampled)(site, product, plan.how, machine, share * plan.size)
+    return (cost.coupled if plan.decision == "coupled" else cost.sampled)(site, product, plan.how, machine, share * plan.size, plan.shares is not None)
 
 
 def auto_group(site: Site, product: Product) -> int:

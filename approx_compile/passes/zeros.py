@@ -8,6 +8,7 @@ Leaving them out changes nothing but the order of summation: chains such as conv
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,12 +25,12 @@ _UNARY = {aten.neg.default, aten.clone.default, aten._to_copy.default, prims.con
 _SUMS = {aten.sum.dim_IntList, aten.mean.dim}
 
 
-def follow(start: fx.Node, dim: int) -> dict[fx.Node, int]:
-    """Nodes that are zero along a dim wherever `start` is along `dim`: {node: its dim}. A factor that is inf or NaN there is not considered."""
-    zero = {start: dim}
-    n = start.next
+def follow(starts: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
+    """Nodes that are zero along a dim wherever all of `starts` are along theirs: {node: its dim}. A factor that is inf or NaN there is not considered."""
+    zero = dict(starts)
+    n = min(starts).next
     while n.op != "root":
-        if n.op == "call_function" and any(i in zero for i in n.all_input_nodes):
+        if n.op == "call_function" and n not in starts and any(i in zero for i in n.all_input_nodes):
             found = _carry(n, zero)
             if found is not None:
                 zero[n] = found
