@@ -13,6 +13,7 @@ u units it is chosen from; p, q contiguous entries per kept index in the two ope
 | selection | 10 B u log2 u | | 1 | `select.METHOD` at u, B |
 | take, each operand | 1 per entry kept where scaled | 2 e per entry kept | 1 kernel | bytes / `take` at p or q |
 | untake, a coupled gradient | 1 per entry kept where scaled | e per entry of the whole result | 1 kernel | bytes / `untake` at r |
+| new memory, each tensor that these make but vectors | | e per entry | | bytes / `fresh` |
 | a site that shares another's indices (`passes.shared`) | | | | norms of its own weight only, no selection, no take A; no untake of a `grad_input` that is put back with the other's |
 | skip, each of dY and (for `grad_input`) W | | 2 e per entry left | 1 kernel | bytes / `take` at unit runs |
 | skip, the result of `grad_weight` | | e per entry of the whole result | 1 kernel | bytes / `untake` |
@@ -52,12 +53,12 @@ MEASURED_MARGIN = 1.05
 """The same for times measured (each is a median, within a few percent of the next one)."""
 
 LIVE = 4
-"""Tensors of the size of one that a step holds at once, so that its memory is as far away, or as newly mapped, as theirs together: bandwidths are read at
-so many times the bytes."""
+"""Bandwidths are read at so many times the bytes: what was measured had the caches to itself. A step of one site goes through six tensors (its operands, output and
+gradients) before it meets the first again, a gather and what it makes are one and a half."""
 
 SHARE_MARGIN = 1.1
-"""What sampling sites with indices of their own must take over sampling them with shared ones: sharing raises the gradient's error by a tenth where it does harm
-(benchmarks/share_study.py), which more entries kept would make good at about this price."""
+"""What sampling sites with indices of their own must take over sampling them with shared ones: of query, key and value sharing raises the gradient's error by a
+tenth on average, of gate and up not at all (benchmarks/share_study.py); more entries kept would make a tenth good at about this price."""
 
 SKIP_MARGIN = 1.05
 """The same for skipping zeros, which costs no accuracy."""
@@ -104,14 +105,15 @@ def terms(case: Case) -> tuple[Term, ...]:
     """The terms of a product over `SYMBOLS`."""
     a, b, result, axis = _OPERANDS[case.product]
     if case.decision == "exact":
-        return (*_skipping(case, {}), _product(case, {}))
+        return (*_skipping(case, {}), _product(case, {}), _fresh("result", result))
     if case.decision == "coupled":
         small = {K: k}
+        product = (*_skipping(case, small), _product(case, small), _fresh("narrow result", k / K * result))
         if case.shares:
-            return (*_skipping(case, small), _product(case, small))
+            return product
         scale = k / K * result if case.scaled and case.product == "grad_weight" else sympy.Integer(0)
         untake = Term("untake", "untake", (r, e * result), scale, e * result, sympy.Integer(1))
-        return (*_skipping(case, small), _product(case, small), untake, _kernels(1))
+        return (*product, untake, _fresh("result", result), _kernels(1))
     entries = {"uniform": 0 * a, "topk_weights": (a, b)[case.weight or 0]}.get(case.method, b if case.shares else a + b)
     norms = [Term("norms", "norms", (e * entries,), 2 * entries, e * entries, sympy.Integer(1))] if entries != 0 else []
     selection = Term("selection", f"select.{case.method}", (u, B), 10 * B * u * sympy.log(u, 2), launches=sympy.Integer(1))
@@ -120,8 +122,9 @@ def terms(case: Case) -> tuple[Term, ...]:
         Term(f"take {name}", "take", (run, 2 * e * kept * size), kept * size if case.scaled and name == "B" else 0 * e, 2 * e * kept * size)
         for name, size, run in (("A", a, p), ("B", b, q))
     ]
-    chosen = takes[1:] if case.shares else [selection, *takes]
-    return (*norms, *chosen, _product(case, _smaller(axis)), _kernels(len(norms) + 1))
+    new = [_fresh(name, kept * size) for name, size in (("A", a), ("B", b))]
+    chosen = [takes[1], new[1]] if case.shares else [selection, *takes, *new]
+    return (*norms, *chosen, _product(case, _smaller(axis)), _fresh("result", result), _kernels(len(norms) + 1))
 
 
 def _smaller(axis: sympy.Symbol) -> dict[sympy.Symbol, sympy.Expr]:
@@ -151,6 +154,10 @@ def _skipping(case: Case, small: Mapping[sympy.Symbol, sympy.Expr]) -> list[Term
     else:
         found.append(Term("untake", "untake", (q, weight), bytes=weight))
     return [*found, _kernels(1)]
+
+
+def _fresh(what: str, entries: sympy.Expr) -> Term:
+    return Term(f"new memory, {what}", "fresh", (e * entries,), bytes=e * entries)
 
 
 def _kernels(count: int) -> Term:
