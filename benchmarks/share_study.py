@@ -26,7 +26,7 @@ WIDTH, LENGTH, BATCH = 128, 64, 32
 STEPS = (0, 50, 150, 300)
 READERS = {"query, key, value": ["blocks.*.q", "blocks.*.k", "blocks.*.v"], "gate, up": ["blocks.*.gate", "blocks.*.up"]}
 EXACT = {"policy": "always", "method": "exact"}
-COLUMNS = ("what", "step", "ratio", "own", "shared", "shared_by_own")
+COLUMNS = ("what", "step", "ratio", "exact", "own", "shared", "shared_by_own", "unit")
 
 
 class Block(nn.Module):
@@ -130,7 +130,7 @@ def main(threads: int = 1) -> None:
         r |= {k: float(f"{r[k]:.4g}") for k in ("exact", "own", "shared") if k in r} | {"shared_by_own": round(r["shared"] / r["own"], 3)}
     keys = dict.fromkeys(k for r in (conditions(), *rows[:1], *rows[-1:]) for k in r)
     store("share_study", [{k: (conditions() | r).get(k, "") for k in keys} for r in rows])
-    show("error of the gradient, ms of a step", rows, (*COLUMNS, "exact", "unit"))
+    show("error of the gradient, ms of a step", [{c: r.get(c, "") for c in COLUMNS} for r in rows], COLUMNS)
 
 
 if __name__ == "__main__":

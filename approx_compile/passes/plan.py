@@ -64,7 +64,8 @@ class ProductPlan:
 
 @dataclass(frozen=True)
 class SitePlan:
-    """The decision for one site. `k` and `size` are the output product's, or the first approximated one's; FLOPs are summed."""
+    """The decision for one site. `k` and `size` are the output product's, or the first approximated one's; FLOPs are summed. Sizes that are symbols stand in
+    `shape` as such, and in `traced` with what they were traced with; FLOPs and times are those of these sizes. `break_even`: where predicted time decided."""
 
     name: str
     module: str
@@ -76,6 +77,8 @@ class SitePlan:
     reason: str
     products: tuple[ProductPlan, ...]
     reads: tuple[str, ...]
+    traced: tuple[tuple[str, int], ...] = ()
+    break_even: worth.BreakEven | None = None
 
     @property
     def shown(self) -> ProductPlan:
@@ -246,13 +249,15 @@ def _judged(site: Site, settings: SiteSettings, tries: Tries, machine: Machine |
         return found
     if machine is None:
         return _all_exact(site, f"no cost model for {worth.device(site)}", machine)
+    at: worth.BreakEven | None = None
     if times is not None:
         pays, why = cost.pays(times[0], min(times[1:]), cost.MEASURED_MARGIN), f"measured {times[0] / min(times[1:]):.2f}x at ratio {done.ratio:g}"
     else:
         assert found.time_exact_us is not None and found.time_sampled_us is not None
         pays = cost.worth(site.kind, found.time_exact_us, found.time_sampled_us, machine)
-        why = worth.predicted([(site, best)], machine)
-    return replace(found, reason=f"{done.reason}; {why}") if pays else _all_exact(site, f"would not pay: {why}", machine)
+        why, at = worth.predicted([(site, best)], machine)
+    decided = replace(found, reason=f"{done.reason}; {why}") if pays else _all_exact(site, f"would not pay: {why}", machine)
+    return replace(decided, break_even=at)
 
 
 def _products(site: Site, settings: SiteSettings, machine: Machine | None) -> tuple[ProductPlan, ...]:
@@ -354,7 +359,7 @@ def _all_exact(site: Site, reason: str, machine: Machine | None, products: Seque
 
 def _site_plan(site: Site, decision: str, reason: str, products: tuple[ProductPlan, ...]) -> SitePlan:
     dtype = str(site.dtype).removeprefix("torch.")
-    return SitePlan(site.name, site.module, site.kind, site.op, site.shape, dtype, decision, reason, products, site.reads)
+    return SitePlan(site.name, site.module, site.kind, site.op, site.symbolic, dtype, decision, reason, products, site.reads, site.traced)
 
 
 def needs_random_numbers(plan: Plan) -> bool:

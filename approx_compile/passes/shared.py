@@ -115,12 +115,12 @@ def _together(
     assert own is not None and exact is not None and time is not None
     if own < margin * time or (by_time and not cost.worth(sites[0].kind, exact, time, machine)):
         return []
-    why = f"; {worth.predicted(list(zip(sites, best, strict=True)), machine)} together" if by_time else ""
+    why, at = worth.predicted(list(zip(sites, best, strict=True)), machine)
     found = []
     for i, (plan, products) in enumerate(zip(apart, best, strict=True)):
-        reason = products[0].reason + why if by_time else plan.reason
+        reason = f"{products[0].reason}; {why} together" if by_time else plan.reason
         with_whom = products[0].shares or ", ".join(s.name for s in sites[1:])
-        found.append((i, replace(plan, decision="sampled", reason=f"{reason}; shares its indices with {with_whom}", products=products)))
+        found.append((i, replace(plan, decision="sampled", reason=f"{reason}; shares its indices with {with_whom}", products=products, break_even=at if by_time else None)))
     return found
 
 
