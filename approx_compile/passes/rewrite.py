@@ -125,8 +125,10 @@ def _sample_in_place(
 
 
 def _gathered(graph: fx.Graph, before: fx.Node, site: Site, product: Product, how: Estimator, readers: Sequence[Product] = ()) -> Sampled:
+    axes, more = product.axes, tuple(r.axes[1] for r in readers)
+
     def run(a: torch.Tensor, b: torch.Tensor, *others: torch.Tensor) -> Any:
-        return sample(how, a, b, *product.axes, [(w, r.axes[1]) for w, r in zip(others, readers, strict=True)])
+        return sample(how, a, b, *axes, list(zip(others, more, strict=True)))
 
     idx, scale, a, b = inline(graph, before, run, (*product.operands, *(r.operands[1] for r in readers)))
     for node, name in ((idx, "idx"), (scale, "scale")):
@@ -139,8 +141,10 @@ def _gathered(graph: fx.Graph, before: fx.Node, site: Site, product: Product, ho
 def _joined(graph: fx.Graph, product: Product, leader: Sampled) -> Sampled:
     """The operands of a product at the entries that another one kept of the same activation."""
 
+    axis, unit = product.axes[1], leader.how.unit
+
     def run(b: torch.Tensor, idx: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-        return take(b, product.axes[1], idx, scale, leader.how.unit)
+        return take(b, axis, idx, scale, unit)
 
     b = inline(graph, product.node, run, (product.operands[1], leader.idx, leader.scale))
     return leader._replace(operands=(leader.operands[0], b))
@@ -155,9 +159,9 @@ def _narrow_matmul(graph: fx.Graph, forward: tuple[fx.Node, fx.Node], work: _Gra
     lead = 0 if _torch.value(m).dim() == 3 else None
     holes = []
     if work.coupled is not None:
-        order = permutation_between(forward[p.reads], operand)
+        order = tuple(permutation_between(forward[p.reads], operand))
         operand = work.coupled.operands[p.reads]
-        if order != sorted(order):
+        if list(order) != sorted(order):
             operand = inline(graph, m, lambda x: x.permute(order), (operand,))
         scale = work.coupled.scale if p.reads == 0 else None  # B' holds its scale already
         holes.append(_Hole(Axis(position + _torch.value(m).dim() - 2, lead), work.coupled, scale))
@@ -174,7 +178,8 @@ def _narrow_matmul(graph: fx.Graph, forward: tuple[fx.Node, fx.Node], work: _Gra
 
 
 def _taken(graph: fx.Graph, before: fx.Node, x: fx.Node, axis: Axis, kept: Sampled) -> fx.Node:
-    new = inline(graph, before, lambda x, idx: take(x, axis, idx, None, kept.how.unit), (x, kept.idx))
+    unit = kept.how.unit
+    new = inline(graph, before, lambda x, idx: take(x, axis, idx, None, unit), (x, kept.idx))
     assert isinstance(new, fx.Node)
     return new
 
@@ -208,14 +213,17 @@ def _put_back(
 def _put_back_sum(graph: fx.Graph, work: _Shared) -> None:
     """Give the users of a sum of gradients, each of the kept entries only by now, that sum in place."""
 
-    def run(*parts: torch.Tensor) -> torch.Tensor:
-        return _added(work.order, parts)
+    total, order = work.total, work.order
 
-    total = work.total
+    def run(*parts: torch.Tensor) -> torch.Tensor:
+        return _added(order, parts)
+
     masked = _relu_backward(total, work.activation[0]) if work.activation is not None else None
     y = inline(graph, total, run, work.narrow, total)
     full = _filled(graph, total, y, work.holes, work.activation[1] if masked and work.activation else None, work.like)
-    full = inline(graph, total, lambda x: _like(x.reshape(_torch.value(total).shape), _torch.value(total)), (full,), total)
+    value = _torch.value(total)
+    shape, strides, contiguous = tuple(value.shape), _strides(value), value.is_contiguous()
+    full = inline(graph, total, lambda x: _like(x.reshape(shape), strides, contiguous), (full,), total)
     total.replace_all_uses_with(full)
     _drop_mask(masked)
 
@@ -227,12 +235,14 @@ def _added(order: Sum, parts: Sequence[torch.Tensor]) -> torch.Tensor:
 def _filled(graph: fx.Graph, before: fx.Node, narrow: fx.Node, holes: Sequence[_Hole], masked: fx.Node | None, old: Any) -> fx.Node:
     """The full-size gradient (`old` has its shape and strides) of what is kept of it, zero where the kept activation `masked` is not positive."""
 
+    places, strides, contiguous = tuple((h.axis, h.kept.how.unit, h.kept.how.size) for h in holes), _strides(old), old.is_contiguous()
+
     def run(y: torch.Tensor, x: torch.Tensor | None, *chosen: torch.Tensor | None) -> torch.Tensor:
         y = torch.where(x <= 0, 0, y) if x is not None else y
-        for hole, idx, scale in zip(holes, chosen[::2], chosen[1::2], strict=True):
+        for (axis, unit, size), idx, scale in zip(places, chosen[::2], chosen[1::2], strict=True):
             assert idx is not None
-            y = untake(y, hole.axis, idx, scale, hole.kept.how.unit, hole.kept.how.size)
-        return _like(y, old)
+            y = untake(y, axis, idx, scale, unit, size)
+        return _like(y, strides, contiguous)
 
     chosen = [n for hole in holes for n in (hole.kept.idx, hole.scale)]
     full = inline(graph, before, run, (narrow, masked, *chosen), narrow)
@@ -270,10 +280,14 @@ def _behind_views(n: Any) -> Any:
     return n
 
 
-def _like(x: torch.Tensor, old: Any) -> torch.Tensor:
+def _strides(x: Any) -> tuple[int, ...]:
+    return tuple(_torch.hint(s) for s in x.stride())
+
+
+def _like(x: torch.Tensor, strides: tuple[int, ...], contiguous: bool) -> torch.Tensor:
     """The strides that the graph expects, where gathering changed them."""
-    same = all(_torch.hint(a) == _torch.hint(b) for a, b, n in zip(x.stride(), old.stride(), x.shape, strict=True) if _torch.hint(n) > 1)
-    return x if same else x.clone(memory_format=torch.contiguous_format) if old.is_contiguous() else x
+    same = all(a == b for a, b, n in zip(_strides(x), strides, x.shape, strict=True) if _torch.hint(n) > 1)
+    return x if same else x.clone(memory_format=torch.contiguous_format) if contiguous else x
 
 
 # --- gradients of convolutions ---

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from approx_compile import _torch
@@ -41,14 +44,42 @@ def refresh(node: fx.Node) -> None:
         node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
 
+_pieces: weakref.WeakKeyDictionary[fx.Graph, dict[Any, fx.Graph]] = weakref.WeakKeyDictionary()
+"""What has been traced for a graph."""
+
+
+def _key(run: Callable[..., Any], values: Sequence[Any]) -> tuple[Any, ...] | None:
+    """What decides how `run` is traced: its code, what it closes over, the layouts of its operands. None where these are not known by value."""
+    closed = tuple(c.cell_contents for c in getattr(run, "__closure__", None) or ())
+    layouts = tuple(None if v is None else (tuple(v.shape), v.stride(), v.dtype, v.device) for v in values)
+    if not _plain(closed) or any(not isinstance(s, int) for v in layouts if v is not None for s in (*v[0], *v[1])):
+        return None
+    return (run.__code__, closed, layouts)
+
+
+def _plain(value: Any) -> bool:
+    """Whether equal values are interchangeable and never change: numbers, names, tuples and frozen dataclasses of such."""
+    if isinstance(value, tuple):
+        return all(map(_plain, value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return value.__dataclass_params__.frozen and all(_plain(getattr(value, f.name)) for f in dataclasses.fields(value))  # type: ignore[attr-defined]
+    return value is None or isinstance(value, (bool, int, float, str, torch.dtype))
+
+
 def inline(graph: fx.Graph, before: fx.Node, run: Callable[..., Any], args: Sequence[fx.Node | None], like: fx.Node | None = None) -> Any:
     """Trace `run` on the fake values of `args`, splice it in before `before`, return its results as nodes.
 
-    The new nodes take tag, layer and checkpoint policy from `like` (by default `before`, whose operands they are).
+    The new nodes take tag, layer and checkpoint policy from `like` (by default `before`, whose operands they are). What closes over plain values only is
+    traced once in a graph for operands of the same sizes, strides and dtypes.
     """
     values = [_torch.value(a) if a is not None else None for a in args]
-    with _torch.fake_mode_of(*(a for a in args if a is not None)):
-        traced = _torch.trace(run, values)
+    key = _key(run, values)
+    traced = _pieces.setdefault(graph, {}).get(key)
+    if traced is None:
+        with _torch.fake_mode_of(*(a for a in args if a is not None)):
+            traced = _torch.trace(run, values)
+        if key is not None:
+            _pieces[graph][key] = traced
     new: dict[fx.Node, Any] = dict(zip(traced.find_nodes(op="placeholder"), args, strict=True))
     with graph.inserting_before(before):
         for n in traced.nodes:
