@@ -153,7 +153,7 @@ def main(
         rows = [row_again(r, *g) for r, g in track(known, "predicting", console=console)]
         store("predict", rows)
         return summary(rows)
-    rows = [] if fresh else stored("predict", {k: here[k] for k in ("device", "threads", "torch", "profile")})
+    rows = [] if fresh else [r for r in stored("predict", {k: here[k] for k in ("device", "threads", "torch", "profile")}) if r["timed"] == r["commit"]]
     done = [{k: r[k] for k in KEY} for r in rows]
     todo = [g for g in grid() if {k: str(v) for k, v in identity(*g).items()} not in done]
     for site in track(todo[: limit or None], "timing sites", console=console):
