@@ -6,7 +6,7 @@ from approx_compile.backend import Backend
 from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.control import Control, controls
 from approx_compile.decisions import Decisions, decisions
-from approx_compile.notices import ApproxWarning
+from approx_compile.once import ApproxWarning
 from approx_compile.plans import TunedPlan
 from approx_compile.report import Report, explain
 from approx_compile.schedule import set_phase, set_step

@@ -20,6 +20,7 @@ from approx_compile import _torch, machine, notices
 from approx_compile.annotate import SIGNATURE, full_name, last_module, sign, whole_model
 from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.layers import Layers
+from approx_compile.once import say_once, warn_once
 from approx_compile.passes.fit import check_modules
 from approx_compile.passes.graph_pass import ApproxPass, Listener
 from approx_compile.passes.plan import Plan
@@ -97,7 +98,7 @@ class Backend:
         run = calls[0]
         if len(calls) > 1:
             if (why := _uncounted(root, parameters)) is not None:
-                notices.warn_once(f"approx: {name} {why}: the settings of step 0, without a phase, go on holding there")
+                warn_once(f"approx: {name} {why}: the settings of step 0, without a phase, go on holding there")
             count_steps()
             run = Dispatch(self.schedule, calls, which, parameters, name)
         first_is_fake = _torch.first_call_is_fake()
@@ -215,7 +216,7 @@ def _profile(example_inputs: Sequence[Any]) -> machine.Machine | None:
     """The profile of the device that the model is on, if that can be measured."""
     devices = {v.device.type for v in example_inputs if isinstance(v, torch.Tensor)}
     device = next(iter(devices - {"cpu"}), "cpu")
-    return machine.current(device, notices.say_once) if device in machine.DEVICES else None
+    return machine.current(device, say_once) if device in machine.DEVICES else None
 
 
 _declined: dict[Any, tuple[Cut, ...]] = {}

@@ -14,7 +14,7 @@ from approx_compile.patterns import Pattern
 from approx_compile.trials import Trials
 
 _DETERMINISTIC = ("topk", "topk_weights", "zero", "max", "exact")
-_DEFAULTS: dict[str, Any] = {"min_k": 16, "group": "auto", "sampling": "forward"}
+_DEFAULTS: dict[str, Any] = {"min_k": 16, "group": "auto", "sampling": "forward", "lowering": "auto"}
 
 
 class Candidates:
@@ -86,12 +86,12 @@ class Candidates:
         return str(self._rules[name]["layers"])
 
     def overlaps(self) -> dict[tuple[str, str], tuple[SitePlan, int]]:
-        """{(site, later site): (site, FLOPs)} of gradients that shrink with either: with the entries that the site keeps of its input, and with those that the
+        """{(site, later site): (site, FLOPs)} of products that shrink with either: with the entries that the site keeps of its input, and with those that the
         later one keeps of its output."""
         found: dict[tuple[str, str], tuple[SitePlan, int]] = {}
         for s in self.sampled:
             for p in s.products:
-                if p.skips is not None and p.decision == "coupled":
+                if p.skips is not None and p.decision in ("sampled", "coupled"):
                     found[s.name, p.skips] = (s, found.get((s.name, p.skips), (s, 0))[1] + p.flops_exact)
         return found
 
@@ -102,7 +102,7 @@ class Candidates:
 
     def _rule(self, planned: tuple[SitePlan, ...], site: SitePlan, keys: Mapping[str, Any]) -> dict[str, Any]:
         rule: dict[str, Any] = {"layers": _pattern(site.name)}
-        for key in ("method", "ratio", "sampling", "min_k", "group", "share", "output", "grad", "grad_input", "grad_weight"):
+        for key in ("method", "ratio", "sampling", "min_k", "group", "lowering", "share", "output", "grad", "grad_input", "grad_weight"):
             value = keys.get(key)
             if value is not None and value != _DEFAULTS.get(key):
                 rule[key] = value.model_dump(exclude_none=True) if isinstance(value, BaseModel) else value

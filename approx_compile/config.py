@@ -28,7 +28,7 @@ REPLACEMENTS = {"grad_input": ("max",), "grad_weight": ("zero", "random", "max")
 SAMPLINGS = ("forward", "backward", "blackbox")
 POLICIES = ("cost", "always", "adaptive", "measure")
 ROW_METHODS = ("bernoulli", "topk", "uniform", "wta")
-LOWERINGS = ("auto", "inductor")
+LOWERINGS = ("auto", "inductor", "triton", "cuda")
 PRODUCTS = ("output", "grad_input", "grad_weight")
 
 LADDER = (0.0625, 0.09, 0.125, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0)
@@ -46,7 +46,6 @@ LEAST_ROWS = 2
 # Named in the design and the papers, not in this version: refused by name, so that nobody waits for an effect.
 _NOT_BUILT: dict[str, tuple[str, ...]] = {
     "method": ("dropout", "adaptive_dropout", "alsh"),
-    "lowering": ("triton", "cuda"),
 }
 
 
@@ -263,6 +262,7 @@ class _Rules(_Keys):
 
     sampling: str | None = None
     policy: str | None = None
+    lowering: str | None = None
     output: ProductTable | None = None
     grad: GradTable | None = None
     grad_input: InputTable | None = None
@@ -285,6 +285,11 @@ class _Rules(_Keys):
     @classmethod
     def _check_policy(cls, value: Any) -> Any:
         return value if value is None else _choice("policy", value, POLICIES, "policy")
+
+    @field_validator("lowering", mode="before")
+    @classmethod
+    def _check_lowering(cls, value: Any) -> Any:
+        return value if value is None else _choice("lowering", value, LOWERINGS, "lowering")
 
     @field_validator("output", "grad", "grad_input", "grad_weight", mode="before")
     @classmethod
@@ -367,20 +372,21 @@ class Rule(_Rules):
     def only_exact(self) -> bool:
         """Whether all it says is that something is to be exact."""
         tables = [t for t in (self.output, self.grad, self.grad_input, self.grad_weight) if t is not None]
-        said = any(v is not None for v in (self.ratio, self.sampling, self.group, self.min_k, self.share))
+        said = any(v is not None for v in (self.ratio, self.sampling, self.group, self.min_k, self.lowering, self.share))
         return not said and self.method in (None, "exact") and (self.method == "exact" or bool(tables)) and all(t.method == "exact" for t in tables)
 
 
 @dataclass(frozen=True)
 class ProductSettings:
     """What is asked of one product of one site. `method` "coupled" = through the entries that the output kept; `whole`: k is rounded up to its
-    multiples. `j`, `scale`, `std`: of a replacement."""
+    multiples; `lowering`: which code runs it. `j`, `scale`, `std`: of a replacement."""
 
     method: str
     ratio: float
     min_k: int
     group: int | Literal["auto"]
     whole: int = 1
+    lowering: str = "auto"
     j: int = 1
     scale: float = 1.0
     std: float | None = None
@@ -428,8 +434,8 @@ class ApproxConfig(_Rules):
     where that saves more than it loses), `adaptive` (see `AdaptiveTable`), `rules` (a list
     of tables with `layers`, `steps`, `phase`: see `Rule`), `plan` (a plan file, a `TunedPlan` or a table like a plan file: its settings, under the keys given
     beside it; the attribute then holds its record), `total_steps` (the optimizer steps of the whole run), `final_exact` (the last share of them in which
-    no output is sampled), `lowering` (auto | inductor), `inductor` (Inductor's own options, `mode` included). Frozen, hashable, deep-copyable,
-    picklable. Raises `ConfigError`.
+    no output is sampled), `lowering` (the code that runs sampled products: auto | inductor | triton | cuda, the last two on GPUs), `inductor` (Inductor's own
+    options, `mode` included). Frozen, hashable, deep-copyable, picklable. Raises `ConfigError`.
     """
 
     method: str = "topk"
@@ -463,7 +469,7 @@ class ApproxConfig(_Rules):
             raise ConfigError(f"options: got {config!r}; a dict or an ApproxConfig is expected")
         return ApproxConfig(**{str(k): v for k, v in config.items()})
 
-    @field_validator("method", "ratio", "min_k", "group", "sampling", "policy", mode="before")
+    @field_validator("method", "ratio", "min_k", "group", "sampling", "policy", "lowering", mode="before")
     @classmethod
     def _not_none(cls, value: Any) -> Any:
         if value is None:
@@ -510,11 +516,6 @@ class ApproxConfig(_Rules):
         if isinstance(value, Mapping) or not isinstance(value, (list, tuple)):
             raise ValueError(f"got {value!r}; a list of rules (dicts with 'layers') is expected")
         return tuple(value)
-
-    @field_validator("lowering", mode="before")
-    @classmethod
-    def _check_lowering(cls, value: Any) -> Any:
-        return _choice("lowering", value, LOWERINGS, "lowering")
 
     @field_validator("inductor", mode="before")
     @classmethod
@@ -654,7 +655,7 @@ def _own_keys(rules: _Rules) -> dict[str, Any]:
 
 def _interpret(keys: dict[str, Any], named: bool) -> SiteSettings:
     """Merged keys -> one request per product: a product's key beats `grad`, which beats `sampling`."""
-    base = ProductSettings(keys["method"], keys["ratio"], keys["min_k"], keys["group"])
+    base = ProductSettings(keys["method"], keys["ratio"], keys["min_k"], keys["group"], lowering=keys["lowering"])
     exact = replace(base, method="exact")
     rows = _row_settings(keys)
     by_sampling = {

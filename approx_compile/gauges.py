@@ -5,6 +5,7 @@
 | `linear.output`, `.grad_input`, `.grad_weight` | M, K, N | GFLOP/s | X W^T, dY W, dY^T X of X (M, K), W (N, K), dY (M, N) |
 | `bmm` | M, K, N | GFLOP/s | (B, M, K) (B, K, N) for a B of some work |
 | `conv.output`, `.grad_input`, `.grad_weight` | places, C, O, taps | GFLOP/s | a convolution and its backward, channels last; places: pixels of all samples |
+| `LOWERING.linear.PRODUCT`, `.conv.` | as above | GFLOP/s | on GPUs, kernels of ours by the sizes kept, half of the axis; coupled gradients with their zeros |
 | `norms` | bytes | GB/s | squared norms along the last axis of a matrix, of the bytes read |
 | `take`, `untake` | run, bytes | GB/s | half of the entries gathered, and put back, into memory in use: contiguous entries per index, bytes of all |
 | `read` | bytes | GB/s | a sum |
@@ -32,6 +33,8 @@ from rich.progress import Progress
 from torch import Tensor
 
 from approx_compile import _torch
+from approx_compile.kernels import available, skip, skip_conv
+from approx_compile.kernels.available import OWN, UNITS
 from approx_compile.kernels.estimators import Estimator, select
 from approx_compile.kernels.products import Axis, norms_sq, take, untake
 
@@ -67,6 +70,15 @@ FULL = Grid(
     allocated=(2**20, 2**24, 2**25, 2**27),
     select={"units": (16, 128, 1024, 4096), "lead": (1, 16)},
 )
+GPU = Grid(
+    linear={"M": (64, 512, 4096, 16384), "K": (64, 512, 4096), "N": (64, 512, 4096, 16384)},
+    bmm={"M": (16, 128, 1024), "K": (16, 128, 1024), "N": (16, 128, 1024)},
+    conv={"places": (2048, 16384, 131072), "C": (16, 64, 256, 640), "O": (16, 64, 256, 640), "taps": (1, 9)},
+    sizes=(2**16, 2**20, 2**24, 2**27, 2**30),
+    runs=(1, 16, 64, 256),
+    allocated=(2**20, 2**25, 2**28),
+    select={"units": (16, 128, 1024, 4096), "lead": (1, 16)},
+)
 QUICK = Grid(
     linear={"M": (1, 32, 512), "K": (8, 64, 1024), "N": (8, 64, 1024)},
     bmm={"M": (8, 64, 256), "K": (8, 64, 256), "N": (8, 64, 256)},
@@ -86,7 +98,7 @@ def names(dtypes: list[str]) -> list[str]:
 
 def measure(device: str, quick: bool, progress: bool) -> list[Found]:
     """Every table of `names`, in some order."""
-    grid = QUICK if quick else FULL
+    grid = QUICK if quick else GPU if device == "cuda" else FULL
     dtypes = [torch.float32, torch.bfloat16] + ([torch.float16] if device == "cuda" else [])
     bar = Progress(disable=not progress)
     found: list[Found] = []
@@ -107,6 +119,8 @@ def _steps(device: str, dtypes: list[torch.dtype], grid: Grid, quick: bool, cloc
         for product in PRODUCTS:
             yield f"linear {name}", partial(_rates, f"linear.{product}", dtype, grid.linear, partial(_linear, product, device, dtype), clock)
             yield f"conv {name}", partial(_rates, f"conv.{product}", dtype, grid.conv, partial(_conv, product, device, dtype), clock)
+        for lowering in (n for n in OWN if not quick and available.missing(n, device) is None):  # compiled and tuned first: no quick matter
+            yield from _own_steps(lowering, device, dtype, grid, clock)
         yield f"bmm {name}", partial(_rates, "bmm", dtype, grid.bmm, partial(_bmm, device, dtype), clock)
         for kind in ("norms", "take", "untake"):
             yield f"{kind} {name}", partial(_moves, kind, device, dtype, grid, quick, clock)
@@ -198,12 +212,14 @@ _SAMPLES = 16
 
 
 def _conv(product: str, device: str, dtype: torch.dtype, places: int, c: int, o: int, taps: int) -> tuple[float, Run]:
-    side, kernel = round((places / _SAMPLES) ** 0.5), round(taps**0.5)
+    side, kernel = min(32, round((places / _SAMPLES) ** 0.5)), round(taps**0.5)
+    samples = max(_SAMPLES, places // side**2)
+    places = samples * side**2
     rest = ([1, 1], [kernel // 2] * 2, [1, 1], False, [0, 0], 1)
     mask = [product == "grad_input", product == "grad_weight", False]
 
     def made() -> Run:
-        x, dy = (_filled(device, dtype, _SAMPLES, n, side, side).to(memory_format=torch.channels_last) for n in (c, o))
+        x, dy = (_filled(device, dtype, samples, n, side, side).to(memory_format=torch.channels_last) for n in (c, o))
         w = _filled(device, dtype, o, c, kernel, kernel).to(memory_format=torch.channels_last)
         if product == "output":
             return partial(torch.ops.aten.convolution, x, w, None, *rest)
@@ -220,6 +236,56 @@ def _in_turn(made: Callable[[], Run], size: int) -> Run:
     a step of one site goes through six tensors (operands, output, gradients), twice those of one product, before it meets the first again."""
     turns = itertools.cycle([made() for _ in range(max(2, min(64, _COLD // size)))])
     return lambda: next(turns)()
+
+
+# --- the same by kernels of ours ---
+
+
+def _own_steps(lowering: str, device: str, dtype: torch.dtype, grid: Grid, clock: Clock) -> Iterator[tuple[str, Callable[[], Found]]]:
+    """Where a lowering has kernels for a dtype: of sizes that its groups divide, and not the smallest, where no kernel pays."""
+    unit = UNITS[lowering][0]
+    if lowering == "cuda" and dtype == torch.float32:
+        return
+    title = f"{lowering} {str(dtype).removeprefix('torch.')}"
+    linear = {"M": grid.linear["M"][1:], "K": tuple(k for k in grid.linear["K"] if k % unit == 0), "N": grid.linear["N"][1:]}
+    conv = grid.conv | {"places": grid.conv["places"][1:], "C": tuple(c for c in grid.conv["C"] if c % unit == 0), "O": grid.conv["O"][1:]}
+    for product in PRODUCTS:
+        yield title, partial(_rates, f"{lowering}.linear.{product}", dtype, linear, partial(_own_linear, unit, product, device, dtype), clock)
+        if lowering == "triton":
+            yield title, partial(_rates, f"{lowering}.conv.{product}", dtype, conv, partial(_own_conv, unit, product, device, dtype), clock)
+
+
+def _own_linear(unit: int, product: str, device: str, dtype: torch.dtype, m: int, k: int, n: int) -> tuple[float, Run]:
+    """k entries kept of 2 k."""
+
+    def made() -> Run:
+        x, w, dy = (_filled(device, dtype, *s) for s in ((m, 2 * k), (n, 2 * k), (m, n)))
+        idx = torch.arange(0, 2 * k // unit, 2, device=device)
+        return {
+            "output": partial(skip.skip_matmul, x, w.t(), idx, None, unit),
+            "grad_input": partial(skip.skip_matmul_into, dy, w, idx, None, unit, 1),
+            "grad_weight": partial(skip.skip_matmul_into, dy.t(), x, idx, None, unit, 1),
+        }[product]
+
+    return 2.0 * m * k * n, _in_turn(made, 2 * (m * k + k * n + m * n) * dtype.itemsize)
+
+
+def _own_conv(unit: int, product: str, device: str, dtype: torch.dtype, places: int, c: int, o: int, taps: int) -> tuple[float, Run]:
+    """c input channels kept of 2 c."""
+    side, kernel = 16, round(taps**0.5)
+    rest = ([1, 1], [kernel // 2] * 2, [1, 1])
+
+    def made() -> Run:
+        x, dy = (_filled(device, dtype, max(1, places // side**2), n, side, side).to(memory_format=torch.channels_last) for n in (2 * c, o))
+        w = _filled(device, dtype, o, 2 * c, kernel, kernel).to(memory_format=torch.channels_last)
+        idx = torch.arange(0, 2 * c // unit, 2, device=device)
+        return {
+            "output": partial(skip_conv.skip_conv, x, w, idx, None, unit, *rest),
+            "grad_input": partial(skip_conv.skip_conv_input, dy, w, idx, None, unit, [side, side], *rest),
+            "grad_weight": partial(skip_conv.skip_conv_weight, x, dy, idx, None, unit, [kernel, kernel], *rest),
+        }[product]
+
+    return 2.0 * places * c * o * taps, _in_turn(made, places * (2 * c + o) * dtype.itemsize)
 
 
 # --- what sampling adds ---

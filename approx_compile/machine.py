@@ -117,6 +117,10 @@ class Machine(BaseModel):
         own = f"{name}.{str(dtype).removeprefix('torch.')}"
         return self.tables.get(name) or self.tables.get(own) or self.tables[f"{name}.float32"]
 
+    def has(self, name: str, dtype: torch.dtype | str) -> bool:
+        """Whether a table was measured for a dtype (kernels of ours are, where they run)."""
+        return f"{name}.{str(dtype).removeprefix('torch.')}" in self.tables
+
     def peak_gflops(self, dtype: torch.dtype | str) -> float:
         """The best rate of any product measured."""
         own = str(dtype).removeprefix("torch.")

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import tempfile
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,28 +18,12 @@ from torch import nn
 from approx_compile import _torch
 from approx_compile.annotate import full_name, whole_model
 from approx_compile.config import ApproxConfig
+from approx_compile.once import said, say_once, warn_once
 from approx_compile.passes.plan import Plan
 from approx_compile.passes.sites import Context
 from approx_compile.patterns import Pattern
 
 log = logging.getLogger("approx_compile")
-_said: set[str] = set()
-
-
-class ApproxWarning(UserWarning):
-    """A model in which nothing was approximated; a pattern that matches nothing; slices over several graphs."""
-
-
-def say_once(text: str) -> None:
-    if text not in _said:
-        _said.add(text)
-        log.warning(text)
-
-
-def warn_once(text: str) -> None:
-    if text not in _said:
-        _said.add(text)
-        warnings.warn(text, ApproxWarning, stacklevel=2)
 
 
 @dataclass
@@ -178,5 +161,5 @@ def _load(path: Any) -> dict[str, Any] | None:
 
 def forget() -> None:
     """Say everything again (for tests, and for whoever starts a new model in one process)."""
-    _said.clear()
+    said.clear()
     _seen_graphs.clear()

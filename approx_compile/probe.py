@@ -19,7 +19,7 @@ from approx_compile import _torch
 from approx_compile.backward import all_rows
 from approx_compile.config import AdaptiveTable
 from approx_compile.control import OutputControl, control_for
-from approx_compile.notices import warn_once
+from approx_compile.once import warn_once
 
 
 class Outputs:

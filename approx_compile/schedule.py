@@ -21,7 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from approx_compile import _torch
 from approx_compile.config import ApproxConfig, ConfigError
-from approx_compile.notices import warn_once
+from approx_compile.once import warn_once
 from approx_compile.patterns import Pattern, Steps, When
 
 MOST = 32

@@ -1,6 +1,7 @@
 """Speed against Inductor: `make bench`, or `python benchmarks/bench.py speed|rows|schedule|share|compile` with `--work`, `--ratio`, `--rounds`.
 
-- `speed`: a training step without the optimizer (fp32, policy always, sampling forward, top-k), Inductor and approx in turn in one process.
+- `speed`: a training step without the optimizer (fp32, policy always, sampling forward, top-k), Inductor and approx in turn in one process; of the MLP also
+  with choices by the weight alone (`topk_weights`), which the layers before know.
 - `rows`: the same step with its backward pass on some rows of the batch, and under the policy "adaptive" where nothing may be left out.
 - `schedule`: weight gradients by a schedule over steps, and what switching costs.
 - `share`: how much of a sampled step is the sampling itself: the time outside products, less that of the exact step, from the profiler.
@@ -45,7 +46,8 @@ from approx_compile import ApproxConfig, presets, set_step  # noqa: E402
 from approx_compile.schedule import Dispatch, Schedule, _stepped  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
-BARS = {("wrn", 0.5): 1.85, ("wrn", 0.25): 3.0, ("mlp", 0.5): 1.65, ("mlp", 0.25): 2.8, ("block", 0.5): 1.55, ("block", 0.25): 2.3}
+BARS = {("wrn", "0.5"): 1.85, ("wrn", "0.25"): 3.0, ("mlp", "0.5"): 1.65, ("mlp", "0.25"): 2.8, ("block", "0.5"): 1.55, ("block", "0.25"): 2.3}
+BARS |= {("mlp", "0.5 by weight"): 2.8}
 ALWAYS = {"policy": "always"}
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "convolution", "scaled_dot_product")
 app = typer.Typer(help=__doc__, no_args_is_help=False)
@@ -181,7 +183,10 @@ def speed(
     for name in work or list(WORKS):
         torch._dynamo.reset()
         contest = {"inductor": stepper(name, None)} | {f"{r:g}": stepper(name, ALWAYS | {"ratio": r}) for r in ratio or [0.5, 0.25]}
-        rows += raced(WORKS[name][0], contest, rounds, {f"{r:g}": bar for (w, r), bar in BARS.items() if w == name})
+        if name == "mlp":
+            by_weight = ALWAYS | {"method": "topk_weights"}
+            contest |= {f"{r:g} by weight": stepper(name, by_weight | {"ratio": r}) for r in ratio or [0.5, 0.25]}
+        rows += raced(WORKS[name][0], contest, rounds, {setting: bar for (w, setting), bar in BARS.items() if w == name})
     show("training step against Inductor", rows, SPEED_COLUMNS)
     store("speed", rows)
 

@@ -76,6 +76,21 @@ def test_a_coupled_gradient_is_put_back() -> None:
     assert both == 2 * 32 * 16 * 32
 
 
+def test_a_shrunk_producer_gathers_its_weight_and_nothing_of_its_output() -> None:
+    at = {s: v for s, v in SIZES.items()} | {cost.skip: 48}
+    output, grad_input, grad_weight = ({t.what: t for t in terms(Case("linear", p, "exact", narrow=True))} for p in ("output", "grad_input", "grad_weight"))
+    assert all(found["product"].flops.subs(at) == 2 * 32 * 64 * 48 for found in (output, grad_input, grad_weight))
+    assert output.keys() == {"take W", "product", "launches", "new memory, result"} and output["take W"].bytes.subs(at) == 2 * 4 * 64 * 48
+    assert grad_input.keys() == {"product", "new memory, result"} and grad_weight["untake"].bytes.subs(at) == 4 * 64 * 128
+    both = {t.what: t for t in terms(Case("linear", "output", "sampled", "topk_weights", 1, narrow=True, fed=True))}
+    assert (
+        not {"take A", "new memory, A"} & both.keys()
+        and both["take B"].bytes.subs(at) == 2 * 4 * 16 * 48
+        and both["product"].flops.subs(at) == 2 * 32 * 16 * 48
+    )
+    assert {t.what for t in terms(Case("linear", "grad_input", "coupled", fed=True))} == {"product", "new memory, narrow result"}
+
+
 def test_time_is_amount_over_rate_and_flops_match_torch() -> None:
     profile = machine.current()
     found = evaluate(Case("linear", "output", "exact"), SIZES, torch.float32, profile)

@@ -30,7 +30,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_contents(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / "approx_compile").rglob("*.py")}
+    sources = {p.relative_to(ROOT).as_posix() for kind in ("*.py", "*.cu", "*.cuh") for p in (ROOT / "approx_compile").rglob(kind)}
+    assert "approx_compile/kernels/cuda/skip_matmul.cu" in sources
     assert sources | {"approx_compile/templates/report.html.j2"} <= set(names)
     assert {n.split("/")[0] for n in names if not n.split("/")[0].endswith(".dist-info")} == {"approx_compile"}
 

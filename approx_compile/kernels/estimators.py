@@ -95,18 +95,21 @@ def estimator(method: str, size: int, ratio: float, min_k: int, group: int, weig
     return None if made.slots >= made.units else made
 
 
+def score(how: Estimator, a_sq: Tensor, b_sq: Tensor) -> Tensor:
+    """What units are ranked or drawn by, from their squared norms: |a_i| |b_i|, or the weight's norm alone."""
+    a, b = a_sq.detach().sqrt(), b_sq.detach().sqrt()
+    if how.method == "topk_weights":
+        assert how.weight is not None, "topk_weights needs to know which operand is the weight"
+        return (a, b)[how.weight]
+    return a * b
+
+
 def select(how: Estimator, a_sq: Tensor, b_sq: Tensor) -> tuple[Tensor, Tensor | None]:
     """Squared norms of the units, (units,) or (batch, units) each -> indices (.., n) int64, sorted and distinct, and their scale or None.
 
     With a tail (`size` no multiple of `group`) the indices are those of entries, else of units.
     """
-    a, b = a_sq.detach().sqrt(), b_sq.detach().sqrt()
-    if how.method == "topk_weights":
-        assert how.weight is not None, "topk_weights needs to know which operand is the weight"
-        score = (a, b)[how.weight]
-    else:
-        score = a * b
-    idx, scale = _METHODS[how.method](score, how)
+    idx, scale = _METHODS[how.method](score(how, a_sq, b_sq), how)
     if not how.tail:
         return idx, scale
     entry = torch.arange(how.group, device=idx.device)

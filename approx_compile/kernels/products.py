@@ -145,3 +145,10 @@ def sample(how: Estimator, a: Tensor, b: Tensor, a_axis: Axis, b_axis: Axis, oth
         b_sq = b_sq + norms_sq(other, axis, how.group)
     idx, scale = select(how, a_sq, b_sq)
     return idx, scale, take(a, a_axis, idx, None, how.unit), take(b, b_axis, idx, scale, how.unit)
+
+
+def choose_by_weight(how: Estimator, weight: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
+    """Indices of `topk_weights`, which need no activation, and the weight cut to the kept entries: what `sample` chooses, without its other operand."""
+    sq = norms_sq(weight, axis, how.group)
+    idx, _ = select(how, sq, sq)
+    return idx, take(weight, axis, idx, None, how.unit)

@@ -22,12 +22,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Replacement:
-    """`method` zero, random (normal with mean 0 and standard deviation `std`, None: 1 / batch) or max (the `j` largest entries, the result times `scale`)."""
+    """`method` zero, random (normal with mean 0 and standard deviation `std`, None: 1 / batch) or max (the `j` largest entries, the result times `scale`).
+    `lowering`: the code that runs it, "inductor" or "cuda" (the op of `kernels.max_conv`)."""
 
     method: str
     j: int = 1
     scale: float = 1.0
     std: float | None = None
+    lowering: str = "inductor"
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,14 @@ u units it is chosen from; p, q contiguous entries per kept index in the two ope
 | a site that shares another's indices (`passes.shared`) | | | | norms of its own weight only, no selection, no take A; no untake of a `grad_input` that is put back with the other's |
 | skip, each of dY and (for `grad_input`) W | | 2 e per entry left | 1 kernel | bytes / `take` at unit runs |
 | skip, the result of `grad_weight` | | e per entry of the whole result | 1 kernel | bytes / `untake` |
+| narrow (a producer makes only what its consumer keeps): W, for `output` | | 2 e per entry left | 1 kernel | bytes / `take` at q |
+| narrow, the result of `grad_weight` | | e per entry of the whole result | 1 kernel | bytes / `untake` |
+| narrow, product; dY comes narrow, W is there | n for N | | 1 | as above |
+| fed (the consumer): no take of A, no untake of `grad_input` | | | | |
+
+Under the lowerings `triton` and `cuda` there is no take and no untake: a product steps over what was not chosen, at the rates that the kernel itself has
+(`triton.linear.output`, coupled gradients `triton.linear.grad_input` and `.grad_weight`, which write the zeros too; on its own axis a gradient runs the
+output's kernel). A profile without these tables gives a kernel the exact product's rate at the sizes kept.
 
 `take` and `untake` are measured with half of the entries kept: 2 e per kept entry is then the size of the whole. Rates are tables of `machine`, read at
 the sizes of the term (bandwidths at `LIVE` times the bytes); `kernel` is what a launch costs (a library call's is in the rates). FLOPs decide nothing, they are reported.
@@ -32,6 +40,7 @@ from typing import Any, NamedTuple
 import sympy
 
 from approx_compile import _torch
+from approx_compile.kernels.available import OWN
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.kernels.replacements import Replacement
 from approx_compile.machine import Machine
@@ -88,8 +97,8 @@ class Term:
 
 
 class Case(NamedTuple):
-    """What of a product decides which terms it has: of a "linear", "bmm" or "conv" site, exact | sampled | coupled, and whether it skips zeros and shares
-    what another site chose."""
+    """What of a product decides which terms it has: of a "linear", "bmm" or "conv" site, exact | sampled | coupled, which zeros it skips; whether of N
+    only n are made in the first place (`narrow`), and whether its activation comes so (`fed`); whether it `shares` what another site chose."""
 
     kind: str
     product: str
@@ -99,6 +108,9 @@ class Case(NamedTuple):
     scaled: bool = False
     skips: bool = False
     shares: bool = False
+    lowering: str = "inductor"
+    narrow: bool = False
+    fed: bool = False
 
 
 @functools.cache
@@ -106,11 +118,14 @@ def terms(case: Case) -> tuple[Term, ...]:
     """The terms of a product over `SYMBOLS`."""
     a, b, result, axis = _OPERANDS[case.product]
     if case.decision == "exact":
-        return (*_skipping(case, {}), _product(case, {}), _fresh("result", result))
+        made = result * skip / N if case.narrow and case.product == "output" else result
+        return (*_skipping(case, {}), *_narrowed(case), _product(case, {}), _fresh("result", made))
     if case.decision == "coupled":
         small = {K: k}
+        if case.lowering != "inductor":
+            return (_product(case, small), _kernels(1))
         product = (*_skipping(case, small), _product(case, small), _fresh("narrow result", k / K * result))
-        if case.shares:
+        if case.shares or (case.fed and case.product == "grad_input"):
             return product
         scale = k / K * result if case.scaled and case.product == "grad_weight" else sympy.Integer(0)
         untake = Term("untake", "untake", (r, e * result), scale, e * result, sympy.Integer(1))
@@ -119,12 +134,15 @@ def terms(case: Case) -> tuple[Term, ...]:
     norms = [Term("norms", "norms", (e * entries,), 2 * entries, e * entries, sympy.Integer(1))] if entries != 0 else []
     selection = Term("selection", f"select.{case.method}", (u, B), 10 * B * u * sympy.log(u, 2), launches=sympy.Integer(1))
     kept = k / axis
+    if case.lowering != "inductor":
+        return (*norms, selection, _product(case, _smaller(axis)), _kernels(len(norms)))
     takes = [
         Term(f"take {name}", "take", (run, 2 * e * kept * size), kept * size if case.scaled and name == "B" else 0 * e, 2 * e * kept * size)
-        for name, size, run in (("A", a, p), ("B", b, q))
+        for name, size, run in (("A", a, p), ("B", b.subs(N, skip) if case.narrow else b, q))
+        if name == "B" or not case.fed
     ]
-    new = [_fresh(name, kept * size) for name, size in (("A", a), ("B", b))]
-    chosen = [takes[1], new[1]] if case.shares else [selection, *takes, *new]
+    new = [_fresh(t.what.removeprefix("take "), t.bytes / 2 / e) for t in takes]
+    chosen = [takes[-1], new[-1]] if case.shares else [selection, *takes, *new]
     return (*norms, *chosen, _product(case, _smaller(axis)), _fresh("result", result), _kernels(len(norms) + 1))
 
 
@@ -133,14 +151,14 @@ def _smaller(axis: sympy.Symbol) -> dict[sympy.Symbol, sympy.Expr]:
 
 
 def _product(case: Case, small: Mapping[sympy.Symbol, sympy.Expr]) -> Term:
-    small = {N: skip, **small} if case.skips else small
+    small = {N: skip, **small} if case.skips or case.narrow else small
     m, inner, n, taps = (x.subs(small, simultaneous=True) for x in (M, K, N, T))
     rate = "bmm" if case.kind == "bmm" else f"{case.kind}.{case.product}"
-    at = {
-        "linear": (m, inner, n),
-        "conv": (m, inner, n, taps),
-        "bmm": {"output": (m, inner, n), "grad_input": (m, n, inner), "grad_weight": (inner, m, n)}[case.product],
-    }[case.kind]
+    turned = {"output": (m, inner, n), "grad_input": (m, n, inner), "grad_weight": (inner, m, n)}[case.product]
+    at = {"linear": (m, inner, n), "conv": (m, inner, n, taps), "bmm": turned}[case.kind]
+    if case.lowering != "inductor":
+        own_axis = case.kind == "linear" and case.decision == "sampled"
+        rate, at = (f"{case.lowering}.{case.kind}.output", turned) if own_axis else (f"{case.lowering}.{rate}", at)
     return Term("product", rate, at, 2 * B * m * inner * n * taps, launches=sympy.Integer(1))
 
 
@@ -159,6 +177,13 @@ def _skipping(case: Case, small: Mapping[sympy.Symbol, sympy.Expr]) -> list[Term
 
 def _fresh(what: str, entries: sympy.Expr) -> Term:
     return Term(f"new memory, {what}", "fresh", (e * entries,), bytes=e * entries)
+def _narrowed(case: Case) -> list[Term]:
+    """What an exact product takes besides when it makes, or reads a dY that has, n of N output channels."""
+    if not case.narrow or case.product == "grad_input":
+        return []
+    if case.product == "output":
+        return [Term("take W", "take", (q, 2 * e * _W * skip / N), bytes=2 * e * _W * skip / N), _kernels(1)]
+    return [Term("untake", "untake", (q, e * _W), bytes=e * _W), _kernels(1)]
 
 
 def _kernels(count: int) -> Term:
@@ -194,7 +219,7 @@ def evaluate(case: Case, sizes: Mapping[sympy.Symbol, float], dtype: Any, machin
         flops += f
         if machine is None:
             continue
-        table = machine.table(term.rate, dtype)
+        table = _table(machine, term.rate, dtype)
         at = [x * LIVE if axis == "bytes" else x for x, axis in zip(at, table.axes, strict=True)]
         rate, unit = table.at(*at), table.unit
         amount = {"flops": f, "bytes": b, "launches": count}[_AMOUNT[unit]]
@@ -202,6 +227,12 @@ def evaluate(case: Case, sizes: Mapping[sympy.Symbol, float], dtype: Any, machin
     used = sorted({str(s) for t in terms(case) for x in (t.flops, t.bytes, *t.at) for s in x.free_symbols})
     known = {str(s): float(v) for s, v in sizes.items()}
     return Estimate(round(flops), sum(t for _, t in times) if machine is not None else None, tuple(times), tuple((s, known[s]) for s in used))
+
+
+def _table(machine: Machine, rate: str, dtype: Any) -> Any:
+    """A profile's table; for a kernel that it was made without, that of the exact product."""
+    lowering, _, exact = rate.partition(".")
+    return machine.table(exact if lowering in OWN and not machine.has(rate, dtype) else rate, dtype)
 
 
 # --- sites ---
@@ -245,18 +276,24 @@ def exact(site: Site, product: Product, machine: Machine | None) -> Estimate:
     return evaluate(Case(kind_of(site), role(product), "exact"), sizes_of(site), site.dtype, machine)
 
 
-def sampled(site: Site, product: Product, how: Estimator, machine: Machine | None, kept: float | None = None, shares: bool = False) -> Estimate:
+def sampled(
+    site: Site, product: Product, how: Estimator, machine: Machine | None, kept: float | None = None, lowering: str = "inductor", shares: bool = False
+) -> Estimate:
     """A product sampled along its own contraction axis; `kept` entries in place of the estimator's. `shares`: at the entries that another site chose."""
     runs = [_run(site, product, i) for i in (0, 1)]
     sizes = sizes_of(site) | {k: kept or how.kept, u: how.units, p: runs[0] * how.unit, q: runs[1] * how.unit}
-    return evaluate(Case(kind_of(site), role(product), "sampled", how.method, how.weight, how.scaled, shares=shares), sizes, site.dtype, machine)
+    case = Case(kind_of(site), role(product), "sampled", how.method, how.weight, how.scaled, lowering=lowering, shares=shares)
+    return evaluate(case, sizes, site.dtype, machine)
 
 
-def coupled(site: Site, product: Product, how: Estimator, machine: Machine | None, kept: float | None = None, shares: bool = False) -> Estimate:
+def coupled(
+    site: Site, product: Product, how: Estimator, machine: Machine | None, kept: float | None = None, lowering: str = "inductor", shares: bool = False
+) -> Estimate:
     """A gradient through the entries that the output kept (`how` is the output's). `shares`: another site's put it back, too."""
     run = _run(site, site.products[0], 0 if role(product) == "grad_input" else 1) * how.unit
     sizes = sizes_of(site) | {k: kept or how.kept, r: run}
-    return evaluate(Case(kind_of(site), role(product), "coupled", how.method, how.weight, how.scaled, shares=shares), sizes, site.dtype, machine)
+    case = Case(kind_of(site), role(product), "coupled", how.method, how.weight, how.scaled, lowering=lowering, shares=shares)
+    return evaluate(case, sizes, site.dtype, machine)
 
 
 def skipped(site: Site, product: Product, how: Estimator | None, dropped: Estimator, machine: Machine | None, shares: bool = False) -> Estimate:
@@ -266,6 +303,22 @@ def skipped(site: Site, product: Product, how: Estimator | None, dropped: Estima
         return evaluate(Case(kind_of(site), role(product), "exact", skips=True), sizes, site.dtype, machine)
     sizes |= {k: how.kept, r: how.unit}
     return evaluate(Case(kind_of(site), role(product), "coupled", how.method, how.weight, how.scaled, True, shares), sizes, site.dtype, machine)
+
+
+def shrunk(site: Site, product: Product, how: Estimator | None, only: Estimator | None, fed: bool, machine: Machine | None) -> Estimate:
+    """A product, exact or sampled through the entries that the output kept (`how`), of a site that makes `only` what a consumer keeps, or is such a consumer
+    (`fed`), or both."""
+    if how is None:
+        case, sizes = Case(kind_of(site), role(product), "exact"), sizes_of(site)
+    else:
+        output = product.name == "output"
+        case = Case(kind_of(site), role(product), "sampled" if output else "coupled", how.method, how.weight, how.scaled, fed=fed)
+        runs = [_run(site, site.products[0], i) * how.unit for i in (0, 1)]
+        sizes = sizes_of(site) | {k: how.kept, u: how.units, p: runs[0], q: runs[1], r: runs[0 if role(product) == "grad_input" else 1]}
+    if only is not None:
+        width = _torch.hint(_torch.value(site.products[0].operands[0]).shape[-1]) if kind_of(site) != "conv" else 1
+        case, sizes = case._replace(narrow=True), {q: only.unit * width} | sizes | {skip: only.kept}
+    return evaluate(case, sizes, site.dtype, machine)
 
 
 def _run(site: Site, product: Product, operand: int) -> int:

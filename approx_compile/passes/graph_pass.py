@@ -15,8 +15,10 @@ from torch import fx
 
 from approx_compile import _torch, stopwatch
 from approx_compile.config import ApproxConfig, ConfigError, RowSettings
+from approx_compile.kernels import available
 from approx_compile.machine import Machine
 from approx_compile.passes.plan import Plan, Tries, make_plan, needs_random_numbers, row_requests
+from approx_compile.passes.producers import Producers
 from approx_compile.passes.question import question
 from approx_compile.passes.rewrite import rewrite
 from approx_compile.passes.sites import Context, Site, find_sites
@@ -63,9 +65,10 @@ class ApproxPass(_torch.CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         sites = find_sites(graph, self.context)
-        plan = make_plan(sites, self.config, self.machine, self._ask if self.machine is not None else None)
+        producers = Producers(sites, self.machine)
+        plan = make_plan(sites, self.config, self.machine, self._ask if self.machine is not None else None, producers.beside)
         if self.machine is not None:
-            plan = skip_zeros(sites, plan, self.machine)
+            plan = skip_zeros(sites, producers.shrink(plan), self.machine)
         if self.ask_rows is not None:
             self.ask_rows(graph, *row_requests(sites, self.config))
         _refuse_redrawn(plan)
@@ -84,7 +87,8 @@ def cache_key(config: ApproxConfig, context: Context, layers: tuple[str, ...], m
     first_seen: dict[str, int] = {}
     order = [(first_seen.setdefault(m[0], len(first_seen)), asdict(m[1])) if m else None for m in modules]
     profile = (machine.digest, stopwatch.name(machine) if config.measures() else None) if machine is not None else None
-    parts = (config.digest(), order, asdict(context.root), [asdict(i) for i in context.inputs], context.exact, context.last_module, profile, code_version())
+    versions = (code_version(), available.versions())
+    parts = (config.digest(), order, asdict(context.root), [asdict(i) for i in context.inputs], context.exact, context.last_module, profile, versions)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -93,7 +97,7 @@ def code_version() -> str:
     """A hash of this package's sources: another version of a kernel must not hit what the old one compiled."""
     root = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256(torch.__version__.encode())
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(p for p in root.rglob("*.*") if p.suffix in (".py", ".cu", ".cuh")):
         digest.update(path.relative_to(root).as_posix().encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -12,10 +12,11 @@ from torch import fx
 
 from approx_compile import _torch
 from approx_compile.config import ApproxConfig, ProductSettings, RowSettings, SiteSettings
+from approx_compile.kernels.available import OWN
 from approx_compile.kernels.estimators import Estimator, estimator
 from approx_compile.kernels.replacements import Replacement
 from approx_compile.machine import Machine
-from approx_compile.passes import cost, replacements, shared, worth
+from approx_compile.passes import cost, lowerings, replacements, shared, worth
 from approx_compile.passes.fit import check_shapes
 from approx_compile.passes.sites import Product, Site
 from approx_compile.passes.stages import Cut
@@ -34,10 +35,11 @@ WIDE = 512
 class ProductPlan:
     """The decision for one product: "sampled" along its own axis, "coupled" to the output's choice, run on the "rows" kept, "replaced", or "exact". `k` of
     `size` entries are kept (of a replaced one, those of the output gradient that count). `node`: its name in the joint graph; `bytes_exact`:
-    of the exact product's operands and result, each counted once. Times are predictions in us (None where nothing was to be decided by time);
+    of the exact product's operands and result, each counted once; `lowering`: the code that runs it. Times are predictions in us (None where nothing was to be decided by time);
     `terms` says term by term what the time as planned is made of, `sizes` what the symbols in them stand for (see `passes.cost`).
 
-    `skips`: the site whose dropped entries make this product's output gradient zero; computing nothing there changes no value.
+    `skips`: the site whose dropped entries make this product's output gradient zero, or are all that will be read of this output; computing nothing there
+    changes no value.
     `shares`: the site whose indices it uses: an output that is sampled at the entries chosen there (see `passes.shared`), a gradient put back with that site's.
     """
 
@@ -55,6 +57,7 @@ class ProductPlan:
     shares: str | None = None
     node: str = ""
     replacement: Replacement | None = None
+    lowering: str = "inductor"
     bytes_exact: int = 0
     time_exact_us: float | None = None
     time_sampled_us: float | None = None
@@ -65,7 +68,8 @@ class ProductPlan:
 @dataclass(frozen=True)
 class SitePlan:
     """The decision for one site. `k` and `size` are the output product's, or the first approximated one's; FLOPs are summed. Sizes that are symbols stand in
-    `shape` as such, and in `traced` with what they were traced with; FLOPs and times are those of these sizes. `break_even`: where predicted time decided."""
+    `shape` as such, and in `traced` with what they were traced with; FLOPs and times are those of these sizes. `break_even`: where predicted time decided.
+    `shrinks`: the sites that make only what this one keeps of its activation."""
 
     name: str
     module: str
@@ -79,6 +83,7 @@ class SitePlan:
     reads: tuple[str, ...]
     traced: tuple[tuple[str, int], ...] = ()
     break_even: worth.BreakEven | None = None
+    shrinks: tuple[str, ...] = ()
 
     @property
     def shown(self) -> ProductPlan:
@@ -173,9 +178,13 @@ Tries = list[tuple[ProductPlan, ...]]
 Ask = Callable[[Sequence[tuple[Site, Tries]]], Sequence[Sequence[float]]]
 """Measured times of sites, us: exact, then each of the tries."""
 
+Others = Callable[[int, Sequence[ProductPlan]], tuple[float, float]]
+"""Of a site's number, and its products as planned: predicted us of what else changes with them in other sites, before and after."""
 
-def make_plan(sites: Sequence[Site], config: ApproxConfig, machine: Machine | None = None, ask: Ask | None = None) -> Plan:
-    """The decisions by the settings and, where they ask for it, by what the machine is predicted to take, or was measured to (`ask`)."""
+
+def make_plan(sites: Sequence[Site], config: ApproxConfig, machine: Machine | None = None, ask: Ask | None = None, others: Others | None = None) -> Plan:
+    """The decisions by the settings and, where they ask for it, by what the machine is predicted to take, or was measured to (`ask`), with what a site changes
+    in `others`."""
     matches, unmatched = match_rules(sites, config)
     remarks = check_shapes(config.plan, sites) if config.plan is not None else ()
     settings = [config.settings(m) for m in matches]
@@ -184,7 +193,10 @@ def make_plan(sites: Sequence[Site], config: ApproxConfig, machine: Machine | No
     times: dict[int, Sequence[float]] = {}
     if asked and ask is not None:
         times = dict(zip(asked, ask([(sites[i], t) for i in asked if not isinstance(t := tried[i], SitePlan)]), strict=True))
-    judged = [t if isinstance(t, SitePlan) else _judged(sites[i], settings[i], t, machine, times.get(i)) for i, t in enumerate(tried)]
+    def beside(i: int) -> Callable[[Sequence[ProductPlan]], tuple[float, float]]:
+        return lambda products: others(i, products) if others is not None else (0.0, 0.0)
+
+    judged = [t if isinstance(t, SitePlan) else _judged(sites[i], settings[i], t, machine, times.get(i), beside(i)) for i, t in enumerate(tried)]
     if machine is not None:
         judged = shared.share(sites, settings, tried, judged, machine)
     decided = [_with_replacements(s, p, w) for s, p, w in zip(sites, judged, settings, strict=True)]
@@ -234,14 +246,21 @@ def _tried(site: Site, settings: SiteSettings, machine: Machine | None) -> SiteP
         reason = _unwise(site, settings)
     if reason is not None:
         return _all_exact(site, reason, machine)
-    tries = [_products(site, s, machine) for s in worth.candidates(site, settings)]
+    tries = [_products(site, s, machine) for s in worth.candidates(site, settings, machine)]
     if all(p.decision == "exact" for p in tries[0]):
         return _all_exact(site, tries[0][0].reason, machine, tries[0])
     return tries
 
 
-def _judged(site: Site, settings: SiteSettings, tries: Tries, machine: Machine | None, times: Sequence[float] | None) -> SitePlan:
-    """The best of the tries, if it is worth it."""
+def _judged(
+    site: Site,
+    settings: SiteSettings,
+    tries: Tries,
+    machine: Machine | None,
+    times: Sequence[float] | None,
+    beside: Callable[[Sequence[ProductPlan]], tuple[float, float]],
+) -> SitePlan:
+    """The best of the tries, if it is worth it: alone, or with what it changes `beside` it."""
     best = min(tries, key=worth.rank) if times is None else tries[min(range(len(tries)), key=lambda i: times[i + 1])]
     done = next(p for p in best if p.decision != "exact")
     found = _site_plan(site, "sampled", done.reason, best)
@@ -251,12 +270,22 @@ def _judged(site: Site, settings: SiteSettings, tries: Tries, machine: Machine |
         return _all_exact(site, f"no cost model for {worth.device(site)}", machine)
     at: worth.BreakEven | None = None
     if times is not None:
-        pays, why = cost.pays(times[0], min(times[1:]), cost.MEASURED_MARGIN), f"measured {times[0] / min(times[1:]):.2f}x at ratio {done.ratio:g}"
+        exact, sampled, why = times[0], min(times[1:]), f"measured {times[0] / min(times[1:]):.2f}x at ratio {done.ratio:g}"
     else:
         assert found.time_exact_us is not None and found.time_sampled_us is not None
-        pays = cost.worth(site.kind, found.time_exact_us, found.time_sampled_us, machine)
+        exact, sampled = found.time_exact_us, found.time_sampled_us
         why, at = worth.predicted([(site, best)], machine)
-    decided = replace(found, reason=f"{done.reason}; {why}") if pays else _all_exact(site, f"would not pay: {why}", machine)
+
+    def pays(more_before: float, more_after: float) -> bool:
+        if times is not None:
+            return cost.pays(exact + more_before, sampled + more_after, cost.MEASURED_MARGIN)
+        assert machine is not None
+        return cost.worth(site.kind, exact + more_before, sampled + more_after, machine)
+
+    before, after = beside(best)
+    if before > after:
+        why = f"{why}, {(exact + before) / (sampled + after):.2f}x with the sites before it"
+    decided = replace(found, reason=f"{done.reason}; {why}") if pays(0.0, 0.0) or pays(before, after) else _all_exact(site, f"would not pay: {why}", machine)
     return replace(decided, break_even=at)
 
 
@@ -292,7 +321,7 @@ def _gradient(site: Site, product: Product, settings: SiteSettings, output: Prod
     if output.how is None:
         return _exact(site, product, "the output it is coupled to is exact", machine)
     plan = replace(output, name=product.name, decision="coupled", reason="through the entries the output kept")
-    return _timed(site, plan, product, cost.coupled(site, product, output.how, machine), machine)
+    return _timed(site, plan, product, cost.coupled(site, product, output.how, machine, lowering=output.lowering), machine)
 
 
 def _own_axis(site: Site, product: Product, wanted: ProductSettings, machine: Machine | None) -> ProductPlan:
@@ -310,9 +339,18 @@ def _own_axis(site: Site, product: Product, wanted: ProductSettings, machine: Ma
         short = size <= wanted.min_k
         reason = f"axis of {size}, min_k is {wanted.min_k}" if short else f"keeps all {size} at ratio {wanted.ratio:g}, group {group}"
         return _exact(site, product, reason, machine)
-    reason = f"{product.name}: {wanted.method}" + (f" in groups of {group}" if group > 1 else "")
-    plan = ProductPlan(product.name, "sampled", reason, wanted.method, wanted.ratio, how.kept, size, site.flops, site.flops, how)
-    return _timed(site, plan, product, cost.sampled(site, product, how, machine), machine)
+    lowering, by = _lowered(site, product, how, wanted.lowering)
+    reason = f"{product.name}: {wanted.method}" + (f" in groups of {group}" if group > 1 else "") + by
+    plan = ProductPlan(product.name, "sampled", reason, wanted.method, wanted.ratio, how.kept, size, site.flops, site.flops, how, lowering=lowering)
+    return _timed(site, plan, product, cost.sampled(site, product, how, machine, lowering=lowering), machine)
+
+
+def _lowered(site: Site, product: Product, how: Estimator, wanted: str) -> tuple[str, str]:
+    """The code that runs a sampled product, and the words for it."""
+    if wanted not in OWN:
+        return "inductor", ""
+    why = lowerings.refused(site, product, how, wanted)
+    return (wanted, f" by {wanted}") if why is None else ("inductor", f" by inductor: {why}")
 
 
 def _timed(site: Site, plan: ProductPlan, product: Product, estimate: cost.Estimate, machine: Machine | None) -> ProductPlan:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor, fx
 
 from approx_compile import _torch
 from approx_compile.config import ProductSettings
+from approx_compile.kernels import max_conv
 from approx_compile.kernels.replacements import Geometry, Replacement, max_conv_weight, max_linear_input, max_linear_weight
+from approx_compile.passes import lowerings
 from approx_compile.passes.sites import CONV, MM, VIEWS, Product, Site
 from approx_compile.passes.splice import inline, replace_output
 
@@ -45,7 +48,9 @@ def choose(site: Site, product: Product, wanted: ProductSettings) -> Choice:
     size = math.prod(_entries(site, product))
     if how.j >= size:
         return Choice(None, size, size, f"max with j {how.j}: there are no more than {size} entries of the output gradient")
-    return Choice(how, how.j, size, f"max, {how.j} of {size} entries of the output gradient")
+    by_cuda = site.node.target in CONV and lowerings.max_in_cuda(site, wanted.lowering, how.j)
+    words = f"max, {how.j} of {size} entries of the output gradient" + (", by cuda" if by_cuda else "")
+    return Choice(replace(how, lowering="cuda") if by_cuda else how, how.j, size, words)
 
 
 def _entries(site: Site, product: Product) -> Sequence[Any]:
@@ -116,10 +121,18 @@ def replace_conv_weight(graph: fx.Graph, product: Product, how: Replacement) -> 
         groups, transposed = m.args[9], bool(m.args[7])
         assert isinstance(groups, int)
         conv = Geometry(kernel, stride, padding, dilation, groups, transposed)
-        new = inline(graph, m, lambda x, dy: _laid_out(max_conv_weight(x, dy, how, conv), old), product.operands)
+        new = inline(graph, m, lambda x, dy: _laid_out(_max(x, dy, how, conv), old), product.operands)
     else:
         new = _made_up(graph, m, product, how, old)
     replace_output(graph, m, product.mask, new)
+
+
+def _max(x: Tensor, dy: Tensor, how: Replacement, conv: Geometry) -> Tensor:
+    if how.lowering == "inductor":
+        return max_conv_weight(x, dy, how, conv)
+    sizes = [list(v) for v in (conv.kernel, conv.stride, conv.padding, conv.dilation)]
+    df: Tensor = max_conv.max_conv_weight(x, dy, how.j, how.scale, *sizes, conv.groups)
+    return df
 
 
 def _made_up(graph: fx.Graph, m: fx.Node, product: Product, how: Replacement, old: Any) -> fx.Node:

@@ -8,79 +8,89 @@ would bypass a cache or hide a change of code.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
 from approx_compile import _torch
+from approx_compile.kernels.available import OWN
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.kernels.products import Axis, sample, take, untake
-from approx_compile.passes import shared
+from approx_compile.passes import own_kernels, shared
+from approx_compile.passes.narrowing import Narrowing, regions
 from approx_compile.passes.plan import Plan, ProductPlan
 from approx_compile.passes.replacements import let_go_of_activation, replace_conv_weight, replace_matmul
 from approx_compile.passes.shared import Sum
-from approx_compile.passes.sites import CONV, VIEWS, Product, Site, channel_axis, conv_weight_axes, permutation_between
-from approx_compile.passes.splice import hoist, inline, output_of, refresh, replace_output
+from approx_compile.passes.sites import CONV, VIEWS, Product, Site, channel_axis, conv_weight_axes, permutation_between, users_of_output
+from approx_compile.passes.splice import Layout, Sampled, hoist, inline, keep_choice, like, output_of, refresh, replace_output
+from approx_compile.passes.zeros import relu_backward
 
 aten = torch.ops.aten
-
-CHOICE = "approx_compile_choice"
-"""Key in the meta of the nodes that hold a selection's indices and scale: `site.product.idx`, `site.product.scale`."""
-
-
-class Sampled(NamedTuple):
-    """The nodes a sampled output leaves for its coupled gradients."""
-
-    how: Estimator
-    idx: fx.Node
-    scale: fx.Node | None
-    operands: tuple[fx.Node, fx.Node]
-
 
 def rewrite(graph: fx.Graph, sites: Sequence[Site], plan: Plan) -> None:
     """Carry out `plan` (made from `sites` of this graph), then remove what it made dead and lint."""
     kept: dict[str, Sampled] = {}
+    narrow: dict[str, tuple[fx.Node, fx.Node]] = {}
     readers = shared.readers(sites, plan)
-    sums = {name: _Shared(*found) for name, found in shared.sums(sites, plan).items()}
+    sums = {name: _Shared(*total) for name, total in shared.sums(sites, plan).items()}
+    found, narrowing, whole = regions(sites, plan), dict[str, Narrowing](), dict[fx.Node, fx.Node]()
     for site, planned in zip(sites, plan.sites, strict=True):
         output = planned.products[0]
-        if output.decision == "sampled":
+        if site.name in found:
+            narrowing[site.name] = Narrowing(graph, found[site.name])
+            kept[site.name] = narrowing[site.name].forward(kept, narrow)
+        elif output.decision == "sampled":
             leader = kept[output.shares] if output.shares is not None else None
             kept[site.name] = _sample_in_place(graph, site, site.products[0], output, leader, readers.get(site.name, ()))
-    for site, planned in zip(sites, plan.sites, strict=True):
+    for site, planned in zip(reversed(sites), reversed(plan.sites), strict=True):  # as the backward pass goes
         todo = []
         for product, decision in zip(site.products[1:], planned.products[1:], strict=True):
             coupled = kept[site.name] if decision.decision == "coupled" else None
             skipped = kept[decision.skips] if decision.skips is not None else None
             if decision.decision in ("sampled", "replaced") or coupled or skipped:
+                fed = site.name in narrowing and product.name == "grad_input"
+                first, second = product.operands
+                product = replace(product, operands=(whole.get(first, first), whole.get(second, second)))
                 into = sums.get(decision.shares or site.name) if product.name == "grad_input" else None
-                todo.append(_Gradient(product, decision, coupled, skipped, into))
-        if site.node.target in CONV:
-            _conv_gradients(graph, site, todo)
-            continue
-        for work in todo:
-            if work.decision.replacement is not None:
-                replace_matmul(graph, work.product, work.decision.replacement)
-            elif work.decision.decision == "sampled":
-                _sample_in_place(graph, site, work.product, work.decision)
-            else:
-                _narrow_matmul(graph, site.products[0].operands, work)
-    for into in sums.values():
-        _put_back_sum(graph, into)
+                todo.append(_Gradient(product, decision, coupled, skipped, narrow.get(site.name), fed, into))
+        _gradients(graph, site, todo)
+        if site.name in narrowing:
+            narrowing[site.name].backward()
+            whole |= narrowing[site.name].whole
+    for total in sums.values():
+        _put_back_sum(graph, total)
     graph.eliminate_dead_code()
     graph.lint()
 
 
+def _gradients(graph: fx.Graph, site: Site, todo: Sequence[_Gradient]) -> None:
+    if site.node.target in CONV:
+        _conv_gradients(graph, site, todo)
+        return
+    for work in todo:
+        if work.decision.replacement is not None:
+            replace_matmul(graph, work.product, work.decision.replacement)
+        elif work.decision.decision == "sampled":
+            _sample_in_place(graph, site, work.product, work.decision)
+        elif work.coupled is not None and work.decision.lowering in OWN:
+            own_kernels.narrow_matmul(work.product, work.coupled.how, work.coupled.idx, work.coupled.scale)
+        else:
+            _narrow_matmul(graph, site.products[0].operands, work)
+
+
 class _Gradient(NamedTuple):
     """What is to be done to one gradient product: replaced, sampled on its own axis, or narrowed to kept inputs (`coupled`), kept outputs (`skipped`) or
-    both."""
+    both. `narrow`: the operands of an output that is made for the kept ones only; `fed`: the activation came narrow, and so may its gradient leave;
+    `into`: the sum that is put back in its stead."""
 
     product: Product
     decision: ProductPlan
     coupled: Sampled | None
     skipped: Sampled | None
+    narrow: tuple[fx.Node, fx.Node] | None
+    fed: bool
     into: _Shared | None
 
 
@@ -93,7 +103,7 @@ class _Shared:
     narrow: list[fx.Node] = field(default_factory=list)
     holes: tuple[_Hole, ...] = ()
     activation: tuple[fx.Node, fx.Node] | None = None
-    like: Any = None
+    layout: Layout | None = None
 
 
 class _Hole(NamedTuple):
@@ -110,10 +120,15 @@ class _Hole(NamedTuple):
 def _sample_in_place(
     graph: fx.Graph, site: Site, product: Product, decision: ProductPlan, leader: Sampled | None = None, readers: Sequence[Product] = ()
 ) -> Sampled:
-    """Gather both operands of a product along its contraction axis and let its node work on those. `leader`: whose indices and activation it uses; `readers`:
-    products that will use its own, whose weights have their say in the choice and must stand before it."""
+    """Gather both operands of a product along its contraction axis and let its node work on those, or let it skip along that axis by itself. `leader`: whose
+    indices and activation it uses; `readers`: products that will use its own, whose weights have their say in the choice and must stand before it."""
     assert decision.how is not None
     node, how = product.node, decision.how
+    if decision.lowering in OWN:
+        idx, scale = own_kernels.choice(graph, node, product, how)
+        _mark_choice(site, product, idx, scale)
+        own_kernels.sample_output(graph, product, how, idx, scale)
+        return Sampled(how, idx, scale, product.operands)
     for other in readers:
         hoist(other.operands[1], node)
     kept = _gathered(graph, node, site, product, how, readers) if leader is None else _joined(graph, product, leader)
@@ -131,16 +146,18 @@ def _gathered(graph: fx.Graph, before: fx.Node, site: Site, product: Product, ho
         return sample(how, a, b, *axes, list(zip(others, more, strict=True)))
 
     idx, scale, a, b = inline(graph, before, run, (*product.operands, *(r.operands[1] for r in readers)))
+    _mark_choice(site, product, idx, scale)
+    return Sampled(how, idx, scale, (a, b))
+
+
+def _mark_choice(site: Site, product: Product, idx: fx.Node, scale: fx.Node | None) -> None:
     for node, name in ((idx, "idx"), (scale, "scale")):
         if node is not None:
-            _torch.must_save(node)  # a choice that is made again in the backward pass might be another one
-            node.meta[CHOICE] = f"{site.name}.{product.name}.{name}"
-    return Sampled(how, idx, scale, (a, b))
+            keep_choice(node, f"{site.name}.{product.name}.{name}")
 
 
 def _joined(graph: fx.Graph, product: Product, leader: Sampled) -> Sampled:
     """The operands of a product at the entries that another one kept of the same activation."""
-
     axis, unit = product.axes[1], leader.how.unit
 
     def run(b: torch.Tensor, idx: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
@@ -158,19 +175,22 @@ def _narrow_matmul(graph: fx.Graph, forward: tuple[fx.Node, fx.Node], work: _Gra
     assert isinstance(operand, fx.Node) and isinstance(dy, fx.Node)
     lead = 0 if _torch.value(m).dim() == 3 else None
     holes = []
-    if work.coupled is not None:
+    whole = work.narrow is None or p.reads == 0
+    cut = work.coupled.operands if work.coupled is not None else None if whole else work.narrow
+    if cut is not None:
         order = tuple(permutation_between(forward[p.reads], operand))
-        operand = work.coupled.operands[p.reads]
+        operand = cut[p.reads]
         if list(order) != sorted(order):
             operand = inline(graph, m, lambda x: x.permute(order), (operand,))
+    if work.coupled is not None and not work.fed:
         scale = work.coupled.scale if p.reads == 0 else None  # B' holds its scale already
         holes.append(_Hole(Axis(position + _torch.value(m).dim() - 2, lead), work.coupled, scale))
     if work.skipped is not None:
         columns = Axis(p.output_grad_dim)
         dy = _taken(graph, m, dy, columns, work.skipped)
-        if p.reads == 1:
+        if p.reads == 1 and whole:
             operand = _taken(graph, m, operand, p.axes[position], work.skipped)
-        else:
+        elif p.reads == 0:
             holes.append(_Hole(Axis(1 - position + _torch.value(m).dim() - 2), work.skipped, None))
     m.args = (operand, dy) if position == 0 else (dy, operand)
     activation = (forward[0], work.coupled.operands[0]) if work.coupled is not None and p.reads == position == 1 else None  # dA, in A's own orientation
@@ -178,6 +198,8 @@ def _narrow_matmul(graph: fx.Graph, forward: tuple[fx.Node, fx.Node], work: _Gra
 
 
 def _taken(graph: fx.Graph, before: fx.Node, x: fx.Node, axis: Axis, kept: Sampled) -> fx.Node:
+    if x in kept.narrow:
+        return kept.narrow[x]
     unit = kept.how.unit
     new = inline(graph, before, lambda x, idx: take(x, axis, idx, None, unit), (x, kept.idx))
     assert isinstance(new, fx.Node)
@@ -193,18 +215,18 @@ def _put_back(
     front of the un-gather: outside the kept entries the gradient is zero anyway, and the mask of the whole activation need not be saved.
     `into`: the sum that is put back in its stead.
     """
-    old = _torch.value(m)
+    layout = Layout.of(_torch.value(m))
     if into is not None:
-        into.narrow.append(m)
-        into.holes, into.activation, into.like = tuple(holes), into.activation or activation, old
+        into.narrow.insert(0, m)  # gradients come in reverse order
+        into.holes, into.activation, into.layout = tuple(holes), into.activation or activation, layout
         refresh(m)
         return
     users = list(m.users)
-    masked = _relu_backward(m, activation[0]) if activation is not None else None
+    masked = relu_backward(m, activation[0]) if activation is not None else None
     refresh(m)
     if not holes:
         return
-    full = _filled(graph, m.next, m, holes, activation[1] if masked and activation else None, old)
+    full = _filled(graph, m.next, m, holes, activation[1] if masked and activation else None, layout)
     for u in users:
         u.replace_input_with(m, full)
     _drop_mask(masked)
@@ -212,18 +234,17 @@ def _put_back(
 
 def _put_back_sum(graph: fx.Graph, work: _Shared) -> None:
     """Give the users of a sum of gradients, each of the kept entries only by now, that sum in place."""
-
     total, order = work.total, work.order
 
     def run(*parts: torch.Tensor) -> torch.Tensor:
         return _added(order, parts)
 
-    masked = _relu_backward(total, work.activation[0]) if work.activation is not None else None
+    assert work.layout is not None
+    masked = relu_backward(total, work.activation[0]) if work.activation is not None else None
     y = inline(graph, total, run, work.narrow, total)
-    full = _filled(graph, total, y, work.holes, work.activation[1] if masked and work.activation else None, work.like)
-    value = _torch.value(total)
-    shape, strides, contiguous = tuple(value.shape), _strides(value), value.is_contiguous()
-    full = inline(graph, total, lambda x: _like(x.reshape(shape), strides, contiguous), (full,), total)
+    full = _filled(graph, total, y, work.holes, work.activation[1] if masked and work.activation else None, work.layout)
+    shape, layout = tuple(s if isinstance(s, int) else -1 for s in _torch.value(total).shape), Layout.of(_torch.value(total))
+    full = inline(graph, total, lambda x: like(x.reshape(shape), layout), (full,), total)
     total.replace_all_uses_with(full)
     _drop_mask(masked)
 
@@ -232,17 +253,16 @@ def _added(order: Sum, parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return parts[order] if isinstance(order, int) else _added(order[0], parts) + _added(order[1], parts)
 
 
-def _filled(graph: fx.Graph, before: fx.Node, narrow: fx.Node, holes: Sequence[_Hole], masked: fx.Node | None, old: Any) -> fx.Node:
-    """The full-size gradient (`old` has its shape and strides) of what is kept of it, zero where the kept activation `masked` is not positive."""
-
-    places, strides, contiguous = tuple((h.axis, h.kept.how.unit, h.kept.how.size) for h in holes), _strides(old), old.is_contiguous()
+def _filled(graph: fx.Graph, before: fx.Node, narrow: fx.Node, holes: Sequence[_Hole], masked: fx.Node | None, layout: Layout) -> fx.Node:
+    """The full-size gradient, laid out as `layout` says, of what is kept of it; zero where the kept activation `masked` is not positive."""
+    places = tuple((h.axis, h.kept.how.unit, h.kept.how.size) for h in holes)
 
     def run(y: torch.Tensor, x: torch.Tensor | None, *chosen: torch.Tensor | None) -> torch.Tensor:
         y = torch.where(x <= 0, 0, y) if x is not None else y
         for (axis, unit, size), idx, scale in zip(places, chosen[::2], chosen[1::2], strict=True):
             assert idx is not None
             y = untake(y, axis, idx, scale, unit, size)
-        return _like(y, strides, contiguous)
+        return like(y, layout)
 
     chosen = [n for hole in holes for n in (hole.kept.idx, hole.scale)]
     full = inline(graph, before, run, (narrow, masked, *chosen), narrow)
@@ -253,41 +273,6 @@ def _filled(graph: fx.Graph, before: fx.Node, narrow: fx.Node, holes: Sequence[_
 def _drop_mask(masked: fx.Node | None) -> None:
     if masked is not None:
         masked.replace_all_uses_with(masked.args[2])  # type: ignore[arg-type]
-
-
-def _relu_backward(grad: fx.Node, activation: fx.Node) -> fx.Node | None:
-    """The node where(relu <= 0, 0, grad) that alone reads a gradient, if `activation` is that ReLU's output (all through views)."""
-    v = grad
-    while len(v.users) == 1:
-        user = next(iter(v.users))
-        if user.target in VIEWS:
-            v = user
-            continue
-        if user.target is not aten.where.self or user.args[2] is not v:
-            return None
-        le, zero = user.args[0], user.args[1]
-        is_zero = isinstance(zero, fx.Node) and zero.target in (aten.scalar_tensor.default, aten.full.default) and 0 in zero.args
-        if not (is_zero and isinstance(le, fx.Node) and le.target is aten.le.Scalar and le.args[1] == 0):
-            return None
-        relu = _behind_views(le.args[0])
-        return user if relu is _behind_views(activation) and relu.target is aten.relu.default else None
-    return None
-
-
-def _behind_views(n: Any) -> Any:
-    while isinstance(n, fx.Node) and n.target in VIEWS:
-        n = n.args[0]
-    return n
-
-
-def _strides(x: Any) -> tuple[int, ...]:
-    return tuple(_torch.hint(s) for s in x.stride())
-
-
-def _like(x: torch.Tensor, strides: tuple[int, ...], contiguous: bool) -> torch.Tensor:
-    """The strides that the graph expects, where gathering changed them."""
-    same = all(a == b for a, b, n in zip(_strides(x), strides, x.shape, strict=True) if _torch.hint(n) > 1)
-    return x if same else x.clone(memory_format=torch.contiguous_format) if contiguous else x
 
 
 # --- gradients of convolutions ---
@@ -304,7 +289,12 @@ def _conv_gradients(graph: fx.Graph, site: Site, todo: Sequence[_Gradient]) -> N
     mask = list(m.args[10])  # type: ignore[arg-type]
     alike: dict[tuple[bool, str | None], list[_Gradient]] = {}
     calls = [m]
+    skipping = [w for w in todo if w.coupled is not None and w.decision.decision == "coupled" and w.decision.lowering in OWN]
+    if skipping and (kept := skipping[0].coupled) is not None:
+        own_kernels.narrow_conv(graph, m, [w.product for w in skipping], kept.how, kept.idx, kept.scale)
     for work in todo:
+        if work in skipping:
+            continue
         if work.decision.replacement is not None:
             replace_conv_weight(graph, work.product, work.decision.replacement)
         elif work.decision.decision == "sampled":
@@ -330,17 +320,21 @@ def _conv_gradients(graph: fx.Graph, site: Site, todo: Sequence[_Gradient]) -> N
 
 def _narrow_conv(graph: fx.Graph, site: Site, m: fx.Node, group: Sequence[_Gradient]) -> fx.Node:
     """Gradients from kept input channels of x and w, from the output channels of dy and w that are not zero, or both."""
-    coupled, skipped = group[0].coupled, group[0].skipped
+    coupled, skipped, narrow = group[0].coupled, group[0].skipped, group[0].narrow
     transposed, groups = bool(m.args[7]), _groups(m)
     w_in, w_out = conv_weight_axes(transposed, groups)
     dy = m.args[0]
-    x, w = coupled.operands if coupled is not None else (m.args[1], m.args[2])
+    x, w = coupled.operands if coupled is not None else narrow or (m.args[1], m.args[2])
     assert isinstance(dy, fx.Node) and isinstance(x, fx.Node) and isinstance(w, fx.Node)
     if skipped is not None:
-        dy, w = _taken(graph, m, dy, Axis(1), skipped), _taken(graph, m, w, w_out, skipped)
+        dy = _taken(graph, m, dy, Axis(1), skipped)
+        w = w if narrow is not None else _taken(graph, m, w, w_out, skipped)
     call = _conv_backward(graph, m, dy, (x, w), [i in {g.product.mask for g in group} for i in range(3)])
     for work in group:
         of_weight = work.product.mask == 1
+        if work.fed:
+            _come_from(m, call, work.product.mask)
+            continue
         grad = output_of(graph, call, work.product.mask)
         activation = None
         holes = []
@@ -353,6 +347,13 @@ def _narrow_conv(graph: fx.Graph, site: Site, m: fx.Node, group: Sequence[_Gradi
         replace_output(graph, m, work.product.mask, grad)
         _put_back(graph, grad, holes, activation, work.into)
     return call
+
+
+def _come_from(m: fx.Node, call: fx.Node, index: int) -> None:
+    """Let the node that takes an output of `m` take that of `call`."""
+    for item in list(users_of_output(m, index)):
+        item.args = (call, index)
+        refresh(item)
 
 
 def _own_axis_conv(graph: fx.Graph, m: fx.Node, site: Site, p: Product, how: Estimator) -> fx.Node:

@@ -21,6 +21,7 @@ from torch import fx
 
 from approx_compile import _torch
 from approx_compile.config import SiteSettings
+from approx_compile.kernels.available import OWN
 from approx_compile.machine import Machine
 from approx_compile.passes import cost, worth
 from approx_compile.passes.sites import PRODUCTS, VIEWS, Product, Site
@@ -76,7 +77,7 @@ def _ways(
         mine = tried[i]
         assert isinstance(mine, list)
         own = mine if settings[i].policy == "cost" else [judged[i].products]
-        if all(products[0].decision == "sampled" for products in own):
+        if all(products[0].decision == "sampled" and not any(p.lowering in OWN for p in products) for products in own):
             alike[settings[i].policy, settings[i].share, *(products[0].how for products in own)].append(i)
     found = []
     for members in alike.values():
@@ -170,7 +171,8 @@ def sums(sites: Sequence[Site], plan: Plan) -> dict[str, tuple[fx.Node, Sum]]:
 
 
 def summed(results: Sequence[tuple[fx.Node, int] | None]) -> tuple[fx.Node, Sum] | None:
-    """The node that holds the sum of these gradients and of nothing else, through views, and the order in which they are added up."""
+    """The node that holds the sum of these gradients and of nothing else, through views, and the order in which they are added up; None too where more than one
+    of its sizes is a symbol."""
     known = [r for r in results if r is not None]
     if len(known) < len(results) or len({(dim, tuple(map(str, _torch.value(n).shape))) for n, dim in known}) > 1:
         return None
@@ -183,7 +185,8 @@ def summed(results: Sequence[tuple[fx.Node, int] | None]) -> tuple[fx.Node, Sum]
         assert isinstance(first, fx.Node) and isinstance(second, fx.Node)
         order = (parts.pop(first), parts.pop(second))
         parts[node if len(parts) == 0 else _top(node)] = order
-    return next(iter(parts.items()))
+    total, added = next(iter(parts.items()))
+    return (total, added) if sum(not isinstance(s, int) for s in _torch.value(total).shape) <= 1 else None
 
 
 def _top(n: fx.Node) -> fx.Node:

@@ -29,6 +29,8 @@ _GRADS = {aten.mm.default, aten.bmm.default, aten.convolution_backward.default}
 _PERMUTES = {aten.permute.default, aten.t.default, aten.transpose.int}
 VIEWS = {aten.view.default, aten.alias.default, aten.detach.default, aten._unsafe_view.default, aten.reshape.default}
 
+NO_GRADIENT = "no gradient flows through it"
+
 
 @dataclass(frozen=True)
 class Input:
@@ -199,7 +201,7 @@ def _site(n: fx.Node, name: str, owner: Module, mates: list[fx.Node], feeds: _Fe
     elif owner.exact:
         blocked = owner.exact
     elif len(products) == 1 and blocked is None:
-        blocked = "no gradient flows through it"
+        blocked = NO_GRADIENT
     act = a if weight != 0 else b
     fed_by = feeds.of(act) | (frozenset() if weight is not None else feeds.of(b))
     if last and context.last_module is not None:
@@ -450,6 +452,11 @@ def _flops(n: fx.Node, a: fx.Node, b: fx.Node) -> int:
 
 def _prod(sizes: Any) -> int:
     return math.prod(_torch.hint(s) for s in sizes)
+
+
+def one_contraction(site: Site) -> bool:
+    """Neither batched nor grouped: one index set, whatever the batch's size."""
+    return site.node.target in MM or (site.node.target in CONV and bool(site.node.args[8] == 1))
 
 
 def users_of_output(m: fx.Node, index: int) -> Iterator[fx.Node]:

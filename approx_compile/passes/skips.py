@@ -8,10 +8,11 @@ from dataclasses import replace
 
 from torch import fx
 
+from approx_compile.kernels.available import OWN
 from approx_compile.machine import Machine
 from approx_compile.passes import cost, zeros
 from approx_compile.passes.plan import Plan, ProductPlan, SitePlan
-from approx_compile.passes.sites import CONV, MM, Site
+from approx_compile.passes.sites import Site, one_contraction
 
 
 def skip_zeros(sites: Sequence[Site], plan: Plan, machine: Machine) -> Plan:
@@ -19,7 +20,7 @@ def skip_zeros(sites: Sequence[Site], plan: Plan, machine: Machine) -> Plan:
     users: dict[tuple[fx.Node | None, int], list[tuple[int, int]]] = defaultdict(list)
     for i, site in enumerate(sites):
         for j, p in enumerate(site.products):
-            if p.output_grad is not None and _one_contraction(site):
+            if p.output_grad is not None and one_contraction(site):
                 users[p.output_grad, p.output_grad_dim].append((i, j))
     shared: dict[str, list[tuple[fx.Node, int]]] = defaultdict(list)  # gradients that are summed up with another's, and zero where that is
     for site, s in zip(sites, plan.sites, strict=True):
@@ -29,7 +30,7 @@ def skip_zeros(sites: Sequence[Site], plan: Plan, machine: Machine) -> Plan:
     new = list(plan.sites)
     for source, planned in zip(sites, plan.sites, strict=True):
         for p, d in zip(source.products, planned.products, strict=True):
-            if d.decision != "coupled" or d.shares is not None or not _one_contraction(source) or p.result is None:
+            if d.decision != "coupled" or d.shares is not None or not one_contraction(source) or p.result is None:
                 continue
             together = dict([p.result, *(shared.get(source.name, ()) if p.name == "grad_input" else ())])
             for zero in zeros.follow(together).items():
@@ -38,14 +39,9 @@ def skip_zeros(sites: Sequence[Site], plan: Plan, machine: Machine) -> Plan:
     return replace(plan, sites=tuple(new))
 
 
-def _one_contraction(site: Site) -> bool:
-    """Neither batched nor grouped: one index set, whatever the batch's size."""
-    return site.node.target in MM or (site.node.target in CONV and bool(site.node.args[8] == 1))
-
-
 def _with_skip(site: Site, plan: SitePlan, j: int, source: str, dropped: ProductPlan, machine: Machine) -> SitePlan:
     product, decision = site.products[j], plan.products[j]
-    if decision.decision in ("sampled", "replaced") or decision.skips is not None or dropped.how is None:
+    if decision.decision in ("sampled", "replaced") or decision.skips is not None or dropped.how is None or decision.lowering in OWN:
         return plan
     estimate = cost.skipped(site, product, decision.how, dropped.how, machine, decision.shares is not None)
     assert decision.time_sampled_us is not None and estimate.time_us is not None

@@ -5,14 +5,54 @@ from __future__ import annotations
 import dataclasses
 import operator
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
 from approx_compile import _torch
+from approx_compile.kernels.estimators import Estimator
 from approx_compile.passes.sites import users_of_output
+
+
+CHOICE = "approx_compile_choice"
+"""Key in the meta of the nodes that hold a selection's indices and scale: `site.product.idx`, `site.product.scale`."""
+
+
+class Sampled(NamedTuple):
+    """The nodes a sampled output leaves for its coupled gradients. `narrow`: of a gradient whose dropped entries are zero, the kept ones alone, where there is
+    a node of them."""
+
+    how: Estimator
+    idx: fx.Node
+    scale: fx.Node | None
+    operands: tuple[fx.Node, fx.Node]
+    narrow: Mapping[fx.Node, fx.Node] = MappingProxyType({})
+
+
+def keep_choice(node: fx.Node, name: str) -> None:
+    """Name a node of a selection; it is saved, for a choice that is made again in the backward pass might be another one."""
+    _torch.must_save(node)
+    node.meta[CHOICE] = name
+
+
+class Layout(NamedTuple):
+    """How a value lies in memory (strides that are symbols as traced)."""
+
+    strides: tuple[int, ...]
+    contiguous: bool
+
+    @staticmethod
+    def of(x: Any) -> Layout:
+        return Layout(tuple(_torch.hint(s) for s in x.stride()), x.is_contiguous())
+
+
+def like(x: torch.Tensor, old: Layout) -> torch.Tensor:
+    """The strides that the graph expects, where gathering changed them."""
+    same = all(a == b for a, b, n in zip(Layout.of(x).strides, old.strides, x.shape, strict=True) if _torch.hint(n) > 1)
+    return x if same else x.clone(memory_format=torch.contiguous_format) if old.contiguous else x
 
 
 def output_of(graph: fx.Graph, call: fx.Node, index: int) -> fx.Node:

@@ -6,12 +6,13 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from approx_compile import _torch
 from approx_compile.config import ProductSettings, SiteSettings
+from approx_compile.kernels.available import OWN
 from approx_compile.machine import Machine
-from approx_compile.passes import cost
+from approx_compile.passes import cost, lowerings
 from approx_compile.passes.sites import Product, Site
 
 if TYPE_CHECKING:  # plan asks here
@@ -39,18 +40,36 @@ def total(times: Iterable[float | None]) -> float | None:
     return None if None in found else math.fsum(t for t in found if t is not None)
 
 
-def candidates(site: Site, settings: SiteSettings) -> list[SiteSettings]:
-    """Where time decides, what `group: "auto"` may come to: single entries, or as many as move fast."""
-    if settings.policy not in TIMED or "auto" not in [w.group for w in (settings.output, settings.grad_input, settings.grad_weight)]:
-        return [settings]
+def candidates(site: Site, settings: SiteSettings, machine: Machine | None) -> list[SiteSettings]:
+    """The ways among which time decides: lowerings (by policy, those that the machine's profile knows), and what `group: "auto"` may come to."""
+    found = []
+    for lowering in lowerings.offered(site, settings.output.lowering):
+        unknown = machine is None or not machine.has(f"{lowering}.{cost.kind_of(site)}.output", site.dtype)
+        if settings.output.lowering == "auto" and lowering in OWN and settings.policy in TIMED and unknown:
+            continue
+        for group in _groups(site, settings, lowering):
+            tried: dict[str, Any] = {name: _as_tried(name, wanted, settings.policy, lowering, group) for name, wanted in _products(settings).items()}
+            found.append(replace(settings, **tried))
+    return found
 
-    def grouped(wanted: ProductSettings, group: int) -> ProductSettings:
-        return replace(wanted, group=group, whole=GRANULE) if wanted.group == "auto" else replace(wanted, whole=GRANULE)
 
-    return [
-        replace(settings, output=grouped(settings.output, g), grad_input=grouped(settings.grad_input, g), grad_weight=grouped(settings.grad_weight, g))
-        for g in (1, _long_run(site))
-    ]
+def _products(settings: SiteSettings) -> dict[str, ProductSettings]:
+    return {"output": settings.output, "grad_input": settings.grad_input, "grad_weight": settings.grad_weight}
+
+
+def _groups(site: Site, settings: SiteSettings, lowering: str) -> tuple[int | None, ...]:
+    """What `group: "auto"` is tried as: what a kernel of ours skips; else single entries or as many as move fast, where time decides; None: `auto_group`."""
+    if all(w.group != "auto" for w in _products(settings).values()):
+        return (None,)
+    units = lowerings.units(site, lowering)
+    return units or ((1, _long_run(site)) if settings.policy in TIMED else (None,))
+
+
+def _as_tried(name: str, wanted: ProductSettings, policy: str, lowering: str, group: int | None) -> ProductSettings:
+    whole = GRANULE if policy in TIMED and group is not None else wanted.whole
+    if group is None or wanted.group != "auto":
+        return replace(wanted, whole=whole, lowering=lowering)
+    return replace(wanted, group=1 if name == "grad_weight" and lowering in OWN else group, whole=whole, lowering=lowering)
 
 
 def rank(products: Sequence[ProductPlan]) -> float:
@@ -110,7 +129,8 @@ def _estimate(site: Site, plan: ProductPlan, machine: Machine, share: float) -> 
     product = next(p for p in site.products if p.name == plan.name)
     if plan.how is None:
         return cost.exact(site, product, machine)
-    return (cost.coupled if plan.decision == "coupled" else cost.sampled)(site, product, plan.how, machine, share * plan.size, plan.shares is not None)
+    estimate = cost.coupled if plan.decision == "coupled" else cost.sampled
+    return estimate(site, product, plan.how, machine, share * plan.size, plan.lowering, plan.shares is not None)
 
 
 def auto_group(site: Site, product: Product) -> int:

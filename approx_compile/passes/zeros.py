@@ -21,8 +21,8 @@ from approx_compile.passes.sites import VIEWS
 aten = torch.ops.aten
 prims = torch.ops.prims
 
-_UNARY = {aten.neg.default, aten.clone.default, aten._to_copy.default, prims.convert_element_type.default, aten.abs.default, aten.contiguous.default}
-_SUMS = {aten.sum.dim_IntList, aten.mean.dim}
+UNARY = {aten.neg.default, aten.clone.default, aten._to_copy.default, prims.convert_element_type.default, aten.abs.default, aten.contiguous.default}
+SUMS = {aten.sum.dim_IntList, aten.mean.dim}
 
 
 def follow(starts: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
@@ -31,20 +31,20 @@ def follow(starts: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
     n = min(starts).next
     while n.op != "root":
         if n.op == "call_function" and n not in starts and any(i in zero for i in n.all_input_nodes):
-            found = _carry(n, zero)
+            found = carry(n, zero)
             if found is not None:
                 zero[n] = found
         n = n.next
     return zero
 
 
-def _carry(n: fx.Node, zero: dict[fx.Node, int]) -> int | None:
+def carry(n: fx.Node, zero: dict[fx.Node, int]) -> int | None:
     """The dim along which `n` has its input's zeros, or None."""
     value = n.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return None
     first = n.args[0] if n.args else None
-    if n.target in _UNARY or n.target is aten.alias.default or n.target is aten.detach.default:
+    if n.target in UNARY or n.target is aten.alias.default or n.target is aten.detach.default:
         return zero.get(first)  # type: ignore[arg-type]
     if n.target is aten.permute.default and first in zero:
         order: list[int] = [int(d) % value.dim() for d in n.args[1]]  # type: ignore[arg-type,union-attr]
@@ -61,7 +61,7 @@ def _carry(n: fx.Node, zero: dict[fx.Node, int]) -> int | None:
         return _all_of(n.args[:2], value, zero)
     if n.target is aten.where.self:
         return _all_of([a for a in n.args[1:] if not is_zero(a)], value, zero)
-    if n.target in _SUMS and first in zero:
+    if n.target in SUMS and first in zero:
         return _summed(n, zero[first])  # type: ignore[index]
     return None
 
@@ -101,3 +101,28 @@ def _summed(n: fx.Node, dim: int) -> int | None:
         return None
     keepdim = len(n.args) > 2 and bool(n.args[2])
     return dim if keepdim else dim - sum(d < dim for d in gone)
+
+
+def relu_backward(grad: fx.Node, activation: fx.Node) -> fx.Node | None:
+    """The node where(relu <= 0, 0, grad) that alone reads a gradient, if `activation` is that ReLU's output (all through views)."""
+    v = grad
+    while len(v.users) == 1:
+        user = next(iter(v.users))
+        if user.target in VIEWS:
+            v = user
+            continue
+        if user.target is not aten.where.self or user.args[2] is not v:
+            return None
+        le, zero = user.args[0], user.args[1]
+        is_zero = isinstance(zero, fx.Node) and zero.target in (aten.scalar_tensor.default, aten.full.default) and 0 in zero.args
+        if not (is_zero and isinstance(le, fx.Node) and le.target is aten.le.Scalar and le.args[1] == 0):
+            return None
+        relu = _behind_views(le.args[0])
+        return user if relu is _behind_views(activation) and relu.target is aten.relu.default else None
+    return None
+
+
+def _behind_views(n: Any) -> Any:
+    while isinstance(n, fx.Node) and n.target in VIEWS:
+        n = n.args[0]
+    return n

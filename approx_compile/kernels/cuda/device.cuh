@@ -1,0 +1,73 @@
+// What the kernels need of the device beyond CUDA C++ itself, header-free (NVRTC finds no cuda_fp16.h): elements, asynchronous copies, tensor cores.
+// ELEMENT: 0 fp32, 1 fp16, 2 bf16. The tests have a second version of this file, in which a block runs on the CPU.
+#pragma once
+
+#if ELEMENT == 0
+typedef float Element;
+#else
+typedef unsigned short Element;
+#endif
+
+__device__ __forceinline__ float widened(Element e) {
+#if ELEMENT == 0
+    return e;
+#elif ELEMENT == 1
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(e));
+    return f;
+#else
+    return __uint_as_float((unsigned)e << 16);
+#endif
+}
+
+__device__ __forceinline__ Element rounded(float f) {
+#if ELEMENT == 0
+    return f;
+#else
+    Element e;
+#if ELEMENT == 1
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(e) : "f"(f));
+#else
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(e) : "f"(f));
+#endif
+    return e;
+#endif
+}
+
+__device__ __forceinline__ unsigned bits(float f) { return __float_as_uint(f); }
+
+#if ELEMENT != 0
+// 16 bytes from global to shared memory, asynchronously; of them `bytes` are read and the rest are zeros.
+__device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes) {
+    unsigned at = (unsigned)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(__cvta_generic_to_global(global)), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void copies_issued() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until all but the last PENDING groups of this thread's copies have arrived.
+template <int PENDING> __device__ __forceinline__ void copies_arrived() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+
+// Four 8 x 8 matrices, row r of matrix i at the address that lane 8 i + r gives; TRANSPOSED: each is read by columns.
+template <bool TRANSPOSED> __device__ __forceinline__ void load_matrices(unsigned (&m)[4], const void* row) {
+    unsigned at = (unsigned)__cvta_generic_to_shared(row);
+    if (TRANSPOSED)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3]) : "r"(at) : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3]) : "r"(at) : "memory");
+}
+
+#if ELEMENT == 1
+#define KIND "f16"
+#else
+#define KIND "bf16"
+#endif
+// c += a b over one warp: a 16 x 16 by rows, b 16 x 8 by columns, c 16 x 8 in fp32.
+__device__ __forceinline__ void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." KIND "." KIND ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+#undef KIND
+#endif

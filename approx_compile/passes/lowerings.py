@@ -1,0 +1,88 @@
+"""Which code may run a sampled product: Inductor's on gathered operands, or a kernel of ours (Triton, CUDA C++) that steps over what was not chosen.
+
+Decided by what the site is: its device, dtype, op and layout, and how its axis was cut into groups. Which of the possible ones is taken is a matter
+of predicted time, as everything else is.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from approx_compile import _torch
+from approx_compile.kernels import available
+from approx_compile.kernels.available import OWN, UNITS
+from approx_compile.kernels.cuda import launch
+from approx_compile.kernels.estimators import Estimator
+from approx_compile.passes.sites import CONV, MM, Product, Site
+
+_LINE = 16
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def offered(site: Site, wanted: str) -> tuple[str, ...]:
+    """The lowerings to choose from for a site; "auto" means all that might run it."""
+    if wanted != "auto":
+        return (wanted,)
+    return ("inductor", *(n for n in OWN if _unfit(site, n) is None))
+
+
+def units(site: Site, lowering: str) -> tuple[int, ...]:
+    """Groups in which a kernel of ours can skip along the axis of a site's output, the best first; none where no kernel fits."""
+    size = site.products[0].size
+    if lowering not in OWN or not isinstance(size, int) or _unfit(site, lowering) is not None:
+        return ()
+    return tuple(u for u in UNITS[lowering] if size % u == 0 and size >= 4 * u)
+
+
+def refused(site: Site, product: Product, how: Estimator, lowering: str) -> str | None:
+    """Why a kernel of ours can't run a product sampled this way on its own axis, if so."""
+    why = _unfit(site, lowering)
+    if why is not None:
+        return why
+    if site.node.target in CONV and product.name != "output":
+        return "convolutions' gradients on their own axis have no kernel"
+    if product.name == "grad_weight" and how.group == 1 and lowering == "triton":
+        return None  # rows, whole ones
+    if how.tail or how.unit not in UNITS[lowering]:
+        return f"{lowering} skips whole groups of {' or '.join(map(str, UNITS[lowering]))}, not {how.group}" + (" with a tail" if how.tail else "")
+    return None
+
+
+def _unfit(site: Site, lowering: str) -> str | None:
+    value = _torch.value(site.products[0].operands[0])
+    if (why := available.missing(lowering, value.device.type)) is not None:
+        return why
+    if site.dtype not in (_DTYPES if lowering == "triton" else _DTYPES[1:]):
+        return f"{lowering} has no kernel for {str(site.dtype).removeprefix('torch.')}"
+    node = site.node
+    allowed = torch.backends.cudnn.conv if node.target in CONV else torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    if site.dtype == torch.float32 and value.device.type == "cuda" and allowed.fp32_precision != "tf32":
+        return f"{lowering} multiplies float32 as TF32, which torch's fp32_precision does not allow"
+    if node.target in CONV:
+        return _unfit_conv(site, lowering, value)
+    if node.target not in MM:
+        return "batched products have no kernel of ours"
+    if node.kwargs or (len(node.args) == 3 and _torch.value(node.args[0]).dim() != 1):
+        return "the addmm is no plain bias"
+    sizes = [s for n in (*site.products[0].operands, node) for s in _torch.value(n).shape[-1:]]
+    if any(not isinstance(s, int) or s % _LINE for s in sizes):
+        return f"{lowering} reads lines of whole multiples of {_LINE} entries, of inputs and of outputs"
+    return None
+
+
+def _unfit_conv(site: Site, lowering: str, x: torch.Tensor) -> str | None:
+    transposed, groups = bool(site.node.args[6]), site.node.args[8]
+    if lowering != "triton":
+        return f"{lowering} has no kernel for convolutions"
+    if x.dim() != 4 or transposed or groups != 1:
+        return "of convolutions, plain 2-D ones without groups have a kernel"
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return "its input is not channels-last"
+    return None
+
+
+def max_in_cuda(site: Site, wanted: str, j: int) -> bool:
+    """Whether the patches of `max` for a convolution's weight are added up by our own kernel: wherever there is one, it takes no other choice."""
+    x, y = _torch.value(site.products[0].operands[0]), _torch.value(site.node)
+    plain = x.dim() == 4 and not site.node.args[6] and x.dtype in _DTYPES
+    return wanted in ("auto", "cuda") and plain and j <= launch.MOST_ENTRIES and _torch.numel_of(y) > 0 and available.missing("cuda", x.device.type) is None

@@ -1,0 +1,92 @@
+"""Plan -> graph where a kernel of ours runs a sampled product: one op in the exact one's place, which reads whole operands and steps over what was not
+chosen. Nothing is gathered, nothing put back; the choice itself is Inductor's to fuse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from approx_compile import _torch
+from approx_compile.kernels import skip, skip_conv
+from approx_compile.kernels.estimators import Estimator, score, select
+from approx_compile.kernels.products import Axis, norms_sq
+from approx_compile.passes.sites import CONV, PRODUCTS, Product
+from approx_compile.passes.splice import inline, refresh, replace_output
+
+
+def choice(graph: fx.Graph, before: fx.Node, product: Product, how: Estimator) -> tuple[fx.Node, fx.Node | None]:
+    """Indices and scale for a product, in the order `kernels.estimators.select` has them."""
+    plain = [_is_stored(n) and axis.lead is None and axis.split is None for n, axis in zip(product.operands, product.axes, strict=True)]
+
+    def run(a: Tensor, b: Tensor) -> Any:
+        a_sq, b_sq = (_norms(x, axis, how.group, alone) for x, axis, alone in zip((a, b), product.axes, plain, strict=True))
+        if how.scaled:
+            return select(how, a_sq, b_sq)
+        return skip.choose(score(how, a_sq, b_sq), how.k), None
+
+    idx, scale = inline(graph, before, run, product.operands)
+    return idx, scale
+
+
+def _is_stored(n: fx.Node) -> bool:
+    """Whether an operand lies in memory anyway: of another one Inductor fuses the norms with what computes it."""
+    return n.op == "placeholder" or n.target in PRODUCTS
+
+
+def _norms(x: Tensor, axis: Axis, group: int, alone: bool) -> Tensor:
+    whole = x.shape[axis.dim] // group * group
+    return skip.axis_norms_sq(x, axis.dim, group) if alone and x.dim() == 2 and whole == x.shape[axis.dim] else norms_sq(x, axis, group)
+
+
+def sample_output(graph: fx.Graph, product: Product, how: Estimator, idx: fx.Node, scale: fx.Node | None) -> None:
+    """The product's own node skips along its contraction axis: an output, or a gradient on its own axis."""
+    node = product.node
+    a, b = product.operands
+    if node.target not in CONV:
+        bias = node.args[0] if len(node.args) == 3 else None
+        node.target = torch.ops.approx_compile.skip_matmul.default
+        node.args = (a, b, idx, scale, how.unit, bias)
+        refresh(node)
+        return
+    bias, geometry = node.args[2], [list(v) for v in node.args[3:6]]  # type: ignore[union-attr,arg-type]
+
+    def run(x: Tensor, w: Tensor, idx: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+        y: Tensor = skip_conv.skip_conv(x, w, idx, scale, how.unit, *geometry)
+        return y if bias is None else y + bias.reshape(-1, 1, 1)
+
+    assert bias is None or isinstance(bias, fx.Node)
+    new = inline(graph, node, run, (a, b, idx, scale, bias))
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+
+
+def narrow_matmul(product: Product, how: Estimator, idx: fx.Node, scale: fx.Node | None) -> None:
+    """dA[:, idx] = dY B^T[:, idx] diag(scale) or dB[idx, :] = diag(scale) A^T[idx, :] dY, zeros elsewhere, written in one pass."""
+    m = product.node
+    a, b = m.args
+    m.target = torch.ops.approx_compile.skip_matmul_into.default
+    m.args = (a, b, idx, scale, how.unit, product.position)
+    refresh(m)
+
+
+def narrow_conv(graph: fx.Graph, m: fx.Node, products: Sequence[Product], how: Estimator, idx: fx.Node, scale: fx.Node | None) -> None:
+    """The gradients of a convolution (`m`: its convolution_backward) in the input channels that were kept, zeros elsewhere."""
+    dy, x, w = m.args[:3]
+    assert isinstance(dy, fx.Node) and isinstance(x, fx.Node) and isinstance(w, fx.Node)
+    size, kernel = list(_torch.value(x).shape[2:]), list(_torch.value(w).shape[2:])
+    geometry = [list(v) for v in m.args[4:7]]  # type: ignore[union-attr,arg-type]
+
+    def of_input(dy: Tensor, w: Tensor, idx: Tensor, scale: Tensor | None) -> Tensor:
+        dx: Tensor = skip_conv.skip_conv_input(dy, w, idx, scale, how.unit, size, *geometry)
+        return dx
+
+    def of_weight(x: Tensor, dy: Tensor, idx: Tensor, scale: Tensor | None) -> Tensor:
+        dw: Tensor = skip_conv.skip_conv_weight(x, dy, idx, scale, how.unit, kernel, *geometry)
+        return dw
+
+    for product in products:
+        run, operands = (of_input, (dy, w)) if product.mask == 0 else (of_weight, (x, dy))
+        replace_output(graph, m, product.mask, inline(graph, m, run, (*operands, idx, scale)))
