@@ -102,7 +102,7 @@ class Candidates:
 
     def _rule(self, planned: tuple[SitePlan, ...], site: SitePlan, keys: Mapping[str, Any]) -> dict[str, Any]:
         rule: dict[str, Any] = {"layers": _pattern(site.name)}
-        for key in ("method", "ratio", "sampling", "min_k", "group", "lowering", "output", "grad", "grad_input", "grad_weight"):
+        for key in ("method", "ratio", "sampling", "min_k", "group", "lowering", "share", "output", "grad", "grad_input", "grad_weight"):
             value = keys.get(key)
             if value is not None and value != _DEFAULTS.get(key):
                 rule[key] = value.model_dump(exclude_none=True) if isinstance(value, BaseModel) else value

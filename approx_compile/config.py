@@ -267,6 +267,14 @@ class _Rules(_Keys):
     grad: GradTable | None = None
     grad_input: InputTable | None = None
     grad_weight: WeightTable | None = None
+    share: bool | None = None
+
+    @field_validator("share", mode="before")
+    @classmethod
+    def _check_share(cls, value: Any) -> Any:
+        if value is not None and not isinstance(value, bool):
+            raise ValueError(f"got {value!r}; true or false is expected: whether sites that read the same activation keep the same entries of it")
+        return value
 
     @field_validator("sampling", mode="before")
     @classmethod
@@ -364,7 +372,7 @@ class Rule(_Rules):
     def only_exact(self) -> bool:
         """Whether all it says is that something is to be exact."""
         tables = [t for t in (self.output, self.grad, self.grad_input, self.grad_weight) if t is not None]
-        said = any(v is not None for v in (self.ratio, self.sampling, self.group, self.min_k, self.lowering))
+        said = any(v is not None for v in (self.ratio, self.sampling, self.group, self.min_k, self.lowering, self.share))
         return not said and self.method in (None, "exact") and (self.method == "exact" or bool(tables)) and all(t.method == "exact" for t in tables)
 
 
@@ -400,7 +408,8 @@ class RowSettings:
 
 @dataclass(frozen=True)
 class SiteSettings:
-    """What is asked of one site. `named` = a rule matched it (which lifts the default policy's modesty)."""
+    """What is asked of one site. `named` = a rule matched it (which lifts the default policy's modesty); `share`: whether its output is sampled
+    at the entries that other sites keep of the same activation (None: where that is predicted to pay)."""
 
     output: ProductSettings
     grad_input: ProductSettings
@@ -408,6 +417,7 @@ class SiteSettings:
     policy: str
     named: bool
     rows: RowSettings | None = None
+    share: bool | None = None
 
     def of(self, product: str) -> ProductSettings:
         """By a product's name (a second grad_input is asked for what the first is)."""
@@ -420,7 +430,8 @@ class ApproxConfig(_Rules):
     Keys: `method` (one of `ESTIMATORS` or "exact"), `ratio` in (0, 1], `min_k` (shorter axes are exact), `group` (contiguous indices kept or
     dropped together), `sampling` (forward | backward | blackbox), `output` / `grad_input` / `grad_weight` / `grad` (a method's name or a
     table; `grad` with `axis: "rows"`: samples of the batch), `policy` (adaptive | cost | measure | always; without
-    it, adaptive if no other key says what to sample, else cost), `adaptive` (see `AdaptiveTable`), `rules` (a list
+    it, adaptive if no other key says what to sample, else cost), `share` (whether sites that read the same activation keep the same entries of it; left out:
+    where that saves more than it loses), `adaptive` (see `AdaptiveTable`), `rules` (a list
     of tables with `layers`, `steps`, `phase`: see `Rule`), `plan` (a plan file, a `TunedPlan` or a table like a plan file: its settings, under the keys given
     beside it; the attribute then holds its record), `total_steps` (the optimizer steps of the whole run), `final_exact` (the last share of them in which
     no output is sampled), `lowering` (the code that runs sampled products: auto | inductor | triton | cuda, the last two on GPUs), `inductor` (Inductor's own
@@ -671,7 +682,7 @@ def _interpret(keys: dict[str, Any], named: bool) -> SiteSettings:
     grads = [with_table(grad, both, keys.get(name)) for name in ("grad_input", "grad_weight")]
     if output.method == "exact":  # nothing to couple to
         grads = [replace(g, method="exact") if g.method == "coupled" else g for g in grads]
-    return SiteSettings(output, grads[0], grads[1], keys["policy"], named, rows)
+    return SiteSettings(output, grads[0], grads[1], keys["policy"], named, rows, keys.get("share"))
 
 
 def _row_settings(keys: dict[str, Any]) -> RowSettings | None:

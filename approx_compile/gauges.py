@@ -7,14 +7,16 @@
 | `conv.output`, `.grad_input`, `.grad_weight` | places, C, O, taps | GFLOP/s | a convolution and its backward, channels last; places: pixels of all samples |
 | `LOWERING.linear.PRODUCT`, `.conv.` | as above | GFLOP/s | on GPUs, kernels of ours by the sizes kept, half of the axis; coupled gradients with their zeros |
 | `norms` | bytes | GB/s | squared norms along the last axis of a matrix, of the bytes read |
-| `take`, `untake` | run, bytes | GB/s | kept entries gathered, and put back: contiguous entries per index, bytes of the whole tensor; half is kept |
-| `read`, `fresh` | bytes | GB/s | a sum; a write into newly allocated memory, which on CPUs pays for the page faults |
+| `take`, `untake` | run, bytes | GB/s | half of the entries gathered, and put back, into memory in use: contiguous entries per index, bytes of all |
+| `read` | bytes | GB/s | a sum |
+| `fresh` | allocated | GB/s | what allocating a tensor adds to writing it: on CPUs the C library maps large ones anew each time, page by page |
 | `select.METHOD` | units, lead | us | norms to indices, `lead` independent ones at once |
 | `kernel`, `extern` | | us | a launch of a generated kernel and of a library call on next to no data |
 
 Full measurements run `norms`, `take` and `untake` as Inductor compiles them (what training runs); quick ones have no time to compile and run eager
-ops that move the same bytes. On CPUs with one thread the clock counts CPU time, so that a busy machine does not disturb it. Of
-several runs the fastest counts. Nothing here draws random numbers, but for the selections that do, and those leave the generator's state as it was.
+ops that move the same bytes. Operands of products take turns, so that none is in a nearer cache than in a training step. On CPUs with one thread the clock
+counts CPU time, so that a busy machine does not disturb it. Of several runs the fastest counts. Nothing here draws random numbers, but for the selections
+that do, and those leave the generator's state as it was.
 """
 
 from __future__ import annotations
@@ -55,15 +57,17 @@ class Grid:
     conv: Axes
     sizes: tuple[float, ...]
     runs: tuple[float, ...]
+    allocated: tuple[float, ...]
     select: Axes
 
 
 FULL = Grid(
     linear={"M": (1, 4, 16, 64, 256, 1024), "K": (4, 16, 64, 256, 1024, 4096), "N": (4, 16, 64, 256, 1024, 4096)},
     bmm={"M": (4, 16, 64, 256, 1024), "K": (4, 16, 64, 256, 1024), "N": (4, 16, 64, 256, 1024)},
-    conv={"places": (256, 2048, 16384), "C": (4, 16, 64, 256), "O": (4, 16, 64, 256), "taps": (1, 9)},
+    conv={"places": (256, 2304, 16384), "C": (4, 16, 64, 256), "O": (4, 16, 64, 256), "taps": (1, 9)},
     sizes=(2**14, 2**17, 2**20, 2**23, 2**26),
     runs=(1, 16, 256),
+    allocated=(2**20, 2**24, 2**25, 2**27),
     select={"units": (16, 128, 1024, 4096), "lead": (1, 16)},
 )
 GPU = Grid(
@@ -72,6 +76,7 @@ GPU = Grid(
     conv={"places": (2048, 16384, 131072), "C": (16, 64, 256, 640), "O": (16, 64, 256, 640), "taps": (1, 9)},
     sizes=(2**16, 2**20, 2**24, 2**27, 2**30),
     runs=(1, 16, 64, 256),
+    allocated=(2**20, 2**25, 2**28),
     select={"units": (16, 128, 1024, 4096), "lead": (1, 16)},
 )
 QUICK = Grid(
@@ -80,6 +85,7 @@ QUICK = Grid(
     conv={"places": (256, 4096), "C": (16, 128), "O": (16, 128), "taps": (1, 9)},
     sizes=(2**16, 2**20, 2**24),
     runs=(1, 16, 256),
+    allocated=(2**20, 2**24, 2**25),
     select={"units": (16, 256, 2048), "lead": (1, 16)},
 )
 
@@ -118,8 +124,8 @@ def _steps(device: str, dtypes: list[torch.dtype], grid: Grid, quick: bool, cloc
         yield f"bmm {name}", partial(_rates, "bmm", dtype, grid.bmm, partial(_bmm, device, dtype), clock)
         for kind in ("norms", "take", "untake"):
             yield f"{kind} {name}", partial(_moves, kind, device, dtype, grid, quick, clock)
-    for kind in ("read", "fresh"):
-        yield "memory", partial(_memory, kind, device, grid, clock)
+    yield "memory", partial(_read, device, grid, clock)
+    yield "memory", partial(_fresh, device, grid, clock)
     for method in SELECTIONS:
         yield "selection", partial(_selection, method, device, grid, clock)
     for kind in ("kernel", "extern"):
@@ -201,13 +207,19 @@ def _bmm(device: str, dtype: torch.dtype, m: int, k: int, n: int) -> tuple[float
     return 2.0 * batch * m * k * n, _in_turn(made, batch * (m * k + k * n) * dtype.itemsize)
 
 
+_SAMPLES = 16
+"""Of convolutions: with fewer and one thread torch runs those of one tap by another, slower, library."""
+
+
 def _conv(product: str, device: str, dtype: torch.dtype, places: int, c: int, o: int, taps: int) -> tuple[float, Run]:
-    side, kernel = 16, round(taps**0.5)
+    side, kernel = min(32, round((places / _SAMPLES) ** 0.5)), round(taps**0.5)
+    samples = max(_SAMPLES, places // side**2)
+    places = samples * side**2
     rest = ([1, 1], [kernel // 2] * 2, [1, 1], False, [0, 0], 1)
     mask = [product == "grad_input", product == "grad_weight", False]
 
     def made() -> Run:
-        x, dy = (_filled(device, dtype, max(1, places // side**2), n, side, side).to(memory_format=torch.channels_last) for n in (c, o))
+        x, dy = (_filled(device, dtype, samples, n, side, side).to(memory_format=torch.channels_last) for n in (c, o))
         w = _filled(device, dtype, o, c, kernel, kernel).to(memory_format=torch.channels_last)
         if product == "output":
             return partial(torch.ops.aten.convolution, x, w, None, *rest)
@@ -220,8 +232,9 @@ _COLD = 2**23
 
 
 def _in_turn(made: Callable[[], Run], size: int) -> Run:
-    """Calls on several sets of operands of `size` bytes in turn, so that none is still in the fastest caches: in training it would not be."""
-    turns = itertools.cycle([made() for _ in range(max(1, min(64, _COLD // size)))])
+    """Calls on several sets of operands of `size` bytes in turn, so that none is still in the fastest caches: in training it would not be. At least two sets:
+    a step of one site goes through six tensors (operands, output, gradients), twice those of one product, before it meets the first again."""
+    turns = itertools.cycle([made() for _ in range(max(2, min(64, _COLD // size)))])
     return lambda: next(turns)()
 
 
@@ -318,27 +331,34 @@ def _generated(kind: str, run: int, x: Tensor, idx: Tensor) -> Run:
 
 
 def _eager(kind: str, run: int, x: Tensor, idx: Tensor) -> Run:
-    """Eager ops that move the same bytes."""
+    """Eager ops that move the same bytes, into memory that is already theirs (new memory has a table of its own)."""
+
+    part = x.unflatten(1, (-1, run))
+    made = torch.zeros(x.shape[0], _WIDTH // run if kind == "untake" else len(idx), run, dtype=x.dtype, device=x.device)
 
     def put_back() -> Tensor:
-        full = x.new_zeros(x.shape[0], _WIDTH // run, run)
-        return full.index_copy_(1, idx, x.unflatten(1, (-1, run)))
+        return made.zero_().index_copy_(1, idx, part)
 
-    runs: dict[str, Run] = {
-        "norms": partial(torch.sum, x),
-        "take": partial(torch.index_select, x.unflatten(1, (-1, run)), 1, idx),
-        "untake": put_back,
-    }
+    runs: dict[str, Run] = {"norms": partial(torch.sum, x), "take": partial(torch.index_select, part, 1, idx, out=made), "untake": put_back}
     return runs[kind]
 
 
-def _memory(kind: str, device: str, grid: Grid, clock: Clock) -> Found:
+def _read(device: str, grid: Grid, clock: Clock) -> Found:
+    values = [size / clock(_filled(device, torch.float32, int(size) // 4).sum) / 1e9 for size in grid.sizes]
+    return "read", "GB/s", {"bytes": grid.sizes}, tuple(values)
+
+
+_LEAST_SHARE = 0.01
+
+
+def _fresh(device: str, grid: Grid, clock: Clock) -> Found:
+    """A difference, which for memory that is not new is noise: at least a hundredth of the write counts."""
     values = []
-    for size in grid.sizes:
+    for size in grid.allocated:
         x = _filled(device, torch.float32, int(size) // 4)
-        run: Run = x.sum if kind == "read" else partial(torch.full_like, x, 0.5)
-        values.append(size / clock(run) / 1e9)
-    return kind, "GB/s", {"bytes": grid.sizes}, tuple(values)
+        written, fresh = clock(partial(x.fill_, 0.5)), clock(partial(torch.full_like, x, 0.5))
+        values.append(size / max(fresh - written, _LEAST_SHARE * written) / 1e9)
+    return "fresh", "GB/s", {"allocated": grid.allocated}, tuple(values)
 
 
 def _selection(method: str, device: str, grid: Grid, clock: Clock) -> Found:

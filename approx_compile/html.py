@@ -65,6 +65,7 @@ def render(report: Report, machine: Peaks | None) -> str:
     from plotly.offline import get_plotlyjs
 
     from approx_compile.figures import LABELS, Roof, kind_of
+    from approx_compile.passes.worth import OFF
     from approx_compile.report import si
 
     source = resources.files("approx_compile").joinpath("templates", "report.html.j2").read_text(encoding="utf-8")
@@ -80,6 +81,8 @@ def render(report: Report, machine: Peaks | None) -> str:
         si=si,
         graphs=[difference(b, a) for b, a in zip(report.before, report.after, strict=True)],
         measures=_measures(report),
+        break_even=f"{OFF:g}" if any(s.break_even for s in report.sites) else "",
+        traced=report.traced(),
         plotly=get_plotlyjs(),
         templates=_templates(),
         light=style["default"],

@@ -37,7 +37,7 @@ FILE = "APPROX_COMPILE_MACHINE"
 
 DEVICES = ("cpu", "cuda")
 
-FORMAT = 1
+FORMAT = 2
 """Of the file and of what is measured: a file of another format is measured anew."""
 
 _STEPS = 8
@@ -102,6 +102,8 @@ class Machine(BaseModel):
 
     @model_validator(mode="after")
     def _complete(self) -> Machine:
+        if self.format != FORMAT:
+            raise ValueError(f"it has format {self.format}, this version reads {FORMAT}")
         missing = [n for n in gauges.names(self.dtypes()) if n not in self.tables]
         if missing:
             raise ValueError(f"tables are missing: {', '.join(missing[:3])}")

@@ -24,12 +24,15 @@ from approx_compile.backend import Backend
 from approx_compile.config import ApproxConfig
 from approx_compile.passes.plan import Plan, ProductPlan, SitePlan
 from approx_compile.passes.stages import Cut
+from approx_compile.passes.worth import OFF, BreakEven
 from approx_compile.schedule import Schedule
 
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One site. `k` of `size` entries, `method` and `ratio` are the output product's, or the first approximated one's; FLOPs are summed over products."""
+    """One site. `k` of `size` entries, `method` and `ratio` are the output product's, or the first approximated one's; FLOPs are summed over products. Symbols
+    in `shape`, such as that of a batch whose size is dynamic, were traced with the sizes in `traced`. `break_even`: the ratio at which sampling stops to
+    pay, and where it would be if sampling took 1.2 times as long as predicted, or 1 / 1.2 times."""
 
     name: str
     op: str
@@ -48,6 +51,8 @@ class SiteReport:
     time_sampled_us: float | None
     products: Mapping[str, ProductPlan]
     reads: tuple[str, ...]
+    traced: tuple[tuple[str, int], ...]
+    break_even: BreakEven | None
 
     @staticmethod
     def of(plan: SitePlan) -> SiteReport:
@@ -112,6 +117,8 @@ class Report:
         for title in ("us", "exact: us"):
             table.add_column(title, justify="right", no_wrap=True)
         for site in self.sites:
+            if site.break_even is not None:
+                table.add_row(site.name, "", "", f"break-even ratio {site.break_even.range}, if sampling takes {OFF:g} or 1/{OFF:g} times as long as predicted")
             for p in site.products.values():
                 exact = f"{p.time_exact_us:.3g}" if p.time_exact_us is not None else ""
                 sizes = ", ".join(f"{name} = {size:g}" for name, size in p.sizes)
@@ -150,6 +157,8 @@ class Report:
                 f"({share:.0%}), the sampling included",
                 highlight=False,
             )
+        if sizes := self.traced():
+            console.print(f"{sizes} as traced, which FLOPs and times are for", highlight=False)
         for cut in self.cuts:
             kept = f"{cut.ratio:g} of" if cut.ratio is not None else "as many as needed of"
             what = f"{cut.method}, {kept} {cut.rows} rows, {cut.flops_on_rows / max(1, cut.flops_all):.0%} of the backward FLOPs"
@@ -162,6 +171,10 @@ class Report:
         for pattern in self.unmatched:
             console.print(f"rule pattern {pattern!r} matches no site", highlight=False, markup=False)
         return out.getvalue().rstrip()
+
+    def traced(self) -> str:
+        """ "s77 = 64, s12 = 128": the symbols in shapes and what they were traced with."""
+        return ", ".join(dict.fromkeys(f"{symbol} = {size}" for s in self.sites for symbol, size in s.traced))
 
     def _table(self) -> Table:
         table = Table()

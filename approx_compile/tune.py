@@ -49,8 +49,9 @@ def tune(
     `rows`: whether the backward pass on some of the rows, for the whole model, is tried in place of sampled sites.
 
     Measured are the error of every site at every ratio, the time of whole compiled steps with each group of equal sites sampled, and in the end the error and
-    the time of the plan chosen. What is measured slower than exact, or over the error, stays exact. A keyboard interrupt, or the end of `time_budget_s`
-    (seconds; what has begun is finished), gives the plan found so far. `progress`: a rich Progress to add a bar to, or whether to show one (on stderr).
+    the time of the plan chosen, its error also with what reads one activation at shared entries and at its own (`share`). What is measured slower than exact,
+    or over the error, stays exact. A keyboard interrupt, or the end of `time_budget_s` (seconds; what has begun is finished), gives the plan found so far.
+    `progress`: a rich Progress to add a bar to, or whether to show one (on stderr).
 
     Parameters, their `.grad`, buffers, random states and modules' attributes are left as they were. Raises ConfigError (a ValueError) for arguments that
     cannot be, ValueError for a step without a loss.
@@ -151,11 +152,20 @@ def _best(found: Measurements) -> _Choice:
             found.show("gradient error of the whole plan")
             tried = found.tried(found.candidates.options(ratios))
             errors[key] = tried.error
-            if tried.error <= found.max_error:
-                good.append(_Choice(tried.options, ratios, model.saved(tried.sites), tried.error))
+            ways = [tried, *_shared(found, tried)]
+            good += [_Choice(t.options, ratios, model.saved(t.sites), t.error) for t in ways if t.error <= found.max_error]
         low, high = (budget, high) if errors[key] <= found.max_error else (low, budget)
         budget = 1.5 * low if high == math.inf else math.sqrt(low * high) if low else high / 4
     return max(good, key=lambda c: c.saved)
+
+
+def _shared(found: Measurements, tried: Tried) -> list[Tried]:
+    """The same with what reads one activation at the same entries, and with none at those of another, where that makes a difference and no rule has said."""
+    if any("share" in keys for keys in (tried.options, *tried.options.get("rules", ()))):
+        return []
+    others = [{**tried.options, "share": share} for share in (True, False)]
+    planned = [[p.shares for s in found.trials.planned(options) for p in s.products] for options in (tried.options, *others)]
+    return [found.tried(options) for options, plan in zip(others, planned[1:], strict=True) if plan != planned[0]]
 
 
 def _unchecked(found: Measurements) -> _Choice:

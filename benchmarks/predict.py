@@ -1,9 +1,11 @@
-"""Predicted against measured time of sites alone: `python benchmarks/predict.py`, with `--threads`, `--limit`, `--fresh`.
+"""Predicted against measured time of sites alone: `python benchmarks/predict.py`, with `--threads`, `--limit`, `--fresh`, `--again COMMIT`.
 
 Each of some 90 sites (linear, bmm, conv; fp32 and bf16) is a model of its own, whose forward and backward pass is timed as Inductor compiles it and
 with every product sampled (top-k, forward), in turn. A step is predicted as its products' times (`approx_compile.passes.cost`) and the time of a step
 on next to no data of the same dtype, measured here. One row a site in results/predict.csv; sites that have one for this device, number of threads,
-torch and profile are not measured again. Bars: median error 15%, 90th percentile 40%; decisions within 3% of the better of exact and sampled on
+torch and profile are not measured again. `--again COMMIT` measures none: times that were stored at that commit are predicted anew, by the present code and
+profile (column `timed`: the commit whose times they are). Bars:
+median error 15%, 90th percentile 40%; decisions within 3% of the better of exact and sampled on
 average, and no site approximated that is slower by over 2%.
 """
 
@@ -20,7 +22,8 @@ from bench import conditions, console, show, store, stored
 from rich.progress import track
 
 from approx_compile import Backend, machine
-from approx_compile.alone import Layout, Product, times_us
+from approx_compile.alone import Alone, Layout, Product, times_us
+from approx_compile.backend import run_as_is
 from approx_compile.passes import cost
 from approx_compile.passes.plan import Plan, SitePlan
 
@@ -86,12 +89,27 @@ def overhead_us(dtype: str) -> float:
 def row(kind: str, product: Product, ratio: float, rounds: int) -> dict[str, Any]:
     outside = overhead_us(product.dtype)
     site, (exact, sampled) = planned(product, ratio, rounds)
+    return compared(site, identity(kind, product, ratio), exact, sampled, outside, conditions()["commit"])
+
+
+def row_again(old: dict[str, Any], kind: str, product: Product, ratio: float) -> dict[str, Any]:
+    """A stored row's times, predicted anew."""
+    torch.compiler.reset()
+    plans: list[Plan] = []
+    backend = Backend({"policy": "always", "ratio": ratio, "min_k": 1}, inner_compile=run_as_is, on_plan=lambda plan, before, after: plans.append(plan))
+    model = Alone(product)
+    torch.compile(model, backend=backend)(*model.given())
+    exact, sampled, outside = (float(old[k]) for k in ("exact_us", "sampled_us", "overhead_us"))
+    return compared(plans[0].sites[0], identity(kind, product, ratio), exact, sampled, outside, old.get("timed") or old["commit"])
+
+
+def compared(site: SitePlan, what: dict[str, Any], exact: float, sampled: float, outside: float, timed: str) -> dict[str, Any]:
     assert site.time_exact_us is not None and site.time_sampled_us is not None
     chosen = site.decision == "sampled" and cost.worth(site.kind, site.time_exact_us, site.time_sampled_us, machine.current())
     return (
         {k: v for k, v in conditions().items() if k != "dtype"}
-        | identity(kind, product, ratio)
-        | {"exact_us": round(exact, 1), "sampled_us": round(sampled, 1), "overhead_us": round(outside, 1)}
+        | what
+        | {"timed": timed, "exact_us": round(exact, 1), "sampled_us": round(sampled, 1), "overhead_us": round(outside, 1)}
         | {"predicted_exact_us": round(site.time_exact_us + outside, 1), "predicted_sampled_us": round(site.time_sampled_us + outside, 1)}
         | {"decision": "sampled" if chosen else "exact", "regret": round((sampled if chosen else exact) / min(exact, sampled) - 1, 4)}
     )
@@ -124,11 +142,18 @@ def main(
     limit: Annotated[int, typer.Option(help="measure no more than so many sites now; 0 means all")] = 0,
     rounds: Annotated[int, typer.Option(help="timed rounds of each")] = 7,
     fresh: Annotated[bool, typer.Option(help="measure sites again that have a row")] = False,
+    again: Annotated[str, typer.Option(help="predict the times stored at this commit anew")] = "",
 ) -> None:
     if threads:
         torch.set_num_threads(threads)
     here = conditions() | {"profile": machine.current().digest[:12]}
-    rows = [] if fresh else stored("predict", {k: here[k] for k in ("device", "threads", "torch", "profile")})
+    if again:
+        old = {tuple(r[k] for k in KEY[1:]): r for r in stored("predict", {"timed": again})}
+        known = [(old[tuple(str(identity(*g)[k]) for k in KEY[1:])], g) for g in grid()]
+        rows = [row_again(r, *g) for r, g in track(known, "predicting", console=console)]
+        store("predict", rows)
+        return summary(rows)
+    rows = [] if fresh else [r for r in stored("predict", {k: here[k] for k in ("device", "threads", "torch", "profile")}) if r["timed"] == r["commit"]]
     done = [{k: r[k] for k in KEY} for r in rows]
     todo = [g for g in grid() if {k: str(v) for k, v in identity(*g).items()} not in done]
     for site in track(todo[: limit or None], "timing sites", console=console):

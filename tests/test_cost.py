@@ -16,6 +16,7 @@ from approx_compile.backend import run_as_is
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.passes import cost
 from approx_compile.passes.cost import Case, evaluate, terms
+from approx_compile.passes.worth import OFF, BreakEven
 
 ALWAYS: dict[str, Any] = {"policy": "always", "ratio": 0.5, "min_k": 1}
 SIZES = {
@@ -51,7 +52,9 @@ def test_terms_of_a_sampled_product() -> None:
     """Counted by hand for X (32, 64), W (128, 64) in groups of one, 16 of 64 kept."""
     found = {t.what: t for t in terms(Case("linear", "output", "sampled"))}
     at = {s: v for s, v in SIZES.items()}
-    assert set(found) == {"norms", "selection", "take A", "take B", "product", "launches"}
+    made = {"new memory, A", "new memory, B", "new memory, result"}
+    assert set(found) == {"norms", "selection", "take A", "take B", "product", "launches"} | made
+    assert [found[m].bytes.subs(at) for m in sorted(made)] == [4 * 32 * 16, 4 * 16 * 128, 4 * 32 * 128]
     assert found["product"].flops.subs(at) == 2 * 32 * 16 * 128 and found["product"].at == (cost.M, cost.k, cost.N)
     assert found["norms"].bytes.subs(at) == 4 * (32 * 64 + 64 * 128) and found["norms"].flops.subs(at) == 2 * (32 * 64 + 64 * 128)
     assert found["take A"].bytes.subs(at) == 2 * 4 * 32 * 16 and found["take B"].bytes.subs(at) == 2 * 4 * 16 * 128
@@ -60,7 +63,7 @@ def test_terms_of_a_sampled_product() -> None:
     own = {t.what: t for t in terms(Case("linear", "grad_weight", "sampled", "uniform", scaled=True))}
     assert "norms" not in own and own["product"].flops.subs(at) == 2 * 16 * 64 * 128
     assert own["take B"].flops.subs(at) == 16 * 128  # the scale of dY's kept rows
-    assert {t.rate for t in terms(Case("bmm", "grad_weight", "exact"))} == {"bmm"}
+    assert {t.rate for t in terms(Case("bmm", "grad_weight", "exact"))} == {"bmm", "fresh"}
 
 
 def test_a_coupled_gradient_is_put_back() -> None:
@@ -77,20 +80,25 @@ def test_a_shrunk_producer_gathers_its_weight_and_nothing_of_its_output() -> Non
     at = {s: v for s, v in SIZES.items()} | {cost.skip: 48}
     output, grad_input, grad_weight = ({t.what: t for t in terms(Case("linear", p, "exact", narrow=True))} for p in ("output", "grad_input", "grad_weight"))
     assert all(found["product"].flops.subs(at) == 2 * 32 * 64 * 48 for found in (output, grad_input, grad_weight))
-    assert output.keys() == {"take W", "product", "launches"} and output["take W"].bytes.subs(at) == 2 * 4 * 64 * 48
-    assert grad_input.keys() == {"product"} and grad_weight["untake"].bytes.subs(at) == 4 * 64 * 128
+    assert output.keys() == {"take W", "product", "launches", "new memory, result"} and output["take W"].bytes.subs(at) == 2 * 4 * 64 * 48
+    assert grad_input.keys() == {"product", "new memory, result"} and grad_weight["untake"].bytes.subs(at) == 4 * 64 * 128
     both = {t.what: t for t in terms(Case("linear", "output", "sampled", "topk_weights", 1, narrow=True, fed=True))}
-    assert "take A" not in both and both["take B"].bytes.subs(at) == 2 * 4 * 16 * 48 and both["product"].flops.subs(at) == 2 * 32 * 16 * 48
-    assert {t.what for t in terms(Case("linear", "grad_input", "coupled", fed=True))} == {"product"}
+    assert (
+        not {"take A", "new memory, A"} & both.keys()
+        and both["take B"].bytes.subs(at) == 2 * 4 * 16 * 48
+        and both["product"].flops.subs(at) == 2 * 32 * 16 * 48
+    )
+    assert {t.what for t in terms(Case("linear", "grad_input", "coupled", fed=True))} == {"product", "new memory, narrow result"}
 
 
 def test_time_is_amount_over_rate_and_flops_match_torch() -> None:
     profile = machine.current()
     found = evaluate(Case("linear", "output", "exact"), SIZES, torch.float32, profile)
     assert found.flops == 2 * 32 * 64 * 128
-    assert found.time_us is not None and math.isclose(found.time_us, found.flops / profile.table("linear.output").at(32, 64, 128) / 1e3)
+    memory = 4 * 32 * 128 / profile.table("fresh").at(4 * 32 * 128) / 1e3
+    assert found.time_us is not None and math.isclose(found.time_us, found.flops / profile.table("linear.output").at(32, 64, 128) / 1e3 + memory)
     sampled = evaluate(Case("linear", "output", "sampled"), SIZES, torch.float32, profile)
-    assert sampled.time_us is not None and math.isclose(sampled.time_us, sum(t for _, t in sampled.terms)) and len(sampled.terms) == 6
+    assert sampled.time_us is not None and math.isclose(sampled.time_us, sum(t for _, t in sampled.terms)) and len(sampled.terms) == 9
     norms = next(time for term, time in sampled.terms if term.startswith("norms"))
     assert math.isclose(norms, 4 * 64 * 160 / profile.table("norms").at(cost.LIVE * 4 * 64 * 160) / 1e3)
     assert evaluate(Case("linear", "output", "sampled"), SIZES, torch.float32, None).time_us is None
@@ -121,6 +129,16 @@ def test_decisions_follow_the_machine() -> None:
     assert slow.decision == "exact" and ("break-even 0.0" in slow.reason or "no ratio breaks even" in slow.reason)
 
 
+def test_large_results_pay_for_new_memory() -> None:
+    """Where memory is mapped anew, tensors of that size cost more, small ones do not."""
+    profile = machine.current()
+    slow = profile.model_copy(update={"tables": profile.tables | {"fresh": machine.Table(unit="GB/s", axes={"allocated": (2**24, 2**25)}, values=(1e3, 2.5))}})
+    for m, extra in ((2**12, 0.0), (2**16, 4 * 2**26 / 2.5 / 1e3)):  # results of 16 MiB and of 256 MiB
+        sizes = SIZES | {cost.M: m, cost.I: m, cost.O: m, cost.S: m, cost.N: 1024}
+        times = [t for term, t in evaluate(Case("linear", "output", "exact"), sizes, torch.float32, slow).terms if term.startswith("new memory")]
+        assert math.isclose(sum(times), extra + (4 * 2**22 / 1e3 / 1e3 if not extra else 0.0))
+
+
 def test_a_quick_profile_asks_for_more_and_little_is_left_alone() -> None:
     model, x = mlp(1024, 1024, 1024), torch.randn(512, 1024, requires_grad=True)
     profile = machine.current()
@@ -142,6 +160,24 @@ def test_break_even_is_where_times_meet() -> None:
     assert 0.15 < at < 0.85
     below, above = (decided(model, x, profile, ratio=at + step, group=16, policy="always")[0] for step in (-0.1, 0.1))
     assert below.time_exact_us > below.time_sampled_us and above.time_exact_us < above.time_sampled_us
+
+
+def test_break_even_says_how_sure_it_is() -> None:
+    """At its ends sampling would take as long as the exact products if it took 1.2, or 1 / 1.2, times as long as the expressions say."""
+    model, x = mlp(512, 512, 512), torch.randn(256, 512, requires_grad=True)
+    profile = factor(machine.current(), "untake", 0.02)
+    found = decided(model, x, profile, ratio=0.25, group=16)[0].break_even
+    assert 0 < found.slower < found.ratio < found.faster < 1
+    for at, off in ((found.slower, OFF), (found.ratio, 1.0), (found.faster, 1 / OFF)):
+        site = decided(model, x, profile, ratio=at, group=16, policy="always")[0]
+        times = [sum(v or 0.0 for _, v in p.terms) for p in site.products]
+        assert math.isclose(site.time_exact_us, off * sum(times), rel_tol=0.1)  # k comes in groups
+    assert decided(model, x, factor(profile, "linear", 1e4), ratio=0.25)[0].break_even == BreakEven(0.0, 0.0, 0.0)
+    with machine.use(profile):
+        report = explain(model, x, config={"policy": "cost", "ratio": 0.25, "group": 16, "rules": [{"layers": "site"}]})
+    assert report.sites[0].break_even == found and f"break-even ratio {found.range}" in report.costs()
+    assert report.to_dict()["sites"][0]["break_even"] == {"ratio": found.ratio, "slower": found.slower, "faster": found.faster}
+    assert report.sites[1].break_even is None  # the last layer: not a question of time
 
 
 def test_group_and_k_are_chosen() -> None:
@@ -184,7 +220,7 @@ def test_explain_prints_the_expressions() -> None:
     (product, *_) = [line for line in lines if "2*B*M*N*T*k" in line]
     first = report.sites[0].products["output"]
     assert f"{dict(first.terms)['product: 2*B*M*N*T*k by linear.output at M, k, N']:.3g}" in product
-    assert dict(first.sizes) == {"B": 1, "I": 40, "K": 64, "M": 40, "N": 48, "T": 1, "e": 4, "k": 32, "p": 1, "q": 1, "u": 64}
+    assert dict(first.sizes) == {"B": 1, "I": 40, "K": 64, "M": 40, "N": 48, "O": 40, "T": 1, "e": 4, "k": 32, "p": 1, "q": 1, "u": 64}
     assert report.sites[0].time_sampled_us == sum(p.time_sampled_us or 0 for p in report.sites[0].products.values())
 
 

@@ -163,3 +163,16 @@ def test_nothing_to_explain_and_bad_input() -> None:
         explain(3)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="ratio"):
         explain(nn.Linear(4, 4), torch.randn(2, 4), config={"ratio": 2})
+
+
+def test_dynamic_sizes_are_shown_as_symbols() -> None:
+    x = torch.randn(48, 64)
+    torch._dynamo.mark_dynamic(x, 0)
+    report = explain(mlp(64, 32, 8), x, config={"policy": "always", "ratio": 0.5})
+    (symbol, size), *_ = report.sites[0].traced
+    assert size == 48 and not symbol.isdigit()
+    assert [s.shape for s in report.sites] == [f"{symbol}x64x32", f"{symbol}x32x8"]
+    assert f"{symbol}x64x32" in str(report) and f"{symbol} = 48 as traced" in str(report)
+    assert report.sites[0].flops_exact == 2 * 2 * 48 * 64 * 32  # the input needs no gradient
+    static = explain(mlp(64, 32, 8), torch.randn(48, 64), config={"policy": "always", "ratio": 0.5})
+    assert [s.shape for s in static.sites] == ["48x64x32", "48x32x8"] and static.sites[0].traced == () and "as traced" not in str(static)

@@ -6,6 +6,7 @@ back. Gathers run in memory order (a gather that is also a transpose is not vect
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -131,13 +132,17 @@ def untake(y: Tensor, axis: Axis, idx: Tensor, scale: Tensor | None, unit: int, 
     return axis.unview(full)
 
 
-def sample(how: Estimator, a: Tensor, b: Tensor, a_axis: Axis, b_axis: Axis) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+def sample(how: Estimator, a: Tensor, b: Tensor, a_axis: Axis, b_axis: Axis, others: Sequence[tuple[Tensor, Axis]] = ()) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Indices, scale, and both operands of a product cut to the kept entries; the scale is on `b`.
 
-    Y' = A[:, idx] (diag(scale) B[idx, :]).
+    Y' = A[:, idx] (diag(scale) B[idx, :]). `others`: what else A is multiplied with under the same indices, each with its axis. The norms b_i are then those
+    of [B, C, ..] side by side, b_i^2 = |B[i, :]|^2 + |C[i, :]|^2 + .., so the choice is the one for that product as a whole: for A [B, C, ..] the best k, or
+    the probabilities of least variance; each product by itself stays unbiased under an unbiased estimator.
     """
     a_sq = norms_sq(a, a_axis, how.group)
     b_sq = norms_sq(b, b_axis, how.group)
+    for other, axis in others:
+        b_sq = b_sq + norms_sq(other, axis, how.group)
     idx, scale = select(how, a_sq, b_sq)
     return idx, scale, take(a, a_axis, idx, None, how.unit), take(b, b_axis, idx, scale, how.unit)
 

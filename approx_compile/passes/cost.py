@@ -13,6 +13,8 @@ u units it is chosen from; p, q contiguous entries per kept index in the two ope
 | selection | 10 B u log2 u | | 1 | `select.METHOD` at u, B |
 | take, each operand | 1 per entry kept where scaled | 2 e per entry kept | 1 kernel | bytes / `take` at p or q |
 | untake, a coupled gradient | 1 per entry kept where scaled | e per entry of the whole result | 1 kernel | bytes / `untake` at r |
+| new memory, each tensor that these make but vectors | | e per entry | | bytes / `fresh` |
+| a site that shares another's indices (`passes.shared`) | | | | norms of its own weight only, no selection, no take A; no untake of a `grad_input` that is put back with the other's |
 | skip, each of dY and (for `grad_input`) W | | 2 e per entry left | 1 kernel | bytes / `take` at unit runs |
 | skip, the result of `grad_weight` | | e per entry of the whole result | 1 kernel | bytes / `untake` |
 | narrow (a producer makes only what its consumer keeps): W, for `output` | | 2 e per entry left | 1 kernel | bytes / `take` at q |
@@ -53,15 +55,20 @@ CONV_MARGIN = 1.5
 QUICK_MARGIN = 1.25
 """By this more where the machine was measured quickly."""
 
-LEAST_LAUNCHES = 20
-"""The time saved must be that of so many launches: what the expressions leave out, allocations and checks, comes in launches."""
+LEAST_LAUNCHES = 30
+"""The time saved must be that of so many launches: what the expressions leave out, allocations, checks and dispatch, comes in launches. Sampling small sites (up to 500 us)
+took longer than predicted by 9 launches in the median and by 31 at the 90th percentile (benchmarks/results/predict.csv, times of aa6a4e4)."""
 
 MEASURED_MARGIN = 1.05
 """The same for times measured (each is a median, within a few percent of the next one)."""
 
 LIVE = 4
-"""Tensors of the size of one that a step holds at once, so that its memory is as far away, or as newly mapped, as theirs together: bandwidths are read at
-so many times the bytes."""
+"""Bandwidths are read at so many times the bytes: what was measured had the caches to itself. A step of one site goes through six tensors (its operands, output and
+gradients) before it meets the first again, a gather and what it makes are one and a half."""
+
+SHARE_MARGIN = 1.1
+"""What sampling sites with indices of their own must take over sampling them with shared ones: of query, key and value sharing raises the gradient's error by a
+tenth on average, of gate and up not at all (benchmarks/share_study.py); more entries kept would make a tenth good at about this price."""
 
 SKIP_MARGIN = 1.05
 """The same for skipping zeros, which costs no accuracy."""
@@ -91,7 +98,7 @@ class Term:
 
 class Case(NamedTuple):
     """What of a product decides which terms it has: of a "linear", "bmm" or "conv" site, exact | sampled | coupled, which zeros it skips; whether of N
-    only n are made in the first place (`narrow`), and whether its activation comes so (`fed`)."""
+    only n are made in the first place (`narrow`), and whether its activation comes so (`fed`); whether it `shares` what another site chose."""
 
     kind: str
     product: str
@@ -100,6 +107,7 @@ class Case(NamedTuple):
     weight: int | None = None
     scaled: bool = False
     skips: bool = False
+    shares: bool = False
     lowering: str = "inductor"
     narrow: bool = False
     fed: bool = False
@@ -110,17 +118,19 @@ def terms(case: Case) -> tuple[Term, ...]:
     """The terms of a product over `SYMBOLS`."""
     a, b, result, axis = _OPERANDS[case.product]
     if case.decision == "exact":
-        return (*_skipping(case, {}), *_narrowed(case), _product(case, {}))
+        made = result * skip / N if case.narrow and case.product == "output" else result
+        return (*_skipping(case, {}), *_narrowed(case), _product(case, {}), _fresh("result", made))
     if case.decision == "coupled":
         small = {K: k}
         if case.lowering != "inductor":
             return (_product(case, small), _kernels(1))
-        if case.fed and case.product == "grad_input":
-            return (*_skipping(case, small), _product(case, small))
+        product = (*_skipping(case, small), _product(case, small), _fresh("narrow result", k / K * result))
+        if case.shares or (case.fed and case.product == "grad_input"):
+            return product
         scale = k / K * result if case.scaled and case.product == "grad_weight" else sympy.Integer(0)
         untake = Term("untake", "untake", (r, e * result), scale, e * result, sympy.Integer(1))
-        return (*_skipping(case, small), _product(case, small), untake, _kernels(1))
-    entries = {"uniform": 0 * a, "topk_weights": (a, b)[case.weight or 0]}.get(case.method, a + b)
+        return (*product, untake, _fresh("result", result), _kernels(1))
+    entries = {"uniform": 0 * a, "topk_weights": (a, b)[case.weight or 0]}.get(case.method, b if case.shares else a + b)
     norms = [Term("norms", "norms", (e * entries,), 2 * entries, e * entries, sympy.Integer(1))] if entries != 0 else []
     selection = Term("selection", f"select.{case.method}", (u, B), 10 * B * u * sympy.log(u, 2), launches=sympy.Integer(1))
     kept = k / axis
@@ -131,7 +141,9 @@ def terms(case: Case) -> tuple[Term, ...]:
         for name, size, run in (("A", a, p), ("B", b.subs(N, skip) if case.narrow else b, q))
         if name == "B" or not case.fed
     ]
-    return (*norms, selection, *takes, _product(case, _smaller(axis)), _kernels(len(norms) + 1))
+    new = [_fresh(t.what.removeprefix("take "), t.bytes / 2 / e) for t in takes]
+    chosen = [takes[-1], new[-1]] if case.shares else [selection, *takes, *new]
+    return (*norms, *chosen, _product(case, _smaller(axis)), _fresh("result", result), _kernels(len(norms) + 1))
 
 
 def _smaller(axis: sympy.Symbol) -> dict[sympy.Symbol, sympy.Expr]:
@@ -163,6 +175,8 @@ def _skipping(case: Case, small: Mapping[sympy.Symbol, sympy.Expr]) -> list[Term
     return [*found, _kernels(1)]
 
 
+def _fresh(what: str, entries: sympy.Expr) -> Term:
+    return Term(f"new memory, {what}", "fresh", (e * entries,), bytes=e * entries)
 def _narrowed(case: Case) -> list[Term]:
     """What an exact product takes besides when it makes, or reads a dY that has, n of N output channels."""
     if not case.narrow or case.product == "grad_input":
@@ -262,27 +276,33 @@ def exact(site: Site, product: Product, machine: Machine | None) -> Estimate:
     return evaluate(Case(kind_of(site), role(product), "exact"), sizes_of(site), site.dtype, machine)
 
 
-def sampled(site: Site, product: Product, how: Estimator, machine: Machine | None, kept: float | None = None, lowering: str = "inductor") -> Estimate:
-    """A product sampled along its own contraction axis; `kept` entries in place of the estimator's."""
+def sampled(
+    site: Site, product: Product, how: Estimator, machine: Machine | None, kept: float | None = None, lowering: str = "inductor", shares: bool = False
+) -> Estimate:
+    """A product sampled along its own contraction axis; `kept` entries in place of the estimator's. `shares`: at the entries that another site chose."""
     runs = [_run(site, product, i) for i in (0, 1)]
     sizes = sizes_of(site) | {k: kept or how.kept, u: how.units, p: runs[0] * how.unit, q: runs[1] * how.unit}
-    return evaluate(Case(kind_of(site), role(product), "sampled", how.method, how.weight, how.scaled, lowering=lowering), sizes, site.dtype, machine)
+    case = Case(kind_of(site), role(product), "sampled", how.method, how.weight, how.scaled, lowering=lowering, shares=shares)
+    return evaluate(case, sizes, site.dtype, machine)
 
 
-def coupled(site: Site, product: Product, how: Estimator, machine: Machine | None, kept: float | None = None, lowering: str = "inductor") -> Estimate:
-    """A gradient through the entries that the output kept (`how` is the output's)."""
+def coupled(
+    site: Site, product: Product, how: Estimator, machine: Machine | None, kept: float | None = None, lowering: str = "inductor", shares: bool = False
+) -> Estimate:
+    """A gradient through the entries that the output kept (`how` is the output's). `shares`: another site's put it back, too."""
     run = _run(site, site.products[0], 0 if role(product) == "grad_input" else 1) * how.unit
     sizes = sizes_of(site) | {k: kept or how.kept, r: run}
-    return evaluate(Case(kind_of(site), role(product), "coupled", how.method, how.weight, how.scaled, lowering=lowering), sizes, site.dtype, machine)
+    case = Case(kind_of(site), role(product), "coupled", how.method, how.weight, how.scaled, lowering=lowering, shares=shares)
+    return evaluate(case, sizes, site.dtype, machine)
 
 
-def skipped(site: Site, product: Product, how: Estimator | None, dropped: Estimator, machine: Machine | None) -> Estimate:
-    """A gradient, exact or coupled to its own output (`how`), that leaves out the output channels another site `dropped`."""
+def skipped(site: Site, product: Product, how: Estimator | None, dropped: Estimator, machine: Machine | None, shares: bool = False) -> Estimate:
+    """A gradient, exact or coupled to its own output (`how`), that leaves out the output channels another site `dropped`. `shares` as in `coupled`."""
     sizes = sizes_of(site) | {skip: dropped.kept, u: dropped.unit, q: dropped.unit * _torch.hint(_torch.value(site.products[0].operands[0]).shape[-1])}
     if how is None:
         return evaluate(Case(kind_of(site), role(product), "exact", skips=True), sizes, site.dtype, machine)
     sizes |= {k: how.kept, r: how.unit}
-    return evaluate(Case(kind_of(site), role(product), "coupled", how.method, how.weight, how.scaled, True), sizes, site.dtype, machine)
+    return evaluate(Case(kind_of(site), role(product), "coupled", how.method, how.weight, how.scaled, True, shares), sizes, site.dtype, machine)
 
 
 def shrunk(site: Site, product: Product, how: Estimator | None, only: Estimator | None, fed: bool, machine: Machine | None) -> Estimate:

@@ -19,7 +19,7 @@ from approx_compile.passes import zeros
 from approx_compile.passes.plan import Plan
 from approx_compile.passes.producers import Reach, reach
 from approx_compile.passes.sites import CONV, VIEWS, Site, conv_weight_axes
-from approx_compile.passes.splice import Sampled, inline, keep_choice, like, refresh
+from approx_compile.passes.splice import Layout, Sampled, hoist, inline, keep_choice, like, refresh
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Narrowing:
         output = region.consumer.products[0]
         assert output.weight is not None
         weight = output.operands[output.weight]
-        _hoist(weight, self.first)
+        hoist(weight, self.first)
         self.idx, taken = inline(graph, self.first, lambda w: choose_by_weight(region.how, w, output.axes[output.weight or 0]), (weight,), region.consumer.node)
         keep_choice(self.idx, f"{region.consumer.name}.output.idx")
         operands = (output.operands[0], taken) if output.weight == 1 else (taken, output.operands[1])
@@ -160,21 +160,7 @@ class Narrowing:
                 self.narrow[full], self.whole[n] = n, full
 
     def _whole(self, n: fx.Node) -> fx.Node:
-        how, old, axis = self.region.how, self.old[n], Axis(self.region.dims[n])
+        how, old, axis = self.region.how, Layout.of(self.old[n]), Axis(self.region.dims[n])
         full = inline(self.graph, n.next, lambda y, idx: like(untake(y, axis, idx, None, how.unit, how.size), old), (n, self.idx), n)
         assert isinstance(full, fx.Node)
         return full
-
-
-def _hoist(n: fx.Node, before: fx.Node) -> None:
-    """Move a node and what it is made of in front of another one, where they are not."""
-    order = {m: i for i, m in enumerate(before.graph.nodes)}
-
-    def behind(m: fx.Node) -> Iterator[fx.Node]:
-        if order[m] > order[before]:
-            for i in m.all_input_nodes:
-                yield from behind(i)
-            yield m
-
-    for m in dict.fromkeys(behind(n)):
-        before.prepend(m)

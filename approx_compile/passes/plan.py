@@ -16,7 +16,7 @@ from approx_compile.kernels.available import OWN
 from approx_compile.kernels.estimators import Estimator, estimator
 from approx_compile.kernels.replacements import Replacement
 from approx_compile.machine import Machine
-from approx_compile.passes import cost, lowerings, replacements, worth
+from approx_compile.passes import cost, lowerings, replacements, shared, worth
 from approx_compile.passes.fit import check_shapes
 from approx_compile.passes.sites import Product, Site
 from approx_compile.passes.stages import Cut
@@ -40,6 +40,7 @@ class ProductPlan:
 
     `skips`: the site whose dropped entries make this product's output gradient zero, or are all that will be read of this output; computing nothing there
     changes no value.
+    `shares`: the site whose indices it uses: an output that is sampled at the entries chosen there (see `passes.shared`), a gradient put back with that site's.
     """
 
     name: str
@@ -53,6 +54,7 @@ class ProductPlan:
     flops_sampled: int
     how: Estimator | None = None
     skips: str | None = None
+    shares: str | None = None
     node: str = ""
     replacement: Replacement | None = None
     lowering: str = "inductor"
@@ -65,8 +67,9 @@ class ProductPlan:
 
 @dataclass(frozen=True)
 class SitePlan:
-    """The decision for one site. `k` and `size` are the output product's, or the first approximated one's; FLOPs are summed. `shrinks`: the sites that make
-    only what this one keeps of its activation."""
+    """The decision for one site. `k` and `size` are the output product's, or the first approximated one's; FLOPs are summed. Sizes that are symbols stand in
+    `shape` as such, and in `traced` with what they were traced with; FLOPs and times are those of these sizes. `break_even`: where predicted time decided.
+    `shrinks`: the sites that make only what this one keeps of its activation."""
 
     name: str
     module: str
@@ -78,6 +81,8 @@ class SitePlan:
     reason: str
     products: tuple[ProductPlan, ...]
     reads: tuple[str, ...]
+    traced: tuple[tuple[str, int], ...] = ()
+    break_even: worth.BreakEven | None = None
     shrinks: tuple[str, ...] = ()
 
     @property
@@ -188,11 +193,12 @@ def make_plan(sites: Sequence[Site], config: ApproxConfig, machine: Machine | No
     times: dict[int, Sequence[float]] = {}
     if asked and ask is not None:
         times = dict(zip(asked, ask([(sites[i], t) for i in asked if not isinstance(t := tried[i], SitePlan)]), strict=True))
-
     def beside(i: int) -> Callable[[Sequence[ProductPlan]], tuple[float, float]]:
         return lambda products: others(i, products) if others is not None else (0.0, 0.0)
 
     judged = [t if isinstance(t, SitePlan) else _judged(sites[i], settings[i], t, machine, times.get(i), beside(i)) for i, t in enumerate(tried)]
+    if machine is not None:
+        judged = shared.share(sites, settings, tried, judged, machine)
     decided = [_with_replacements(s, p, w) for s, p, w in zip(sites, judged, settings, strict=True)]
     return Plan(tuple(_with_nodes(s, p) for s, p in zip(sites, decided, strict=True)), unmatched, remarks=tuple(remarks))
 
@@ -262,11 +268,13 @@ def _judged(
         return found
     if machine is None:
         return _all_exact(site, f"no cost model for {worth.device(site)}", machine)
+    at: worth.BreakEven | None = None
     if times is not None:
         exact, sampled, why = times[0], min(times[1:]), f"measured {times[0] / min(times[1:]):.2f}x at ratio {done.ratio:g}"
     else:
         assert found.time_exact_us is not None and found.time_sampled_us is not None
-        exact, sampled, why = found.time_exact_us, found.time_sampled_us, worth.predicted(site, best, machine)
+        exact, sampled = found.time_exact_us, found.time_sampled_us
+        why, at = worth.predicted([(site, best)], machine)
 
     def pays(more_before: float, more_after: float) -> bool:
         if times is not None:
@@ -277,7 +285,8 @@ def _judged(
     before, after = beside(best)
     if before > after:
         why = f"{why}, {(exact + before) / (sampled + after):.2f}x with the sites before it"
-    return replace(found, reason=f"{done.reason}; {why}") if pays(0.0, 0.0) or pays(before, after) else _all_exact(site, f"would not pay: {why}", machine)
+    decided = replace(found, reason=f"{done.reason}; {why}") if pays(0.0, 0.0) or pays(before, after) else _all_exact(site, f"would not pay: {why}", machine)
+    return replace(decided, break_even=at)
 
 
 def _products(site: Site, settings: SiteSettings, machine: Machine | None) -> tuple[ProductPlan, ...]:
@@ -388,7 +397,7 @@ def _all_exact(site: Site, reason: str, machine: Machine | None, products: Seque
 
 def _site_plan(site: Site, decision: str, reason: str, products: tuple[ProductPlan, ...]) -> SitePlan:
     dtype = str(site.dtype).removeprefix("torch.")
-    return SitePlan(site.name, site.module, site.kind, site.op, site.shape, dtype, decision, reason, products, site.reads)
+    return SitePlan(site.name, site.module, site.kind, site.op, site.symbolic, dtype, decision, reason, products, site.reads, site.traced)
 
 
 def needs_random_numbers(plan: Plan) -> bool:

@@ -89,7 +89,7 @@ def _ancestors(n: fx.Node) -> set[fx.Node]:
 
 def _closure(producer: fx.Node, start: tuple[fx.Node, int] | None, consumer: fx.Node, gradients: set[fx.Node]) -> Reach | str:
     """Everything elementwise behind the channels (dim 1) of the producer. `start`: the consumer's gradient of the activation, of its `gradients`."""
-    zero = zeros.follow(*start) if start is not None else {}
+    zero = zeros.follow(dict([start])) if start is not None else {}
     dims, behind, others = {producer: 1}, {consumer}, list[fx.Node]()
     n = producer.next
     while n.op != "root":

@@ -8,7 +8,7 @@ would bypass a cache or hide a change of code.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +18,14 @@ from approx_compile import _torch
 from approx_compile.kernels.available import OWN
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.kernels.products import Axis, sample, take, untake
-from approx_compile.passes import own_kernels
+from approx_compile.passes import own_kernels, shared
 from approx_compile.passes.narrowing import Narrowing, regions
 from approx_compile.passes.plan import Plan, ProductPlan
 from approx_compile.passes.replacements import let_go_of_activation, replace_conv_weight, replace_matmul
+from approx_compile.passes.shared import Sum
 from approx_compile.passes.sites import CONV, VIEWS, Product, Site, channel_axis, conv_weight_axes, permutation_between, users_of_output
-from approx_compile.passes.splice import Sampled, inline, keep_choice, like, output_of, refresh, replace_output
+from approx_compile.passes.splice import Layout, Sampled, hoist, inline, keep_choice, like, output_of, refresh, replace_output
+from approx_compile.passes.zeros import relu_backward
 
 aten = torch.ops.aten
 
@@ -31,6 +33,8 @@ def rewrite(graph: fx.Graph, sites: Sequence[Site], plan: Plan) -> None:
     """Carry out `plan` (made from `sites` of this graph), then remove what it made dead and lint."""
     kept: dict[str, Sampled] = {}
     narrow: dict[str, tuple[fx.Node, fx.Node]] = {}
+    readers = shared.readers(sites, plan)
+    sums = {name: _Shared(*total) for name, total in shared.sums(sites, plan).items()}
     found, narrowing, whole = regions(sites, plan), dict[str, Narrowing](), dict[fx.Node, fx.Node]()
     for site, planned in zip(sites, plan.sites, strict=True):
         output = planned.products[0]
@@ -38,7 +42,8 @@ def rewrite(graph: fx.Graph, sites: Sequence[Site], plan: Plan) -> None:
             narrowing[site.name] = Narrowing(graph, found[site.name])
             kept[site.name] = narrowing[site.name].forward(kept, narrow)
         elif output.decision == "sampled":
-            kept[site.name] = _sample_in_place(graph, site, site.products[0], output)
+            leader = kept[output.shares] if output.shares is not None else None
+            kept[site.name] = _sample_in_place(graph, site, site.products[0], output, leader, readers.get(site.name, ()))
     for site, planned in zip(reversed(sites), reversed(plan.sites), strict=True):  # as the backward pass goes
         todo = []
         for product, decision in zip(site.products[1:], planned.products[1:], strict=True):
@@ -48,11 +53,14 @@ def rewrite(graph: fx.Graph, sites: Sequence[Site], plan: Plan) -> None:
                 fed = site.name in narrowing and product.name == "grad_input"
                 first, second = product.operands
                 product = replace(product, operands=(whole.get(first, first), whole.get(second, second)))
-                todo.append(_Gradient(product, decision, coupled, skipped, narrow.get(site.name), fed))
+                into = sums.get(decision.shares or site.name) if product.name == "grad_input" else None
+                todo.append(_Gradient(product, decision, coupled, skipped, narrow.get(site.name), fed, into))
         _gradients(graph, site, todo)
         if site.name in narrowing:
             narrowing[site.name].backward()
             whole |= narrowing[site.name].whole
+    for total in sums.values():
+        _put_back_sum(graph, total)
     graph.eliminate_dead_code()
     graph.lint()
 
@@ -74,7 +82,8 @@ def _gradients(graph: fx.Graph, site: Site, todo: Sequence[_Gradient]) -> None:
 
 class _Gradient(NamedTuple):
     """What is to be done to one gradient product: replaced, sampled on its own axis, or narrowed to kept inputs (`coupled`), kept outputs (`skipped`) or
-    both. `narrow`: the operands of an output that is made for the kept ones only; `fed`: the activation came narrow, and so may its gradient leave."""
+    both. `narrow`: the operands of an output that is made for the kept ones only; `fed`: the activation came narrow, and so may its gradient leave;
+    `into`: the sum that is put back in its stead."""
 
     product: Product
     decision: ProductPlan
@@ -82,6 +91,19 @@ class _Gradient(NamedTuple):
     skipped: Sampled | None
     narrow: tuple[fx.Node, fx.Node] | None
     fed: bool
+    into: _Shared | None
+
+
+@dataclass
+class _Shared:
+    """Gradients of one activation through the same entries, which are put back in place once, summed up in their `order`; `total` is the sum."""
+
+    total: fx.Node
+    order: Sum
+    narrow: list[fx.Node] = field(default_factory=list)
+    holes: tuple[_Hole, ...] = ()
+    activation: tuple[fx.Node, fx.Node] | None = None
+    layout: Layout | None = None
 
 
 class _Hole(NamedTuple):
@@ -95,8 +117,11 @@ class _Hole(NamedTuple):
 # --- outputs, and gradients of matmuls ---
 
 
-def _sample_in_place(graph: fx.Graph, site: Site, product: Product, decision: ProductPlan) -> Sampled:
-    """Gather both operands of a product along its contraction axis and let its node work on those, or let it skip along that axis by itself."""
+def _sample_in_place(
+    graph: fx.Graph, site: Site, product: Product, decision: ProductPlan, leader: Sampled | None = None, readers: Sequence[Product] = ()
+) -> Sampled:
+    """Gather both operands of a product along its contraction axis and let its node work on those, or let it skip along that axis by itself. `leader`: whose
+    indices and activation it uses; `readers`: products that will use its own, whose weights have their say in the choice and must stand before it."""
     assert decision.how is not None
     node, how = product.node, decision.how
     if decision.lowering in OWN:
@@ -104,7 +129,9 @@ def _sample_in_place(graph: fx.Graph, site: Site, product: Product, decision: Pr
         _mark_choice(site, product, idx, scale)
         own_kernels.sample_output(graph, product, how, idx, scale)
         return Sampled(how, idx, scale, product.operands)
-    kept = _gathered(graph, node, site, product, how)
+    for other in readers:
+        hoist(other.operands[1], node)
+    kept = _gathered(graph, node, site, product, how, readers) if leader is None else _joined(graph, product, leader)
     args = list(node.args)
     first = len(args) - 2 if node.target not in CONV else 0
     args[first], args[first + 1] = kept.operands
@@ -112,11 +139,13 @@ def _sample_in_place(graph: fx.Graph, site: Site, product: Product, decision: Pr
     return kept
 
 
-def _gathered(graph: fx.Graph, before: fx.Node, site: Site, product: Product, how: Estimator) -> Sampled:
-    def run(a: torch.Tensor, b: torch.Tensor) -> Any:
-        return sample(how, a, b, *product.axes)
+def _gathered(graph: fx.Graph, before: fx.Node, site: Site, product: Product, how: Estimator, readers: Sequence[Product] = ()) -> Sampled:
+    axes, more = product.axes, tuple(r.axes[1] for r in readers)
 
-    idx, scale, a, b = inline(graph, before, run, product.operands)
+    def run(a: torch.Tensor, b: torch.Tensor, *others: torch.Tensor) -> Any:
+        return sample(how, a, b, *axes, list(zip(others, more, strict=True)))
+
+    idx, scale, a, b = inline(graph, before, run, (*product.operands, *(r.operands[1] for r in readers)))
     _mark_choice(site, product, idx, scale)
     return Sampled(how, idx, scale, (a, b))
 
@@ -125,6 +154,17 @@ def _mark_choice(site: Site, product: Product, idx: fx.Node, scale: fx.Node | No
     for node, name in ((idx, "idx"), (scale, "scale")):
         if node is not None:
             keep_choice(node, f"{site.name}.{product.name}.{name}")
+
+
+def _joined(graph: fx.Graph, product: Product, leader: Sampled) -> Sampled:
+    """The operands of a product at the entries that another one kept of the same activation."""
+    axis, unit = product.axes[1], leader.how.unit
+
+    def run(b: torch.Tensor, idx: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        return take(b, axis, idx, scale, unit)
+
+    b = inline(graph, product.node, run, (product.operands[1], leader.idx, leader.scale))
+    return leader._replace(operands=(leader.operands[0], b))
 
 
 def _narrow_matmul(graph: fx.Graph, forward: tuple[fx.Node, fx.Node], work: _Gradient) -> None:
@@ -138,9 +178,9 @@ def _narrow_matmul(graph: fx.Graph, forward: tuple[fx.Node, fx.Node], work: _Gra
     whole = work.narrow is None or p.reads == 0
     cut = work.coupled.operands if work.coupled is not None else None if whole else work.narrow
     if cut is not None:
-        order = permutation_between(forward[p.reads], operand)
+        order = tuple(permutation_between(forward[p.reads], operand))
         operand = cut[p.reads]
-        if order != sorted(order):
+        if list(order) != sorted(order):
             operand = inline(graph, m, lambda x: x.permute(order), (operand,))
     if work.coupled is not None and not work.fed:
         scale = work.coupled.scale if p.reads == 0 else None  # B' holds its scale already
@@ -154,68 +194,85 @@ def _narrow_matmul(graph: fx.Graph, forward: tuple[fx.Node, fx.Node], work: _Gra
             holes.append(_Hole(Axis(1 - position + _torch.value(m).dim() - 2), work.skipped, None))
     m.args = (operand, dy) if position == 0 else (dy, operand)
     activation = (forward[0], work.coupled.operands[0]) if work.coupled is not None and p.reads == position == 1 else None  # dA, in A's own orientation
-    _put_back(graph, m, holes, activation)
+    _put_back(graph, m, holes, activation, work.into)
 
 
 def _taken(graph: fx.Graph, before: fx.Node, x: fx.Node, axis: Axis, kept: Sampled) -> fx.Node:
     if x in kept.narrow:
         return kept.narrow[x]
-    new = inline(graph, before, lambda x, idx: take(x, axis, idx, None, kept.how.unit), (x, kept.idx))
+    unit = kept.how.unit
+    new = inline(graph, before, lambda x, idx: take(x, axis, idx, None, unit), (x, kept.idx))
     assert isinstance(new, fx.Node)
     return new
 
 
-def _put_back(graph: fx.Graph, m: fx.Node, holes: Sequence[_Hole], activation: tuple[fx.Node, fx.Node] | None = None) -> None:
+def _put_back(
+    graph: fx.Graph, m: fx.Node, holes: Sequence[_Hole], activation: tuple[fx.Node, fx.Node] | None = None, into: _Shared | None = None
+) -> None:
     """Recompute the meta of a node that now makes the kept entries only, and give its users the full-size result.
 
     `activation`: the one whose gradient this is, whole and kept. If it is a ReLU's output and this its only gradient, the ReLU's backward moves in
     front of the un-gather: outside the kept entries the gradient is zero anyway, and the mask of the whole activation need not be saved.
+    `into`: the sum that is put back in its stead.
     """
+    layout = Layout.of(_torch.value(m))
+    if into is not None:
+        into.narrow.insert(0, m)  # gradients come in reverse order
+        into.holes, into.activation, into.layout = tuple(holes), into.activation or activation, layout
+        refresh(m)
+        return
     users = list(m.users)
-    old = _torch.value(m)
-    masked = _relu_backward(m, activation[0]) if activation is not None else None
+    masked = relu_backward(m, activation[0]) if activation is not None else None
     refresh(m)
     if not holes:
         return
+    full = _filled(graph, m.next, m, holes, activation[1] if masked and activation else None, layout)
+    for u in users:
+        u.replace_input_with(m, full)
+    _drop_mask(masked)
+
+
+def _put_back_sum(graph: fx.Graph, work: _Shared) -> None:
+    """Give the users of a sum of gradients, each of the kept entries only by now, that sum in place."""
+    total, order = work.total, work.order
+
+    def run(*parts: torch.Tensor) -> torch.Tensor:
+        return _added(order, parts)
+
+    assert work.layout is not None
+    masked = relu_backward(total, work.activation[0]) if work.activation is not None else None
+    y = inline(graph, total, run, work.narrow, total)
+    full = _filled(graph, total, y, work.holes, work.activation[1] if masked and work.activation else None, work.layout)
+    shape, layout = tuple(s if isinstance(s, int) else -1 for s in _torch.value(total).shape), Layout.of(_torch.value(total))
+    full = inline(graph, total, lambda x: like(x.reshape(shape), layout), (full,), total)
+    total.replace_all_uses_with(full)
+    _drop_mask(masked)
+
+
+def _added(order: Sum, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return parts[order] if isinstance(order, int) else _added(order[0], parts) + _added(order[1], parts)
+
+
+def _filled(graph: fx.Graph, before: fx.Node, narrow: fx.Node, holes: Sequence[_Hole], masked: fx.Node | None, layout: Layout) -> fx.Node:
+    """The full-size gradient, laid out as `layout` says, of what is kept of it; zero where the kept activation `masked` is not positive."""
+    places = tuple((h.axis, h.kept.how.unit, h.kept.how.size) for h in holes)
 
     def run(y: torch.Tensor, x: torch.Tensor | None, *chosen: torch.Tensor | None) -> torch.Tensor:
         y = torch.where(x <= 0, 0, y) if x is not None else y
-        for hole, idx, scale in zip(holes, chosen[::2], chosen[1::2], strict=True):
+        for (axis, unit, size), idx, scale in zip(places, chosen[::2], chosen[1::2], strict=True):
             assert idx is not None
-            y = untake(y, hole.axis, idx, scale, hole.kept.how.unit, hole.kept.how.size)
-        return like(y, old)
+            y = untake(y, axis, idx, scale, unit, size)
+        return like(y, layout)
 
     chosen = [n for hole in holes for n in (hole.kept.idx, hole.scale)]
-    full = inline(graph, m.next, run, (m, activation[1] if masked and activation else None, *chosen), m)
-    for u in users:
-        u.replace_input_with(m, full)
+    full = inline(graph, before, run, (narrow, masked, *chosen), narrow)
+    assert isinstance(full, fx.Node)
+    return full
+
+
+def _drop_mask(masked: fx.Node | None) -> None:
     if masked is not None:
         masked.replace_all_uses_with(masked.args[2])  # type: ignore[arg-type]
-
-
-def _relu_backward(grad: fx.Node, activation: fx.Node) -> fx.Node | None:
-    """The node where(relu <= 0, 0, grad) that alone reads a gradient, if `activation` is that ReLU's output (all through views)."""
-    v = grad
-    while len(v.users) == 1:
-        user = next(iter(v.users))
-        if user.target in VIEWS:
-            v = user
-            continue
-        if user.target is not aten.where.self or user.args[2] is not v:
-            return None
-        le, zero = user.args[0], user.args[1]
-        is_zero = isinstance(zero, fx.Node) and zero.target in (aten.scalar_tensor.default, aten.full.default) and 0 in zero.args
-        if not (is_zero and isinstance(le, fx.Node) and le.target is aten.le.Scalar and le.args[1] == 0):
-            return None
-        relu = _behind_views(le.args[0])
-        return user if relu is _behind_views(activation) and relu.target is aten.relu.default else None
-    return None
-
-
-def _behind_views(n: Any) -> Any:
-    while isinstance(n, fx.Node) and n.target in VIEWS:
-        n = n.args[0]
-    return n
 
 
 # --- gradients of convolutions ---
@@ -288,7 +345,7 @@ def _narrow_conv(graph: fx.Graph, site: Site, m: fx.Node, group: Sequence[_Gradi
             holes.append(_Hole(w_out, skipped, None))
         grad.meta["val"] = _torch.value(m)[work.product.mask]  # the full size, which _put_back restores
         replace_output(graph, m, work.product.mask, grad)
-        _put_back(graph, grad, holes, activation)
+        _put_back(graph, grad, holes, activation, work.into)
     return call
 
 

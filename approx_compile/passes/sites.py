@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,7 +123,8 @@ class Product:
 
 @dataclass(frozen=True)
 class Site:
-    """One matmul or convolution of the model. `blocked`: why it must stay exact, if so."""
+    """One matmul or convolution of the model. `blocked`: why it must stay exact, if so. `shape` has the sizes as traced, `symbolic` those that are symbols as such,
+    `traced` what each of these was traced with."""
 
     name: str
     module: str
@@ -138,6 +139,8 @@ class Site:
     reads: tuple[str, ...]
     last: bool
     blocked: str | None
+    symbolic: str
+    traced: tuple[tuple[str, int], ...]
 
 
 def find_sites(graph: fx.Graph, context: Context) -> list[Site]:
@@ -209,7 +212,7 @@ def _site(n: fx.Node, name: str, owner: Module, mates: list[fx.Node], feeds: _Fe
         kind="conv" if conv else "linear" if weight is not None else "matmul",
         op=_op_name(n),
         node=n,
-        shape=_shape(n, a, b),
+        shape=_shape(n, a, b, _torch.hint),
         dtype=dtype,
         products=tuple(products),
         flops=_flops(n, a, b),
@@ -217,6 +220,8 @@ def _site(n: fx.Node, name: str, owner: Module, mates: list[fx.Node], feeds: _Fe
         reads=tuple(dict.fromkeys(feeds.names[p] for o in (a, b) for p in feeds.products.get(o, ()))),
         last=last,
         blocked=blocked,
+        symbolic=_shape(n, a, b, _torch.size_expr),
+        traced=_traced(a, b),
     )
 
 
@@ -420,16 +425,20 @@ def _op_name(n: fx.Node) -> str:
     return f"conv_transpose{rank}d" if n.args[6] else f"conv{rank}d"
 
 
-def _shape(n: fx.Node, a: fx.Node, b: fx.Node) -> str:
+def _shape(n: fx.Node, a: fx.Node, b: fx.Node, shown: Callable[[Any], Any]) -> str:
+    def by(sizes: Any) -> str:
+        return "x".join(str(shown(s)) for s in sizes)
+
     va, vb = _torch.value(a), _torch.value(b)
     if n.target in CONV:
         groups = f" g{n.args[8]}" if n.args[8] != 1 else ""
-        return _by(va.shape) + " * " + _by(vb.shape) + groups
-    return _by((*va.shape, vb.shape[-1]))
+        return by(va.shape) + " * " + by(vb.shape) + groups
+    return by((*va.shape, vb.shape[-1]))
 
 
-def _by(sizes: Any) -> str:
-    return "x".join(str(_torch.hint(s)) for s in sizes)
+def _traced(*operands: fx.Node) -> tuple[tuple[str, int], ...]:
+    sizes = [s for o in operands for s in _torch.value(o).shape if not _torch.size_expr(s).is_Integer]
+    return tuple(dict.fromkeys((str(_torch.size_expr(s)), _torch.hint(s)) for s in sizes))
 
 
 def _flops(n: fx.Node, a: fx.Node, b: fx.Node) -> int:

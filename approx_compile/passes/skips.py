@@ -22,12 +22,18 @@ def skip_zeros(sites: Sequence[Site], plan: Plan, machine: Machine) -> Plan:
         for j, p in enumerate(site.products):
             if p.output_grad is not None and one_contraction(site):
                 users[p.output_grad, p.output_grad_dim].append((i, j))
+    shared: dict[str, list[tuple[fx.Node, int]]] = defaultdict(list)  # gradients that are summed up with another's, and zero where that is
+    for site, s in zip(sites, plan.sites, strict=True):
+        for p, d in zip(site.products, s.products, strict=True):
+            if d.shares is not None and p.result is not None:
+                shared[d.shares].append(p.result)
     new = list(plan.sites)
     for source, planned in zip(sites, plan.sites, strict=True):
         for p, d in zip(source.products, planned.products, strict=True):
-            if d.decision != "coupled" or not one_contraction(source) or p.result is None:
+            if d.decision != "coupled" or d.shares is not None or not one_contraction(source) or p.result is None:
                 continue
-            for zero in zeros.follow(*p.result).items():
+            together = dict([p.result, *(shared.get(source.name, ()) if p.name == "grad_input" else ())])
+            for zero in zeros.follow(together).items():
                 for i, j in users.get(zero, ()):
                     new[i] = _with_skip(sites[i], new[i], j, source.name, d, machine)
     return replace(plan, sites=tuple(new))
@@ -37,7 +43,7 @@ def _with_skip(site: Site, plan: SitePlan, j: int, source: str, dropped: Product
     product, decision = site.products[j], plan.products[j]
     if decision.decision in ("sampled", "replaced") or decision.skips is not None or dropped.how is None or decision.lowering in OWN:
         return plan
-    estimate = cost.skipped(site, product, decision.how, dropped.how, machine)
+    estimate = cost.skipped(site, product, decision.how, dropped.how, machine, decision.shares is not None)
     assert decision.time_sampled_us is not None and estimate.time_us is not None
     if not cost.pays(decision.time_sampled_us, estimate.time_us, cost.SKIP_MARGIN):
         return plan

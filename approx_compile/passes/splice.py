@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -36,10 +38,21 @@ def keep_choice(node: fx.Node, name: str) -> None:
     node.meta[CHOICE] = name
 
 
-def like(x: torch.Tensor, old: Any) -> torch.Tensor:
+class Layout(NamedTuple):
+    """How a value lies in memory (strides that are symbols as traced)."""
+
+    strides: tuple[int, ...]
+    contiguous: bool
+
+    @staticmethod
+    def of(x: Any) -> Layout:
+        return Layout(tuple(_torch.hint(s) for s in x.stride()), x.is_contiguous())
+
+
+def like(x: torch.Tensor, old: Layout) -> torch.Tensor:
     """The strides that the graph expects, where gathering changed them."""
-    same = all(_torch.hint(a) == _torch.hint(b) for a, b, n in zip(x.stride(), old.stride(), x.shape, strict=True) if _torch.hint(n) > 1)
-    return x if same else x.clone(memory_format=torch.contiguous_format) if old.is_contiguous() else x
+    same = all(a == b for a, b, n in zip(Layout.of(x).strides, old.strides, x.shape, strict=True) if _torch.hint(n) > 1)
+    return x if same else x.clone(memory_format=torch.contiguous_format) if old.contiguous else x
 
 
 def output_of(graph: fx.Graph, call: fx.Node, index: int) -> fx.Node:
@@ -56,6 +69,14 @@ def replace_output(graph: fx.Graph, m: fx.Node, index: int, new: fx.Node) -> Non
         graph.erase_node(user)
 
 
+def hoist(n: fx.Node, before: fx.Node) -> None:
+    """Move a node, and what it is made of, in front of another."""
+    if before < n:
+        for i in n.all_input_nodes:
+            hoist(i, before)
+        before.prepend(n)
+
+
 def refresh(node: fx.Node) -> None:
     """Recompute a node's fake value after its arguments changed."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])  # type: ignore[misc]
@@ -63,14 +84,42 @@ def refresh(node: fx.Node) -> None:
         node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
 
+_pieces: weakref.WeakKeyDictionary[fx.Graph, dict[Any, fx.Graph]] = weakref.WeakKeyDictionary()
+"""What has been traced for a graph."""
+
+
+def _key(run: Callable[..., Any], values: Sequence[Any]) -> tuple[Any, ...] | None:
+    """What decides how `run` is traced: its code, what it closes over, the layouts of its operands. None where these are not known by value."""
+    closed = tuple(c.cell_contents for c in getattr(run, "__closure__", None) or ())
+    layouts = tuple(None if v is None else (tuple(v.shape), v.stride(), v.dtype, v.device) for v in values)
+    if not _plain(closed) or any(not isinstance(s, int) for v in layouts if v is not None for s in (*v[0], *v[1])):
+        return None
+    return (run.__code__, closed, layouts)
+
+
+def _plain(value: Any) -> bool:
+    """Whether equal values are interchangeable and never change: numbers, names, tuples and frozen dataclasses of such."""
+    if isinstance(value, tuple):
+        return all(map(_plain, value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return value.__dataclass_params__.frozen and all(_plain(getattr(value, f.name)) for f in dataclasses.fields(value))  # type: ignore[attr-defined]
+    return value is None or isinstance(value, (bool, int, float, str, torch.dtype))
+
+
 def inline(graph: fx.Graph, before: fx.Node, run: Callable[..., Any], args: Sequence[fx.Node | None], like: fx.Node | None = None) -> Any:
     """Trace `run` on the fake values of `args`, splice it in before `before`, return its results as nodes.
 
-    The new nodes take tag, layer and checkpoint policy from `like` (by default `before`, whose operands they are).
+    The new nodes take tag, layer and checkpoint policy from `like` (by default `before`, whose operands they are). What closes over plain values only is
+    traced once in a graph for operands of the same sizes, strides and dtypes.
     """
     values = [_torch.value(a) if a is not None else None for a in args]
-    with _torch.fake_mode_of(*(a for a in args if a is not None)):
-        traced = _torch.trace(run, values)
+    key = _key(run, values)
+    traced = _pieces.setdefault(graph, {}).get(key)
+    if traced is None:
+        with _torch.fake_mode_of(*(a for a in args if a is not None)):
+            traced = _torch.trace(run, values)
+        if key is not None:
+            _pieces[graph][key] = traced
     new: dict[fx.Node, Any] = dict(zip(traced.find_nodes(op="placeholder"), args, strict=True))
     with graph.inserting_before(before):
         for n in traced.nodes:

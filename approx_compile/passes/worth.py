@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from approx_compile import _torch
@@ -22,6 +23,16 @@ TIMED = ("cost", "measure")
 
 GRANULE = 16
 """Under these kept entries come in multiples of this, which vector units and product kernels like."""
+
+
+OFF = 1.2
+"""How far a prediction is taken to be off where a break-even ratio's sensitivity is shown (benchmarks/predict.py has how far predictions are off)."""
+
+LEAST_RATIO = 0.001
+"""Break-even ratios are sought from here on, and as precisely."""
+
+TIES = 1.03
+"""Times no more than so many times apart count as equal, and the finer grained way is taken."""
 
 
 def total(times: Iterable[float | None]) -> float | None:
@@ -62,42 +73,64 @@ def _as_tried(name: str, wanted: ProductSettings, policy: str, lowering: str, gr
 
 
 def rank(products: Sequence[ProductPlan]) -> float:
-    """For comparison: what takes no more than 3% longer counts as equal, and the first of equals, the finer grained, wins."""
+    """For comparison: ties count as equal, and the first of equals wins."""
     time = total(p.time_sampled_us for p in products)
-    return 0.0 if time is None or time <= 0 else math.ceil(math.log(time) / math.log(1.03))
+    return 0.0 if time is None or time <= 0 else math.ceil(math.log(time) / math.log(TIES))
 
 
-def predicted(site: Site, products: Sequence[ProductPlan], machine: Machine) -> str:
-    """ "predicted 0.94x at ratio 0.5, break-even 0.41"."""
-    exact, planned = (total(times) for times in ([p.time_exact_us for p in products], [p.time_sampled_us for p in products]))
-    assert exact is not None and planned is not None
-    ratio = next(p.ratio for p in products if p.decision != "exact")
+@dataclass(frozen=True)
+class BreakEven:
+    """The largest ratio at which sampling takes no longer than the exact products: as predicted, and if sampling takes `OFF` times as long, or 1 / `OFF` times.
+    0 where no ratio does, 1 where every ratio does."""
 
-    def gain(share: float) -> float:
-        return exact - math.fsum(_estimate(site, p, products, machine, share).time_us or 0.0 for p in products)
+    ratio: float
+    slower: float
+    faster: float
 
-    return f"predicted {exact / planned:.2f}x at ratio {ratio:g}, {_break_even(gain)}"
+    def __str__(self) -> str:
+        return "no ratio breaks even" if self.ratio == 0 else "every ratio breaks even" if self.ratio == 1 else f"break-even {self.ratio:.2f}"
+
+    @property
+    def range(self) -> str:
+        """ "0.41 (0.33 to 0.49)"."""
+        return f"{self.ratio:.2f} ({self.slower:.2f} to {self.faster:.2f})"
 
 
-def _break_even(gain: Callable[[float], float]) -> str:
-    """The largest ratio at which sampling takes no longer than the exact products; `gain` falls with the ratio."""
-    low, high = 0.001, 1.0
-    if gain(low) <= 0:
-        return "no ratio breaks even"
-    if gain(high) > 0:
-        return "every ratio breaks even"
-    for _ in range(20):
+def predicted(planned: Sequence[tuple[Site, Sequence[ProductPlan]]], machine: Machine) -> tuple[str, BreakEven]:
+    """Of one site, or of those that are sampled together: "predicted 0.94x at ratio 0.5, break-even 0.41", and the latter in numbers."""
+    everything = [(site, p) for site, products in planned for p in products]
+    exact, time = (total(times) for times in ([p.time_exact_us for _, p in everything], [p.time_sampled_us for _, p in everything]))
+    assert exact is not None and time is not None
+    ratio = next(p.ratio for _, p in everything if p.decision != "exact")
+
+    @functools.cache
+    def sampled(share: float) -> float:
+        return math.fsum(_estimate(site, p, machine, share).time_us or 0.0 for site, p in everything)
+
+    at = BreakEven(*(_break_even(exact / off, sampled) for off in (1.0, OFF, 1 / OFF)))
+    return f"predicted {exact / time:.2f}x at ratio {ratio:g}, {at}", at
+
+
+def _break_even(time_us: float, sampled: Callable[[float], float]) -> float:
+    """The ratio from which on `sampled`, which grows with it, is above a time."""
+    if sampled(LEAST_RATIO) >= time_us:
+        return 0.0
+    if sampled(1.0) < time_us:
+        return 1.0
+    low, high = LEAST_RATIO, 1.0
+    while high - low > LEAST_RATIO:
         middle = (low + high) / 2
-        low, high = (middle, high) if gain(middle) > 0 else (low, middle)
-    return f"break-even {low:.2f}"
+        low, high = (middle, high) if sampled(middle) < time_us else (low, middle)
+    return low
 
 
-def _estimate(site: Site, plan: ProductPlan, products: Sequence[ProductPlan], machine: Machine, share: float) -> cost.Estimate:
+def _estimate(site: Site, plan: ProductPlan, machine: Machine, share: float) -> cost.Estimate:
     """Of a product as planned, but with another share of its axis kept."""
     product = next(p for p in site.products if p.name == plan.name)
     if plan.how is None:
         return cost.exact(site, product, machine)
-    return (cost.coupled if plan.decision == "coupled" else cost.sampled)(site, product, plan.how, machine, share * plan.size, plan.lowering)
+    estimate = cost.coupled if plan.decision == "coupled" else cost.sampled
+    return estimate(site, product, plan.how, machine, share * plan.size, plan.lowering, plan.shares is not None)
 
 
 def auto_group(site: Site, product: Product) -> int:

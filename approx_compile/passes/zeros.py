@@ -8,6 +8,7 @@ Leaving them out changes nothing but the order of summation: chains such as conv
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,12 +25,12 @@ UNARY = {aten.neg.default, aten.clone.default, aten._to_copy.default, prims.conv
 SUMS = {aten.sum.dim_IntList, aten.mean.dim}
 
 
-def follow(start: fx.Node, dim: int) -> dict[fx.Node, int]:
-    """Nodes that are zero along a dim wherever `start` is along `dim`: {node: its dim}. A factor that is inf or NaN there is not considered."""
-    zero = {start: dim}
-    n = start.next
+def follow(starts: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
+    """Nodes that are zero along a dim wherever all of `starts` are along theirs: {node: its dim}. A factor that is inf or NaN there is not considered."""
+    zero = dict(starts)
+    n = min(starts).next
     while n.op != "root":
-        if n.op == "call_function" and any(i in zero for i in n.all_input_nodes):
+        if n.op == "call_function" and n not in starts and any(i in zero for i in n.all_input_nodes):
             found = carry(n, zero)
             if found is not None:
                 zero[n] = found
@@ -100,3 +101,28 @@ def _summed(n: fx.Node, dim: int) -> int | None:
         return None
     keepdim = len(n.args) > 2 and bool(n.args[2])
     return dim if keepdim else dim - sum(d < dim for d in gone)
+
+
+def relu_backward(grad: fx.Node, activation: fx.Node) -> fx.Node | None:
+    """The node where(relu <= 0, 0, grad) that alone reads a gradient, if `activation` is that ReLU's output (all through views)."""
+    v = grad
+    while len(v.users) == 1:
+        user = next(iter(v.users))
+        if user.target in VIEWS:
+            v = user
+            continue
+        if user.target is not aten.where.self or user.args[2] is not v:
+            return None
+        le, zero = user.args[0], user.args[1]
+        is_zero = isinstance(zero, fx.Node) and zero.target in (aten.scalar_tensor.default, aten.full.default) and 0 in zero.args
+        if not (is_zero and isinstance(le, fx.Node) and le.target is aten.le.Scalar and le.args[1] == 0):
+            return None
+        relu = _behind_views(le.args[0])
+        return user if relu is _behind_views(activation) and relu.target is aten.relu.default else None
+    return None
+
+
+def _behind_views(n: Any) -> Any:
+    while isinstance(n, fx.Node) and n.target in VIEWS:
+        n = n.args[0]
+    return n
