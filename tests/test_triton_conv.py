@@ -34,6 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "unlike in each direction": {"kernel": (3, 2), "stride": (2, 1), "padding": (1, 0), "dilation": (1, 2), "weight": "odd", "scaled": False},
     "no padding, all channels": {"padding": (0, 0), "image": (6, 5), "kept": [0, 1, 2, 3], "outputs": 37},
     "unit of two steps, fp16": {"kernel": (2, 2), "padding": (1, 1), "unit": 64, "kept": [0], "dtype": "float16", "image": (4, 4), "weight": "channels-last"},
+    "strided index and scale": {"strided": True, "kept": [0, 1, 3], "image": (4, 5), "samples": 1},
     "as shipped, many groups": {
         "kernel": (1, 1),
         "padding": (0, 0),
