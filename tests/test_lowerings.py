@@ -13,7 +13,7 @@ from common import compiled, grads, mlp, plans_of, relative
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from approx_compile import Backend, explain, gauges, machine
+from approx_compile import Backend, explain, gauges, machine, stopwatch
 from approx_compile.kernels import available
 from approx_compile.passes.graph_pass import cache_key
 from approx_compile.passes.sites import Context
@@ -164,6 +164,26 @@ def test_time_decides_between_the_lowerings() -> None:
             site = plans_of(model, {"policy": "cost", "rules": [{"layers": "2", "ratio": 0.5}]}, x)[1]
         assert (site.decision, site.products[0].lowering) == ("sampled", want)
         assert any(term.startswith("product") and ("triton." in term) == (want == "triton") for term, _ in site.products[0].terms)
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("fastest", ["inductor", "triton"])
+def test_a_measured_time_is_that_of_the_lowering_it_decides_for(fastest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way is asked for by its lowering, and the one that was measured to be fastest is the one that runs."""
+    profile = machine.current()
+    tables = {f"triton.{n}": t for n, t in profile.tables.items() if n.startswith("linear.")}
+    asked: list[list[str]] = []
+
+    def answers(questions: Any, profile: Any, say: Any) -> list[list[float]]:
+        asked.extend([o["lowering"] for o in q.options] for q in questions)
+        return [[100.0, *(50.0 if o["lowering"] == fastest else 60.0 for o in q.options)] for q in questions]
+
+    monkeypatch.setattr(stopwatch, "answers", answers)
+    model, x = nn.Sequential(nn.Linear(8, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 8)), torch.randn(1024, 8)
+    with machine.use(profile.model_copy(update={"tables": profile.tables | tables})):
+        site = plans_of(model, {"policy": "measure"}, x)[1]
+    assert [set(a) for a in asked] == [{"inductor", "triton"}]
+    assert (site.decision, site.products[0].lowering) == ("sampled", fastest)
 
 
 @pytest.mark.usefixtures("everywhere")
