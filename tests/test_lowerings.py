@@ -194,6 +194,7 @@ def test_kernels_are_measured_where_they_run() -> None:
         conv={"places": (1, 256), "C": (64,), "O": (1, 8), "taps": (9,)},
         sizes=(2**14,),
         runs=(1,),
+        allocated=(2**14,),
         select={"units": (16,), "lead": (1,)},
     )
     clock = gauges.Clock("cpu", 1e-4)
