@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from approx_compile import Backend, explain, gauges, machine, stopwatch
-from approx_compile.kernels import available
+from approx_compile.kernels import available, skip
 from approx_compile.passes.graph_pass import cache_key
 from approx_compile.passes.sites import Context
 
@@ -150,6 +150,30 @@ def test_convolutions_that_no_kernel_fits() -> None:
     model = nn.Sequential(nn.Conv2d(256, 8, 3), nn.Conv2d(8, 256, 3, groups=8), nn.Conv2d(256, 8, 3, groups=2))
     sites = plans_of(model, {"policy": "always", "lowering": "triton", "min_k": 1, "group": 32}, torch.randn(2, 256, 9, 9))
     assert "not channels-last" in sites[0].reason and "without groups" in sites[2].reason
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_a_bias_that_is_not_one_for_every_output() -> None:
+    """A kernel would read beyond one that is broadcast; the op says so, too."""
+
+    class Added(nn.Module):
+        def __init__(self, *bias: int) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(256, 32)), nn.Parameter(torch.randn(bias))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmm(self.bias, x, self.weight)
+
+    for shape in ((1,), (), (1, 32)):
+        torch._dynamo.reset()
+        (site,) = plans_of(Added(*shape), {"policy": "always", "lowering": "triton"}, torch.randn(32, 256))
+        assert site.products[0].lowering == "inductor" and "adds no plain bias" in site.reason
+    torch._dynamo.reset()
+    (site,) = plans_of(Added(32), {"policy": "always", "lowering": "triton"}, torch.randn(32, 256))
+    assert site.products[0].lowering == "triton"
+    for bias in (torch.randn(1), torch.randn(32).double()):
+        with pytest.raises(ValueError, match=r"expected \(32,\) torch.float32, one for every column"):
+            skip.skip_matmul(torch.randn(8, 64), torch.randn(64, 32), torch.arange(1), None, 32, bias)
 
 
 @pytest.mark.usefixtures("everywhere")

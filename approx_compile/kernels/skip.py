@@ -50,18 +50,18 @@ def skip_matmul_reference(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | Non
 
 @torch.library.custom_op("approx_compile::skip_matmul", mutates_args=(), device_types="cpu")
 def skip_matmul(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: int, bias: Tensor | None = None) -> Tensor:
-    """Y = A[:, idx] diag(scale) B[idx, :] + bias: a (M, K), b (K, N), idx (k,) of K // unit units, bias (N,) -> (M, N).
+    """Y = A[:, idx] diag(scale) B[idx, :] + bias: a (M, K), b (K, N), idx (k,) of K // unit units, bias (N,) of the operands' dtype -> (M, N).
 
     The product with a sampled contraction axis: an output, a gradient sampled along its own axis, or, with a = X^T and unit 1, a weight gradient from chosen
     rows of the batch. ValueError where shapes and dtypes do not fit together.
     """
-    _check(a, b, idx, scale, unit, a.shape[1])
+    _check(a, b, idx, scale, unit, a.shape[1], bias)
     return skip_matmul_reference(a, b, idx, scale, unit, bias)
 
 
 @skip_matmul.register_kernel("cuda")
 def _(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: int, bias: Tensor | None = None) -> Tensor:
-    _check(a, b, idx, scale, unit, a.shape[1])
+    _check(a, b, idx, scale, unit, a.shape[1], bias)
     if _in_cuda(a, b, unit):
         return launch.skip_matmul(a, b, idx, scale, unit, bias)
     fast = kernels("matmul")
@@ -119,9 +119,11 @@ def _check_into(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: i
     _check(a, b, idx, scale, unit, (a.shape[0], b.shape[1])[dim])
 
 
-def _check(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: int, size: int) -> None:
+def _check(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: int, size: int, bias: Tensor | None = None) -> None:
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0] or a.dtype != b.dtype:
         raise ValueError(f"operands {tuple(a.shape)} {a.dtype} and {tuple(b.shape)} {b.dtype}; expected matrices (M, K) and (K, N) of one dtype")
+    if bias is not None and (bias.shape != b.shape[1:] or bias.dtype != a.dtype):
+        raise ValueError(f"bias {tuple(bias.shape)} {bias.dtype}; expected ({b.shape[1]},) {a.dtype}, one for every column: expand it")
     check_index(idx, scale, unit, size)
 
 

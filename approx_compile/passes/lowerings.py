@@ -62,11 +62,11 @@ def _unfit(site: Site, lowering: str) -> str | None:
         return _unfit_conv(site, lowering, value)
     if node.target not in MM:
         return "batched products have no kernel of ours"
-    if node.kwargs or (len(node.args) == 3 and _torch.value(node.args[0]).dim() != 1):
-        return "the addmm is no plain bias"
-    sizes = [s for n in (*site.products[0].operands, node) for s in _torch.value(n).shape[-1:]]
+    sizes = tuple(s for n in (*site.products[0].operands, node) for s in _torch.value(n).shape[-1:])
     if any(not isinstance(s, int) or s % _LINE for s in sizes):
         return f"{lowering} reads lines of whole multiples of {_LINE} entries, of inputs and of outputs"
+    if node.kwargs or (len(node.args) == 3 and tuple(_torch.value(node.args[0]).shape) != sizes[-1:]):
+        return "the addmm adds no plain bias, one for every output"
     return None
 
 
