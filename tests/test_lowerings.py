@@ -254,6 +254,23 @@ def test_patches_of_max_are_added_up_by_an_op_of_ours() -> None:
     assert [s.products[-1].replacement.lowering for s in plans.sites] == ["inductor"] * 2
 
 
+def test_max_says_why_it_is_not_run_by_the_lowering_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 4)), torch.randn(4, 3, 8, 8)
+
+    def reasons(lowering: str, **replaced: Any) -> list[str]:
+        torch._dynamo.reset()
+        options = {"policy": "always", "method": "exact", "lowering": lowering, "rules": [{"layers": "site", "grad_weight": {"method": "max"} | replaced}]}
+        return [s.reason for s in plans_of(model, options, x)]
+
+    assert all(s.endswith(": max, 1 of 36 entries of the output gradient") for s in (reasons("auto")[0], reasons("inductor")[0]))
+    assert reasons("cuda")[0].endswith("by inductor: cuda needs a CUDA device, the site is on cpu")
+    assert "by inductor: triton has no kernel for max" in reasons("triton")[0]
+    assert "by inductor: cuda has no kernel for max but that of convolutions" in reasons("cuda")[1]
+    monkeypatch.setattr(available, "missing", lambda lowering, device: None)
+    assert reasons("cuda")[0].endswith(", by cuda")
+    assert reasons("cuda", j=9)[0].endswith("by inductor: the kernel for max keeps 1 to 8 entries")
+
+
 @pytest.mark.usefixtures("everywhere")
 def test_what_a_kernel_of_ours_runs_is_not_narrowed_for_its_consumer() -> None:
     """A choice by the weight alone lets the layer before make fewer channels, but where a kernel reads whole operands."""

@@ -81,8 +81,17 @@ def _unfit_conv(site: Site, lowering: str, x: torch.Tensor) -> str | None:
     return None
 
 
-def max_in_cuda(site: Site, wanted: str, j: int) -> bool:
-    """Whether the patches of `max` for a convolution's weight are added up by our own kernel: wherever there is one, it takes no other choice."""
-    x, y = _torch.value(site.products[0].operands[0]), _torch.value(site.node)
-    plain = x.dim() == 4 and not site.node.args[6] and x.dtype in _DTYPES
-    return wanted in ("auto", "cuda") and plain and j <= launch.MOST_ENTRIES and _torch.numel_of(y) > 0 and available.missing("cuda", x.device.type) is None
+def no_max_kernel(site: Site, lowering: str, j: int) -> str | None:
+    """Why no kernel of ours adds up the patches of `max` for a site's weight, if so; where one does it takes no other choice."""
+    x = _torch.value(site.products[0].operands[0])
+    if lowering != "cuda" or site.node.target not in CONV:
+        return f"{lowering} has no kernel for max" + (" but that of convolutions" if lowering == "cuda" else "")
+    if (why := available.missing(lowering, x.device.type)) is not None:
+        return why
+    if x.dim() != 4 or site.node.args[6]:
+        return "of convolutions, plain 2-D ones have a kernel for max"
+    if x.dtype not in _DTYPES:
+        return f"{lowering} has no kernel for {str(x.dtype).removeprefix('torch.')}"
+    if j > launch.MOST_ENTRIES or _torch.numel(site.node) == 0:
+        return f"the kernel for max keeps 1 to {launch.MOST_ENTRIES} entries"
+    return None

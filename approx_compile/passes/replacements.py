@@ -48,9 +48,13 @@ def choose(site: Site, product: Product, wanted: ProductSettings) -> Choice:
     size = math.prod(_entries(site, product))
     if how.j >= size:
         return Choice(None, size, size, f"max with j {how.j}: there are no more than {size} entries of the output gradient")
-    by_cuda = site.node.target in CONV and lowerings.max_in_cuda(site, wanted.lowering, how.j)
-    words = f"max, {how.j} of {size} entries of the output gradient" + (", by cuda" if by_cuda else "")
-    return Choice(replace(how, lowering="cuda") if by_cuda else how, how.j, size, words)
+    words = f"max, {how.j} of {size} entries of the output gradient"
+    if wanted.lowering == "inductor":
+        return Choice(how, how.j, size, words)
+    why = lowerings.no_max_kernel(site, "cuda" if wanted.lowering == "auto" else wanted.lowering, how.j)
+    if why is None:
+        return Choice(replace(how, lowering="cuda"), how.j, size, f"{words}, by cuda")
+    return Choice(how, how.j, size, words if wanted.lowering == "auto" else f"{words}, by inductor: {why}")
 
 
 def _entries(site: Site, product: Product) -> Sequence[Any]:
