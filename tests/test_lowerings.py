@@ -75,6 +75,22 @@ def test_convolutions_get_the_numbers_of_gathers(method: str, sampling: str) -> 
 
 
 @pytest.mark.usefixtures("everywhere")
+def test_a_stride_that_is_one_number_for_both_dims() -> None:
+    class Conv(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 128, 3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.ops.aten.convolution(x, self.weight, None, [2], [1], [1], False, [0], 1)
+
+    model, x = Conv(), torch.randn(2, 128, 6, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
+    found = [trained(model, x, {"lowering": lowering, "group": 32}) for lowering in ("inductor", "triton")]
+    assert [plans.sites[0].products[0].lowering for _, _, plans in found] == ["inductor", "triton"]
+    assert max(relative(a, b) for a, b in zip(found[0][0], found[1][0], strict=True)) < 1e-5
+
+
+@pytest.mark.usefixtures("everywhere")
 def test_one_op_takes_the_place_of_product_and_gathers() -> None:
     report = explain(
         mlp(256, 256, 8), torch.randn(32, 256), config={"policy": "always", "lowering": "triton", "rules": [{"layers": "linear[-1]", "method": "exact"}]}

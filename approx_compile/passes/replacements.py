@@ -20,7 +20,7 @@ from approx_compile.kernels import max_conv
 from approx_compile.kernels.replacements import Geometry, Replacement, max_conv_weight, max_linear_input, max_linear_weight
 from approx_compile.passes import lowerings
 from approx_compile.passes.sites import CONV, MM, VIEWS, Product, Site
-from approx_compile.passes.splice import inline, replace_output
+from approx_compile.passes.splice import inline, replace_output, window_of
 
 aten = torch.ops.aten
 
@@ -120,8 +120,7 @@ def replace_conv_weight(graph: fx.Graph, product: Product, how: Replacement) -> 
     old = _torch.value(m)[product.mask]
     if how.method == "max":
         kernel = tuple(int(s) for s in old.shape[2:])
-        each = [tuple(int(v) for v in m.args[i]) for i in (4, 5, 6)]  # type: ignore[union-attr,arg-type]
-        stride, padding, dilation = (v * len(kernel) if len(v) == 1 else v for v in each)
+        stride, padding, dilation = (tuple(int(v) for v in each) for each in window_of(m.args[4:7], len(kernel)))
         groups, transposed = m.args[9], bool(m.args[7])
         assert isinstance(groups, int)
         conv = Geometry(kernel, stride, padding, dilation, groups, transposed)
