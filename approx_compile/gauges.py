@@ -119,7 +119,7 @@ def _steps(device: str, dtypes: list[torch.dtype], grid: Grid, quick: bool, cloc
         for product in PRODUCTS:
             yield f"linear {name}", partial(_rates, f"linear.{product}", dtype, grid.linear, partial(_linear, product, device, dtype), clock)
             yield f"conv {name}", partial(_rates, f"conv.{product}", dtype, grid.conv, partial(_conv, product, device, dtype), clock)
-        for lowering in (n for n in OWN if not quick and available.missing(n, device) is None):  # compiled and tuned first: no quick matter
+        for lowering in (n for n in OWN if not quick and available.missing(n, torch.device(device)) is None):  # compiled and tuned first: no quick matter
             yield from _own_steps(lowering, device, dtype, grid, clock)
         yield f"bmm {name}", partial(_rates, "bmm", dtype, grid.bmm, partial(_bmm, device, dtype), clock)
         for kind in ("norms", "take", "untake"):

@@ -217,7 +217,7 @@ def replaced(b: Bench) -> list[dict[str, Any]]:
             "inductor": lambda x=x, dy=dy, w=w, r=rest: torch.ops.aten.convolution_backward(dy, x, w, *r),  # type: ignore[misc]
             "max, inductor": lambda x=x, dy=dy, f=largest: f(x, dy),  # type: ignore[misc]
         }
-        if available.missing("cuda", b.device) is None:
+        if available.missing("cuda", torch.device(b.device)) is None:
             contest["max, cuda"] = lambda x=x, dy=dy: own_max(x, dy)  # type: ignore[misc]
         found += raced(
             f"grad_weight {inputs} -> {outputs}, {size} x {size}, batch {len(x)}, against cuDNN", contest, b.rounds(30), dict.fromkeys(list(contest)[1:], 1.0)

@@ -134,6 +134,15 @@ def test_mixed_precision_runs_sixteen_wide_groups_in_cuda() -> None:
     assert plan[0].products[0].lowering == "inductor" and "cuda has no kernel for float32" in plan[0].reason
 
 
+def test_every_device_is_asked_for_its_own_capability(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: {0: (9, 0), 1: (7, 5)}[getattr(device, "index", None) or 0])
+    pytest.importorskip("triton", reason="the extra `triton` is not installed")
+    missing = available.missing.__wrapped__
+    assert missing("triton", torch.device("cuda", 0)) is None and "has 7.5" in missing("triton", torch.device("cuda", 1))
+    monkeypatch.setattr(torch.version, "hip", "6.4")  # where capabilities look alike
+    assert "NVIDIA" in missing("triton", torch.device("cuda", 0)) and "NVIDIA" in missing("cuda", torch.device("cuda", 0))
+
+
 def test_without_a_gpu_the_reason_is_said_and_inductor_runs_it() -> None:
     x = torch.randn(32, 256)
     for lowering in ("triton", "cuda"):

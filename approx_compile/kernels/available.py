@@ -22,15 +22,17 @@ _TRITON_FOR = (8, 9)
 
 
 @functools.cache
-def missing(lowering: str, device: str) -> str | None:
+def missing(lowering: str, device: torch.device) -> str | None:
     """Why no kernel of a lowering runs on a device here, if so."""
-    if device != "cuda":
-        return f"{lowering} needs a CUDA device, the site is on {device}"
+    if device.type != "cuda":
+        return f"{lowering} needs a CUDA device, the site is on {device.type}"
+    if torch.version.hip is not None:
+        return f"{lowering} has kernels for NVIDIA's devices only"
     if lowering == "cuda":
-        return launch.unavailable(torch.device(device))
+        return launch.unavailable(device)
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install 'approx-compile[triton]'"
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = torch.cuda.get_device_capability(device)
     return None if major in _TRITON_FOR else f"there are Triton kernels for compute capability 8.x and 9.x, the device has {major}.{minor}"
 
 

@@ -50,7 +50,7 @@ def refused(site: Site, product: Product, how: Estimator, lowering: str) -> str 
 
 def _unfit(site: Site, lowering: str) -> str | None:
     value = _torch.value(site.products[0].operands[0])
-    if (why := available.missing(lowering, value.device.type)) is not None:
+    if (why := available.missing(lowering, value.device)) is not None:
         return why
     if site.dtype not in (_DTYPES if lowering == "triton" else _DTYPES[1:]):
         return f"{lowering} has no kernel for {str(site.dtype).removeprefix('torch.')}"
@@ -86,7 +86,7 @@ def no_max_kernel(site: Site, lowering: str, j: int) -> str | None:
     x = _torch.value(site.products[0].operands[0])
     if lowering != "cuda" or site.node.target not in CONV:
         return f"{lowering} has no kernel for max" + (" but that of convolutions" if lowering == "cuda" else "")
-    if (why := available.missing(lowering, x.device.type)) is not None:
+    if (why := available.missing(lowering, x.device)) is not None:
         return why
     if x.dim() != 4 or site.node.args[6]:
         return "of convolutions, plain 2-D ones have a kernel for max"
