@@ -5,6 +5,7 @@ On CPUs the kernels' ops run their readable references, so all of the pass runs 
 
 from __future__ import annotations
 
+import importlib.metadata
 from typing import Any
 
 import pytest
@@ -254,11 +255,22 @@ def test_kernels_are_measured_where_they_run() -> None:
     assert sorted(tables) == sorted(kinds) and tables["triton.linear.output.float32"].axes["K"] == (64,)
 
 
-def test_another_version_of_a_kernels_package_is_another_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_decisions_about_lowerings_read_is_in_the_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packages, whether their compiler is there, and what fp32 convolutions may be multiplied as."""
     config = Backend({"policy": "always"}).config
-    before = cache_key(config, Context(), ())
-    monkeypatch.setattr(available, "versions", lambda: ("triton 0",))
-    assert cache_key(config, Context(), ()) != before
+    keys = [cache_key(config, Context(), ())]
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee" if before == "tf32" else "tf32"
+    keys.append(cache_key(config, Context(), ()))
+    torch.backends.cudnn.conv.fp32_precision = before
+    monkeypatch.setattr(available, "_installed", available._installed.__wrapped__)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for why in (None, "no NVRTC"):
+        monkeypatch.setattr(available, "missing", lambda lowering, device, why=why: why)
+        keys.append(cache_key(config, Context(), ()))
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "0")
+    keys.append(cache_key(config, Context(), ()))
+    assert keys[0] == keys[2] and len(set(keys)) == 4
 
 
 @pytest.mark.usefixtures("everywhere")

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib.metadata
 import importlib.util
+import itertools
 
 import torch
 
@@ -36,11 +37,19 @@ def missing(lowering: str, device: torch.device) -> str | None:
     return None if major in _TRITON_FOR else f"there are Triton kernels for compute capability 8.x and 9.x, the device has {major}.{minor}"
 
 
+def conditions() -> tuple[str, ...]:
+    """What decisions about lowerings read of this installation and of torch's settings: part of the cache key. (What products of fp32 matrices may be
+    multiplied as is part of Inductor's own.)"""
+    return (*_installed(), f"fp32 convolutions as {torch.backends.cudnn.conv.fp32_precision}")  # type: ignore[attr-defined]
+
+
 @functools.cache
-def versions() -> tuple[str, ...]:
-    """What of the lowerings' packages is installed: part of the cache key, for decisions read it."""
+def _installed() -> tuple[str, ...]:
     found = []
     for package in ("triton", "cuda-core", "cuda-bindings"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found.append(f"{package} {importlib.metadata.version(package)}")
+    for device, lowering in itertools.product(range(torch.cuda.device_count()), OWN):
+        if (why := missing(lowering, torch.device("cuda", device))) is not None:
+            found.append(f"{device}: {why}")
     return tuple(found)

@@ -87,7 +87,7 @@ def cache_key(config: ApproxConfig, context: Context, layers: tuple[str, ...], m
     first_seen: dict[str, int] = {}
     order = [(first_seen.setdefault(m[0], len(first_seen)), asdict(m[1])) if m else None for m in modules]
     profile = (machine.digest, stopwatch.name(machine) if config.measures() else None) if machine is not None else None
-    versions = (code_version(), available.versions())
+    versions = (code_version(), available.conditions())
     parts = (config.digest(), order, asdict(context.root), [asdict(i) for i in context.inputs], context.exact, context.last_module, profile, versions)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
