@@ -217,6 +217,15 @@ def test_time_decides_between_the_lowerings() -> None:
 
 
 @pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("policy", ["always", "cost"])
+def test_auto_takes_no_kernel_that_was_not_measured(policy: str) -> None:
+    """At the exact product's rate, which stands for an unknown one, a kernel without gathers would always win."""
+    model, x = nn.Sequential(nn.Linear(8, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 8)), torch.randn(1024, 8)
+    sites = plans_of(model, {"policy": policy, "ratio": 0.25}, x)
+    assert sites[1].decision == "sampled" and {p.lowering for s in sites for p in s.products} == {"inductor"}
+
+
+@pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("fastest", ["inductor", "triton"])
 def test_a_measured_time_is_that_of_the_lowering_it_decides_for(fastest: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each way is asked for by its lowering, and the one that was measured to be fastest is the one that runs."""
