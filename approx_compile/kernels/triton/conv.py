@@ -176,7 +176,8 @@ def grad_weight(
             rows = triton.cdiv(g.O * taps, 32)
             kernels.add_shares[rows, g.C // unit](sums, idx, scale, dw, g.O * taps, idx.numel(), shares, C=g.C, UNIT=unit, BLOCK=32)
 
-        launch(config or _best("grad_weight", x, (g.O * taps, kept), places, (*constants.values(), bucket(places)), launch))
+        length = bucket(places)  # or the first batch would decide for others, and a resumed run might begin with another
+        launch(config or _best("grad_weight", x, (g.O * taps, kept), length, (*constants.values(), length), launch))
     return True
 
 
