@@ -264,6 +264,15 @@ def test_kernels_are_measured_where_they_run() -> None:
     assert sorted(tables) == sorted(kinds) and tables["triton.linear.output.float32"].axes["K"] == (64,)
 
 
+def test_fp32_is_measured_where_it_has_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table named after a kernel that holds the reference's rates would be believed once TF32 is allowed."""
+    clock = gauges.Clock("cpu", 1e-4)
+    for conv, matmul, steps in ((True, False, 3), (False, True, 3), (True, True, 6), (False, False, 0)):
+        monkeypatch.setattr(available, "tf32", lambda conv, of={True: conv, False: matmul}: of[conv])
+        assert len(list(gauges._own_steps("triton", "cuda", torch.float32, gauges.GPU, clock))) == steps
+        assert len(list(gauges._own_steps("triton", "cuda", torch.bfloat16, gauges.GPU, clock))) == 6
+
+
 def test_what_decisions_about_lowerings_read_is_in_the_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packages, whether their compiler is there, and what fp32 convolutions may be multiplied as."""
     config = Backend({"policy": "always"}).config

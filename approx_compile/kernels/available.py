@@ -37,10 +37,16 @@ def missing(lowering: str, device: torch.device) -> str | None:
     return None if major in _TRITON_FOR else f"there are Triton kernels for compute capability 8.x and 9.x, the device has {major}.{minor}"
 
 
+def tf32(conv: bool) -> bool:
+    """Whether torch's settings let products of fp32 matrices, or convolutions, be multiplied as TF32 on a GPU."""
+    kind = torch.backends.cudnn.conv if conv else torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    return bool(kind.fp32_precision == "tf32")
+
+
 def conditions() -> tuple[str, ...]:
     """What decisions about lowerings read of this installation and of torch's settings: part of the cache key. (What products of fp32 matrices may be
     multiplied as is part of Inductor's own.)"""
-    return (*_installed(), f"fp32 convolutions as {torch.backends.cudnn.conv.fp32_precision}")  # type: ignore[attr-defined]
+    return (*_installed(), f"fp32 convolutions as TF32: {tf32(conv=True)}")
 
 
 @functools.cache

@@ -55,8 +55,7 @@ def _unfit(site: Site, lowering: str) -> str | None:
     if site.dtype not in (_DTYPES if lowering == "triton" else _DTYPES[1:]):
         return f"{lowering} has no kernel for {str(site.dtype).removeprefix('torch.')}"
     node = site.node
-    allowed = torch.backends.cudnn.conv if node.target in CONV else torch.backends.cuda.matmul  # type: ignore[attr-defined]
-    if site.dtype == torch.float32 and value.device.type == "cuda" and allowed.fp32_precision != "tf32":
+    if site.dtype == torch.float32 and value.device.type == "cuda" and not available.tf32(node.target in CONV):
         return f"{lowering} multiplies float32 as TF32, which torch's fp32_precision does not allow"
     if node.target in CONV:
         return _unfit_conv(site, lowering, value)
