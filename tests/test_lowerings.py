@@ -176,6 +176,11 @@ def test_convolutions_that_no_kernel_fits() -> None:
     model = nn.Sequential(nn.Conv2d(256, 8, 3), nn.Conv2d(8, 256, 3, groups=8), nn.Conv2d(256, 8, 3, groups=2))
     sites = plans_of(model, {"policy": "always", "lowering": "triton", "min_k": 1, "group": 32}, torch.randn(2, 256, 9, 9))
     assert "not channels-last" in sites[0].reason and "without groups" in sites[2].reason
+    torch._dynamo.reset()
+    x = torch.randn(2, 256, 9, 9).contiguous(memory_format=torch.channels_last)
+    for dilation, says in ((1, " by triton"), (2, "stride and dilation are both above 1, for which the gradient has no kernel")):
+        (site,) = plans_of(nn.Conv2d(256, 8, 3, stride=2, dilation=dilation), {"policy": "always", "lowering": "triton", "group": 32}, x)
+        assert site.reason.endswith(says)
 
 
 @pytest.mark.usefixtures("everywhere")

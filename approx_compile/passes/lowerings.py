@@ -14,6 +14,7 @@ from approx_compile.kernels.available import OWN, UNITS
 from approx_compile.kernels.cuda import launch
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.passes.sites import CONV, MM, Product, Site
+from approx_compile.passes.splice import window_of
 
 _LINE = 16
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -77,6 +78,9 @@ def _unfit_conv(site: Site, lowering: str, x: torch.Tensor) -> str | None:
         return "of convolutions, plain 2-D ones without groups have a kernel"
     if not x.is_contiguous(memory_format=torch.channels_last):
         return "its input is not channels-last"
+    stride, _, dilation = window_of(site.node.args[3:6], 2)
+    if any(s > 1 and d > 1 for s, d in zip(stride, dilation, strict=True)):
+        return "stride and dilation are both above 1, for which the gradient has no kernel"
     return None
 
 
