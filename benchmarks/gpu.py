@@ -5,7 +5,8 @@
   weight gradient `max` against cuDNN's, a GPT-like block, WRN-28-10 channels-last, and both with their backward pass on rows. Rows in results/gpu.csv.
 - `train`: the studies' long works (accuracy_study.py, gradient_study.py) on the GPU; rows where these keep theirs.
 
-`make gpu` is check, tables and plot, in under ten minutes. `--device cpu --small` rehearses all of it, at sizes that mean nothing and without storing a row.
+`make gpu` is check, tables and plot, meant to take under ten minutes. `--device cpu --small` rehearses all of it, at sizes that mean nothing and
+without storing a row.
 """
 
 from __future__ import annotations
