@@ -78,6 +78,8 @@ def _memory_order(x: Tensor) -> list[int]:
 def _pick(x: Tensor, axis: Axis, idx: Tensor, unit: int) -> Tensor:
     """x[.., idx, ..] along axis.dim in units, for a viewed x; the same memory order as x."""
     order = _memory_order(x)
+    if any(not isinstance(s, int) for s in x.stride()):  # Inductor can't put the strides of a saved view in order, where they hold symbols
+        order = sorted(order)
     straight = order == sorted(order)
     y = x if straight else x.permute(order)
     dim = order.index(axis.dim)
