@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from common import compiled, grads, mlp, plans_of
+from common import compiled, grads, mlp, plans_of, relative
 from torch import nn
 
 ALWAYS: dict[str, Any] = {"policy": "always", "ratio": 0.5, "group": 1, "min_k": 1}
@@ -127,3 +127,27 @@ def test_strides_are_those_of_the_exact_graph() -> None:
         y.sum().backward()
         strides += [y.stride(), *(g.stride() for g in grads(model, x))]
     assert want == got
+
+
+class Times(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 1.0
+
+
+@pytest.mark.parametrize(
+    "first", [{"sampling": "backward"}, {"group": 4, "sampling": "backward"}, {"grad_weight": "max", "grad_input": "max"}, {"grad_weight": "random"}]
+)
+@pytest.mark.parametrize("second", [{}, {"sampling": "backward"}, {"grad_input": "max"}])
+def test_layers_with_nothing_between_them(first: dict[str, Any], second: dict[str, Any]) -> None:
+    """One layer's gradient is then the very node that the other's gradients read."""
+    one, two, x = nn.Linear(24, 32), nn.Linear(32, 16), torch.randn(20, 24, requires_grad=True)
+    found = []
+    for between in (nn.Identity(), Times()):
+        torch._dynamo.reset()
+        model = nn.Sequential(one, between, two)
+        f, _, plans = compiled(model, ALWAYS | {"rules": [{"layers": "0", **first}, {"layers": "2", **second}]})
+        torch.manual_seed(3)
+        f(x).square().sum().backward()
+        assert [s.decision for s in plans.sites] == ["sampled"] * 2
+        found.append(grads(model, x))
+    assert all(relative(a, b) < 1e-6 for a, b in zip(*found, strict=True))

@@ -75,6 +75,17 @@ def test_convolutions_get_the_numbers_of_gathers(method: str, sampling: str) -> 
 
 
 @pytest.mark.usefixtures("everywhere")
+def test_convolutions_with_nothing_between_them() -> None:
+    """The second reads an output that another node gives since the first is an op of ours."""
+    model = nn.Sequential(nn.Conv2d(3, 64, 1), nn.Conv2d(64, 64, 1), nn.Conv2d(64, 8, 1)).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 6, 6).contiguous(memory_format=torch.channels_last)
+    want, _, _ = trained(model, x, {"lowering": "inductor", "group": 32})
+    got, _, plans = trained(model, x, {"lowering": "triton", "group": 32, "rules": [{"layers": "2", "lowering": "inductor"}]})
+    assert [s.products[0].lowering for s in plans.sites] == ["inductor", "triton", "inductor"]
+    assert max(relative(a, b) for a, b in zip(got, want, strict=True)) < 1e-5
+
+
+@pytest.mark.usefixtures("everywhere")
 def test_one_op_takes_the_place_of_product_and_gathers() -> None:
     report = explain(
         mlp(256, 256, 8), torch.randn(32, 256), config={"policy": "always", "lowering": "triton", "rules": [{"layers": "linear[-1]", "method": "exact"}]}
