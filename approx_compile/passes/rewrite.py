@@ -53,7 +53,8 @@ def rewrite(graph: fx.Graph, sites: Sequence[Site], plan: Plan) -> None:
             if decision.decision in ("sampled", "replaced") or coupled or skipped:
                 fed = site.name in narrowing and product.name == "grad_input"
                 into = sums.get(decision.shares or site.name) if product.name == "grad_input" else None
-                todo.append(_Gradient(_as_it_is(product), decision, coupled, skipped, narrow.get(site.name), fed, into))
+                through = coupled or planned.products[0].decision == "exact"  # else the output's operands are cut to entries that this gradient does not know
+                todo.append(_Gradient(_as_it_is(product), decision, coupled, skipped, narrow.get(site.name) if through else None, fed, into))
         _gradients(graph, site, todo)
         if site.name in narrowing:
             narrowing[site.name].backward()
