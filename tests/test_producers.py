@@ -284,6 +284,7 @@ def test_rows_are_sampled_of_what_is_narrow(whole: Any, small_work_counts: None)
     options = ALWAYS | {"rules": [{"layers": "0", "output": "exact", "grad": {"axis": "rows", "method": "topk"}}]}
     found, _, sites = step(model, options, x)
     assert shrinks(sites) == {"2": ("0",)} and [p.decision for p in sites[0].products] == ["exact", "rows", "rows"]
+    assert [p.flops_sampled for p in sites[0].products[1:]] == [2 * 40 * 16 * 32 // 4] * 2  # half of the channels on half of the rows
     with whole():
         expected, _, _ = step(model, options, x)
     assert max(relative(a, b) for a, b in zip(found, expected, strict=True)) < 2e-6
