@@ -27,6 +27,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 gpu: $(READY)
+	$(BIN)/python -m pytest tests -k on_a_gpu
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 clean:

@@ -78,6 +78,11 @@ def error_of(run: Callable[..., Tensor], *tensors: Tensor | None, at: torch.dtyp
     return float((got - want).abs().max() / want.abs().max().clamp_min(1e-30)), LIMITS[at]
 
 
+def f32(scale: Tensor | None) -> Tensor | None:
+    """Scales are fp32 whatever the operands are."""
+    return None if scale is None else scale.float()
+
+
 def matmul_cases(b: Bench) -> Iterator[tuple[str, torch.dtype, Callable[..., Tensor], tuple[Any, ...]]]:
     sizes = ((256, 512, 256), (1000, 1024, 136)) if not b.small else ((24, 256, 40),)
     for dtype in LIMITS:
@@ -88,12 +93,12 @@ def matmul_cases(b: Bench) -> Iterator[tuple[str, torch.dtype, Callable[..., Ten
             scale, bias = torch.rand(len(idx), device=b.device) + 0.5, b.rand(n, dtype=dtype)
             at = f"{m} x {k} x {n}, unit {unit}"
             if unit > 1:
-                yield f"output, {at}", dtype, lambda x, w, i, s, c, u=unit: skip.skip_matmul(x, w.t(), i, s, u, c), (x, w, idx, scale, bias)
-                yield f"grad_input, {at}", dtype, lambda dy, w, i, s, u=unit: skip.skip_matmul_into(dy, w, i, s, u, 1), (dy, w, idx, scale)
-                yield f"grad_weight, {at}", dtype, lambda dy, x, i, s, u=unit: skip.skip_matmul_into(dy.t(), x, i, s, u, 1), (dy, x, idx, None)
+                yield f"output, {at}", dtype, lambda x, w, i, s, c, u=unit: skip.skip_matmul(x, w.t(), i, f32(s), u, c), (x, w, idx, scale, bias)
+                yield f"grad_input, {at}", dtype, lambda dy, w, i, s, u=unit: skip.skip_matmul_into(dy, w, i, f32(s), u, 1), (dy, w, idx, scale)
+                yield f"grad_weight, {at}", dtype, lambda dy, x, i, s, u=unit: skip.skip_matmul_into(dy.t(), x, i, f32(s), u, 1), (dy, x, idx, None)
             else:
                 rows = torch.randperm(m, device=b.device)[: m // 4].sort().values
-                yield f"rows of grad_weight, {at}", dtype, lambda dy, x, i, s: skip.skip_matmul(dy.t(), x, i, s, 1), (dy, x, rows, scale[: len(rows)])
+                yield f"rows of grad_weight, {at}", dtype, lambda dy, x, i, s: skip.skip_matmul(dy.t(), x, i, f32(s), 1), (dy, x, rows, scale[: len(rows)])
             if unit == UNITS["triton"][0]:
                 yield f"norms, {at}", dtype, lambda x, u=unit: skip.axis_norms_sq(x, 1, u), (x,)
     score = torch.randperm(1000 if not b.small else 100, device=b.device).float()
@@ -111,10 +116,10 @@ def conv_cases(b: Bench) -> Iterator[tuple[str, torch.dtype, Callable[..., Tenso
             idx = torch.randperm(c // unit, device=b.device)[: max(1, c // unit // 2)].sort().values
             scale = torch.rand(len(idx), device=b.device) + 0.5
             at = f"{n} x {c} x {side} x {side} -> {o}, {kernel} x {kernel} / {stride}, unit {unit}"
-            yield f"conv, {at}", dtype, lambda x, w, i, s, u=unit, r=rest: skip_conv.skip_conv(x, w, i, s, u, *r), (x, w, idx, scale)
-            back = lambda dy, w, i, s, u=unit, r=rest, z=side: skip_conv.skip_conv_input(dy, w, i, s, u, [z, z], *r)  # noqa: E731
+            yield f"conv, {at}", dtype, lambda x, w, i, s, u=unit, r=rest: skip_conv.skip_conv(x, w, i, f32(s), u, *r), (x, w, idx, scale)
+            back = lambda dy, w, i, s, u=unit, r=rest, z=side: skip_conv.skip_conv_input(dy, w, i, f32(s), u, [z, z], *r)  # noqa: E731
             yield f"conv grad_input, {at}", dtype, back, (dy, w, idx, scale)
-            weight = lambda x, dy, i, s, u=unit, r=rest, k=kernel: skip_conv.skip_conv_weight(x, dy, i, s, u, [k, k], *r)  # noqa: E731
+            weight = lambda x, dy, i, s, u=unit, r=rest, k=kernel: skip_conv.skip_conv_weight(x, dy, i, f32(s), u, [k, k], *r)  # noqa: E731
             yield f"conv grad_weight, {at}", dtype, weight, (x, dy, idx, scale)
 
 

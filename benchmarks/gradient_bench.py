@@ -1,9 +1,8 @@
-"""Replaced weight gradients: `python benchmarks/gradient_bench.py speed|step|memory`, all by default; rows in benchmarks/results/gradients.csv and
+"""Replaced weight gradients: `python benchmarks/gradient_bench.py speed|memory`, all by default; rows in benchmarks/results/gradients.csv and
 gradient_memory.csv.
 
 - `speed`: `max` for `grad_weight` against the exact product, each compiled by Inductor, in turn in one process: the eight convolutions of Table 1 of
   Wang and Nelaturu (3 x 3, padding 1, batch 128), NCHW and channels-last.
-- `step`: a training step of ResNet-20 (batch 128, without the optimizer), `zero`, `random` or `max` in every convolution, against Inductor.
 - `memory`: the most memory that a training step holds, exact and with `zero` in every other or in every convolution, each in a process of its own.
 """
 
@@ -79,11 +78,10 @@ def replacing(layers: str, method: str) -> dict[str, Any]:
     return {"rules": [{"layers": "site", "output": "exact"}, {"layers": layers, "output": "exact", "grad_weight": method}]}
 
 
-def training(work: str, options: dict[str, Any] | None, channels_last: bool = False) -> Callable[[], None]:
+def training(work: str, options: dict[str, Any] | None) -> Callable[[], None]:
     """A training step without the optimizer, by Inductor (options None) or approx."""
     torch.manual_seed(0)
-    form = torch.channels_last if channels_last else torch.contiguous_format
-    model, x, y = network(work).to(memory_format=form), torch.randn(BATCH, *IMAGE).contiguous(memory_format=form), torch.randint(10, (BATCH,))
+    model, x, y = network(work), torch.randn(BATCH, *IMAGE), torch.randint(10, (BATCH,))
     f = torch.compile(model, backend="inductor") if options is None else torch.compile(model, backend="approx", options=options)
 
     def step() -> None:
@@ -91,23 +89,6 @@ def training(work: str, options: dict[str, Any] | None, channels_last: bool = Fa
         F.cross_entropy(f(x), y).backward()
 
     return step
-
-
-@app.command("step")
-def whole_step(
-    rounds: Annotated[int, typer.Option(help="timed steps of each")] = 15,
-    threads: Annotated[int | None, typer.Option(help="threads of torch; its own choice by default")] = None,
-) -> None:
-    """A step in which every convolution's weight gradient is replaced. (A schedule that does so every fourth step gains a quarter of the time.)"""
-    torch.set_num_threads(threads or torch.get_num_threads())
-    rows = []
-    for layout in ("NCHW", "channels-last"):
-        torch._dynamo.reset()
-        options = {"inductor": None} | {m: replacing("conv", m) for m in ("zero", "random", "max")}
-        contest = {name: training("resnet-20", o, layout == "channels-last") for name, o in options.items()}
-        rows += raced(f"ResNet-20, batch {BATCH}, {layout}", contest, rounds, {"zero": 1.235, "max": 1.157})
-    show("training step against Inductor", rows, ("work", "setting", "median_ms", "speedup", "speedup_p20", "speedup_p80", "bar"))
-    store("gradients", rows)
 
 
 MEMORY_WORKS = ("resnet-20", "vgg-11", "vgg-11 with GELU")
@@ -164,7 +145,6 @@ def everything(context: typer.Context) -> None:
     """All, in turn."""
     if context.invoked_subcommand is None:
         speed(15, None)
-        whole_step(15, None)
         memory(None, None)
 
 

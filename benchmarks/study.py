@@ -9,7 +9,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +27,7 @@ import data  # noqa: E402
 from bench import conditions  # noqa: E402
 
 from approx_compile.control import controls  # noqa: E402
+from approx_compile.machine import device_name  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 console = Console()
@@ -45,7 +46,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class Work:
-    """A model and its data. `make(width share)` gives the model; `score` is a test accuracy in % (higher is better) or a loss (lower)."""
+    """A model and its data. `make(width share)` gives the model; `decays`: the learning rate, by a cosine to 0; `score` is a test accuracy in %
+    (higher is better) or a loss (lower)."""
 
     dataset: str
     make: Callable[[float], nn.Module]
@@ -57,6 +59,8 @@ class Work:
     momentum: float | None = None
     pretrain: str | None = None
     score: str = "accuracy"
+    device: str = "cpu"
+    decays: bool = True
 
 
 @dataclass
@@ -85,6 +89,7 @@ def start(work: Work, setting: Setting, seed: int, steps: int, base: nn.Module |
         head = nn.Linear(base.head.in_features, 26)  # type: ignore[union-attr,arg-type]
         model.head = head
     options = None if setting.options is None else dict(setting.options) | ({"total_steps": steps} if setting.known_length else {})
+    model.to(work.device)
     backend: dict[str, Any] = {"backend": "inductor"} if options is None else {"backend": "approx", "options": options}
     if work.momentum is None:
         optimizer: torch.optim.Optimizer = torch.optim.Adam(model.parameters(), lr=work.lr, fused=True)
@@ -99,11 +104,13 @@ def epoch(t: Training, work: Work, x: Tensor, y: Tensor, steps: int) -> None:
     batches = torch.randperm(len(x), generator=t.order).split(work.batch)
     for batch in batches[: min(steps, t.steps - len(t.times))]:
         for group in t.optimizer.param_groups:
-            group["lr"] = work.lr * 0.5 * (1 + math.cos(math.pi * len(t.times) / t.steps))
+            group["lr"] = work.lr * (0.5 * (1 + math.cos(math.pi * len(t.times) / t.steps)) if work.decays else 1)
         begin = time.perf_counter()
         t.optimizer.zero_grad()
         loss(t.compiled(x[batch]), y[batch]).backward()
         t.optimizer.step()
+        if work.device == "cuda":
+            torch.cuda.synchronize()
         t.times.append(time.perf_counter() - begin)
 
 
@@ -122,9 +129,12 @@ def score(model: nn.Module, work: Work, x: Tensor, y: Tensor) -> float:
 
 def load(work: Work, directory: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if work.dataset == "text":
-        return text(directory / "tinyshakespeare.txt", 128, (work.limit or 100) * work.batch)
-    d = data.load(work.dataset, directory)
-    return d.train_x[: work.limit], d.train_y[: work.limit], d.test_x, d.test_y
+        parts = text(directory / "tinyshakespeare.txt", 128, (work.limit or 100) * work.batch)
+    else:
+        d = data.load(work.dataset, directory)
+        parts = d.train_x[: work.limit], d.train_y[: work.limit], d.test_x, d.test_y
+    x, y, test_x, test_y = (t.to(work.device) for t in parts)
+    return x, y, test_x, test_y
 
 
 def text(path: Path, length: int, samples: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -143,11 +153,11 @@ def pretrained(work: Work, directory: Path, seed: int) -> nn.Module | None:
     """An exact model after one epoch on another data set."""
     if work.pretrain is None:
         return None
-    d = data.load(work.pretrain, directory)
-    plain = Work(work.pretrain, work.make, 1, work.batch, 1e-3, {})
+    plain = Work(work.pretrain, work.make, 1, work.batch, 1e-3, {}, device=work.device)
+    x, y, _, _ = load(plain, directory)
     steps = 20_000 // work.batch
     t = start(plain, Setting(), seed, steps, None)
-    epoch(t, plain, d.train_x, d.train_y, steps)
+    epoch(t, plain, x, y, steps)
     return t.model
 
 
@@ -165,11 +175,11 @@ class Study:
     def done(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.rows.read_text().splitlines()] if self.rows.exists() else []
 
-    def run(self, directory: Path, works: list[str] | None, settings: list[str] | None, seeds: int) -> None:
-        for name in works or list(self.works):
+    def run(self, directory: Path, works: list[str] | None, settings: list[str] | None, seeds: int, device: str = "cpu") -> None:
+        for name in works or [w for w in self.works if not w.endswith("-full")]:
             if name not in self.works:
                 raise typer.BadParameter(f"no work {name!r}; there are {', '.join(self.works)}")
-            w = self.works[name]
+            w = replace(self.works[name], device=device)
             parts = load(w, directory)
             for seed in range(seeds):
                 there = {(r["work"], r["setting"], r["seed"]) for r in self.done()}
@@ -201,6 +211,7 @@ class Study:
             kept = [c.kept for c in controls(t.model).values()]
             rows.append(
                 conditions()
+                | {"device": device_name(work.device)}
                 | {"work": name, "setting": s, "seed": seed, "score": work.score, "steps": len(t.times), "seconds": round(t.seconds, 2)}
                 | {"seconds_of_exact": round(t.seconds / runs["exact"].seconds, 4), "median_step_ms": round(1e3 * statistics.median(t.times[1:]), 3)}
                 | {"first_step_s": round(t.times[0], 2), "final": round(t.curve[-1][2], 4), "rows_kept": round(statistics.mean(kept), 4) if kept else None}
@@ -262,15 +273,16 @@ class Study:
         @app.command()
         def run(
             directory: Annotated[Path, typer.Option("--data", help="where the data sets lie")],
-            work: Annotated[list[str] | None, typer.Option(help="all by default")] = None,
+            work: Annotated[list[str] | None, typer.Option(help="by default all but those that end in -full, which want a GPU")] = None,
             setting: Annotated[list[str] | None, typer.Option(help="only these settings (exact is always among them)")] = None,
             seeds: Annotated[int, typer.Option(help="trainings of each setting")] = 3,
             threads: Annotated[int | None, typer.Option(help="torch's threads")] = None,
+            device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
         ) -> None:
             """Train what is not in the results yet."""
             if threads is not None:
                 torch.set_num_threads(threads)
-            self.run(directory, work, setting, seeds)
+            self.run(directory, work, setting, seeds, device)
 
         @app.command()
         def table(work: Annotated[list[str] | None, typer.Option(help="all by default")] = None) -> None:

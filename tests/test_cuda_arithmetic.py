@@ -40,10 +40,10 @@ def in_both_orders(product: Callable[[Any], Tensor]) -> Tensor:
     return y
 
 
-def guarded(rows: int, columns: int, dtype: torch.dtype, transposed: bool = False) -> Tensor:
+def guarded(rows: int, columns: int, dtype: torch.dtype, transposed: bool = False, device: str = "cpu") -> Tensor:
     """(rows, columns) with steps of whole 16 bytes, amid NaN."""
     r, c = (columns, rows) if transposed else (rows, columns)
-    around = torch.full((r + 2, -(-c // 8) * 8 + 16), NAN, dtype=dtype)
+    around = torch.full((r + 2, -(-c // 8) * 8 + 16), NAN, dtype=dtype, device=device)
     inner = around[1:-1, 8 : 8 + c]
     inner.copy_(torch.randn(r, c))
     return inner.t() if transposed else inner
@@ -87,9 +87,10 @@ LEAST = TILES[-1]
 @pytest.mark.parametrize("at", range(4))
 def test_skip(at: int, scaled: bool) -> None:
     tile, (a_t, b_t), dtype = TILES[at], LAYOUTS[at], (torch.float16, torch.bfloat16)[at % 2 ^ scaled]
-    a, b = guarded(135, 112, dtype, a_t), guarded(112, 93, dtype, b_t)
+    m, n = (136, 96) if at in (1, 2) else (135, 93)  # whole chunks of 8 on the contiguous axes, or not
+    a, b = guarded(m, 112, dtype, a_t), guarded(112, n, dtype, b_t)
     assert launch.supports_matmul(a, b, 16)
-    scale, bias = (torch.tensor([0.5, 3.0, 0.0]) if scaled else None), torch.randn(93).to(dtype)
+    scale, bias = (torch.tensor([0.5, 3.0, 0.0]) if scaled else None), torch.randn(n).to(dtype)
     idx = torch.tensor([0, 3, 6])
     y = in_both_orders(lambda run: launch.skip_matmul(a, b, idx, scale, 16, bias, How(run, tile)))
     close(y, product64(a, b, idx, scale, 16, bias), terms=30)
@@ -99,8 +100,9 @@ def test_skip(at: int, scaled: bool) -> None:
 @pytest.mark.parametrize("at", range(4))
 def test_skip_into(at: int, dim: int) -> None:
     tile, (a_t, b_t), dtype = TILES[at], LAYOUTS[3 - at], (torch.float16, torch.bfloat16)[at % 2 ^ dim]
-    m, n = (240, 75) if dim == 0 else (75, 240)
-    a, b = guarded(m, 37, dtype, a_t), guarded(37, n, dtype, b_t)
+    other, contracted = (75, 37) if at % 2 else (72, 40)  # no whole chunks of 8 on the contiguous axes, or whole ones
+    m, n = (240, other) if dim == 0 else (other, 240)
+    a, b = guarded(m, contracted, dtype, a_t), guarded(contracted, n, dtype, b_t)
     idx = torch.tensor([1, 2, 5, 6, 7, 9, 10, 11, 13])  # gaps before, between and after, more units than a tile has
     scale = torch.rand(9) + 0.5 if at % 2 else None
     y = in_both_orders(lambda run: launch.skip_matmul_into(a, b, idx, scale, 16, dim, How(run, tile)))
@@ -183,7 +185,6 @@ CASES = {
     "3x2, dilated, groups": (5, 16, 6, (9, 9), Window((3, 2), (1, 2), (2, 1), (2, 3), 2)),
     "many samples": (300, 3, 2, (4, 4), SQUARE),
     "many channels": (2, 300, 3, (3, 3), SQUARE),
-    "one slice of several runs": (70, 8, 513, (2, 2), SQUARE),
 }
 
 
@@ -204,6 +205,13 @@ def test_max_conv(case: str, j: int) -> None:
         close(df, max64(x, dy, j, 0.5, w), terms=30)
         how, conv = Replacement("max", j, 0.5), Geometry(w.kernel, w.stride, w.padding, w.dilation, w.groups)
         assert df.stride() == reference(x, dy, how, conv).stride() and df.shape[1] == inputs // w.groups
+
+
+def test_max_conv_of_more_entries_than_threads() -> None:
+    x = torch.randn(10, 8, 3, 3).contiguous(memory_format=torch.channels_last)
+    dy = torch.randn(10, 257, 3, 3).contiguous(memory_format=torch.channels_last)  # so many channels that the batch is one slice
+    df = in_both_orders(lambda run: launch.max_conv_weight(x, dy, 8, 1.0, SQUARE, run))
+    close(df, max64(x, dy, 8, 1.0, SQUARE), terms=30)
 
 
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
@@ -228,3 +236,33 @@ def test_max_conv_of_other_layouts() -> None:
     close(df, max64(x, dy, 1, 1.0, SQUARE), terms=30)
     assert not launch.supports_max_conv(x.double(), dy.double(), 1) and not launch.supports_max_conv(x, dy, 9)
     assert not launch.supports_max_conv(x[:, :, :, :0], dy, 1) and not launch.supports_max_conv(x, dy[:, :, :1, :2], 4)
+
+
+# The same on a GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("at", range(4))
+def test_on_a_gpu(at: int) -> None:
+    (a_t, b_t), dtype, tile = LAYOUTS[at], (torch.float16, torch.bfloat16)[at % 2], TILES[at]
+    idx, scale = torch.tensor([0, 3, 6]), torch.tensor([0.5, 3.0, 0.0])
+    a, b, bias = guarded(135, 112, dtype, a_t, "cuda"), guarded(112, 96, dtype, b_t, "cuda"), torch.randn(96, device="cuda", dtype=dtype)
+    given = (a, b, idx.cuda(), scale.cuda(), 16)
+    expected = product64(a.cpu(), b.cpu(), idx, scale, 16, bias.cpu())
+    y = launch.skip_matmul(*given, bias, How(tile=tile))
+    close(y.cpu(), expected, terms=30)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        again = launch.skip_matmul(*given, bias, How(tile=tile))
+    graph.replay()
+    assert torch.equal(again, y)
+
+    units = idx[:2]
+    into = launch.skip_matmul_into(a, b, units.cuda(), None, 16, 1, How(tile=tile))
+    close(into.cpu(), into64(a.cpu(), b.cpu(), units, None, 16, 1), terms=30)
+
+    _samples, inputs, outputs, size, w = list(CASES.values())[at]
+    x = torch.randn(64, inputs, *size).to(dtype)
+    dy = outputs_of(x, outputs, w).to(dtype)
+    df = launch.max_conv_weight(x.cuda(), dy.cuda(), 1 + at, 0.5, w)
+    close(df.cpu(), max64(x, dy, 1 + at, 0.5, w), terms=30)

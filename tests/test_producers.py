@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from approx_compile import Backend, explain
+from approx_compile.kernels import available
 from approx_compile.passes import cost
 from approx_compile.passes.producers import Producers
 
@@ -126,8 +127,8 @@ def outputs_too(h: Tensor) -> tuple[Tensor, Tensor]:
 
 
 FORBIDDEN: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any], str]] = {
-    "BatchNorm": (lambda: Between(F.relu, True, nn.BatchNorm2d(24)), CONV, {}, "running statistics"),
-    "LayerNorm": (lambda: Between(F.gelu, norm=nn.LayerNorm(24)), LINEAR, {}, "normalisation"),
+    "BatchNorm": (lambda: Between(F.relu, True, nn.BatchNorm2d(24)), CONV, {}, "the running statistics of BatchNorm would go stale"),
+    "LayerNorm": (lambda: Between(F.gelu, norm=nn.LayerNorm(24)), LINEAR, {}, "a normalisation over channels"),
     "softmax": (lambda: Between(lambda h: h.softmax(-1)), LINEAR, {}, "amax reads its activation as well"),
     "an output": (lambda: Between(outputs_too), LINEAR, {}, "its activation is an output of the graph"),
     "a mean of it": (lambda: Between(lambda h: (h.relu(), h.mean())), LINEAR, {}, "mean reads its activation as well"),
@@ -148,6 +149,15 @@ def test_whoever_reads_the_activation_forbids_it(name: str) -> None:
     sites = plans_of(make(), ALWAYS | more, torch.randn(shape))
     assert not shrinks(sites) and why in sites[-1].reason
     assert ("all channels of" in sites[-1].reason) == bool(why)
+
+
+def test_kernels_of_ours_read_whole_operands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(available, "missing", lambda lowering, device: None)
+    for layer in ("0", "2"):
+        torch._dynamo.reset()
+        rules = [{"layers": layer, "lowering": "triton", "group": 32}]
+        sites = plans_of(mlp(128, 128, 16), ALWAYS | {"lowering": "inductor", "rules": rules}, torch.randn(40, 128))
+        assert not shrinks(sites) and "triton steps over what was not chosen" in sites[1].reason
 
 
 def test_a_residual_and_a_second_consumer_forbid_it() -> None:

@@ -132,7 +132,9 @@ def untake(y: Tensor, axis: Axis, idx: Tensor, scale: Tensor | None, unit: int, 
     return axis.unview(full)
 
 
-def sample(how: Estimator, a: Tensor, b: Tensor, a_axis: Axis, b_axis: Axis, others: Sequence[tuple[Tensor, Axis]] = ()) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+def sample(
+    how: Estimator, a: Tensor, b: Tensor, a_axis: Axis, b_axis: Axis, others: Sequence[tuple[Tensor, Axis]] = ()
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Indices, scale, and both operands of a product cut to the kept entries; the scale is on `b`.
 
     Y' = A[:, idx] (diag(scale) B[idx, :]). `others`: what else A is multiplied with under the same indices, each with its axis. The norms b_i are then those

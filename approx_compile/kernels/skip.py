@@ -10,8 +10,9 @@
 `idx`: int64, sorted and distinct, in units: idx[i] stands for the entries idx[i] * unit .. + unit - 1 of an axis whose length is a multiple of `unit`.
 `scale`: fp32, one per index, or None. Operands have any strides; sums are fp32, the result has the operands' dtype and is contiguous.
 
-On a CPU an op is its reference, `*_reference`, in readable torch. On a GPU it is one in CUDA C++ for groups of an odd multiple of 16 (`kernels/cuda`), or a Triton kernel where that serves the operands' shapes, dtype and strides
-(`kernels/triton/matmul.py` has the conditions), else the reference: never by values, so shapes and code never depend on data.
+On a CPU an op is its reference, `*_reference`, in readable torch. On a GPU it is a kernel in CUDA C++ for groups of an odd multiple of 16 (`kernels/cuda`), or
+one in Triton where that serves the operands' shapes, dtype and strides (`kernels/triton/matmul.py` has the conditions), else the reference: never by
+values, so shapes and code never depend on data.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ u units it is chosen from; p, q contiguous entries per kept index in the two ope
 | take, each operand | 1 per entry kept where scaled | 2 e per entry kept | 1 kernel | bytes / `take` at p or q |
 | untake, a coupled gradient | 1 per entry kept where scaled | e per entry of the whole result | 1 kernel | bytes / `untake` at r |
 | new memory, each tensor that these make but vectors | | e per entry | | bytes / `fresh` |
-| a site that shares another's indices (`passes.shared`) | | | | norms of its own weight only, no selection, no take A; no untake of a `grad_input` that is put back with the other's |
+| a site that shares another's indices | | | | norms of its weight only, no selection, no take A; no untake if `grad_input`s are put back together |
 | skip, each of dY and (for `grad_input`) W | | 2 e per entry left | 1 kernel | bytes / `take` at unit runs |
 | skip, the result of `grad_weight` | | e per entry of the whole result | 1 kernel | bytes / `untake` |
 | narrow (a producer makes only what its consumer keeps): W, for `output` | | 2 e per entry left | 1 kernel | bytes / `take` at q |
@@ -27,7 +27,8 @@ Under the lowerings `triton` and `cuda` there is no take and no untake: a produc
 output's kernel). A profile without these tables gives a kernel the exact product's rate at the sizes kept.
 
 `take` and `untake` are measured with half of the entries kept: 2 e per kept entry is then the size of the whole. Rates are tables of `machine`, read at
-the sizes of the term (bandwidths at `LIVE` times the bytes); `kernel` is what a launch costs (a library call's is in the rates). FLOPs decide nothing, they are reported.
+the sizes of the term (bandwidths at `LIVE` times the bytes); `kernel` is what a launch costs (a library call's is in the rates). FLOPs decide
+nothing, they are reported.
 """
 
 from __future__ import annotations
@@ -56,15 +57,15 @@ QUICK_MARGIN = 1.25
 """By this more where the machine was measured quickly."""
 
 LEAST_LAUNCHES = 30
-"""The time saved must be that of so many launches: what the expressions leave out, allocations, checks and dispatch, comes in launches. Sampling small sites (up to 500 us)
-took longer than predicted by 9 launches in the median and by 31 at the 90th percentile (benchmarks/results/predict.csv, times of aa6a4e4)."""
+"""The time saved must be that of so many launches: what the expressions leave out, allocations, checks and dispatch, comes in launches. Sampling small
+sites (up to 500 us) took longer than predicted by 9 launches in the median and by 31 at the 90th percentile (predict.csv, times of aa6a4e4)."""
 
 MEASURED_MARGIN = 1.05
 """The same for times measured (each is a median, within a few percent of the next one)."""
 
 LIVE = 4
-"""Bandwidths are read at so many times the bytes: what was measured had the caches to itself. A step of one site goes through six tensors (its operands, output and
-gradients) before it meets the first again, a gather and what it makes are one and a half."""
+"""Bandwidths are read at so many times the bytes: what was measured had the caches to itself. A step of one site goes through six tensors (its
+operands, output and gradients) before it meets the first again, a gather and what it makes are one and a half."""
 
 SHARE_MARGIN = 1.1
 """What sampling sites with indices of their own must take over sampling them with shared ones: of query, key and value sharing raises the gradient's error by a
@@ -177,6 +178,8 @@ def _skipping(case: Case, small: Mapping[sympy.Symbol, sympy.Expr]) -> list[Term
 
 def _fresh(what: str, entries: sympy.Expr) -> Term:
     return Term(f"new memory, {what}", "fresh", (e * entries,), bytes=e * entries)
+
+
 def _narrowed(case: Case) -> list[Term]:
     """What an exact product takes besides when it makes, or reads a dY that has, n of N output channels."""
     if not case.narrow or case.product == "grad_input":
@@ -253,7 +256,15 @@ def _sizes(site: Site) -> dict[sympy.Symbol, Any]:
     groups, samples = int(site.node.args[8]), _torch.hint(a.shape[0])  # type: ignore[arg-type]
     places = [samples * _product_of(t.shape[2:]) for t in (a, y)]
     channels = [_torch.hint(t.shape[1]) // groups for t in (a, y)]
-    return found | {M: places[0 if site.node.args[6] else 1], K: channels[0], N: channels[1], T: _product_of(b.shape[2:]), I: places[0], O: places[1], S: samples}
+    return found | {
+        M: places[0 if site.node.args[6] else 1],
+        K: channels[0],
+        N: channels[1],
+        T: _product_of(b.shape[2:]),
+        I: places[0],
+        O: places[1],
+        S: samples,
+    }
 
 
 def _product_of(sizes: Any) -> int:

@@ -6,7 +6,7 @@ them and is not narrowed itself gets it put back in place. The decision is made 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 

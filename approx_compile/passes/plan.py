@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -35,8 +35,8 @@ WIDE = 512
 class ProductPlan:
     """The decision for one product: "sampled" along its own axis, "coupled" to the output's choice, run on the "rows" kept, "replaced", or "exact". `k` of
     `size` entries are kept (of a replaced one, those of the output gradient that count). `node`: its name in the joint graph; `bytes_exact`:
-    of the exact product's operands and result, each counted once; `lowering`: the code that runs it. Times are predictions in us (None where nothing was to be decided by time);
-    `terms` says term by term what the time as planned is made of, `sizes` what the symbols in them stand for (see `passes.cost`).
+    of the exact product's operands and result, each counted once; `lowering`: the code that runs it. Times are predictions in us (None where nothing
+    was to be decided by time); `terms` says term by term what the time as planned is made of, `sizes` what the symbols in them stand for (see `passes.cost`).
 
     `skips`: the site whose dropped entries make this product's output gradient zero, or are all that will be read of this output; computing nothing there
     changes no value.
@@ -193,6 +193,7 @@ def make_plan(sites: Sequence[Site], config: ApproxConfig, machine: Machine | No
     times: dict[int, Sequence[float]] = {}
     if asked and ask is not None:
         times = dict(zip(asked, ask([(sites[i], t) for i in asked if not isinstance(t := tried[i], SitePlan)]), strict=True))
+
     def beside(i: int) -> Callable[[Sequence[ProductPlan]], tuple[float, float]]:
         return lambda products: others(i, products) if others is not None else (0.0, 0.0)
 
@@ -230,7 +231,8 @@ def match_rules(sites: Sequence[Site | SitePlan], config: ApproxConfig) -> tuple
 
 
 def row_requests(sites: Sequence[Site], config: ApproxConfig) -> tuple[RowSettings | None, dict[fx.Node, RowSettings | None]]:
-    """What is asked of the rows where no site is (of rules, those for every site count), and at the gradients of every site; a site that must be exact asks for all rows."""
+    """What is asked of the rows where no site is (of rules, those for every site count), and at the gradients of every site; a site that must be exact asks
+    for all rows."""
     matches, _ = match_rules(sites, config)
     asked: dict[fx.Node, RowSettings | None] = {}
     for site, hits in zip(sites, matches, strict=True):
@@ -355,7 +357,9 @@ def _lowered(site: Site, product: Product, how: Estimator, wanted: str) -> tuple
 
 def _timed(site: Site, plan: ProductPlan, product: Product, estimate: cost.Estimate, machine: Machine | None) -> ProductPlan:
     exact = cost.exact(site, product, machine)
-    return replace(plan, flops_sampled=estimate.flops, time_exact_us=exact.time_us, time_sampled_us=estimate.time_us, terms=estimate.terms, sizes=estimate.sizes)
+    return replace(
+        plan, flops_sampled=estimate.flops, time_exact_us=exact.time_us, time_sampled_us=estimate.time_us, terms=estimate.terms, sizes=estimate.sizes
+    )
 
 
 def _with_replacements(site: Site, plan: SitePlan, settings: SiteSettings) -> SitePlan:
@@ -382,7 +386,18 @@ def _replaced(site: Site, product: Product, exact: ProductPlan, wanted: ProductS
     if how is None:
         return replace(exact, reason=reason)
     flops = cost.replaced(site, product, how)
-    return replace(exact, decision="replaced", reason=reason, method=how.method, ratio=kept / size, k=kept, size=size, flops_sampled=flops, replacement=how, time_sampled_us=None)
+    return replace(
+        exact,
+        decision="replaced",
+        reason=reason,
+        method=how.method,
+        ratio=kept / size,
+        k=kept,
+        size=size,
+        flops_sampled=flops,
+        replacement=how,
+        time_sampled_us=None,
+    )
 
 
 def _exact(site: Site, product: Product, reason: str, machine: Machine | None) -> ProductPlan:

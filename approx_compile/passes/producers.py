@@ -107,7 +107,7 @@ def _closure(producer: fx.Node, start: tuple[fx.Node, int] | None, consumer: fx.
                 others.append(n)
         n = n.next
     if others:
-        return _reader(next((n for n in others if not _torch.is_backward(n)), others[0]))
+        return _reader(next((n for n in others if not _torch.is_backward(n)), others[0]), dims)
     return dims
 
 
@@ -126,11 +126,14 @@ def carried(n: fx.Node, dims: dict[fx.Node, int], zero: bool) -> int | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _reader(n: fx.Node) -> str:
+def _reader(n: fx.Node, dims: Reach) -> str:
     if n.op == "output":
         return "its activation is an output of the graph"
     if n.target is aten.var_mean.correction:
-        return "a normalisation needs all of it (of BatchNorm the running statistics of the other channels would go stale)"
+        (activation,) = n.all_input_nodes
+        over: Any = n.args[1]
+        by_channel = dims[activation] not in {int(d) % _torch.value(activation).dim() for d in over}
+        return "the running statistics of BatchNorm would go stale" if by_channel else "a normalisation over channels reads its activation"
     return f"{op_name(n)} reads its activation as well"
 
 
@@ -155,7 +158,8 @@ class Producers:
     def beside(self, i: int, products: Sequence[ProductPlan]) -> tuple[float, float]:
         """The time of exact producers, us, as they are and as they would be if site `i` was carried out as `products` say; what the site itself saves by
         them is taken off the latter. Zeros where they can't be shrunk or would be slower."""
-        found = [j for j, r in self.of(i).items() if not isinstance(r, str)] if self.machine is not None and _asks(products) else []
+        asks = self.machine is not None and _asks(products) and _by_a_kernel(products) is None
+        found = [j for j, r in self.of(i).items() if not isinstance(r, str)] if asks else []
         before = after = 0.0
         for j in found:
             site = self.sites[j]
@@ -173,23 +177,24 @@ class Producers:
                 continue
             names, said, mine = [], [], dict[fx.Node, int]()
             for j, found in self.of(i).items():
-                narrow = self._narrow(j, new[j], new[i])
+                narrow, fed = self._narrow(j, new[j], new[i]), self._fed(i, new[i].products)
                 if isinstance(found, str):
                     why = found
-                elif any(p.lowering in OWN for p in new[j].products):
-                    why = f"its products are run by {next(p.lowering for p in new[j].products if p.lowering in OWN)}"
+                elif (kernel := _by_a_kernel((*new[i].products, *new[j].products))) is not None:
+                    why = kernel
                 elif taken & found.keys() or any(mine.get(n, d) != d for n, d in found.items()):
                     why = "part of what is behind it is narrowed in another way"
-                elif not cost.pays(_total(new[j].products), _total(narrow.products), cost.SKIP_MARGIN):
+                elif not cost.pays(_total((*new[j].products, *new[i].products)), _total((*narrow.products, *fed)), cost.SKIP_MARGIN):
                     why = "fewer would take no less time"
                 else:
                     new[j], mine = narrow, mine | found
+                    new[i] = replace(new[i], products=fed)
                     names.append(self.sites[j].name)
                     continue
                 said.append(f"all channels of {self.sites[j].name} are made: {why}")
             taken |= mine.keys()
             if names:
-                new[i] = replace(new[i], products=self._fed(i, new[i].products), shrinks=tuple(names))
+                new[i] = replace(new[i], shrinks=tuple(names))
                 said.insert(0, f"{' and '.join(names)} make{'s' if len(names) == 1 else ''} these channels only")
             new[i] = replace(new[i], reason="; ".join([new[i].reason, *said]))
         return replace(plan, sites=tuple(new))
@@ -218,11 +223,17 @@ class Producers:
         return replace(plan, flops_sampled=new.flops, time_sampled_us=new.time_us, terms=new.terms, sizes=new.sizes)
 
 
+def _by_a_kernel(products: Sequence[ProductPlan]) -> str | None:
+    """Why a site stays whole that is run by kernels of ours, if it is."""
+    own = next((p.lowering for p in products if p.lowering in OWN), None)
+    return f"{own} steps over what was not chosen of whole operands (lowering 'inductor' takes narrow ones)" if own is not None else None
+
+
 def _asks(products: Sequence[ProductPlan]) -> bool:
     """Whether a site's choice is known before its activation, and nothing of the site needs the channels that are not kept."""
     output = products[0]
-    if output.decision != "sampled" or output.how is None or output.how.method != METHOD or output.lowering in OWN:
-        return False  # a kernel of ours reads whole operands
+    if output.decision != "sampled" or output.how is None or output.how.method != METHOD:
+        return False
     return all(p.decision == "coupled" or (p.replacement is not None and p.replacement.method in ("zero", "random")) for p in products[1:])
 
 

@@ -23,11 +23,12 @@ from approx_compile.passes.narrowing import Narrowing, regions
 from approx_compile.passes.plan import Plan, ProductPlan
 from approx_compile.passes.replacements import let_go_of_activation, replace_conv_weight, replace_matmul
 from approx_compile.passes.shared import Sum
-from approx_compile.passes.sites import CONV, VIEWS, Product, Site, channel_axis, conv_weight_axes, permutation_between, users_of_output
+from approx_compile.passes.sites import CONV, Product, Site, channel_axis, conv_weight_axes, permutation_between, users_of_output
 from approx_compile.passes.splice import Layout, Sampled, hoist, inline, keep_choice, like, output_of, refresh, replace_output
 from approx_compile.passes.zeros import relu_backward
 
 aten = torch.ops.aten
+
 
 def rewrite(graph: fx.Graph, sites: Sequence[Site], plan: Plan) -> None:
     """Carry out `plan` (made from `sites` of this graph), then remove what it made dead and lint."""
@@ -206,9 +207,7 @@ def _taken(graph: fx.Graph, before: fx.Node, x: fx.Node, axis: Axis, kept: Sampl
     return new
 
 
-def _put_back(
-    graph: fx.Graph, m: fx.Node, holes: Sequence[_Hole], activation: tuple[fx.Node, fx.Node] | None = None, into: _Shared | None = None
-) -> None:
+def _put_back(graph: fx.Graph, m: fx.Node, holes: Sequence[_Hole], activation: tuple[fx.Node, fx.Node] | None = None, into: _Shared | None = None) -> None:
     """Recompute the meta of a node that now makes the kept entries only, and give its users the full-size result.
 
     `activation`: the one whose gradient this is, whole and kept. If it is a ReLU's output and this its only gradient, the ReLU's backward moves in

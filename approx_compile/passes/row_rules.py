@@ -358,7 +358,15 @@ def _table_gradient(n: fx.Node, value: Any, out: Followed) -> Layout:
     return None
 
 
-FACTORIES = {aten.full.default, aten.zeros.default, aten.ones.default, aten.empty.memory_format, aten.empty_permuted.default, aten.new_zeros.default, aten.new_full.default}
+FACTORIES = {
+    aten.full.default,
+    aten.zeros.default,
+    aten.ones.default,
+    aten.empty.memory_format,
+    aten.empty_permuted.default,
+    aten.new_zeros.default,
+    aten.new_full.default,
+}
 FACTORIES |= {aten.full_like.default, aten.zeros_like.default, aten.ones_like.default, aten.empty_like.default}
 SPREADS = {aten.expand.default}
 ARITHMETIC: set[Any] = {aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor}
@@ -405,7 +413,12 @@ _RULES: dict[Any, Rule] = {
     aten.cat.default: _cat,
     aten.constant_pad_nd.default: _pad,
 }
-_RULES_BY_NAME: dict[str, Rule] = {"rev": _along(1), "_unsafe_masked_index_put_accumulate": _put, **dict.fromkeys(_FIRST_NAMES, _first), **dict.fromkeys(_ATTENTION_NAMES, _attention)}
+_RULES_BY_NAME: dict[str, Rule] = {
+    "rev": _along(1),
+    "_unsafe_masked_index_put_accumulate": _put,
+    **dict.fromkeys(_FIRST_NAMES, _first),
+    **dict.fromkeys(_ATTENTION_NAMES, _attention),
+}
 """Ops of which Inductor registers some late, and the overloads do not matter."""
 
 
@@ -416,7 +429,16 @@ def rule_of(n: fx.Node) -> Rule | None:
 # --- linear in the gradients ---
 
 _CASTS: set[Any] = {aten._to_copy.default, prims.convert_element_type.default}
-_MAPS: set[Any] = set(VIEWS) | {aten.clone.default, aten.lift_fresh_copy.default, aten.permute.default, aten.t.default, aten.transpose.int, aten.sum.dim_IntList, aten.sum.default, aten.mean.dim}
+_MAPS: set[Any] = set(VIEWS) | {
+    aten.clone.default,
+    aten.lift_fresh_copy.default,
+    aten.permute.default,
+    aten.t.default,
+    aten.transpose.int,
+    aten.sum.dim_IntList,
+    aten.sum.default,
+    aten.mean.dim,
+}
 _MAPS |= {aten.squeeze.dims, aten.squeeze.dim, aten.squeeze.default, aten.expand.default, aten.unsqueeze.default, aten.select.int, aten.slice.Tensor}
 _MAPS |= {aten.neg.default, aten.cumsum.default, aten.flip.default, operator.getitem}
 _MAPS |= {aten.split_with_sizes.default, aten.split.Tensor, aten.unbind.int}

@@ -38,7 +38,9 @@ Sum = int | tuple["Sum", "Sum"]
 """In which order results are added up: of (0, 1), 2 first the results 0 and 1."""
 
 
-def share(sites: Sequence[Site], settings: Sequence[SiteSettings], tried: Sequence[SitePlan | Tries], judged: Sequence[SitePlan], machine: Machine) -> list[SitePlan]:
+def share(
+    sites: Sequence[Site], settings: Sequence[SiteSettings], tried: Sequence[SitePlan | Tries], judged: Sequence[SitePlan], machine: Machine
+) -> list[SitePlan]:
     """The sites as `judged` each by itself, but those that had better share, and be sampled, together."""
     found = list(judged)
     by_activation: dict[Any, list[int]] = defaultdict(list)
@@ -121,7 +123,14 @@ def _together(
     for i, (plan, products) in enumerate(zip(apart, best, strict=True)):
         reason = f"{products[0].reason}; {why} together" if by_time else plan.reason
         with_whom = products[0].shares or ", ".join(s.name for s in sites[1:])
-        found.append((i, replace(plan, decision="sampled", reason=f"{reason}; shares its indices with {with_whom}", products=products, break_even=at if by_time else None)))
+        found.append(
+            (
+                i,
+                replace(
+                    plan, decision="sampled", reason=f"{reason}; shares its indices with {with_whom}", products=products, break_even=at if by_time else None
+                ),
+            )
+        )
     return found
 
 

@@ -123,8 +123,8 @@ class Product:
 
 @dataclass(frozen=True)
 class Site:
-    """One matmul or convolution of the model. `blocked`: why it must stay exact, if so. `shape` has the sizes as traced, `symbolic` those that are symbols as such,
-    `traced` what each of these was traced with."""
+    """One matmul or convolution of the model. `blocked`: why it must stay exact, if so. `shape` has the sizes as traced, `symbolic` those that are
+    symbols as such, `traced` what each of these was traced with."""
 
     name: str
     module: str

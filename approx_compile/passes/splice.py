@@ -16,7 +16,6 @@ from approx_compile import _torch
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.passes.sites import users_of_output
 
-
 CHOICE = "approx_compile_choice"
 """Key in the meta of the nodes that hold a selection's indices and scale: `site.product.idx`, `site.product.scale`."""
 

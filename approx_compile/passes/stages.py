@@ -154,9 +154,7 @@ def outlook(graph: fx.Graph, batch: sympy.Symbol, default: int, levels: Mapping[
     return Outlook(sum(_torch.flops(n) for n in backward), on_rows, tuple(work.blocked))
 
 
-def split(
-    gm: fx.GraphModule, batch: sympy.Symbol, known: Mapping[str, Layout], default: int, levels: Mapping[str, int], approximate_batch_norm: bool
-) -> Split:
+def split(gm: fx.GraphModule, batch: sympy.Symbol, known: Mapping[str, Layout], default: int, levels: Mapping[str, int], approximate_batch_norm: bool) -> Split:
     """`default`: the level at the tangents (ALL: none); `levels`: that of products by node name. The approximation of BatchNorm edits `gm`."""
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     tangents = [n for n in placeholders if _torch.is_tangent(n)]
@@ -327,7 +325,9 @@ def _expressions(value: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 
 
 def _expanded(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and any(_torch.known_equal(t, 0) and not _torch.known_equal(s, 1) for s, t in zip(value.shape, value.stride(), strict=True))
+    return isinstance(value, torch.Tensor) and any(
+        _torch.known_equal(t, 0) and not _torch.known_equal(s, 1) for s, t in zip(value.shape, value.stride(), strict=True)
+    )
 
 
 def _number_dtype(n: fx.Node) -> torch.dtype:

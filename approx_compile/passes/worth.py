@@ -147,5 +147,3 @@ def _long_run(site: Site) -> int:
 
 def device(site: Site) -> str:
     return str(_torch.value(site.node).device.type)
-
-

@@ -180,12 +180,18 @@ static Element rounded(float f) {
 }
 
 #if ELEMENT != 0
-static void copy_async(void* shared, const void* global, int bytes) {
-    REQUIRE((uintptr_t)shared % 16 == 0);
-    REQUIRE((uintptr_t)global % 16 == 0);
+typedef char* Shared;
+
+static Shared shared_at(void* p) { return (char*)p; }
+
+static void copy_part_async(Shared to, const void* from, int bytes) {
+    REQUIRE((uintptr_t)to % 16 == 0);
     REQUIRE(bytes >= 0 && bytes <= 16);
-    fibers[current].groups.back().push_back({shared, global, bytes});
+    REQUIRE((uintptr_t)from % 16 == 0 || bytes == 0);
+    fibers[current].groups.back().push_back({to, from, bytes});
 }
+
+static void copy_async(Shared to, const void* from, bool there) { copy_part_async(to, from, there ? 16 : 0); }
 
 static void copies_issued() { fibers[current].groups.emplace_back(); }
 
@@ -200,7 +206,7 @@ template <int PENDING> static void copies_arrived() {
     groups.erase(groups.begin(), groups.begin() + done);
 }
 
-template <bool TRANSPOSED> static void load_matrices(unsigned (&m)[4], const void* row) {
+template <bool TRANSPOSED> static void load_matrices(unsigned (&m)[4], Shared row) {
     REQUIRE((uintptr_t)row % 16 == 0);
     int lane = current % 32;
     Exchange& shared = exchange();

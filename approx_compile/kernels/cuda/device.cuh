@@ -37,10 +37,19 @@ __device__ __forceinline__ Element rounded(float f) {
 __device__ __forceinline__ unsigned bits(float f) { return __float_as_uint(f); }
 
 #if ELEMENT != 0
-// 16 bytes from global to shared memory, asynchronously; of them `bytes` are read and the rest are zeros.
-__device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes) {
-    unsigned at = (unsigned)__cvta_generic_to_shared(shared);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(__cvta_generic_to_global(global)), "r"(bytes) : "memory");
+typedef unsigned Shared;  // an address in shared memory, in bytes
+
+__device__ __forceinline__ Shared shared_at(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
+
+// 16 bytes from global to shared memory, asynchronously; zeros, and nothing is read, if they are not there.
+__device__ __forceinline__ void copy_async(Shared to, const void* from, bool there) {
+    asm volatile("{ .reg .pred absent; setp.eq.s32 absent, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, absent; }" ::"r"(to),
+                 "l"(__cvta_generic_to_global(from)), "r"((int)there) : "memory");
+}
+
+// The same of which `bytes` are read and the rest are zeros.
+__device__ __forceinline__ void copy_part_async(Shared to, const void* from, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)), "r"(bytes) : "memory");
 }
 
 __device__ __forceinline__ void copies_issued() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -49,14 +58,13 @@ __device__ __forceinline__ void copies_issued() { asm volatile("cp.async.commit_
 template <int PENDING> __device__ __forceinline__ void copies_arrived() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 
 // Four 8 x 8 matrices, row r of matrix i at the address that lane 8 i + r gives; TRANSPOSED: each is read by columns.
-template <bool TRANSPOSED> __device__ __forceinline__ void load_matrices(unsigned (&m)[4], const void* row) {
-    unsigned at = (unsigned)__cvta_generic_to_shared(row);
+template <bool TRANSPOSED> __device__ __forceinline__ void load_matrices(unsigned (&m)[4], Shared row) {
     if (TRANSPOSED)
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3]) : "r"(at) : "memory");
+                     : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3]) : "r"(row) : "memory");
     else
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3]) : "r"(at) : "memory");
+                     : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3]) : "r"(row) : "memory");
 }
 
 #if ELEMENT == 1

@@ -168,7 +168,8 @@ def _vector(x: Tensor, inputs: int) -> int:
 
 @dataclass(frozen=True)
 class Tile:
-    """What a block computes, by how many warps, with how many buffers, and how many blocks a multiprocessor shall hold (scaled: fewer, of more registers)."""
+    """What a block computes, by how many warps, with how many buffers, and how many blocks a multiprocessor shall hold (scaled or
+    ragged: fewer, of more registers)."""
 
     rows: int
     columns: int
@@ -176,7 +177,7 @@ class Tile:
     warps_columns: int
     stages: int
     blocks: int
-    blocks_scaled: int
+    blocks_roomy: int
 
     @property
     def threads(self) -> int:
@@ -198,9 +199,10 @@ def tile_for(rows: int, columns: int) -> Tile:
 
 
 def supports_matmul(a: Tensor, b: Tensor, unit: int) -> bool:
-    """fp16 or bf16, units of a multiple of 16 entries, and operands of which one axis is contiguous and the other has steps of whole 16 bytes."""
+    """fp16 or bf16, units of a multiple of 16 entries, and operands of less than 2^31 entries of which one axis is
+    contiguous and the other has steps of whole 16 bytes."""
     same = a.dtype == b.dtype and a.dtype in (torch.float16, torch.bfloat16)
-    return same and unit > 0 and unit % 16 == 0 and max(*a.shape, *b.shape) < 2**31 and _layout(a, 1) is not None and _layout(b, 0) is not None
+    return same and unit > 0 and unit % 16 == 0 and _layout(a, 1) is not None and _layout(b, 0) is not None
 
 
 def _layout(x: Tensor, contracted: int) -> tuple[bool, int] | None:
@@ -209,7 +211,7 @@ def _layout(x: Tensor, contracted: int) -> tuple[bool, int] | None:
         return None
     for fast in (contracted, 1 - contracted):
         step = x.stride(1 - fast)
-        if x.stride(fast) == 1 and step % 8 == 0 and step >= x.shape[fast]:
+        if x.stride(fast) == 1 and step % 8 == 0 and step >= x.shape[fast] and step * x.shape[1 - fast] < 2**31:
             return fast == contracted, step
     return None
 
@@ -238,12 +240,16 @@ def skip_matmul_into(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, un
     return _product(a, b, idx, scale, unit, None, dim, how)
 
 
-def matmul_program(dtype: torch.dtype, unit: int, into: int | None, scaled: bool, a_fast: bool, b_fast: bool, tile: Tile) -> Program:
-    """The variant for a dtype, unit and dim `into`; `a_fast`, `b_fast`: whether the contracted axis is the operand's contiguous one."""
+def matmul_program(dtype: torch.dtype, unit: int, into: int | None, scaled: bool, a_fast: bool, b_fast: bool, ragged: bool, tile: Tile) -> Program:
+    """The variant for a dtype, unit and dim `into`; `a_fast`, `b_fast`: whether the contracted axis is the operand's contiguous one; `ragged`: whether
+    8 does not divide a contiguous axis."""
     looped = into is None and scaled
     macros = {"ELEMENT": ELEMENTS[dtype], "UNIT": unit, "INTO": {None: 0, 1: 1, 0: 2}[into], "SCALED": int(looped), "A_K": int(a_fast), "B_K": int(b_fast)}
     sizes = {"TILE_M": tile.rows, "TILE_N": tile.columns, "WARPS_M": tile.warps_rows, "WARPS_N": tile.warps_columns}
-    return Program("skip_matmul.cu", tuple((macros | sizes | {"STAGES": tile.stages, "BLOCKS": tile.blocks_scaled if looped else tile.blocks}).items()))
+    return Program(
+        "skip_matmul.cu",
+        tuple((macros | sizes | {"STAGES": tile.stages, "BLOCKS": tile.blocks_roomy if looped or ragged else tile.blocks, "RAGGED": int(ragged)}).items()),
+    )
 
 
 def _product(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: int, bias: Tensor | None, into: int | None, how: How) -> Tensor:
@@ -254,7 +260,8 @@ def _product(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: int,
     a_layout, b_layout = _layout(a, 1), _layout(b, 0)
     assert a_layout is not None and b_layout is not None, "supports_matmul comes first"
     tile = how.tile or tile_for(rows, columns)
-    program = matmul_program(a.dtype, unit, into, scale is not None, a_layout[0], b_layout[0], tile)
+    ragged = bool(a.shape[a_layout[0]] % 8 or b.shape[1 - b_layout[0]] % 8)
+    program = matmul_program(a.dtype, unit, into, scale is not None, a_layout[0], b_layout[0], ragged, tile)
     y = a.new_empty(m, n)
     idx = idx.contiguous()
     scale = None if scale is None else scale.to(torch.float32).contiguous()
@@ -262,7 +269,7 @@ def _product(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: int,
     tensors = [0 if t is None else address(t) for t in (a, b, idx, scale, bias, y)]
     sizes = [i32(s) for s in (m, n, count * unit if into is None else a.shape[1], count)]
     grid = (_ceil(rows, tile.rows) * _ceil(columns, tile.columns), 1, 1)
-    how.run(program, "skip_matmul", grid, tile.threads, [*tensors, *sizes, i64(a_layout[1]), i64(b_layout[1])], a.device)
+    how.run(program, "skip_matmul", grid, tile.threads, [*tensors, *sizes, i32(a_layout[1]), i32(b_layout[1])], a.device)
     return y
 
 

@@ -5,15 +5,16 @@
 // A block computes a tile of kept rows and columns and writes the zeros before its kept units (the last one those after, too), so that every entry of
 // Y is written once. scale multiplies fp32 sums: of a unit's products (INTO 0), of the result (1, 2).
 // Macros: ELEMENT (1, 2), UNIT, INTO, SCALED (INTO 0), A_K and B_K (1 where k is the operand's contiguous axis), TILE_M, TILE_N, WARPS_M, WARPS_N, STAGES,
-// BLOCKS (that a multiprocessor shall hold at once: bounds the registers).
+// BLOCKS (that a multiprocessor shall hold at once: bounds the registers), RAGGED (1 if 8 does not divide an operand's contiguous axis).
 #include "device.cuh"
 
 #define STEP 32  // of k at a time: two halves of 16, the depth of one tensor core instruction
 #define THREADS (32 * WARPS_M * WARPS_N)
 #define FRAGMENTS_M (TILE_M / WARPS_M / 16)
 #define PAIRS_N (TILE_N / WARPS_N / 16)
-#define STAGE ((TILE_M + TILE_N) * STEP)
-#define MEMORY (STAGES * STAGE > TILE_M * TILE_N ? STAGES * STAGE : TILE_M * TILE_N)
+#define STAGE ((TILE_M + TILE_N) * STEP * (int)sizeof(Element))  // bytes of a buffer
+#define BUFFERS (STAGES * (TILE_M + TILE_N) * STEP)
+#define MEMORY (BUFFERS > TILE_M * TILE_N ? BUFFERS : TILE_M * TILE_N)  // elements
 #define BAND 8  // tiles of rows that are worked on together, so that they find the columns' tiles in the cache
 
 // Where chunk `chunk` (8 elements) of row `row` lies in a tile of rows of WIDTH elements: 8 rows' equal chunks fall into 8 different banks of 16 bytes.
@@ -23,63 +24,64 @@ template <int WIDTH> __device__ __forceinline__ int swizzled(int row, int chunk)
 }
 
 // The position on the whole axis of position p on the kept one.
-template <bool KEPT> __device__ __forceinline__ int whole(const long long* idx, int p) { return KEPT ? (int)idx[p / UNIT] * UNIT + p % UNIT : p; }
+template <bool KEPT> __device__ __forceinline__ int whole(const long long* idx, int p) {
+    return KEPT ? (int)idx[(unsigned)p / UNIT] * UNIT + (unsigned)p % UNIT : p;
+}
 
-// The contraction's two halves of a step: where each begins on the whole axis, and how many of its 16 entries there are.
-struct Halves {
-    int start[2], length[2];
+// Where a step's two halves of the contraction begin on the whole axis; any number for those from k on, of which nothing is read.
+struct Starts {
+    int first, second;
 };
 
-__device__ __forceinline__ Halves halves_of(int step, const long long* idx, int k) {
-    Halves h;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        int p = step * STEP + i * 16;
-        h.length[i] = max(0, min(16, k - p));
-        h.start[i] = h.length[i] ? whole<INTO == 0>(idx, p) : 0;
-    }
-    return h;
+__device__ __forceinline__ Starts starts_of(int position, const long long* idx, int k) {
+    if (INTO != 0) return {position, position + 16};
+    return {position < k ? whole<true>(idx, position) : 0, position + 16 < k ? whole<true>(idx, position + 16) : 0};
 }
 
 // Copies tiles of an operand, OUTER of its rows (or columns) by STEP of k, to shared memory: as OUTER rows of STEP if k is contiguous, else as STEP rows.
 template <int OUTER, bool K_FAST, bool KEPT> struct Copier {
     static constexpr int CHUNKS = OUTER * STEP / 8, EACH = (CHUNKS + THREADS - 1) / THREADS, PER_ROW = (K_FAST ? STEP : OUTER) / 8;
     const Element* operand;
-    long long stride;
-    const Element* at[EACH];  // this thread's chunks, at k = 0
-    int there[EACH];          // entries of the chunk that exist along the outer axis, 0..8
+    int stride, length;  // length: of the contraction
+    int at[EACH];        // this thread's chunks, at k = 0; one outside the operand is the first one inside: what it makes is not stored
+    int wide[EACH];      // entries that a chunk has along the outer axis (RAGGED), 0..8
 
-    __device__ __forceinline__ Copier(const Element* operand, long long stride, const long long* idx, int first, int outers) : operand(operand), stride(stride) {
+    __device__ __forceinline__ Copier(const Element* operand, int stride, const long long* idx, int first, int outers, int length)
+        : operand(operand), stride(stride), length(length) {
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
             int c = threadIdx.x + i * THREADS, outer = first + (K_FAST ? c / PER_ROW : c % PER_ROW * 8);
-            there[i] = max(0, min(8, outers - outer));
-            at[i] = operand + (there[i] ? whole<KEPT>(idx, outer) : 0) * (K_FAST ? stride : 1);
+            wide[i] = max(0, min(8, outers - outer));
+            at[i] = (wide[i] ? whole<KEPT>(idx, outer) : 0) * (K_FAST ? stride : 1);
         }
     }
 
-    __device__ __forceinline__ void copy(Element* tile, const Halves& h) const {
+    __device__ __forceinline__ void copy(Shared tile, int position, Starts starts) const {
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
             int c = threadIdx.x + i * THREADS, row = c / PER_ROW, chunk = c % PER_ROW;
             if (CHUNKS % THREADS && c >= CHUNKS) break;
-            int k = K_FAST ? chunk * 8 : row, half = k / 16, in = k % 16;
-            int start = half ? h.start[1] : h.start[0], length = half ? h.length[1] : h.length[0];
-            int count = K_FAST ? (there[i] ? max(0, min(8, length - in)) : 0) : (in < length ? there[i] : 0);
-            const Element* from = at[i] + (start + in) * (K_FAST ? 1 : stride);
-            copy_async(tile + swizzled<PER_ROW * 8>(row, chunk), count ? from : operand, count * (int)sizeof(Element));
+            int k = K_FAST ? chunk * 8 : row;
+            int from = at[i] + ((k / 16 ? starts.second : starts.first) + k % 16) * (K_FAST ? 1 : stride);
+            Shared to = tile + swizzled<PER_ROW * 8>(row, chunk) * (int)sizeof(Element);
+            if (RAGGED) {
+                int count = K_FAST ? max(0, min(8, length - position - k)) : position + k < length ? wide[i] : 0;
+                copy_part_async(to, operand + (count ? from : 0), count * (int)sizeof(Element));
+            } else {
+                copy_async(to, operand + from, position + k < length);
+            }
         }
     }
 };
 
 // The 16 x 16 entries of a tile from `outer` on, half `half` of k: matrices 0..3 lie at (outer + 8, k + 8) times (0, 0), (1, 0), (0, 1), (1, 1) with
 // OUTER_FIRST, else (0, 0), (0, 1), (1, 0), (1, 1).
-template <int OUTER, bool K_FAST, bool OUTER_FIRST> __device__ __forceinline__ void load_fragment(unsigned (&m)[4], const Element* tile, int outer, int half) {
+template <int OUTER, bool K_FAST, bool OUTER_FIRST> __device__ __forceinline__ void load_fragment(unsigned (&m)[4], Shared tile, int outer, int half) {
     int lane = threadIdx.x % 32, matrix = lane / 8, r = lane % 8;
     int outer_block = OUTER_FIRST ? matrix & 1 : matrix >> 1, k_block = OUTER_FIRST ? matrix >> 1 : matrix & 1;
     int row = K_FAST ? outer + outer_block * 8 + r : half * 16 + k_block * 8 + r;
     int chunk = K_FAST ? half * 2 + k_block : outer / 8 + outer_block;
-    load_matrices<!K_FAST>(m, tile + swizzled<K_FAST ? STEP : OUTER>(row, chunk));
+    load_matrices<!K_FAST>(m, tile + swizzled<K_FAST ? STEP : OUTER>(row, chunk) * (int)sizeof(Element));
 }
 
 struct alignas(16) Chunk {
@@ -119,14 +121,14 @@ __device__ __forceinline__ void clear_gaps(Element* y, const long long* idx, int
 
 typedef float Sums[FRAGMENTS_M][2 * PAIRS_N][4];
 
-__device__ __forceinline__ void multiply_step(Sums& sums, const Element* a_tile, const Element* b_tile, int warp_row, int warp_column, const float* scale, int p, int k) {
+__device__ __forceinline__ void multiply_step(Sums& sums, Shared a_tile, Shared b_tile, int warp_row, int warp_column, const float* scale, int position, int k) {
     constexpr int at_once = SCALED ? 1 : 2;  // of both, so many products would wait for their scale that registers are spilled
 #pragma unroll at_once
     for (int half = 0; half < 2; half++) {
         unsigned a[FRAGMENTS_M][4];
 #pragma unroll
         for (int i = 0; i < FRAGMENTS_M; i++) load_fragment<TILE_M, A_K, true>(a[i], a_tile, warp_row + i * 16, half);
-        float factor = SCALED && p + half * 16 < k ? scale[(p + half * 16) / UNIT] : 0;
+        float factor = SCALED && position + half * 16 < k ? scale[(position + half * 16) / UNIT] : 0;
 #pragma unroll
         for (int j = 0; j < PAIRS_N; j++) {
             unsigned b[4];
@@ -174,7 +176,7 @@ __device__ __forceinline__ void stage_result(Element* tile, const Sums& sums, in
 // m and n are Y's; k is the contraction's kept length. Leading strides in elements (multiples of 8, as the operands' addresses are of 16 bytes).
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 skip_matmul(const Element* __restrict__ a, const Element* __restrict__ b, const long long* __restrict__ idx, const float* __restrict__ scale,
-            const Element* __restrict__ bias, Element* __restrict__ y, int m, int n, int k, int count, long long a_stride, long long b_stride) {
+            const Element* __restrict__ bias, Element* __restrict__ y, int m, int n, int k, int count, int a_stride, int b_stride) {
     alignas(16) __shared__ Element memory[MEMORY];
     int rows = INTO == 2 ? count * UNIT : m, columns = INTO == 1 ? count * UNIT : n;  // those computed
     int tiles_m = (rows + TILE_M - 1) / TILE_M, tiles_n = (columns + TILE_N - 1) / TILE_N;
@@ -182,31 +184,29 @@ skip_matmul(const Element* __restrict__ a, const Element* __restrict__ b, const 
     int row0 = (band + rest % high) * TILE_M, column0 = rest / high * TILE_N;
     int warp = threadIdx.x / 32, warp_row = warp % WARPS_M * FRAGMENTS_M * 16, warp_column = warp / WARPS_M * PAIRS_N * 16;
 
-    Copier<TILE_M, A_K, INTO == 2> a_copier(a, a_stride, idx, row0, rows);
-    Copier<TILE_N, B_K, INTO == 1> b_copier(b, b_stride, idx, column0, columns);
+    Copier<TILE_M, A_K, INTO == 2> a_copier(a, a_stride, idx, row0, rows, k);
+    Copier<TILE_N, B_K, INTO == 1> b_copier(b, b_stride, idx, column0, columns, k);
     Sums sums = {};
-    int steps = (k + STEP - 1) / STEP;
+    Shared buffers = shared_at(memory), reading = buffers, filling = buffers;
     for (int s = 0; s < STAGES - 1; s++) {
-        Halves h = halves_of(s, idx, k);
-        if (s < steps) {
-            a_copier.copy(memory + s * STAGE, h);
-            b_copier.copy(memory + s * STAGE + TILE_M * STEP, h);
-        }
+        Starts starts = starts_of(s * STEP, idx, k);
+        a_copier.copy(filling, s * STEP, starts);
+        b_copier.copy(filling + TILE_M * STEP * (int)sizeof(Element), s * STEP, starts);
         copies_issued();
+        filling += STAGE;
     }
-    Halves ahead = halves_of(STAGES - 1, idx, k);  // an index is read one step before its copies are issued
-    for (int s = 0; s < steps; s++) {
+    constexpr int AHEAD = (STAGES - 1) * STEP;
+    Starts ahead = starts_of(AHEAD, idx, k);  // an index is read one step before its copies are issued
+    for (int position = 0; position < k; position += STEP) {
         copies_arrived<STAGES - 2>();
         __syncthreads();  // also: everybody has read the buffer that is filled next
-        if (s + STAGES - 1 < steps) {
-            Element* next = memory + (s + STAGES - 1) % STAGES * STAGE;
-            a_copier.copy(next, ahead);
-            b_copier.copy(next + TILE_M * STEP, ahead);
-        }
+        a_copier.copy(filling, position + AHEAD, ahead);
+        b_copier.copy(filling + TILE_M * STEP * (int)sizeof(Element), position + AHEAD, ahead);
         copies_issued();
-        ahead = halves_of(s + STAGES, idx, k);
-        const Element* tile = memory + s % STAGES * STAGE;
-        multiply_step(sums, tile, tile + TILE_M * STEP, warp_row, warp_column, scale, s * STEP, k);
+        ahead = starts_of(position + AHEAD + STEP, idx, k);
+        multiply_step(sums, reading, reading + TILE_M * STEP * (int)sizeof(Element), warp_row, warp_column, scale, position, k);
+        reading = reading == buffers + (STAGES - 1) * STAGE ? buffers : reading + STAGE;
+        filling = filling == buffers + (STAGES - 1) * STAGE ? buffers : filling + STAGE;
     }
     copies_arrived<0>();
     __syncthreads();

@@ -119,10 +119,7 @@ def grad_input(
     column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     valid = column < kept * UNIT
     c = tl.load(idx + column // UNIT, mask=valid, other=0).to(tl.int32) * UNIT + column % UNIT
-    if PACKED:
-        w_column = column
-    else:
-        w_column = c
+    w_column = column if PACKED else c
     first_h = (phase_h + PH) % SH
     first_w = (phase_w + PW) % SW
     bottom = (h + PH - first_h) // SH
