@@ -202,6 +202,18 @@ def test_another_version_of_a_kernels_package_is_another_cache_key(monkeypatch: 
     assert cache_key(config, Context(), ()) != before
 
 
+@pytest.mark.parametrize("backend", [torch.backends.cuda.matmul, torch.backends.cudnn.conv])
+def test_another_precision_is_another_cache_key(backend: Any) -> None:
+    """Whether TF32 is allowed decides what kernels of ours may run."""
+    found, own = set(), backend.fp32_precision
+    try:
+        for backend.fp32_precision in ("ieee", "tf32"):
+            found.add(cache_key(Backend({"policy": "always"}).config, Context(), ()))
+    finally:
+        backend.fp32_precision = own
+    assert len(found) == 2
+
+
 @pytest.mark.usefixtures("everywhere")
 def test_patches_of_max_are_added_up_by_an_op_of_ours() -> None:
     """The same gradient as by Inductor's lowering, of plain 2-D convolutions; others, and more entries than the kernel takes, stay Inductor's."""

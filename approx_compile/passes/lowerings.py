@@ -48,6 +48,11 @@ def refused(site: Site, product: Product, how: Estimator, lowering: str) -> str 
     return None
 
 
+def precisions() -> tuple[str, str]:
+    """In which format torch lets matmuls and convolutions in float32 be multiplied on GPUs."""
+    return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+
+
 def _unfit(site: Site, lowering: str) -> str | None:
     value = _torch.value(site.products[0].operands[0])
     if (why := available.missing(lowering, value.device.type)) is not None:
@@ -55,8 +60,8 @@ def _unfit(site: Site, lowering: str) -> str | None:
     if site.dtype not in (_DTYPES if lowering == "triton" else _DTYPES[1:]):
         return f"{lowering} has no kernel for {str(site.dtype).removeprefix('torch.')}"
     node = site.node
-    allowed = torch.backends.cudnn.conv if node.target in CONV else torch.backends.cuda.matmul  # type: ignore[attr-defined]
-    if site.dtype == torch.float32 and value.device.type == "cuda" and allowed.fp32_precision != "tf32":
+    allowed = precisions()[node.target in CONV]
+    if site.dtype == torch.float32 and value.device.type == "cuda" and allowed != "tf32":
         return f"{lowering} multiplies float32 as TF32, which torch's fp32_precision does not allow"
     if node.target in CONV:
         return _unfit_conv(site, lowering, value)
