@@ -161,7 +161,8 @@ def trace(run: Callable[..., Any], values: Sequence[Any]) -> fx.Graph:
     """`run` on fake values as a graph of aten ops, decomposed by Inductor's table (without it some ops reach Inductor whole and it asserts)."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    return make_fx(run, decomposition_table=_decompositions())(*values).graph
+    apart = [v.detach() if isinstance(v, torch.Tensor) else v for v in values]  # make_fx takes one value that is given twice for one input
+    return make_fx(run, decomposition_table=_decompositions())(*apart).graph
 
 
 def compile_kernel(run: Callable[..., Any], values: Sequence[torch.Tensor]) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from approx_compile.patterns import Pattern
 from approx_compile.trials import Trials
 
 _DETERMINISTIC = ("topk", "topk_weights", "zero", "max", "exact")
-_DEFAULTS: dict[str, Any] = {"min_k": 16, "group": "auto", "sampling": "forward", "lowering": "auto"}
+_DEFAULTS: dict[str, Any] = {"min_k": 16, "group": "auto", "sampling": "forward"}
 
 
 class Candidates:
@@ -104,7 +104,7 @@ class Candidates:
         rule: dict[str, Any] = {"layers": _pattern(site.name)}
         for key in ("method", "ratio", "sampling", "min_k", "group", "lowering", "share", "output", "grad", "grad_input", "grad_weight"):
             value = keys.get(key)
-            if value is not None and value != _DEFAULTS.get(key):
+            if value is not None and value != (self.base.lowering if key == "lowering" else _DEFAULTS.get(key)):
                 rule[key] = value.model_dump(exclude_none=True) if isinstance(value, BaseModel) else value
         return rule
 

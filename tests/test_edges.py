@@ -144,3 +144,27 @@ def test_channels_last_images_of_dynamic_size() -> None:
             f(torch.randn(4, 3, height, width).contiguous(memory_format=torch.channels_last)).square().sum().backward()
             found.append(grads(model))
     assert all(relative(a, b) < 1e-5 for fixed, symbolic in zip(found[:2], found[2:], strict=True) for a, b in zip(fixed, symbolic, strict=True))
+
+
+class Times(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 1.0
+
+
+@pytest.mark.parametrize(
+    "first", [{"sampling": "backward"}, {"group": 4, "sampling": "backward"}, {"grad_weight": "max", "grad_input": "max"}, {"grad_weight": "random"}]
+)
+@pytest.mark.parametrize("second", [{}, {"sampling": "backward"}, {"grad_input": "max"}])
+def test_layers_with_nothing_between_them(first: dict[str, Any], second: dict[str, Any]) -> None:
+    """One layer's gradient is then the very node that the other's gradients read."""
+    one, two, x = nn.Linear(24, 32), nn.Linear(32, 16), torch.randn(20, 24, requires_grad=True)
+    found = []
+    for between in (nn.Identity(), Times()):
+        torch._dynamo.reset()
+        model = nn.Sequential(one, between, two)
+        f, _, plans = compiled(model, ALWAYS | {"rules": [{"layers": "0", **first}, {"layers": "2", **second}]})
+        torch.manual_seed(3)
+        f(x).square().sum().backward()
+        assert [s.decision for s in plans.sites] == ["sampled"] * 2
+        found.append(grads(model, x))
+    assert all(relative(a, b) < 1e-6 for a, b in zip(*found, strict=True))

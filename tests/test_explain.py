@@ -29,15 +29,15 @@ class Net(nn.Module):
 
 
 def test_table_totals_and_reasons() -> None:
-    report = explain(Net(), torch.randn(8, 16, 6, 6), config=ALWAYS)
+    report = explain(Net(), torch.randn(64, 16, 6, 6), config=ALWAYS)
     conv, fc = report.sites
-    assert (conv.name, conv.op, conv.shape, conv.dtype) == ("conv", "conv2d", "8x16x6x6 * 64x16x3x3", "float32")
+    assert (conv.name, conv.op, conv.shape, conv.dtype) == ("conv", "conv2d", "64x16x6x6 * 64x16x3x3", "float32")
     assert (conv.decision, conv.reason) == ("exact", "axis of 16, min_k is 16; its gradients skip what later sites dropped")
     assert (fc.decision, fc.method, fc.ratio, fc.k, fc.size) == ("sampled", "topk", 0.5, 32, 64)
-    flops = 2 * 8 * 16 * (64 * 16 * 9)
+    flops = 2 * 64 * 16 * (64 * 16 * 9)
     assert conv.flops_exact == 2 * flops  # the input needs no gradient: two products
-    assert fc.flops_exact == 3 * (2 * 8 * 64 * 10)
-    norms, selection = 2 * (8 * 64 + 64 * 10), 10 * 64 * 6
+    assert fc.flops_exact == 3 * (2 * 64 * 64 * 10)
+    norms, selection = 2 * (64 * 64 + 64 * 10), 10 * 64 * 6
     assert fc.products["output"].flops_sampled == fc.flops_exact // 3 // 2 + norms + selection
     assert report.flops_exact == conv.flops_exact + fc.flops_exact
     text = str(report)

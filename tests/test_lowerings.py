@@ -92,6 +92,17 @@ def test_a_stride_that_is_one_number_for_both_dims() -> None:
 
 
 @pytest.mark.usefixtures("everywhere")
+def test_convolutions_with_nothing_between_them() -> None:
+    """The second reads an output that another node gives since the first is an op of ours."""
+    model = nn.Sequential(nn.Conv2d(3, 64, 1), nn.Conv2d(64, 64, 1), nn.Conv2d(64, 8, 1)).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 6, 6).contiguous(memory_format=torch.channels_last)
+    want, _, _ = trained(model, x, {"lowering": "inductor", "group": 32})
+    got, _, plans = trained(model, x, {"lowering": "triton", "group": 32, "rules": [{"layers": "2", "lowering": "inductor"}]})
+    assert [s.products[0].lowering for s in plans.sites] == ["inductor", "triton", "inductor"]
+    assert max(relative(a, b) for a, b in zip(got, want, strict=True)) < 1e-5
+
+
+@pytest.mark.usefixtures("everywhere")
 def test_one_op_takes_the_place_of_product_and_gathers() -> None:
     report = explain(
         mlp(256, 256, 8), torch.randn(32, 256), config={"policy": "always", "lowering": "triton", "rules": [{"layers": "linear[-1]", "method": "exact"}]}
@@ -279,13 +290,9 @@ def test_fp32_is_measured_where_it_has_kernels(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_decisions_about_lowerings_read_is_in_the_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packages, whether their compiler is there, and what fp32 convolutions may be multiplied as."""
+    """Packages, and whether their compiler is there."""
     config = Backend({"policy": "always"}).config
     keys = [cache_key(config, Context(), ())]
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee" if before == "tf32" else "tf32"
-    keys.append(cache_key(config, Context(), ()))
-    torch.backends.cudnn.conv.fp32_precision = before
     monkeypatch.setattr(available, "_installed", available._installed.__wrapped__)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for why in (None, "no NVRTC"):
@@ -293,7 +300,19 @@ def test_what_decisions_about_lowerings_read_is_in_the_cache_key(monkeypatch: py
         keys.append(cache_key(config, Context(), ()))
     monkeypatch.setattr(importlib.metadata, "version", lambda package: "0")
     keys.append(cache_key(config, Context(), ()))
-    assert keys[0] == keys[2] and len(set(keys)) == 4
+    assert keys[0] == keys[1] and len(set(keys)) == 3
+
+
+@pytest.mark.parametrize("backend", [torch.backends.cuda.matmul, torch.backends.cudnn.conv])
+def test_another_precision_is_another_cache_key(backend: Any) -> None:
+    """Whether TF32 is allowed decides what kernels of ours may run."""
+    found, own = set(), backend.fp32_precision
+    try:
+        for backend.fp32_precision in ("ieee", "tf32"):
+            found.add(cache_key(Backend({"policy": "always"}).config, Context(), ()))
+    finally:
+        backend.fp32_precision = own
+    assert len(found) == 2
 
 
 @pytest.mark.usefixtures("everywhere")

@@ -123,7 +123,7 @@ def test_devices_that_are_not_there() -> None:
 
 def test_what_is_compiled_is_measured_too() -> None:
     """The full measurement's generated kernels, at one size."""
-    grid = gauges.Grid(linear={}, bmm={}, conv={}, sizes=(2**16,), runs=(16.0,), select={})
+    grid = gauges.Grid(linear={}, bmm={}, conv={}, sizes=(2**16,), runs=(16.0,), allocated=(), select={})
     for kind in ("norms", "take", "untake"):
         name, unit, axes, rates = gauges._moves(kind, "cpu", torch.float32, grid, False, gauges.Clock("cpu", 1e-3))
         assert (name, unit) == (f"{kind}.float32", "GB/s") and len(rates) == 1 and rates[0] > 0

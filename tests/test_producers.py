@@ -67,6 +67,9 @@ SHRUNK: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any]
     "convolution exact": (lambda: Between(F.silu, True), CONV, {"rules": [{"layers": "one", "method": "exact"}]}, {"two": ("one",)}),
     "producer by another method": (lambda: mlp(16, 32, 24), LINEAR, {"rules": [{"layers": "0", "method": "wta"}]}, {"2": ("0",)}),
     "gradients on their own axes": (lambda: mlp(16, 32, 24), LINEAR, {"rules": [{"layers": "0", "sampling": "backward", "method": "topk"}]}, {"2": ("0",)}),
+    "gradients exact": (lambda: mlp(16, 32, 24), LINEAR, {"rules": [{"layers": "0", "sampling": "blackbox"}]}, {"2": ("0",)}),
+    "an exact gradient of a convolution": (lambda: Between(F.relu, True), CONV, {"rules": [{"layers": "one", "sampling": "blackbox"}]}, {"two": ("one",)}),
+    "one gradient exact": (lambda: mlp(16, 32, 24), LINEAR, {"rules": [{"layers": "0", "grad_input": "exact"}]}, {"2": ("0",)}),
     "a convolution's, too": (lambda: Between(F.relu, True), (40, 8, 5, 5), {"rules": [{"layers": "one", "sampling": "backward"}]}, {"two": ("one",)}),
     "gradients replaced": (lambda: mlp(16, 32, 24), LINEAR, {"grad_weight": "zero"}, {"2": ("0",)}),
 }
@@ -281,6 +284,7 @@ def test_rows_are_sampled_of_what_is_narrow(whole: Any, small_work_counts: None)
     options = ALWAYS | {"rules": [{"layers": "0", "output": "exact", "grad": {"axis": "rows", "method": "topk"}}]}
     found, _, sites = step(model, options, x)
     assert shrinks(sites) == {"2": ("0",)} and [p.decision for p in sites[0].products] == ["exact", "rows", "rows"]
+    assert [p.flops_sampled for p in sites[0].products[1:]] == [2 * 40 * 16 * 32 // 4] * 2  # half of the channels on half of the rows
     with whole():
         expected, _, _ = step(model, options, x)
     assert max(relative(a, b) for a, b in zip(found, expected, strict=True)) < 2e-6

@@ -8,12 +8,17 @@ import pytest
 import sympy
 import torch
 from common import compiled, grads, plans_of, relative
+from rich.progress import Progress
 from torch import Tensor, nn
 
 from approx_compile import ApproxConfig, ConfigError, explain, machine
+from approx_compile.candidates import Candidates
 from approx_compile.kernels.estimators import estimator
 from approx_compile.kernels.products import Axis, norms_sq, sample
+from approx_compile.measure import Measurements
 from approx_compile.passes import cost
+from approx_compile.trials import Trials
+from approx_compile.tune import _shared as shared_ways
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -199,3 +204,18 @@ def test_the_key_is_checked_and_said() -> None:
     report = explain(Attention(), torch.randn(4, 8, 64, requires_grad=True), config=ALWAYS)
     assert report.to_dict()["sites"][1]["products"]["output"]["shares"] == "q"
     assert "shares its indices with q" in {s.name: s for s in report.sites}["v"].reason
+
+
+def test_tuning_measures_the_error_both_ways() -> None:
+    """Narrow layers share by predicted time: what is measured besides is each at its own entries. Wide ones, left apart, are measured together."""
+    x, target = torch.randn(64, 1024), torch.randn(64, 8)
+    for out, other in ((32, False), (1024, True)):
+        candidates = Candidates.of({"policy": "always", "group": 1})
+        trials = Trials(Readers(out), (x,), target, None, candidates.options({}))
+        found = Measurements(trials, candidates, 1.0, (0.5,), 60.0, Progress(disable=True))
+        candidates.survey(trials, 0.5)
+        tried = found.tried(candidates.options(dict.fromkeys("abc", 0.5)))
+        (again,) = shared_ways(found, tried)
+        assert again.options["share"] is other and again.error > 0 and again.error != tried.error
+        shares = [[s.products[0].shares for s in t.sites[:3]] for t in (tried, again)]
+        assert shares[other] == [None, "a", "a"] and shares[not other] == [None] * 3

@@ -195,6 +195,14 @@ def test_rules_of_the_config_hold() -> None:
     assert by_name["4"][0].method == "wta" and by_name["4"][0].k == 16 and by_name["0"][0].k == 64
 
 
+def test_a_rules_lowering_beats_that_of_all() -> None:
+    model, x = mlp(64, 64, 64), torch.randn(8, 64)
+    candidates = Candidates.of({"policy": "always", "lowering": "triton", "rules": [{"layers": "0", "lowering": "auto"}]})
+    candidates.survey(Trials(model, (x,), None, torch.sum, candidates.options({})), 0.25)
+    reasons = [s.reason for s in plans_of(model, candidates.options({"0": 0.5, "2": 0.5}), x)]
+    assert ["triton needs a CUDA device" in r for r in reasons] == [False, True]
+
+
 # --- what it chooses ---
 
 

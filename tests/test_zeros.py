@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from common import compiled, grads, plans_of, relative
+from common import compiled, grads, mlp, plans_of, relative
 from torch import Tensor, nn
 
 from approx_compile.passes import cost, graph_pass
@@ -65,6 +65,8 @@ CASES: dict[str, tuple[Any, tuple[int, ...], set[tuple[str, str, str]]]] = {
         (256, 64),
         {("two", "grad_input", "three"), ("two", "grad_weight", "three"), ("one", "grad_input", "two"), ("one", "grad_weight", "two")},
     ),
+    # the pieces of equal layers are traced once
+    "equal layers": (lambda: mlp(64, 64, 64, 64), (256, 64), {(a, g, b) for a, b in (("0", "2"), ("2", "4")) for g in ("grad_input", "grad_weight")}),
     "gelu": (lambda: Feed("gelu"), (4, 64, 64), {(n, g, "down") for n in ("gate", "up") for g in ("grad_input", "grad_weight")}),
     "silu": (lambda: Feed("silu"), (4, 64, 64), {(n, g, "down") for n in ("gate", "up") for g in ("grad_input", "grad_weight")}),
     # h has two readers, so a's output gradient is not zero where b dropped; b's is where c dropped

@@ -44,9 +44,8 @@ def tf32(conv: bool) -> bool:
 
 
 def conditions() -> tuple[str, ...]:
-    """What decisions about lowerings read of this installation and of torch's settings: part of the cache key. (What products of fp32 matrices may be
-    multiplied as is part of Inductor's own.)"""
-    return (*_installed(), f"fp32 convolutions as TF32: {tf32(conv=True)}")
+    """What decisions about lowerings read of this installation and of torch's settings: part of the cache key."""
+    return (*_installed(), f"TF32 for matrices: {tf32(conv=False)}, for convolutions: {tf32(conv=True)}")
 
 
 @functools.cache

@@ -37,7 +37,7 @@ class ApproxPass(_torch.CustomGraphPass):
     """Inductor's joint-graph pass of one compiled graph.
 
     `uuid` covers everything the pass reads that is not in the graph's own text: the config, every module's name and mode in graph order,
-    which inputs are parameters, data or need gradients, the machine's (rounded) profile and the code of this package.
+    which inputs are parameters, data or need gradients, the machine's (rounded) profile, the precision that torch allows and the code of this package.
     """
 
     def __init__(
@@ -87,8 +87,8 @@ def cache_key(config: ApproxConfig, context: Context, layers: tuple[str, ...], m
     first_seen: dict[str, int] = {}
     order = [(first_seen.setdefault(m[0], len(first_seen)), asdict(m[1])) if m else None for m in modules]
     profile = (machine.digest, stopwatch.name(machine) if config.measures() else None) if machine is not None else None
-    versions = (code_version(), available.conditions())
-    parts = (config.digest(), order, asdict(context.root), [asdict(i) for i in context.inputs], context.exact, context.last_module, profile, versions)
+    here = (profile, code_version(), available.conditions())
+    parts = (config.digest(), order, asdict(context.root), [asdict(i) for i in context.inputs], context.exact, context.last_module, here)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

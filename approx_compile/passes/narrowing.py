@@ -69,7 +69,6 @@ class Narrowing:
         keep_choice(self.idx, f"{region.consumer.name}.output.idx")
         operands = (output.operands[0], taken) if output.weight == 1 else (taken, output.operands[1])
         self.narrow: dict[fx.Node, fx.Node] = {}
-        self.whole: dict[fx.Node, fx.Node] = {}
         self.sampled = Sampled(region.how, self.idx, None, operands, self.narrow)
         self.old = {n: _torch.value(n) for n in region.dims}
         self.taken: dict[tuple[fx.Node, int], fx.Node] = {}
@@ -157,7 +156,7 @@ class Narrowing:
                 full = self._whole(n)
                 for u in others:
                     u.replace_input_with(n, full)
-                self.narrow[full], self.whole[n] = n, full
+                self.narrow[full] = n
 
     def _whole(self, n: fx.Node) -> fx.Node:
         how, old, axis = self.region.how, Layout.of(self.old[n]), Axis(self.region.dims[n])

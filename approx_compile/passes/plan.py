@@ -161,8 +161,8 @@ def _on_rows(site: SitePlan, cuts: Mapping[str, Cut]) -> SitePlan:
                 ratio=share,
                 k=k,
                 size=cut.rows,
-                flops_sampled=round(share * p.flops_exact),
-                time_sampled_us=share * p.time_exact_us if p.time_exact_us is not None else None,
+                flops_sampled=round(share * p.flops_sampled),  # which skips what it may
+                time_sampled_us=share * p.time_sampled_us if p.time_sampled_us is not None else None,
             )
     if all(p.decision != "rows" for p in products):
         return site

@@ -36,7 +36,7 @@ def rewrite(graph: fx.Graph, sites: Sequence[Site], plan: Plan) -> None:
     narrow: dict[str, tuple[fx.Node, fx.Node]] = {}
     readers = shared.readers(sites, plan)
     sums = {name: _Shared(*total) for name, total in shared.sums(sites, plan).items()}
-    found, narrowing, whole = regions(sites, plan), dict[str, Narrowing](), dict[fx.Node, fx.Node]()
+    found, narrowing = regions(sites, plan), dict[str, Narrowing]()
     for site, planned in zip(sites, plan.sites, strict=True):
         output = planned.products[0]
         if site.name in found:
@@ -44,7 +44,7 @@ def rewrite(graph: fx.Graph, sites: Sequence[Site], plan: Plan) -> None:
             kept[site.name] = narrowing[site.name].forward(kept, narrow)
         elif output.decision == "sampled":
             leader = kept[output.shares] if output.shares is not None else None
-            kept[site.name] = _sample_in_place(graph, site, site.products[0], output, leader, readers.get(site.name, ()))
+            kept[site.name] = _sample_in_place(graph, site, _as_it_is(site.products[0]), output, leader, readers.get(site.name, ()))
     for site, planned in zip(reversed(sites), reversed(plan.sites), strict=True):  # as the backward pass goes
         todo = []
         for product, decision in zip(site.products[1:], planned.products[1:], strict=True):
@@ -52,18 +52,25 @@ def rewrite(graph: fx.Graph, sites: Sequence[Site], plan: Plan) -> None:
             skipped = kept[decision.skips] if decision.skips is not None else None
             if decision.decision in ("sampled", "replaced") or coupled or skipped:
                 fed = site.name in narrowing and product.name == "grad_input"
-                first, second = product.operands
-                product = replace(product, operands=(whole.get(first, first), whole.get(second, second)))
                 into = sums.get(decision.shares or site.name) if product.name == "grad_input" else None
-                todo.append(_Gradient(product, decision, coupled, skipped, narrow.get(site.name), fed, into))
+                through = coupled or planned.products[0].decision == "exact"  # else the output's operands are cut to entries that this gradient does not know
+                todo.append(_Gradient(_as_it_is(product), decision, coupled, skipped, narrow.get(site.name) if through else None, fed, into))
         _gradients(graph, site, todo)
         if site.name in narrowing:
             narrowing[site.name].backward()
-            whole |= narrowing[site.name].whole
     for total in sums.values():
         _put_back_sum(graph, total)
     graph.eliminate_dead_code()
     graph.lint()
+
+
+def _as_it_is(product: Product) -> Product:
+    """A product with the operands that its node has by now: what it read may have been the result of another site, which another node gives since."""
+    args = product.node.args
+    at = ((0, 2), (1, 0))[product.mask] if product.mask >= 0 else (0, 1) if product.node.target in CONV else (-2, -1)
+    first, second = (args[i] for i in at)
+    assert isinstance(first, fx.Node) and isinstance(second, fx.Node)
+    return replace(product, operands=(first, second))
 
 
 def _gradients(graph: fx.Graph, site: Site, todo: Sequence[_Gradient]) -> None:
