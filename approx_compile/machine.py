@@ -1,7 +1,7 @@
 """What this machine can do, measured: the numbers behind every prediction of time.
 
 A `Machine` is a set of tables, each over a grid of sizes, for one device, number of threads and version of torch. It is measured once (a quick
-one, under 3 s, when it is first needed; the whole, under 60 s, by `calibrate`), rounded, and stored in the user's cache folder.
+one, under 3 s, when it is first needed; the whole, under 60 s on a CPU, by `calibrate`), rounded, and stored in the user's cache folder.
 
 Rounding and memory make it fit for a cache key: values lie on a grid of eighths of an octave (an error of at most 4.4%), and a new measurement
 within a quarter of an octave (19%) of the stored value leaves that value as it is. So calibrating again on the same machine changes nothing.
@@ -217,7 +217,8 @@ def path_of(device: str = "cpu") -> Path:
 
 
 def calibrate(device: str | None = None, *, quick: bool = False, progress: bool = False) -> Machine:
-    """Measure this machine, store the profile and decide by it from now on; under 60 s, or under 3 s if `quick`.
+    """Measure this machine, store the profile and decide by it from now on; on a CPU under 60 s, or under 3 s if `quick`. On a GPU the kernels
+    of ours, too, are compiled and tuned, which takes longer; how long has not been measured.
 
     `device`: "cpu" or "cuda", by default cuda where there is one. `progress`: a bar on the terminal. The result prints as a table (rich).
     Raises ConfigError for a device that is not there, and OSError where the profile can't be stored.

@@ -25,15 +25,19 @@ SMALL = Config(32, 32, 16, 4, 3)
 def errors(
     image: tuple[int, int], kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int],
     unit: int, kept: list[int], dtype: str, scaled: bool, weight: str, shipped: bool, samples: int = 2, inputs: int = 64, outputs: int = 24,
+    strided: bool = False,
 ) -> dict[str, float]:  # fmt: skip
     """Of y, dx and dw; the operands hold NaN in every channel that is not chosen, results before they are written.
 
     `shipped`: as on a GPU, the configuration included, else in small tiles so that there are many, and the sum over places in three shares.
+    `strided`: indices with other numbers between them, and one scale for all that is stored once, as the estimator `uniform` has it.
     """
     torch.manual_seed(0)
     kind = getattr(torch, dtype)
     idx = torch.tensor(kept)
     scale = torch.rand(len(kept)) + 0.5 if scaled else None
+    if strided:
+        idx, scale = torch.stack([idx, idx.flip(0)], 1)[:, 0], torch.tensor(1.5).expand(len(kept))
     chosen = torch.isin(torch.arange(inputs) // unit, idx).reshape(-1, 1, 1)
     x = torch.randn(samples, inputs, *image).where(chosen, torch.nan).to(kind, memory_format=torch.channels_last)
     w = (torch.randn(outputs, inputs, *kernel) / 10).where(chosen, torch.nan).to(kind)

@@ -234,6 +234,13 @@ def test_max_conv_of_other_layouts() -> None:
     dy = torch.randn(3, 4, 12, 5)[:, :, ::2]
     df = launch.max_conv_weight(x, dy, 1, 1.0, SQUARE, runs(False))
     close(df, max64(x, dy, 1, 1.0, SQUARE), terms=30)
+    for height, width in ((6, 1), (1, 6)):  # the stride of an axis of one place may be any number
+        x = torch.randn(3, 4, height, width)
+        narrow = torch.randn(3, 4, 6)
+        dy = narrow.as_strided((3, 4, height, width), (24, 6, 1 if width == 1 else 7, 7 if width == 1 else 1))
+        df = launch.max_conv_weight(x, dy, 1, 1.0, SQUARE, runs(False))
+        close(df, max64(x, dy, 1, 1.0, SQUARE), terms=30)
+    x, dy = torch.randn(3, 5, 6, 8), torch.randn(3, 4, 6, 5)
     assert not launch.supports_max_conv(x.double(), dy.double(), 1) and not launch.supports_max_conv(x, dy, 9)
     assert not launch.supports_max_conv(x[:, :, :, :0], dy, 1) and not launch.supports_max_conv(x, dy[:, :, :1, :2], 4)
 

@@ -7,9 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from approx_compile.kernels.cuda import launch
 
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu.py"
 RESULTS = SCRIPT.parent / "results"
@@ -25,13 +28,46 @@ def test_every_kernel_is_compared_with_fp64() -> None:
     assert "49 of 49 within their limits" in done.stdout
 
 
-def test_a_kernel_that_is_off_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script as a module."""
     monkeypatch.setattr(sys, "path", [str(SCRIPT.parent), *sys.path])
     spec = importlib.util.spec_from_file_location("gpu_script", SCRIPT)
     assert spec is not None and spec.loader is not None
-    gpu = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "gpu_script", gpu)
-    spec.loader.exec_module(gpu)
+    made = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gpu_script", made)
+    spec.loader.exec_module(made)
+    return made
+
+
+def test_what_is_compared_is_what_a_kernel_takes(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an A100, where fp32 has a kernel for every product; else the reference would be compared with itself."""
+    pytest.importorskip("triton", reason="the extra `triton` is not installed")
+    from approx_compile.kernels.triton import matmul, tuning
+
+    monkeypatch.setattr(tuning, "device_of", lambda x: tuning.Device("A100", 80, 108, 166912))
+    served: list[bool] = []
+
+    def skip_matmul(a: torch.Tensor, b: torch.Tensor, idx: torch.Tensor, scale: Any, unit: int, bias: Any = None) -> torch.Tensor:
+        served.append(launch.supports_matmul(a, b, unit) if unit == 16 else matmul.can_skip(a, b, unit))
+        return a
+
+    def skip_matmul_into(a: torch.Tensor, b: torch.Tensor, idx: torch.Tensor, scale: Any, unit: int, dim: int) -> torch.Tensor:
+        served.append(launch.supports_matmul(a, b, unit) if unit == 16 else matmul.can_skip_into(a, b, unit, dim))
+        return a
+
+    monkeypatch.setattr(gpu.skip, "skip_matmul", skip_matmul)
+    monkeypatch.setattr(gpu.skip, "skip_matmul_into", skip_matmul_into)
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for _, _, run, tensors in gpu.matmul_cases(gpu.Bench("cpu", False)):
+            run(*tensors)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert len(served) == 54 and all(served)
+
+
+def test_a_kernel_that_is_off_is_found(gpu: Any) -> None:
     a, b = torch.randn(4, 8), torch.randn(8, 4)
 
     def off(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ On CPUs the kernels' ops run their readable references, so all of the pass runs 
 
 from __future__ import annotations
 
+import importlib.metadata
 from typing import Any
 
 import pytest
@@ -13,8 +14,8 @@ from common import compiled, grads, mlp, plans_of, relative
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from approx_compile import Backend, explain, gauges, machine
-from approx_compile.kernels import available
+from approx_compile import Backend, explain, gauges, machine, stopwatch
+from approx_compile.kernels import available, skip
 from approx_compile.passes.graph_pass import cache_key
 from approx_compile.passes.sites import Context
 
@@ -86,6 +87,22 @@ def test_convolutions_with_nothing_between_them() -> None:
 
 
 @pytest.mark.usefixtures("everywhere")
+def test_a_stride_that_is_one_number_for_both_dims() -> None:
+    class Conv(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 128, 3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.ops.aten.convolution(x, self.weight, None, [2], [1], [1], False, [0], 1)
+
+    model, x = Conv(), torch.randn(2, 128, 6, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
+    found = [trained(model, x, {"lowering": lowering, "group": 32}) for lowering in ("inductor", "triton")]
+    assert [plans.sites[0].products[0].lowering for _, _, plans in found] == ["inductor", "triton"]
+    assert max(relative(a, b) for a, b in zip(found[0][0], found[1][0], strict=True)) < 1e-5
+
+
+@pytest.mark.usefixtures("everywhere")
 def test_one_op_takes_the_place_of_product_and_gathers() -> None:
     report = explain(
         mlp(256, 256, 8), torch.randn(32, 256), config={"policy": "always", "lowering": "triton", "rules": [{"layers": "linear[-1]", "method": "exact"}]}
@@ -129,6 +146,15 @@ def test_mixed_precision_runs_sixteen_wide_groups_in_cuda() -> None:
     assert plan[0].products[0].lowering == "inductor" and "cuda has no kernel for float32" in plan[0].reason
 
 
+def test_every_device_is_asked_for_its_own_capability(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: {0: (9, 0), 1: (7, 5)}[getattr(device, "index", None) or 0])
+    pytest.importorskip("triton", reason="the extra `triton` is not installed")
+    missing = available.missing.__wrapped__
+    assert missing("triton", torch.device("cuda", 0)) is None and "has 7.5" in missing("triton", torch.device("cuda", 1))
+    monkeypatch.setattr(torch.version, "hip", "6.4")  # where capabilities look alike
+    assert "NVIDIA" in missing("triton", torch.device("cuda", 0)) and "NVIDIA" in missing("cuda", torch.device("cuda", 0))
+
+
 def test_without_a_gpu_the_reason_is_said_and_inductor_runs_it() -> None:
     x = torch.randn(32, 256)
     for lowering in ("triton", "cuda"):
@@ -161,6 +187,35 @@ def test_convolutions_that_no_kernel_fits() -> None:
     model = nn.Sequential(nn.Conv2d(256, 8, 3), nn.Conv2d(8, 256, 3, groups=8), nn.Conv2d(256, 8, 3, groups=2))
     sites = plans_of(model, {"policy": "always", "lowering": "triton", "min_k": 1, "group": 32}, torch.randn(2, 256, 9, 9))
     assert "not channels-last" in sites[0].reason and "without groups" in sites[2].reason
+    torch._dynamo.reset()
+    x = torch.randn(2, 256, 9, 9).contiguous(memory_format=torch.channels_last)
+    for dilation, says in ((1, " by triton"), (2, "stride and dilation are both above 1, for which the gradient has no kernel")):
+        (site,) = plans_of(nn.Conv2d(256, 8, 3, stride=2, dilation=dilation), {"policy": "always", "lowering": "triton", "group": 32}, x)
+        assert site.reason.endswith(says)
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_a_bias_that_is_not_one_for_every_output() -> None:
+    """A kernel would read beyond one that is broadcast; the op says so, too."""
+
+    class Added(nn.Module):
+        def __init__(self, *bias: int) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(256, 32)), nn.Parameter(torch.randn(bias))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmm(self.bias, x, self.weight)
+
+    for shape in ((1,), (), (1, 32)):
+        torch._dynamo.reset()
+        (site,) = plans_of(Added(*shape), {"policy": "always", "lowering": "triton"}, torch.randn(32, 256))
+        assert site.products[0].lowering == "inductor" and "adds no plain bias" in site.reason
+    torch._dynamo.reset()
+    (site,) = plans_of(Added(32), {"policy": "always", "lowering": "triton"}, torch.randn(32, 256))
+    assert site.products[0].lowering == "triton"
+    for bias in (torch.randn(1), torch.randn(32).double()):
+        with pytest.raises(ValueError, match=r"expected \(32,\) torch.float32, one for every column"):
+            skip.skip_matmul(torch.randn(8, 64), torch.randn(64, 32), torch.arange(1), None, 32, bias)
 
 
 @pytest.mark.usefixtures("everywhere")
@@ -178,6 +233,35 @@ def test_time_decides_between_the_lowerings() -> None:
 
 
 @pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("policy", ["always", "cost"])
+def test_auto_takes_no_kernel_that_was_not_measured(policy: str) -> None:
+    """At the exact product's rate, which stands for an unknown one, a kernel without gathers would always win."""
+    model, x = nn.Sequential(nn.Linear(8, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 8)), torch.randn(1024, 8)
+    sites = plans_of(model, {"policy": policy, "ratio": 0.25}, x)
+    assert sites[1].decision == "sampled" and {p.lowering for s in sites for p in s.products} == {"inductor"}
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("fastest", ["inductor", "triton"])
+def test_a_measured_time_is_that_of_the_lowering_it_decides_for(fastest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way is asked for by its lowering, and the one that was measured to be fastest is the one that runs."""
+    profile = machine.current()
+    tables = {f"triton.{n}": t for n, t in profile.tables.items() if n.startswith("linear.")}
+    asked: list[list[str]] = []
+
+    def answers(questions: Any, profile: Any, say: Any) -> list[list[float]]:
+        asked.extend([o["lowering"] for o in q.options] for q in questions)
+        return [[100.0, *(50.0 if o["lowering"] == fastest else 60.0 for o in q.options)] for q in questions]
+
+    monkeypatch.setattr(stopwatch, "answers", answers)
+    model, x = nn.Sequential(nn.Linear(8, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 8)), torch.randn(1024, 8)
+    with machine.use(profile.model_copy(update={"tables": profile.tables | tables})):
+        site = plans_of(model, {"policy": "measure"}, x)[1]
+    assert [set(a) for a in asked] == [{"inductor", "triton"}]
+    assert (site.decision, site.products[0].lowering) == ("sampled", fastest)
+
+
+@pytest.mark.usefixtures("everywhere")
 def test_kernels_are_measured_where_they_run() -> None:
     grid = gauges.Grid(
         linear={"M": (1, 8), "K": (16, 64), "N": (1, 8)},
@@ -185,6 +269,7 @@ def test_kernels_are_measured_where_they_run() -> None:
         conv={"places": (1, 256), "C": (64,), "O": (1, 8), "taps": (9,)},
         sizes=(2**14,),
         runs=(1,),
+        allocated=(2**14,),
         select={"units": (16,), "lead": (1,)},
     )
     clock = gauges.Clock("cpu", 1e-4)
@@ -195,11 +280,31 @@ def test_kernels_are_measured_where_they_run() -> None:
     assert sorted(tables) == sorted(kinds) and tables["triton.linear.output.float32"].axes["K"] == (64,)
 
 
-def test_another_version_of_a_kernels_package_is_another_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp32_is_measured_where_it_has_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table named after a kernel that holds the reference's rates would be believed once TF32 is allowed."""
+    clock = gauges.Clock("cpu", 1e-4)
+    for conv, matmul, steps in ((True, False, 3), (False, True, 3), (True, True, 6), (False, False, 0)):
+        monkeypatch.setattr(available, "tf32", lambda conv, of={True: conv, False: matmul}: of[conv])
+        assert len(list(gauges._own_steps("triton", "cuda", torch.float32, gauges.GPU, clock))) == steps
+        assert len(list(gauges._own_steps("triton", "cuda", torch.bfloat16, gauges.GPU, clock))) == 6
+
+
+def test_what_decisions_about_lowerings_read_is_in_the_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packages, whether their compiler is there, and what fp32 convolutions may be multiplied as."""
     config = Backend({"policy": "always"}).config
-    before = cache_key(config, Context(), ())
-    monkeypatch.setattr(available, "versions", lambda: ("triton 0",))
-    assert cache_key(config, Context(), ()) != before
+    keys = [cache_key(config, Context(), ())]
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee" if before == "tf32" else "tf32"
+    keys.append(cache_key(config, Context(), ()))
+    torch.backends.cudnn.conv.fp32_precision = before
+    monkeypatch.setattr(available, "_installed", available._installed.__wrapped__)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for why in (None, "no NVRTC"):
+        monkeypatch.setattr(available, "missing", lambda lowering, device, why=why: why)
+        keys.append(cache_key(config, Context(), ()))
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "0")
+    keys.append(cache_key(config, Context(), ()))
+    assert keys[0] == keys[2] and len(set(keys)) == 4
 
 
 @pytest.mark.parametrize("backend", [torch.backends.cuda.matmul, torch.backends.cudnn.conv])
@@ -230,6 +335,23 @@ def test_patches_of_max_are_added_up_by_an_op_of_ours() -> None:
     torch._dynamo.reset()
     _, _, plans = trained(model, x, exact | {"rules": [{"layers": "conv", "grad_weight": {"method": "max", "j": 9}}]})
     assert [s.products[-1].replacement.lowering for s in plans.sites] == ["inductor"] * 2
+
+
+def test_max_says_why_it_is_not_run_by_the_lowering_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 4)), torch.randn(4, 3, 8, 8)
+
+    def reasons(lowering: str, **replaced: Any) -> list[str]:
+        torch._dynamo.reset()
+        options = {"policy": "always", "method": "exact", "lowering": lowering, "rules": [{"layers": "site", "grad_weight": {"method": "max"} | replaced}]}
+        return [s.reason for s in plans_of(model, options, x)]
+
+    assert all(s.endswith(": max, 1 of 36 entries of the output gradient") for s in (reasons("auto")[0], reasons("inductor")[0]))
+    assert reasons("cuda")[0].endswith("by inductor: cuda needs a CUDA device, the site is on cpu")
+    assert "by inductor: triton has no kernel for max" in reasons("triton")[0]
+    assert "by inductor: cuda has no kernel for max but that of convolutions" in reasons("cuda")[1]
+    monkeypatch.setattr(available, "missing", lambda lowering, device: None)
+    assert reasons("cuda")[0].endswith(", by cuda")
+    assert reasons("cuda", j=9)[0].endswith("by inductor: the kernel for max keeps 1 to 8 entries")
 
 
 @pytest.mark.usefixtures("everywhere")

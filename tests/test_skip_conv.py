@@ -10,6 +10,7 @@ from common import relative
 from torch import Tensor
 from torch.nn.functional import conv2d
 
+from approx_compile.kernels.skip import check_index
 from approx_compile.kernels.skip_conv import skip_conv, skip_conv_input, skip_conv_weight
 
 IDX = torch.tensor([0, 2])
@@ -72,6 +73,8 @@ def test_operands_that_do_not_fit() -> None:
             skip_conv(x, w, IDX, None, unit, *geometry)
         with pytest.raises(ValueError, match=f"unit {unit} for an axis of 64 entries"):
             skip_conv_input(x[:, :24], w, IDX, None, unit, (9, 7), *geometry)
+    with pytest.raises(ValueError, match=r"indices and scale on cpu; expected meta, where the operands are"):
+        check_index(IDX, None, 16, 64, torch.device("meta"))
     with pytest.raises(ValueError, match=r"scale \(3,\) torch.float32; expected \(2,\)"):
         skip_conv(x, w, IDX, torch.ones(3), 16, *geometry)
     for op, args in ((skip_conv, (x[0], w)), (skip_conv, (x, w[:, :32])), (skip_conv_input, (x, w)), (skip_conv_weight, (x, x[:1].float()))):

@@ -21,7 +21,7 @@ pytest.importorskip("triton", reason="the extra `triton` is not installed")
 from gpu_code import Code, compile_for
 
 from approx_compile.kernels.triton import conv, conv_kernels
-from approx_compile.kernels.triton.tuning import Config
+from approx_compile.kernels.triton.tuning import Config, Device
 
 CASES: dict[str, dict[str, Any]] = {
     "3x3": {},
@@ -34,6 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "unlike in each direction": {"kernel": (3, 2), "stride": (2, 1), "padding": (1, 0), "dilation": (1, 2), "weight": "odd", "scaled": False},
     "no padding, all channels": {"padding": (0, 0), "image": (6, 5), "kept": [0, 1, 2, 3], "outputs": 37},
     "unit of two steps, fp16": {"kernel": (2, 2), "padding": (1, 1), "unit": 64, "kept": [0], "dtype": "float16", "image": (4, 4), "weight": "channels-last"},
+    "strided index and scale": {"strided": True, "kept": [0, 1, 3], "image": (4, 5), "samples": 1},
     "as shipped, many groups": {
         "kernel": (1, 1),
         "padding": (0, 0),
@@ -107,6 +108,24 @@ def test_fp32_without_tf32_is_refused() -> None:
     assert conv.refusal("output", g, 16, torch.arange(2), x, w) is None
     torch.backends.cudnn.conv.fp32_precision = "ieee"
     assert "without tf32" in str(conv.refusal("output", g, 16, torch.arange(2), x, w))
+
+
+def test_candidates_depend_on_what_the_choice_is_kept_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches that share a choice are offered the same tiles: under deterministic algorithms the first is taken, whichever batch comes first."""
+    offered: dict[Any, set[tuple[Config, ...]]] = {}
+
+    def pick(kernel: Any, key: Any, candidates: Any, device: Any, launch: Any) -> Config:
+        offered.setdefault(key, set()).add(tuple(candidates()))
+        raise InterruptedError
+
+    monkeypatch.setattr(conv, "pick", pick)
+    monkeypatch.setattr(conv, "device_of", lambda _: Device("none", 80, 4, 163 * 1024))
+    for samples in (11, 13, 16, 20):
+        x, dy = (torch.empty(samples, c, 3, 8, dtype=torch.float16).to(memory_format=torch.channels_last) for c in (64, 24))
+        dw = torch.empty(24, 64, 1, 1, dtype=torch.float16)
+        with pytest.raises(InterruptedError):
+            conv.grad_weight(dw, x, dy, torch.arange(2), None, 16, [1, 1], [1, 1], [0, 0], [1, 1])
+    assert len(offered) == 1 and all(len(found) == 1 for found in offered.values())
 
 
 # --- machine code ---

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib.metadata
 import importlib.util
+import itertools
 
 import torch
 
@@ -22,23 +23,38 @@ _TRITON_FOR = (8, 9)
 
 
 @functools.cache
-def missing(lowering: str, device: str) -> str | None:
+def missing(lowering: str, device: torch.device) -> str | None:
     """Why no kernel of a lowering runs on a device here, if so."""
-    if device != "cuda":
-        return f"{lowering} needs a CUDA device, the site is on {device}"
+    if device.type != "cuda":
+        return f"{lowering} needs a CUDA device, the site is on {device.type}"
+    if torch.version.hip is not None:
+        return f"{lowering} has kernels for NVIDIA's devices only"
     if lowering == "cuda":
-        return launch.unavailable(torch.device(device))
+        return launch.unavailable(device)
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install 'approx-compile[triton]'"
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = torch.cuda.get_device_capability(device)
     return None if major in _TRITON_FOR else f"there are Triton kernels for compute capability 8.x and 9.x, the device has {major}.{minor}"
 
 
+def tf32(conv: bool) -> bool:
+    """Whether torch's settings let products of fp32 matrices, or convolutions, be multiplied as TF32 on a GPU."""
+    kind = torch.backends.cudnn.conv if conv else torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    return bool(kind.fp32_precision == "tf32")
+
+
+def conditions() -> tuple[str, ...]:
+    """What decisions about lowerings read of this installation and of torch's settings: part of the cache key."""
+    return (*_installed(), f"fp32 as TF32: convolutions {tf32(conv=True)}, matrix products {tf32(conv=False)}")
+
+
 @functools.cache
-def versions() -> tuple[str, ...]:
-    """What of the lowerings' packages is installed: part of the cache key, for decisions read it."""
+def _installed() -> tuple[str, ...]:
     found = []
     for package in ("triton", "cuda-core", "cuda-bindings"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found.append(f"{package} {importlib.metadata.version(package)}")
+    for device, lowering in itertools.product(range(torch.cuda.device_count()), OWN):
+        if (why := missing(lowering, torch.device("cuda", device))) is not None:
+            found.append(f"{device}: {why}")
     return tuple(found)

@@ -50,18 +50,18 @@ def skip_matmul_reference(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | Non
 
 @torch.library.custom_op("approx_compile::skip_matmul", mutates_args=(), device_types="cpu")
 def skip_matmul(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: int, bias: Tensor | None = None) -> Tensor:
-    """Y = A[:, idx] diag(scale) B[idx, :] + bias: a (M, K), b (K, N), idx (k,) of K // unit units, bias (N,) -> (M, N).
+    """Y = A[:, idx] diag(scale) B[idx, :] + bias: a (M, K), b (K, N), idx (k,) of K // unit units, bias (N,) of the operands' dtype -> (M, N).
 
     The product with a sampled contraction axis: an output, a gradient sampled along its own axis, or, with a = X^T and unit 1, a weight gradient from chosen
     rows of the batch. ValueError where shapes and dtypes do not fit together.
     """
-    _check(a, b, idx, scale, unit, a.shape[1])
+    _check(a, b, idx, scale, unit, a.shape[1], bias)
     return skip_matmul_reference(a, b, idx, scale, unit, bias)
 
 
 @skip_matmul.register_kernel("cuda")
 def _(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: int, bias: Tensor | None = None) -> Tensor:
-    _check(a, b, idx, scale, unit, a.shape[1])
+    _check(a, b, idx, scale, unit, a.shape[1], bias)
     if _in_cuda(a, b, unit):
         return launch.skip_matmul(a, b, idx, scale, unit, bias)
     fast = kernels("matmul")
@@ -119,20 +119,27 @@ def _check_into(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: i
     _check(a, b, idx, scale, unit, (a.shape[0], b.shape[1])[dim])
 
 
-def _check(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: int, size: int) -> None:
+def _check(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: int, size: int, bias: Tensor | None = None) -> None:
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0] or a.dtype != b.dtype:
         raise ValueError(f"operands {tuple(a.shape)} {a.dtype} and {tuple(b.shape)} {b.dtype}; expected matrices (M, K) and (K, N) of one dtype")
-    check_index(idx, scale, unit, size)
+    if bias is not None and (bias.shape != b.shape[1:] or bias.dtype != a.dtype):
+        raise ValueError(f"bias {tuple(bias.shape)} {bias.dtype}; expected ({b.shape[1]},) {a.dtype}, one for every column: expand it")
+    check_index(idx, scale, unit, size, a.device)
+    if b.device != a.device or (bias is not None and bias.device != a.device):
+        raise ValueError(f"operands on {a.device}, {b.device}" + (f" and {bias.device}" if bias is not None else "") + "; expected one device")
 
 
-def check_index(idx: Tensor, scale: Tensor | None, unit: int, size: int) -> None:
-    """What an index would read beyond an axis of `size` entries for is an error here."""
+def check_index(idx: Tensor, scale: Tensor | None, unit: int, size: int, device: torch.device) -> None:
+    """What an index would read beyond an axis of `size` entries for is an error here, and what a kernel could not read where it is."""
     if unit < 1 or size % unit:
         raise ValueError(f"unit {unit} for an axis of {size} entries; expected a divisor of {size}: pad the axis, or take unit 1 and indices of entries")
     if idx.dim() != 1 or idx.dtype != torch.int64 or len(idx) > size // unit:
         raise ValueError(f"indices {tuple(idx.shape)} {idx.dtype}; expected at most {size // unit}, torch.int64, in one dim, sorted and distinct")
     if scale is not None and (scale.shape != idx.shape or scale.dtype != torch.float32):
         raise ValueError(f"scale {tuple(scale.shape)} {scale.dtype}; expected {tuple(idx.shape)} torch.float32, one for every index")
+    if any(t is not None and t.device != device for t in (idx, scale)):
+        where = f" and {scale.device}" if scale is not None else ""
+        raise ValueError(f"indices and scale on {idx.device}{where}; expected {device}, where the operands are")
 
 
 # --- which units, and their norms ---

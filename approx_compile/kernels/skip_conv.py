@@ -88,12 +88,13 @@ def _checked(function: Callable[..., Tensor], product: str) -> Callable[..., Ten
 
     @wraps(function)
     def run(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: int, *rest: Any) -> Tensor:
-        if a.dim() != 4 or b.dim() != 4 or a.shape[common[0]] != b.shape[common[1]] or a.dtype != b.dtype:
+        if a.dim() != 4 or b.dim() != 4 or a.shape[common[0]] != b.shape[common[1]] or (a.dtype, a.device) != (b.dtype, b.device):
             raise ValueError(
-                f"operands {tuple(a.shape)} {a.dtype} and {tuple(b.shape)} {b.dtype}; expected two of x (N, C, H, W), w (O, C, kh, kw) and dy (N, O, Ho, Wo), "
-                "of one dtype; 1-D and 3-D convolutions, and those in groups, have no op of this kind"
+                f"operands {tuple(a.shape)} {a.dtype} {a.device} and {tuple(b.shape)} {b.dtype} {b.device}; "
+                "expected two of x (N, C, H, W), w (O, C, kh, kw) and dy (N, O, Ho, Wo), of one dtype, on one device; "
+                "1-D and 3-D convolutions, and those in groups, have no op of this kind"
             )
-        check_index(idx, scale, unit, (b if product == "grad_input" else a).shape[1])
+        check_index(idx, scale, unit, (b if product == "grad_input" else a).shape[1], a.device)
         return function(a, b, idx, scale, unit, *rest)
 
     return run

@@ -17,7 +17,6 @@ from approx_compile import _torch, stopwatch
 from approx_compile.config import ApproxConfig, ConfigError, RowSettings
 from approx_compile.kernels import available
 from approx_compile.machine import Machine
-from approx_compile.passes import lowerings
 from approx_compile.passes.plan import Plan, Tries, make_plan, needs_random_numbers, row_requests
 from approx_compile.passes.producers import Producers
 from approx_compile.passes.question import question
@@ -88,8 +87,8 @@ def cache_key(config: ApproxConfig, context: Context, layers: tuple[str, ...], m
     first_seen: dict[str, int] = {}
     order = [(first_seen.setdefault(m[0], len(first_seen)), asdict(m[1])) if m else None for m in modules]
     profile = (machine.digest, stopwatch.name(machine) if config.measures() else None) if machine is not None else None
-    here = (profile, code_version(), available.versions(), lowerings.precisions())
-    parts = (config.digest(), order, asdict(context.root), [asdict(i) for i in context.inputs], context.exact, context.last_module, here)
+    versions = (code_version(), available.conditions())
+    parts = (config.digest(), order, asdict(context.root), [asdict(i) for i in context.inputs], context.exact, context.last_module, profile, versions)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

@@ -14,6 +14,7 @@ from approx_compile.kernels.available import OWN, UNITS
 from approx_compile.kernels.cuda import launch
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.passes.sites import CONV, MM, Product, Site
+from approx_compile.passes.splice import window_of
 
 _LINE = 16
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -48,30 +49,24 @@ def refused(site: Site, product: Product, how: Estimator, lowering: str) -> str 
     return None
 
 
-def precisions() -> tuple[str, str]:
-    """In which format torch lets matmuls and convolutions in float32 be multiplied on GPUs."""
-    return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-
-
 def _unfit(site: Site, lowering: str) -> str | None:
     value = _torch.value(site.products[0].operands[0])
-    if (why := available.missing(lowering, value.device.type)) is not None:
+    if (why := available.missing(lowering, value.device)) is not None:
         return why
     if site.dtype not in (_DTYPES if lowering == "triton" else _DTYPES[1:]):
         return f"{lowering} has no kernel for {str(site.dtype).removeprefix('torch.')}"
     node = site.node
-    allowed = precisions()[node.target in CONV]
-    if site.dtype == torch.float32 and value.device.type == "cuda" and allowed != "tf32":
+    if site.dtype == torch.float32 and value.device.type == "cuda" and not available.tf32(node.target in CONV):
         return f"{lowering} multiplies float32 as TF32, which torch's fp32_precision does not allow"
     if node.target in CONV:
         return _unfit_conv(site, lowering, value)
     if node.target not in MM:
         return "batched products have no kernel of ours"
-    if node.kwargs or (len(node.args) == 3 and _torch.value(node.args[0]).dim() != 1):
-        return "the addmm is no plain bias"
-    sizes = [s for n in (*site.products[0].operands, node) for s in _torch.value(n).shape[-1:]]
+    sizes = tuple(s for n in (*site.products[0].operands, node) for s in _torch.value(n).shape[-1:])
     if any(not isinstance(s, int) or s % _LINE for s in sizes):
         return f"{lowering} reads lines of whole multiples of {_LINE} entries, of inputs and of outputs"
+    if node.kwargs or (len(node.args) == 3 and tuple(_torch.value(node.args[0]).shape) != sizes[-1:]):
+        return "the addmm adds no plain bias, one for every output"
     return None
 
 
@@ -83,11 +78,23 @@ def _unfit_conv(site: Site, lowering: str, x: torch.Tensor) -> str | None:
         return "of convolutions, plain 2-D ones without groups have a kernel"
     if not x.is_contiguous(memory_format=torch.channels_last):
         return "its input is not channels-last"
+    stride, _, dilation = window_of(site.node.args[3:6], 2)
+    if any(s > 1 and d > 1 for s, d in zip(stride, dilation, strict=True)):
+        return "stride and dilation are both above 1, for which the gradient has no kernel"
     return None
 
 
-def max_in_cuda(site: Site, wanted: str, j: int) -> bool:
-    """Whether the patches of `max` for a convolution's weight are added up by our own kernel: wherever there is one, it takes no other choice."""
-    x, y = _torch.value(site.products[0].operands[0]), _torch.value(site.node)
-    plain = x.dim() == 4 and not site.node.args[6] and x.dtype in _DTYPES
-    return wanted in ("auto", "cuda") and plain and j <= launch.MOST_ENTRIES and _torch.numel_of(y) > 0 and available.missing("cuda", x.device.type) is None
+def no_max_kernel(site: Site, lowering: str, j: int) -> str | None:
+    """Why no kernel of ours adds up the patches of `max` for a site's weight, if so; where one does it takes no other choice."""
+    x = _torch.value(site.products[0].operands[0])
+    if lowering != "cuda" or site.node.target not in CONV:
+        return f"{lowering} has no kernel for max" + (" but that of convolutions" if lowering == "cuda" else "")
+    if (why := available.missing(lowering, x.device)) is not None:
+        return why
+    if x.dim() != 4 or site.node.args[6]:
+        return "of convolutions, plain 2-D ones have a kernel for max"
+    if x.dtype not in _DTYPES:
+        return f"{lowering} has no kernel for {str(x.dtype).removeprefix('torch.')}"
+    if j > launch.MOST_ENTRIES or _torch.numel(site.node) == 0:
+        return f"the kernel for max keeps 1 to {launch.MOST_ENTRIES} entries"
+    return None

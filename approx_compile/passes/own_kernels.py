@@ -14,7 +14,7 @@ from approx_compile.kernels import skip, skip_conv
 from approx_compile.kernels.estimators import Estimator, score, select
 from approx_compile.kernels.products import Axis, norms_sq
 from approx_compile.passes.sites import CONV, PRODUCTS, Product
-from approx_compile.passes.splice import inline, refresh, replace_output
+from approx_compile.passes.splice import inline, refresh, replace_output, window_of
 
 
 def choice(graph: fx.Graph, before: fx.Node, product: Product, how: Estimator) -> tuple[fx.Node, fx.Node | None]:
@@ -51,7 +51,7 @@ def sample_output(graph: fx.Graph, product: Product, how: Estimator, idx: fx.Nod
         node.args = (a, b, idx, scale, how.unit, bias)
         refresh(node)
         return
-    bias, geometry = node.args[2], [list(v) for v in node.args[3:6]]  # type: ignore[union-attr,arg-type]
+    bias, geometry = node.args[2], window_of(node.args[3:6], 2)
 
     def run(x: Tensor, w: Tensor, idx: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
         y: Tensor = skip_conv.skip_conv(x, w, idx, scale, how.unit, *geometry)
@@ -77,7 +77,7 @@ def narrow_conv(graph: fx.Graph, m: fx.Node, products: Sequence[Product], how: E
     dy, x, w = m.args[:3]
     assert isinstance(dy, fx.Node) and isinstance(x, fx.Node) and isinstance(w, fx.Node)
     size, kernel = list(_torch.value(x).shape[2:]), list(_torch.value(w).shape[2:])
-    geometry = [list(v) for v in m.args[4:7]]  # type: ignore[union-attr,arg-type]
+    geometry = window_of(m.args[4:7], 2)
 
     def of_input(dy: Tensor, w: Tensor, idx: Tensor, scale: Tensor | None) -> Tensor:
         dx: Tensor = skip_conv.skip_conv_input(dy, w, idx, scale, how.unit, size, *geometry)

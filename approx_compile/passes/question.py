@@ -8,6 +8,7 @@ import torch
 
 from approx_compile import _torch
 from approx_compile.alone import Layout, Product
+from approx_compile.kernels.available import OWN
 from approx_compile.passes.cost import role
 from approx_compile.passes.plan import ProductPlan, Tries
 from approx_compile.passes.sites import BMM, CONV, Site
@@ -42,7 +43,8 @@ def _layout(value: Any, conv: bool) -> Layout:
 
 def _options(products: tuple[ProductPlan, ...]) -> dict[str, Any]:
     """The options under which the backend does just this to a model of the one site. Both gradients of a product of two activations share settings."""
-    options: dict[str, Any] = {"policy": "always", "sampling": "forward"}
+    lowering = next((p.lowering for p in products if p.lowering in OWN), "inductor")
+    options: dict[str, Any] = {"policy": "always", "sampling": "forward", "lowering": lowering}
     for p in products:
         if p.how is not None and p.decision == "sampled":
             table = {"method": p.method, "ratio": p.how.expected / p.size, "min_k": 1, "group": p.how.group}

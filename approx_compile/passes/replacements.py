@@ -20,7 +20,7 @@ from approx_compile.kernels import max_conv
 from approx_compile.kernels.replacements import Geometry, Replacement, max_conv_weight, max_linear_input, max_linear_weight
 from approx_compile.passes import lowerings
 from approx_compile.passes.sites import CONV, MM, VIEWS, Product, Site
-from approx_compile.passes.splice import inline, replace_output
+from approx_compile.passes.splice import inline, replace_output, window_of
 
 aten = torch.ops.aten
 
@@ -48,9 +48,13 @@ def choose(site: Site, product: Product, wanted: ProductSettings) -> Choice:
     size = math.prod(_entries(site, product))
     if how.j >= size:
         return Choice(None, size, size, f"max with j {how.j}: there are no more than {size} entries of the output gradient")
-    by_cuda = site.node.target in CONV and lowerings.max_in_cuda(site, wanted.lowering, how.j)
-    words = f"max, {how.j} of {size} entries of the output gradient" + (", by cuda" if by_cuda else "")
-    return Choice(replace(how, lowering="cuda") if by_cuda else how, how.j, size, words)
+    words = f"max, {how.j} of {size} entries of the output gradient"
+    if wanted.lowering == "inductor":
+        return Choice(how, how.j, size, words)
+    why = lowerings.no_max_kernel(site, "cuda" if wanted.lowering == "auto" else wanted.lowering, how.j)
+    if why is None:
+        return Choice(replace(how, lowering="cuda"), how.j, size, f"{words}, by cuda")
+    return Choice(how, how.j, size, words if wanted.lowering == "auto" else f"{words}, by inductor: {why}")
 
 
 def _entries(site: Site, product: Product) -> Sequence[Any]:
@@ -116,8 +120,7 @@ def replace_conv_weight(graph: fx.Graph, product: Product, how: Replacement) -> 
     old = _torch.value(m)[product.mask]
     if how.method == "max":
         kernel = tuple(int(s) for s in old.shape[2:])
-        each = [tuple(int(v) for v in m.args[i]) for i in (4, 5, 6)]  # type: ignore[union-attr,arg-type]
-        stride, padding, dilation = (v * len(kernel) if len(v) == 1 else v for v in each)
+        stride, padding, dilation = (tuple(int(v) for v in each) for each in window_of(m.args[4:7], len(kernel)))
         groups, transposed = m.args[9], bool(m.args[7])
         assert isinstance(groups, int)
         conv = Geometry(kernel, stride, padding, dilation, groups, transposed)

@@ -62,6 +62,11 @@ def output_of(graph: fx.Graph, call: fx.Node, index: int) -> fx.Node:
     return item
 
 
+def window_of(arguments: Sequence[Any], dims: int) -> list[list[int]]:
+    """Stride, padding and dilation of a convolution, each by spatial dim: torch takes one number for all of them, too."""
+    return [list(v) * dims if len(v) == 1 else list(v) for v in arguments]
+
+
 def replace_output(graph: fx.Graph, m: fx.Node, index: int, new: fx.Node) -> None:
     for user in list(users_of_output(m, index)):
         user.replace_all_uses_with(new)

@@ -41,11 +41,11 @@ def total(times: Iterable[float | None]) -> float | None:
 
 
 def candidates(site: Site, settings: SiteSettings, machine: Machine | None) -> list[SiteSettings]:
-    """The ways among which time decides: lowerings (by policy, those that the machine's profile knows), and what `group: "auto"` may come to."""
+    """The ways among which time decides: lowerings (left to "auto", those that the machine's profile knows), and what `group: "auto"` may come to."""
     found = []
     for lowering in lowerings.offered(site, settings.output.lowering):
         unknown = machine is None or not machine.has(f"{lowering}.{cost.kind_of(site)}.output", site.dtype)
-        if settings.output.lowering == "auto" and lowering in OWN and settings.policy in TIMED and unknown:
+        if settings.output.lowering == "auto" and lowering in OWN and unknown:
             continue
         for group in _groups(site, settings, lowering):
             tried: dict[str, Any] = {name: _as_tried(name, wanted, settings.policy, lowering, group) for name, wanted in _products(settings).items()}

@@ -124,18 +124,17 @@ def max_conv_weight(x: Tensor, dy: Tensor, j: int, scale: float, window: Window,
     """
     if x.stride(1) != 1:
         x = x.contiguous(memory_format=torch.channels_last)
-    if dy.stride(2) != dy.shape[3] * dy.stride(3):
-        dy = dy.contiguous()
+    width, dy = dy.shape[3], dy.flatten(2)  # a view where places have one step, else a copy
     samples, outputs, inputs, taps = x.shape[0], dy.shape[1], x.shape[1] // window.groups, window.kernel[0] * window.kernel[1]
     vector = _vector(x, inputs)
-    channels_fast = dy.stride(1) < dy.stride(3)
+    channels_fast = dy.stride(1) < dy.stride(2)
     program = max_conv_program(x.dtype, j, channels_fast, vector)
 
     place = torch.empty((outputs, samples, j), dtype=torch.int32, device=x.device)
     value = torch.empty((outputs, samples, j), dtype=torch.float32, device=x.device)
     rows = _ceil(samples * outputs, _THREADS // (8 if channels_fast else 32))
-    strides = [i64(s) for s in (dy.stride(0), dy.stride(1), dy.stride(3))]
-    sizes = [i32(s) for s in (samples, outputs, dy.shape[2] * dy.shape[3])]
+    strides = [i64(s) for s in dy.stride()]
+    sizes = [i32(s) for s in (samples, outputs, dy.shape[2])]
     run(program, "largest", (rows, 1, 1), _THREADS, [address(dy), address(place), address(value), *sizes, *strides, f32(scale)], x.device)
 
     threads = min(_THREADS, _ceil(taps * inputs // vector, 32) * 32)
@@ -146,7 +145,7 @@ def max_conv_weight(x: Tensor, dy: Tensor, j: int, scale: float, window: Window,
     df = torch.empty((outputs, *window.kernel, inputs), dtype=x.dtype, device=x.device)
     partial = torch.empty((slices, df.numel()) if slices > 1 else (0,), dtype=torch.float32, device=x.device)
     pairs = (*window.stride, *window.padding, *window.dilation)
-    sizes = [i32(s) for s in (samples, each, inputs, outputs // window.groups, x.shape[2], x.shape[3], dy.shape[3], taps, window.kernel[1], *pairs)]
+    sizes = [i32(s) for s in (samples, each, inputs, outputs // window.groups, x.shape[2], x.shape[3], width, taps, window.kernel[1], *pairs)]
     strides = [i64(s) for s in (x.stride(0), x.stride(2), x.stride(3))]
     tensors = [address(t) for t in (x, place, value, df, partial)]
     run(program, "accumulate", (blocks, outputs, slices), threads, [*tensors, *sizes, *strides], x.device)

@@ -110,6 +110,7 @@ def output(
     g = geometry(x.shape, w.shape, y.shape, stride, padding, dilation)
     if refusal("output", g, unit, idx, x, w) is not None:
         return False
+    idx, scale = idx.contiguous(), None if scale is None else scale.contiguous()
     with on_device(x):
         packed = scale is not None or not w.is_contiguous(memory_format=torch.channels_last)
         weight = pack(w, idx, scale, unit, inner="input") if packed else w
@@ -133,6 +134,7 @@ def grad_input(
     g = geometry(dx.shape, w.shape, dy.shape, stride, padding, dilation)
     if refusal("grad_input", g, unit, idx, dy, w) is not None:
         return False
+    idx, scale = idx.contiguous(), None if scale is None else scale.contiguous()
     with on_device(dy):
         packed = w.dtype == torch.float32 or not w.is_contiguous(memory_format=torch.channels_last)
         weight = pack(w, idx, None, unit, inner="output") if packed else w
@@ -159,6 +161,7 @@ def grad_weight(
     g = geometry(x.shape, dw.shape, dy.shape, stride, padding, dilation)
     if refusal("grad_weight", g, unit, idx, x, dy) is not None:
         return False
+    idx, scale = idx.contiguous(), None if scale is None else scale.contiguous()
     with on_device(x):
         places, taps, kept = dy.shape[0] * g.HO * g.WO, g.KH * g.KW, idx.numel() * unit
         constants = g._asdict() | {"UNIT": unit}
@@ -173,7 +176,8 @@ def grad_weight(
             rows = triton.cdiv(g.O * taps, 32)
             kernels.add_shares[rows, g.C // unit](sums, idx, scale, dw, g.O * taps, idx.numel(), shares, C=g.C, UNIT=unit, BLOCK=32)
 
-        launch(config or _best("grad_weight", x, (g.O * taps, kept), places, (*constants.values(), bucket(places)), launch))
+        length = bucket(places)  # or the first batch would decide for others, and a resumed run might begin with another
+        launch(config or _best("grad_weight", x, (g.O * taps, kept), length, (*constants.values(), length), launch))
     return True
 
 
