@@ -23,7 +23,7 @@ from approx_compile.layers import Layers
 from approx_compile.once import say_once, warn_once
 from approx_compile.passes.fit import check_modules
 from approx_compile.passes.graph_pass import ApproxPass, Listener
-from approx_compile.passes.plan import Plan
+from approx_compile.passes.planned import Plan
 from approx_compile.passes.sites import Context, Input, Module
 from approx_compile.passes.stages import Cut
 from approx_compile.probe import Outputs

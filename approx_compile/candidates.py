@@ -9,7 +9,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from approx_compile.config import ApproxConfig, ConfigError, Rule
-from approx_compile.passes.plan import LAST, RAW, SitePlan, match_rules
+from approx_compile.passes.plan import LAST, RAW, match_rules
+from approx_compile.passes.planned import SitePlan
 from approx_compile.patterns import Pattern
 from approx_compile.trials import Trials
 

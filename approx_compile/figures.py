@@ -16,7 +16,7 @@ import networkx as nx
 import plotly.graph_objects as go
 
 if TYPE_CHECKING:
-    from approx_compile.passes.plan import ProductPlan
+    from approx_compile.passes.planned import ProductPlan
     from approx_compile.report import Report, SiteReport
 
 COLORS = {"sampled": "#e07b28", "replaced": "#a35bc9", "rows": "#2f86d6", "exact": "#8a9099"}

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from rich.progress import Progress
 
 from approx_compile.candidates import Candidates
-from approx_compile.passes.plan import SitePlan
+from approx_compile.passes.planned import SitePlan
 from approx_compile.step_time import Measured, group_of
 from approx_compile.trials import Gradients, Times, Trials
 

@@ -19,7 +19,7 @@ from approx_compile import _torch
 from approx_compile.annotate import full_name, whole_model
 from approx_compile.config import ApproxConfig
 from approx_compile.once import said, say_once, warn_once
-from approx_compile.passes.plan import Plan
+from approx_compile.passes.planned import Plan
 from approx_compile.passes.sites import Context
 from approx_compile.patterns import Pattern
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from approx_compile.passes.plan import SitePlan
+from approx_compile.passes.planned import SitePlan
 
 NOISE = 0.01
 """Of a measured share of the step's time."""

@@ -18,7 +18,7 @@ from approx_compile import _torch
 from approx_compile.backend import Backend
 from approx_compile.config import ApproxConfig
 from approx_compile.gauges import Clock
-from approx_compile.passes.plan import Plan, SitePlan
+from approx_compile.passes.planned import Plan, SitePlan
 from approx_compile.report import untouched
 
 WARM_UP, LEAST_ROUNDS, MOST_ROUNDS, SECONDS = 2, 5, 41, 2.0

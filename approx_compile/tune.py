@@ -17,7 +17,7 @@ from approx_compile.candidates import Candidates
 from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.knapsack import Option, choose
 from approx_compile.measure import Measurements, OutOfTime, Tried
-from approx_compile.passes.plan import SitePlan
+from approx_compile.passes.planned import SitePlan
 from approx_compile.plans import Tuned, TunedPlan, TunedSite
 from approx_compile.step_time import StepTime
 from approx_compile.trials import Times, Trials, kept

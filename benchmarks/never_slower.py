@@ -21,7 +21,7 @@ from zoo import Work, works
 from approx_compile import Backend, machine
 from approx_compile.bench import race
 from approx_compile.gauges import Clock
-from approx_compile.passes.plan import Plan
+from approx_compile.passes.planned import Plan
 
 KEY = ("device", "threads", "torch", "profile")
 BAR = 0.97

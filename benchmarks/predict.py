@@ -25,7 +25,7 @@ from approx_compile import Backend, machine
 from approx_compile.alone import Alone, Layout, Product, times_us
 from approx_compile.backend import run_as_is
 from approx_compile.passes import cost
-from approx_compile.passes.plan import Plan, SitePlan
+from approx_compile.passes.planned import Plan, SitePlan
 
 BATCHES = (1, 4, 16, 64, 256, 1024)
 WIDTHS = (16, 64, 128, 256, 512, 1024, 2048, 4096)

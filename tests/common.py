@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from approx_compile import Backend
 from approx_compile.backend import run_as_is
-from approx_compile.passes.plan import Plan
+from approx_compile.passes.planned import Plan
 from approx_compile.passes.splice import CHOICE
 
 

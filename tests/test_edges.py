@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from common import compiled, grads, mlp, plans_of, relative
+from common import Plans, compiled, grads, mlp, plans_of, relative
 from torch import nn
 
 from approx_compile import Backend
@@ -168,3 +168,13 @@ def test_layers_with_nothing_between_them(first: dict[str, Any], second: dict[st
         assert [s.decision for s in plans.sites] == ["sampled"] * 2
         found.append(grads(model, x))
     assert all(relative(a, b) < 1e-6 for a, b in zip(*found, strict=True))
+
+
+def test_groups_of_channels_of_an_image_of_dynamic_size_are_exact() -> None:
+    """Inductor can't order the strides of such a gather: the reason says so, and it compiles."""
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 8, 3))
+    plans = Plans()
+    f = torch.compile(model, backend=Backend({"policy": "always", "group": 4, "min_k": 4}, on_plan=plans), dynamic=True)
+    for size in (9, 11):
+        f(torch.randn(2, 3, size, size)).square().sum().backward()
+    assert plans.sites[1].decision == "exact" and "dynamic size" in plans.sites[1].reason

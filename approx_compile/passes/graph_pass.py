@@ -17,7 +17,8 @@ from approx_compile import _torch, stopwatch
 from approx_compile.config import ApproxConfig, ConfigError, RowSettings
 from approx_compile.kernels import available
 from approx_compile.machine import Machine
-from approx_compile.passes.plan import Plan, Tries, make_plan, needs_random_numbers, row_requests
+from approx_compile.passes.plan import make_plan, needs_random_numbers, row_requests
+from approx_compile.passes.planned import Plan, Tries
 from approx_compile.passes.producers import Producers
 from approx_compile.passes.question import question
 from approx_compile.passes.rewrite import rewrite

@@ -10,7 +10,7 @@ from approx_compile import _torch
 from approx_compile.alone import Layout, Product
 from approx_compile.kernels.available import OWN
 from approx_compile.passes.cost import role
-from approx_compile.passes.plan import ProductPlan, Tries
+from approx_compile.passes.planned import ProductPlan, Tries
 from approx_compile.passes.sites import BMM, CONV, Site
 from approx_compile.stopwatch import Question
 

@@ -27,7 +27,7 @@ from approx_compile.passes import cost, worth
 from approx_compile.passes.sites import PRODUCTS, VIEWS, Product, Site
 
 if TYPE_CHECKING:  # plan asks here
-    from approx_compile.passes.plan import Plan, ProductPlan, SitePlan, Tries
+    from approx_compile.passes.planned import Plan, ProductPlan, SitePlan, Tries
 
 aten = torch.ops.aten
 prims = torch.ops.prims

@@ -11,7 +11,7 @@ from torch import fx
 from approx_compile.kernels.available import OWN
 from approx_compile.machine import Machine
 from approx_compile.passes import cost, zeros
-from approx_compile.passes.plan import Plan, ProductPlan, SitePlan
+from approx_compile.passes.planned import Plan, ProductPlan, SitePlan
 from approx_compile.passes.sites import Site, one_contraction
 
 

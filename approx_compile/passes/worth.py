@@ -16,7 +16,7 @@ from approx_compile.passes import cost, lowerings
 from approx_compile.passes.sites import Product, Site
 
 if TYPE_CHECKING:  # plan asks here
-    from approx_compile.passes.plan import ProductPlan
+    from approx_compile.passes.planned import ProductPlan
 
 TIMED = ("cost", "measure")
 """The policies under which a site must be worth its time."""
