@@ -13,7 +13,7 @@ u units it is chosen from; p, q contiguous entries per kept index in the two ope
 | selection | 10 B u log2 u | | 1 | `select.METHOD` at u, B |
 | take, each operand | 1 per entry kept where scaled | 2 e per entry kept | 1 kernel | bytes / `take` at p or q |
 | untake, a coupled gradient | 1 per entry kept where scaled | e per entry of the whole result | 1 kernel | bytes / `untake` at r |
-| new memory, each tensor that these make but vectors | | e per entry | | bytes / `fresh` |
+| new memory, each tensor that these make but vectors | | e per entry | | bytes / `fresh`, of what is made besides results at `LIVE` times the size |
 | a site that shares another's indices | | | | norms of its weight only, no selection, no take A; no untake if `grad_input`s are put back together |
 | skip, each of dY and (for `grad_input`) W | | 2 e per entry left | 1 kernel | bytes / `take` at unit runs |
 | skip, the result of `grad_weight` | | e per entry of the whole result | 1 kernel | bytes / `untake` |
@@ -125,7 +125,7 @@ def terms(case: Case) -> tuple[Term, ...]:
         small = {K: k}
         if case.lowering != "inductor":
             return (_product(case, small), _kernels(1))
-        product = (*_skipping(case, small), _product(case, small), _fresh("narrow result", k / K * result))
+        product = (*_skipping(case, small), _product(case, small), _extra("narrow result", k / K * result))
         if case.shares or (case.fed and case.product == "grad_input"):
             return product
         scale = k / K * result if case.scaled and case.product == "grad_weight" else sympy.Integer(0)
@@ -142,7 +142,7 @@ def terms(case: Case) -> tuple[Term, ...]:
         for name, size, run in (("A", a, p), ("B", b.subs(N, skip) if case.narrow else b, q))
         if name == "B" or not case.fed
     ]
-    new = [_fresh(t.what.removeprefix("take "), t.bytes / 2 / e) for t in takes]
+    new = [_extra(t.what.removeprefix("take "), t.bytes / 2 / e) for t in takes]
     chosen = [takes[-1], new[-1]] if case.shares else [selection, *takes, *new]
     return (*norms, *chosen, _product(case, _smaller(axis)), _fresh("result", result), _kernels(len(norms) + 1))
 
@@ -168,16 +168,21 @@ def _skipping(case: Case, small: Mapping[sympy.Symbol, sympy.Expr]) -> list[Term
     if not case.skips:
         return []
     left, weight = 2 * e * _Y * skip / N, (e * _W).subs(small)
-    found = [Term("take dY", "take", (u, left), bytes=left, launches=sympy.Integer(1))]
+    found = [Term("take dY", "take", (u, left), bytes=left, launches=sympy.Integer(1)), _extra("dY", left / 2 / e)]
     if case.product == "grad_input":
-        found.append(Term("take W", "take", (q, 2 * weight * skip / N), bytes=2 * weight * skip / N))
+        found += [Term("take W", "take", (q, 2 * weight * skip / N), bytes=2 * weight * skip / N), _extra("W", weight * skip / N / e)]
     else:
-        found.append(Term("untake", "untake", (q, weight), bytes=weight))
+        found += [Term("untake", "untake", (q, weight), bytes=weight), _extra("narrow result", weight * skip / N / e)]
     return [*found, _kernels(1)]
 
 
-def _fresh(what: str, entries: sympy.Expr) -> Term:
-    return Term(f"new memory, {what}", "fresh", (e * entries,), bytes=e * entries)
+def _fresh(what: str, entries: sympy.Expr, beside: int = 1) -> Term:
+    return Term(f"new memory, {what}", "fresh", (beside * e * entries,), bytes=e * entries)
+
+
+def _extra(what: str, entries: sympy.Expr) -> Term:
+    """What sampling allocates besides the step's own tensors: it is what makes the allocator hand memory back, and map it anew, from smaller sizes on."""
+    return _fresh(what, entries, LIVE)
 
 
 def _narrowed(case: Case) -> list[Term]:
@@ -185,8 +190,8 @@ def _narrowed(case: Case) -> list[Term]:
     if not case.narrow or case.product == "grad_input":
         return []
     if case.product == "output":
-        return [Term("take W", "take", (q, 2 * e * _W * skip / N), bytes=2 * e * _W * skip / N), _kernels(1)]
-    return [Term("untake", "untake", (q, e * _W), bytes=e * _W), _kernels(1)]
+        return [Term("take W", "take", (q, 2 * e * _W * skip / N), bytes=2 * e * _W * skip / N), _extra("W", _W * skip / N), _kernels(1)]
+    return [Term("untake", "untake", (q, e * _W), bytes=e * _W), _extra("narrow result", _W * skip / N), _kernels(1)]
 
 
 def _kernels(count: int) -> Term:
