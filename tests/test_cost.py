@@ -80,7 +80,9 @@ def test_a_shrunk_producer_gathers_its_weight_and_nothing_of_its_output() -> Non
     at = {s: v for s, v in SIZES.items()} | {cost.skip: 48}
     output, grad_input, grad_weight = ({t.what: t for t in terms(Case("linear", p, "exact", narrow=True))} for p in ("output", "grad_input", "grad_weight"))
     assert all(found["product"].flops.subs(at) == 2 * 32 * 64 * 48 for found in (output, grad_input, grad_weight))
-    assert output.keys() == {"take W", "product", "launches", "new memory, result"} and output["take W"].bytes.subs(at) == 2 * 4 * 64 * 48
+    assert output.keys() == {"take W", "new memory, W", "product", "launches", "new memory, result"}
+    assert output["take W"].bytes.subs(at) == 2 * output["new memory, W"].bytes.subs(at) == 2 * 4 * 64 * 48
+    assert output["new memory, W"].at[0].subs(at) == cost.LIVE * 4 * 64 * 48 and grad_weight["new memory, narrow result"].bytes.subs(at) == 4 * 64 * 48
     assert grad_input.keys() == {"product", "new memory, result"} and grad_weight["untake"].bytes.subs(at) == 4 * 64 * 128
     both = {t.what: t for t in terms(Case("linear", "output", "sampled", "topk_weights", 1, narrow=True, fed=True))}
     assert (
