@@ -1,4 +1,4 @@
-"""Speed against Inductor: `make bench`, or `python benchmarks/bench.py speed|rows|schedule|share|compile` with `--work`, `--ratio`, `--rounds`.
+"""Speed against Inductor: `make bench`, or `python benchmarks/bench.py speed|rows|schedule|share|compile|deciding` with `--work`, `--ratio`, `--rounds`.
 
 - `speed`: a training step without the optimizer (fp32, policy always, sampling forward, top-k), Inductor and approx in turn in one process; of the MLP also
   with choices by the weight alone (`topk_weights`), which the layers before know.
@@ -6,6 +6,7 @@
 - `schedule`: weight gradients by a schedule over steps, and what switching costs.
 - `share`: how much of a sampled step is the sampling itself: the time outside products, less that of the exact step, from the profiler.
 - `compile`: seconds of the first step in a fresh process, with an empty cache folder and with a filled one.
+- `deciding`: the share of a cold first step under policy "cost" that goes into deciding and rewriting; every step after runs what was compiled.
 
 Every result is a row in benchmarks/results/*.csv with device, threads, versions and commit. Nothing here is a test: times decide nothing in CI.
 """
@@ -26,6 +27,7 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +44,8 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 from models import build  # noqa: E402
 
-from approx_compile import ApproxConfig, presets, set_step  # noqa: E402
+from approx_compile import ApproxConfig, backend, presets, set_step  # noqa: E402
+from approx_compile.passes.graph_pass import ApproxPass  # noqa: E402
 from approx_compile.schedule import Dispatch, Schedule, _stepped  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -324,10 +327,10 @@ def compile_times(
     for name in works:
         seconds: dict[tuple[str, str], list[float]] = {}
         for _ in range(repeats):
-            for backend, options in (("inductor", None), ("approx", ours)):
+            for compiler, options in (("inductor", None), ("approx", ours)):
                 with tempfile.TemporaryDirectory() as folder:
                     for state in ("cold", "warm"):
-                        seconds.setdefault((backend, state), []).append(_first_step(name, options, folder))
+                        seconds.setdefault((compiler, state), []).append(_first_step(name, options, folder))
         medians = {key: statistics.median(v) for key, v in seconds.items()}
         for state, bar in (("cold", 2.0), ("warm", "")) if rows else (("cold", 1.5), ("warm", 1.2)):
             exact, own = medians["inductor", state], medians["approx", state]
@@ -344,6 +347,39 @@ def _first_step(work: str, options: dict[str, Any] | None, folder: str) -> float
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench; bench.first_step({work!r}, {options!r})"
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder}, capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+@app.command()
+def deciding(work: Annotated[list[str] | None, typer.Option(help="mlp, block, wrn, blocks; all by default")] = None) -> None:
+    """Seconds in the pass itself (sites, costs, plan, rewriting, and reading the model for it) beside those of the whole first step, caches off."""
+    found = []
+    for name in work or ["mlp", "block", "wrn", "blocks"]:
+        torch._dynamo.reset()
+        spent = [0.0]
+
+        def timed(run: Callable[..., Any], spent: list[float] = spent) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                begin = time.perf_counter()
+                try:
+                    return run(*args, **kwargs)
+                finally:
+                    spent[0] += time.perf_counter() - begin
+
+            return call
+
+        with (
+            mock.patch.object(ApproxPass, "__call__", timed(ApproxPass.__call__)),
+            mock.patch.object(backend, "read_graph", timed(backend.read_graph)),
+            torch._inductor.config.patch(force_disable_caches=True),
+        ):
+            step = stepper(name, {"policy": "cost"})
+            begin = time.perf_counter()
+            step()
+            total = time.perf_counter() - begin
+        row = {"work": (WORKS | ROW_WORKS)[name][0], "deciding_s": round(spent[0], 3), "first_step_s": round(total, 2), "share": round(spent[0] / total, 4)}
+        found.append(conditions() | row | {"bar": 0.05})
+    show("deciding and rewriting", found, ("work", "deciding_s", "first_step_s", "share", "bar"))
+    store("deciding", found)
 
 
 def first_step(work: str, options: dict[str, Any] | None) -> None:
@@ -366,6 +402,7 @@ def everything(context: typer.Context) -> None:
         share(0.5, 8)
         compile_times(0.5, 3, False)
         compile_times(0.5, 3, True)
+        deciding(None)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,8 @@ def row(name: str, make: Callable[[], Work], rounds: int) -> dict[str, Any]:
     plans: list[Plan] = []
     ours = Backend({"policy": "cost"}, on_plan=lambda plan, before, after: plans.append(plan))
     clock = Clock("cpu", 0.0)
-    times = race({"inductor": stepper(make, "inductor"), "cost": stepper(make, ours)}, rounds, now=clock.now)
+    with torch._inductor.config.patch(force_disable_caches=True):  # of a cached graph nothing is planned
+        times = race({"inductor": stepper(make, "inductor"), "cost": stepper(make, ours)}, rounds, now=clock.now)
     base, found = (statistics.median(times[s]) for s in ("inductor", "cost"))
     sites = [s for plan in plans for s in plan.sites]
     return conditions() | {
@@ -68,13 +69,14 @@ def main(
     limit: Annotated[int, typer.Option(help="measure no more than so many models now; 0 means all")] = 0,
     rounds: Annotated[int, typer.Option(help="timed steps of each")] = 15,
     fresh: Annotated[bool, typer.Option(help="measure models again that have a row")] = False,
+    work: Annotated[list[str] | None, typer.Option(help="only these models, measured again")] = None,
 ) -> None:
     if threads:
         torch.set_num_threads(threads)
     here = conditions() | {"profile": machine.current().digest[:12]}
-    rows = [] if fresh else stored("never_slower", {k: here[k] for k in KEY})
+    rows = [] if fresh or work else stored("never_slower", {k: here[k] for k in KEY})
     done = {r["work"] for r in rows}
-    todo = [(name, make) for name, make in works().items() if name not in done]
+    todo = [(name, make) for name, make in works().items() if (name in work if work else name not in done)]
     for name, make in track(todo[: limit or None], "timing models", console=console):
         rows.append(row(name, make, rounds))
         store("never_slower", rows[-1:])
