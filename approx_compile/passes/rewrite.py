@@ -1,8 +1,8 @@
 """Plan -> graph: executes the decisions, makes none. Graphs are edited here only (`splice` holds the means).
 
 A sampled product keeps its node's op and gets gathered operands; a coupled gradient reads the operand the output kept and is put back in
-place. The pieces are traced from `kernels` on the nodes' fake values and spliced in, so Inductor sees aten ops only: nothing opaque that
-would bypass a cache or hide a change of code.
+place. The pieces are traced from `kernels` on the nodes' fake values and spliced in, so Inductor sees aten ops; only where a kernel of ours runs a
+product (`own_kernels`) does it see an op of ours, whose code the cache key covers.
 """
 
 from __future__ import annotations

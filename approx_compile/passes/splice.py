@@ -6,7 +6,7 @@ import dataclasses
 import operator
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from types import FunctionType, MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -94,11 +94,13 @@ _pieces: weakref.WeakKeyDictionary[fx.Graph, dict[Any, fx.Graph]] = weakref.Weak
 
 def _key(run: Callable[..., Any], values: Sequence[Any]) -> tuple[Any, ...] | None:
     """What decides how `run` is traced: its code, what it closes over, the layouts of its operands. None where these are not known by value."""
-    closed = tuple(c.cell_contents for c in getattr(run, "__closure__", None) or ())
+    if not isinstance(run, FunctionType) or run.__defaults__ or run.__kwdefaults__:
+        return None
+    closed = tuple(c.cell_contents for c in run.__closure__ or ())
     layouts = tuple(None if v is None else (tuple(v.shape), v.stride(), v.dtype, v.device) for v in values)
     if not _plain(closed) or any(not isinstance(s, int) for v in layouts if v is not None for s in (*v[0], *v[1])):
         return None
-    return (run.__code__, closed, layouts)
+    return (run.__code__, repr(closed), layouts)  # as text, 1, 1.0 and True differ
 
 
 def _plain(value: Any) -> bool:
