@@ -77,6 +77,24 @@ FINETUNE = Work(
     settings=EXACT | {"fewer steps": Setting(steps=0.67), "adaptive": adaptive(0.025), "adaptive tau .1": adaptive(0.1), "rows .25": rows(0.25)},
 )
 
+
+def _wrn(name: str) -> Callable[[float], nn.Module]:
+    return lambda width: models.build(name, (3, 32, 32), 10, round(16 * width))
+
+
+WRN = Work(
+    "cifar10",
+    _wrn("wrn-10-2"),
+    epochs=8,
+    batch=128,
+    lr=0.1,
+    momentum=0.9,
+    limit=12_800,
+    settings=EXACT
+    | {"fewer steps": Setting(steps=0.5), "adaptive": adaptive(0.025)}
+    | {"rows .5 through BatchNorm": Setting({"grad": {"axis": "rows", "ratio": 0.5, "batch_norm": "approximate"}})},
+)
+
 WORKS: dict[str, Work] = {
     "mnist-mlp": Work(
         "mnist",
@@ -146,29 +164,13 @@ WORKS: dict[str, Work] = {
         | {"fewer steps": Setting(steps=0.5), "adaptive": adaptive(0.025), "rows .5": rows(0.5)}
         | {"tokens .5": Setting({"policy": "always", "sampling": "backward", "grad_input": "exact", "grad_weight": {"method": "bernoulli", "ratio": 0.5}})},
     ),
-    "cifar-wrn": Work(
-        "cifar10",
-        lambda width: models.build("wrn-10-2", (3, 32, 32), 10, round(16 * width)),
-        epochs=8,
-        batch=128,
-        lr=0.1,
-        momentum=0.9,
-        limit=12_800,
-        settings=EXACT
-        | {"fewer steps": Setting(steps=0.5), "adaptive": adaptive(0.025)}
-        | {"rows .5 through BatchNorm": Setting({"grad": {"axis": "rows", "ratio": 0.5, "batch_norm": "approximate"}})},
-    ),
-    "cifar-wrn-full": Work(
-        "cifar10",
-        lambda width: models.build("wrn-28-10", (3, 32, 32), 10, round(16 * width)),
+    "cifar-wrn": WRN,
+    "cifar-wrn-full": replace(
+        WRN,
+        make=_wrn("wrn-28-10"),
         epochs=60,
-        batch=128,
-        lr=0.1,
-        momentum=0.9,
-        settings=EXACT
-        | controls_at(0.6, 0.7)
-        | {"adaptive": adaptive(0.025), "rows .5 through BatchNorm": Setting({"grad": {"axis": "rows", "ratio": 0.5, "batch_norm": "approximate"}})}
-        | {"forward topk .5": topk(0.5), "forward topk .5, end exact": ends_exact(topk(0.5))},
+        limit=None,
+        settings=WRN.settings | controls_at(0.6, 0.7) | {"forward topk .5": topk(0.5), "forward topk .5, end exact": ends_exact(topk(0.5))},
     ),
 }
 

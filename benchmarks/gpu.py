@@ -187,7 +187,7 @@ def linears(b: Bench) -> list[dict[str, Any]]:
         def make(m: int = m, k: int = k, n: int = n) -> tuple[nn.Module, Tensor, None]:
             return nn.Linear(k, n, bias=False, device=b.device, dtype=torch.bfloat16), b.rand(m, k).requires_grad_(), None
 
-        contest = {f"{r:g}": options(r, rules=[{"layers": "site", "method": "topk"}]) for r in (0.5, 0.3)}
+        contest = {f"{r:g}": options(r) for r in (0.5, 0.3)}
         found += model_rows(b, f"linear {m} x {k} x {n}", make, contest, bars)
     return found
 
@@ -240,7 +240,7 @@ def gpt(b: Bench) -> list[dict[str, Any]]:
     def make() -> tuple[nn.Module, Tensor, None]:
         return Block(width, b.of(32, 4)).to(b.device, torch.bfloat16), b.rand(batch, tokens, width).requires_grad_(), None
 
-    contest = {f"{r:g}": options(r, rules=[{"layers": "linear", "method": "topk"}]) for r in (0.5, 0.3)}
+    contest = {f"{r:g}": options(r) for r in (0.5, 0.3)}
     contest["rows 0.25"] = {"grad": {"axis": "rows", "ratio": 0.25}, "policy": "always", "inductor": TUNED}
     return model_rows(b, f"GPT-like block, width {width}, {batch} x {tokens} tokens", make, contest, {"0.5": 1.4, "0.3": 1.8, "rows 0.25": 1.8})
 
