@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from approx_compile import ApproxConfig, ConfigError, explain, machine
 from approx_compile.candidates import Candidates
+from approx_compile.kernels import available
 from approx_compile.kernels.estimators import estimator
 from approx_compile.kernels.products import Axis, norms_sq, sample
 from approx_compile.measure import Measurements
@@ -111,6 +112,66 @@ def test_both_convolutions_of_a_block(memory_format: torch.memory_format) -> Non
     assert [p.skips for p in stem.products[1:]] == ["main"]  # what both dropped is zero in the stem's gradient
 
 
+@pytest.mark.parametrize("method", ["topk", "wta", "topk_weights"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_kernels_of_ours_share_the_choice_alone(method: str, residual: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice is that of Inductor's lowering, and so is every gradient; nothing is put back that is written in one pass."""
+    monkeypatch.setattr(available, "missing", lambda lowering, device: None)
+    model, x = Attention(128, residual), torch.randn(4, 8, 128, requires_grad=True)
+    found = []
+    for lowering in ("inductor", "triton"):
+        torch._dynamo.reset()
+        torch.manual_seed(1)
+        run, choices, plans = compiled(model, only(["q", "k", "v"], method=method, group=32, lowering=lowering))
+        run(x).square().sum().backward()
+        outputs = [s.products[0] for s in plans.sites if s.name in "qkv"]
+        assert [p.shares for p in outputs] == [None, "q", "q"] and {p.lowering for p in outputs} == {lowering}
+        assert {c.split(".")[0] for c in choices} == {"q"}
+        found.append((choices["q.output.idx"], grads(model, x)))
+        summed = [p.shares for s in plans.sites for p in s.products if p.name == "grad_input" and s.name in "kv"]
+        assert summed == ([None] * 2 if residual or lowering == "triton" else ["q"] * 2)
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(relative(a, b) < 1e-5 for a, b in zip(found[1][1], found[0][1], strict=True))
+
+
+def test_convolutions_share_by_kernels_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(available, "missing", lambda lowering, device: None)
+    model, x = Down().to(memory_format=torch.channels_last), torch.randn(4, 64, 8, 8).to(memory_format=torch.channels_last)
+    found = []
+    for lowering in ("inductor", "triton"):
+        torch._dynamo.reset()
+        run, choices, plans = compiled(model, only(["main", "short"], group=32, lowering=lowering))
+        run(x).square().sum().backward()
+        assert {s.products[0].lowering for s in plans.sites if s.name != "stem"} == {lowering}
+        assert choices.keys() == {"main.output.idx"}
+        found.append(grads(model))
+    assert all(relative(a, b) < 1e-5 for a, b in zip(*found, strict=True))
+
+
+def test_only_one_code_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`k` has no kernel; left alone, time may choose a way that all have."""
+    monkeypatch.setattr(available, "missing", lambda lowering, device: None)
+
+    class Ragged(Attention):
+        def __init__(self) -> None:
+            super().__init__(128)
+            self.k, self.q = nn.Linear(128, 72), nn.Linear(128, 72)  # no whole lines of 16
+
+    def shares(model: nn.Module, **options: Any) -> dict[str, tuple[str | None, str]]:
+        torch._dynamo.reset()
+        behind = nn.Sequential(nn.Linear(16, 128), nn.GELU(), model)  # what reads raw data is exact
+        sites = plans_of(behind, ALWAYS | {"group": 32} | options, torch.randn(8, 512, 16))
+        return {s.name: (s.products[0].shares, s.products[0].lowering) for s in sites if s.name.startswith("2.")}
+
+    assert shares(Ragged(), lowering="triton") == {"2.q": (None, "inductor"), "2.k": ("2.q", "inductor"), "2.v": (None, "triton")}
+    profile = machine.current()
+    fast = {f"triton.{n}": scaled(t, 20.0) for n, t in profile.tables.items() if n.startswith("linear.")}
+    options: dict[str, Any] = {"policy": "cost", "rules": [{"layers": "site"}]}
+    with machine.use(profile.model_copy(update={"tables": profile.tables | fast})):
+        assert shares(Attention(128), **options) == {"2.q": (None, "triton"), "2.k": ("2.q", "triton"), "2.v": ("2.q", "triton")}
+        assert shares(Ragged(), **options)["2.v"] == (None, "triton")  # better than with the others by Inductor
+
+
 @pytest.mark.parametrize("method", ["bernoulli", "crs", "wta", "uniform"])
 def test_every_product_stays_unbiased(method: str) -> None:
     """Mean of X W' over draws = X W for both weights, and E |X W' - X W|^2 of bernoulli = sum (1 - p) / p a^2 w^2, w of each weight alone."""
@@ -196,6 +257,9 @@ def test_costs_of_a_shared_choice() -> None:
     assert sympy.expand(own["norms"].bytes - shared["norms"].bytes) == cost.e * cost.B * cost.I * cost.K
     own, shared = ({t.what: t for t in cost.terms(cost.Case("linear", "grad_input", "coupled", shares=s))} for s in (False, True))
     assert set(own) - set(shared) == {"untake", "launches", "new memory, result"} and own["product"] == shared["product"]
+    own, shared = ({t.what: t for t in cost.terms(cost.Case("linear", "output", "sampled", shares=s, lowering="triton"))} for s in (False, True))
+    assert set(own) - set(shared) == {"selection"} and own["product"] == shared["product"]  # nothing is gathered in the first place
+    assert sympy.expand(own["norms"].bytes - shared["norms"].bytes) == cost.e * cost.B * cost.I * cost.K
 
 
 def test_the_key_is_checked_and_said() -> None:

@@ -22,7 +22,8 @@ u units it is chosen from; p, q contiguous entries per kept index in the two ope
 | narrow, product; dY comes narrow, W is there | n for N | | 1 | as above |
 | fed (the consumer): no take of A, no untake of `grad_input` | | | | |
 
-Under the lowerings `triton` and `cuda` there is no take and no untake: a product steps over what was not chosen, at the rates that the kernel itself has
+Under the lowerings `triton` and `cuda` there is no take and no untake (so sharing saves norms and selection only): a product steps over what was not
+chosen, at the rates that the kernel itself has
 (`triton.linear.output`, coupled gradients `triton.linear.grad_input` and `.grad_weight`, which write the zeros too; on its own axis a gradient runs the
 output's kernel). A profile without these tables gives a kernel the exact product's rate at the sizes kept.
 
@@ -136,7 +137,8 @@ def terms(case: Case) -> tuple[Term, ...]:
     selection = Term("selection", f"select.{case.method}", (u, B), 10 * B * u * sympy.log(u, 2), launches=sympy.Integer(1))
     kept = k / axis
     if case.lowering != "inductor":
-        return (*norms, selection, _product(case, _smaller(axis)), _kernels(len(norms)))
+        chosen = [] if case.shares else [selection]
+        return (*norms, *chosen, _product(case, _smaller(axis)), _kernels(len(norms)))
     takes = [
         Term(f"take {name}", "take", (run, 2 * e * kept * size), kept * size if case.scaled and name == "B" else 0 * e, 2 * e * kept * size)
         for name, size, run in (("A", a, p), ("B", b.subs(N, skip) if case.narrow else b, q))

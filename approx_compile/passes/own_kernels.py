@@ -17,17 +17,22 @@ from approx_compile.passes.sites import CONV, PRODUCTS, Product
 from approx_compile.passes.splice import inline, refresh, replace_output, window_of
 
 
-def choice(graph: fx.Graph, before: fx.Node, product: Product, how: Estimator) -> tuple[fx.Node, fx.Node | None]:
-    """Indices and scale for a product, in the order `kernels.estimators.select` has them."""
-    plain = [_is_stored(n) and axis.lead is None and axis.split is None for n, axis in zip(product.operands, product.axes, strict=True)]
+def choice(graph: fx.Graph, before: fx.Node, product: Product, how: Estimator, readers: Sequence[Product] = ()) -> tuple[fx.Node, fx.Node | None]:
+    """Indices and scale for a product, in the order `kernels.estimators.select` has them; for it and for `readers`, that will use the same, as
+    `kernels.products.sample` chooses for `others`."""
+    operands = (*product.operands, *(r.operands[1] for r in readers))
+    axes = (*product.axes, *(r.axes[1] for r in readers))
+    plain = [_is_stored(n) and axis.lead is None and axis.split is None for n, axis in zip(operands, axes, strict=True)]
 
-    def run(a: Tensor, b: Tensor) -> Any:
-        a_sq, b_sq = (_norms(x, axis, how.group, alone) for x, axis, alone in zip((a, b), product.axes, plain, strict=True))
+    def run(*given: Tensor) -> Any:
+        a_sq, b_sq, *others = (_norms(x, axis, how.group, alone) for x, axis, alone in zip(given, axes, plain, strict=True))
+        for more in others:
+            b_sq = b_sq + more
         if how.scaled:
             return select(how, a_sq, b_sq)
         return skip.choose(score(how, a_sq, b_sq), how.k), None
 
-    idx, scale = inline(graph, before, run, product.operands)
+    idx, scale = inline(graph, before, run, operands)
     return idx, scale
 
 

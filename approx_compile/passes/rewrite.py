@@ -132,13 +132,14 @@ def _sample_in_place(
     indices and activation it uses; `readers`: products that will use its own, whose weights have their say in the choice and must stand before it."""
     assert decision.how is not None
     node, how = product.node, decision.how
-    if decision.lowering in OWN:
-        idx, scale = own_kernels.choice(graph, node, product, how)
-        _mark_choice(site, product, idx, scale)
-        own_kernels.sample_output(graph, product, how, idx, scale)
-        return Sampled(how, idx, scale, product.operands)
     for other in readers:
         hoist(other.operands[1], node)
+    if decision.lowering in OWN:
+        idx, scale = own_kernels.choice(graph, node, product, how, readers) if leader is None else (leader.idx, leader.scale)
+        if leader is None:
+            _mark_choice(site, product, idx, scale)
+        own_kernels.sample_output(graph, product, how, idx, scale)
+        return Sampled(how, idx, scale, product.operands)
     kept = _gathered(graph, node, site, product, how, readers) if leader is None else _joined(graph, product, leader)
     args = list(node.args)
     first = len(args) - 2 if node.target not in CONV else 0

@@ -1,7 +1,8 @@
 """Sites that read the same activation (query, key and value; gate and up; both convolutions of a downsampling block) and keep the same entries of it.
 
 X is then ranked, selected and gathered once, for all of X [W, V, ..], which would choose just these entries (see `kernels.products.sample`), and saved
-once for the backward pass; where their `grad_input`s are only summed up, the sum is put back in place once. What that loses is that no product keeps its own
+once for the backward pass; where their `grad_input`s are only summed up, the sum is put back in place once. Kernels of ours gather nothing and
+write a gradient with its zeros in one pass: under those the choice alone is shared. What that loses is that no product keeps its own
 best entries. How much is not known without data, so unless the user says (`share`) it must be predicted to save what that has been found to cost on average
 (`cost.SHARE_MARGIN`); `tune` measures the error of both. Decided here, carried out by `rewrite`.
 
@@ -72,21 +73,25 @@ def _origin(n: Any) -> Any:
 def _ways(
     sites: Sequence[Site], settings: Sequence[SiteSettings], tried: Sequence[SitePlan | Tries], judged: Sequence[SitePlan], readers: Sequence[int]
 ) -> list[tuple[list[int], list[list[tuple[ProductPlan, ...]]]]]:
-    """Of the readers of an activation those that choose alike, and the ways to sample them: all that are tried where predicted time decides, else what each
-    came to by itself."""
+    """Of the readers of an activation those that choose alike by the first of their ways, and the ways that all of them have, by one and the same code: of all
+    that are tried where predicted time decides, else of what each came to by itself."""
     alike: dict[Any, list[int]] = defaultdict(list)
+    by_choice: dict[int, dict[Any, tuple[ProductPlan, ...]]] = {}
     for i in readers:
         mine = tried[i]
         assert isinstance(mine, list)
         own = mine if settings[i].policy == "cost" else [judged[i].products]
-        if all(products[0].decision == "sampled" and not any(p.lowering in OWN for p in products) for products in own):
-            alike[settings[i].policy, settings[i].share, *(products[0].how for products in own)].append(i)
+        if all(products[0].decision == "sampled" for products in own):
+            by_choice[i] = {}
+            for products in own:
+                by_choice[i].setdefault((products[0].how, products[0].lowering), products)
+            alike[settings[i].policy, settings[i].share, own[0][0].how, own[0][0].lowering].append(i)
     found = []
     for members in alike.values():
         members = [i for i in members if _movable(sites[i], sites[members[0]])]
         if len(members) > 1:
-            chosen = [t if isinstance(t := tried[i], list) and settings[i].policy == "cost" else [judged[i].products] for i in members]
-            found.append((members, [list(way) for way in zip(*chosen, strict=True)]))
+            common = [key for key in by_choice[members[0]] if all(key in by_choice[i] for i in members)]
+            found.append((members, [[by_choice[i][key] for i in members] for key in common]))
     return found
 
 
@@ -140,9 +145,9 @@ def _shared(sites: Sequence[Site], way: Sequence[tuple[ProductPlan, ...]], machi
     for site, products in zip(sites[1:], way[1:], strict=True):
         new = list(products)
         for j, (product, p) in enumerate(zip(site.products, products, strict=True)):
-            if j == 0 or (one_sum and p.name == "grad_input" and p.decision == "coupled"):
+            if j == 0 or (one_sum and p.name == "grad_input" and p.decision == "coupled" and p.lowering not in OWN):
                 assert p.how is not None
-                estimate = (cost.coupled if j else cost.sampled)(site, product, p.how, machine, shares=True)
+                estimate = (cost.coupled if j else cost.sampled)(site, product, p.how, machine, lowering=p.lowering, shares=True)
                 new[j] = replace(
                     p, flops_sampled=estimate.flops, time_sampled_us=estimate.time_us, terms=estimate.terms, sizes=estimate.sizes, shares=sites[0].name
                 )

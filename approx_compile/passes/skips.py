@@ -22,11 +22,12 @@ def skip_zeros(sites: Sequence[Site], plan: Plan, machine: Machine) -> Plan:
         for j, p in enumerate(site.products):
             if p.output_grad is not None and one_contraction(site):
                 users[p.output_grad, p.output_grad_dim].append((i, j))
-    shared: dict[str, list[tuple[fx.Node, int]]] = defaultdict(list)  # gradients that are summed up with another's, and zero where that is
+    shared: dict[str, list[tuple[fx.Node, int]]] = defaultdict(list)  # gradients that are zero where another site's is, of the same activation
     for site, s in zip(sites, plan.sites, strict=True):
         for p, d in zip(site.products, s.products, strict=True):
-            if d.shares is not None and p.result is not None:
-                shared[d.shares].append(p.result)
+            leader = s.products[0].shares
+            if leader is not None and p.name == "grad_input" and d.decision == "coupled" and p.result is not None:
+                shared[leader].append(p.result)
     new = list(plan.sites)
     for source, planned in zip(sites, plan.sites, strict=True):
         for p, d in zip(source.products, planned.products, strict=True):
