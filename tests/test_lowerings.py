@@ -57,8 +57,8 @@ def test_linear_layers_get_the_numbers_of_gathers(method: str, sampling: str) ->
     }
     want, chosen, _ = trained(model, x, settings | {"lowering": "inductor"})
     got, chosen_too, plans = trained(model, x, settings | {"lowering": "triton"})
-    lowered = {p.lowering for s in plans.sites for p in s.products if p.decision in ("sampled", "coupled") and p.size >= 64}
-    assert lowered == {"triton"}
+    lowered = {(p.lowering, p.skips_by) for s in plans.sites for p in s.products if p.decision in ("sampled", "coupled") and p.size >= 64}
+    assert lowered <= {("triton", "inductor"), ("inductor", "triton")}
     assert chosen.keys() == chosen_too.keys() and all(torch.equal(chosen[n], chosen_too[n]) for n in chosen if n.endswith("idx"))
     assert max(relative(a, b) for a, b in zip(got, want, strict=True)) < 1e-5
 

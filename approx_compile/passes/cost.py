@@ -17,15 +17,16 @@ u units it is chosen from; p, q contiguous entries per kept index in the two ope
 | a site that shares another's indices | | | | norms of its weight only, no selection, no take A; no untake if `grad_input`s are put back together |
 | skip, each of dY and (for `grad_input`) W | | 2 e per entry left | 1 kernel | bytes / `take` at unit runs |
 | skip, the result of `grad_weight` | | e per entry of the whole result | 1 kernel | bytes / `untake` |
+| skip by a kernel, product; nothing else | n for N | | 1 | FLOPs / rate of that kernel |
 | narrow (a producer makes only what its consumer keeps): W, for `output` | | 2 e per entry left | 1 kernel | bytes / `take` at q |
 | narrow, the result of `grad_weight` | | e per entry of the whole result | 1 kernel | bytes / `untake` |
 | narrow, product; dY comes narrow, W is there | n for N | | 1 | as above |
 | fed (the consumer): no take of A, no untake of `grad_input` | | | | |
 
 Under the lowerings `triton` and `cuda` there is no take and no untake (so sharing saves norms and selection only): a product steps over what was not
-chosen, at the rates that the kernel itself has
-(`triton.linear.output`, coupled gradients `triton.linear.grad_input` and `.grad_weight`, which write the zeros too; on its own axis a gradient runs the
-output's kernel). A profile without these tables gives a kernel the exact product's rate at the sizes kept.
+chosen, at the rates that the kernel itself has (`triton.linear.output`, coupled gradients `triton.linear.grad_input` and `.grad_weight`, which write the
+zeros too; on its own axis a gradient runs the output's kernel). It steps over one axis: of a gradient with two either k or n is gathered, k anew where the
+output's kernel did without. A profile without these tables gives a kernel the exact product's rate at the sizes kept.
 
 `take` and `untake` are measured with half of the entries kept: 2 e per kept entry is then the size of the whole. Rates are tables of `machine`, read at
 the sizes of the term (bandwidths at `LIVE` times the bytes); `kernel` is what a launch costs (a library call's is in the rates). FLOPs decide
@@ -100,7 +101,8 @@ class Term:
 
 class Case(NamedTuple):
     """What of a product decides which terms it has: of a "linear", "bmm" or "conv" site, exact | sampled | coupled, which zeros it skips; whether of N
-    only n are made in the first place (`narrow`), and whether its activation comes so (`fed`); whether it `shares` what another site chose."""
+    only n are made in the first place (`narrow`), and whether its activation comes so (`fed`); whether it `shares` what another site chose; which code runs it
+    (`lowering`) and leaves out the zeros (`skips_by`); whether a coupled gradient gathers its operand itself (`alone`)."""
 
     kind: str
     product: str
@@ -113,20 +115,24 @@ class Case(NamedTuple):
     lowering: str = "inductor"
     narrow: bool = False
     fed: bool = False
+    skips_by: str = "inductor"
+    alone: bool = False
 
 
 @functools.cache
 def terms(case: Case) -> tuple[Term, ...]:
     """The terms of a product over `SYMBOLS`."""
     a, b, result, axis = _OPERANDS[case.product]
+    if case.decision == "exact" and case.skips_by != "inductor":
+        return (_product(case, {}),)
     if case.decision == "exact":
         made = result * skip / N if case.narrow and case.product == "output" else result
         return (*_skipping(case, {}), *_narrowed(case), _product(case, {}), _fresh("result", made))
     if case.decision == "coupled":
         small = {K: k}
         if case.lowering != "inductor":
-            return (_product(case, small), _kernels(1))
-        product = (*_skipping(case, small), _product(case, small), _extra("narrow result", k / K * result))
+            return (*_skipping(case, {}), _product(case, small), _kernels(1))
+        product = (*_operand(case), *_skipping(case, small), _product(case, small), _extra("narrow result", k / K * result))
         if case.shares or (case.fed and case.product == "grad_input"):
             return product
         scale = k / K * result if case.scaled and case.product == "grad_weight" else sympy.Integer(0)
@@ -162,12 +168,14 @@ def _product(case: Case, small: Mapping[sympy.Symbol, sympy.Expr]) -> Term:
     if case.lowering != "inductor":
         own_axis = case.kind == "linear" and case.decision == "sampled"
         rate, at = (f"{case.lowering}.{case.kind}.output", turned) if own_axis else (f"{case.lowering}.{rate}", at)
+    elif case.skips_by != "inductor":  # n is the axis that the kernel cuts: the contraction of dX, the columns of dW
+        rate, at = f"{case.skips_by}.{case.kind}.{'output' if case.product == 'grad_input' else 'grad_weight'}", (m, n, inner)
     return Term("product", rate, at, 2 * B * m * inner * n * taps, launches=sympy.Integer(1))
 
 
 def _skipping(case: Case, small: Mapping[sympy.Symbol, sympy.Expr]) -> list[Term]:
     """Gathering what is left of dY, and of the weight or into the weight's gradient, where other sites' zeros are skipped."""
-    if not case.skips:
+    if not case.skips or case.skips_by != "inductor":
         return []
     left, weight = 2 * e * _Y * skip / N, (e * _W).subs(small)
     found = [Term("take dY", "take", (u, left), bytes=left, launches=sympy.Integer(1)), _extra("dY", left / 2 / e)]
@@ -176,6 +184,14 @@ def _skipping(case: Case, small: Mapping[sympy.Symbol, sympy.Expr]) -> list[Term
     else:
         found += [Term("untake", "untake", (q, weight), bytes=weight), _extra("narrow result", weight * skip / N / e)]
     return [*found, _kernels(1)]
+
+
+def _operand(case: Case) -> list[Term]:
+    """Gathering the operand of a coupled gradient for it alone."""
+    if not case.alone:
+        return []
+    name, size, run = ("W", _W, q) if case.product == "grad_input" else ("A", _A, p)
+    return [Term(f"take {name}", "take", (run, 2 * e * k / K * size), bytes=2 * e * k / K * size), _extra(name, k / K * size), _kernels(1)]
 
 
 def _fresh(what: str, entries: sympy.Expr, beside: int = 1) -> Term:
@@ -314,13 +330,20 @@ def coupled(
     return evaluate(case, sizes, site.dtype, machine)
 
 
-def skipped(site: Site, product: Product, how: Estimator | None, dropped: Estimator, machine: Machine | None, shares: bool = False) -> Estimate:
-    """A gradient, exact or coupled to its own output (`how`), that leaves out the output channels another site `dropped`. `shares` as in `coupled`."""
+def skipped(
+    site: Site, product: Product, how: Estimator | None, dropped: Estimator, machine: Machine | None,
+    lowering: str = "inductor", skips_by: str = "inductor", shares: bool = False, alone: bool = False,
+) -> Estimate:  # fmt: skip
+    """A gradient, exact or coupled to its own output (`how`), that leaves out the output channels another site `dropped`. `shares` as in `coupled`.
+    `alone`: its operand is gathered for it, the output's kernel did without."""
     sizes = sizes_of(site) | {skip: dropped.kept, u: dropped.unit, q: dropped.unit * _torch.hint(_torch.value(site.products[0].operands[0]).shape[-1])}
     if how is None:
-        return evaluate(Case(kind_of(site), role(product), "exact", skips=True), sizes, site.dtype, machine)
+        return evaluate(Case(kind_of(site), role(product), "exact", skips=True, skips_by=skips_by), sizes, site.dtype, machine)
     sizes |= {k: how.kept, r: how.unit}
-    return evaluate(Case(kind_of(site), role(product), "coupled", how.method, how.weight, how.scaled, True, shares), sizes, site.dtype, machine)
+    if alone:
+        sizes |= {symbol: _run(site, site.products[0], i) * how.unit for i, symbol in enumerate((p, q))}
+    case = Case(kind_of(site), role(product), "coupled", how.method, how.weight, how.scaled, True, shares, lowering, skips_by=skips_by, alone=alone)
+    return evaluate(case, sizes, site.dtype, machine)
 
 
 def shrunk(site: Site, product: Product, how: Estimator | None, only: Estimator | None, fed: bool, machine: Machine | None) -> Estimate:

@@ -44,9 +44,27 @@ def refused(site: Site, product: Product, how: Estimator, lowering: str) -> str 
         return "convolutions' gradients on their own axis have no kernel"
     if product.name == "grad_weight" and how.group == 1 and lowering == "triton":
         return None  # rows, whole ones
+    return _other_unit(how, lowering)
+
+
+def _other_unit(how: Estimator, lowering: str) -> str | None:
     if how.tail or how.unit not in UNITS[lowering]:
         return f"{lowering} skips whole groups of {' or '.join(map(str, UNITS[lowering]))}, not {how.group}" + (" with a tail" if how.tail else "")
     return None
+
+
+def no_zeros_kernel(site: Site, dropped: Estimator, lowering: str) -> str | None:
+    """Why no kernel of ours leaves out the output channels that another site `dropped`, if so, of a site's gradients."""
+    if (why := _unfit(site, lowering)) is not None:
+        return why
+    if site.node.target in CONV:
+        return "of a convolution's gradients a kernel leaves out input channels, not these"
+    return _other_unit(dropped, lowering)
+
+
+def lines(kept: int) -> bool:
+    """Whether what is gathered along one axis is an operand that a kernel of ours reads."""
+    return kept % _LINE == 0
 
 
 def _unfit(site: Site, lowering: str) -> str | None:

@@ -14,7 +14,7 @@ from approx_compile.kernels import skip, skip_conv
 from approx_compile.kernels.estimators import Estimator, score, select
 from approx_compile.kernels.products import Axis, norms_sq
 from approx_compile.passes.sites import CONV, PRODUCTS, Product
-from approx_compile.passes.splice import inline, refresh, replace_output, window_of
+from approx_compile.passes.splice import Sampled, inline, refresh, window_of
 
 
 def choice(graph: fx.Graph, before: fx.Node, product: Product, how: Estimator, readers: Sequence[Product] = ()) -> tuple[fx.Node, fx.Node | None]:
@@ -68,30 +68,30 @@ def sample_output(graph: fx.Graph, product: Product, how: Estimator, idx: fx.Nod
     graph.erase_node(node)
 
 
-def narrow_matmul(product: Product, how: Estimator, idx: fx.Node, scale: fx.Node | None) -> None:
-    """dA[:, idx] = dY B^T[:, idx] diag(scale) or dB[idx, :] = diag(scale) A^T[idx, :] dY, zeros elsewhere, written in one pass."""
-    m = product.node
-    a, b = m.args
-    m.target = torch.ops.approx_compile.skip_matmul_into.default
-    m.args = (a, b, idx, scale, how.unit, product.position)
+def step_over(m: fx.Node, kept: Sampled, scale: fx.Node | None, dim: int | None) -> None:
+    """A product of matrices steps over what was not kept along the axis that it contracts (`dim` None), or of rows (0) or columns (1) of its result: those are
+    times their scale, zeros elsewhere, written in one pass."""
+    a, b = m.args[-2:]
+    m.target = (torch.ops.approx_compile.skip_matmul if dim is None else torch.ops.approx_compile.skip_matmul_into).default
+    m.args = (a, b, kept.idx, scale, kept.how.unit, *(() if dim is None else (dim,)))
     refresh(m)
 
 
-def narrow_conv(graph: fx.Graph, m: fx.Node, products: Sequence[Product], how: Estimator, idx: fx.Node, scale: fx.Node | None) -> None:
-    """The gradients of a convolution (`m`: its convolution_backward) in the input channels that were kept, zeros elsewhere."""
-    dy, x, w = m.args[:3]
-    assert isinstance(dy, fx.Node) and isinstance(x, fx.Node) and isinstance(w, fx.Node)
+def narrow_conv(graph: fx.Graph, m: fx.Node, product: Product, operands: Sequence[fx.Node], kept: Sampled) -> fx.Node:
+    """A gradient of a convolution (`m`: its convolution_backward) in the input channels that were kept, zeros elsewhere, from `operands` dY, X and W."""
+    dy, x, w = operands
     size, kernel = list(_torch.value(x).shape[2:]), list(_torch.value(w).shape[2:])
-    geometry = window_of(m.args[4:7], 2)
+    geometry, unit = window_of(m.args[4:7], 2), kept.how.unit
 
     def of_input(dy: Tensor, w: Tensor, idx: Tensor, scale: Tensor | None) -> Tensor:
-        dx: Tensor = skip_conv.skip_conv_input(dy, w, idx, scale, how.unit, size, *geometry)
+        dx: Tensor = skip_conv.skip_conv_input(dy, w, idx, scale, unit, size, *geometry)
         return dx
 
     def of_weight(x: Tensor, dy: Tensor, idx: Tensor, scale: Tensor | None) -> Tensor:
-        dw: Tensor = skip_conv.skip_conv_weight(x, dy, idx, scale, how.unit, kernel, *geometry)
+        dw: Tensor = skip_conv.skip_conv_weight(x, dy, idx, scale, unit, kernel, *geometry)
         return dw
 
-    for product in products:
-        run, operands = (of_input, (dy, w)) if product.mask == 0 else (of_weight, (x, dy))
-        replace_output(graph, m, product.mask, inline(graph, m, run, (*operands, idx, scale)))
+    run, read = (of_input, (dy, w)) if product.mask == 0 else (of_weight, (x, dy))
+    new = inline(graph, m, run, (*read, kept.idx, kept.scale))
+    assert isinstance(new, fx.Node)
+    return new

@@ -53,12 +53,15 @@ def make_plan(sites: Sequence[Site], config: ApproxConfig, machine: Machine | No
     if machine is not None:
         judged = shared.share(sites, settings, tried, judged, machine)
     decided = [_with_replacements(s, p, w) for s, p, w in zip(sites, judged, settings, strict=True)]
-    return Plan(tuple(_with_nodes(s, p) for s, p in zip(sites, decided, strict=True)), unmatched, remarks=tuple(remarks))
+    done = (_completed(s, p, w, machine) for s, p, w in zip(sites, decided, settings, strict=True))
+    return Plan(tuple(done), unmatched, remarks=tuple(remarks))
 
 
-def _with_nodes(site: Site, plan: SitePlan) -> SitePlan:
+def _completed(site: Site, plan: SitePlan, settings: SiteSettings, machine: Machine | None) -> SitePlan:
+    """With what does not depend on the decision. Rows are followed through torch's ops: where some may be left out nothing else becomes a kernel of ours."""
     products = (replace(p, node=q.node.name, bytes_exact=q.bytes_once) for p, q in zip(plan.products, site.products, strict=True))
-    return replace(plan, products=tuple(products))
+    may = worth.known_lowerings(site, settings.output.lowering, machine) if settings.rows is None else ("inductor",)
+    return replace(plan, products=tuple(products), lowerings=may)
 
 
 def match_rules(sites: Sequence[Site | SitePlan], config: ApproxConfig) -> tuple[list[list[bool]], tuple[str, ...]]:

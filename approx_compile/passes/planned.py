@@ -22,7 +22,7 @@ class ProductPlan:
     was to be decided by time); `terms` says term by term what the time as planned is made of, `sizes` what the symbols in them stand for (see `passes.cost`).
 
     `skips`: the site whose dropped entries make this product's output gradient zero, or are all that will be read of this output; computing nothing there
-    changes no value.
+    changes no value. `skips_by`: the code that leaves these out; of two axes a kernel of ours steps over one, the other is gathered.
     `shares`: the site whose indices it uses: an output that is sampled at the entries chosen there (see `passes.shared`), a gradient put back with that site's.
     """
 
@@ -37,6 +37,7 @@ class ProductPlan:
     flops_sampled: int
     how: Estimator | None = None
     skips: str | None = None
+    skips_by: str = "inductor"
     shares: str | None = None
     node: str = ""
     replacement: Replacement | None = None
@@ -52,7 +53,8 @@ class ProductPlan:
 class SitePlan:
     """The decision for one site. `k` and `size` are the output product's, or the first approximated one's; FLOPs are summed. Sizes that are symbols stand in
     `shape` as such, and in `traced` with what they were traced with; FLOPs and times are those of these sizes. `break_even`: where predicted time decided.
-    `shrinks`: the sites that make only what this one keeps of its activation."""
+    `shrinks`: the sites that make only what this one keeps of its activation. `lowerings`: the code that may run its products, by the settings and by what the
+    machine's profile knows."""
 
     name: str
     module: str
@@ -67,6 +69,7 @@ class SitePlan:
     traced: tuple[tuple[str, int], ...] = ()
     break_even: worth.BreakEven | None = None
     shrinks: tuple[str, ...] = ()
+    lowerings: tuple[str, ...] = ("inductor",)
 
     @property
     def shown(self) -> ProductPlan:

@@ -82,8 +82,6 @@ def _gradients(graph: fx.Graph, site: Site, todo: Sequence[_Gradient]) -> None:
             replace_matmul(graph, work.product, work.decision.replacement)
         elif work.decision.decision == "sampled":
             _sample_in_place(graph, site, work.product, work.decision)
-        elif work.coupled is not None and work.decision.lowering in OWN:
-            own_kernels.narrow_matmul(work.product, work.coupled.how, work.coupled.idx, work.coupled.scale)
         else:
             _narrow_matmul(graph, site.products[0].operands, work)
 
@@ -139,7 +137,7 @@ def _sample_in_place(
         if leader is None:
             _mark_choice(site, product, idx, scale)
         own_kernels.sample_output(graph, product, how, idx, scale)
-        return Sampled(how, idx, scale, product.operands)
+        return Sampled(how, idx, scale, product.operands, whole=True)
     kept = _gathered(graph, node, site, product, how, readers) if leader is None else _joined(graph, product, leader)
     args = list(node.args)
     first = len(args) - 2 if node.target not in CONV else 0
@@ -177,32 +175,42 @@ def _joined(graph: fx.Graph, product: Product, leader: Sampled) -> Sampled:
 
 
 def _narrow_matmul(graph: fx.Graph, forward: tuple[fx.Node, fx.Node], work: _Gradient) -> None:
-    """dA[:, idx] = dY B'^T or dB[idx, :] = diag(scale) A'^T dY, zeros elsewhere; of dY only the columns that are not zero."""
+    """dA[:, idx] = dY B'^T or dB[idx, :] = diag(scale) A'^T dY, zeros elsewhere; of dY only the columns that are not zero. What a kernel of ours steps over
+    stays whole."""
     p = work.product
     m, position = p.node, p.position
+    coupled = work.coupled if work.decision.lowering not in OWN else None
+    skipped = work.skipped if work.decision.skips_by not in OWN else None
     operand, dy = m.args[position], m.args[1 - position]
     assert isinstance(operand, fx.Node) and isinstance(dy, fx.Node)
     lead = 0 if _torch.value(m).dim() == 3 else None
     holes = []
     whole = work.narrow is None or p.reads == 0
-    cut = work.coupled.operands if work.coupled is not None else None if whole else work.narrow
-    if cut is not None:
+    cut = coupled.operands if coupled is not None else None if whole else work.narrow
+    if coupled is not None and coupled.whole:
+        operand = _taken(graph, m, operand, Axis(position), coupled)
+    elif cut is not None:
         order = tuple(permutation_between(forward[p.reads], operand))
         operand = cut[p.reads]
         if list(order) != sorted(order):
             operand = inline(graph, m, lambda x: x.permute(order), (operand,))
-    if work.coupled is not None and not work.fed:
-        scale = work.coupled.scale if p.reads == 0 else None  # B' holds its scale already
-        holes.append(_Hole(Axis(position + _torch.value(m).dim() - 2, lead), work.coupled, scale))
-    if work.skipped is not None:
+    if coupled is not None and not work.fed:
+        scale = coupled.scale if p.reads == 0 or coupled.whole else None  # else B' holds its scale already
+        holes.append(_Hole(Axis(position + _torch.value(m).dim() - 2, lead), coupled, scale))
+    if skipped is not None:
         columns = Axis(p.output_grad_dim)
-        dy = _taken(graph, m, dy, columns, work.skipped)
+        dy = _taken(graph, m, dy, columns, skipped)
         if p.reads == 1 and whole:
-            operand = _taken(graph, m, operand, p.axes[position], work.skipped)
+            operand = _taken(graph, m, operand, p.axes[position], skipped)
         elif p.reads == 0:
-            holes.append(_Hole(Axis(1 - position + _torch.value(m).dim() - 2), work.skipped, None))
+            holes.append(_Hole(Axis(1 - position + _torch.value(m).dim() - 2), skipped, None))
     m.args = (operand, dy) if position == 0 else (dy, operand)
-    activation = (forward[0], work.coupled.operands[0]) if work.coupled is not None and p.reads == position == 1 else None  # dA, in A's own orientation
+    if work.coupled is not None and coupled is None:
+        own_kernels.step_over(m, work.coupled, work.coupled.scale, position)
+    elif work.skipped is not None and skipped is None:
+        own_kernels.step_over(m, work.skipped, None, None if p.reads == 1 else 1 - position)
+    cut_activation = coupled is not None and not coupled.whole and p.reads == position == 1  # dA, in A's own orientation
+    activation = (forward[0], coupled.operands[0]) if coupled is not None and cut_activation else None
     _put_back(graph, m, holes, activation, work.into)
 
 
@@ -296,13 +304,10 @@ def _conv_gradients(graph: fx.Graph, site: Site, todo: Sequence[_Gradient]) -> N
     mask = list(m.args[10])  # type: ignore[arg-type]
     alike: dict[tuple[bool, str | None], list[_Gradient]] = {}
     calls = [m]
-    skipping = [w for w in todo if w.coupled is not None and w.decision.decision == "coupled" and w.decision.lowering in OWN]
-    if skipping and (kept := skipping[0].coupled) is not None:
-        own_kernels.narrow_conv(graph, m, [w.product for w in skipping], kept.how, kept.idx, kept.scale)
     for work in todo:
-        if work in skipping:
-            continue
-        if work.decision.replacement is not None:
+        if work.coupled is not None and work.decision.lowering in OWN:
+            _step_over_conv(graph, m, work.product, work.coupled, work.skipped)
+        elif work.decision.replacement is not None:
             replace_conv_weight(graph, work.product, work.decision.replacement)
         elif work.decision.decision == "sampled":
             assert work.decision.how is not None
@@ -323,6 +328,18 @@ def _conv_gradients(graph: fx.Graph, site: Site, todo: Sequence[_Gradient]) -> N
         refresh(m)
     for call in calls:
         let_go_of_activation(graph, call)
+
+
+def _step_over_conv(graph: fx.Graph, m: fx.Node, p: Product, coupled: Sampled, skipped: Sampled | None) -> None:
+    """A gradient by a kernel that steps over input channels that were not kept; of output channels those that are not zero are gathered."""
+    dy, x, w = m.args[:3]
+    assert isinstance(dy, fx.Node) and isinstance(x, fx.Node) and isinstance(w, fx.Node)
+    layout = Layout.of(_torch.value(m)[p.mask])
+    if skipped is not None:
+        dy, w = _taken(graph, m, dy, Axis(1), skipped), _taken(graph, m, w, Axis(0), skipped)
+    grad = own_kernels.narrow_conv(graph, m, p, (dy, x, w), coupled)
+    holes = [_Hole(Axis(0), skipped, None)] if skipped is not None and p.mask == 1 else []
+    replace_output(graph, m, p.mask, _filled(graph, m, grad, holes, None, layout))
 
 
 def _narrow_conv(graph: fx.Graph, site: Site, m: fx.Node, group: Sequence[_Gradient]) -> fx.Node:

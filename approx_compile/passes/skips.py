@@ -1,4 +1,9 @@
-"""Zeros that one site's choice makes in the gradients of others, put to use: decided here, found by `zeros`, carried out by `rewrite`."""
+"""Zeros that one site's choice makes in the gradients of others, put to use: decided here, found by `zeros`, carried out by `rewrite`.
+
+Gathers leave them out, or a kernel of ours steps over them where the lowering allows it and time is saved: dX = dY[:, idx] W[idx, :] and the columns idx of
+dW = X^T dY. A kernel steps over one axis. Of a gradient that is coupled to its own output as well the other axis is gathered: of X and W what the output kept,
+or of dY and W what is not zero, whichever is predicted to be faster.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +14,11 @@ from dataclasses import replace
 from torch import fx
 
 from approx_compile.kernels.available import OWN
+from approx_compile.kernels.estimators import Estimator
 from approx_compile.machine import Machine
-from approx_compile.passes import cost, zeros
+from approx_compile.passes import cost, lowerings, zeros
 from approx_compile.passes.planned import Plan, ProductPlan, SitePlan
-from approx_compile.passes.sites import Site, one_contraction
+from approx_compile.passes.sites import Product, Site, one_contraction
 
 
 def skip_zeros(sites: Sequence[Site], plan: Plan, machine: Machine) -> Plan:
@@ -42,17 +48,39 @@ def skip_zeros(sites: Sequence[Site], plan: Plan, machine: Machine) -> Plan:
 
 def _with_skip(site: Site, plan: SitePlan, j: int, source: str, dropped: ProductPlan, machine: Machine) -> SitePlan:
     product, decision = site.products[j], plan.products[j]
-    if decision.decision in ("sampled", "replaced") or decision.skips is not None or dropped.how is None or decision.lowering in OWN:
+    if decision.decision in ("sampled", "replaced") or decision.skips is not None or dropped.how is None:
         return plan
-    estimate = cost.skipped(site, product, decision.how, dropped.how, machine, decision.shares is not None)
-    assert decision.time_sampled_us is not None and estimate.time_us is not None
-    if not cost.pays(decision.time_sampled_us, estimate.time_us, cost.SKIP_MARGIN):
+    ways, why = _ways(site, plan, decision, dropped.how)
+    tried = [_tried(site, product, plan, decision, dropped.how, way, machine) for way in ways]
+    if not tried:
         return plan
-    reason = f"{decision.reason}; skips what {source} dropped"
+    best = min(tried, key=lambda p: p.time_sampled_us or 0.0)
+    assert decision.time_sampled_us is not None and best.time_sampled_us is not None
+    if not cost.pays(decision.time_sampled_us, best.time_sampled_us, cost.SKIP_MARGIN):
+        return plan
+    by = f" by {best.skips_by}" if best.skips_by in OWN else f" by inductor: {why}" if why is not None else ""
     products = list(plan.products)
-    products[j] = replace(
-        decision, reason=reason, flops_sampled=estimate.flops, time_sampled_us=estimate.time_us, terms=estimate.terms, sizes=estimate.sizes, skips=source
-    )
+    products[j] = replace(best, reason=f"{decision.reason}; skips what {source} dropped{by}", skips=source)
     note = "; its gradients skip what later sites dropped"
     exact = plan.decision == "exact" and note not in plan.reason
     return replace(plan, products=tuple(products), reason=plan.reason + note if exact else plan.reason)
+
+
+def _ways(site: Site, plan: SitePlan, decision: ProductPlan, dropped: Estimator) -> tuple[list[tuple[str, str]], str | None]:
+    """(lowering, skips_by) to choose from, and why a kernel that was asked for is not among them."""
+    asked = [n for n in plan.lowerings if n in OWN]
+    refused = {n: lowerings.no_zeros_kernel(site, dropped, n) for n in asked}
+    fit = [n for n in asked if refused[n] is None and (decision.how is None or lowerings.lines(decision.how.kept))]
+    ways = [("inductor", n) for n in fit]
+    if decision.lowering in OWN:
+        return ([(decision.lowering, "inductor")] if lowerings.lines(dropped.kept) else []) + ways, None
+    if "inductor" in plan.lowerings or not fit:
+        ways.insert(0, ("inductor", "inductor"))
+    return ways, next(iter(refused.values()), None) if "inductor" not in plan.lowerings else None
+
+
+def _tried(site: Site, product: Product, plan: SitePlan, decision: ProductPlan, dropped: Estimator, way: tuple[str, str], machine: Machine) -> ProductPlan:
+    lowering, skips_by = way
+    alone = decision.decision == "coupled" and plan.products[0].lowering in OWN and lowering not in OWN
+    new = cost.skipped(site, product, decision.how, dropped, machine, lowering, skips_by, decision.shares is not None, alone)
+    return replace(decision, lowering=lowering, skips_by=skips_by, flops_sampled=new.flops, time_sampled_us=new.time_us, terms=new.terms, sizes=new.sizes)

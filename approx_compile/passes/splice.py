@@ -22,13 +22,14 @@ CHOICE = "approx_compile_choice"
 
 class Sampled(NamedTuple):
     """The nodes a sampled output leaves for its coupled gradients. `narrow`: of a gradient whose dropped entries are zero, the kept ones alone, where there is
-    a node of them."""
+    a node of them. `whole`: the operands are not cut to the kept entries, a kernel of ours read them as they are."""
 
     how: Estimator
     idx: fx.Node
     scale: fx.Node | None
     operands: tuple[fx.Node, fx.Node]
     narrow: Mapping[fx.Node, fx.Node] = MappingProxyType({})
+    whole: bool = False
 
 
 def keep_choice(node: fx.Node, name: str) -> None:

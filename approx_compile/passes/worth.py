@@ -43,14 +43,20 @@ def total(times: Iterable[float | None]) -> float | None:
 def candidates(site: Site, settings: SiteSettings, machine: Machine | None) -> list[SiteSettings]:
     """The ways among which time decides: lowerings (left to "auto", those that the machine's profile knows), and what `group: "auto"` may come to."""
     found = []
-    for lowering in lowerings.offered(site, settings.output.lowering):
-        unknown = machine is None or not machine.has(f"{lowering}.{cost.kind_of(site)}.output", site.dtype)
-        if settings.output.lowering == "auto" and lowering in OWN and unknown:
-            continue
+    for lowering in known_lowerings(site, settings.output.lowering, machine):
         for group in _groups(site, settings, lowering):
             tried: dict[str, Any] = {name: _as_tried(name, wanted, settings.policy, lowering, group) for name, wanted in _products(settings).items()}
             found.append(replace(settings, **tried))
     return found
+
+
+def known_lowerings(site: Site, wanted: str, machine: Machine | None) -> tuple[str, ...]:
+    """The code that may run a site's products: what is asked for; left to "auto", what fits, kernels of ours where the machine's profile has their rates."""
+
+    def known(lowering: str) -> bool:
+        return lowering not in OWN or (machine is not None and machine.has(f"{lowering}.{cost.kind_of(site)}.output", site.dtype))
+
+    return tuple(n for n in lowerings.offered(site, wanted) if wanted != "auto" or known(n))
 
 
 def _products(settings: SiteSettings) -> dict[str, ProductSettings]:
