@@ -13,7 +13,7 @@ from common import Choices, compiled, grads, mlp, plans_of, relative
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from approx_compile import Backend, explain
+from approx_compile import Backend, explain, machine
 from approx_compile.kernels import available
 from approx_compile.passes import cost
 from approx_compile.passes.producers import Producers
@@ -163,6 +163,58 @@ def test_kernels_of_ours_read_whole_operands(monkeypatch: pytest.MonkeyPatch) ->
         assert not shrinks(sites) and "triton steps over what was not chosen" in sites[1].reason
 
 
+def with_kernels(by: float) -> Any:
+    """In use, the tests' machine with kernels of ours that run at so many times the rates of its exact products."""
+    profile = machine.current()
+    known = {n: t for n, t in profile.tables.items() if n.startswith("linear.")}
+    tables = {f"triton.{n}": t.model_copy(update={"values": tuple(v * by for v in t.values)}) for n, t in known.items()}
+    return machine.use(profile.model_copy(update={"tables": profile.tables | tables}))
+
+
+@pytest.mark.parametrize("policy", ["always", "cost"])
+def test_kernels_of_ours_or_narrow_producers_whichever_is_faster(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left to `auto`, both sites are a kernel's where it gains more than making half of the channels does; a lowering that is named stays."""
+    monkeypatch.undo()  # by the model's own margins
+    monkeypatch.setattr(available, "missing", lambda lowering, device: None)
+    options = ALWAYS | {"policy": policy, "group": 32, "rules": [{"layers": "linear"}]}
+    model, x = mlp(64, 512, 512, 512, 16), torch.randn(512, 64)
+
+    def planned(by: float, **more: Any) -> tuple[dict[str, tuple[str, ...]], list[str], str]:
+        torch._dynamo.reset()
+        with with_kernels(by):
+            sites = plans_of(model, options | more, x)
+        return shrinks(sites), [s.products[0].lowering for s in sites[1:3]], sites[2].reason
+
+    assert planned(1.0)[:2] == ({"4": ("2",), **({"6": ("4",)} if policy == "always" else {"2": ("0",)})}, ["inductor"] * 2)
+    assert planned(20.0)[:2] == ({}, ["triton"] * 2) and "triton on whole operands is predicted to be no slower" in planned(20.0)[2]
+    assert planned(1.0, lowering="triton")[:2] == ({}, ["triton"] * 2)
+
+
+def test_sites_that_share_a_choice_change_their_code_together(whole: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate has another reader, so `up` alone is narrowed; both keep the same entries of x, which Inductor gathers once."""
+    monkeypatch.setattr(available, "missing", lambda lowering, device: None)
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.up, self.down = nn.Linear(128, 128), nn.Linear(128, 128), nn.Linear(128, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            gate = F.silu(self.gate(x))
+            return self.down(gate * self.up(x)) + gate.mean(-1, keepdim=True)
+
+    model, x = Wide(), torch.randn(64, 128)
+    options = ALWAYS | {"method": "wta", "group": 32, "share": True, "rules": [{"layers": "down", "method": "topk_weights", "lowering": "inductor"}]}
+    with with_kernels(20.0):
+        found, choices, sites = step(model, options, x)
+        with whole():
+            expected, _, without = step(model, options, x)
+    assert shrinks(sites) == {"down": ("up",)} and choices.keys() == {"gate.output.idx", "gate.output.scale", "down.output.idx"}
+    assert [s.products[0].lowering for s in sites] == ["inductor"] * 3 and [s.products[0].lowering for s in without] == ["triton", "triton", "inductor"]
+    assert all("by triton; but by inductor" in s.products[0].reason for s in sites[:2]) and [s.products[0].shares for s in sites] == [None, "gate", None]
+    assert max(relative(a, b) for a, b in zip(found, expected, strict=True)) < 2e-6
+
+
 def test_a_residual_and_a_second_consumer_forbid_it() -> None:
     class Twice(nn.Module):
         def __init__(self, residual: bool) -> None:
@@ -298,6 +350,6 @@ def test_time_counts_what_producers_save(monkeypatch: pytest.MonkeyPatch) -> Non
     sites = plans_of(model, options, x)
     assert shrinks(sites) == {"4": ("2",)} and "with the sites before it" in sites[2].reason
     assert sites[1].decision == "exact" and sites[1].time_sampled_us < 0.7 * sites[1].time_exact_us
-    monkeypatch.setattr(Producers, "beside", lambda self, i, products: (0.0, 0.0))
+    monkeypatch.setattr(Producers, "beside", lambda self, i, products, earlier: (0.0, 0.0))
     torch._dynamo.reset()
     assert plans_of(model, options, x)[2].decision == "exact"

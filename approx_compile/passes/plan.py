@@ -30,8 +30,8 @@ WIDE = 512
 Ask = Callable[[Sequence[tuple[Site, Tries]]], Sequence[Sequence[float]]]
 """Measured times of sites, us: exact, then each of the tries."""
 
-Others = Callable[[int, Sequence[ProductPlan]], tuple[float, float]]
-"""Of a site's number, and its products as planned: predicted us of what else changes with them in other sites, before and after."""
+Others = Callable[[int, Sequence[ProductPlan], Sequence[SitePlan]], tuple[float, float]]
+"""Of a site's number, its products as planned, and the sites before it: predicted us of what else changes with them in those, before and after."""
 
 
 def make_plan(sites: Sequence[Site], config: ApproxConfig, machine: Machine | None = None, ask: Ask | None = None, others: Others | None = None) -> Plan:
@@ -46,22 +46,29 @@ def make_plan(sites: Sequence[Site], config: ApproxConfig, machine: Machine | No
     if asked and ask is not None:
         times = dict(zip(asked, ask([(sites[i], t) for i in asked if not isinstance(t := tried[i], SitePlan)]), strict=True))
 
-    def beside(i: int) -> Callable[[Sequence[ProductPlan]], tuple[float, float]]:
-        return lambda products: others(i, products) if others is not None else (0.0, 0.0)
+    judged: list[SitePlan] = []
 
-    judged = [t if isinstance(t, SitePlan) else _judged(sites[i], settings[i], t, machine, times.get(i), beside(i)) for i, t in enumerate(tried)]
+    def beside(products: Sequence[ProductPlan]) -> tuple[float, float]:
+        return others(len(judged), products, judged) if others is not None else (0.0, 0.0)
+
+    for i, t in enumerate(tried):
+        plan = t if isinstance(t, SitePlan) else _judged(sites[i], settings[i], t, machine, times.get(i), beside)
+        judged.append(replace(plan, lowerings=_allowed(sites[i], settings[i], machine)))
     if machine is not None:
         judged = shared.share(sites, settings, tried, judged, machine)
     decided = [_with_replacements(s, p, w) for s, p, w in zip(sites, judged, settings, strict=True)]
-    done = (_completed(s, p, w, machine) for s, p, w in zip(sites, decided, settings, strict=True))
-    return Plan(tuple(done), unmatched, remarks=tuple(remarks))
+    return Plan(tuple(_with_nodes(s, p) for s, p in zip(sites, decided, strict=True)), unmatched, remarks=tuple(remarks))
 
 
-def _completed(site: Site, plan: SitePlan, settings: SiteSettings, machine: Machine | None) -> SitePlan:
-    """With what does not depend on the decision. Rows are followed through torch's ops: where some may be left out nothing else becomes a kernel of ours."""
+def _with_nodes(site: Site, plan: SitePlan) -> SitePlan:
     products = (replace(p, node=q.node.name, bytes_exact=q.bytes_once) for p, q in zip(plan.products, site.products, strict=True))
-    may = worth.known_lowerings(site, settings.output.lowering, machine) if settings.rows is None else ("inductor",)
-    return replace(plan, products=tuple(products), lowerings=may)
+    return replace(plan, products=tuple(products))
+
+
+def _allowed(site: Site, settings: SiteSettings, machine: Machine | None) -> tuple[str, ...]:
+    """The code that may run a site. Rows are followed through torch's ops: where some may be left out nothing that was exact becomes a kernel of ours."""
+    may = worth.known_lowerings(site, settings.output.lowering, machine)
+    return may if settings.rows is None else tuple(n for n in may if n not in OWN)
 
 
 def match_rules(sites: Sequence[Site | SitePlan], config: ApproxConfig) -> tuple[list[list[bool]], tuple[str, ...]]:
@@ -118,7 +125,7 @@ def _judged(
     beside: Callable[[Sequence[ProductPlan]], tuple[float, float]],
 ) -> SitePlan:
     """The best of the tries, if it is worth it: alone, or with what it changes `beside` it."""
-    best = min(tries, key=worth.rank) if times is None else tries[min(range(len(tries)), key=lambda i: times[i + 1])]
+    best = _fastest(tries, beside) if times is None else tries[min(range(len(tries)), key=lambda i: times[i + 1])]
     done = next(p for p in best if p.decision != "exact")
     found = _site_plan(site, "sampled", done.reason, best)
     if settings.policy not in worth.TIMED:
@@ -144,6 +151,14 @@ def _judged(
         why = f"{why}, {(exact + before) / (sampled + after):.2f}x with the sites before it"
     decided = replace(found, reason=f"{done.reason}; {why}") if pays(0.0, 0.0) or pays(before, after) else _all_exact(site, f"would not pay: {why}", machine)
     return replace(decided, break_even=at)
+
+
+def _fastest(tries: Tries, beside: Callable[[Sequence[ProductPlan]], tuple[float, float]]) -> tuple[ProductPlan, ...]:
+    """Of ways to sample a site the one that is best for it and for what else changes with it."""
+    changed = [beside(t) for t in tries]
+    most = max(before for before, _ in changed)
+    ranks = [worth.rank(t, most - before + after) for t, (before, after) in zip(tries, changed, strict=True)]
+    return tries[ranks.index(min(ranks))]
 
 
 def _products(site: Site, settings: SiteSettings, machine: Machine | None) -> tuple[ProductPlan, ...]:

@@ -155,49 +155,87 @@ class Producers:
             self._found[i] = {self._index[name]: reach(self.sites[self._index[name]], self.sites[i]) for name in self.sites[i].reads}
         return self._found[i]
 
-    def beside(self, i: int, products: Sequence[ProductPlan]) -> tuple[float, float]:
-        """The time of exact producers, us, as they are and as they would be if site `i` was carried out as `products` say; what the site itself saves by
+    def beside(self, i: int, products: Sequence[ProductPlan], earlier: Sequence[SitePlan]) -> tuple[float, float]:
+        """The time of producers, us, as planned `earlier` and as they would be if site `i` was carried out as `products` say; what the site itself saves by
         them is taken off the latter. Zeros where they can't be shrunk or would be slower."""
-        asks = self.machine is not None and _asks(products) and _by_a_kernel(products) is None
+        asks = self.machine is not None and _asks(products) and _own(products) is None
         found = [j for j, r in self.of(i).items() if not isinstance(r, str)] if asks else []
         before = after = 0.0
         for j in found:
-            site = self.sites[j]
-            exact = math.fsum(cost.exact(site, p, self.machine).time_us or 0.0 for p in site.products)
-            less = math.fsum(cost.shrunk(site, p, None, products[0].how, False, self.machine).time_us or 0.0 for p in site.products)
-            if cost.pays(exact, less, cost.SKIP_MARGIN):
-                before, after = before + exact, after + less
+            gathering = self._by_inductor([j], earlier)
+            narrow = self._narrow(j, (earlier if gathering is None else gathering)[j], self.sites[i].name, products[0].how)
+            now, less = _total(earlier[j].products), _total(narrow.products)
+            if _own(narrow.products) is None and cost.pays(now, less, cost.SKIP_MARGIN):
+                before, after = before + now, after + less
         return (before, after + _total(self._fed(i, products)) - _total(products)) if before else (0.0, 0.0)
 
     def shrink(self, plan: Plan) -> Plan:
-        """The plan with producers that make only what their consumer keeps, where that saves time; consumers whose producers can't be say why."""
-        new, taken = list(plan.sites), set[fx.Node]()
-        for i in range(len(self.sites)):
-            if self.machine is None or not _asks(new[i].products):
+        """The plan with producers that make only what their consumer keeps, where that saves time; consumers whose producers can't be say why. Kernels of ours
+        read whole operands: where they may, the sites they would run are Inductor's for it, if that takes less time for all of them together."""
+        sites: Sequence[SitePlan] = plan.sites
+        taken = set[fx.Node]()
+        for i in range(len(sites)):
+            if self.machine is None or not _asks(sites[i].products):
                 continue
-            names, said, mine = [], [], dict[fx.Node, int]()
-            for j, found in self.of(i).items():
-                narrow, fed = self._narrow(j, new[j], new[i]), self._fed(i, new[i].products)
-                if isinstance(found, str):
-                    why = found
-                elif (kernel := _by_a_kernel((*new[i].products, *new[j].products))) is not None:
-                    why = kernel
-                elif taken & found.keys() or any(mine.get(n, d) != d for n, d in found.items()):
-                    why = "part of what is behind it is narrowed in another way"
-                elif not cost.pays(_total((*new[j].products, *new[i].products)), _total((*narrow.products, *fed)), cost.SKIP_MARGIN):
-                    why = "fewer would take no less time"
-                else:
-                    new[j], mine = narrow, mine | found
-                    new[i] = replace(new[i], products=fed)
-                    names.append(self.sites[j].name)
-                    continue
-                said.append(f"all channels of {self.sites[j].name} are made: {why}")
-            taken |= mine.keys()
-            if names:
-                new[i] = replace(new[i], shrinks=tuple(names))
-                said.insert(0, f"{' and '.join(names)} make{'s' if len(names) == 1 else ''} these channels only")
-            new[i] = replace(new[i], reason="; ".join([new[i].reason, *said]))
-        return replace(plan, sites=tuple(new))
+            ways = [self._shrunk(i, sites, taken)]
+            others = self._by_inductor([i, *(j for j, r in self.of(i).items() if not isinstance(r, str))], sites)
+            if others is not None and (more := self._shrunk(i, others, taken))[0][i].shrinks:
+                ways += [more] * cost.pays(_of_all(ways[0][0]), _of_all(more[0]), cost.SKIP_MARGIN)
+            sites, mine = ways[-1]
+            taken |= mine
+        return replace(plan, sites=tuple(sites))
+
+    def _shrunk(self, i: int, sites: Sequence[SitePlan], taken: set[fx.Node]) -> tuple[Sequence[SitePlan], set[fx.Node]]:
+        """The sites once those that had better do so make what site `i` keeps, and all that is narrowed for it; `taken` is so for others."""
+        new, names, said, mine = list(sites), list[str](), list[str](), dict[fx.Node, int]()
+        for j, found in self.of(i).items():
+            narrow, fed = self._narrow(j, new[j], new[i].name, new[i].products[0].how), self._fed(i, new[i].products)
+            if isinstance(found, str):
+                why = found
+            elif (kernel := _by_a_kernel(new[i], new[j])) is not None:
+                why = kernel
+            elif taken & found.keys() or any(mine.get(n, d) != d for n, d in found.items()):
+                why = "part of what is behind it is narrowed in another way"
+            elif not cost.pays(_total((*new[j].products, *new[i].products)), _total((*narrow.products, *fed)), cost.SKIP_MARGIN):
+                why = "fewer would take no less time"
+            else:
+                new[j], mine = narrow, mine | found
+                new[i] = replace(new[i], products=fed)
+                names.append(self.sites[j].name)
+                continue
+            said.append(f"all channels of {self.sites[j].name} are made: {why}")
+        if names:
+            new[i] = replace(new[i], shrinks=tuple(names))
+            said.insert(0, f"{' and '.join(names)} make{'s' if len(names) == 1 else ''} these channels only")
+        new[i] = replace(new[i], reason="; ".join([new[i].reason, *said]))
+        return new, set(mine)
+
+    def _by_inductor(self, members: Sequence[int], sites: Sequence[SitePlan]) -> list[SitePlan] | None:
+        """The sites with these, and those that share a choice with one of them, run by Inductor; None where none would change or one must not."""
+        leaders = {sites[i].products[0].shares or sites[i].name for i in members}
+        mine = [i for i, s in enumerate(sites) if (s.products[0].shares or s.name) in leaders and any(p.lowering in OWN for p in s.products)]
+        if not mine or any("inductor" not in sites[i].lowerings for i in mine):
+            return None
+        new = list(sites)
+        for i in mine:
+            products = tuple(self._gathering(self.sites[i], p, d) for p, d in zip(self.sites[i].products, sites[i].products, strict=True))
+            new[i] = replace(sites[i], products=products, reason=f"{sites[i].reason}; but by inductor")
+        return new
+
+    def _gathering(self, site: Site, product: Product, plan: ProductPlan) -> ProductPlan:
+        if plan.lowering not in OWN or plan.how is None:
+            return plan
+        estimate = cost.coupled if plan.decision == "coupled" else cost.sampled
+        new = estimate(site, product, plan.how, self.machine, shares=plan.shares is not None)
+        return replace(
+            plan,
+            reason=f"{plan.reason}; but by inductor",
+            lowering="inductor",
+            flops_sampled=new.flops,
+            time_sampled_us=new.time_us,
+            terms=new.terms,
+            sizes=new.sizes,
+        )
 
     def _fed(self, i: int, products: Sequence[ProductPlan]) -> tuple[ProductPlan, ...]:
         """A consumer's products when its activation comes narrow, and the gradient of it may leave so."""
@@ -206,16 +244,16 @@ class Producers:
             for p, d in zip(self.sites[i].products, products, strict=True)
         )
 
-    def _narrow(self, j: int, plan: SitePlan, consumer: SitePlan) -> SitePlan:
+    def _narrow(self, j: int, plan: SitePlan, consumer: str, how: Estimator | None) -> SitePlan:
         """A producer's plan when it makes only what the consumer keeps. A gradient that is sampled on its own axis, or replaced, stays as it is."""
-        site, how = self.sites[j], consumer.products[0].how
+        site = self.sites[j]
         assert how is not None
-        only = f"only the {how.kept} of {how.size} channels that {consumer.name} keeps"
+        only = f"only the {how.kept} of {how.size} channels that {consumer} keeps"
         products = list(plan.products)
         for n, (p, d) in enumerate(zip(site.products, plan.products, strict=True)):
             if p.name == "output" or d.decision in ("exact", "coupled"):
                 new = self._timed(site, p, d, how, bool(plan.shrinks) and p.name != "grad_weight")
-                products[n] = replace(new, reason=f"{d.reason}; {only}", skips=consumer.name)
+                products[n] = replace(new, reason=f"{d.reason}; {only}", skips=consumer)
         return replace(plan, products=tuple(products), reason=f"{plan.reason}; {only}")
 
     def _timed(self, site: Site, product: Product, plan: ProductPlan, only: Estimator | None, fed: bool) -> ProductPlan:
@@ -223,10 +261,19 @@ class Producers:
         return replace(plan, flops_sampled=new.flops, time_sampled_us=new.time_us, terms=new.terms, sizes=new.sizes)
 
 
-def _by_a_kernel(products: Sequence[ProductPlan]) -> str | None:
-    """Why a site stays whole that is run by kernels of ours, if it is."""
-    own = next((p.lowering for p in products if p.lowering in OWN), None)
-    return f"{own} steps over what was not chosen of whole operands (lowering 'inductor' takes narrow ones)" if own is not None else None
+def _by_a_kernel(*plans: SitePlan) -> str | None:
+    """Why sites stay whole of which one is run by kernels of ours, if one is."""
+    for plan in plans:
+        own = _own(plan.products)
+        if own is not None and "inductor" not in plan.lowerings:
+            return f"{own} steps over what was not chosen of whole operands (lowering 'inductor' takes narrow ones)"
+        if own is not None:
+            return f"{own} on whole operands is predicted to be no slower"
+    return None
+
+
+def _own(products: Sequence[ProductPlan]) -> str | None:
+    return next((p.lowering for p in products if p.lowering in OWN), None)
 
 
 def _asks(products: Sequence[ProductPlan]) -> bool:
@@ -239,3 +286,7 @@ def _asks(products: Sequence[ProductPlan]) -> bool:
 
 def _total(products: Iterable[ProductPlan]) -> float:
     return math.fsum(p.time_sampled_us or 0.0 for p in products)
+
+
+def _of_all(sites: Sequence[SitePlan]) -> float:
+    return math.fsum(_total(s.products) for s in sites)

@@ -78,10 +78,10 @@ def _as_tried(name: str, wanted: ProductSettings, policy: str, lowering: str, gr
     return replace(wanted, group=1 if name == "grad_weight" and lowering in OWN else group, whole=whole, lowering=lowering)
 
 
-def rank(products: Sequence[ProductPlan]) -> float:
-    """For comparison: ties count as equal, and the first of equals wins."""
+def rank(products: Sequence[ProductPlan], more_us: float = 0.0) -> float:
+    """For comparison: ties count as equal, and the first of equals wins. `more_us`: what these products make others take."""
     time = total(p.time_sampled_us for p in products)
-    return 0.0 if time is None or time <= 0 else math.ceil(math.log(time) / math.log(TIES))
+    return 0.0 if time is None or time + more_us <= 0 else math.ceil(math.log(time + more_us) / math.log(TIES))
 
 
 @dataclass(frozen=True)
