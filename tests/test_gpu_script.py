@@ -40,12 +40,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     return made
 
 
-def test_what_is_compared_is_what_a_kernel_takes(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On an A100, where fp32 has a kernel for every product; else the reference would be compared with itself."""
+@pytest.mark.parametrize("device", [("A100", 80, 108, 166912), ("H200", 90, 132, 232448)])
+def test_what_is_compared_is_what_a_kernel_takes(device: tuple[Any, ...], gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the reference would be compared with itself."""
     pytest.importorskip("triton", reason="the extra `triton` is not installed")
     from approx_compile.kernels.triton import matmul, tuning
 
-    monkeypatch.setattr(tuning, "device_of", lambda x: tuning.Device("A100", 80, 108, 166912))
+    monkeypatch.setattr(tuning, "device_of", lambda x: tuning.Device(*device))
     served: list[bool] = []
 
     def skip_matmul(a: torch.Tensor, b: torch.Tensor, idx: torch.Tensor, scale: Any, unit: int, bias: Any = None) -> torch.Tensor:

@@ -75,16 +75,18 @@ def skip_code(arch: int, dtype: torch.dtype, c: Config, unit: int, layout: str, 
     """`layout`: of both operands, N for rows, T for columns that are contiguous. With a bias."""
     a, b = matrix(dtype, m, unit * 16, layout[0] == "T"), matrix(dtype, unit * 16, 224, layout[1] == "T")
     idx, bias = torch.arange(kept), torch.empty(224, dtype=dtype)
-    with instead_of_running(matmul.skip_kernel, arch) as codes:
+    with instead_of_running(matmul.skip_kernel, arch) as codes, instead_of_running(matmul.pack_kernel, arch) as packing:
         matmul.skip(a, b, idx, torch.ones(kept) if scale else None, unit, bias, c, tma=arch == 90)
+    assert not any(code.spills for code in packing)
     return codes[0]
 
 
 def into_code(arch: int, dtype: torch.dtype, c: Config, unit: int, layout: str, dim: int, length: int = 208, kept: int = 6) -> Code:
     size = (224, unit * 16) if dim == 1 else (unit * 16, 224)
     a, b = matrix(dtype, size[0], length, layout[0] == "T"), matrix(dtype, length, size[1], layout[1] == "T")
-    with instead_of_running(matmul.into_kernel, arch) as codes:
+    with instead_of_running(matmul.into_kernel, arch) as codes, instead_of_running(matmul.pack_kernel, arch) as packing:
         matmul.skip_into(a, b, torch.arange(kept), torch.ones(kept), unit, dim, c, tma=arch == 90)
+    assert not any(code.spills for code in packing)
     return codes[0]
 
 
@@ -106,14 +108,20 @@ def test_code_of_skip(arch: int, dtype: torch.dtype, c: Config) -> None:
 
 @pytest.mark.parametrize(("arch", "dtype", "c"), [s for s in SHIPPED if s[1] != torch.float16], ids=named)
 def test_code_of_skip_into(arch: int, dtype: torch.dtype, c: Config) -> None:
-    """In the layout of grad_input, columns of dY W (in fp32 of a transposed W, which is what `can_skip_into` lets through). Both ways of reading, TMA for the
-    whole operand and copies for the chosen columns, are in the code."""
-    code = into_code(arch, dtype, c, 64, "NT" if dtype == torch.float32 else "NN", dim=1)
+    """In the layout of grad_input, columns of dY W. Both ways of reading, TMA for the whole operand and copies for the chosen columns, are in the code."""
+    code = into_code(arch, dtype, c, 64, "NN", dim=1)
     check(code, arch, dtype, c, tma=arch == 90)
     assert "LDGSTS" in code.opcodes
 
 
-@pytest.mark.parametrize(("arch", "dtype", "c"), [s for s in SHIPPED if s[1] == torch.bfloat16], ids=named)
+@pytest.mark.parametrize("c", matmul.configs(4, 0, 90)[:2], ids=named)
+@pytest.mark.parametrize(("layout", "dim"), [("TN", 1), ("TN", 0)])
+def test_code_of_transposed_fp32_on_hopper(layout: str, dim: int, c: Config) -> None:
+    """A weight's gradient, dY^T X: TF32 is multiplied there with the contraction axis contiguous only."""
+    check(into_code(90, torch.float32, c, 64, layout, dim), 90, torch.float32, c, tma=True)
+
+
+@pytest.mark.parametrize(("arch", "dtype", "c"), [s for s in SHIPPED if s[1] != torch.float16], ids=named)
 def test_code_of_rows(arch: int, dtype: torch.dtype, c: Config) -> None:
     """Rows that lie apart, as sampled tokens do: X^T dY."""
     check(skip_code(arch, dtype, c, 1, "TN", m=208), arch, dtype, c, tma=False)
@@ -220,6 +228,21 @@ def test_choice_waits_for_the_end_of_a_capture(timed: list[Config], monkeypatch:
         capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         assert pick() == every[0] and not timed
     assert pick() == every[-1] and timed == every
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_fp32_is_served_in_every_layout_where_it_may_be_tf32(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "device_of", lambda x: Device("none", arch, 4, SHARED[arch]))
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for torch.backends.cuda.matmul.fp32_precision in ("tf32", "ieee"):
+            allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+            for t, u in itertools.product((False, True), repeat=2):
+                a, b = matrix(torch.float32, 64, 128, t), matrix(torch.float32, 128, 256, u)
+                assert matmul.can_skip(a, b, 64) == matmul.can_skip_into(a, b, 64, 0) == matmul.can_skip_into(a, b, 64, 1) == allowed
+            assert matmul.can_skip(matrix(torch.float32, 64, 128, True), matrix(torch.float32, 128, 256, False), 1) == allowed  # rows
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def test_operands_that_are_read_in_wide_pieces() -> None:

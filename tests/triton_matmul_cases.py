@@ -45,27 +45,34 @@ class Case:
 
 UNITS = ((64, 3, 2), (32, 5, 2), (24, 4, 3), (16, 5, 3), (1, 50, 17))
 
-CASES = [
-    Case(op, dtype, unit, units, kept, transposed=(a, b), scale=a != b, bias=a and op == "skip", tma=unit % 32 == 0 or op != "skip")
-    for op, dtype, (unit, units, kept), a, b in itertools.product(("skip", "rows", "columns"), ("float32", "float16"), UNITS, (False, True), (False, True))
-] + [
-    case
-    for op in ("skip", "rows", "columns")
-    for case in (
-        Case(op, tma=False, scale=True),
-        Case(op, tma=False, transposed=(True, True), unit=32),
-        Case(op, kept=1),
-        Case(op, kept=3, scale=True),
-        Case(op, unit=1, units=1, kept=1, tma=False),
-        Case(op, unit=1, units=7, kept=7, m=1, n=1, length=1, tma=False),
-        Case(op, unit=64, units=2, kept=1, m=1, n=1, length=1),
-        Case(op, unit=16, units=8, kept=3, m=152, n=40, length=40, block=16),  # more rows of tiles than a band of programs has
-        Case(op, fill="dropped", scale=True),
-        Case(op, fill="dropped", unit=1, units=40, kept=11, tma=False),
-        Case(op, fill="kept"),
-        Case(op, fill="kept", unit=1, units=40, kept=11, tma=False),
-    )
-]
+CASES = (
+    [
+        Case(op, dtype, unit, units, kept, transposed=(a, b), scale=a != b, bias=a and op == "skip", tma=unit % 32 == 0 or op != "skip")
+        for op, dtype, (unit, units, kept), a, b in itertools.product(("skip", "rows", "columns"), ("float32", "float16"), UNITS, (False, True), (False, True))
+    ]
+    + [
+        Case("skip", unit=unit, units=units, kept=kept, transposed=(a, b), scale=a != b)  # as on Hopper, which takes neither such operand as it lies
+        for (unit, units, kept), a, b in itertools.product(((24, 4, 3), (1, 50, 17), (1, 70, 64)), (False, True), (False, True))
+    ]
+    + [
+        case
+        for op in ("skip", "rows", "columns")
+        for case in (
+            Case(op, tma=False, scale=True),
+            Case(op, tma=False, transposed=(True, True), unit=32),
+            Case(op, kept=1),
+            Case(op, kept=3, scale=True),
+            Case(op, unit=1, units=1, kept=1, tma=False),
+            Case(op, unit=1, units=7, kept=7, m=1, n=1, length=1, tma=False),
+            Case(op, unit=64, units=2, kept=1, m=1, n=1, length=1),
+            Case(op, unit=16, units=8, kept=3, m=152, n=40, length=40, block=16),  # more rows of tiles than a band of programs has
+            Case(op, fill="dropped", scale=True),
+            Case(op, fill="dropped", unit=1, units=40, kept=11, tma=False),
+            Case(op, fill="kept"),
+            Case(op, fill="kept", unit=1, units=40, kept=11, tma=False),
+        )
+    ]
+)
 
 SCORES = {
     "one": [3.0],

@@ -5,10 +5,13 @@
 |---|---|---|
 | `skip_kernel` | y[m, n] = sum over the kept entries p of a[m, p] scale_p b[p, n] (+ bias[n]) | entries of the contraction axis |
 | `into_kernel` | y[m, p] = scale_p sum over l of a[m, l] b[l, p] for the kept p, zero for the others | columns of the result (rows: its transpose) |
+| `pack_kernel` | z[n, k] = b[k, n] of the kept k or n | an operand that Hopper can't multiply as it lies |
 
-Nothing is gathered into memory first: the loop over the contraction axis steps through the index (or a tile's columns are those of the index). Where a
-unit fills whole tiles its start is one number, and operands come by TMA where their layout allows it; smaller units are tiles of rows that lie
-apart, read with asynchronous copies. Sums are fp32, no atomics, and every entry of the result is written by one program.
+Nothing is gathered into memory first, but for fp32 on Hopper, which multiplies TF32 only if the contraction axis of the operands is contiguous: what comes
+by TMA is turned on the chip, copies would bring 4 bytes at a time, so the kept part of what does not come so is packed. The loop over the contraction axis
+steps through the index (or a tile's columns are those of the index). Where a unit fills whole tiles its start is one number, and operands come by TMA where
+their layout allows it; smaller units are tiles of rows that lie apart, read with asynchronous copies. Sums are fp32, no atomics, and every entry of the
+result is written by one program.
 
 Legend: a unit is UNIT contiguous entries, `count` units are kept; `sa_m`: a's stride over m, and so on.
 """
@@ -57,10 +60,11 @@ def dropped(idx, count, d, STEPS: tl.constexpr):
 def skip_kernel(
     a, b, y, idx, scale, bias, M, N, count, sa_m, sa_k, sb_k, sb_n,
     UNIT: tl.constexpr, RUN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    A_TMA: tl.constexpr, B_TMA: tl.constexpr,
+    A_TMA: tl.constexpr, B_TMA: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """`A_TMA`, `B_TMA`: "rows" where a TMA descriptor stands in place of the pointer, "columns" where one of the operand's transpose does (UNIT is then a
-    multiple of BLOCK_K), else "". `RUN`: a power of two that divides UNIT, for the width of loads."""
+    multiple of BLOCK_K), else "". `RUN`: a power of two that divides UNIT, for the width of loads. `PACKED`: a and b have the kept entries only, then zeros up
+    to a multiple of BLOCK_K."""
     tile_m, tile_n = program_tile(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     m0, n0 = tile_m * BLOCK_M, tile_n * BLOCK_N
     rm, rn, rk = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
@@ -99,8 +103,12 @@ def skip_kernel(
             pos = tl.max_contiguous(tl.multiple_of(at * UNIT + entry % UNIT, RUN), RUN)
             coming = following * BLOCK_K + rk
             at = tl.load(idx + coming // UNIT, mask=coming < kept, other=0)
-            x = tl.load(a + rm[:, None] * sa_m + pos[None, :] * sa_k, mask=in_m[:, None] & in_k[None, :], other=0.0)
-            z = tl.load(b + pos[:, None] * sb_k + rn[None, :] * sb_n, mask=in_k[:, None] & in_n[None, :], other=0.0)
+            if PACKED:
+                x = tl.load(a + rm[:, None] * sa_m + entry[None, :] * sa_k, mask=in_m[:, None], other=0.0)
+                z = tl.load(b + entry[:, None] * sb_k + rn[None, :] * sb_n, mask=in_n[None, :], other=0.0)
+            else:
+                x = tl.load(a + rm[:, None] * sa_m + pos[None, :] * sa_k, mask=in_m[:, None] & in_k[None, :], other=0.0)
+                z = tl.load(b + pos[:, None] * sb_k + rn[None, :] * sb_n, mask=in_k[:, None] & in_n[None, :], other=0.0)
             if scale is not None:
                 x = (x * tl.load(scale + entry // UNIT, mask=in_k, other=0.0)[None, :]).to(x.dtype)
         acc = tl.dot(x, z, acc, input_precision="tf32")
@@ -114,9 +122,9 @@ def skip_kernel(
 def into_kernel(
     a, b, y, idx, scale, M, N, L, count, sa_m, sa_l, sb_l, sb_n, sy_m, sy_n,
     UNIT: tl.constexpr, RUN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    A_TMA: tl.constexpr, STEPS: tl.constexpr,
+    A_TMA: tl.constexpr, STEPS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """A program first writes its share of the zeros, whose stores then run beside its products."""
+    """`PACKED`: b has the kept columns only. A program first writes its share of the zeros, whose stores then run beside its products."""
     tiles_n = tl.cdiv(count * UNIT, BLOCK_N)
     tile_m, tile_n = program_tile(tl.cdiv(M, BLOCK_M), tiles_n, GROUP)
     m0 = tile_m * BLOCK_M
@@ -137,7 +145,7 @@ def into_kernel(
     in_n = entry < count * UNIT
     col = tl.load(idx + entry // UNIT, mask=in_n, other=0) * UNIT + entry % UNIT
     col = tl.max_contiguous(tl.multiple_of(col, RUN), RUN)
-    columns = b + rk[:, None] * sb_l + col[None, :] * sb_n
+    columns = b + rk[:, None] * sb_l + (entry.to(tl.int64) if PACKED else col)[None, :] * sb_n
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(tl.cdiv(L, BLOCK_K)):
         l0 = step * BLOCK_K
@@ -154,6 +162,21 @@ def into_kernel(
     if scale is not None:
         acc *= tl.load(scale + entry // UNIT, mask=in_n, other=0.0)[None, :]
     tl.store(y + rm[:, None] * sy_m + col[None, :] * sy_n, acc.to(y.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
+
+
+@triton.jit
+def pack_kernel(
+    b, z, idx, K, N, sb_k, sb_n, sz, UNIT: tl.constexpr, DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """K and N count what is kept; `DIM`: the one of b's axes on which idx chooses. Zeros from K to the line's end, sz."""
+    k, n = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_k, in_n = k < K, n < N
+    if DIM == 0:
+        row, col = tl.load(idx + k // UNIT, mask=in_k, other=0) * UNIT + k % UNIT, n.to(tl.int64)
+    else:
+        row, col = k.to(tl.int64), tl.load(idx + n // UNIT, mask=in_n, other=0) * UNIT + n % UNIT
+    tile = tl.load(b + row[:, None] * sb_k + col[None, :] * sb_n, mask=in_k[:, None] & in_n[None, :], other=0.0)
+    tl.store(z + n[:, None].to(tl.int64) * sz + k[None, :], tl.trans(tile), mask=in_n[:, None] & (k < sz)[None, :])
 
 
 # --- what starts them ---
@@ -195,24 +218,28 @@ def reads_well(x: Tensor, axis: int, unit: int | None) -> bool:
 
 def can_skip(a: Tensor, b: Tensor, unit: int) -> bool:
     """Whether `skip` serves these operands: decided by device, dtype, sizes and strides alone."""
-    copied = None if unit * a.element_size() % 64 == 0 else b
-    return _can(a, b, copied) and reads_well(a, 1, unit) and reads_well(b, 0, unit)
+    return _can(a, b) and reads_well(a, 1, unit) and reads_well(b, 0, unit)
 
 
 def can_skip_into(a: Tensor, b: Tensor, unit: int, dim: int) -> bool:
     """Whether `skip_into` serves these operands. The result lies in rows: parts of a row are written in runs like those that are read."""
     if dim == 0:
-        return _can(a, b, a.T) and reads_well(a, 0, unit) and reads_well(b, 1, None)
-    return _can(a, b, b) and reads_well(a, 0, None) and reads_well(b, 1, unit) and unit * a.element_size() % 16 == 0
+        return _can(a, b) and reads_well(a, 0, unit) and reads_well(b, 1, None)
+    return _can(a, b) and reads_well(a, 0, None) and reads_well(b, 1, unit) and unit * a.element_size() % 16 == 0
 
 
-def _can(a: Tensor, b: Tensor, copied: Tensor | None) -> bool:
-    """Lines of the result are written as operands are read. `copied`: the kernel's right operand, if it does not come by TMA. Hopper multiplies TF32 only
-    if the contraction axis of that one is contiguous; what comes by TMA is turned on the chip, copies would bring 4 bytes at a time."""
-    if not tensor_cores(a.dtype) or min(*a.shape, *b.shape) == 0 or b.shape[1] % 16:
-        return False
-    major = tuning.device_of(a).arch // 10
-    return major in HALF and not (major == 9 and a.dtype == torch.float32 and copied is not None and copied.stride(0) != 1)
+def _can(a: Tensor, b: Tensor) -> bool:
+    """Lines of the result are written as operands are read."""
+    return tensor_cores(a.dtype) and min(*a.shape, *b.shape) > 0 and b.shape[1] % 16 == 0 and tuning.device_of(a).arch // 10 in HALF
+
+
+def pack(b: Tensor, idx: Tensor, unit: int, dim: int) -> Tensor:
+    """The units `idx` of the rows (dim 0) or columns (dim 1) of b, in columns that are contiguous, and begin at multiples of 64 entries, with zeros between."""
+    kept = len(idx) * unit
+    k, n = (kept, b.shape[1]) if dim == 0 else (b.shape[0], kept)
+    z = b.new_empty(n, -(-k // 64) * 64)
+    pack_kernel[z.shape[1] // 32, triton.cdiv(n, 64)](b, z, idx, k, n, *b.stride(), z.stride(0), unit, dim, 32, 64, num_warps=4)
+    return z[:, :k].T
 
 
 def operand(x: Tensor, lines: int, run: int, tma: bool) -> tuple[Any, str]:
@@ -239,17 +266,20 @@ def skip(
     (m, _), n = a.shape, b.shape[1]
     idx, scale, bias = idx.contiguous(), _packed(scale), _packed(bias)
     y = torch.empty((m, n), dtype=a.dtype, device=a.device)
+    hopper = _has_tma(a, tma)
+    packed = hopper and a.dtype == torch.float32 and unit * a.element_size() % 64 != 0  # others come by TMA
 
     def run(c: Config) -> None:
-        by_tma = _has_tma(a, tma) and unit % c.block_k == 0
+        by_tma = hopper and not packed and unit % c.block_k == 0
         (x, x_tma), (z, z_tma) = operand(a, c.block_m, c.block_k, by_tma), operand(b, c.block_k, c.block_n, by_tma)
         skip_kernel[(triton.cdiv(m, c.block_m) * triton.cdiv(n, c.block_n),)](
             x, z, y, idx, scale, bias, m, n, len(idx), *a.stride(), *b.stride(),
-            unit, aligned(unit), c.block_m, c.block_n, c.block_k, GROUP, x_tma, z_tma, num_warps=c.warps, num_stages=c.stages,
+            unit, aligned(unit), c.block_m, c.block_n, c.block_k, GROUP, x_tma, z_tma, packed, num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
 
-    what = ("skip", tuning.bucket(len(idx) * unit), unit, a.dtype, a.stride(1) == 1, b.stride(1) == 1, scale is None, bias is None)
     with on_device(a):
+        a, b = (pack(a.T, idx, unit, 0).T, pack(b, idx, unit, 0)) if packed else (a, b)
+        what = ("skip", tuning.bucket(len(idx) * unit), unit, a.dtype, a.stride(1) == 1, b.stride(1) == 1, scale is None, bias is None)
         run(config or _config(skip_kernel, a, m, n, unit, what, run))
     return y
 
@@ -264,16 +294,19 @@ def skip_into(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: int
     if dim == 0:  # the transposed product
         a, b, out = b.T, a.T, y.T
     (m, length), n = a.shape, b.shape[1]
+    hopper = _has_tma(a, tma)
+    packed = hopper and b.dtype == torch.float32 and b.stride(0) != 1
 
     def run(c: Config) -> None:
-        x, x_tma = operand(a, c.block_m, c.block_k, _has_tma(a, tma))
+        x, x_tma = operand(a, c.block_m, c.block_k, hopper)
         into_kernel[(triton.cdiv(m, c.block_m) * triton.cdiv(len(idx) * unit, c.block_n),)](
             x, b, out, idx, scale, m, n, length, len(idx), *a.stride(), *b.stride(), *out.stride(),
-            unit, aligned(unit), c.block_m, c.block_n, c.block_k, GROUP, x_tma, len(idx).bit_length(), num_warps=c.warps, num_stages=c.stages,
+            unit, aligned(unit), c.block_m, c.block_n, c.block_k, GROUP, x_tma, len(idx).bit_length(), packed, num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
 
-    what = ("into", dim, tuning.bucket(n), tuning.bucket(length), unit, a.dtype, a.stride(1) == 1, b.stride(1) == 1, scale is None)
     with on_device(a):
+        b = pack(b, idx, unit, 1) if packed else b
+        what = ("into", dim, tuning.bucket(n), tuning.bucket(length), unit, a.dtype, a.stride(1) == 1, b.stride(1) == 1, scale is None)
         run(config or _config(into_kernel, a, m, len(idx) * unit, 0, what, run))
     return y
 
