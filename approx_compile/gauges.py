@@ -243,7 +243,7 @@ def _in_turn(made: Callable[[], Run], size: int) -> Run:
 
 def _own_steps(lowering: str, device: str, dtype: torch.dtype, grid: Grid, clock: Clock) -> Iterator[tuple[str, Callable[[], Found]]]:
     """Where a lowering has kernels for a dtype (on GPUs for fp32 where TF32 is allowed): of sizes that its groups divide, and not the smallest, where no
-    kernel pays."""
+    kernel pays. In groups of `UNITS[lowering][0]`; those of other sizes are predicted from that (`available.as_measured`)."""
     unit = UNITS[lowering][0]
     if lowering == "cuda" and dtype == torch.float32:
         return

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from approx_compile import machine
 from approx_compile.kernels import available, skip, skip_conv
-from approx_compile.kernels.available import UNITS
+from approx_compile.kernels.available import CONV_UNITS, UNITS
 from approx_compile.kernels.replacements import Geometry, Replacement, max_conv_weight
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,7 +110,7 @@ def matmul_cases(b: Bench) -> Iterator[tuple[str, torch.dtype, Callable[..., Ten
 def conv_cases(b: Bench) -> Iterator[tuple[str, torch.dtype, Callable[..., Tensor], tuple[Any, ...]]]:
     shapes = ((8, 128, 96, 15, 3, 1), (8, 128, 128, 16, 3, 2), (4, 256, 64, 9, 1, 1)) if not b.small else ((2, 128, 24, 5, 3, 1),)
     for dtype in LIMITS:
-        for (n, c, o, side, kernel, stride), unit in ((s, u) for s in shapes for u in UNITS["triton"]):
+        for (n, c, o, side, kernel, stride), unit in ((s, u) for s in shapes for u in CONV_UNITS[::2]):  # steps of one unit, and of more
             rest = ([stride] * 2, [kernel // 2] * 2, [1, 1])
             x, w = b.image(n, c, side, side, dtype=dtype), b.image(o, c, kernel, kernel, dtype=dtype)
             out = (side + 2 * (kernel // 2) - kernel) // stride + 1

@@ -116,6 +116,10 @@ def test_longer_units_and_bands() -> None:
     b = guarded(144, 4 * 48, torch.float16)
     y = in_both_orders(lambda run: launch.skip_matmul_into(a, b, idx, None, 48, 1, How(run, LEAST)))  # tiles begin inside units
     close(y, into64(a, b, idx, None, 48, 1), terms=30)
+    a, b, scale = guarded(24, 240, torch.bfloat16), guarded(240, 40, torch.bfloat16), torch.tensor([0.5, 2.0])
+    close(launch.skip_matmul(a, b, idx, scale, 80, None, How(runs(False), LEAST)), product64(a, b, idx, scale, 80, None), terms=30)
+    a = guarded(40, 24, torch.bfloat16)
+    close(launch.skip_matmul_into(b, a, idx, scale, 80, 0, How(runs(False), LEAST)), into64(b, a, idx, scale, 80, 0), terms=30)
 
 
 def test_one_unit_all_units_none() -> None:

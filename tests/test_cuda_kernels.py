@@ -42,6 +42,9 @@ def matmul_variants(every: bool = False) -> list[Program]:
         for (t, tile), (m, (into, scaled)) in itertools.product(enumerate(TILES), enumerate(modes))
         for (i, (a, b)), ragged in itertools.product(enumerate(layouts), (False, True))
         if every or (i == (t + m) % 4 and ragged == bool((t + m) % 2))
+    ] + [
+        matmul_program(torch.bfloat16, unit, into, scaled, True, False, unit == 80, TILES[0])
+        for unit, (into, scaled) in zip((48, 48, 80, 80), modes, strict=True)
     ]
 
 

@@ -6,6 +6,7 @@ On CPUs the kernels' ops run their readable references, so all of the pass runs 
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 from typing import Any
 
 import pytest
@@ -170,7 +171,7 @@ def test_without_a_gpu_the_reason_is_said_and_inductor_runs_it() -> None:
 @pytest.mark.parametrize(
     ("make", "options", "why"),
     [
-        (lambda: mlp(256, 256, 8), {"group": 24}, "skips whole groups of 64 or 32, not 24"),
+        (lambda: mlp(256, 256, 8), {"group": 24}, "skips whole groups of a multiple of 32, not 24"),
         (lambda: mlp(272, 256, 8), {"group": 32}, "with a tail"),
         (lambda: mlp(256, 256, 8).double(), {}, "no kernel for float64"),
     ],
@@ -192,6 +193,40 @@ def test_convolutions_that_no_kernel_fits() -> None:
     for dilation, says in ((1, " by triton"), (2, "stride and dilation are both above 1, for which the gradient has no kernel")):
         (site,) = plans_of(nn.Conv2d(256, 8, 3, stride=2, dilation=dilation), {"policy": "always", "lowering": "triton", "group": 32}, x)
         assert site.reason.endswith(says)
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize(("lowering", "group"), [("triton", 96), ("triton", 128), ("triton", 160), ("cuda", 48), ("cuda", 80)])
+def test_groups_of_the_users_choice(lowering: str, group: int) -> None:
+    model, x = mlp(960, 480, 8), torch.randn(32, 960)
+    found = []
+    for named in ("inductor", lowering):
+        torch._dynamo.reset()
+        f, _, plans = compiled(model, {"policy": "always", "lowering": named, "group": group, "rules": [{"layers": "linear[1:]", "method": "exact"}]})
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=lowering == "cuda"):
+            f(x).float().square().sum().backward()
+        assert (plans.sites[0].products[0].lowering, plans.sites[0].products[0].how.unit) == (
+            named if 960 % group == 0 else "inductor",
+            group if 960 % group == 0 else 1,
+        )
+        found.append(grads(model))
+    assert max(relative(a, b) for a, b in zip(*found, strict=True)) < (1e-2 if lowering == "cuda" else 1e-5)
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_groups_of_convolutions_that_are_not_what_was_measured() -> None:
+    """Of 16 channels by name; `auto`, which would go by the rates of longer steps, leaves them to Inductor."""
+    x = torch.randn(2, 256, 9, 9).contiguous(memory_format=torch.channels_last)
+    profile = machine.current()
+    tables = {f"triton.{n}": t.model_copy(update={"values": tuple(v * 20 for v in t.values)}) for n, t in profile.tables.items() if n.startswith("conv.")}
+    found = {}
+    with machine.use(profile.model_copy(update={"tables": profile.tables | tables})):
+        for lowering, group in itertools.product(("triton", "auto"), (16, 24, 32, 128)):
+            torch._dynamo.reset()
+            (site,) = plans_of(nn.Conv2d(256, 8, 3), {"policy": "always", "lowering": lowering, "group": group}, x)
+            found[lowering, group] = site.products[0].lowering
+    assert [found["triton", g] for g in (16, 24, 32, 128)] == ["triton", "inductor", "triton", "triton"]
+    assert [found["auto", g] for g in (16, 24, 32, 128)] == ["inductor", "inductor", "triton", "triton"]
 
 
 @pytest.mark.usefixtures("everywhere")

@@ -34,6 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "unlike in each direction": {"kernel": (3, 2), "stride": (2, 1), "padding": (1, 0), "dilation": (1, 2), "weight": "odd", "scaled": False},
     "no padding, all channels": {"padding": (0, 0), "image": (6, 5), "kept": [0, 1, 2, 3], "outputs": 37},
     "unit of two steps, fp16": {"kernel": (2, 2), "padding": (1, 1), "unit": 64, "kept": [0], "dtype": "float16", "image": (4, 4), "weight": "channels-last"},
+    "unit of 128": {"kernel": (1, 2), "padding": (0, 0), "inputs": 256, "unit": 128, "kept": [1], "image": (3, 4), "weight": "channels-last"},
     "strided index and scale": {"strided": True, "kept": [0, 1, 3], "image": (4, 5), "samples": 1},
     "as shipped, many groups": {
         "kernel": (1, 1),
@@ -174,6 +175,15 @@ def test_machine_code(product: str, arch: int, dtype: torch.dtype, config: Confi
 def test_machine_code_of_another_shape(product: str) -> None:
     """A strided convolution whose channels fill no tile."""
     check(product, 90, torch.bfloat16, conv.configs(product, 2, 64, 9)[0], wide(stride=2, channels=192), unit=64)
+
+
+@pytest.mark.parametrize("unit", [16, 128])
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("product", conv.RUNS)
+def test_machine_code_of_other_groups(product: str, arch: int, unit: int) -> None:
+    """The largest tile; with 16 channels the gradients' zeros are written in short pieces."""
+    g, length = wide(channels=5 * unit), min(unit, 64) if product == "output" else 64
+    check(product, arch, torch.bfloat16, conv.configs(product, 2, length, arch // 10)[0], g, unit)
 
 
 def check(product: str, arch: int, dtype: torch.dtype, config: Config, g: conv.Geometry, unit: int) -> None:

@@ -127,7 +127,7 @@ def test_code_of_rows(arch: int, dtype: torch.dtype, c: Config) -> None:
     check(skip_code(arch, dtype, c, 1, "TN", m=208), arch, dtype, c, tma=False)
 
 
-@pytest.mark.parametrize(("arch", "unit"), [(80, 64), (80, 32), (90, 64), (90, 32), (90, 16)])
+@pytest.mark.parametrize(("arch", "unit"), [*itertools.product((80, 90), (128, 96, 64, 32)), (90, 16)])
 def test_code_of_other_layouts_and_units(arch: int, unit: int) -> None:
     dtype = torch.bfloat16
     c = matmul.configs(2, unit, arch)[0]

@@ -44,11 +44,16 @@ class Case:
 
 
 UNITS = ((64, 3, 2), (32, 5, 2), (24, 4, 3), (16, 5, 3), (1, 50, 17))
+WIDE = ((96, 2, 1), (128, 2, 1))
 
 CASES = (
     [
         Case(op, dtype, unit, units, kept, transposed=(a, b), scale=a != b, bias=a and op == "skip", tma=unit % 32 == 0 or op != "skip")
         for op, dtype, (unit, units, kept), a, b in itertools.product(("skip", "rows", "columns"), ("float32", "float16"), UNITS, (False, True), (False, True))
+    ]
+    + [
+        Case(op, unit=unit, units=units, kept=kept, m=24, n=24, length=24, transposed=(False, t), scale=t)
+        for op, (unit, units, kept), t in itertools.product(("skip", "rows", "columns"), WIDE, (False, True))
     ]
     + [
         Case("skip", unit=unit, units=units, kept=kept, transposed=(a, b), scale=a != b)  # as on Hopper, which takes neither such operand as it lies

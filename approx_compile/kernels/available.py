@@ -16,7 +16,10 @@ OWN = ("triton", "cuda")
 """Lowerings to kernels of ours."""
 
 UNITS = {"triton": (64, 32), "cuda": (16,)}
-"""Contiguous entries that a kernel steps over together, the best first."""
+"""Contiguous entries that a kernel steps over together: those tried where nobody says, the best, whose rates are measured, first."""
+
+CONV_UNITS = (16, 32, 64, 128)
+"""Those that the kernels of convolutions are written for; of matrices there are kernels for every multiple of 32 (Triton) and odd multiple of 16 (CUDA)."""
 
 _TRITON_FOR = (8, 9)
 """Major compute capabilities for which configurations of the Triton kernels were chosen and looked at."""
@@ -35,6 +38,19 @@ def missing(lowering: str, device: torch.device) -> str | None:
         return "Triton is not installed: pip install 'approx-compile[triton]'"
     major, minor = torch.cuda.get_device_capability(device)
     return None if major in _TRITON_FOR else f"there are Triton kernels for compute capability 8.x and 9.x, the device has {major}.{minor}"
+
+
+def takes(lowering: str, conv: bool, unit: int) -> bool:
+    """Whether a kernel steps over units of so many contiguous entries."""
+    if conv:
+        return lowering == "triton" and unit in CONV_UNITS
+    return unit > 0 and unit % 32 == (0 if lowering == "triton" else 16)
+
+
+def as_measured(lowering: str, conv: bool, unit: int) -> bool:
+    """Whether the rates measured at UNITS[lowering][0] hold for these units: CUDA's loop takes two pieces of 16 entries at a time whatever they are part of,
+    Triton's 32 or 64; only convolutions in units of 16 have shorter steps."""
+    return takes(lowering, conv, unit) and not (conv and unit < 32)
 
 
 def tf32(conv: bool) -> bool:

@@ -44,13 +44,20 @@ def refused(site: Site, product: Product, how: Estimator, lowering: str) -> str 
         return "convolutions' gradients on their own axis have no kernel"
     if product.name == "grad_weight" and how.group == 1 and lowering == "triton":
         return None  # rows, whole ones
-    return _other_unit(how, lowering)
+    return _other_unit(how, lowering, site.node.target in CONV)
 
 
-def _other_unit(how: Estimator, lowering: str) -> str | None:
-    if how.tail or how.unit not in UNITS[lowering]:
-        return f"{lowering} skips whole groups of {' or '.join(map(str, UNITS[lowering]))}, not {how.group}" + (" with a tail" if how.tail else "")
-    return None
+def guessed(site: Site, group: int | str) -> bool:
+    """Whether rates of Triton's kernel in other groups say little of its time in these."""
+    conv = site.node.target in CONV
+    return isinstance(group, int) and available.takes("triton", conv, group) and not available.as_measured("triton", conv, group)
+
+
+def _other_unit(how: Estimator, lowering: str, conv: bool) -> str | None:
+    if not how.tail and available.takes(lowering, conv, how.unit):
+        return None
+    known = ", ".join(map(str, available.CONV_UNITS)) if conv else "a multiple of 32" if lowering == "triton" else "an odd multiple of 16"
+    return f"{lowering} skips whole groups of {known}, not {how.group}" + (" with a tail" if how.tail else "")
 
 
 def no_zeros_kernel(site: Site, dropped: Estimator, lowering: str) -> str | None:
@@ -59,7 +66,7 @@ def no_zeros_kernel(site: Site, dropped: Estimator, lowering: str) -> str | None
         return why
     if site.node.target in CONV:
         return "of a convolution's gradients a kernel leaves out input channels, not these"
-    return _other_unit(dropped, lowering)
+    return _other_unit(dropped, lowering, conv=False)
 
 
 def lines(kept: int) -> bool:

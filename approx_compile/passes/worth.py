@@ -44,6 +44,8 @@ def candidates(site: Site, settings: SiteSettings, machine: Machine | None) -> l
     """The ways among which time decides: lowerings (left to "auto", those that the machine's profile knows), and what `group: "auto"` may come to."""
     found = []
     for lowering in known_lowerings(site, settings.output.lowering, machine):
+        if settings.output.lowering == "auto" and lowering in OWN and lowerings.guessed(site, settings.output.group):
+            continue
         for group in _groups(site, settings, lowering):
             tried: dict[str, Any] = {name: _as_tried(name, wanted, settings.policy, lowering, group) for name, wanted in _products(settings).items()}
             found.append(replace(settings, **tried))

@@ -14,11 +14,9 @@ import torch
 import triton
 from torch import Tensor
 
+from approx_compile.kernels.available import CONV_UNITS
 from approx_compile.kernels.triton import conv_kernels as kernels
 from approx_compile.kernels.triton.tuning import Config, bucket, device_of, fitting, on_device, pick
-
-UNITS = (16, 32, 64, 128)
-"""Contiguous channels of an index: whole steps of the loop over the contraction axis."""
 
 WIDE = {8: (), 9: (Config(256, 128, 64, 8, 4),)}
 MEDIUM = (Config(128, 128, 64, 8, 4), Config(128, 64, 64, 4, 4))
@@ -68,8 +66,8 @@ def refusal(product: str, g: Geometry, unit: int, idx: Tensor, *operands: Tensor
         return "fp32 without tf32 has no tensor cores: torch.backends.cudnn.conv.fp32_precision is not 'tf32'"
     if any(t.is_cuda and device_of(t).arch // 10 not in WIDE for t in operands):
         return "there are kernels for compute capability 8.x and 9.x"
-    if unit not in UNITS:
-        return f"groups of {unit} channels: there are kernels for {', '.join(map(str, UNITS))}"
+    if unit not in CONV_UNITS:  # whole steps of the loop over the contraction axis
+        return f"groups of {unit} channels: there are kernels for {', '.join(map(str, CONV_UNITS))}"
     if not all(t.is_contiguous(memory_format=torch.channels_last) for t in activations):
         return "activations are not channels-last"
     if idx.numel() == 0 or any(t.numel() == 0 for t in operands):
