@@ -16,7 +16,8 @@ from approx_compile.kernels.estimators import Estimator
 from approx_compile.passes.sites import CONV, MM, Product, Site
 from approx_compile.passes.splice import window_of
 
-_LINE = 16
+LINE = 16
+"""Entries that lines of operands and results are whole multiples of."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -71,7 +72,7 @@ def no_zeros_kernel(site: Site, dropped: Estimator, lowering: str) -> str | None
 
 def lines(kept: int) -> bool:
     """Whether what is gathered along one axis is an operand that a kernel of ours reads."""
-    return kept % _LINE == 0
+    return kept % LINE == 0
 
 
 def _unfit(site: Site, lowering: str) -> str | None:
@@ -88,8 +89,8 @@ def _unfit(site: Site, lowering: str) -> str | None:
     if node.target not in MM:
         return "batched products have no kernel of ours"
     sizes = tuple(s for n in (*site.products[0].operands, node) for s in _torch.value(n).shape[-1:])
-    if any(not isinstance(s, int) or s % _LINE for s in sizes):
-        return f"{lowering} reads lines of whole multiples of {_LINE} entries, of inputs and of outputs"
+    if any(not isinstance(s, int) or s % LINE for s in sizes):
+        return f"{lowering} reads lines of whole multiples of {LINE} entries, of inputs and of outputs"
     if node.kwargs or (len(node.args) == 3 and tuple(_torch.value(node.args[0]).shape) != sizes[-1:]):
         return "the addmm adds no plain bias, one for every output"
     return None

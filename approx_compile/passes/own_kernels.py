@@ -13,8 +13,9 @@ from approx_compile import _torch
 from approx_compile.kernels import skip, skip_conv
 from approx_compile.kernels.estimators import Estimator, score, select
 from approx_compile.kernels.products import Axis, norms_sq
+from approx_compile.passes.lowerings import LINE
 from approx_compile.passes.sites import CONV, PRODUCTS, Product
-from approx_compile.passes.splice import Sampled, inline, refresh, window_of
+from approx_compile.passes.splice import Layout, Sampled, inline, like, refresh, window_of
 
 
 def choice(graph: fx.Graph, before: fx.Node, product: Product, how: Estimator, readers: Sequence[Product] = ()) -> tuple[fx.Node, fx.Node | None]:
@@ -53,14 +54,14 @@ def sample_output(graph: fx.Graph, product: Product, how: Estimator, idx: fx.Nod
     if node.target not in CONV:
         bias = node.args[0] if len(node.args) == 3 else None
         node.target = torch.ops.approx_compile.skip_matmul.default
-        node.args = (a, b, idx, scale, how.unit, bias)
+        node.args = (_in_lines(a, node), _in_lines(b, node), idx, scale, how.unit, bias)
         refresh(node)
         return
-    bias, geometry = node.args[2], window_of(node.args[3:6], 2)
+    bias, geometry, layout = node.args[2], window_of(node.args[3:6], 2), Layout.of(_torch.value(node))
 
     def run(x: Tensor, w: Tensor, idx: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
         y: Tensor = skip_conv.skip_conv(x, w, idx, scale, how.unit, *geometry)
-        return y if bias is None else y + bias.reshape(-1, 1, 1)
+        return like(y if bias is None else y + bias.reshape(-1, 1, 1), layout)
 
     assert bias is None or isinstance(bias, fx.Node)
     new = inline(graph, node, run, (a, b, idx, scale, bias))
@@ -72,9 +73,24 @@ def step_over(m: fx.Node, kept: Sampled, scale: fx.Node | None, dim: int | None)
     """A product of matrices steps over what was not kept along the axis that it contracts (`dim` None), or of rows (0) or columns (1) of its result: those are
     times their scale, zeros elsewhere, written in one pass."""
     a, b = m.args[-2:]
+    assert isinstance(a, fx.Node) and isinstance(b, fx.Node)
+    a, b = _in_lines(a, m), _in_lines(b, m)
     m.target = (torch.ops.approx_compile.skip_matmul if dim is None else torch.ops.approx_compile.skip_matmul_into).default
     m.args = (a, b, kept.idx, scale, kept.how.unit, *(() if dim is None else (dim,)))
     refresh(m)
+
+
+def _in_lines(n: fx.Node, before: fx.Node) -> fx.Node:
+    """A matrix that a kernel reads: in lines of whole multiples of 16 entries, which begin at such. A broadcast gradient (of a sum) has none, and is copied."""
+    x = _torch.value(n)
+    for line, other in ((1, 0), (0, 1)):
+        step = _torch.hint(x.stride(other))
+        if x.stride(line) == 1 and step > 0 and step % LINE == 0:
+            return n
+    by_rows = isinstance(x.shape[1], int) and x.shape[1] % LINE == 0
+    new = inline(before.graph, before, lambda x: x.contiguous() if by_rows else x.t().contiguous().t(), (n,))
+    assert isinstance(new, fx.Node)
+    return new
 
 
 def narrow_conv(graph: fx.Graph, m: fx.Node, product: Product, operands: Sequence[fx.Node], kept: Sampled) -> fx.Node:
@@ -83,11 +99,14 @@ def narrow_conv(graph: fx.Graph, m: fx.Node, product: Product, operands: Sequenc
     size, kernel = list(_torch.value(x).shape[2:]), list(_torch.value(w).shape[2:])
     geometry, unit = window_of(m.args[4:7], 2), kept.how.unit
 
+    # the kernels read channels-last; where the gradient comes from a flat layer it is not
     def of_input(dy: Tensor, w: Tensor, idx: Tensor, scale: Tensor | None) -> Tensor:
+        dy = dy.contiguous(memory_format=torch.channels_last)
         dx: Tensor = skip_conv.skip_conv_input(dy, w, idx, scale, unit, size, *geometry)
         return dx
 
     def of_weight(x: Tensor, dy: Tensor, idx: Tensor, scale: Tensor | None) -> Tensor:
+        x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
         dw: Tensor = skip_conv.skip_conv_weight(x, dy, idx, scale, unit, kernel, *geometry)
         return dw
 
