@@ -11,6 +11,7 @@ import pytest
 import torch
 from common import compiled, grads, mlp, relative
 from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from approx_compile import Backend
 from approx_compile.backend import run_as_is
@@ -80,6 +81,59 @@ def test_images_are_in_channels_last_below_a_flat_layer() -> None:
     images = [pair[0] for pair in ops["skip_conv"]] + [pair[0] for pair in ops["skip_conv_input"]] + [i for pair in ops["skip_conv_weight"] for i in pair]
     assert len(images) == 7 and all(i.is_contiguous(memory_format=torch.channels_last) for i in images)
     same_by_inductor(model, ALWAYS | {"rules": [{"layers": "linear", "method": "exact"}]}, x, lambda y: y.square().sum())
+
+
+def test_rows_go_on_through_kernels(small_work_counts: None) -> None:
+    """The first layer's gradients run on half of the rows and by a kernel that steps over what the second dropped."""
+    model, x = mlp(128, 128, 32), torch.randn(64, 128, requires_grad=True)
+    options = ALWAYS | {"rules": [{"layers": "0", "output": "exact", "grad": {"axis": "rows", "method": "topk", "ratio": 0.5}}]}
+    found = []
+    for lowering in ("inductor", "triton"):
+        torch._dynamo.reset()
+        f, _, plans = compiled(model, options | {"lowering": lowering})
+        f(x).square().sum().backward()
+        products = plans.sites[0].products[1:]
+        assert [p.decision for p in products] == ["rows"] * 2
+        assert {p.skips_by for p in products} == {lowering} and all(p.skips == "2" for p in products)
+        found.append(grads(model, x))
+    assert max(relative(a, b) for a, b in zip(*found, strict=True)) < 1e-5
+
+
+def test_rows_go_on_through_convolutions(small_work_counts: None) -> None:
+    """Under `adaptive` sites that sample outputs may have rows as well; all of them are kept at first."""
+    model = nn.Sequential(nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 16, 3)).to(memory_format=torch.channels_last)
+    x = torch.randn(16, 64, 8, 8).contiguous(memory_format=torch.channels_last)
+    options = {"policy": "adaptive", "rules": [{"layers": "conv[1]", "output": {"method": "topk", "ratio": 0.5, "group": 32}}]}
+    found = []
+    for lowering in ("inductor", "triton"):
+        torch._dynamo.reset()
+        f, _, plans = compiled(model, options | {"lowering": lowering})
+        f(x).square().sum().backward()
+        assert [s.products[0].lowering for s in plans.sites] == ["inductor", lowering, "inductor"]
+        ((cut,),) = (plan.cuts for plan in plans)
+        assert cut.reason == "the whole backward pass" and cut.flops_on_rows == cut.flops_all
+        assert {"skip_conv_input", "skip_conv_weight"} <= set(cut.products) or lowering == "inductor"
+        found.append(grads(model))
+    assert max(relative(a, b) for a, b in zip(*found, strict=True)) < 1e-5
+
+
+def test_flops_of_the_ops() -> None:
+    """Counted as products of what is kept."""
+    a, b, idx = torch.randn(6, 8), torch.randn(8, 10), torch.arange(2)
+    x, w = torch.randn(2, 8, 5, 5), torch.randn(3, 8, 3, 3)
+    y = torch.randn(2, 3, 3, 3)
+    ours, geometry = torch.ops.approx_compile, ([1, 1], [0, 0], [1, 1])
+    for run, want in (
+        (lambda: ours.skip_matmul(a, b, idx, None, 2), 2 * 6 * 4 * 10),
+        (lambda: ours.skip_matmul_into(a, b, idx, None, 2, 0), 2 * 4 * 8 * 10),
+        (lambda: ours.skip_matmul_into(a, b, idx, None, 2, 1), 2 * 6 * 8 * 4),
+        (lambda: ours.skip_conv(x, w, idx, None, 2, *geometry), 2 * 2 * 9 * 3 * 4 * 9),
+        (lambda: ours.skip_conv_input(y, w, idx, None, 2, [5, 5], *geometry), 2 * 2 * 9 * 3 * 4 * 9),
+        (lambda: ours.skip_conv_weight(x, y, idx, None, 2, [3, 3], *geometry), 2 * 2 * 9 * 3 * 4 * 9),
+    ):
+        with FlopCounterMode(display=False) as counter:
+            run()
+        assert counter.get_total_flops() == want
 
 
 @pytest.mark.parametrize("conv", [False, True])

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from approx_compile.kernels.cuda import launch
 from approx_compile.kernels.products import Axis, norms_sq, take, untake
@@ -111,6 +112,13 @@ def _(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: int, dim: i
 @skip_matmul_into.register_fake
 def _(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: int, dim: int) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[1]))
+
+
+@register_flop_formula([torch.ops.approx_compile.skip_matmul, torch.ops.approx_compile.skip_matmul_into])
+def _flops(a: list[int], b: list[int], idx: list[int], scale: Any, unit: int, last: Any = None, out_shape: Any = None, **_: Any) -> int:
+    """2 per entry that is multiplied; `last`: the dim of skip_matmul_into, else a bias."""
+    m, k, n, kept = a[0], a[1], b[1], idx[0] * unit
+    return 2 * kept * (m * n if not isinstance(last, int) else k * n if last == 0 else m * k)
 
 
 def _check_into(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: int, dim: int) -> None:

@@ -16,12 +16,14 @@ those take such shapes, dtypes and strides, else here as well.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from approx_compile.kernels.products import Axis, take, untake
 from approx_compile.kernels.skip import check_index, kernels
@@ -113,11 +115,22 @@ def fastest(reference: Callable[..., Tensor], like: Callable[..., Tensor]) -> Ca
     return run
 
 
+def _flops(product: str) -> Callable[..., int]:
+    """2 per chosen input channel, output channel, tap and place of the output."""
+
+    def formula(a: Sequence[int], b: Sequence[int], idx: Sequence[int], scale: Any, unit: int, *geometry: Any, out_shape: Sequence[int]) -> int:
+        w, y = {"output": (b, out_shape), "grad_input": (b, a), "grad_weight": (out_shape, b)}[product]
+        return 2 * idx[0] * unit * w[0] * math.prod(w[2:]) * y[0] * math.prod(y[2:])
+
+    return formula
+
+
 def _op(name: str, reference: Callable[..., Tensor], like: Callable[..., Tensor]) -> Any:
     product = reference.__name__
     op = torch.library.custom_op(f"approx_compile::{name}", _checked(reference, product), mutates_args=())
     op.register_kernel("cuda", _checked(fastest(reference, like), product))
     op.register_fake(_checked(like, product))
+    register_flop_formula(getattr(torch.ops.approx_compile, name))(_flops(product))
     return op
 
 

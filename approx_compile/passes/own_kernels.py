@@ -17,6 +17,11 @@ from approx_compile.passes.lowerings import LINE
 from approx_compile.passes.sites import CONV, PRODUCTS, Product
 from approx_compile.passes.splice import Layout, Sampled, inline, like, refresh, window_of
 
+skip_matmul, skip_matmul_into = torch.ops.approx_compile.skip_matmul.default, torch.ops.approx_compile.skip_matmul_into.default
+skip_conv_input, skip_conv_weight = torch.ops.approx_compile.skip_conv_input.default, torch.ops.approx_compile.skip_conv_weight.default
+OWN_MM, OWN_CONV = {skip_matmul, skip_matmul_into}, {skip_conv_input, skip_conv_weight}
+"""What gradients are computed by."""
+
 
 def choice(graph: fx.Graph, before: fx.Node, product: Product, how: Estimator, readers: Sequence[Product] = ()) -> tuple[fx.Node, fx.Node | None]:
     """Indices and scale for a product, in the order `kernels.estimators.select` has them; for it and for `readers`, that will use the same, as
@@ -53,7 +58,7 @@ def sample_output(graph: fx.Graph, product: Product, how: Estimator, idx: fx.Nod
     a, b = product.operands
     if node.target not in CONV:
         bias = node.args[0] if len(node.args) == 3 else None
-        node.target = torch.ops.approx_compile.skip_matmul.default
+        node.target = skip_matmul
         node.args = (_in_lines(a, node), _in_lines(b, node), idx, scale, how.unit, bias)
         refresh(node)
         return
@@ -75,7 +80,7 @@ def step_over(m: fx.Node, kept: Sampled, scale: fx.Node | None, dim: int | None)
     a, b = m.args[-2:]
     assert isinstance(a, fx.Node) and isinstance(b, fx.Node)
     a, b = _in_lines(a, m), _in_lines(b, m)
-    m.target = (torch.ops.approx_compile.skip_matmul if dim is None else torch.ops.approx_compile.skip_matmul_into).default
+    m.target = skip_matmul if dim is None else skip_matmul_into
     m.args = (a, b, kept.idx, scale, kept.how.unit, *(() if dim is None else (dim,)))
     refresh(m)
 

@@ -53,7 +53,7 @@ def make_plan(sites: Sequence[Site], config: ApproxConfig, machine: Machine | No
 
     for i, t in enumerate(tried):
         plan = t if isinstance(t, SitePlan) else _judged(sites[i], settings[i], t, machine, times.get(i), beside)
-        judged.append(replace(plan, lowerings=_allowed(sites[i], settings[i], machine)))
+        judged.append(replace(plan, lowerings=worth.known_lowerings(sites[i], settings[i].output.lowering, machine)))
     if machine is not None:
         judged = shared.share(sites, settings, tried, judged, machine)
     decided = [_with_replacements(s, p, w) for s, p, w in zip(sites, judged, settings, strict=True)]
@@ -63,12 +63,6 @@ def make_plan(sites: Sequence[Site], config: ApproxConfig, machine: Machine | No
 def _with_nodes(site: Site, plan: SitePlan) -> SitePlan:
     products = (replace(p, node=q.node.name, bytes_exact=q.bytes_once) for p, q in zip(plan.products, site.products, strict=True))
     return replace(plan, products=tuple(products))
-
-
-def _allowed(site: Site, settings: SiteSettings, machine: Machine | None) -> tuple[str, ...]:
-    """The code that may run a site. Rows are followed through torch's ops: where some may be left out nothing that was exact becomes a kernel of ours."""
-    may = worth.known_lowerings(site, settings.output.lowering, machine)
-    return may if settings.rows is None else tuple(n for n in may if n not in OWN)
 
 
 def match_rules(sites: Sequence[Site | SitePlan], config: ApproxConfig) -> tuple[list[list[bool]], tuple[str, ...]]:

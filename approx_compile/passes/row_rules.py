@@ -15,6 +15,7 @@ from torch import fx
 
 from approx_compile import _torch
 from approx_compile.kernels.rows import Rows
+from approx_compile.passes.own_kernels import OWN_CONV, OWN_MM, skip_conv_input, skip_matmul, skip_matmul_into
 from approx_compile.passes.sites import BMM, MM, VIEWS
 
 aten = torch.ops.aten
@@ -255,8 +256,10 @@ def _pad(n: fx.Node, value: Any, out: Followed) -> Layout:
 
 def _mm(n: fx.Node, value: Any, out: Followed) -> Layout:
     """(.., M, K) x (.., K, N): rows in M or N stay, rows in K of both are summed; a leading batch dim pairs with the other's."""
-    left, right = n.args[-2], n.args[-1]
+    left, right = n.args[:2] if n.target in OWN_MM else n.args[-2:]
     a, b = out.rows(left), out.rows(right)
+    if n.target is skip_matmul and ((a is not None and a.dim == 1) or (b is not None and b.dim == 0)):
+        raise Blocked("a kernel chooses among the rows")
     rank = value.dim()
     found: Rows | None
     if a is not None and b is not None:
@@ -274,6 +277,8 @@ def _mm(n: fx.Node, value: Any, out: Followed) -> Layout:
         if b is not None and (b.dim == rank - 2 or (rank == 3 and b.dim == 0)):
             raise Blocked(f"{op_name(n)} contracts the batch with something else")
         found = b
+    if n.target is skip_matmul_into and found is not None and found.dim == n.args[5]:
+        raise Blocked("a kernel chooses among the rows")
     if len(n.args) == 3 and (bias := out.rows(n.args[0])) is not None:
         if found is None:
             raise Blocked(f"{op_name(n)} adds rows to a sum over rows")
@@ -307,6 +312,14 @@ def _conv_backward(n: fx.Node, value: Any, out: Followed) -> Layout:
     if own != Rows(0):
         raise Blocked(f"{op_name(n)}: the batch is not the first axis")
     return (own if value[0] is not None else None, None, None)
+
+
+def _by_kernel(n: fx.Node, value: Any, out: Followed) -> Layout:
+    """A convolution's gradient in its chosen input channels: of x, from dY and W, or of W, from x and dY."""
+    own = _agree(*(out.rows(a) for a in n.args[:2]))
+    if own != Rows(0) or (n.target is skip_conv_input and out.rows(n.args[1]) is not None):
+        raise Blocked(f"{op_name(n)}: the batch is not the first axis")
+    return own if n.target is skip_conv_input else None
 
 
 def _take(n: fx.Node, value: Any, out: Followed) -> Layout:
@@ -392,7 +405,8 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys(VIEWS, _view),
     **dict.fromkeys((aten.permute.default, aten.t.default, aten.transpose.int), _permute),
     **dict.fromkeys(_REDUCTIONS, _reduction),
-    **dict.fromkeys(MM | BMM, _mm),
+    **dict.fromkeys(MM | BMM | OWN_MM, _mm),
+    **dict.fromkeys(OWN_CONV, _by_kernel),
     **dict.fromkeys((aten.squeeze.dims, aten.squeeze.dim, aten.squeeze.default), _squeeze),
     **dict.fromkeys((aten._softmax.default, aten._log_softmax.default, aten.cumsum.default, aten.cumprod.default, aten.flip.default), _along(1)),
     **dict.fromkeys((aten.gather.default, aten.scatter.src, aten.scatter.value, aten.scatter_add.default), _by_place),
@@ -443,7 +457,7 @@ _MAPS |= {aten.squeeze.dims, aten.squeeze.dim, aten.squeeze.default, aten.expand
 _MAPS |= {aten.neg.default, aten.cumsum.default, aten.flip.default, operator.getitem}
 _MAPS |= {aten.split_with_sizes.default, aten.split.Tensor, aten.unbind.int}
 _ZERO_OR_ALL = {aten.add.Tensor, aten.sub.Tensor, aten.slice_scatter.default, aten.select_scatter.default}
-_FACTORS = {aten.mul.Tensor, aten.mul.Scalar, aten.mm.default, aten.bmm.default}
+_FACTORS = {aten.mul.Tensor, aten.mul.Scalar, aten.mm.default, aten.bmm.default, *OWN_MM, *OWN_CONV}
 _INDEXED = {aten.gather.default, aten.index_select.default, aten.index.Tensor, aten._unsafe_index.Tensor}
 
 
