@@ -8,7 +8,7 @@ product (`own_kernels`) does it see an op of ours, whose code the cache key cove
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ from approx_compile.passes.planned import Plan, ProductPlan
 from approx_compile.passes.replacements import let_go_of_activation, replace_conv_weight, replace_matmul
 from approx_compile.passes.shared import Sum
 from approx_compile.passes.sites import CONV, Product, Site, channel_axis, conv_weight_axes, permutation_between, users_of_output
-from approx_compile.passes.splice import Layout, Sampled, hoist, inline, keep_choice, like, output_of, refresh, replace_output
+from approx_compile.passes.splice import Layout, Sampled, as_it_is, hoist, inline, keep_choice, like, output_of, refresh, replace_output
 from approx_compile.passes.zeros import relu_backward
 
 aten = torch.ops.aten
@@ -44,7 +44,7 @@ def rewrite(graph: fx.Graph, sites: Sequence[Site], plan: Plan) -> None:
             kept[site.name] = narrowing[site.name].forward(kept, narrow)
         elif output.decision == "sampled":
             leader = kept[output.shares] if output.shares is not None else None
-            kept[site.name] = _sample_in_place(graph, site, _as_it_is(site.products[0]), output, leader, readers.get(site.name, ()))
+            kept[site.name] = _sample_in_place(graph, site, as_it_is(site.products[0]), output, leader, readers.get(site.name, ()))
     for site, planned in zip(reversed(sites), reversed(plan.sites), strict=True):  # as the backward pass goes
         todo = []
         for product, decision in zip(site.products[1:], planned.products[1:], strict=True):
@@ -54,7 +54,7 @@ def rewrite(graph: fx.Graph, sites: Sequence[Site], plan: Plan) -> None:
                 fed = site.name in narrowing and product.name == "grad_input"
                 into = sums.get(decision.shares or site.name) if product.name == "grad_input" else None
                 through = coupled or planned.products[0].decision == "exact"  # else the output's operands are cut to entries that this gradient does not know
-                todo.append(_Gradient(_as_it_is(product), decision, coupled, skipped, narrow.get(site.name) if through else None, fed, into))
+                todo.append(_Gradient(as_it_is(product), decision, coupled, skipped, narrow.get(site.name) if through else None, fed, into))
         _gradients(graph, site, todo)
         if site.name in narrowing:
             narrowing[site.name].backward()
@@ -62,15 +62,6 @@ def rewrite(graph: fx.Graph, sites: Sequence[Site], plan: Plan) -> None:
         _put_back_sum(graph, total)
     graph.eliminate_dead_code()
     graph.lint()
-
-
-def _as_it_is(product: Product) -> Product:
-    """A product with the operands that its node has by now: what it read may have been the result of another site, which another node gives since."""
-    args = product.node.args
-    at = ((0, 2), (1, 0))[product.mask] if product.mask >= 0 else (0, 1) if product.node.target in CONV else (-2, -1)
-    first, second = (args[i] for i in at)
-    assert isinstance(first, fx.Node) and isinstance(second, fx.Node)
-    return replace(product, operands=(first, second))
 
 
 def _gradients(graph: fx.Graph, site: Site, todo: Sequence[_Gradient]) -> None:

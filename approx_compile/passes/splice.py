@@ -14,7 +14,7 @@ from torch import fx
 
 from approx_compile import _torch
 from approx_compile.kernels.estimators import Estimator
-from approx_compile.passes.sites import users_of_output
+from approx_compile.passes.sites import CONV, Product, users_of_output
 
 CHOICE = "approx_compile_choice"
 """Key in the meta of the nodes that hold a selection's indices and scale: `site.product.idx`, `site.product.scale`."""
@@ -66,6 +66,15 @@ def output_of(graph: fx.Graph, call: fx.Node, index: int) -> fx.Node:
 def window_of(arguments: Sequence[Any], dims: int) -> list[list[int]]:
     """Stride, padding and dilation of a convolution, each by spatial dim: torch takes one number for all of them, too."""
     return [list(v) * dims if len(v) == 1 else list(v) for v in arguments]
+
+
+def as_it_is(product: Product) -> Product:
+    """A product with the operands that its node has by now: what it read may have been the result of another site, which another node gives since."""
+    args = product.node.args
+    at = ((0, 2), (1, 0))[product.mask] if product.mask >= 0 else (0, 1) if product.node.target in CONV else (-2, -1)
+    first, second = (args[i] for i in at)
+    assert isinstance(first, fx.Node) and isinstance(second, fx.Node)
+    return dataclasses.replace(product, operands=(first, second))
 
 
 def replace_output(graph: fx.Graph, m: fx.Node, index: int, new: fx.Node) -> None:
