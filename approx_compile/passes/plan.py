@@ -50,8 +50,7 @@ def make_plan(sites: Sequence[Site], config: ApproxConfig, machine: Machine | No
         return lambda products: others(i, products) if others is not None else (0.0, 0.0)
 
     judged = [t if isinstance(t, SitePlan) else _judged(sites[i], settings[i], t, machine, times.get(i), beside(i)) for i, t in enumerate(tried)]
-    if machine is not None:
-        judged = shared.share(sites, settings, tried, judged, machine)
+    judged = shared.share(sites, settings, tried, judged, machine)
     decided = [_with_replacements(s, p, w) for s, p, w in zip(sites, judged, settings, strict=True)]
     return Plan(tuple(_with_nodes(s, p) for s, p in zip(sites, decided, strict=True)), unmatched, remarks=tuple(remarks))
 
