@@ -219,7 +219,7 @@ class Producers:
         return replace(plan, products=tuple(products), reason=f"{plan.reason}; {only}")
 
     def _timed(self, site: Site, product: Product, plan: ProductPlan, only: Estimator | None, fed: bool) -> ProductPlan:
-        new = cost.shrunk(site, product, plan.how, only, fed, self.machine)
+        new = cost.shrunk(site, product, plan.how, only, fed, self.machine, plan.shares is not None)
         return replace(plan, flops_sampled=new.flops, time_sampled_us=new.time_us, terms=new.terms, sizes=new.sizes)
 
 
