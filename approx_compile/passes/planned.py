@@ -52,7 +52,7 @@ class ProductPlan:
 class SitePlan:
     """The decision for one site. `k` and `size` are the output product's, or the first approximated one's; FLOPs are summed. Sizes that are symbols stand in
     `shape` as such, and in `traced` with what they were traced with; FLOPs and times are those of these sizes. `break_even`: where predicted time decided.
-    `shrinks`: the sites that make only what this one keeps of its activation."""
+    `shrinks`: the sites that make only what this one keeps of its activation. `notes`: what `reason` says in its end of what other sites' choices do to it."""
 
     name: str
     module: str
@@ -67,6 +67,15 @@ class SitePlan:
     traced: tuple[tuple[str, int], ...] = ()
     break_even: worth.BreakEven | None = None
     shrinks: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def noted(self, note: str) -> SitePlan:
+        return replace(self, reason=f"{self.reason}; {note}", notes=(*self.notes, note))
+
+    @property
+    def own_reason(self) -> str:
+        """The reason without the notes."""
+        return self.reason.removesuffix("".join(f"; {n}" for n in self.notes))
 
     @property
     def shown(self) -> ProductPlan:

@@ -52,6 +52,6 @@ def _with_skip(site: Site, plan: SitePlan, j: int, source: str, dropped: Product
     products[j] = replace(
         decision, reason=reason, flops_sampled=estimate.flops, time_sampled_us=estimate.time_us, terms=estimate.terms, sizes=estimate.sizes, skips=source
     )
-    note = "; its gradients skip what later sites dropped"
-    exact = plan.decision == "exact" and note not in plan.reason
-    return replace(plan, products=tuple(products), reason=plan.reason + note if exact else plan.reason)
+    note = "its gradients skip what later sites dropped"
+    new = replace(plan, products=tuple(products))
+    return new.noted(note) if plan.decision == "exact" and note not in plan.notes else new
