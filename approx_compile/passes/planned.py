@@ -131,7 +131,7 @@ class Plan:
 
     def without_rows(self, reason: str, cuts: Sequence[Cut] = ()) -> Plan:
         """The plan with the reason at every site that would have had sampled rows, and the cuts there are or might have been."""
-        sites = tuple(replace(s, reason=reason) if s.decision == "exact" and s.reason == BY_SETTINGS else s for s in self.sites)
+        sites = tuple(replace(s, reason="; ".join((reason, *s.notes))) if s.decision == "exact" and s.own_reason == BY_SETTINGS else s for s in self.sites)
         return replace(self, sites=sites, cuts=tuple(cuts))
 
     def to_dict(self) -> dict[str, Any]:
