@@ -244,7 +244,7 @@ def _matmul_products(n: fx.Node, a: fx.Node, b: fx.Node, weight: int | None, mat
             continue
         if root_a[0] is root_b[0]:
             return products, "both operands are views of one tensor"
-        if m.target is not target or len(reads) != 1:
+        if not (m.target is target or _is_outer_product(m)) or len(reads) != 1:
             return products, "its backward pass is not understood"
         (position, operand), lhs, rhs = reads[0], m.args[0], m.args[1]
         assert isinstance(lhs, fx.Node) and isinstance(rhs, fx.Node)
@@ -260,6 +260,14 @@ def _matmul_products(n: fx.Node, a: fx.Node, b: fx.Node, weight: int | None, mat
         contraction = _torch.value(lhs).shape[-1]
         found[grad_of] = Product(name, m, (lhs, rhs), (left, right), contraction, lead, own_weight, operand, position)
     return products + [found[i] for i in sorted(found)], None
+
+
+def _is_outer_product(m: fx.Node) -> bool:
+    """Whether it is (N, 1) times (1, K), op by op: what Inductor makes of a matmul that contracts an axis of one entry (a weight's gradient for one row)."""
+    if m.target is not aten.mul.Tensor or not all(isinstance(arg, fx.Node) for arg in m.args):
+        return False
+    left, right = (_torch.value(arg).shape for arg in m.args)
+    return len(left) == len(right) >= 2 and left[:-2] == right[:-2] and left[-1] == 1 and right[-2] == 1
 
 
 def _reads(m: fx.Node, root_a: tuple[Any, Any], root_b: tuple[Any, Any]) -> list[tuple[int, int]]:
