@@ -55,6 +55,13 @@ def make_plan(sites: Sequence[Site], config: ApproxConfig, machine: Machine | No
     return Plan(tuple(_with_nodes(s, p) for s, p in zip(sites, decided, strict=True)), unmatched, remarks=tuple(remarks))
 
 
+def unheard(names: Sequence[str], config: ApproxConfig) -> tuple[str, ...]:
+    """A remark on each of the layers without a product that a rule asks to approximate."""
+    patterns = [Pattern.parse(text) for rule in config.rules if not rule.only_exact for text in rule.layers]
+    asked = [n for n in names if any(p.matches_name(n) if p.is_name else p.kind in ("linear", "site") and p.index is None for p in patterns)]
+    return tuple(f"no rule holds for {n}, which is exact: of one row or one input Inductor makes its product without a matrix product" for n in asked)
+
+
 def _with_nodes(site: Site, plan: SitePlan) -> SitePlan:
     products = (replace(p, node=q.node.name, bytes_exact=q.bytes_once) for p, q in zip(plan.products, site.products, strict=True))
     return replace(plan, products=tuple(products))

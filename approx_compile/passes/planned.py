@@ -103,8 +103,8 @@ class SitePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The decisions for one graph, in execution order, the patterns of its rules that matched no site, where rows of the batch are chosen, and in what the
-    graph differs from the one that a tuned plan was made for."""
+    """The decisions for one graph, in execution order, the patterns of its rules that matched no site, where rows of the batch are chosen, and remarks: in what
+    the graph differs from the one that a tuned plan was made for, for which layers no rule can hold."""
 
     sites: tuple[SitePlan, ...]
     unmatched: tuple[str, ...] = ()
@@ -117,10 +117,11 @@ class Plan:
 
     def joined(self, other: Plan) -> Plan:
         """The plan of two graphs; a pattern is unmatched if it is so in both (a graph without sites has nothing to say)."""
+        remarks = tuple(dict.fromkeys(self.remarks + other.remarks))
         if not self.sites or not other.sites:
-            return self if self.sites else other
+            return replace(self if self.sites else other, remarks=remarks)
         unmatched = tuple(p for p in self.unmatched if p in other.unmatched)
-        return Plan(self.sites + other.sites, unmatched, self.cuts + other.cuts, self.remarks + other.remarks)
+        return Plan(self.sites + other.sites, unmatched, self.cuts + other.cuts, remarks)
 
     def with_cuts(self, cuts: Sequence[Cut]) -> Plan:
         """The plan once it is known which gradient products run on rows kept."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,11 +43,12 @@ class Input:
 
 @dataclass(frozen=True)
 class Module:
-    """A module of the user's model: its name, why its products must be exact if they must (it is in eval mode), whether it is a BatchNorm."""
+    """A module of the user's model: its name, why its products must be exact if they must (it is in eval mode), whether it is a BatchNorm or a linear layer."""
 
     name: str
     exact: str | None = None
     batch_norm: bool = False
+    linear: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,15 @@ def find_sites(graph: fx.Graph, context: Context) -> list[Site]:
         feeds.names[n] = name
         sites.append(_site(n, name, owner, by_seq[n.meta.get("seq_nr")], feeds, n in last, context))
     return sites
+
+
+def without_product(graph: fx.Graph, sites: Sequence[Site], context: Context) -> list[str]:
+    """The linear layers that train and have no site: of one row or one input Inductor writes some products as elementwise operations and sums."""
+    if not _torch.has_backward(graph):
+        return []
+    owners = [module_of(n, context) for n in graph.nodes if n.op == "call_function" and not _torch.is_backward(n)]
+    known = {s.module for s in sites}
+    return list(dict.fromkeys(m.name for m in owners if m.linear and m.exact is None and m.name not in known))
 
 
 def _after_tangents(graph: fx.Graph) -> set[fx.Node]:
