@@ -37,9 +37,13 @@ FILE = "APPROX_COMPILE_MACHINE"
 
 DEVICES = ("cpu", "cuda")
 
+_ALLOCATOR = re.compile(r"THP_MEM_ALLOC_ENABLE|LD_PRELOAD|GLIBC_TUNABLES|MALLOC_\w+|TCMALLOC_\w+")
+"""Environment variables that change what new memory costs: huge pages in torch's allocator on CPUs, another malloc, its settings."""
+
 FORMAT = 2
 """Of the file and of what is measured: a file of another format is measured anew."""
 
+_LONGEST_NAME = 200
 _STEPS = 8
 _SAME = 0.25
 _WAIT_S = 180.0
@@ -213,7 +217,10 @@ def path_of(device: str = "cpu") -> Path:
     """Where the profile of a device, the present number of threads and precision of float32, and this torch is stored."""
     kind, name, threads, label = _key(device)
     words = f"{kind}-{name}-{threads}-threads-torch-{torch.__version__}{label}"
-    return platformdirs.user_cache_path("approx_compile") / "machine" / (re.sub(r"[^\w.+-]+", "_", words) + ".json")
+    plain = re.sub(r"[^\w.+-]+", "_", words)
+    if len(plain) > _LONGEST_NAME:
+        plain = plain[:_LONGEST_NAME] + hashlib.sha256(words.encode()).hexdigest()[:8]
+    return platformdirs.user_cache_path("approx_compile") / "machine" / f"{plain}.json"
 
 
 def calibrate(device: str | None = None, *, quick: bool = False, progress: bool = False) -> Machine:
@@ -242,14 +249,15 @@ def _key(device: str) -> tuple[str, str, int, str]:
 
 @functools.cache
 def device_name(device: str) -> str:
-    """The accelerator's name ("cuda"), or the processor's ("cpu")."""
+    """The accelerator's name ("cuda"), or the processor's ("cpu") and what the environment sets of its memory: "AMD EPYC, THP_MEM_ALLOC_ENABLE=1"."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        name = platform.processor() or platform.machine()
+    return ", ".join([name, *(f"{k}={v}" for k, v in sorted(os.environ.items()) if v and _ALLOCATOR.fullmatch(k))])
 
 
 def _stored(path: Path, say: Notice, key: tuple[str, str, int, str]) -> Machine | None:
