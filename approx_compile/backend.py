@@ -285,7 +285,7 @@ def read_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Approx
     if config.plan is not None and layers.root is not None:
         whole = whole_model(layers.root) or layers.root
         check_modules(config.plan, {n for n, _ in whole.named_modules(remove_duplicate=False)}, type(whole).__name__)
-    modules = {key: Module(layers.display(key), _watched(found.module, found.source, frame), found.batch_norm) for key, found in layers.found.items()}
+    modules = {key: Module(layers.display(key), _watched(f.module, f.source, frame), f.batch_norm, f.linear) for key, f in layers.found.items()}
     if layers.root is not None and layers.root_source is not None and frame is not None:
         _guard_rules(layers.root, layers.root_source, config)
     _mark_foreign(gm)

@@ -50,12 +50,12 @@ class Candidates:
         if self.base.policy != "always":
             everything = (*self.base.rules, Rule(layers=("site",)))
             planned_by_cost = trials.planned(self.base.model_copy(update={"rules": everything}))
-            hurt = {s.name: reason for s in planned_by_cost for reason in (RAW, LAST) if s.reason.startswith(reason)}  # what it skips may stand behind
+            hurt = {s.name: s.own_reason for s in planned_by_cost if s.own_reason in (RAW, LAST)}
         matches, _ = match_rules(planned, self.base)
         self._rules = {s.name: self._rule(planned, s, self.base.merged(m)) for s, m in zip(planned, matches, strict=True)}
         self.sites = planned
         self.sampled = tuple({s.name: s for s in planned if s.decision == "sampled" and s.name not in hurt}.values())
-        self.excluded = {s.name: s.reason for s in planned if s.decision == "exact"} | hurt
+        self.excluded = {s.name: s.own_reason for s in planned if s.decision == "exact"} | hurt
 
     @property
     def random(self) -> bool:

@@ -11,6 +11,7 @@ import json
 import os
 import tomllib
 from collections.abc import Iterator
+from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,6 +57,7 @@ Config = Annotated[Path | None, typer.Option("--config", help="A TOML file with 
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One key of the options, over the file's: `ratio=0.25`.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="torch's threads; its own choice by default.", show_default=False)]
+Float32 = StrEnum("Float32", ["highest", "high", "medium"])
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
 
 
@@ -174,12 +176,15 @@ def calibrate(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.", show_default=False)] = None,
     quick: Annotated[bool, typer.Option("--quick", help="The short measurement that first use makes.")] = False,
     threads: Threads = None,
+    float32: Annotated[Float32 | None, typer.Option(help="What training gives `torch.set_float32_matmul_precision`.", show_default=False)] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Measure this machine (product rates, bandwidths, selection, launches) for the cost model, and store it."""
     with failures(debug):
         _set_threads(threads)
+        if float32 is not None:
+            torch.set_float32_matmul_precision(float32)
         found = machines.calibrate(device, quick=quick, progress=not as_json)
         if as_json:
             typer.echo(found.model_dump_json())

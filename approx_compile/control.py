@@ -165,9 +165,8 @@ class OutputControl(Control):
 # Models of one class share compiled code, so a control belongs to a parameter that its backward pass reads: the first one saved for it. Where none
 # is saved (a single layer) it belongs to the module that was compiled.
 Owner = nn.Parameter | nn.Module
-_controls = WeakIdKeyDictionary()
-_pending = WeakIdKeyDictionary()
-"""Loaded state of cuts that are not compiled yet."""
+_known = WeakIdKeyDictionary()
+"""{cut: its control, or the state loaded for it as long as it is not compiled}, by owner."""
 
 
 C = TypeVar("C", bound=Control)
@@ -176,13 +175,14 @@ C = TypeVar("C", bound=Control)
 def control_for(owner: Owner, settings: AdaptiveTable, key: str, kind: type[C]) -> C:
     """The control of a cut, or of a graph's outputs: that of an earlier compilation of the same graph if there is one, or a new one, with loaded state if
     some waits."""
-    own: dict[str, C] = _controls.setdefault(owner, {})
-    if key not in own or own[key].settings != settings:
-        own[key] = kind(settings, key)  # type: ignore[call-arg]
-        state = _pending.get(owner, {}).pop(key, None)
-        if state is not None:
-            own[key].load_state_dict(state)
-    return own[key]
+    own: dict[str, Any] = _known.setdefault(owner, {})
+    found = own.get(key)
+    if not isinstance(found, kind) or found.settings != settings:
+        own[key] = new = kind(settings, key)  # type: ignore[call-arg]
+        if isinstance(found, Mapping):
+            new.load_state_dict(found)
+        return new
+    return found
 
 
 def _owners(model: nn.Module) -> dict[str, Owner]:
@@ -191,30 +191,26 @@ def _owners(model: nn.Module) -> dict[str, Owner]:
 
 def controls_state(model: nn.Module) -> dict[str, dict[str, Any]]:
     """{parameter or module: {cut: state}}."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, owner in _owners(model).items():
-        states = {key: dict(state) for key, state in _pending.get(owner, {}).items()}
-        states |= {key: control.state_dict() for key, control in _controls.get(owner, {}).items()}
-        if states:
-            found[name] = states
-    return found
+    found = {name: _known.get(owner, {}) for name, owner in _owners(model).items()}
+    return {name: {key: c.state_dict() if isinstance(c, Control) else dict(c) for key, c in own.items()} for name, own in found.items() if own}
 
 
 def load_controls(model: nn.Module, state: Mapping[str, Mapping[str, Any]]) -> None:
     """At once where a cut is compiled, else when it is."""
     owners = _owners(model)
     for name, states in state.items():
+        known = _known.setdefault(owners[name], {})
         for key, own in states.items():
-            control = _controls.get(owners[name], {}).get(key)
-            if control is not None:
+            if isinstance(control := known.get(key), Control):
                 control.load_state_dict(own)
             else:
-                _pending.setdefault(owners[name], {})[key] = own
+                known[key] = own
 
 
 def controls(model: nn.Module) -> dict[str, Control]:
     """The controls of a model, compiled or not, by name: parameter or module, and cut."""
-    return {".".join(p for p in (name, key) if p): c for name, owner in _owners(plain(model)).items() for key, c in _controls.get(owner, {}).items()}
+    owned = ((name, key, c) for name, owner in _owners(plain(model)).items() for key, c in _known.get(owner, {}).items())
+    return {".".join(p for p in (name, key) if p): c for name, key, c in owned if isinstance(c, Control)}
 
 
 def plain(model: nn.Module) -> nn.Module:

@@ -35,6 +35,10 @@ class Found:
     def batch_norm(self) -> bool:
         return any("BatchNorm" in c.__name__ for c in self.cls.__mro__)
 
+    @property
+    def linear(self) -> bool:
+        return getattr(self.cls, "forward", None) is nn.Linear.forward
+
 
 class Layers:
     """`found`: every module in the stacks by id (as text); `root`: the module the graph belongs to, if it is one."""

@@ -1,7 +1,7 @@
 """What this machine can do, measured: the numbers behind every prediction of time.
 
-A `Machine` is a set of tables, each over a grid of sizes, for one device, number of threads and version of torch. It is measured once (a quick
-one, under 3 s, when it is first needed; the whole, under 60 s on a CPU, by `calibrate`), rounded, and stored in the user's cache folder.
+A `Machine` is a set of tables, each over a grid of sizes, for one device, number of threads, precision of float32 and version of torch. It is measured
+once (a quick one, under 3 s, when it is first needed; the whole, under 60 s on a CPU, by `calibrate`), rounded, and stored in the user's cache folder.
 
 Rounding and memory make it fit for a cache key: values lie on a grid of eighths of an octave (an error of at most 4.4%), and a new measurement
 within a quarter of an octave (19%) of the stored value leaves that value as it is. So calibrating again on the same machine changes nothing.
@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, model_validator
 from rich.table import Table as RichTable
 
-from approx_compile import _torch, gauges
+from approx_compile import _torch, gauges, precision
 from approx_compile.config import ConfigError
 
 FILE = "APPROX_COMPILE_MACHINE"
@@ -37,9 +37,13 @@ FILE = "APPROX_COMPILE_MACHINE"
 
 DEVICES = ("cpu", "cuda")
 
+_ALLOCATOR = re.compile(r"THP_MEM_ALLOC_ENABLE|LD_PRELOAD|GLIBC_TUNABLES|MALLOC_\w+|TCMALLOC_\w+")
+"""Environment variables that change what new memory costs: huge pages in torch's allocator on CPUs, another malloc, its settings."""
+
 FORMAT = 2
 """Of the file and of what is measured: a file of another format is measured anew."""
 
+_LONGEST_NAME = 200
 _STEPS = 8
 _SAME = 0.25
 _WAIT_S = 180.0
@@ -176,7 +180,7 @@ def load(path: str | os.PathLike[str]) -> Machine:
 
 
 _used: list[Machine] = []
-_known: dict[tuple[str, str, int], Machine] = {}
+_known: dict[tuple[str, str, int, str], Machine] = {}
 
 
 @contextlib.contextmanager
@@ -210,15 +214,19 @@ def _from_file(file: str, modified: int) -> Machine:
 
 
 def path_of(device: str = "cpu") -> Path:
-    """Where the profile of a device, the present number of threads and this torch is stored."""
-    kind, name, threads = _key(device)
-    words = f"{kind}-{name}-{threads}-threads-torch-{torch.__version__}"
-    return platformdirs.user_cache_path("approx_compile") / "machine" / (re.sub(r"[^\w.+-]+", "_", words) + ".json")
+    """Where the profile of a device, the present number of threads and precision of float32, and this torch is stored."""
+    kind, name, threads, label = _key(device)
+    words = f"{kind}-{name}-{threads}-threads-torch-{torch.__version__}{label}"
+    plain = re.sub(r"[^\w.+-]+", "_", words)
+    if len(plain) > _LONGEST_NAME:
+        plain = plain[:_LONGEST_NAME] + hashlib.sha256(words.encode()).hexdigest()[:8]
+    return platformdirs.user_cache_path("approx_compile") / "machine" / f"{plain}.json"
 
 
 def calibrate(device: str | None = None, *, quick: bool = False, progress: bool = False) -> Machine:
     """Measure this machine, store the profile and decide by it from now on; on a CPU under 60 s, or under 3 s if `quick`. On a GPU the kernels
-    of ours, too, are compiled and tuned, which takes longer; how long has not been measured.
+    of ours, too, are compiled and tuned, which takes longer; how long has not been measured. The profile holds for the number of threads and the precision
+    of float32 (`torch.set_float32_matmul_precision`, `fp32_precision`) that are set now.
 
     `device`: "cpu" or "cuda", by default cuda where there is one. `progress`: a bar on the terminal. The result prints as a table (rich).
     Raises ConfigError for a device that is not there, and OSError where the profile can't be stored.
@@ -235,23 +243,24 @@ def calibrate(device: str | None = None, *, quick: bool = False, progress: bool 
     return found
 
 
-def _key(device: str) -> tuple[str, str, int]:
-    return device, device_name(device), torch.get_num_threads()
+def _key(device: str) -> tuple[str, str, int, str]:
+    return device, device_name(device), torch.get_num_threads(), precision.label(device)
 
 
 @functools.cache
 def device_name(device: str) -> str:
-    """The accelerator's name ("cuda"), or the processor's ("cpu")."""
+    """The accelerator's name ("cuda"), or the processor's ("cpu") and what the environment sets of its memory: "AMD EPYC, THP_MEM_ALLOC_ENABLE=1"."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        name = platform.processor() or platform.machine()
+    return ", ".join([name, *(f"{k}={v}" for k, v in sorted(os.environ.items()) if v and _ALLOCATOR.fullmatch(k))])
 
 
-def _stored(path: Path, say: Notice, key: tuple[str, str, int]) -> Machine | None:
+def _stored(path: Path, say: Notice, key: tuple[str, str, int, str]) -> Machine | None:
     if not path.exists():
         return None
     try:
@@ -259,7 +268,7 @@ def _stored(path: Path, say: Notice, key: tuple[str, str, int]) -> Machine | Non
     except ConfigError as e:
         say(f"{e} (measured anew)")
         return None
-    if (found.format, found.torch_version, (found.device, found.name, found.threads)) == (FORMAT, torch.__version__, key):
+    if (found.format, found.torch_version, (found.device, found.name, found.threads)) == (FORMAT, torch.__version__, key[:3]):
         return found
     say(f"machine profile {path} was made for another version or machine and is measured anew")
     return None

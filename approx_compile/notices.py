@@ -61,11 +61,11 @@ class Record:
 
     def _tell(self, summary: dict[str, Any]) -> None:
         sites, sampled = summary["sites"], summary["sampled"]
+        for remark in summary["remarks"]:
+            warn_once(f"approx: {remark}")
         if not sites:
             return
         name = name_of(self.root)
-        for remark in summary["remarks"]:
-            warn_once(f"approx: {remark}")
         for pattern in self._nowhere(summary["unmatched"]):
             warn_once(f"approx: rule pattern {pattern!r} matches no site of {name}; approx_compile.explain(model, *inputs) lists the sites")
         sliced = any(p.kind is not None and p.index is not None for p in self.config.patterns())

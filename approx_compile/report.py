@@ -68,9 +68,10 @@ _SHOWN = ("method", "ratio", "k", "size")
 @dataclass
 class Report:
     """What `explain` found. `sites` in execution order; `cuts`: where rows of the batch are chosen, or why not; `before` and `after`: readable joint
-    graphs, one per compiled graph; `unmatched`: rule patterns that match no site of any graph; `assignments`: how many the settings go through over a
-    run, all but the first of which `explain(..., config=config.at(step, phase))` shows. `str(report)` is a table. FLOPs are those of the sites' products
-    in one training step (2 per multiply-add), the sampling's own included in `flops_sampled`.
+    graphs, one per compiled graph; `unmatched`: rule patterns that match no site of any graph; `remarks`: layers for which no rule can hold, and where a tuned
+    plan was made for something else; `assignments`: how many the settings go through over a run, all but the first of which `explain(...,
+    config=config.at(step, phase))` shows. `str(report)` is a table. FLOPs are those of the sites' products in one training step (2 per multiply-add), the
+    sampling's own included in `flops_sampled`.
     """
 
     sites: list[SiteReport] = field(default_factory=list)
@@ -78,6 +79,7 @@ class Report:
     before: list[str] = field(default_factory=list)
     after: list[str] = field(default_factory=list)
     unmatched: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
     assignments: int = 1
 
     @property
@@ -130,10 +132,10 @@ class Report:
         return out.getvalue().rstrip()
 
     def to_dict(self) -> dict[str, Any]:
-        """Sites with their products, cuts, unmatched patterns and totals as plain values, for JSON; without the graphs' text."""
+        """Sites with their products, cuts, unmatched patterns, remarks and totals as plain values, for JSON; without the graphs' text."""
         content = {f.name: [asdict(item) for item in getattr(self, f.name)] for f in fields(self) if f.name in ("sites", "cuts")}
         totals = {"graphs": len(self.before), "flops_exact": self.flops_exact, "flops_sampled": self.flops_sampled}
-        return content | totals | {"unmatched": self.unmatched, "assignments": self.assignments}
+        return content | totals | {"unmatched": self.unmatched, "remarks": self.remarks, "assignments": self.assignments}
 
     def to_html(self, path: str | Path, machine: html.Peaks | None = None) -> None:
         """Write one HTML file that needs nothing else and works offline: totals, a sortable table, the graph of sites, a roofline, FLOPs before and after
@@ -170,6 +172,8 @@ class Report:
             )
         for pattern in self.unmatched:
             console.print(f"rule pattern {pattern!r} matches no site", highlight=False, markup=False)
+        for remark in self.remarks:
+            console.print(remark, highlight=False, markup=False)
         return out.getvalue().rstrip()
 
     def traced(self) -> str:
@@ -223,7 +227,8 @@ def explain(model: Callable[..., Any], *args: Any, config: ApproxConfig | Mappin
         _torch.compile_apart(model, backend)(*args, **kwargs)
     if plans:
         whole = functools.reduce(Plan.joined, plans)
-        report.sites, report.unmatched, report.cuts = [SiteReport.of(s) for s in whole.sites], list(whole.unmatched), list(whole.cuts)
+        report.sites, report.cuts = [SiteReport.of(s) for s in whole.sites], list(whole.cuts)
+        report.unmatched, report.remarks = list(whole.unmatched), list(whole.remarks)
     return report
 
 

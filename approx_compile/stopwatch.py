@@ -23,7 +23,7 @@ import torch
 from filelock import FileLock
 from pydantic import BaseModel
 
-from approx_compile import alone, machine
+from approx_compile import alone, machine, precision
 
 _LONGEST_S = 3600
 
@@ -50,8 +50,8 @@ class Times(BaseModel):
 
 
 def path_of(profile: machine.Machine) -> Path:
-    """Another profile, another file: the times belong to it."""
-    return machine.path_of(profile.device).parent / f"times-{profile.digest[:16]}.json"
+    """Another profile, or another precision of float32, another file: the times belong to them."""
+    return machine.path_of(profile.device).parent / f"times-{profile.digest[:16]}{precision.label(profile.device)}.json"
 
 
 def name(profile: machine.Machine) -> str:
@@ -92,7 +92,7 @@ def _with_file(path: Path, change: Callable[[Times], Times]) -> Times:
 def _measured(questions: Sequence[Question], profile: machine.Machine) -> list[list[float]]:
     with tempfile.TemporaryDirectory() as folder:
         profile.save(Path(folder) / "machine.json")
-        asked = {"threads": torch.get_num_threads(), "questions": [dataclasses.asdict(q) for q in questions]}
+        asked = {"threads": torch.get_num_threads(), "precision": precision.settings(), "questions": [dataclasses.asdict(q) for q in questions]}
         paths = os.pathsep.join(p for p in sys.path if p)
         env = {k: v for k, v in os.environ.items() if k != "APPROX_COMPILE_DISABLE"} | {machine.FILE: f"{folder}/machine.json", "PYTHONPATH": paths}
         child = [sys.executable, "-m", "approx_compile.stopwatch"]
@@ -108,6 +108,7 @@ def main() -> None:
     """The child: questions on stdin, their times on stdout."""
     asked = json.load(sys.stdin)
     torch.set_num_threads(asked["threads"])
+    precision.take_over(asked["precision"])
     found = []
     for q in asked["questions"]:
         given = q["product"]

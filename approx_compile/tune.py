@@ -100,14 +100,15 @@ def _bar(progress: Progress | bool) -> Iterator[Progress]:
 
 @dataclass(frozen=True)
 class _Choice:
-    """Settings, the ratios of the sites they sample or that of the rows, the share of the exact step's time they are predicted to save, and their
-    measured error (None: not measured)."""
+    """Settings, the ratios of the sites they sample or that of the rows, the share of the exact step's time they are predicted to save, their measured
+    error (None: not measured), and the sites as planned then."""
 
     options: Mapping[str, Any]
     ratios: Mapping[str, float]
     saved: float
     error: float | None
     rows: float | None = None
+    sites: tuple[SitePlan, ...] = ()
 
 
 def _picked(found: Measurements, budget: float) -> tuple[dict[str, float], float]:
@@ -128,7 +129,7 @@ def _picked(found: Measurements, budget: float) -> tuple[dict[str, float], float
 
 
 def _on_rows(found: Measurements) -> list[_Choice]:
-    return [_Choice(tried.options, {}, saved, tried.error, ratio) for ratio, (tried, saved) in found.rows.items()]
+    return [_Choice(tried.options, {}, saved, tried.error, ratio, tried.sites) for ratio, (tried, saved) in found.rows.items()]
 
 
 def _nothing(found: Measurements) -> _Choice:
@@ -153,7 +154,7 @@ def _best(found: Measurements) -> _Choice:
             tried = found.tried(found.candidates.options(ratios))
             errors[key] = tried.error
             ways = [tried, *_shared(found, tried)]
-            good += [_Choice(t.options, ratios, model.saved(t.sites), t.error) for t in ways if t.error <= found.max_error]
+            good += [_Choice(t.options, ratios, model.saved(t.sites), t.error, sites=t.sites) for t in ways if t.error <= found.max_error]
         low, high = (budget, high) if errors[key] <= found.max_error else (low, budget)
         budget = 1.5 * low if high == math.inf else math.sqrt(low * high) if low else high / 4
     return max(good, key=lambda c: c.saved)
@@ -205,6 +206,7 @@ def _site(found: Measurements, model: StepTime, site: SitePlan, best: _Choice) -
     ratio = best.ratios.get(site.name)
     at = ratio if ratio is not None else max(known, default=None)
     tried: Tried | None = known[at] if at is not None else None
+    notes = next((s.notes for s in best.sites if s.name == site.name), ())
     saved = round(model.saved(tried.sites), 4) if tried is not None else 0.0
     return TunedSite(
         name=site.name,
@@ -214,7 +216,7 @@ def _site(found: Measurements, model: StepTime, site: SitePlan, best: _Choice) -
         ratio=ratio if ratio is not None else 1.0,
         saved=saved if ratio is not None else 0.0,
         error=(_rounded(tried.error) or 0.0) if tried is not None and ratio is not None else 0.0,
-        reason=None if ratio is not None else _why_exact(found, site, best, at, tried, saved),
+        reason=None if ratio is not None else "; ".join((_why_exact(found, site, best, at, tried, saved), *notes)),
     )
 
 

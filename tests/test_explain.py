@@ -11,8 +11,10 @@ import pytest
 import torch
 from common import compiled, mlp
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from approx_compile import ConfigError, explain
+from approx_compile import ApproxWarning, Backend, ConfigError, explain
+from approx_compile.backend import run_as_is
 
 ALWAYS: dict[str, Any] = {"policy": "always", "ratio": 0.5, "group": 1}
 
@@ -155,6 +157,33 @@ def test_several_graphs_and_unmatched_patterns() -> None:
     report = explain(broken, torch.randn(8, 64), config=ALWAYS | {"rules": [{"layers": "b", "ratio": 0.25}, {"layers": "c", "ratio": 0.1}]})
     assert [s.k for s in report.sites] == [32, 16] and len(report.before) == 2
     assert report.unmatched == ["c"] and "'c' matches no site" in str(report)
+
+
+class Regression(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.eyes = nn.Linear(32, 32), nn.Linear(32, 1), nn.Linear(32, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = checkpoint(self.body, x, use_reentrant=False).relu()
+        return self.head(h) + self.eyes(h)
+
+
+def test_a_layer_without_a_product_is_named_where_a_rule_asks_for_it() -> None:
+    """Of one row a layer with one output is no matrix product to Inductor."""
+    model, x = Regression(), torch.randn(1, 32)
+    model.eyes.eval()
+    says = "no rule holds for head, which is exact: of one row or one input Inductor makes its product without a matrix product"
+    for layers, found in (("head", [says]), (["body", "eyes"], []), ("*", [says]), ("linear", [says])):
+        config = {"policy": "always", "rules": [{"layers": layers, "grad_weight": "zero"}]}
+        report = explain(model, x, config=config)
+        assert [s.name for s in report.sites] == ["body"] and report.remarks == found
+        assert (says in str(report)) == bool(found) and report.to_dict()["remarks"] == found
+    assert not explain(model, x, config=config | {"rules": [{"layers": "*", "method": "exact"}]}).remarks
+    assert not explain(model, torch.randn(2, 32), config=config).remarks
+    alone = nn.Sequential(nn.Linear(32, 1))
+    with pytest.warns(ApproxWarning, match="no rule holds for 0, which is exact"):
+        torch.compile(alone, backend=Backend({"rules": [{"layers": "0", "grad_weight": "zero"}]}, inner_compile=run_as_is))(x)
 
 
 def test_nothing_to_explain_and_bad_input() -> None:

@@ -99,6 +99,20 @@ def test_processes_that_start_at_once_measure_once(tmp_path: Path) -> None:
     assert out[0][0] == out[1][0] and sorted(o[1] for o in out) == ["0", "1"]
 
 
+def test_what_new_memory_costs_belongs_to_the_machine(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uncached = machine.device_name.__wrapped__
+    monkeypatch.setattr(machine, "device_name", uncached)
+    for variable in ("THP_MEM_ALLOC_ENABLE", "LD_PRELOAD", "MALLOC_ARENA_MAX"):
+        monkeypatch.delenv(variable, raising=False)
+    plain, path = uncached("cpu"), machine.path_of("cpu")
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
+    assert uncached("cpu") == f"{plain}, THP_MEM_ALLOC_ENABLE=1" and machine.path_of("cpu") != path
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1" * 300)
+    long = machine.path_of("cpu")
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1" * 299 + "2")
+    assert len(long.name) < 255 and machine.path_of("cpu") != long
+
+
 def test_the_profile_in_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     stored = machine.current()
     other = stored.model_copy(update={"name": "another"})

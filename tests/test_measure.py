@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from common import mlp, plans_of
 from torch import Tensor, nn
 
-from approx_compile import alone, machine, stopwatch
+from approx_compile import alone, machine, precision, stopwatch
 from approx_compile.config import ApproxConfig
 from approx_compile.passes.graph_pass import cache_key
 from approx_compile.passes.sites import Context
@@ -99,6 +101,59 @@ def test_another_file_is_another_key(times: Path) -> None:
     times.write_text("damaged")
     assert key(MEASURE) != first
     assert key({"policy": "cost"}) == key({"policy": "cost"}) != key({"policy": "cost"}, profile.model_copy(update={"quick": True}))
+
+
+@pytest.fixture
+def precisions() -> Iterator[None]:
+    before = precision.settings()
+    yield
+    precision.take_over(before)
+
+
+def older_one() -> None:
+    torch.set_float32_matmul_precision("medium")
+
+
+def convolutions_in_ieee() -> None:
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def newer_ones_set_apart() -> None:
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+
+
+NOTE = """
+import atexit, sys
+@atexit.register
+def note():
+    with open(__file__ + ".txt", "w") as f:
+        f.write(repr(sys.modules["approx_compile.precision"].settings()))
+"""
+
+
+@pytest.mark.parametrize("act", [older_one, convolutions_in_ieee, newer_ones_set_apart])
+def test_the_child_multiplies_as_precisely(precisions: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
+    """What the process that times sites has set when it ends."""
+    (tmp_path / "sitecustomize.py").write_text(NOTE)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    act()
+    assert stopwatch._measured([], machine.current()) == []
+    assert (tmp_path / "sitecustomize.py.txt").read_text() == repr(precision.settings())
+
+
+def test_another_precision_is_another_file(precisions: None, times: Path) -> None:
+    profile = machine.current()
+    assert precision.label("cpu") == precision.label("cuda") == ""
+    torch.set_float32_matmul_precision("highest")
+    assert stopwatch.path_of(profile) == times
+    first = stopwatch.name(profile)
+    older_one()
+    assert (precision.label("cpu"), precision.label("cuda")) == ("-matmul-bf16", "-matmul-tf32")
+    assert stopwatch.path_of(profile) != times and stopwatch.name(profile) != first
+    torch.set_float32_matmul_precision("highest")
+    convolutions_in_ieee()
+    assert (precision.label("cpu"), precision.label("cuda")) == ("", "-conv-ieee")
 
 
 def test_a_child_that_fails_says_so(times: Path) -> None:

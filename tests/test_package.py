@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+INSTALLED = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+"""An environment in which a child sees what is installed, and no more: a checkout on its path would lend it the links to our folders."""
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def test_empty_environment(wheel: Path, tmp_path: Path) -> None:
     home = tmp_path / "env"
     venv.create(home, with_pip=True)
     python = home / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel], check=True, capture_output=True)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel], check=True, capture_output=True, env=INSTALLED)
     code = """
 import importlib.util as u, importlib.metadata as m
 assert u.find_spec("passes") is None and u.find_spec("kernels") is None
@@ -49,7 +51,7 @@ assert u.find_spec("approx_compile") is not None
 assert (e.name, e.value) == ("approx", "approx_compile.backend:approx"), e
 print("good")
 """
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=INSTALLED)
     assert done.stdout.strip() == "good", done.stderr
 
 
@@ -65,12 +67,12 @@ def test_installed_command(wheel: Path, tmp_path: Path) -> None:
 
 def test_folders_are_importable_inside_the_package_only() -> None:
     code = "import approx_compile.passes.plan, approx_compile.kernels.products, importlib.util as u; print(u.find_spec('passes'), u.find_spec('kernels'))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "tests")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "tests", env=INSTALLED)
     assert done.stdout.split() == ["None", "None"], done.stderr
     assert not (ROOT / "passes" / "__init__.py").exists() and (ROOT / "passes").resolve() == ROOT / "approx_compile" / "passes"
 
 
 def test_the_name_is_registered_without_an_import() -> None:
     code = "import torch, sys; assert 'approx' in torch._dynamo.list_backends(); assert 'approx_compile' not in sys.modules; print('good')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=INSTALLED)
     assert done.stdout.strip() == "good", done.stderr

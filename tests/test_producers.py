@@ -343,6 +343,31 @@ def test_rows_are_sampled_of_what_is_narrow(whole: Any, small_work_counts: None)
     assert max(relative(a, b) for a, b in zip(found, expected, strict=True)) < 2e-6
 
 
+def test_producers_that_share_a_choice_are_predicted_so(whole: Any) -> None:
+    """What the second of two producers leaves to the first while its output is whole it leaves to it when that is narrow; no value changes."""
+
+    class Plain(Gated):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(F.silu(self.gate(x)) * self.up(x))
+
+    model, x = Plain(), torch.randn(TOKENS)
+    found, choices, sites = step(model, ALWAYS | {"share": True}, x)
+    with whole():
+        expected, _, apart = step(model, ALWAYS | {"share": True}, x)
+    assert max(relative(a, b) for a, b in zip(found, expected, strict=True)) < 2e-6 and "up.output.idx" not in choices
+    assert shrinks(sites) == {"down": ("gate", "up")}
+    for products in (sites[1].products, apart[1].products):
+        assert [p.shares for p in products] == ["gate", "gate", None]
+        output, grad_input = ({t.partition(":")[0] for t, _ in p.terms} for p in products[:2])
+        assert "take B" in output and not {"selection", "take A"} & output and "untake" not in grad_input
+
+
+def test_why_there_are_no_rows_is_said_of_a_narrowed_site() -> None:
+    rules = [{"layers": "0", "output": "exact", "grad": {"axis": "rows"}}]
+    site = plans_of(mlp(16, 32, 24), ALWAYS | {"rules": rules}, torch.randn(2, 16))[0]
+    assert site.reason == "a batch of 2, min_k is 2; only the 16 of 32 channels that 2 keeps"
+
+
 def test_time_counts_what_producers_save(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under policy `cost` a layer too small to pay by itself is sampled for the layer before it."""
     monkeypatch.undo()  # by the model's own margins

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from approx_compile import Backend, explain
 from approx_compile.backend import run_as_is
+from approx_compile.kernels.replacements import _EXACT, Replacement, _divided, _entries
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 aten = torch.ops.aten
@@ -68,7 +69,10 @@ def _pixel(place: int, tap: int, d: int, conv: Any) -> int | None:
 CONVS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv1d": (lambda: nn.Conv1d(3, 4, 3, stride=2, padding=1, bias=False), (5, 3, 11)),
     "conv1d_dilated_grouped": (lambda: nn.Conv1d(6, 4, 3, padding=2, dilation=2, groups=2), (3, 6, 9)),
+    "conv1d_long": (lambda: nn.Conv1d(2, 3, 3, padding=1), (2, 2, 784)),
+    "conv1d_indivisible": (lambda: nn.Conv1d(2, 3, 3, padding=1), (2, 2, 541)),
     "conv2d": (lambda: nn.Conv2d(3, 5, 3, padding=1), (4, 3, 7, 5)),
+    "conv2d_large": (lambda: nn.Conv2d(2, 3, 3, stride=2, padding=1), (2, 2, 45, 64)),
     "conv2d_rectangular": (lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 3), padding=(1, 0), dilation=(2, 1)), (3, 4, 11, 7)),
     "conv2d_depthwise": (lambda: nn.Conv2d(6, 6, 3, padding=1, groups=6), (3, 6, 5, 7)),
     "conv2d_of_one": (lambda: nn.Conv2d(7, 5, 1), (1, 7, 3, 3)),
@@ -145,6 +149,26 @@ def test_ties_zeros_nan_and_scale() -> None:
     torch.testing.assert_close(got, want, equal_nan=True)
     assert not got[1].any() and got[3].isnan().all() and got[:3].isfinite().all()
     torch.testing.assert_close(max_of(conv, x, dy[:1].expand(2, 4, 4, 3), scale=0.25)[0], 0.25 * max_of(conv, x, dy[:1].expand(2, 4, 4, 3))[0])
+
+
+@pytest.mark.parametrize("length", [4, 784, 1024])
+def test_ties_and_nan_however_long(length: int) -> None:
+    dy = torch.randint(-3, 4, (5, 6, length)).float()
+    dy[0, 1] = 0
+    dy[1, 2, length // 2 :: length // 4] = math.nan
+    dy[2, 3, -1], dy[2, 4, 1:3] = math.inf, -math.inf
+    place, value = _entries(dy, Replacement("max"))
+    size = dy.abs().transpose(0, 1)
+    assert torch.equal(place.squeeze(-1), torch.where(size.isnan(), torch.inf, size).argmax(-1).where(~size.isnan().any(-1), size.isnan().int().argmax(-1)))
+    torch.testing.assert_close(value.squeeze(-1), dy.sum(-1).transpose(0, 1), equal_nan=True)
+
+
+def test_division_in_floats_is_exact() -> None:
+    for by in (1, 2, 3, 7, 224, 1000, 2047, 2**21 + 1):
+        near = torch.arange(_EXACT // by - 300, _EXACT // by + 1).clamp(min=0) * by
+        n = torch.cat([torch.arange(-5000, 5000), (near + torch.arange(-2, 3).reshape(-1, 1)).flatten()]).clamp(max=_EXACT)
+        rest, quotient = _divided(n.float(), by)
+        assert torch.equal(quotient.long(), n // by) and torch.equal(rest.long(), n % by)
 
 
 def meprop(dy: Tensor, j: int) -> Tensor:

@@ -246,6 +246,23 @@ def test_left_alone_predicted_time_decides() -> None:
     assert "together" in together[1].reason
 
 
+def test_told_to_it_needs_no_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device that no profile is made for, sites that are sampled anyway share where the user says so, and only there."""
+    monkeypatch.setattr(machine, "DEVICES", ())
+    x = torch.randn(512, 1024, requires_grad=True)
+
+    def shares(**options: Any) -> list[Any]:
+        torch._dynamo.reset()
+        return plans_of(Readers(32), {**ALWAYS, **options}, x)
+
+    told = shares()
+    assert [s.products[0].shares for s in told] == [None, "a", "a", None] and told[0].time_sampled_us is None
+    assert told[1].reason.endswith("output: topk; shares its indices with a") and told[1].flops_sampled < told[0].flops_sampled
+    assert [s.products[0].shares for s in shares(share=None)] == [None] * 4
+    timed = shares(policy="cost", rules=[{"layers": "site"}])
+    assert [s.decision for s in timed] == ["exact"] * 4 and timed[0].reason == "no cost model for cpu"
+
+
 def scaled(table: machine.Table, by: float) -> machine.Table:
     return table.model_copy(update={"values": tuple(v * by for v in table.values)})
 

@@ -77,6 +77,39 @@ def test_spellings_with_a_weight(name: str) -> None:
     assert [p.decision for p in site.products] == ["sampled", "coupled", "coupled"]
 
 
+@pytest.mark.parametrize(
+    ("options", "decision"),
+    [
+        ({}, "coupled"),
+        ({"sampling": "blackbox"}, "exact"),
+        ({"sampling": "backward"}, "exact"),
+        ({"grad_weight": "zero"}, "replaced"),
+        ({"grad_weight": {"method": "max", "j": 4}}, "replaced"),
+    ],
+)
+def test_one_row(options: dict[str, Any], decision: str) -> None:
+    """The gradient of its weight is an outer product, which Inductor makes op by op (on CPUs the smallest ones): no product, but rules hold for it alike."""
+    model, x = nn.Linear(12, 20, bias=False), torch.randn(1, 12, requires_grad=True)
+    f, choices, plans = compiled(model, ALWAYS | {"min_k": 1} | options)
+    y = f(x)
+    y.square().sum().backward()
+    dw, dx = grads(model, x)
+    assert [(p.name, p.decision) for p in plans.sites[0].products if p.name == "grad_weight"] == [("grad_weight", decision)]
+    w, dy = model.weight.detach(), 2 * y.detach()
+
+    def kept(product: str, size: int) -> Tensor:
+        return torch.zeros(size).index_fill(0, choices[f"mm.{product}.idx"], 1) if f"mm.{product}.idx" in choices else torch.ones(size)
+
+    mask, coupled = kept("output", 12), options.get("sampling") != "blackbox"
+    assert relative(y, (x * mask) @ w.t()) < 1e-6
+    assert relative(dx, ((dy * kept("grad_input", 20)) @ w) * (mask if coupled else 1)) < 1e-6
+    if decision != "replaced":
+        assert relative(dw, dy.t() @ (x.detach() * (mask if coupled else 1))) < 1e-6
+    else:
+        j = options["grad_weight"]["j"] if "max" in str(options) else 0
+        assert int(dw.any(1).sum()) == j and bool(dw[dy[0].abs().topk(j).indices].any(1).all())
+
+
 def test_two_activations_have_two_input_gradients() -> None:
     sites = plans_of(lambda a, b: a @ b, ALWAYS, torch.randn(4, 8, 32, requires_grad=True), torch.randn(4, 32, 8, requires_grad=True))
     assert [p.name for p in sites[0].products] == ["output", "grad_input", "grad_input#2"]

@@ -22,8 +22,10 @@ from approx_compile import ApproxConfig, ConfigError, TunedPlan, tune
 from approx_compile.candidates import Candidates
 from approx_compile.knapsack import Option, choose
 from approx_compile.measure import Measurements
+from approx_compile.passes import cost
 from approx_compile.step_time import Measured, StepTime
 from approx_compile.trials import Trials, kept
+from approx_compile.tune import _Choice, _nothing, _result
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -276,6 +278,23 @@ def test_a_plan_from_beginning_to_end(tmp_path: Any) -> None:
     assert f"predicted {plan.tuned.predicted_speedup:.2f}x, achieved" in text and "at most 5 allowed" in text
     if sampled:
         assert plan.tuned.achieved_speedup is not None and plan.tuned.achieved_speedup > 1 and 0 < (plan.tuned.error or 0) <= 5
+
+
+def test_reasons_are_those_of_the_plan_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the others do to an exact site is said as the plan chosen has it, whatever the survey, at the lowest ratio, had planned."""
+    monkeypatch.setattr(cost, "pays", lambda *anything: True)
+    candidates = Candidates.of({"method": "topk_weights", "group": 1, "policy": "always", "rules": [{"layers": "0", "method": "exact"}]})
+    trials = Trials(mlp(64, 128, 64), (torch.randn(8, 64),), None, torch.sum, candidates.options({}))
+    found = Measurements(trials, candidates, 10.0, (0.5, 0.25), 1e9, Progress(disable=True))
+    candidates.survey(trials, 0.25)
+    assert [s.notes for s in candidates.sites] == [("only the 32 of 128 channels that 2 keeps",), ()]
+    tried = found.alone["2", 0.5] = found.tried(candidates.options({"2": 0.5}))
+    for choice, reason in (
+        (_Choice(tried.options, {"2": 0.5}, 0.1, tried.error, sites=tried.sites), "exact by the settings; only the 64 of 128 channels that 2 keeps"),
+        (_nothing(found), "exact by the settings"),
+    ):
+        tuned = _result(found, choice, None, None).tuned
+        assert tuned is not None and tuned.sites[0].reason == reason
 
 
 def interrupt() -> None:

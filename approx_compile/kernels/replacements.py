@@ -53,10 +53,20 @@ def bags(table: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor) -> Tenso
     return out
 
 
+_EXACT = 2**22
+"""Up to here fp32 has every place p, and floor((p + 1/2) / n) is p // n."""
+
+
 def largest(dy: Tensor, j: int) -> Tensor:
     """Indices of the j entries of largest magnitude along the last dim, (.., L) -> (.., j); NaN counts as the largest, of equal ones (j = 1) the first."""
     size = dy.abs()
-    return size.argmax(-1, keepdim=True) if j == 1 else size.topk(j, dim=-1, sorted=False).indices
+    if j > 1:
+        return size.topk(j, dim=-1, sorted=False).indices
+    if dy.device.type != "cpu" or size.shape[-1] > _EXACT:
+        return size.argmax(-1, keepdim=True)
+    # in what Inductor's C++ code does in vectors: largest and smallest values, and places as floats
+    found = (size == size.amax(-1, keepdim=True)) | (size != size)
+    return torch.where(found, torch.arange(size.shape[-1], dtype=torch.float32, device=dy.device), torch.inf).amin(-1, keepdim=True).long()
 
 
 def max_conv_weight(x: Tensor, dy: Tensor, how: Replacement, conv: Geometry) -> Tensor:
@@ -71,11 +81,11 @@ def max_conv_weight(x: Tensor, dy: Tensor, how: Replacement, conv: Geometry) -> 
     """
     place, value = _entries(dy, how)
     samples, inputs, outputs = x.shape[0], x.shape[1] // conv.groups, dy.shape[1]
-    pixel, inside = _taps(place.transpose(0, 1).unsqueeze(1), tuple(x.shape[2:]), tuple(dy.shape[2:]), conv)  # (O, T, N, J)
+    pixel, inside = _taps(place.unsqueeze(1), tuple(x.shape[2:]), tuple(dy.shape[2:]), conv)  # (O, T, N, J)
     sample = torch.arange(samples, device=x.device).reshape(-1, 1)
     group = (torch.arange(outputs, device=x.device) // (outputs // conv.groups)).reshape(-1, 1, 1, 1)
     row = (sample * math.prod(x.shape[2:]) + pixel) * conv.groups + group
-    weight = torch.where(inside, value.transpose(0, 1).unsqueeze(1), 0)
+    weight = torch.where(inside, value.unsqueeze(1), 0)
     table = x.movedim(1, -1).reshape(-1, inputs)
     taps = math.prod(conv.kernel)
     offsets = torch.arange(outputs * taps, device=x.device) * (samples * place.shape[-1])
@@ -86,11 +96,23 @@ def max_conv_weight(x: Tensor, dy: Tensor, how: Replacement, conv: Geometry) -> 
     return by_group.movedim(-1, 1).flatten(0, 1)
 
 
+_LONG = 512
+"""From here on a channel is gone through in runs on a CPU: comparisons in one chain wait for each other."""
+
+
 def _entries(dy: Tensor, how: Replacement) -> tuple[Tensor, Tensor]:
-    """Where the chosen entries of dy (N, O, *out) are, as flat places, and their values in the accumulator's precision: (N, O, J) each."""
+    """Where the chosen entries of dy (N, O, *out) are, as flat places, and their values in the accumulator's precision: (O, N, J) each."""
     flat = dy.flatten(2)
-    place = largest(flat, how.j)
     wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
+    run = _run(flat.shape[-1]) if how.j == 1 and dy.device.type == "cpu" else None
+    if run is not None:
+        runs = flat.unflatten(-1, (-1, run))
+        first = largest(runs.abs().amax(-1), 1) * run
+        place = first + flat.gather(-1, first + torch.arange(run, device=dy.device)).abs().argmax(-1, keepdim=True)
+        value = runs.sum(-1, dtype=wide).sum(-1, keepdim=True)
+        return place.transpose(0, 1), value.transpose(0, 1) * how.scale
+    flat = flat.transpose(0, 1)
+    place = largest(flat, how.j)
     value = flat.sum(-1, keepdim=True, dtype=wide)
     if how.j > 1:
         own = flat.gather(-1, place).to(wide)
@@ -98,27 +120,41 @@ def _entries(dy: Tensor, how: Replacement) -> tuple[Tensor, Tensor]:
     return place, value * how.scale
 
 
+def _run(length: int) -> int | None:
+    """The length of the runs of a channel, a divisor; None: all in one."""
+    divisors = [r for r in range(32, 129) if length % r == 0] if length >= _LONG else []
+    return min(divisors, key=lambda r: abs(r - 64), default=None)
+
+
 def _taps(place: Tensor, size: tuple[int, ...], out: tuple[int, ...], conv: Geometry) -> tuple[Tensor, Tensor]:
     """The input pixel that every tap of the kernel has at an output place: place (O, 1, N, J) -> pixels (O, T, N, J), and which lie in the image.
 
     Per dim: at = place stride + tap dilation - padding; transposed: at = (place + padding - tap dilation) / stride where that is whole.
+    In floats, which are exact here: C++ code divides integers one by one.
     """
+    place = place.to(torch.float32 if max(math.prod(size), math.prod(out)) <= _EXACT else torch.float64)
     tap = torch.arange(math.prod(conv.kernel), device=place.device).reshape(-1, 1, 1)
     pixel, inside = torch.zeros_like(place), torch.ones_like(place, dtype=torch.bool)
     step = 1
     for d in reversed(range(len(size))):
         k, tap = tap % conv.kernel[d], tap // conv.kernel[d]
-        q, place = place % out[d], place // out[d]
+        q, place = _divided(place, out[d]) if d else (place, place)
         if conv.transposed:
-            spread = q + conv.padding[d] - k * conv.dilation[d]
-            at = spread // conv.stride[d]
-            inside = inside & (spread % conv.stride[d] == 0)
+            rest, at = _divided(q + (conv.padding[d] - k * conv.dilation[d]), conv.stride[d])
+            inside = inside & (rest == 0)
         else:
-            at = q * conv.stride[d] + k * conv.dilation[d] - conv.padding[d]
-        inside = inside & (at >= 0) & (at < size[d])
-        pixel = pixel + at.clamp(0, size[d] - 1) * step
+            at = q * conv.stride[d] + (k * conv.dilation[d] - conv.padding[d])
+        nearest = at.clamp(0, size[d] - 1)
+        inside = inside & (at == nearest)
+        pixel = pixel + nearest * step
         step *= size[d]
-    return pixel, inside
+    return pixel.long(), inside
+
+
+def _divided(n: Tensor, by: int) -> tuple[Tensor, Tensor]:
+    """n modulo `by` and n // by, of whole numbers in floats."""
+    quotient = ((n + 0.5) / by).floor()
+    return n - quotient * by, quotient
 
 
 def max_linear_weight(x: Tensor, dy: Tensor, how: Replacement) -> Tensor:

@@ -346,14 +346,14 @@ def skipped(
     return evaluate(case, sizes, site.dtype, machine)
 
 
-def shrunk(site: Site, product: Product, how: Estimator | None, only: Estimator | None, fed: bool, machine: Machine | None) -> Estimate:
+def shrunk(site: Site, product: Product, how: Estimator | None, only: Estimator | None, fed: bool, machine: Machine | None, shares: bool = False) -> Estimate:
     """A product, exact or sampled through the entries that the output kept (`how`), of a site that makes `only` what a consumer keeps, or is such a consumer
-    (`fed`), or both."""
+    (`fed`), or both. `shares` as in `sampled` and `coupled`."""
     if how is None:
         case, sizes = Case(kind_of(site), role(product), "exact"), sizes_of(site)
     else:
         output = product.name == "output"
-        case = Case(kind_of(site), role(product), "sampled" if output else "coupled", how.method, how.weight, how.scaled, fed=fed)
+        case = Case(kind_of(site), role(product), "sampled" if output else "coupled", how.method, how.weight, how.scaled, fed=fed, shares=shares)
         runs = [_run(site, site.products[0], i) * how.unit for i in (0, 1)]
         sizes = sizes_of(site) | {k: how.kept, u: how.units, p: runs[0], q: runs[1], r: runs[0 if role(product) == "grad_input" else 1]}
     if only is not None:

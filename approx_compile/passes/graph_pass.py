@@ -6,7 +6,7 @@ import functools
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ from approx_compile import _torch, stopwatch
 from approx_compile.config import ApproxConfig, ConfigError, RowSettings
 from approx_compile.kernels import available
 from approx_compile.machine import Machine
-from approx_compile.passes.plan import make_plan, needs_random_numbers, row_requests
+from approx_compile.passes.plan import make_plan, needs_random_numbers, row_requests, unheard
 from approx_compile.passes.planned import Plan, Tries
 from approx_compile.passes.producers import Producers
 from approx_compile.passes.question import question
 from approx_compile.passes.rewrite import rewrite
-from approx_compile.passes.sites import Context, Site, find_sites
+from approx_compile.passes.sites import Context, Site, find_sites, without_product
 from approx_compile.passes.skips import skip_zeros
 
 log = logging.getLogger("approx_compile")
@@ -68,6 +68,7 @@ class ApproxPass(_torch.CustomGraphPass):
         sites = find_sites(graph, self.context)
         producers = Producers(sites, self.machine)
         plan = make_plan(sites, self.config, self.machine, self._ask if self.machine is not None else None, producers.beside)
+        plan = replace(plan, remarks=(*plan.remarks, *unheard(without_product(graph, sites, self.context), self.config)))
         if self.machine is not None:
             plan = skip_zeros(sites, producers.shrink(plan), self.machine)
         if self.ask_rows is not None:

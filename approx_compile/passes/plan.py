@@ -54,10 +54,16 @@ def make_plan(sites: Sequence[Site], config: ApproxConfig, machine: Machine | No
     for i, t in enumerate(tried):
         plan = t if isinstance(t, SitePlan) else _judged(sites[i], settings[i], t, machine, times.get(i), beside)
         judged.append(replace(plan, lowerings=worth.known_lowerings(sites[i], settings[i].output.lowering, machine)))
-    if machine is not None:
-        judged = shared.share(sites, settings, tried, judged, machine)
+    judged = shared.share(sites, settings, tried, judged, machine)
     decided = [_with_replacements(s, p, w) for s, p, w in zip(sites, judged, settings, strict=True)]
     return Plan(tuple(_with_nodes(s, p) for s, p in zip(sites, decided, strict=True)), unmatched, remarks=tuple(remarks))
+
+
+def unheard(names: Sequence[str], config: ApproxConfig) -> tuple[str, ...]:
+    """A remark on each of the layers without a product that a rule asks to approximate."""
+    patterns = [Pattern.parse(text) for rule in config.rules if not rule.only_exact for text in rule.layers]
+    asked = [n for n in names if any(p.matches_name(n) if p.is_name else p.kind in ("linear", "site") and p.index is None for p in patterns)]
+    return tuple(f"no rule holds for {n}, which is exact: of one row or one input Inductor makes its product without a matrix product" for n in asked)
 
 
 def _with_nodes(site: Site, plan: SitePlan) -> SitePlan:

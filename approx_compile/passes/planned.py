@@ -54,7 +54,7 @@ class SitePlan:
     """The decision for one site. `k` and `size` are the output product's, or the first approximated one's; FLOPs are summed. Sizes that are symbols stand in
     `shape` as such, and in `traced` with what they were traced with; FLOPs and times are those of these sizes. `break_even`: where predicted time decided.
     `shrinks`: the sites that make only what this one keeps of its activation. `lowerings`: the code that may run its products, by the settings and by what the
-    machine's profile knows."""
+    machine's profile knows. `notes`: what `reason` says in its end of what other sites' choices do to it."""
 
     name: str
     module: str
@@ -70,6 +70,15 @@ class SitePlan:
     break_even: worth.BreakEven | None = None
     shrinks: tuple[str, ...] = ()
     lowerings: tuple[str, ...] = ("inductor",)
+    notes: tuple[str, ...] = ()
+
+    def noted(self, note: str) -> SitePlan:
+        return replace(self, reason=f"{self.reason}; {note}", notes=(*self.notes, note))
+
+    @property
+    def own_reason(self) -> str:
+        """The reason without the notes."""
+        return self.reason.removesuffix("".join(f"; {n}" for n in self.notes))
 
     @property
     def shown(self) -> ProductPlan:
@@ -97,8 +106,8 @@ class SitePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The decisions for one graph, in execution order, the patterns of its rules that matched no site, where rows of the batch are chosen, and in what the
-    graph differs from the one that a tuned plan was made for."""
+    """The decisions for one graph, in execution order, the patterns of its rules that matched no site, where rows of the batch are chosen, and remarks: in what
+    the graph differs from the one that a tuned plan was made for, for which layers no rule can hold."""
 
     sites: tuple[SitePlan, ...]
     unmatched: tuple[str, ...] = ()
@@ -111,10 +120,11 @@ class Plan:
 
     def joined(self, other: Plan) -> Plan:
         """The plan of two graphs; a pattern is unmatched if it is so in both (a graph without sites has nothing to say)."""
+        remarks = tuple(dict.fromkeys(self.remarks + other.remarks))
         if not self.sites or not other.sites:
-            return self if self.sites else other
+            return replace(self if self.sites else other, remarks=remarks)
         unmatched = tuple(p for p in self.unmatched if p in other.unmatched)
-        return Plan(self.sites + other.sites, unmatched, self.cuts + other.cuts, self.remarks + other.remarks)
+        return Plan(self.sites + other.sites, unmatched, self.cuts + other.cuts, remarks)
 
     def with_cuts(self, cuts: Sequence[Cut]) -> Plan:
         """The plan once it is known which gradient products run on rows kept."""
@@ -125,7 +135,7 @@ class Plan:
 
     def without_rows(self, reason: str, cuts: Sequence[Cut] = ()) -> Plan:
         """The plan with the reason at every site that would have had sampled rows, and the cuts there are or might have been."""
-        sites = tuple(replace(s, reason=reason) if s.decision == "exact" and s.reason == BY_SETTINGS else s for s in self.sites)
+        sites = tuple(replace(s, reason="; ".join((reason, *s.notes))) if s.decision == "exact" and s.own_reason == BY_SETTINGS else s for s in self.sites)
         return replace(self, sites=sites, cuts=tuple(cuts))
 
     def to_dict(self) -> dict[str, Any]:

@@ -254,10 +254,10 @@ class Producers:
             if p.name == "output" or d.decision in ("exact", "coupled"):
                 new = self._timed(site, p, d, how, bool(plan.shrinks) and p.name != "grad_weight")
                 products[n] = replace(new, reason=f"{d.reason}; {only}", skips=consumer)
-        return replace(plan, products=tuple(products), reason=f"{plan.reason}; {only}")
+        return replace(plan, products=tuple(products)).noted(only)
 
     def _timed(self, site: Site, product: Product, plan: ProductPlan, only: Estimator | None, fed: bool) -> ProductPlan:
-        new = cost.shrunk(site, product, plan.how, only, fed, self.machine)
+        new = cost.shrunk(site, product, plan.how, only, fed, self.machine, plan.shares is not None)
         return replace(plan, flops_sampled=new.flops, time_sampled_us=new.time_us, terms=new.terms, sizes=new.sizes)
 
 

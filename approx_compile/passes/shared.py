@@ -40,13 +40,15 @@ Sum = int | tuple["Sum", "Sum"]
 
 
 def share(
-    sites: Sequence[Site], settings: Sequence[SiteSettings], tried: Sequence[SitePlan | Tries], judged: Sequence[SitePlan], machine: Machine
+    sites: Sequence[Site], settings: Sequence[SiteSettings], tried: Sequence[SitePlan | Tries], judged: Sequence[SitePlan], machine: Machine | None
 ) -> list[SitePlan]:
-    """The sites as `judged` each by itself, but those that had better share, and be sampled, together."""
+    """The sites as `judged` each by itself, but those that had better share, and be sampled, together. Without a `machine`, and so without times, those share
+    that were told to and are sampled anyway."""
     found = list(judged)
     by_activation: dict[Any, list[int]] = defaultdict(list)
     for i, site in enumerate(sites):
-        if settings[i].share is not False and isinstance(tried[i], list) and site.products[0].weight == 1:
+        may = settings[i].share is not False if machine is not None else settings[i].share and settings[i].policy not in worth.TIMED
+        if may and isinstance(tried[i], list) and site.products[0].weight == 1:
             by_activation[_activation(site)].append(i)
     for readers in by_activation.values():
         for members, ways in _ways(sites, settings, tried, judged, readers):
@@ -110,20 +112,16 @@ def _movable(site: Site, leader: Site) -> bool:
 
 
 def _together(
-    sites: Sequence[Site], ways: Sequence[Sequence[tuple[ProductPlan, ...]]], apart: Sequence[SitePlan], machine: Machine, settings: SiteSettings
+    sites: Sequence[Site], ways: Sequence[Sequence[tuple[ProductPlan, ...]]], apart: Sequence[SitePlan], machine: Machine | None, settings: SiteSettings
 ) -> list[tuple[int, SitePlan]]:
     """The best of the ways with shared indices, if it is better than each site by itself: {place: plan}."""
     by_time = settings.policy == "cost"
-    margin = 1.0 if settings.share else cost.SHARE_MARGIN
     one_sum = summed(_results(sites, ways[0])) is not None
     shared = [_shared(sites, way, machine, one_sum) for way in ways]
     best = min(shared, key=lambda way: worth.rank([p for products in way for p in products]))
-    own = worth.total(s.time_sampled_us for s in apart)
-    exact, time = (worth.total(times) for times in ([s.time_exact_us for s in apart], [p.time_sampled_us for products in best for p in products]))
-    assert own is not None and exact is not None and time is not None
-    if own < margin * time or (by_time and not cost.worth(sites[0].kind, exact, time, machine)):
+    if machine is not None and not _better(sites[0].kind, apart, best, machine, settings):
         return []
-    why, at = worth.predicted(list(zip(sites, best, strict=True)), machine)
+    why, at = worth.predicted(list(zip(sites, best, strict=True)), machine) if machine is not None and by_time else ("", None)
     found = []
     for i, (plan, products) in enumerate(zip(apart, best, strict=True)):
         reason = f"{products[0].reason}; {why} together" if by_time else plan.reason
@@ -131,15 +129,22 @@ def _together(
         found.append(
             (
                 i,
-                replace(
-                    plan, decision="sampled", reason=f"{reason}; shares its indices with {with_whom}", products=products, break_even=at if by_time else None
-                ),
+                replace(plan, decision="sampled", reason=f"{reason}; shares its indices with {with_whom}", products=products, break_even=at),
             )
         )
     return found
 
 
-def _shared(sites: Sequence[Site], way: Sequence[tuple[ProductPlan, ...]], machine: Machine, one_sum: bool) -> list[tuple[ProductPlan, ...]]:
+def _better(kind: str, apart: Sequence[SitePlan], best: Sequence[tuple[ProductPlan, ...]], machine: Machine, settings: SiteSettings) -> bool:
+    """Whether it takes less time than each by itself, and, where time decides, than none sampled."""
+    own, exact = worth.total(s.time_sampled_us for s in apart), worth.total(s.time_exact_us for s in apart)
+    time = worth.total(p.time_sampled_us for products in best for p in products)
+    assert own is not None and exact is not None and time is not None
+    margin = 1.0 if settings.share else cost.SHARE_MARGIN
+    return own >= margin * time and (settings.policy != "cost" or cost.worth(kind, exact, time, machine))
+
+
+def _shared(sites: Sequence[Site], way: Sequence[tuple[ProductPlan, ...]], machine: Machine | None, one_sum: bool) -> list[tuple[ProductPlan, ...]]:
     """The plans of a group's products: the first site's as they are, the others' without what it does for them."""
     found = [way[0]]
     for site, products in zip(sites[1:], way[1:], strict=True):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,11 +43,12 @@ class Input:
 
 @dataclass(frozen=True)
 class Module:
-    """A module of the user's model: its name, why its products must be exact if they must (it is in eval mode), whether it is a BatchNorm."""
+    """A module of the user's model: its name, why its products must be exact if they must (it is in eval mode), whether it is a BatchNorm or a linear layer."""
 
     name: str
     exact: str | None = None
     batch_norm: bool = False
+    linear: bool = False
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,15 @@ def find_sites(graph: fx.Graph, context: Context) -> list[Site]:
     return sites
 
 
+def without_product(graph: fx.Graph, sites: Sequence[Site], context: Context) -> list[str]:
+    """The linear layers that train and have no site: of one row or one input Inductor writes some products as elementwise operations and sums."""
+    if not _torch.has_backward(graph):
+        return []
+    owners = [module_of(n, context) for n in graph.nodes if n.op == "call_function" and not _torch.is_backward(n)]
+    known = {s.module for s in sites}
+    return list(dict.fromkeys(m.name for m in owners if m.linear and m.exact is None and m.name not in known))
+
+
 def _after_tangents(graph: fx.Graph) -> set[fx.Node]:
     """Nodes that depend on an output's gradient: backward ones even where a tag is missing (custom autograd functions)."""
     found: set[fx.Node] = set()
@@ -244,7 +254,7 @@ def _matmul_products(n: fx.Node, a: fx.Node, b: fx.Node, weight: int | None, mat
             continue
         if root_a[0] is root_b[0]:
             return products, "both operands are views of one tensor"
-        if m.target is not target or len(reads) != 1:
+        if not (m.target is target or _is_outer_product(m)) or len(reads) != 1:
             return products, "its backward pass is not understood"
         (position, operand), lhs, rhs = reads[0], m.args[0], m.args[1]
         assert isinstance(lhs, fx.Node) and isinstance(rhs, fx.Node)
@@ -260,6 +270,14 @@ def _matmul_products(n: fx.Node, a: fx.Node, b: fx.Node, weight: int | None, mat
         contraction = _torch.value(lhs).shape[-1]
         found[grad_of] = Product(name, m, (lhs, rhs), (left, right), contraction, lead, own_weight, operand, position)
     return products + [found[i] for i in sorted(found)], None
+
+
+def _is_outer_product(m: fx.Node) -> bool:
+    """Whether it is (N, 1) times (1, K), op by op: what Inductor makes of a matmul that contracts an axis of one entry (a weight's gradient for one row)."""
+    if m.target is not aten.mul.Tensor or not all(isinstance(arg, fx.Node) for arg in m.args):
+        return False
+    left, right = (_torch.value(arg).shape for arg in m.args)
+    return len(left) == len(right) >= 2 and left[:-2] == right[:-2] and left[-1] == 1 and right[-2] == 1
 
 
 def _reads(m: fx.Node, root_a: tuple[Any, Any], root_b: tuple[Any, Any]) -> list[tuple[int, int]]:

@@ -61,9 +61,9 @@ def _with_skip(site: Site, plan: SitePlan, j: int, source: str, dropped: Product
     by = f" by {best.skips_by}" if best.skips_by in OWN else f" by inductor: {why}" if why is not None else ""
     products = list(plan.products)
     products[j] = replace(best, reason=f"{decision.reason}; skips what {source} dropped{by}", skips=source)
-    note = "; its gradients skip what later sites dropped"
-    exact = plan.decision == "exact" and note not in plan.reason
-    return replace(plan, products=tuple(products), reason=plan.reason + note if exact else plan.reason)
+    note = "its gradients skip what later sites dropped"
+    new = replace(plan, products=tuple(products))
+    return new.noted(note) if plan.decision == "exact" and note not in plan.notes else new
 
 
 def _ways(site: Site, plan: SitePlan, decision: ProductPlan, dropped: Estimator) -> tuple[list[tuple[str, str]], str | None]:
