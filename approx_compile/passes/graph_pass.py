@@ -19,6 +19,7 @@ from approx_compile.kernels import available
 from approx_compile.machine import Machine
 from approx_compile.passes.plan import make_plan, needs_random_numbers, row_requests, unheard
 from approx_compile.passes.planned import Plan, Tries
+from approx_compile.passes.pooling import mask_pooled
 from approx_compile.passes.producers import Producers
 from approx_compile.passes.question import question
 from approx_compile.passes.rewrite import rewrite
@@ -65,6 +66,8 @@ class ApproxPass(_torch.CustomGraphPass):
             return stopwatch.answers([question(site, tries) for site, tries in asked], self.machine, log.warning)
 
     def __call__(self, graph: fx.Graph) -> None:
+        before = _copy(graph) if self.keep_graphs else None
+        mask_pooled(graph)
         sites = find_sites(graph, self.context)
         producers = Producers(sites, self.machine)
         plan = make_plan(sites, self.config, self.machine, self._ask if self.machine is not None else None, producers.beside)
@@ -74,7 +77,6 @@ class ApproxPass(_torch.CustomGraphPass):
         if self.ask_rows is not None:
             self.ask_rows(graph, *row_requests(sites, self.config))
         _refuse_redrawn(plan)
-        before = _copy(graph) if self.keep_graphs else None
         if plan.sampled:
             rewrite(graph, sites, plan)
         self.on_plan(plan, before, _copy(graph) if self.keep_graphs else None)

@@ -104,7 +104,7 @@ def _summed(n: fx.Node, dim: int) -> int | None:
 
 
 def relu_backward(grad: fx.Node, activation: fx.Node) -> fx.Node | None:
-    """The node where(relu <= 0, 0, grad) that alone reads a gradient, if `activation` is that ReLU's output (all through views)."""
+    """The node where(activation <= 0, 0, grad) that alone reads a gradient, all through views: the activation is a ReLU's output, or pooled from one."""
     v = grad
     while len(v.users) == 1:
         user = next(iter(v.users))
@@ -117,8 +117,7 @@ def relu_backward(grad: fx.Node, activation: fx.Node) -> fx.Node | None:
         is_zero = isinstance(zero, fx.Node) and zero.target in (aten.scalar_tensor.default, aten.full.default) and 0 in zero.args
         if not (is_zero and isinstance(le, fx.Node) and le.target is aten.le.Scalar and le.args[1] == 0):
             return None
-        relu = _behind_views(le.args[0])
-        return user if relu is _behind_views(activation) and relu.target is aten.relu.default else None
+        return user if _behind_views(le.args[0]) is _behind_views(activation) else None
     return None
 
 
