@@ -184,7 +184,7 @@ class Study:
             for seed in range(seeds):
                 there = {(r["work"], r["setting"], r["seed"]) for r in self.done()}
                 wanted = [s for s in w.settings if (name, s, seed) not in there and (not settings or s in (*settings, "exact"))]
-                if settings and wanted and "exact" not in wanted:
+                if wanted and "exact" not in wanted:
                     wanted.insert(0, "exact")  # seconds are only comparable within one process
                 if wanted and wanted != ["exact"]:
                     self.one_seed(name, w, seed, wanted, parts, pretrained(w, directory, seed))
