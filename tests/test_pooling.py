@@ -79,6 +79,57 @@ def test_through_inductor() -> None:
     assert all(relative(a, b) < 1e-6 for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_of_16_bits(dtype: torch.dtype) -> None:
+    """Inductor's decomposition adds up in fp32."""
+    model, x = nn.Sequential(nn.ReLU(), nn.MaxPool2d(3, 2, 1)), torch.randn(2, 3, 9, 8, dtype=dtype)
+    want = forward_and_backward(model, model, x)
+    got = forward_and_backward(model, torch.compile(model, backend=Backend(EXACT, inner_compile=run_as_is)), x)
+    before, after = masks_of(model, x)
+    assert sum(after) < sum(before) and all(relative(a, b) < 1e-2 for a, b in zip(got, want, strict=True))
+
+
+def unpooled(x: Tensor, shape: tuple[int, ...], dim: int, view: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    r = x * 1.0
+    y, places = F.max_pool2d(r, 4, return_indices=True)
+    return r, torch.zeros(shape).scatter_add(dim, places.view(view), (y * 3 + 1).view(view)).view(2, 3, 8, 8)
+
+
+class Unpools(torch.autograd.Function):
+    """A gradient of its own making, masked: maxima spread over another axis, or into one plane, or into theirs but of another dtype or shape."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, like: Tensor, where: tuple[Any, ...]) -> Tensor:
+        ctx.save_for_backward(x, like)
+        ctx.where = where
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        x, like = ctx.saved_tensors
+        r, z = unpooled(x, *ctx.where)
+        return (g * torch.where(r <= 0, torch.zeros_like(like), z)).sum_to_size(x.shape).to(x.dtype), None, None
+
+
+@pytest.mark.parametrize("where", [((64, 6), 0, (4, 6)), ((1, 384), 1, (1, 24)), ((6, 64), 1, (6, 4))])
+@pytest.mark.parametrize("like", [torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 8, 8).double(), torch.zeros(4, 1, 3, 8, 8)], ids=["same", "double", "more"])
+def test_what_users_scatter_is_theirs(where: tuple[Any, ...], like: Tensor) -> None:
+    x = torch.randn(2, 3, 8, 8)
+
+    def forwards(x: Tensor) -> Tensor:
+        r, z = unpooled(x, *where)
+        return torch.where(r <= 0, torch.zeros_like(like), z)
+
+    for f in (forwards, lambda x: Unpools.apply(x, like, where)):
+        torch._dynamo.reset()
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        want, got = f(a), torch.compile(f, backend=Backend(EXACT, inner_compile=run_as_is))(b)
+        torch.testing.assert_close(got, want)
+        want.sum().backward()
+        got.sum().backward()
+        torch.testing.assert_close(b.grad, a.grad)
+
+
 @pytest.mark.parametrize("above", [[nn.Conv2d(3, 4, 3)], [nn.Flatten(), nn.Linear(48, 4)]])
 def test_nothing_is_saved_for_the_mask(above: list[nn.Module]) -> None:
     model, x = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.MaxPool2d(2), *above), torch.randn(2, 2, 10, 10)

@@ -76,13 +76,12 @@ def sample_output(graph: fx.Graph, product: Product, how: Estimator, idx: fx.Nod
 
 def step_over(m: fx.Node, kept: Sampled, scale: fx.Node | None, dim: int | None) -> None:
     """A product of matrices steps over what was not kept along the axis that it contracts (`dim` None), or of rows (0) or columns (1) of its result: those are
-    times their scale, zeros elsewhere, written in one pass."""
+    times their scale, zeros elsewhere, written in one pass. The node's fake value is left to the caller to refresh."""
     a, b = m.args[-2:]
     assert isinstance(a, fx.Node) and isinstance(b, fx.Node)
     a, b = _in_lines(a, m), _in_lines(b, m)
     m.target = skip_matmul if dim is None else skip_matmul_into
     m.args = (a, b, kept.idx, scale, kept.how.unit, *(() if dim is None else (dim,)))
-    refresh(m)
 
 
 def _in_lines(n: fx.Node, before: fx.Node) -> fx.Node:

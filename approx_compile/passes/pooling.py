@@ -9,6 +9,7 @@ No value changes.
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from approx_compile.passes.splice import Layout, inline, like
 aten = torch.ops.aten
 _SAME = {*VIEWS, aten.clone.default, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
 
+_CASTS = {aten._to_copy.default, torch.ops.prims.convert_element_type.default}
 _BACKWARD = {aten.max_pool2d_with_indices_backward.default, aten.max_pool3d_with_indices_backward.default}
 
 
@@ -55,28 +57,46 @@ def _find(where: fx.Node) -> _Masked | None:
     if not (isinstance(mask, fx.Node) and mask.target is aten.le.Scalar and mask.args[1] == 0 and is_zero(zero)):
         return None
     scattered = _alone(unpooled)
-    if scattered is None:
+    if scattered is None or not _torch.is_backward(where) or not _alike(where, unpooled):
         return None
-    if scattered.target is aten.scatter_add.default and is_zero(scattered.args[0]):
-        places, source = scattered.args[2], scattered.args[3]
-    elif scattered.target in _BACKWARD:
-        places, source = scattered.args[7], scattered.args[0]
-    else:
-        return None
+    places, source = _scattered(scattered)
     pool = _pool_of(places)
-    if pool is None or _plain(pool.args[0]) is not _plain(mask.args[0]):
+    if pool is None or _plain(pool.args[0]) is not _plain(mask.args[0]) or not _undoes(scattered, source, pool):
         return None
     pooled = next((u for u in pool.users if u.target is operator.getitem and u.args[1] == 0), None)
     return _gradient(where, scattered, source, pooled) if pooled is not None else None
 
 
+def _scattered(n: fx.Node) -> tuple[Any, Any]:
+    """Places and values that an op puts among zeros; None for another op."""
+    if n.target is aten.scatter_add.default and is_zero(n.args[0]):
+        return n.args[2], n.args[3]
+    return (n.args[7], n.args[0]) if n.target in _BACKWARD else (None, None)
+
+
+def _undoes(scattered: fx.Node, source: Any, pool: fx.Node) -> bool:
+    """Whether values go back where this pooling took them from: each plane's places into that plane."""
+    x, kernel = pool.args[:2]
+    assert isinstance(x, fx.Node) and isinstance(kernel, (list, tuple))
+    if scattered.target in _BACKWARD:
+        return _plain(scattered.args[1]) is _plain(x) and scattered.args[2] == kernel
+    plane = math.prod(_torch.value(x).shape[-(3 if pool.target is aten.max_pool3d_with_indices.default else len(kernel)) :])
+    into, rows = _torch.value(scattered), _torch.value(source)
+    last = into.dim() == rows.dim() == 2 and scattered.args[1] in (1, -1)
+    return last and _torch.known_equal(into.shape[1], plane) and _torch.known_equal(into.shape[0], rows.shape[0]) and _torch.numel(scattered) == _torch.numel(x)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    return _torch.value(a).dtype == _torch.value(b).dtype and list(map(str, _torch.value(a).shape)) == list(map(str, _torch.value(b).shape))
+
+
 def _gradient(where: fx.Node, reader: fx.Node, source: Any, pooled: fx.Node) -> _Masked | None:
-    """The gradient of the pooled tensor in its own shape, behind the views that only this backward pass reads."""
+    """The gradient of the pooled tensor in its own shape, behind the views and casts that only this backward pass reads."""
     shape = _sizes(pooled)
     while isinstance(source, fx.Node):
         if _sizes(source) == shape and _torch.value(source).dtype == _torch.value(pooled).dtype:
             return _Masked(where, source, reader, _as_read(pooled))
-        if source.target not in _SAME or len(source.users) > 1:
+        if source.target not in _SAME | _CASTS or len(source.users) > 1:
             return None
         reader, source = source, source.args[0]
     return None
@@ -90,9 +110,9 @@ def _as_read(pooled: fx.Node) -> fx.Node:
 
 
 def _alone(n: Any) -> fx.Node | None:
-    """What an op behind views makes, if nothing else reads it on the way."""
+    """What an op behind views and casts makes, if nothing else reads it on the way."""
     while isinstance(n, fx.Node) and len(n.users) == 1:
-        if n.target not in _SAME:
+        if n.target not in _SAME | _CASTS:
             return n
         n = n.args[0]
     return None
