@@ -8,7 +8,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
 import pytest
 import torch
 
-from approx_compile import notices, row_compiler
+from approx_compile import notices, precision, row_compiler
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +24,15 @@ def fresh():
 def small_work_counts(monkeypatch):
     """Rows are sampled in models that are too small for it to pay."""
     monkeypatch.setattr(row_compiler, "LEAST_FLOPS", {"cpu": 0.0, "cuda": 0.0})
+
+
+@pytest.fixture
+def precisions():
+    """torch's settings of float32 may be changed, and are put back. (torch's own test helpers, which other tests import, forbid to set some.)"""
+    with getattr(torch.backends, "__allow_nonbracketed_mutation")():
+        before = precision.settings()
+        yield
+        precision.take_over(before)
 
 
 @pytest.fixture(scope="module")

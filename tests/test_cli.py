@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from approx_compile import ApproxConfig, ConfigError, machine, precision
+from approx_compile import ApproxConfig, ConfigError, machine
 from approx_compile.bench import Timing, loss_of, race
 from approx_compile.cli import app, read_options
 from approx_compile.factory import FactoryError, load
@@ -296,16 +296,12 @@ def test_calibrate_stores_a_profile(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert wrong.exit_code == 2 and "highest" in wrong.stderr
 
 
-def test_calibrations_of_two_precisions_stand_side_by_side(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calibrations_of_two_precisions_stand_side_by_side(precisions: None, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-    before = precision.settings()
-    try:
-        for name, end in (("highest", f"{torch.__version__}.json"), ("medium", f"{torch.__version__}-matmul-bf16.json")):
-            assert run("calibrate", "--quick", "--device", "cpu", "--float32", name).exit_code == 0
-            assert machine.path_of("cpu").name.endswith(end) and machine.path_of("cpu").exists()
-            with monkeypatch.context() as m:
-                m.delenv(machine.FILE)
-                assert machine.current("cpu") == machine.load(machine.path_of("cpu"))
-    finally:
-        precision.take_over(before)
+    for name, end in (("highest", f"{torch.__version__}.json"), ("medium", f"{torch.__version__}-matmul-bf16.json")):
+        assert run("calibrate", "--quick", "--device", "cpu", "--float32", name).exit_code == 0
+        assert machine.path_of("cpu").name.endswith(end) and machine.path_of("cpu").exists()
+        with monkeypatch.context() as m:
+            m.delenv(machine.FILE)
+            assert machine.current("cpu") == machine.load(machine.path_of("cpu"))
     assert len(list((folder / "cache").rglob("*.json"))) == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +101,6 @@ def test_another_file_is_another_key(times: Path) -> None:
     times.write_text("damaged")
     assert key(MEASURE) != first
     assert key({"policy": "cost"}) == key({"policy": "cost"}) != key({"policy": "cost"}, profile.model_copy(update={"quick": True}))
-
-
-@pytest.fixture
-def precisions() -> Iterator[None]:
-    before = precision.settings()
-    yield
-    precision.take_over(before)
 
 
 def older_one() -> None:
