@@ -117,7 +117,7 @@ def clock_of(parameters: Iterable[Any]) -> Clock | None:
     found: Clock | None = None
     for p in parameters:
         clock: Clock | None = _clocks.get(p)
-        if clock is not None and clock.owned:
+        if clock is not None and (clock.owned or not _counted):  # as long as no optimizer has made a step there is none to look for
             return clock
         found = found or clock
     return found
