@@ -57,12 +57,16 @@ _EXACT = 2**22
 """Up to here fp32 has every place p, and floor((p + 1/2) / n) is p // n."""
 
 
+_UNROLLED = 8
+"""Up to here Inductor writes the comparisons out, in every place that reads the result, and so again for every tap."""
+
+
 def largest(dy: Tensor, j: int) -> Tensor:
     """Indices of the j entries of largest magnitude along the last dim, (.., L) -> (.., j); NaN counts as the largest, of equal ones (j = 1) the first."""
     size = dy.abs()
     if j > 1:
         return size.topk(j, dim=-1, sorted=False).indices
-    if dy.device.type != "cpu" or size.shape[-1] > _EXACT:
+    if dy.device.type != "cpu" or not _UNROLLED < size.shape[-1] <= _EXACT:
         return size.argmax(-1, keepdim=True)
     # in what Inductor's C++ code does in vectors: largest and smallest values, and places as floats
     found = (size == size.amax(-1, keepdim=True)) | (size != size)
