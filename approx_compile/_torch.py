@@ -107,9 +107,6 @@ def is_pointwise(n: fx.Node) -> bool:
     return torch.Tag.pointwise in getattr(n.target, "tags", ())
 
 
-# --- sizes with symbols ---
-
-
 @functools.cache
 def pooling() -> tuple[frozenset[Any], Any]:
     """The ops of max pooling that also say where, and Inductor's own that turns what its kind says into places; where that is gone, none is found."""
@@ -119,6 +116,9 @@ def pooling() -> tuple[frozenset[Any], Any]:
     own, places = (getattr(prims, f"_low_memory_max_pool_{n}", None) for n in ("with_offsets", "offsets_to_indices"))
     ops = (aten.max_pool2d_with_indices, aten.max_pool3d_with_indices, own)
     return frozenset(op.default for op in ops if op is not None), places.default if places is not None else None
+
+
+# --- sizes with symbols ---
 
 
 def size_expr(size: Any) -> Any:

@@ -56,7 +56,6 @@ def bags(table: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor) -> Tenso
 _EXACT = 2**22
 """Up to here fp32 has every place p, and floor((p + 1/2) / n) is p // n."""
 
-
 _UNROLLED = 8
 """Up to here Inductor writes the comparisons out, in every place that reads the result, and so again for every tap."""
 

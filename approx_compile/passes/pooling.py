@@ -18,13 +18,12 @@ from torch import Tensor, fx
 
 from approx_compile import _torch
 from approx_compile.passes.row_rules import is_zero
-from approx_compile.passes.sites import VIEWS
+from approx_compile.passes.sites import CASTS, VIEWS
 from approx_compile.passes.splice import Layout, inline, like
 
 aten = torch.ops.aten
 _SAME = {*VIEWS, aten.clone.default, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
-
-_CASTS = {aten._to_copy.default, torch.ops.prims.convert_element_type.default}
+_THROUGH = _SAME | CASTS
 _BACKWARD = {aten.max_pool2d_with_indices_backward.default, aten.max_pool3d_with_indices_backward.default}
 
 
@@ -96,7 +95,7 @@ def _gradient(where: fx.Node, reader: fx.Node, source: Any, pooled: fx.Node) -> 
     while isinstance(source, fx.Node):
         if _sizes(source) == shape and _torch.value(source).dtype == _torch.value(pooled).dtype:
             return _Masked(where, source, reader, _as_read(pooled))
-        if source.target not in _SAME | _CASTS or len(source.users) > 1:
+        if source.target not in _THROUGH or len(source.users) > 1:
             return None
         reader, source = source, source.args[0]
     return None
@@ -112,7 +111,7 @@ def _as_read(pooled: fx.Node) -> fx.Node:
 def _alone(n: Any) -> fx.Node | None:
     """What an op behind views and casts makes, if nothing else reads it on the way."""
     while isinstance(n, fx.Node) and len(n.users) == 1:
-        if n.target not in _SAME | _CASTS:
+        if n.target not in _THROUGH:
             return n
         n = n.args[0]
     return None

@@ -25,15 +25,13 @@ from approx_compile.config import SiteSettings
 from approx_compile.kernels.available import OWN
 from approx_compile.machine import Machine
 from approx_compile.passes import cost, worth
-from approx_compile.passes.sites import PRODUCTS, VIEWS, Product, Site
+from approx_compile.passes.sites import CASTS, PRODUCTS, VIEWS, Product, Site
 
 if TYPE_CHECKING:  # plan asks here
     from approx_compile.passes.planned import Plan, ProductPlan, SitePlan, Tries
 
 aten = torch.ops.aten
 prims = torch.ops.prims
-
-_CASTS = {aten._to_copy.default, prims.convert_element_type.default}
 
 Sum = int | tuple["Sum", "Sum"]
 """In which order results are added up: of (0, 1), 2 first the results 0 and 1."""
@@ -67,7 +65,7 @@ def _activation(site: Site) -> Any:
 def _origin(n: Any) -> Any:
     if isinstance(n, fx.Node) and n.target in VIEWS:
         return _origin(n.args[0])
-    if isinstance(n, fx.Node) and n.target in _CASTS:
+    if isinstance(n, fx.Node) and n.target in CASTS:
         return _torch.value(n).dtype, _origin(n.args[0])
     return n
 

@@ -28,6 +28,7 @@ PRODUCTS = MM | BMM | CONV
 _GRADS = {aten.mm.default, aten.bmm.default, aten.convolution_backward.default}
 _PERMUTES = {aten.permute.default, aten.t.default, aten.transpose.int}
 VIEWS = {aten.view.default, aten.alias.default, aten.detach.default, aten._unsafe_view.default, aten.reshape.default}
+CASTS = {aten._to_copy.default, torch.ops.prims.convert_element_type.default}
 
 NO_GRADIENT = "no gradient flows through it"
 
