@@ -367,6 +367,18 @@ def compile_fx(
         return inductor(gm, example_inputs, inner_compile=inner_compile, config_patches=patches)
 
 
+def laid_out(x: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
+    """The same values with the dims in this order in memory, the last one innermost. Inductor makes that a buffer of its own, which `contiguous` need not
+    be: what is not is computed anew in every place that reads it."""
+    strides, step = [0] * x.dim(), 1
+    for d in reversed(order):
+        strides[d], step = step, step * x.shape[d]
+    from torch._inductor.inductor_prims import force_stride_order
+
+    ordered: torch.Tensor = force_stride_order(x, strides)
+    return ordered
+
+
 def compile_graph(gm: fx.GraphModule, example_inputs: Any, **kwargs: Any) -> Any:
     """Inductor's back half: one graph without autograd to code."""
     from torch._inductor.compile_fx import compile_fx_inner

@@ -132,7 +132,7 @@ class _Keys(BaseModel):
         return value
 
 
-_REPLACEMENT_KEYS = {"j": "max", "scale": "max", "std": "random"}
+_REPLACEMENT_KEYS = {"j": "max", "tile": "max", "scale": "max", "std": "random"}
 _SAMPLING_KEYS = ("ratio", "min_k", "group")
 
 
@@ -153,6 +153,13 @@ class InputTable(ProductTable):
     def _check_j(cls, value: Any) -> Any:
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"got {value!r}; an integer of at least 1 is expected, the entries of the output gradient that count")
+        return value
+
+    @field_validator("tile", mode="before", check_fields=False)
+    @classmethod
+    def _check_tile(cls, value: Any) -> Any:
+        if value not in (None, "auto") and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"got {value!r}; 'auto' or an integer of at least 1 is expected, the side in places of the tiles that have an entry each")
         return value
 
     @field_validator("scale", "std", mode="before", check_fields=False)
@@ -179,11 +186,21 @@ class InputTable(ProductTable):
 class WeightTable(InputTable):
     """Settings of `grad_weight`. Method "zero": zeros; "random": normal numbers with mean 0 and standard deviation `std` (1 / batch); "max": for a
     convolution, of every sample's output channel only the `j` (1) entries of largest magnitude, which carry the channel's whole sum, for a linear
-    layer those of every row, times `scale` (1)."""
+    layer those of every row, times `scale` (1); with `tile`, of a convolution's output channels every tile of so many places by side has its own
+    largest entry, which carries the tile's sum ("auto": of 4 places, or of so many more that a channel has 16 tiles)."""
 
     methods = (*METHODS, *REPLACEMENTS["grad_weight"])
 
+    tile: int | Literal["auto"] | None = None
     std: float | None = None
+
+    @model_validator(mode="after")
+    def _entries_of_one_kind(self) -> Self:
+        if self.tile is not None and self.j is not None:
+            raise ValueError(
+                f"tile and j: got {self.tile} and {self.j}; either the j largest entries of a channel count, or the largest of every tile: drop one"
+            )
+        return self
 
 
 class GradTable(InputTable):
@@ -379,7 +396,7 @@ class Rule(_Rules):
 @dataclass(frozen=True)
 class ProductSettings:
     """What is asked of one product of one site. `method` "coupled" = through the entries that the output kept; `whole`: k is rounded up to its
-    multiples; `lowering`: which code runs it. `j`, `scale`, `std`: of a replacement."""
+    multiples; `lowering`: which code runs it. `j`, `scale`, `tile`, `std`: of a replacement."""
 
     method: str
     ratio: float
@@ -390,6 +407,7 @@ class ProductSettings:
     j: int = 1
     scale: float = 1.0
     std: float | None = None
+    tile: int | Literal["auto"] | None = None
 
     @property
     def replaces(self) -> bool:

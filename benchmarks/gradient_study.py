@@ -37,8 +37,17 @@ def scheduled(schedule: Callable[[presets.Method], presets.Rules], names: tuple[
 FULL = {"exact": Setting()}
 SMALLER = {"ResNet-14": Setting(width=0.5)}
 FEWER = {"fewer steps": Setting(steps=0.93)}
-OTHER_MAX = {"schedule 3 max j 4": {"j": 4}, "schedule 3 max j 16": {"j": 16}, "schedule 3 max scale .25": {"scale": 0.25}}
-"""A channel's whole sum at one place makes a gradient that is longer than the exact one and not very like it: more entries, or a factor, against that."""
+OTHER_MAX = {
+    "schedule 3 max j 4": {"j": 4},
+    "schedule 3 max j 16": {"j": 16},
+    "schedule 3 max scale .25": {"scale": 0.25},
+    "schedule 3 max tile 8": {"tile": 8},
+    "schedule 3 max tile 4": {"tile": 4},
+    "schedule 3 max tile 8 scale .5": {"tile": 8, "scale": 0.5},
+    "schedule 3 max tile auto": {"tile": "auto"},
+}
+"""A channel's whole sum at one place makes a gradient that is longer than the exact one and not very like it. Against that: more entries, a factor, an
+entry for every tile."""
 TUNED = {name: Setting({"policy": "always", "method": "exact", "rules": presets.schedule_3({"method": "max", **keys})}) for name, keys in OTHER_MAX.items()}
 RESNET = TUNED | FULL | SMALLER | FEWER | scheduled(presets.schedule_1) | scheduled(presets.schedule_2) | scheduled(presets.schedule_3)
 

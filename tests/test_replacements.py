@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from approx_compile import Backend, explain
 from approx_compile.backend import run_as_is
 from approx_compile.kernels.replacements import _EXACT, Replacement, _divided, _entries
+from approx_compile.passes.replacements import _small_tile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 aten = torch.ops.aten
@@ -34,15 +35,15 @@ def run(model: Any, settings: dict[str, Any], lowering: Any = run_as_is) -> Any:
     return torch.compile(model, backend=Backend(settings, inner_compile=lowering))
 
 
-def algorithm_1(x: Tensor, dy: Tensor, conv: Any, j: int = 1) -> np.ndarray:
-    """The weight gradient by loops over channels, samples and taps, in double precision."""
+def algorithm_1(x: Tensor, dy: Tensor, conv: Any, j: int = 1, tile: int | None = None) -> np.ndarray:
+    """The weight gradient by loops over channels, samples and taps, in double precision; with `tile`, the algorithm on every tile of a channel by itself."""
     image, gradient = x.detach().double().numpy(), dy.detach().double().numpy()
     df = np.zeros(conv.weight.shape)
     rank, groups = image.ndim - 2, conv.groups
     inputs, outputs = image.shape[1] // groups, gradient.shape[1] // groups
-    for c, n in itertools.product(range(gradient.shape[1]), range(image.shape[0])):
-        plane = gradient[n, c].ravel()
-        chosen = [np.argmax(np.abs(plane))] if j == 1 else np.argsort(-np.abs(plane))[:j]
+    for c, n, own in itertools.product(range(gradient.shape[1]), range(image.shape[0]), tiles(gradient.shape[2:], tile)):
+        plane = np.where(own, gradient[n, c], 0).ravel()
+        chosen = [np.argmax(np.where(own.ravel(), np.abs(plane), -1))] if j == 1 else np.argsort(-np.abs(plane))[:j]
         share = (plane.sum() - plane[chosen].sum()) / j
         channels = slice((c // outputs) * inputs, (c // outputs + 1) * inputs)
         for p, tap in itertools.product(chosen, itertools.product(*map(range, conv.kernel_size))):
@@ -56,6 +57,15 @@ def algorithm_1(x: Tensor, dy: Tensor, conv: Any, j: int = 1) -> np.ndarray:
                 else:
                     df[(c, slice(None), *tap)] += seen
     return df
+
+
+def tiles(size: tuple[int, ...], tile: int | None) -> Iterator[np.ndarray]:
+    """Masks of the tiles of an image; None: of the image as one."""
+    steps = [range(0, s, tile or s) for s in size]
+    for corner in itertools.product(*steps):
+        mask = np.zeros(size, dtype=bool)
+        mask[tuple(slice(c, c + (tile or s)) for c, s in zip(corner, size, strict=True))] = True
+        yield mask
 
 
 def _pixel(place: int, tap: int, d: int, conv: Any) -> int | None:
@@ -83,7 +93,7 @@ CONVS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def conv_case(name: str, dtype: torch.dtype, channels_last: bool, j: int = 1, lowering: Any = run_as_is) -> float:
+def conv_case(name: str, dtype: torch.dtype, channels_last: bool, j: int = 1, lowering: Any = run_as_is, tile: int | None = None) -> float:
     """The weight gradient's error; every other gradient is the exact one."""
     make, size = CONVS[name]
     conv, x = make().to(dtype), torch.randn(size).to(dtype)
@@ -94,13 +104,13 @@ def conv_case(name: str, dtype: torch.dtype, channels_last: bool, j: int = 1, lo
     dy = torch.randn_like(y)
     y.backward(dy)
     exact = grads(conv, x)
-    f = run(conv, options({"method": "max", "j": j}), lowering)
+    f = run(conv, options({"method": "max"} | ({"j": j} if tile is None else {"tile": tile})), lowering)
     f(x).backward(dy)
     weight, *others = grads(conv, x)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     assert all(relative(a, b) < tolerance for a, b in zip(others, exact[1:], strict=True))
     assert weight.dtype is dtype and places(weight) == places(exact[0])
-    return relative(weight, torch.from_numpy(algorithm_1(x, dy, conv, j)))
+    return relative(weight, torch.from_numpy(algorithm_1(x, dy, conv, j, tile)))
 
 
 def places(x: Tensor) -> list[int]:
@@ -113,11 +123,16 @@ def test_max_is_algorithm_1(name: str) -> None:
     for channels_last in layouts:
         assert conv_case(name, torch.float32, channels_last) < 1e-6
         assert conv_case(name, torch.float64, channels_last, j=3) < 1e-12
+        assert conv_case(name, torch.float64, channels_last, tile=2) < 1e-12
+        assert conv_case(name, torch.float32, channels_last, tile=3) < 1e-6
     assert conv_case(name, torch.bfloat16, channels_last) < 1e-2
+    assert conv_case(name, torch.bfloat16, channels_last, tile=2) < 1e-2
 
 
 def test_max_through_inductor() -> None:
     assert conv_case("conv2d_rectangular", torch.float32, False, lowering=None) < 1e-6
+    assert conv_case("conv2d_large", torch.float32, False, lowering=None, tile=9) < 1e-6
+    assert conv_case("conv2d", torch.float32, True, lowering=None, tile=2) < 1e-6
     assert conv_case("transposed2d_grouped", torch.float32, True, j=2, lowering=None) < 1e-6
 
 
@@ -169,6 +184,60 @@ def test_division_in_floats_is_exact() -> None:
         n = torch.cat([torch.arange(-5000, 5000), (near + torch.arange(-2, 3).reshape(-1, 1)).flatten()]).clamp(max=_EXACT)
         rest, quotient = _divided(n.float(), by)
         assert torch.equal(quotient.long(), n // by) and torch.equal(rest.long(), n % by)
+
+
+def test_tiles_between_the_image_and_its_places() -> None:
+    """A tile as large as the image is Algorithm 1; tiles of one place are the exact product, and left to it; linear layers have no image."""
+    conv, x = nn.Conv2d(3, 4, 3), torch.randn(5, 3, 8, 6)
+    dy = torch.randn(5, 4, 6, 4)
+    assert torch.equal(max_of(conv, x, dy, tile=6), max_of(conv, x, dy, tile=60))
+    assert relative(max_of(conv, x, dy, tile=6), max_of(conv, x, dy)) < 1e-6
+    model = nn.Sequential(conv, nn.Flatten(), nn.Linear(96, 5))
+    for tile, said in (
+        (1, "max with tile 1: there are no more than 24 entries"),
+        ("auto", "max, 2 of 24 entries of the output gradient, one of every tile of 4"),
+    ):
+        f, _, plans = compiled(model, options({"method": "max", "tile": tile}))
+        f(x)
+        first, last = plans.sites
+        assert said in first.reason and (first.decision == "exact") == (tile == 1)
+        assert "tile is for convolutions" in last.reason and last.decision == "exact"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tile", "entries"),
+    [
+        ((32, 32), 8, 16),
+        ((28, 28), 7, 16),
+        ((16, 16), 4, 16),
+        ((8, 8), 4, 4),
+        ((7, 7), 4, 4),
+        ((1, 64), 4, 16),
+        ((784,), 49, 16),
+        ((8, 8, 8), 4, 8),
+        ((0, 8), 4, 0),
+    ],
+)
+def test_small_tiles(sizes: tuple[int, ...], tile: int, entries: int) -> None:
+    assert _small_tile(sizes) == tile
+    assert Replacement("max", tile=tile).entries(sizes) == entries
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 12), (4, 3, 9, 7), (2, 3, 4, 5, 3)])
+def test_ties_and_nan_in_tiles(shape: tuple[int, ...]) -> None:
+    """Of equal magnitudes the first place of the tile counts, NaN before all; a tile of zeros has nothing to give, at a place inside the image."""
+    dy = torch.randint(-2, 3, shape).float()
+    dy[0, 1] = 0
+    dy[1, 2, shape[2] // 2] = math.nan
+    dy[2 % shape[0], 0, -1], dy[0, 0, 0] = math.inf, -math.inf
+    place, value = _entries(dy, Replacement("max", tile=2))
+    flat = dy.flatten(2)
+    size = torch.where(flat.isnan(), math.nan, flat.abs())
+    for i, own in enumerate(tiles(shape[2:], 2)):
+        inside = torch.from_numpy(own.ravel())
+        first = torch.where(inside, size, -1).argmax(-1)
+        assert torch.equal(place[..., i], first.t())
+        torch.testing.assert_close(value[..., i], flat[..., inside].sum(-1).t(), equal_nan=True)
 
 
 def meprop(dy: Tensor, j: int) -> Tensor:
@@ -354,14 +423,14 @@ def test_zeros_of_later_sites_leave_replacements_alone() -> None:
     assert all(p.skips is None for s in plans.sites for p in s.products if p.decision == "replaced")
 
 
-@pytest.mark.parametrize("method", ["zero", "random", "max"])
-@pytest.mark.parametrize("images", [False, True])
+@pytest.mark.parametrize(("method", "images"), [*itertools.product(("zero", "random", "max"), (False, True)), ("tile", True)])
 def test_beside_rows_of_the_batch(method: str, images: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows go on past a replaced gradient, which is that of the output gradient with the dropped rows at zero."""
     model, x = (cnn(), torch.randn(36, 3, 12, 12)) if images else (mlp(12, 20, 20, 5), torch.randn(36, 12))
     layers = ["2", "3"] if images else ["2"]
     chosen = Chosen(monkeypatch)
-    rules = [{"layers": layers, "grad_weight": {"method": method, "j": 2} if method == "max" else method}]
+    tables = {"max": {"method": "max", "j": 2}, "tile": {"method": "max", "tile": 4}}
+    rules = [{"layers": layers, "grad_weight": tables.get(method, method)}]
     f, plans = rows_of(model, {"policy": "always", "grad": {"axis": "rows", "ratio": 0.5, "method": "topk"}, "rules": rules})
     torch.manual_seed(7)
     out = f(x)

@@ -14,22 +14,31 @@ M rows, K inputs, N outputs.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from approx_compile import _torch
+
 
 @dataclass(frozen=True)
 class Replacement:
-    """`method` zero, random (normal with mean 0 and standard deviation `std`, None: 1 / batch) or max (the `j` largest entries, the result times `scale`).
+    """`method` zero, random (normal with mean 0 and standard deviation `std`, None: 1 / batch) or max (the `j` largest entries, or with `tile` the
+    largest of every tile of so many places by side; the result times `scale`).
     `lowering`: the code that runs it, "inductor" or "cuda" (the op of `kernels.max_conv`)."""
 
     method: str
     j: int = 1
     scale: float = 1.0
     std: float | None = None
+    tile: int | None = None
     lowering: str = "inductor"
+
+    def entries(self, sizes: Sequence[int]) -> int:
+        """How many entries of a channel with these places by dim `max` keeps."""
+        return self.j if self.tile is None else math.prod(-(-s // self.tile) for s in sizes)
 
 
 @dataclass(frozen=True)
@@ -105,6 +114,13 @@ _LONG = 512
 
 def _entries(dy: Tensor, how: Replacement) -> tuple[Tensor, Tensor]:
     """Where the chosen entries of dy (N, O, *out) are, as flat places, and their values in the accumulator's precision: (O, N, J) each."""
+    if how.tile is not None:
+        in_vectors = dy.device.type == "cpu" and how.tile < _UNROLLED
+        if in_vectors:  # across channels: a tile's own places are too few
+            dy = _torch.laid_out(dy, (0, *range(2, dy.dim()), 1))
+        found = tuple(t.transpose(0, 1) for t in _largest_of_tiles(dy, how.tile))
+        place, value = (_torch.laid_out(t, range(3)) for t in found) if in_vectors else found
+        return place, value * how.scale
     flat = dy.flatten(2)
     wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
     run = _run(flat.shape[-1]) if how.j == 1 and dy.device.type == "cpu" else None
@@ -121,6 +137,24 @@ def _entries(dy: Tensor, how: Replacement) -> tuple[Tensor, Tensor]:
         own = flat.gather(-1, place).to(wide)
         value = own + (value - own.sum(-1, keepdim=True)) / how.j
     return place, value * how.scale
+
+
+def _largest_of_tiles(dy: Tensor, tile: int) -> tuple[Tensor, Tensor]:
+    """Where the largest entry of every tile of dy (N, O, *out) is, of equal ones the first, and the tile's sum: (N, O, J) each.
+
+    A dim at a time, so that all but the last of them go through rows side by side, and places are floats, which compare in vectors.
+    """
+    size, value = dy.abs(), dy.to(torch.float64 if dy.dtype == torch.float64 else torch.float32)
+    count = math.prod(dy.shape[2:])
+    place = torch.arange(count, dtype=torch.float32 if count <= _EXACT else torch.float64, device=dy.device).reshape(dy.shape[2:]).expand(dy.shape)
+    for d in range(2, dy.dim()):
+        parts = -(-size.shape[d] // tile)
+        room = [0, 0] * (dy.dim() - 1 - d) + [0, parts * tile - size.shape[d]]
+        size, value, place = (torch.nn.functional.pad(t, room, value=v).unflatten(d, (parts, tile)) for t, v in ((size, -1.0), (value, 0.0), (place, 0.0)))
+        top = size.amax(d + 1, keepdim=True)
+        place = torch.where((size == top) | (size != size), place, torch.inf).amin(d + 1)
+        size, value = top.squeeze(d + 1), value.sum(d + 1)
+    return place.flatten(2).long(), value.flatten(2)
 
 
 def _run(length: int) -> int | None:

@@ -393,5 +393,5 @@ def replaced(site: Site, product: Product, how: Replacement) -> int:
     assert product.output_grad is not None
     dy = _torch.value(product.output_grad)
     if product.mask == 1:
-        return 2 * _torch.numel(product.output_grad) + 2 * how.j * _torch.hint(dy.shape[0]) * _torch.numel(second)
+        return 2 * _torch.numel(product.output_grad) + 2 * how.entries([_torch.hint(s) for s in dy.shape[2:]]) * _torch.hint(dy.shape[0]) * _torch.numel(second)
     return 2 * _torch.numel(product.output_grad) + how.j * site.flops // _torch.hint(dy.shape[product.output_grad_dim])

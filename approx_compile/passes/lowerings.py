@@ -13,6 +13,7 @@ from approx_compile.kernels import available
 from approx_compile.kernels.available import OWN, UNITS
 from approx_compile.kernels.cuda import launch
 from approx_compile.kernels.estimators import Estimator
+from approx_compile.kernels.replacements import Replacement
 from approx_compile.passes.sites import CONV, MM, Product, Site
 from approx_compile.passes.splice import window_of
 
@@ -110,7 +111,7 @@ def _unfit_conv(site: Site, lowering: str, x: torch.Tensor) -> str | None:
     return None
 
 
-def no_max_kernel(site: Site, lowering: str, j: int) -> str | None:
+def no_max_kernel(site: Site, lowering: str, how: Replacement) -> str | None:
     """Why no kernel of ours adds up the patches of `max` for a site's weight, if so; where one does it takes no other choice."""
     x = _torch.value(site.products[0].operands[0])
     if lowering != "cuda" or site.node.target not in CONV:
@@ -121,6 +122,8 @@ def no_max_kernel(site: Site, lowering: str, j: int) -> str | None:
         return "of convolutions, plain 2-D ones have a kernel for max"
     if x.dtype not in _DTYPES:
         return f"{lowering} has no kernel for {str(x.dtype).removeprefix('torch.')}"
-    if j > launch.MOST_ENTRIES or _torch.numel(site.node) == 0:
+    if how.tile is not None:
+        return "the kernel for max takes no tiles"
+    if how.j > launch.MOST_ENTRIES or _torch.numel(site.node) == 0:
         return f"the kernel for max keeps 1 to {launch.MOST_ENTRIES} entries"
     return None

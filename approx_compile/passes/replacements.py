@@ -6,6 +6,7 @@ only the weight gradient needed is not saved.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -45,16 +46,29 @@ def choose(site: Site, product: Product, wanted: ProductSettings) -> Choice:
     reason = _no_max(site, product)
     if reason is not None:
         return Choice(None, 1, 1, reason)
-    size = math.prod(_entries(site, product))
-    if how.j >= size:
-        return Choice(None, size, size, f"max with j {how.j}: there are no more than {size} entries of the output gradient")
-    words = f"max, {how.j} of {size} entries of the output gradient"
+    sizes = _entries(site, product)
+    size = math.prod(sizes)
+    if wanted.tile is not None:
+        if site.node.target not in CONV:
+            return Choice(None, size, size, "max with tile is for convolutions, whose output gradients are images; j is for linear layers")
+        how = replace(how, tile=_small_tile(sizes) if wanted.tile == "auto" else wanted.tile)
+    kept = how.entries(sizes)
+    if kept >= size:
+        asked = f"j {how.j}" if how.tile is None else f"tile {how.tile}"
+        return Choice(None, size, size, f"max with {asked}: there are no more than {size} entries of the output gradient")
+    words = f"max, {kept} of {size} entries of the output gradient" + (f", one of every tile of {how.tile}" if how.tile is not None else "")
     if wanted.lowering == "inductor":
-        return Choice(how, how.j, size, words)
-    why = lowerings.no_max_kernel(site, "cuda" if wanted.lowering == "auto" else wanted.lowering, how.j)
+        return Choice(how, kept, size, words)
+    why = lowerings.no_max_kernel(site, "cuda" if wanted.lowering == "auto" else wanted.lowering, how)
     if why is None:
-        return Choice(replace(how, lowering="cuda"), how.j, size, f"{words}, by cuda")
-    return Choice(how, how.j, size, words if wanted.lowering == "auto" else f"{words}, by inductor: {why}")
+        return Choice(replace(how, lowering="cuda"), kept, size, f"{words}, by cuda")
+    return Choice(how, kept, size, words if wanted.lowering == "auto" else f"{words}, by inductor: {why}")
+
+
+def _small_tile(sizes: Sequence[int]) -> int:
+    """The smallest tile that is worth it: on CPUs the sum of patches takes as long as the exact product at some 16 entries a channel, and
+    finding the largest of less than 4 places by side as long as that."""
+    return next(t for t in itertools.count(4) if Replacement("max", tile=t).entries(sizes) <= 16)
 
 
 def _entries(site: Site, product: Product) -> Sequence[Any]:

@@ -429,6 +429,7 @@ _RULES: dict[Any, Rule] = {
 }
 _RULES_BY_NAME: dict[str, Rule] = {
     "rev": _along(1),
+    "inductor_force_stride_order": _same,
     "_unsafe_masked_index_put_accumulate": _put,
     **dict.fromkeys(_FIRST_NAMES, _first),
     **dict.fromkeys(_ATTENTION_NAMES, _attention),
