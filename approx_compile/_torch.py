@@ -12,7 +12,11 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass  # the base class that Inductor's caches ask for
+from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass  # the base classes that Inductor's caches ask for
+from torch._inductor.custom_graph_pass import CustomSchedulerPass as CustomSchedulerPass
+
+empty_strided_cpu: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor] = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]
+"""What the code that Inductor writes allocates with; sizes and strides must be plain tuples."""
 
 try:
     from torch._dynamo.exc import ShortenTraceback
@@ -42,6 +46,11 @@ def user_joint_passes() -> list[Any]:
     """The joint passes that the user set in Inductor's config."""
     own = torch._inductor.config.joint_custom_pre_pass
     return [] if own is None else list(own) if isinstance(own, (list, tuple)) else [own]
+
+
+def user_scheduler_pass() -> Any:
+    """The pass before fusion that the user set in Inductor's config, if any."""
+    return torch._inductor.config._pre_fusion_custom_pass
 
 
 def activation_memory_budget() -> float:
@@ -367,6 +376,18 @@ def compile_fx(
         return inductor(gm, example_inputs, inner_compile=inner_compile, config_patches=patches)
 
 
+def bytes_of_buffers() -> Iterator[int]:
+    """Of every buffer on the CPU of the graph that Inductor is writing Python code for; of a symbolic size, its hint."""
+    from torch._inductor.virtualized import V
+
+    if V.graph.cpp_wrapper or V.graph.aot_mode:
+        return
+    for buffer in V.graph.buffers:
+        device = buffer.get_device() if buffer.has_tensor_output() else None
+        if device is not None and device.type == "cpu":
+            yield V.graph.sizevars.optimization_hint(buffer.get_numel()) * buffer.get_dtype().itemsize
+
+
 def laid_out(x: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
     """The same values with the dims in this order in memory, the last one innermost. Inductor makes that a buffer of its own, which `contiguous` need not
     be: what is not is computed anew in every place that reads it."""
@@ -377,6 +398,13 @@ def laid_out(x: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
 
     ordered: torch.Tensor = force_stride_order(x, strides)
     return ordered
+
+
+def add_to_header(line: str) -> None:
+    """Put a line at the end of the head of the Python code that Inductor is writing."""
+    from torch._inductor.virtualized import V
+
+    V.graph.wrapper_code.header.writeline(line)
 
 
 def compile_graph(gm: fx.GraphModule, example_inputs: Any, **kwargs: Any) -> Any:

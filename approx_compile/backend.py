@@ -16,7 +16,7 @@ import sympy
 import torch
 from torch import fx, nn
 
-from approx_compile import _torch, machine, notices
+from approx_compile import _torch, machine, notices, pages
 from approx_compile.annotate import SIGNATURE, full_name, last_module, sign, whole_model
 from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.layers import Layers
@@ -163,7 +163,7 @@ class _Work:
         approx = ApproxPass(config, self.context, self.layers, lambda *found: plans.append(found), backend.keep_graphs, rows.ask if rows else None, profile)
         inner = rows if rows is not None else backend.inner_compile
         gm = _torch.copy_of(self.gm) if self.several else self.gm
-        patches = self.patches | {"joint_custom_pre_pass": _after_users(approx)}
+        patches = pages.patches(config, self.patches) | self.patches | {"joint_custom_pre_pass": _after_users(approx)}
         compiled = _torch.compile_fx(gm, self.example_inputs, patches, inner, backend.inner_compile is None, self.several)
         whole: Plan | None = None
         for plan, before, after in plans:  # graphs inside the graph have passes of their own

@@ -452,8 +452,9 @@ class ApproxConfig(_Rules):
     where that saves more than it loses), `adaptive` (see `AdaptiveTable`), `rules` (a list
     of tables with `layers`, `steps`, `phase`: see `Rule`), `plan` (a plan file, a `TunedPlan` or a table like a plan file: its settings, under the keys given
     beside it; the attribute then holds its record), `total_steps` (the optimizer steps of the whole run), `final_exact` (the last share of them in which
-    no output is sampled), `lowering` (the code that runs sampled products: auto | inductor | triton | cuda, the last two on GPUs), `inductor` (Inductor's own
-    options, `mode` included). Frozen, hashable, deep-copyable, picklable. Raises `ConfigError`.
+    no output is sampled), `lowering` (the code that runs sampled products: auto | inductor | triton | cuda, the last two on GPUs), `huge_pages` (whether
+    large new buffers on CPUs ask for them: `pages`), `inductor` (Inductor's own options, `mode` included). Frozen, hashable, deep-copyable,
+    picklable. Raises `ConfigError`.
     """
 
     method: str = "topk"
@@ -468,6 +469,7 @@ class ApproxConfig(_Rules):
     total_steps: int | None = Field(default=None, strict=True, ge=1)
     final_exact: float = Field(default=FINAL_EXACT, strict=True, ge=0, lt=1)
     lowering: str = "auto"
+    huge_pages: bool = True
     inductor: Mapping[str, Any] = Field(default_factory=dict)
 
     def __init__(self, **data: Any) -> None:
@@ -498,7 +500,8 @@ class ApproxConfig(_Rules):
     @classmethod
     def _default_policy(cls, data: Any) -> Any:
         """ "adaptive", unless something says how products are to be sampled: then "cost"."""
-        if isinstance(data, Mapping) and "policy" not in data and (set(data) - {"adaptive", "inductor", "lowering", "total_steps", "final_exact"}):
+        silent = {"adaptive", "inductor", "lowering", "huge_pages", "total_steps", "final_exact"}
+        if isinstance(data, Mapping) and "policy" not in data and set(data) - silent:
             return {**data, "policy": "cost"}
         return data
 

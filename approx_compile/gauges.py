@@ -32,7 +32,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from approx_compile import _torch
+from approx_compile import _torch, pages
 from approx_compile.kernels import available, skip, skip_conv
 from approx_compile.kernels.available import OWN, UNITS
 from approx_compile.kernels.estimators import Estimator, select
@@ -359,9 +359,15 @@ def _fresh(device: str, grid: Grid, clock: Clock) -> Found:
     values = []
     for size in grid.allocated:
         x = _filled(device, torch.float32, int(size) // 4)
-        written, fresh = clock(partial(x.fill_, 0.5)), clock(partial(torch.full_like, x, 0.5))
+        written, fresh = clock(partial(x.fill_, 0.5)), clock(partial(_made, x))
         values.append(size / max(fresh - written, _LEAST_SHARE * written) / 1e9)
     return "fresh", "GB/s", {"allocated": grid.allocated}, tuple(values)
+
+
+def _made(x: Tensor) -> Tensor:
+    """A new tensor like x, written once; on CPUs where compiled code gets its own (`pages`)."""
+    new = pages.empty_strided_cpu(tuple(x.shape), x.stride(), x.dtype) if x.device.type == "cpu" else torch.empty_like(x)
+    return new.fill_(0.5)
 
 
 def _selection(method: str, device: str, grid: Grid, clock: Clock) -> Found:

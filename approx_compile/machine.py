@@ -40,7 +40,7 @@ DEVICES = ("cpu", "cuda")
 _ALLOCATOR = re.compile(r"THP_MEM_ALLOC_ENABLE|LD_PRELOAD|GLIBC_TUNABLES|MALLOC_\w+|TCMALLOC_\w+")
 """Environment variables that change what new memory costs: huge pages in torch's allocator on CPUs, another malloc, its settings."""
 
-FORMAT = 2
+FORMAT = 3
 """Of the file and of what is measured: a file of another format is measured anew."""
 
 _LONGEST_NAME = 200

@@ -1,0 +1,128 @@
+"""Huge pages for large new buffers on CPUs: which graphs ask, for which buffers, and that nothing else changes."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from common import grads, mlp
+from torch import Tensor, nn
+from torch._inductor.custom_graph_pass import CustomSchedulerPass
+from torch._inductor.utils import fresh_cache, run_and_get_code
+
+from approx_compile import ApproxConfig, Backend, pages
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+needs_pages = pytest.mark.skipif(not pages.offered(), reason="this system has no huge pages for programs that ask")
+LINE = "from approx_compile.pages import empty_strided_cpu"
+LARGE, SMALL = 1100, 64
+EXACT = {"policy": "always", "method": "exact"}
+
+
+def code_of(model: nn.Module, x: Tensor, backend: Any) -> list[str]:
+    """The Python code of the forward and of the backward pass."""
+    torch._dynamo.reset()
+    model.zero_grad()
+    f = torch.compile(model, backend=backend)
+
+    def step() -> None:
+        f(x).sum().backward()
+
+    _, code = run_and_get_code(step)
+    assert len(code) == 2
+    return list(code)
+
+
+def flags_at(address: int) -> set[str]:
+    """The kernel's flags of the memory area that an address lies in."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if (area := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)) is not None:
+            inside = int(area[1], 16) <= address < int(area[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return set(line.split()[1:])
+    raise AssertionError("no area of this process has the address")
+
+
+@needs_pages
+def test_graphs_with_large_buffers_ask() -> None:
+    x = torch.randn(1024, LARGE)
+    with fresh_cache():
+        asking = code_of(mlp(LARGE, 1024, 3), x, Backend(EXACT))
+        assert all(LINE in c for c in asking)
+        assert all(c.index(LINE) > c.index("empty_strided_cpu = ") for c in asking)  # the one that counts is the later one
+        assert not any(LINE in c for c in code_of(mlp(SMALL, 64, 3), torch.randn(32, SMALL), Backend(EXACT)))
+        assert not any(LINE in c for c in code_of(mlp(LARGE, 1024, 3), x, Backend(EXACT | {"huge_pages": False})))  # in spite of what the cache has
+        assert not any(LINE in c for c in code_of(mlp(LARGE, 1024, 3), x, "inductor"))
+
+
+@needs_pages
+@pytest.mark.parametrize("settings", [EXACT, {"policy": "always", "ratio": 0.5}], ids=["exact", "sampled"])
+def test_no_value_changes(settings: dict[str, Any]) -> None:
+    x, found = torch.randn(1024, LARGE), []
+    for asks in (False, True):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        model = mlp(LARGE, 1024, 3)
+        torch.compile(model, backend=Backend(settings | {"huge_pages": asks}))(x).square().sum().backward()
+        found.append(grads(model))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@needs_pages
+@pytest.mark.parametrize(
+    ("size", "stride", "dtype"), [((2048, 2048), (2048, 1), torch.float32), ((3, 1000, 1001), (1, 3003, 3), torch.float64), ((2**22,), (1,), torch.int8)]
+)
+def test_a_large_buffer_is_advised(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> None:
+    new = pages.empty_strided_cpu(size, stride, dtype)
+    assert new.shape == size and new.stride() == stride and new.dtype == dtype and new.device.type == "cpu"
+    assert "hg" in flags_at(new.data_ptr() + new.nbytes // 2)
+    new.zero_()
+
+
+@needs_pages
+def test_a_small_buffer_is_not_and_an_empty_one_is_none() -> None:
+    plain = torch.empty(2**24, dtype=torch.int8)  # a mapping of its own
+    small = pages.empty_strided_cpu((1023, 1024), (1024, 1), torch.float32)
+    assert "hg" not in flags_at(plain.data_ptr() + 2**23)
+    assert small.shape == (1023, 1024)
+    assert pages.empty_strided_cpu((0, 2**30), (2**30, 1), torch.float32).numel() == 0
+
+
+def test_systems_without_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    setting = tmp_path / "enabled"
+    monkeypatch.setattr(pages, "_SETTING", setting)
+    for text, asks in (("always [madvise] never", True), ("[always] madvise never", False), ("always madvise [never]", False), (None, False)):
+        setting.unlink(missing_ok=True)
+        if text is not None:
+            setting.write_text(text)
+        pages.offered.cache_clear()
+        monkeypatch.setattr(sys, "platform", "linux")
+        assert pages.offered() is asks
+        assert bool(pages.patches(ApproxConfig(), {})) is asks
+        monkeypatch.setattr(sys, "platform", "darwin")
+        pages.offered.cache_clear()
+        assert not pages.offered()
+    pages.offered.cache_clear()
+
+
+class Theirs(CustomSchedulerPass):
+    def __call__(self, nodes: list[Any]) -> list[Any]:
+        return nodes
+
+    def uuid(self) -> str:
+        return "theirs"
+
+
+@needs_pages
+def test_a_pass_of_the_users_stays() -> None:
+    theirs = Theirs()
+    assert pages.patches(ApproxConfig(), {"_pre_fusion_custom_pass": theirs}) == {}
+    with torch._inductor.config.patch(_pre_fusion_custom_pass=theirs):
+        assert pages.patches(ApproxConfig(), {}) == {}
+    assert isinstance(pages.patches(ApproxConfig(), {})["_pre_fusion_custom_pass"], pages.HugePages)
+    assert pages.patches(ApproxConfig(huge_pages=False), {}) == {}
