@@ -25,8 +25,8 @@ from torch import Tensor
 from approx_compile import _torch
 from approx_compile.config import ApproxConfig
 
-LEAST_BYTES = 4 * 2**20
-"""Two huge pages; from here on a buffer holds a whole one wherever it begins."""
+LEAST_BYTES = 8 * 2**20
+"""Four huge pages, of which a buffer holds three wherever it begins. Less is mostly memory that the process has already, and the advice takes 3 us."""
 
 _LINE = f"from {__name__} import empty_strided_cpu"
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")

@@ -218,10 +218,20 @@ def schedule(rounds: Annotated[int, typer.Option(help="timed periods of each, fo
     """ResNet-20 under Wang and Nelaturu's schedule 3 (all weight gradients of convolutions at every fourth step), mean of a period of four steps; and what
     switching costs: two assignments in turn against four steps of each."""
     cycles: dict[str, Callable[[], None]] = {"inductor": cycle("resnet", None, range(4))}
-    for name, method in {"zero": "zero", "max": "max", "max, tile auto": {"method": "max", "tile": "auto"}}.items():
+    for name, method in {
+        "zero": "zero",
+        "max": "max",
+        "max, tile 8": {"method": "max", "tile": 8, "scale": 0.5},
+        "max, tile auto": {"method": "max", "tile": "auto"},
+    }.items():
         cycles[f"schedule 3, {name}"] = cycle("resnet", {**EXACT, "rules": presets.schedule_3(method)}, range(4))
     torch._dynamo.reset()
-    found = raced(ROW_WORKS["resnet"][0], cycles, rounds, {"schedule 3, zero": 1.05, "schedule 3, max": 1.035, "schedule 3, max, tile auto": 1.035})
+    found = raced(
+        ROW_WORKS["resnet"][0],
+        cycles,
+        rounds,
+        {"schedule 3, zero": 1.05, "schedule 3, max": 1.035, "schedule 3, max, tile 8": 1.035, "schedule 3, max, tile auto": 1.035},
+    )
     torch._dynamo.reset()
     turns = {**EXACT, "rules": [{"layers": "conv", "steps": "1::2", "grad_weight": "zero"}]}
     contest = {"inductor": cycle("resnet", None, range(4)), "in turn": cycle("resnet", turns, range(4))}

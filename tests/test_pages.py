@@ -52,12 +52,12 @@ def flags_at(address: int) -> set[str]:
 def test_graphs_with_large_buffers_ask() -> None:
     x = torch.randn(1024, LARGE)
     with fresh_cache():
-        asking = code_of(mlp(LARGE, 1024, 3), x, Backend(EXACT))
+        asking = code_of(mlp(LARGE, 2048, 3), x, Backend(EXACT))
         assert all(LINE in c for c in asking)
         assert all(c.index(LINE) > c.index("empty_strided_cpu = ") for c in asking)  # the one that counts is the later one
         assert not any(LINE in c for c in code_of(mlp(SMALL, 64, 3), torch.randn(32, SMALL), Backend(EXACT)))
-        assert not any(LINE in c for c in code_of(mlp(LARGE, 1024, 3), x, Backend(EXACT | {"huge_pages": False})))  # in spite of what the cache has
-        assert not any(LINE in c for c in code_of(mlp(LARGE, 1024, 3), x, "inductor"))
+        assert not any(LINE in c for c in code_of(mlp(LARGE, 2048, 3), x, Backend(EXACT | {"huge_pages": False})))  # in spite of what the cache has
+        assert not any(LINE in c for c in code_of(mlp(LARGE, 2048, 3), x, "inductor"))
 
 
 @needs_pages
@@ -67,7 +67,7 @@ def test_no_value_changes(settings: dict[str, Any]) -> None:
     for asks in (False, True):
         torch.manual_seed(0)
         torch._dynamo.reset()
-        model = mlp(LARGE, 1024, 3)
+        model = mlp(LARGE, 2048, 3)
         torch.compile(model, backend=Backend(settings | {"huge_pages": asks}))(x).square().sum().backward()
         found.append(grads(model))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -75,7 +75,7 @@ def test_no_value_changes(settings: dict[str, Any]) -> None:
 
 @needs_pages
 @pytest.mark.parametrize(
-    ("size", "stride", "dtype"), [((2048, 2048), (2048, 1), torch.float32), ((3, 1000, 1001), (1, 3003, 3), torch.float64), ((2**22,), (1,), torch.int8)]
+    ("size", "stride", "dtype"), [((2048, 2048), (2048, 1), torch.float32), ((3, 1000, 1001), (1, 3003, 3), torch.float64), ((2**23,), (1,), torch.int8)]
 )
 def test_a_large_buffer_is_advised(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> None:
     new = pages.empty_strided_cpu(size, stride, dtype)
@@ -87,9 +87,9 @@ def test_a_large_buffer_is_advised(size: tuple[int, ...], stride: tuple[int, ...
 @needs_pages
 def test_a_small_buffer_is_not_and_an_empty_one_is_none() -> None:
     plain = torch.empty(2**24, dtype=torch.int8)  # a mapping of its own
-    small = pages.empty_strided_cpu((1023, 1024), (1024, 1), torch.float32)
+    small = pages.empty_strided_cpu((2047, 1024), (1024, 1), torch.float32)
     assert "hg" not in flags_at(plain.data_ptr() + 2**23)
-    assert small.shape == (1023, 1024)
+    assert small.shape == (2047, 1024)
     assert pages.empty_strided_cpu((0, 2**30), (2**30, 1), torch.float32).numel() == 0
 
 
