@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from approx_compile import Backend, explain
 from approx_compile.backend import run_as_is
 from approx_compile.kernels.replacements import _EXACT, Replacement, _divided, _entries
-from approx_compile.passes.replacements import _small_tile
+from approx_compile.passes.replacements import small_tile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 aten = torch.ops.aten
@@ -218,8 +218,8 @@ def test_tiles_between_the_image_and_its_places() -> None:
         ((0, 8), 4, 0),
     ],
 )
-def test_small_tiles(sizes: tuple[int, ...], tile: int, entries: int) -> None:
-    assert _small_tile(sizes) == tile
+def testsmall_tiles(sizes: tuple[int, ...], tile: int, entries: int) -> None:
+    assert small_tile(sizes) == tile
     assert Replacement("max", tile=tile).entries(sizes) == entries
 
 

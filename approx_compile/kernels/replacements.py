@@ -93,14 +93,15 @@ def max_conv_weight(x: Tensor, dy: Tensor, how: Replacement, conv: Geometry) -> 
     """
     place, value = _entries(dy, how)
     samples, inputs, outputs = x.shape[0], x.shape[1] // conv.groups, dy.shape[1]
-    pixel, inside = _taps(place.unsqueeze(1), tuple(x.shape[2:]), tuple(dy.shape[2:]), conv)  # (O, T, N, J)
-    sample = torch.arange(samples, device=x.device).reshape(-1, 1)
-    group = (torch.arange(outputs, device=x.device) // (outputs // conv.groups)).reshape(-1, 1, 1, 1)
+    taps = math.prod(conv.kernel)
+    whole = _index_dtype(samples, math.prod(x.shape[2:]) * conv.groups, outputs * taps * place.shape[-1])
+    pixel, inside = _taps(place.unsqueeze(1), tuple(x.shape[2:]), tuple(dy.shape[2:]), conv, whole)  # (O, T, N, J)
+    sample = torch.arange(samples, dtype=whole, device=x.device).reshape(-1, 1)
+    group = (torch.arange(outputs, dtype=whole, device=x.device) // (outputs // conv.groups)).reshape(-1, 1, 1, 1)
     row = (sample * math.prod(x.shape[2:]) + pixel) * conv.groups + group
     weight = torch.where(inside, value.unsqueeze(1), 0)
     table = x.movedim(1, -1).reshape(-1, inputs)
-    taps = math.prod(conv.kernel)
-    offsets = torch.arange(outputs * taps, device=x.device) * (samples * place.shape[-1])
+    offsets = torch.arange(outputs * taps, dtype=whole, device=x.device) * (samples * place.shape[-1])
     df = bags(table, row.flatten(), weight.flatten(), offsets)
     if not conv.transposed:
         return df.reshape(outputs, *conv.kernel, inputs).movedim(-1, 1)
@@ -163,7 +164,12 @@ def _run(length: int) -> int | None:
     return min(divisors, key=lambda r: abs(r - 64), default=None)
 
 
-def _taps(place: Tensor, size: tuple[int, ...], out: tuple[int, ...], conv: Geometry) -> tuple[Tensor, Tensor]:
+def _index_dtype(samples: int, *each: int) -> torch.dtype:
+    """int32, which C++ code makes in vectors, where it can count so many of each in all samples; a symbolic number of samples is not to be asked."""
+    return torch.int32 if isinstance(samples, int) and samples * max(each) < 2**31 else torch.int64
+
+
+def _taps(place: Tensor, size: tuple[int, ...], out: tuple[int, ...], conv: Geometry, whole: torch.dtype) -> tuple[Tensor, Tensor]:
     """The input pixel that every tap of the kernel has at an output place: place (O, 1, N, J) -> pixels (O, T, N, J), and which lie in the image.
 
     Per dim: at = place stride + tap dilation - padding; transposed: at = (place + padding - tap dilation) / stride where that is whole.
@@ -185,7 +191,7 @@ def _taps(place: Tensor, size: tuple[int, ...], out: tuple[int, ...], conv: Geom
         inside = inside & (at == nearest)
         pixel = pixel + nearest * step
         step *= size[d]
-    return pixel.long(), inside
+    return pixel.to(whole), inside
 
 
 def _divided(n: Tensor, by: int) -> tuple[Tensor, Tensor]:

@@ -51,7 +51,7 @@ def choose(site: Site, product: Product, wanted: ProductSettings) -> Choice:
     if wanted.tile is not None:
         if site.node.target not in CONV:
             return Choice(None, size, size, "max with tile is for convolutions, whose output gradients are images; j is for linear layers")
-        how = replace(how, tile=_small_tile(sizes) if wanted.tile == "auto" else wanted.tile)
+        how = replace(how, tile=small_tile(sizes) if wanted.tile == "auto" else wanted.tile)
     kept = how.entries(sizes)
     if kept >= size:
         asked = f"j {how.j}" if how.tile is None else f"tile {how.tile}"
@@ -65,7 +65,7 @@ def choose(site: Site, product: Product, wanted: ProductSettings) -> Choice:
     return Choice(how, kept, size, words if wanted.lowering == "auto" else f"{words}, by inductor: {why}")
 
 
-def _small_tile(sizes: Sequence[int]) -> int:
+def small_tile(sizes: Sequence[int]) -> int:
     """The smallest tile that is worth it: on CPUs the sum of patches takes as long as the exact product at some 16 entries a channel, and
     finding the largest of less than 4 places by side as long as that."""
     return next(t for t in itertools.count(4) if Replacement("max", tile=t).entries(sizes) <= 16)
