@@ -133,6 +133,7 @@ def test_max_through_inductor() -> None:
     assert conv_case("conv2d_rectangular", torch.float32, False, lowering=None) < 1e-6
     assert conv_case("conv2d_large", torch.float32, False, lowering=None, tile=9) < 1e-6
     assert conv_case("conv2d", torch.float32, True, lowering=None, tile=2) < 1e-6
+    assert conv_case("conv2d_large", torch.float32, True, lowering=None, tile=8) < 1e-6
     assert conv_case("transposed2d_grouped", torch.float32, True, j=2, lowering=None) < 1e-6
 
 
@@ -223,17 +224,32 @@ def testsmall_tiles(sizes: tuple[int, ...], tile: int, entries: int) -> None:
     assert Replacement("max", tile=tile).entries(sizes) == entries
 
 
-@pytest.mark.parametrize("shape", [(4, 3, 12), (4, 3, 9, 7), (2, 3, 4, 5, 3)])
-def test_ties_and_nan_in_tiles(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("shape", "tile", "channels_last"),
+    [
+        ((4, 3, 12), 2, False),
+        ((4, 3, 9, 7), 2, False),
+        ((4, 3, 9, 7), 2, True),
+        ((3, 5, 21, 18), 8, False),
+        ((3, 5, 21, 18), 8, True),
+        ((3, 5, 27, 23), 11, True),
+        ((2, 3, 4, 5, 3), 2, False),
+        ((2, 3, 9, 17, 5), 12, True),
+    ],
+)
+def test_ties_and_nan_in_tiles(shape: tuple[int, ...], tile: int, channels_last: bool) -> None:
     """Of equal magnitudes the first place of the tile counts, NaN before all; a tile of zeros has nothing to give, at a place inside the image."""
     dy = torch.randint(-2, 3, shape).float()
     dy[0, 1] = 0
     dy[1, 2, shape[2] // 2] = math.nan
     dy[2 % shape[0], 0, -1], dy[0, 0, 0] = math.inf, -math.inf
-    place, value = _entries(dy, Replacement("max", tile=2))
+    dy = dy.contiguous(memory_format=LAYOUTS[dy.dim()]) if channels_last else dy
+    place, value = _entries(dy, Replacement("max", tile=tile))
     flat = dy.flatten(2)
     size = torch.where(flat.isnan(), math.nan, flat.abs())
-    for i, own in enumerate(tiles(shape[2:], 2)):
+    masks = list(tiles(shape[2:], tile))
+    assert place.shape == value.shape == (shape[1], shape[0], len(masks))
+    for i, own in enumerate(masks):
         inside = torch.from_numpy(own.ravel())
         first = torch.where(inside, size, -1).argmax(-1)
         assert torch.equal(place[..., i], first.t())

@@ -13,6 +13,7 @@ M rows, K inputs, N outputs.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -116,10 +117,11 @@ _LONG = 512
 def _entries(dy: Tensor, how: Replacement) -> tuple[Tensor, Tensor]:
     """Where the chosen entries of dy (N, O, *out) are, as flat places, and their values in the accumulator's precision: (O, N, J) each."""
     if how.tile is not None:
-        in_vectors = dy.device.type == "cpu" and how.tile < _UNROLLED
+        steps = _steps(how.tile)
+        in_vectors = dy.device.type == "cpu" and max(steps) < _UNROLLED and (len(steps) == 1 or dy.stride(1) == 1)
         if in_vectors:  # across channels: a tile's own places are too few
             dy = _torch.laid_out(dy, (0, *range(2, dy.dim()), 1))
-        found = tuple(t.transpose(0, 1) for t in _largest_of_tiles(dy, how.tile))
+        found = tuple(t.transpose(0, 1) for t in _largest_of_tiles(dy, steps if in_vectors else [how.tile]))
         place, value = (_torch.laid_out(t, range(3)) for t in found) if in_vectors else found
         return place, value * how.scale
     flat = dy.flatten(2)
@@ -140,18 +142,29 @@ def _entries(dy: Tensor, how: Replacement) -> tuple[Tensor, Tensor]:
     return place, value * how.scale
 
 
-def _largest_of_tiles(dy: Tensor, tile: int) -> tuple[Tensor, Tensor]:
-    """Where the largest entry of every tile of dy (N, O, *out) is, of equal ones the first, and the tile's sum: (N, O, J) each.
+def _steps(tile: int) -> list[int]:
+    """Factors of a tile's side that Inductor writes out, the smallest first; where there are none, the side itself."""
+    steps, rest = [], tile
+    for factor in range(_UNROLLED - 1, 1, -1):
+        while rest % factor == 0:
+            steps.append(factor)
+            rest //= factor
+    return steps[::-1] if rest == 1 and steps else [tile]
+
+
+def _largest_of_tiles(dy: Tensor, steps: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Where the largest entry of every tile of dy (N, O, *out) is, of equal ones the first, and the tile's sum: (N, O, J) each. `steps`: factors of a
+    tile's side.
 
     A dim at a time, so that all but the last of them go through rows side by side, and places are floats, which compare in vectors.
     """
     size, value = dy.abs(), dy.to(torch.float64 if dy.dtype == torch.float64 else torch.float32)
     count = math.prod(dy.shape[2:])
     place = torch.arange(count, dtype=torch.float32 if count <= _EXACT else torch.float64, device=dy.device).reshape(dy.shape[2:]).expand(dy.shape)
-    for d in range(2, dy.dim()):
-        parts = -(-size.shape[d] // tile)
-        room = [0, 0] * (dy.dim() - 1 - d) + [0, parts * tile - size.shape[d]]
-        size, value, place = (torch.nn.functional.pad(t, room, value=v).unflatten(d, (parts, tile)) for t, v in ((size, -1.0), (value, 0.0), (place, 0.0)))
+    for d, part in itertools.product(range(2, dy.dim()), steps):
+        parts = -(-size.shape[d] // part)
+        room = [0, 0] * (dy.dim() - 1 - d) + [0, parts * part - size.shape[d]]
+        size, value, place = (torch.nn.functional.pad(t, room, value=v).unflatten(d, (parts, part)) for t, v in ((size, -1.0), (value, 0.0), (place, 0.0)))
         top = size.amax(d + 1, keepdim=True)
         place = torch.where((size == top) | (size != size), place, torch.inf).amin(d + 1)
         size, value = top.squeeze(d + 1), value.sum(d + 1)
