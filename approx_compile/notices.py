@@ -120,10 +120,7 @@ def _summary(plan: Plan, config: ApproxConfig, assignments: int) -> dict[str, An
 def _what(plan: Plan, config: ApproxConfig, assignments: int) -> str:
     decisions = [{p.decision for p in s.products} for s in plan.sites]
     own, rows, replaced = (sum(bool(d & kinds) for d in decisions) for kinds in ({"sampled", "coupled"}, {"rows"}, {"replaced"}))
-    ratio = f"ratio {config.ratio:g}" if len(config.rungs()) == 1 else "at the ratio that the gradient's error allows"
-    by = "by rule" if config.plan is None else "by a tuned plan"
-    how = f"{config.method}, {ratio}" if config.method != "exact" else by
-    said = [f"{own} of {len(plan.sites)} sites of {{name}} are sampled ({how})"] if own or not (rows or replaced) else []
+    said = [f"{own} of {len(plan.sites)} sites of {{name}} are sampled ({_how(plan, config)})"] if own or not (rows or replaced) else []
     if replaced:
         said.append(f"gradients of {replaced} of {len(plan.sites)} sites of {{name}} are replaced")
     if rows:
@@ -132,6 +129,18 @@ def _what(plan: Plan, config: ApproxConfig, assignments: int) -> str:
     if assignments > 1:
         said.append(f"these are the most of {assignments} assignments that its steps and phases go through")
     return "; ".join(said)
+
+
+def _how(plan: Plan, config: ApproxConfig) -> str:
+    """By what methods and ratios; where nothing is sampled, by those that the settings at the top have."""
+    if config.plan is not None:
+        return "by a tuned plan"
+    found = [p for s in plan.sites for p in s.products if p.decision == "sampled"]
+    methods = sorted({p.method for p in found}) or [config.method]
+    ratios = sorted({p.ratio for p in found}) or [config.ratio]
+    if len(config.rungs()) > 1:
+        return f"{', '.join(methods)}, at the ratio that the gradient's error allows"
+    return f"{', '.join(methods)}, ratio {ratios[0]:g}" + (f" to {ratios[-1]:g}" if len(ratios) > 1 else "")
 
 
 def _shapes_key(uuid: str, text: str, example_inputs: Sequence[Any]) -> str:

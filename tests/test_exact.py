@@ -201,6 +201,26 @@ def test_one_notice_says_how_many(capfd: pytest.CaptureFixture[str]) -> None:
     assert text.count("2 of 2 sites of Sequential are sampled") == 1 and "APPROX_COMPILE_DISABLE=1" in text
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"sampling": "backward", "grad_input": "exact", "grad_weight": {"method": "bernoulli", "ratio": 0.25}},
+            "2 of 2 sites of Sequential are sampled (bernoulli, ratio 0.25)",
+        ),
+        ({"rules": [{"layers": "0", "ratio": 0.25}, {"layers": "1", "method": "crs"}]}, "are sampled (crs, topk, ratio 0.25 to 0.5)"),
+        (
+            {"method": "exact", "rules": [{"layers": "1", "output": {"method": "uniform", "ratio": 0.75}}]},
+            "1 of 2 sites of Sequential are sampled (uniform, ratio 0.75)",
+        ),
+    ],
+)
+def test_the_notice_says_how(options: dict[str, Any], words: str, capfd: pytest.CaptureFixture[str]) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    torch.compile(model, backend=Backend({"policy": "always"} | options, inner_compile=run_as_is))(torch.randn(32, 64))
+    assert words in capfd.readouterr().err
+
+
 def test_user_passes_run_first() -> None:
     ran: list[str] = []
 
