@@ -137,6 +137,38 @@ def test_max_through_inductor() -> None:
     assert conv_case("transposed2d_grouped", torch.float32, True, j=2, lowering=None) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("dtype", "f", "keys"),
+    [
+        (torch.float32, lambda y: (y.abs() + 0.1) ** 2.5, {"tile": 9}),
+        (torch.float32, lambda y: (y.abs() + 0.1) ** 2.5, {}),
+        (torch.bfloat16, lambda y: (y * 0.1).exp(), {}),
+        (torch.bfloat16, lambda y: (y * 0.1).exp(), {"tile": 9}),
+        (torch.bfloat16, lambda y: (y * 0.1).exp(), {"tile": 4}),
+    ],
+)
+def test_max_of_a_gradient_that_nobody_else_reads(dtype: torch.dtype, f: Callable[[Tensor], Tensor], keys: dict[str, Any]) -> None:
+    """Below a first layer the output gradient need not be a buffer: then Inductor computes it anew wherever it is read, and not always to the same bits.
+    The gradient's entries are far apart: in bf16 what is rounded earlier would else be largest elsewhere."""
+    x, found = torch.randn(3, 2, 15, 16).to(dtype), list[Tensor]()
+    apart = 1.1 ** torch.rand(3, 9, 13 * 14).argsort(-1).reshape(3, 9, 13, 14)
+    for lowering in (run_as_is, None):
+        torch.manual_seed(5)
+        model = nn.Sequential(nn.Conv2d(2, 9, 3).to(dtype), Elementwise(f))
+        run(model, options({"method": "max"} | keys), lowering)(x).backward(apart.to(dtype))
+        found.append(grads(model)[0].double())
+    assert relative(found[1], found[0]) < {torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype]
+
+
+class Elementwise(nn.Module):
+    def __init__(self, f: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.f = f
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(x)
+
+
 def test_max_between_one_entry_and_all() -> None:
     """The values of a channel always have its sum, so j = all the places is the exact product (and left to it)."""
     conv, x = nn.Conv2d(3, 4, 3, bias=False), torch.randn(5, 3, 5, 4)

@@ -70,13 +70,20 @@ _UNROLLED = 8
 """Up to here Inductor writes the comparisons out, in every place that reads the result, and so again for every tap."""
 
 
+def stored(dy: Tensor) -> Tensor:
+    """The same values in fp32 (fp64 for fp64) as a buffer, in the same order in memory. What is compared with its own largest entry must be the same numbers
+    on both sides: what is no buffer Inductor computes anew in each, here rounded and there not, here in vectors and there not."""
+    wide = dy.to(torch.float64 if dy.dtype == torch.float64 else torch.float32)
+    return _torch.laid_out(wide, sorted(range(dy.dim()), key=lambda d: -_torch.hint(dy.stride(d))))
+
+
 def largest(dy: Tensor, j: int) -> Tensor:
     """Indices of the j entries of largest magnitude along the last dim, (.., L) -> (.., j); NaN counts as the largest, of equal ones (j = 1) the first."""
-    size = dy.abs()
     if j > 1:
-        return size.topk(j, dim=-1, sorted=False).indices
-    if dy.device.type != "cpu" or not _UNROLLED < size.shape[-1] <= _EXACT:
-        return size.argmax(-1, keepdim=True)
+        return dy.abs().topk(j, dim=-1, sorted=False).indices
+    if dy.device.type != "cpu" or not _UNROLLED < dy.shape[-1] <= _EXACT:
+        return dy.abs().argmax(-1, keepdim=True)
+    size = stored(dy).abs()
     # in what Inductor's C++ code does in vectors: largest and smallest values, and places as floats
     found = (size == size.amax(-1, keepdim=True)) | (size != size)
     return torch.where(found, torch.arange(size.shape[-1], dtype=torch.float32, device=dy.device), torch.inf).amin(-1, keepdim=True).long()
@@ -119,6 +126,7 @@ def _entries(dy: Tensor, how: Replacement) -> tuple[Tensor, Tensor]:
     if how.tile is not None:
         steps = _steps(how.tile)
         in_vectors = dy.device.type == "cpu" and max(steps) < _UNROLLED and (len(steps) == 1 or dy.stride(1) == 1)
+        dy = stored(dy)
         if in_vectors:  # across channels: a tile's own places are too few
             dy = _torch.laid_out(dy, (0, *range(2, dy.dim()), 1))
         found = tuple(t.transpose(0, 1) for t in _largest_of_tiles(dy, steps if in_vectors else [how.tile]))
@@ -153,12 +161,12 @@ def _steps(tile: int) -> list[int]:
 
 
 def _largest_of_tiles(dy: Tensor, steps: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Where the largest entry of every tile of dy (N, O, *out) is, of equal ones the first, and the tile's sum: (N, O, J) each. `steps`: factors of a
-    tile's side.
+    """Where the largest entry of every tile of dy (N, O, *out) is, of equal ones the first, and the tile's sum: (N, O, J) each. dy is
+    `stored`. `steps`: factors of a tile's side.
 
     A dim at a time, so that all but the last of them go through rows side by side, and places are floats, which compare in vectors.
     """
-    size, value = dy.abs(), dy.to(torch.float64 if dy.dtype == torch.float64 else torch.float32)
+    size, value = dy.abs(), dy
     count = math.prod(dy.shape[2:])
     place = torch.arange(count, dtype=torch.float32 if count <= _EXACT else torch.float64, device=dy.device).reshape(dy.shape[2:]).expand(dy.shape)
     for d, part in itertools.product(range(2, dy.dim()), steps):
