@@ -13,10 +13,14 @@ import sympy
 import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass  # the base classes that Inductor's caches ask for
-from torch._inductor.custom_graph_pass import CustomSchedulerPass as CustomSchedulerPass
 
 empty_strided_cpu: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor] = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]
 """What the code that Inductor writes allocates with; sizes and strides must be plain tuples."""
+
+try:
+    from torch._inductor.custom_graph_pass import CustomSchedulerPass as CustomSchedulerPass
+except ImportError:  # before torch 2.13 the caches asked the passes of the scheduler, too, for the other class
+    CustomSchedulerPass = CustomGraphPass  # type: ignore[assignment, misc]
 
 try:
     from torch._dynamo.exc import ShortenTraceback

@@ -98,7 +98,8 @@ class Candidates:
 
     @property
     def _top(self) -> dict[str, Any]:
-        own = {"policy": "always"} | ({"lowering": self.base.lowering} if self.base.lowering != "auto" else {})
+        own: dict[str, Any] = {"policy": "always"} | ({"lowering": self.base.lowering} if self.base.lowering != "auto" else {})
+        own |= {} if self.base.huge_pages else {"huge_pages": False}
         return own | ({"inductor": dict(self.base.inductor)} if self.base.inductor else {})
 
     def _rule(self, planned: tuple[SitePlan, ...], site: SitePlan, keys: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, model_validator
 from rich.table import Table as RichTable
 
-from approx_compile import _torch, gauges, precision
+from approx_compile import _torch, gauges, pages, precision
 from approx_compile.config import ConfigError
 
 FILE = "APPROX_COMPILE_MACHINE"
@@ -249,7 +249,7 @@ def _key(device: str) -> tuple[str, str, int, str]:
 
 @functools.cache
 def device_name(device: str) -> str:
-    """The accelerator's name ("cuda"), or the processor's ("cpu") and what the environment sets of its memory: "AMD EPYC, THP_MEM_ALLOC_ENABLE=1"."""
+    """The accelerator's name ("cuda"), or the processor's ("cpu") and what is set of its memory: "AMD EPYC, THP_MEM_ALLOC_ENABLE=1"."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     try:
@@ -257,7 +257,8 @@ def device_name(device: str) -> str:
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
-    return ", ".join([name, *(f"{k}={v}" for k, v in sorted(os.environ.items()) if v and _ALLOCATOR.fullmatch(k))])
+    never = ["transparent_hugepage=never"] if pages.setting() == "never" else []
+    return ", ".join([name, *never, *(f"{k}={v}" for k, v in sorted(os.environ.items()) if v and _ALLOCATOR.fullmatch(k))])
 
 
 def _stored(path: Path, say: Notice, key: tuple[str, str, int, str]) -> Machine | None:

@@ -1,9 +1,10 @@
 """Large new buffers of compiled code on CPUs lie on huge pages.
 
-What a training step writes is mostly new memory: activations and gradients live for one step, and the C library returns large blocks to the system at
-once. The system hands them out anew in pages of 4 KiB, each of them a fault and a page to clear, at a few GB/s; in pages of 2 MiB (Linux's transparent
-huge pages) that is several times as fast. Where the system leaves it to programs ("madvise", as most distributions do), a program has to ask, and
-Inductor's code does not (torch's own allocator does for all of a process, with THP_MEM_ALLOC_ENABLE=1). No value changes, and no block gets larger.
+What a training step writes is mostly new memory: activations and gradients live for one step, and the C library returns the largest blocks, and what is
+left free at the end of its heap, to the system. The system hands it out anew in pages of 4 KiB, each of them a fault and a page to clear, at a few GB/s;
+in pages of 2 MiB (Linux's transparent huge pages) that is several times as fast. Where the system leaves it to programs ("madvise", as most
+distributions do), a program has to ask, and Inductor's code does not (torch's own allocator does for all of a process, with THP_MEM_ALLOC_ENABLE=1). No
+value changes, and no block gets larger. Results that ATen allocates itself, such as a convolution's, take no part.
 
 `HugePages` puts one line into the Python code that Inductor writes for a graph with large buffers: it allocates through `empty_strided_cpu` here.
 """
@@ -14,6 +15,7 @@ import ctypes
 import functools
 import hashlib
 import mmap
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,12 +56,16 @@ def patches(config: ApproxConfig, given: Mapping[str, Any]) -> dict[str, Any]:
 @functools.cache
 def offered() -> bool:
     """Whether this system has huge pages for programs that ask: Linux, where it is set so."""
-    if not sys.platform.startswith("linux") or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return False
+    return hasattr(mmap, "MADV_HUGEPAGE") and setting() == "madvise"
+
+
+def setting() -> str | None:
+    """Who gets huge pages: "always" (all), "madvise" (who asks), "never" (nobody); None where there is no such setting."""
     try:
-        return "[madvise]" in _SETTING.read_text()
+        chosen = re.search(r"\[(\w+)\]", _SETTING.read_text()) if sys.platform.startswith("linux") else None
     except OSError:
-        return False
+        return None
+    return chosen[1] if chosen is not None else None
 
 
 def _advised(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 import sys
 from pathlib import Path
@@ -85,12 +86,16 @@ def test_a_large_buffer_is_advised(size: tuple[int, ...], stride: tuple[int, ...
 
 
 @needs_pages
-def test_a_small_buffer_is_not_and_an_empty_one_is_none() -> None:
-    plain = torch.empty(2**24, dtype=torch.int8)  # a mapping of its own
-    small = pages.empty_strided_cpu((2047, 1024), (1024, 1), torch.float32)
-    assert "hg" not in flags_at(plain.data_ptr() + 2**23)
-    assert small.shape == (2047, 1024)
+def test_a_small_buffer_is_not_and_an_empty_one_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    advised: list[tuple[int, ...]] = []
+    monkeypatch.setattr(pages, "_madvise", lambda: lambda *args: advised.append(args))
+    assert pages.empty_strided_cpu((2047, 1024), (1024, 1), torch.float32).shape == (2047, 1024)
     assert pages.empty_strided_cpu((0, 2**30), (2**30, 1), torch.float32).numel() == 0
+    assert not advised
+    new = pages.empty_strided_cpu((2048, 1024), (1024, 1), torch.float32)
+    ((first, length, advice),) = advised
+    assert first % mmap.PAGESIZE == length % mmap.PAGESIZE == 0 and advice == mmap.MADV_HUGEPAGE
+    assert new.data_ptr() <= first < first + length <= new.data_ptr() + new.nbytes and length > new.nbytes - 2 * mmap.PAGESIZE
 
 
 def test_systems_without_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -103,6 +108,7 @@ def test_systems_without_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         pages.offered.cache_clear()
         monkeypatch.setattr(sys, "platform", "linux")
         assert pages.offered() is asks
+        assert pages.setting() == (text and text.split("[")[1].split("]")[0])
         assert bool(pages.patches(ApproxConfig(), {})) is asks
         monkeypatch.setattr(sys, "platform", "darwin")
         pages.offered.cache_clear()
