@@ -45,6 +45,8 @@ OTHER_MAX = {
     "schedule 3 max tile 4": {"tile": 4},
     "schedule 3 max tile 8 scale .5": {"tile": 8, "scale": 0.5},
     "schedule 3 max tile auto": {"tile": "auto"},
+    "schedule 3 max tile 16 scale .5": {"tile": 16, "scale": 0.5},
+    "schedule 3 max tile 16 scale .25": {"tile": 16, "scale": 0.25},
 }
 """A channel's whole sum at one place makes a gradient that is longer than the exact one and not very like it. Against that: more entries, a factor, an
 entry for every tile."""
