@@ -132,6 +132,8 @@ def test_max_is_algorithm_1(name: str) -> None:
 def test_max_through_inductor() -> None:
     assert conv_case("conv2d_rectangular", torch.float32, False, lowering=None) < 1e-6
     assert conv_case("conv2d_large", torch.float32, False, lowering=None, tile=9) < 1e-6
+    for tile in (4, 8, 16):
+        assert conv_case("conv2d_large", torch.float32, False, lowering=None, tile=tile) < 1e-6
     assert conv_case("conv2d", torch.float32, True, lowering=None, tile=2) < 1e-6
     assert conv_case("conv2d_large", torch.float32, True, lowering=None, tile=8) < 1e-6
     assert conv_case("transposed2d_grouped", torch.float32, True, j=2, lowering=None) < 1e-6
@@ -265,6 +267,10 @@ def testsmall_tiles(sizes: tuple[int, ...], tile: int, entries: int) -> None:
         ((3, 5, 21, 18), 8, False),
         ((3, 5, 21, 18), 8, True),
         ((3, 5, 27, 23), 11, True),
+        ((4, 3, 9, 7), 4, False),
+        ((3, 5, 15, 18), 7, False),
+        ((3, 5, 21, 18), 16, False),
+        ((2, 3, 37, 70), 32, False),
         ((2, 3, 4, 5, 3), 2, False),
         ((2, 3, 9, 17, 5), 12, True),
     ],

@@ -124,13 +124,8 @@ _LONG = 512
 def _entries(dy: Tensor, how: Replacement) -> tuple[Tensor, Tensor]:
     """Where the chosen entries of dy (N, O, *out) are, as flat places, and their values in the accumulator's precision: (O, N, J) each."""
     if how.tile is not None:
-        steps = _steps(how.tile)
-        in_vectors = dy.device.type == "cpu" and max(steps) < _UNROLLED and (len(steps) == 1 or dy.stride(1) == 1)
-        dy = stored(dy)
-        if in_vectors:  # across channels: a tile's own places are too few
-            dy = _torch.laid_out(dy, (0, *range(2, dy.dim()), 1))
-        found = tuple(t.transpose(0, 1) for t in _largest_of_tiles(dy, steps if in_vectors else [how.tile]))
-        place, value = (_torch.laid_out(t, range(3)) for t in found) if in_vectors else found
+        found = _largest_of_tiles(stored(dy), _reductions(dy, how.tile))
+        place, value = (_torch.laid_out(t.transpose(0, 1), range(3)) for t in found)
         return place, value * how.scale
     flat = dy.flatten(2)
     wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
@@ -150,6 +145,26 @@ def _entries(dy: Tensor, how: Replacement) -> tuple[Tensor, Tensor]:
     return place, value * how.scale
 
 
+LAY_OUT = None
+"""Among the steps of `_largest_of_tiles`: put channels side by side."""
+
+
+def _reductions(dy: Tensor, tile: int) -> list[tuple[int, int] | None]:
+    """The steps of `_largest_of_tiles`, by what Inductor's C++ code does in vectors: entries of rows, or of channels, that lie side by side, not a few
+    neighbours in one row. Steps under `_UNROLLED` are written out, so that four rows of pairs are one pass over eight. Images in NCHW are turned when a
+    tile's first rows have become one, and there is less of them."""
+    dims = range(2, dy.dim())
+    steps = _steps(tile)
+    if dy.device.type == "cpu" and max(steps) < _UNROLLED:
+        if dy.stride(1) == 1 or (len(steps) == 1 and (dy.dim() != 4 or tile < 4)):
+            return [LAY_OUT, *itertools.product(dims, steps)]
+        if dy.dim() == 4 and len(steps) == 1:
+            return [(2, tile), LAY_OUT, (3, tile)]
+        if dy.dim() == 4 and tile & (tile - 1) == 0:
+            return [(2, 2), (2, 4), LAY_OUT, *([(3, 4), (3, 2)] if tile == 8 else [(2, tile // 8), (3, tile)])]
+    return [(d, tile) for d in dims]
+
+
 def _steps(tile: int) -> list[int]:
     """Factors of a tile's side that Inductor writes out, the smallest first; where there are none, the side itself."""
     steps, rest = [], tile
@@ -160,16 +175,23 @@ def _steps(tile: int) -> list[int]:
     return steps[::-1] if rest == 1 and steps else [tile]
 
 
-def _largest_of_tiles(dy: Tensor, steps: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _largest_of_tiles(dy: Tensor, steps: Sequence[tuple[int, int] | None]) -> tuple[Tensor, Tensor]:
     """Where the largest entry of every tile of dy (N, O, *out) is, of equal ones the first, and the tile's sum: (N, O, J) each. dy is
-    `stored`. `steps`: factors of a tile's side.
+    `stored`. `steps`: dims in their order and how many neighbours become one; those of a dim make the tile's side.
 
-    A dim at a time, so that all but the last of them go through rows side by side, and places are floats, which compare in vectors.
+    Places are floats, which compare in vectors.
     """
+    channels_last = (0, *range(2, dy.dim()), 1)
+    if steps[0] is LAY_OUT:
+        dy, steps = _torch.laid_out(dy, channels_last), steps[1:]
     size, value = dy.abs(), dy
     count = math.prod(dy.shape[2:])
     place = torch.arange(count, dtype=torch.float32 if count <= _EXACT else torch.float64, device=dy.device).reshape(dy.shape[2:]).expand(dy.shape)
-    for d, part in itertools.product(range(2, dy.dim()), steps):
+    for step in steps:
+        if step is LAY_OUT:
+            size, value, place = (_torch.laid_out(t, channels_last) for t in (size, value, place))
+            continue
+        d, part = step
         parts = -(-size.shape[d] // part)
         room = [0, 0] * (dy.dim() - 1 - d) + [0, parts * part - size.shape[d]]
         size, value, place = (torch.nn.functional.pad(t, room, value=v).unflatten(d, (parts, part)) for t, v in ((size, -1.0), (value, 0.0), (place, 0.0)))
