@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from approx_compile import _torch
-from approx_compile.config import LEAST_ROWS, ApproxConfig, RowSettings
+from approx_compile.config import ApproxConfig
 from approx_compile.control import RowControl, control_for
 from approx_compile.kernels.rows import Rows, choose, gathered, row_norms_sq, scattered
 from approx_compile.passes.batch_norm import WEIGHTS
 from approx_compile.passes.stages import ALL, SAVED, Entry, Result, Split
+from approx_compile.settings import LEAST_ROWS, RowSettings
 
 MEMORY = 1024
 """Sizes for which shapes and legal numbers of rows are remembered."""

@@ -8,10 +8,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from approx_compile.config import ApproxConfig, ConfigError, Rule
+from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.passes.plan import LAST, RAW, match_rules
 from approx_compile.passes.planned import SitePlan
 from approx_compile.patterns import Pattern
+from approx_compile.tables import Rule
 from approx_compile.trials import Trials
 
 _DETERMINISTIC = ("topk", "topk_weights", "zero", "max", "exact")

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from approx_compile.config import AdaptiveTable
 from approx_compile.kernels.rows import needed
+from approx_compile.tables import AdaptiveTable
 
 log = logging.getLogger("approx_compile")
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from approx_compile import _torch
 from approx_compile.backward import all_rows
-from approx_compile.config import AdaptiveTable
 from approx_compile.control import OutputControl, control_for
 from approx_compile.once import warn_once
+from approx_compile.tables import AdaptiveTable
 
 
 class Outputs:

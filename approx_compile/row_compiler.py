@@ -17,9 +17,10 @@ from torch import Tensor, fx, nn
 
 from approx_compile import _torch
 from approx_compile.backward import Controls, RowBackward
-from approx_compile.config import ApproxConfig, RowSettings
+from approx_compile.config import ApproxConfig
 from approx_compile.passes.row_rules import Layout
 from approx_compile.passes.stages import ALL, SAVED, Cut, Entry, Outlook, Split, outlook, output_layouts, split, tangent_layouts
+from approx_compile.settings import RowSettings
 
 LEAST_SHARE = 0.3
 """Under the policies that look at the cost: the share of the backward pass's FLOPs that must run on the rows kept."""

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import approx_compile
 from approx_compile import Backend, control
 from approx_compile.backend import run_as_is
-from approx_compile.config import LADDER, AdaptiveTable
 from approx_compile.control import WATCH, RowControl, controls
+from approx_compile.tables import LADDER, AdaptiveTable
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_work_counts")
 ADAPTIVE: dict[str, Any] = {"policy": "adaptive", "adaptive": {"tau": 0.1}}

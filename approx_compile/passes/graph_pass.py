@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from approx_compile import _torch, stopwatch
-from approx_compile.config import ApproxConfig, ConfigError, RowSettings
+from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.kernels import available
 from approx_compile.machine import Machine
 from approx_compile.passes.plan import make_plan, needs_random_numbers, row_requests, unheard
@@ -25,6 +25,7 @@ from approx_compile.passes.question import question
 from approx_compile.passes.rewrite import rewrite
 from approx_compile.passes.sites import Context, Site, find_sites, without_product
 from approx_compile.passes.skips import skip_zeros
+from approx_compile.settings import RowSettings
 
 log = logging.getLogger("approx_compile")
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from torch import fx
 
 from approx_compile import _torch
-from approx_compile.config import ApproxConfig, ProductSettings, RowSettings, SiteSettings
+from approx_compile.config import ApproxConfig
 from approx_compile.kernels.available import OWN
 from approx_compile.kernels.estimators import Estimator, estimator
 from approx_compile.machine import Machine
@@ -19,6 +19,7 @@ from approx_compile.passes.fit import check_shapes
 from approx_compile.passes.planned import BY_SETTINGS, Plan, ProductPlan, SitePlan, Tries
 from approx_compile.passes.sites import Product, Site
 from approx_compile.patterns import Pattern
+from approx_compile.settings import ProductSettings, RowSettings, SiteSettings
 
 RAW, LAST = "fed with raw data", "the last layer"
 """Reasons for which a site is better left exact, whatever it would save."""

@@ -21,11 +21,11 @@ import torch
 from torch import fx
 
 from approx_compile import _torch
-from approx_compile.config import SiteSettings
 from approx_compile.kernels.available import OWN
 from approx_compile.machine import Machine
 from approx_compile.passes import cost, worth
 from approx_compile.passes.sites import CASTS, PRODUCTS, VIEWS, Product, Site
+from approx_compile.settings import SiteSettings
 
 if TYPE_CHECKING:  # plan asks here
     from approx_compile.passes.planned import Plan, ProductPlan, SitePlan, Tries

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from approx_compile import _torch
-from approx_compile.config import ProductSettings, SiteSettings
 from approx_compile.kernels.available import OWN
 from approx_compile.machine import Machine
 from approx_compile.passes import cost, lowerings
 from approx_compile.passes.sites import Product, Site
+from approx_compile.settings import ProductSettings, SiteSettings
 
 if TYPE_CHECKING:  # plan asks here
     from approx_compile.passes.planned import ProductPlan
