@@ -221,6 +221,7 @@ def schedule(rounds: Annotated[int, typer.Option(help="timed periods of each, fo
     for name, method in {
         "zero": "zero",
         "max": "max",
+        "max, tile 16": {"method": "max", "tile": 16, "scale": 0.25},
         "max, tile 8": {"method": "max", "tile": 8, "scale": 0.5},
         "max, tile auto": {"method": "max", "tile": "auto"},
     }.items():
@@ -230,7 +231,7 @@ def schedule(rounds: Annotated[int, typer.Option(help="timed periods of each, fo
         ROW_WORKS["resnet"][0],
         cycles,
         rounds,
-        {"schedule 3, zero": 1.05, "schedule 3, max": 1.035, "schedule 3, max, tile 8": 1.035, "schedule 3, max, tile auto": 1.035},
+        {"schedule 3, zero": 1.05} | {name: 1.035 for name in cycles if "max" in name},
     )
     torch._dynamo.reset()
     turns = {**EXACT, "rules": [{"layers": "conv", "steps": "1::2", "grad_weight": "zero"}]}

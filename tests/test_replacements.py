@@ -290,7 +290,7 @@ def test_ties_and_nan_in_tiles(shape: tuple[int, ...], tile: int, channels_last:
     for i, own in enumerate(masks):
         inside = torch.from_numpy(own.ravel())
         first = torch.where(inside, size, -1).argmax(-1)
-        assert torch.equal(place[..., i], first.t())
+        assert torch.equal(place[..., i].long(), first.t())
         torch.testing.assert_close(value[..., i], flat[..., inside].sum(-1).t(), equal_nan=True)
 
 

@@ -101,18 +101,21 @@ def max_conv_weight(x: Tensor, dy: Tensor, how: Replacement, conv: Geometry) -> 
     """
     place, value = _entries(dy, how)
     samples, inputs, outputs = x.shape[0], x.shape[1] // conv.groups, dy.shape[1]
-    taps = math.prod(conv.kernel)
-    whole = _index_dtype(samples, math.prod(x.shape[2:]) * conv.groups, outputs * taps * place.shape[-1])
-    pixel, inside = _taps(place.unsqueeze(1), tuple(x.shape[2:]), tuple(dy.shape[2:]), conv, whole)  # (O, T, N, J)
-    sample = torch.arange(samples, dtype=whole, device=x.device).reshape(-1, 1)
-    group = (torch.arange(outputs, dtype=whole, device=x.device) // (outputs // conv.groups)).reshape(-1, 1, 1, 1)
-    row = (sample * math.prod(x.shape[2:]) + pixel) * conv.groups + group
-    weight = torch.where(inside, value.unsqueeze(1), 0)
+    taps, size, each = math.prod(conv.kernel), math.prod(x.shape[2:]), place.shape[-1]
+    whole = _index_dtype(samples, size * conv.groups, outputs * taps * each)
+    # a channel's entries in one dim, (O, 1, N J): in vectors however few a sample has
+    pixel, inside = _taps(place.reshape(outputs, 1, -1), tuple(x.shape[2:]), tuple(dy.shape[2:]), conv, whole)  # (O, T, N J)
+    sample = torch.arange(samples, dtype=whole, device=x.device)
+    if each > 1:
+        sample = _torch.laid_out(sample.reshape(-1, 1).expand(-1, each).reshape(-1), (0,))
+    group = (torch.arange(outputs, dtype=whole, device=x.device) // (outputs // conv.groups)).reshape(-1, 1, 1)
+    row = (sample * size + pixel) * conv.groups + group
+    weight = torch.where(inside, value.reshape(outputs, 1, -1), 0)
     table = x.movedim(1, -1).reshape(-1, inputs)
-    offsets = torch.arange(outputs * taps, dtype=whole, device=x.device) * (samples * place.shape[-1])
-    df = bags(table, row.flatten(), weight.flatten(), offsets)
+    offsets = torch.arange(outputs * taps, dtype=whole, device=x.device) * (samples * each)
+    df = bags(table, row.flatten(), weight.flatten(), offsets).reshape(outputs, *conv.kernel, inputs)
     if not conv.transposed:
-        return df.reshape(outputs, *conv.kernel, inputs).movedim(-1, 1)
+        return df.movedim(-1, 1)
     by_group = df.reshape(conv.groups, outputs // conv.groups, *conv.kernel, inputs)
     return by_group.movedim(-1, 1).flatten(0, 1)
 
@@ -122,7 +125,8 @@ _LONG = 512
 
 
 def _entries(dy: Tensor, how: Replacement) -> tuple[Tensor, Tensor]:
-    """Where the chosen entries of dy (N, O, *out) are, as flat places, and their values in the accumulator's precision: (O, N, J) each."""
+    """Where the chosen entries of dy (N, O, *out) are, as flat places (whole numbers, of tiles in floats), and their values in the accumulator's precision:
+    (O, N, J) each."""
     if how.tile is not None:
         found = _largest_of_tiles(stored(dy), _reductions(dy, how.tile))
         place, value = (_torch.laid_out(t.transpose(0, 1), range(3)) for t in found)
@@ -198,7 +202,7 @@ def _largest_of_tiles(dy: Tensor, steps: Sequence[tuple[int, int] | None]) -> tu
         top = size.amax(d + 1, keepdim=True)
         place = torch.where((size == top) | (size != size), place, torch.inf).amin(d + 1)
         size, value = top.squeeze(d + 1), value.sum(d + 1)
-    return place.flatten(2).long(), value.flatten(2)
+    return place.flatten(2), value.flatten(2)
 
 
 def _run(length: int) -> int | None:
@@ -213,13 +217,13 @@ def _index_dtype(samples: int, *each: int) -> torch.dtype:
 
 
 def _taps(place: Tensor, size: tuple[int, ...], out: tuple[int, ...], conv: Geometry, whole: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The input pixel that every tap of the kernel has at an output place: place (O, 1, N, J) -> pixels (O, T, N, J), and which lie in the image.
+    """The input pixel that every tap of the kernel has at an output place: place (O, 1, E) -> pixels (O, T, E), and which lie in the image.
 
     Per dim: at = place stride + tap dilation - padding; transposed: at = (place + padding - tap dilation) / stride where that is whole.
     In floats, which are exact here: C++ code divides integers one by one.
     """
     place = place.to(torch.float32 if max(math.prod(size), math.prod(out)) <= _EXACT else torch.float64)
-    tap = torch.arange(math.prod(conv.kernel), device=place.device).reshape(-1, 1, 1)
+    tap = torch.arange(math.prod(conv.kernel), device=place.device).reshape(-1, 1)
     pixel, inside = torch.zeros_like(place), torch.ones_like(place, dtype=torch.bool)
     step = 1
     for d in reversed(range(len(size))):
