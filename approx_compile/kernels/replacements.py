@@ -13,7 +13,6 @@ M rows, K inputs, N outputs.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,11 +69,10 @@ _UNROLLED = 8
 """Up to here Inductor writes the comparisons out, in every place that reads the result, and so again for every tap."""
 
 
-def stored(dy: Tensor) -> Tensor:
-    """The same values in fp32 (fp64 for fp64) as a buffer, in the same order in memory. What is compared with its own largest entry must be the same numbers
-    on both sides: what is no buffer Inductor computes anew in each, here rounded and there not, here in vectors and there not."""
-    wide = dy.to(torch.float64 if dy.dtype == torch.float64 else torch.float32)
-    return _torch.laid_out(wide, sorted(range(dy.dim()), key=lambda d: -_torch.hint(dy.stride(d))))
+def stored(dy: Tensor, order: Sequence[int]) -> Tensor:
+    """The same values in fp32 (fp64 for fp64) as a buffer, with the dims in this order in memory. What is compared with its own largest entry must be the
+    same numbers on both sides: what is no buffer Inductor computes anew in each, here rounded and there not, here in vectors and there not."""
+    return _torch.laid_out(dy.to(torch.float64 if dy.dtype == torch.float64 else torch.float32), order)
 
 
 def largest(dy: Tensor, j: int) -> Tensor:
@@ -83,7 +81,7 @@ def largest(dy: Tensor, j: int) -> Tensor:
         return dy.abs().topk(j, dim=-1, sorted=False).indices
     if dy.device.type != "cpu" or not _UNROLLED < dy.shape[-1] <= _EXACT:
         return dy.abs().argmax(-1, keepdim=True)
-    size = stored(dy).abs()
+    size = stored(dy, sorted(range(dy.dim()), key=lambda d: -_torch.hint(dy.stride(d)))).abs()
     # in what Inductor's C++ code does in vectors: largest and smallest values, and places as floats
     found = (size == size.amax(-1, keepdim=True)) | (size != size)
     return torch.where(found, torch.arange(size.shape[-1], dtype=torch.float32, device=dy.device), torch.inf).amin(-1, keepdim=True).long()
@@ -120,95 +118,58 @@ def max_conv_weight(x: Tensor, dy: Tensor, how: Replacement, conv: Geometry) -> 
     return by_group.movedim(-1, 1).flatten(0, 1)
 
 
-_LONG = 512
-"""From here on a channel is gone through in runs on a CPU: comparisons in one chain wait for each other."""
-
-
 def _entries(dy: Tensor, how: Replacement) -> tuple[Tensor, Tensor]:
     """Where the chosen entries of dy (N, O, *out) are, as flat places (whole numbers, of tiles in floats), and their values in the accumulator's precision:
     (O, N, J) each."""
-    if how.tile is not None:
-        found = _largest_of_tiles(stored(dy), _reductions(dy, how.tile))
+    on_cpu = dy.device.type == "cpu"
+    if how.tile is not None or (how.j == 1 and on_cpu):
+        # Inductor's C++ code has convolutions' tensors in channels-last, whatever strides they were traced with; comparisons then run across channels
+        own = stored(dy, (0, *range(2, dy.dim()), 1) if on_cpu else range(dy.dim()))
+        found = _largest_of_tiles(own, [min(how.tile or s, s) for s in dy.shape[2:]])
         place, value = (_torch.laid_out(t.transpose(0, 1), range(3)) for t in found)
         return place, value * how.scale
-    flat = dy.flatten(2)
-    wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
-    run = _run(flat.shape[-1]) if how.j == 1 and dy.device.type == "cpu" else None
-    if run is not None:
-        runs = flat.unflatten(-1, (-1, run))
-        first = largest(runs.abs().amax(-1), 1) * run
-        place = first + flat.gather(-1, first + torch.arange(run, device=dy.device)).abs().argmax(-1, keepdim=True)
-        value = runs.sum(-1, dtype=wide).sum(-1, keepdim=True)
-        return place.transpose(0, 1), value.transpose(0, 1) * how.scale
-    flat = flat.transpose(0, 1)
+    flat = dy.flatten(2).transpose(0, 1)
     place = largest(flat, how.j)
-    value = flat.sum(-1, keepdim=True, dtype=wide)
+    value = flat.sum(-1, keepdim=True, dtype=torch.float64 if dy.dtype == torch.float64 else torch.float32)
     if how.j > 1:
-        own = flat.gather(-1, place).to(wide)
+        own = flat.gather(-1, place).to(value.dtype)
         value = own + (value - own.sum(-1, keepdim=True)) / how.j
     return place, value * how.scale
 
 
-LAY_OUT = None
-"""Among the steps of `_largest_of_tiles`: put channels side by side."""
+def _largest_of_tiles(dy: Tensor, sides: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Where the largest entry of every tile of dy (N, O, *out) is, of equal ones the first, and the tile's sum: (N, O, J) each. dy is `stored`; `sides`: a
+    tile's places by dim.
 
-
-def _reductions(dy: Tensor, tile: int) -> list[tuple[int, int] | None]:
-    """The steps of `_largest_of_tiles`, by what Inductor's C++ code does in vectors: entries of rows, or of channels, that lie side by side, not a few
-    neighbours in one row. Steps under `_UNROLLED` are written out, so that four rows of pairs are one pass over eight. Images in NCHW are turned when a
-    tile's first rows have become one, and there is less of them."""
-    dims = range(2, dy.dim())
-    steps = _steps(tile)
-    if dy.device.type == "cpu" and max(steps) < _UNROLLED:
-        if dy.stride(1) == 1 or (len(steps) == 1 and (dy.dim() != 4 or tile < 4)):
-            return [LAY_OUT, *itertools.product(dims, steps)]
-        if dy.dim() == 4 and len(steps) == 1:
-            return [(2, tile), LAY_OUT, (3, tile)]
-        if dy.dim() == 4 and tile & (tile - 1) == 0:
-            return [(2, 2), (2, 4), LAY_OUT, *([(3, 4), (3, 2)] if tile == 8 else [(2, tile // 8), (3, tile)])]
-    return [(d, tile) for d in dims]
-
-
-def _steps(tile: int) -> list[int]:
-    """Factors of a tile's side that Inductor writes out, the smallest first; where there are none, the side itself."""
-    steps, rest = [], tile
-    for factor in range(_UNROLLED - 1, 1, -1):
-        while rest % factor == 0:
-            steps.append(factor)
-            rest //= factor
-    return steps[::-1] if rest == 1 and steps else [tile]
-
-
-def _largest_of_tiles(dy: Tensor, steps: Sequence[tuple[int, int] | None]) -> tuple[Tensor, Tensor]:
-    """Where the largest entry of every tile of dy (N, O, *out) is, of equal ones the first, and the tile's sum: (N, O, J) each. dy is
-    `stored`. `steps`: dims in their order and how many neighbours become one; those of a dim make the tile's side.
-
-    Places are floats, which compare in vectors.
+    Places are floats, which compare in vectors. A few neighbours in a row come first, then all the rest of a tile at once: comparisons in one chain wait
+    for each other, and so there are fewer of them.
     """
-    channels_last = (0, *range(2, dy.dim()), 1)
-    if steps[0] is LAY_OUT:
-        dy, steps = _torch.laid_out(dy, channels_last), steps[1:]
-    size, value = dy.abs(), dy
-    count = math.prod(dy.shape[2:])
+    last, count = dy.dim() - 1, math.prod(dy.shape[2:])
     place = torch.arange(count, dtype=torch.float32 if count <= _EXACT else torch.float64, device=dy.device).reshape(dy.shape[2:]).expand(dy.shape)
-    for step in steps:
-        if step is LAY_OUT:
-            size, value, place = (_torch.laid_out(t, channels_last) for t in (size, value, place))
-            continue
-        d, part = step
-        parts = -(-size.shape[d] // part)
-        room = [0, 0] * (dy.dim() - 1 - d) + [0, parts * part - size.shape[d]]
-        size, value, place = (torch.nn.functional.pad(t, room, value=v).unflatten(d, (parts, part)) for t, v in ((size, -1.0), (value, 0.0), (place, 0.0)))
-        top = size.amax(d + 1, keepdim=True)
-        place = torch.where((size == top) | (size != size), place, torch.inf).amin(d + 1)
-        size, value = top.squeeze(d + 1), value.sum(d + 1)
+    room = [r for size, side in zip(reversed(dy.shape[2:]), reversed(sides), strict=True) for r in (0, -size % side)]
+    of = [torch.nn.functional.pad(t, room, value=v) if any(room) else t for t, v in ((dy.abs(), -1.0), (dy, 0.0), (place, 0.0))]
+    few = _few(sides[-1], dy.shape[-1])
+    if few > 1:
+        of = _largest([t.unflatten(last, (-1, few)) for t in of], (last + 1,))
+    for d, side in reversed(list(enumerate((*sides[:-1], sides[-1] // few), 2))):
+        of = [t.unflatten(d, (-1, side)) for t in of]
+    _, value, place = _largest(of, tuple(range(3, 2 * dy.dim() - 2, 2)))
     return place.flatten(2), value.flatten(2)
 
 
-def _run(length: int) -> int | None:
-    """The length of the runs of a channel, a divisor; None: all in one."""
-    divisors = [r for r in range(32, 129) if length % r == 0] if length >= _LONG else []
-    return min(divisors, key=lambda r: abs(r - 64), default=None)
+def _largest(of: Sequence[Tensor], dims: tuple[int, ...]) -> list[Tensor]:
+    """Magnitude, sum and place of the largest along these dims."""
+    size, value, place = of
+    top = size.amax(dims, keepdim=True)
+    where = torch.where((size == top) | (size != size), place, torch.inf).amin(dims)
+    return [top.squeeze(dims), value.sum(dims), where]
+
+
+def _few(side: int, size: int) -> int:
+    """How many neighbours in a row come first: as few as divide the tile's side; one where that is odd and the tile all of a row."""
+    if side % 2 == 0:
+        return 2
+    return next((f for f in (3, 5, 7) if side % f == 0), 1) if side < size else 1
 
 
 def _index_dtype(samples: int, *each: int) -> torch.dtype:

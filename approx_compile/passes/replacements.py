@@ -66,8 +66,7 @@ def choose(site: Site, product: Product, wanted: ProductSettings) -> Choice:
 
 
 def small_tile(sizes: Sequence[int]) -> int:
-    """The smallest tile that is worth it: on CPUs the sum of patches takes as long as the exact product at some 16 entries a channel, and
-    finding the largest of less than 4 places by side as long as that."""
+    """The smallest tile that is worth it: on CPUs the sum of patches takes as long as the exact product at some 16 entries a channel."""
     return next(t for t in itertools.count(4) if Replacement("max", tile=t).entries(sizes) <= 16)
 
 
