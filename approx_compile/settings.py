@@ -28,7 +28,7 @@ class ProductSettings:
     j: int = 1
     scale: float = 1.0
     std: float | None = None
-    tile: int | Literal["auto"] | None = None
+    tile: int | float | Literal["auto"] | None = None
 
     @property
     def replaces(self) -> bool:

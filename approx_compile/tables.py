@@ -140,9 +140,12 @@ class InputTable(ProductTable):
     @field_validator("tile", mode="before", check_fields=False)
     @classmethod
     def _check_tile(cls, value: Any) -> Any:
-        if value not in (None, "auto") and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"got {value!r}; 'auto' or an integer of at least 1 is expected, the side in places of the tiles that have an entry each")
-        return value
+        if value in (None, "auto") or (isinstance(value, float) and 0 < value < 1) or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+            return value
+        raise ValueError(
+            f"got {value!r}; 'auto', an integer of at least 1 or a share in (0, 1) is expected: the side of the tiles that have an entry each, in places or "
+            "as a share of the image's longest side"
+        )
 
     @field_validator("scale", "std", mode="before", check_fields=False)
     @classmethod
@@ -169,11 +172,11 @@ class WeightTable(InputTable):
     """Settings of `grad_weight`. Method "zero": zeros; "random": normal numbers with mean 0 and standard deviation `std` (1 / batch); "max": for a
     convolution, of every sample's output channel only the `j` (1) entries of largest magnitude, which carry the channel's whole sum, for a linear
     layer those of every row, times `scale` (1); with `tile`, of a convolution's output channels every tile of so many places by side has its own
-    largest entry, which carries the tile's sum ("auto": of 4 places, or of so many more that a channel has 16 tiles)."""
+    largest entry, which carries the tile's sum ("auto": of 4 places, or of so many more that a channel has 16 tiles; 0.5: of half the longest side)."""
 
     methods = (*METHODS, *REPLACEMENTS["grad_weight"])
 
-    tile: int | Literal["auto"] | None = None
+    tile: int | float | Literal["auto"] | None = None
     std: float | None = None
 
     @model_validator(mode="after")

@@ -221,7 +221,7 @@ def schedule(rounds: Annotated[int, typer.Option(help="timed periods of each, fo
     for name, method in {
         "zero": "zero",
         "max": "max",
-        "max, tile 16": {"method": "max", "tile": 16, "scale": 0.25},
+        "max, tile .5": {"method": "max", "tile": 0.5, "scale": 0.5},
         "max, tile 8": {"method": "max", "tile": 8, "scale": 0.5},
         "max, tile auto": {"method": "max", "tile": "auto"},
     }.items():

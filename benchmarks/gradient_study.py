@@ -45,6 +45,7 @@ OTHER_MAX = {
     "schedule 3 max tile 4": {"tile": 4},
     "schedule 3 max tile 8 scale .5": {"tile": 8, "scale": 0.5},
     "schedule 3 max tile auto": {"tile": "auto"},
+    "schedule 3 max tile .5 scale .5": {"tile": 0.5, "scale": 0.5},
     "schedule 3 max tile 16 scale .5": {"tile": 16, "scale": 0.5},
     "schedule 3 max tile 16 scale .25": {"tile": 16, "scale": 0.25},
 }

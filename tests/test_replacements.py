@@ -231,6 +231,8 @@ def test_tiles_between_the_image_and_its_places() -> None:
     for tile, said in (
         (1, "max with tile 1: there are no more than 24 entries"),
         ("auto", "max, 2 of 24 entries of the output gradient, one of every tile of 4"),
+        (0.5, "max, 4 of 24 entries of the output gradient, one of every tile of 3"),
+        (0.4, "max, 4 of 24 entries of the output gradient, one of every tile of 3"),
     ):
         f, _, plans = compiled(model, options({"method": "max", "tile": tile}))
         f(x)

@@ -51,7 +51,7 @@ def choose(site: Site, product: Product, wanted: ProductSettings) -> Choice:
     if wanted.tile is not None:
         if site.node.target not in CONV:
             return Choice(None, size, size, "max with tile is for convolutions, whose output gradients are images; j is for linear layers")
-        how = replace(how, tile=small_tile(sizes) if wanted.tile == "auto" else wanted.tile)
+        how = replace(how, tile=_tile(wanted.tile, sizes))
     kept = how.entries(sizes)
     if kept >= size:
         asked = f"j {how.j}" if how.tile is None else f"tile {how.tile}"
@@ -63,6 +63,12 @@ def choose(site: Site, product: Product, wanted: ProductSettings) -> Choice:
     if why is None:
         return Choice(replace(how, lowering="cuda"), kept, size, f"{words}, by cuda")
     return Choice(how, kept, size, words if wanted.lowering == "auto" else f"{words}, by inductor: {why}")
+
+
+def _tile(wanted: int | float | str, sizes: Sequence[int]) -> int:
+    if isinstance(wanted, str):
+        return small_tile(sizes)
+    return wanted if isinstance(wanted, int) else math.ceil(wanted * max(sizes))
 
 
 def small_tile(sizes: Sequence[int]) -> int:
