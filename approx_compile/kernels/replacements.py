@@ -69,10 +69,12 @@ _UNROLLED = 8
 """Up to here Inductor writes the comparisons out, in every place that reads the result, and so again for every tap."""
 
 
-def stored(dy: Tensor, order: Sequence[int]) -> Tensor:
-    """The same values in fp32 (fp64 for fp64) as a buffer, with the dims in this order in memory. What is compared with its own largest entry must be the
-    same numbers on both sides: what is no buffer Inductor computes anew in each, here rounded and there not, here in vectors and there not."""
-    return _torch.laid_out(dy.to(torch.float64 if dy.dtype == torch.float64 else torch.float32), order)
+def stored(dy: Tensor, order: Sequence[int] | None = None) -> Tensor:
+    """The same values in fp32 (fp64 for fp64) as a buffer, with the dims in this order in memory (None: in their own). What is compared with its own
+    largest entry must be the same numbers on both sides: what is no buffer Inductor computes anew in each, here rounded and there not, here in vectors
+    and there not."""
+    own = sorted(range(dy.dim()), key=lambda d: -_torch.hint(dy.stride(d)))
+    return _torch.laid_out(dy.to(torch.float64 if dy.dtype == torch.float64 else torch.float32), own if order is None else order)
 
 
 def largest(dy: Tensor, j: int) -> Tensor:
@@ -81,7 +83,7 @@ def largest(dy: Tensor, j: int) -> Tensor:
         return dy.abs().topk(j, dim=-1, sorted=False).indices
     if dy.device.type != "cpu" or not _UNROLLED < dy.shape[-1] <= _EXACT:
         return dy.abs().argmax(-1, keepdim=True)
-    size = stored(dy, sorted(range(dy.dim()), key=lambda d: -_torch.hint(dy.stride(d)))).abs()
+    size = stored(dy).abs()
     # in what Inductor's C++ code does in vectors: largest and smallest values, and places as floats
     found = (size == size.amax(-1, keepdim=True)) | (size != size)
     return torch.where(found, torch.arange(size.shape[-1], dtype=torch.float32, device=dy.device), torch.inf).amin(-1, keepdim=True).long()
@@ -124,7 +126,7 @@ def _entries(dy: Tensor, how: Replacement) -> tuple[Tensor, Tensor]:
     on_cpu = dy.device.type == "cpu"
     if how.tile is not None or (how.j == 1 and on_cpu):
         # Inductor's C++ code has convolutions' tensors in channels-last, whatever strides they were traced with; comparisons then run across channels
-        own = stored(dy, (0, *range(2, dy.dim()), 1) if on_cpu else range(dy.dim()))
+        own = stored(dy, (0, *range(2, dy.dim()), 1) if on_cpu else None)
         found = _largest_of_tiles(own, [min(how.tile or s, s) for s in dy.shape[2:]])
         place, value = (_torch.laid_out(t.transpose(0, 1), range(3)) for t in found)
         return place, value * how.scale
