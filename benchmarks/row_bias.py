@@ -93,11 +93,12 @@ def main(
     if threads is not None:
         torch.set_num_threads(threads)
     found = []
-    for norm, n, b in [("batch", n, b) for n in layers or [1, 2, 4, 8] for b in batch or [64, 256]] + [("group", 4, 64)]:
+    control = [("group", 4, 64)] if layers is None and batch is None else []
+    for norm, n, b in [("batch", n, b) for n in layers or [1, 2, 4, 8] for b in batch or [64, 256]] + control:
         values = measure(n, norm, b, ratio, draws)
         found.append(conditions() | {"layers": n, "norm": norm, "batch": b, "ratio": ratio, "draws": draws} | {k: round(v, 4) for k, v in values.items()})
+        store("row_bias", found[-1:])
     show("gradient with some of the rows against the exact one", found, COLUMNS)
-    store("row_bias", found)
 
 
 if __name__ == "__main__":
