@@ -30,10 +30,11 @@ _LONGEST_S = 3600
 
 @dataclass(frozen=True)
 class Question:
-    """How long does a step of this product take, exactly and under each of these options?"""
+    """How long does a step of this product take, exactly and under each of these options, new buffers on huge pages or not?"""
 
     product: alone.Product
     options: tuple[dict[str, Any], ...]
+    huge_pages: bool = True
 
     def key(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
@@ -117,7 +118,7 @@ def main() -> None:
         given = q["product"]
         product = alone.Product(**given | {k: _tuples(given[k]) for k in ("layouts", "needs_grad", "rest")})
         options = [_EXACT, *q["options"]]  # by the same backend, which allocates in its own way
-        found.append(alone.times_us(product, [alone.sampled(o) for o in options]))
+        found.append(alone.times_us(product, [alone.sampled(o | {"huge_pages": q["huge_pages"]}) for o in options]))
     print(json.dumps(found))
 
 

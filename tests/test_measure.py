@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -88,6 +90,33 @@ def test_what_is_timed_is_what_is_planned(times: Path, monkeypatch: pytest.Monke
             op = {"mm": "addmm", "convolution": "conv2d", "bmm": "bmm"}[q.product.op]
             (products,) = [p for (kind, name), p in wanted.items() if name == op]
             assert [(p.name, p.decision, p.k, p.size, p.how) for p in site.products] == [(p.name, p.decision, p.k, p.size, p.how) for p in products]
+
+
+@pytest.mark.parametrize("huge", [True, False])
+def test_sites_are_timed_on_the_pages_that_they_will_have(times: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], huge: bool) -> None:
+    """The child's backends, the exact side's too, have the user's `huge_pages`; and what was measured with the other answers nothing."""
+    built: list[ApproxConfig] = []
+
+    def child(questions: Any, profile: Any) -> list[list[float]]:
+        told = {"threads": torch.get_num_threads(), "precision": precision.settings(), "questions": [dataclasses.asdict(q) for q in questions]}
+        monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(told)))
+        stopwatch.main()
+        found: list[list[float]] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        return found
+
+    def timed(product: Any, backends: Any) -> list[float]:
+        built.extend(b.config for b in backends)
+        return [100.0, *(50.0 for _ in backends[1:])]
+
+    monkeypatch.setattr(stopwatch, "_measured", child)
+    monkeypatch.setattr(alone, "times_us", timed)
+    x = torch.randn(512, 64)
+    for _ in range(2):
+        plans_of(Mixed(), MEASURE | {"huge_pages": huge}, x)
+    assert built and {c.huge_pages for c in built} == {huge}
+    before = len(built)
+    plans_of(Mixed(), MEASURE | {"huge_pages": not huge}, x)
+    assert len(built) == 2 * before
 
 
 def test_another_file_is_another_key(times: Path) -> None:

@@ -64,7 +64,7 @@ class ApproxPass(_torch.CustomGraphPass):
     def _ask(self, asked: Sequence[tuple[Site, Tries]]) -> list[list[float]]:
         assert self.machine is not None
         with _torch.no_modes():
-            return stopwatch.answers([question(site, tries) for site, tries in asked], self.machine, log.warning)
+            return stopwatch.answers([question(site, tries, self.config.huge_pages) for site, tries in asked], self.machine, log.warning)
 
     def __call__(self, graph: fx.Graph) -> None:
         before = _copy(graph) if self.keep_graphs else None

@@ -15,8 +15,8 @@ from approx_compile.passes.sites import BMM, CONV, Site
 from approx_compile.stopwatch import Question
 
 
-def question(site: Site, tries: Tries) -> Question:
-    """The site with its sizes (symbolic ones as traced), strides and dtype, and each try as options of the backend."""
+def question(site: Site, tries: Tries, huge_pages: bool) -> Question:
+    """The site with its sizes (symbolic ones as traced), strides and dtype, and each try as options of the backend; `huge_pages` as the user has it."""
     node = site.node
     conv = node.target in CONV
     roles = {role(p) for p in site.products}
@@ -30,7 +30,7 @@ def question(site: Site, tries: Tries) -> Question:
         needs_grad=("grad_input" in roles, "grad_weight" in roles),
         rest=tuple(tuple(a) if isinstance(a, (list, tuple)) else a for a in node.args[3:9]) if conv else (),
     )
-    return Question(product, tuple(_options(t) for t in tries))
+    return Question(product, tuple(_options(t) for t in tries), huge_pages)
 
 
 def _layout(value: Any, conv: bool) -> Layout:
