@@ -245,6 +245,17 @@ def fake_scalar(n: fx.Node, dtype: torch.dtype) -> Any:
         return torch.empty((), dtype=dtype)
 
 
+def fake_like(value: torch.Tensor, size: Sequence[int], stride: Sequence[int], offset: int) -> torch.Tensor:
+    """A tensor with this layout and `value`'s dtype and device, fake if that is."""
+    from torch._guards import detect_fake_mode
+
+    with torch.no_grad(), detect_fake_mode([value]) or contextlib.nullcontext():
+        if not offset:
+            return torch.empty_strided(size, stride, dtype=value.dtype, device=value.device)
+        last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if all(size) else offset
+        return torch.empty(last + 1, dtype=value.dtype, device=value.device).as_strided(size, stride, offset)
+
+
 def _graph_mode(graph: fx.Graph) -> Any:
     from torch._guards import detect_fake_mode
 

@@ -10,7 +10,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 import torch
@@ -26,6 +26,13 @@ from approx_compile.settings import LEAST_ROWS, RowSettings
 
 MEMORY = 1024
 """Sizes for which shapes and legal numbers of rows are remembered."""
+
+
+class Whole(NamedTuple):
+    """The backward pass on all rows, compiled for one size of each symbol."""
+
+    call: Callable[[list[Any]], list[Any]]
+    sizes: Mapping[sympy.Symbol, int]
 
 
 @dataclass
@@ -54,15 +61,17 @@ class RowBackward:
         example_inputs: Sequence[Any],
         guards: Sequence[Any],
         controls: Controls,
+        whole: Whole | None = None,
     ) -> None:
         self.found = found
         self.calls = tuple(calls)
         self.levels = tuple(levels)
         self.names = tuple(names)
         self.controls = controls
+        self.whole = whole
         self.guards = tuple(guards)
         self.device = next((v.device for v in example_inputs if isinstance(v, Tensor)), torch.device("cpu"))
-        self._symbols = _symbol_sources(example_inputs)
+        self._symbols = symbol_sources(example_inputs)
         self._last_use = _last_use(found)
         self._entering = [_entering(found, level) for level in range(len(self.levels))]
         self._legal_counts: dict[tuple[Any, ...], int] = {}
@@ -76,8 +85,23 @@ class RowBackward:
             return self.run(values, symbols, [symbols[self.found.batch]] * len(self.levels), [None] * len(self.levels))
         controls = self.controls.of(values.values())
         followed, own = self._follow(values, symbols)
-        counts = self._counts(symbols, controls, followed) if own else [symbols[self.found.batch]] * len(self.levels)
+        size = symbols[self.found.batch]
+        counts = self._counts(symbols, controls, followed) if own else [size] * len(self.levels)
+        whole = self.whole
+        if whole is not None and whole.sizes == symbols and followed is None and set(counts) == {size} and self._watched(values, counts, controls):
+            inputs = list(values.values())
+            values.clear()
+            return whole.call(inputs)
         return self.run(values, symbols, counts, controls, followed)
+
+    def _watched(self, values: Mapping[str, Any], counts: Sequence[int], controls: Sequence[RowControl | None]) -> bool:
+        """Show the controls that watch what they look at, if all of that has come into the graph; and whether it has. All rows are kept."""
+        watching = [level for level, c in enumerate(controls) if c is not None and c.watches]
+        if any(e.name not in values for level in watching for e in self._entering[level]):
+            return False
+        for level in watching:
+            self._choose(level, values, dict.fromkeys(values, ALL), [None] * level, counts[level], counts, controls[level])
+        return True
 
     def _follow(self, values: Mapping[str, Any], symbols: Mapping[sympy.Symbol, int]) -> tuple[_Kept | None, bool]:
         """The rows that a graph further up in this backward pass chose, if all gradients come from there; and whether this one may choose its own.
@@ -308,7 +332,7 @@ def _number(expression: Any, symbols: Mapping[Any, int]) -> Any:
     return int(value) if value.is_Integer else float(value)
 
 
-def _symbol_sources(example_inputs: Sequence[Any]) -> list[tuple[sympy.Symbol, int, int | None]]:
+def symbol_sources(example_inputs: Sequence[Any]) -> list[tuple[sympy.Symbol, int, int | None]]:
     """For every symbol an input, and the dim of it, that has its value."""
     found: dict[sympy.Symbol, tuple[int, int | None]] = {}
     for i, value in enumerate(example_inputs):

@@ -1,7 +1,7 @@
 """From a backward graph to code that runs on some rows of the batch: what stands between AOTAutograd and Inductor.
 
 `RowCompiler` splits the backward graph at its cuts (`passes.stages`), compiles the pieces once, with a symbol for the batch, and hands back a
-`RowBackward` that calls them with as many rows as a step needs.
+`RowBackward` that calls them with as many rows as a step needs. Where that may be all of them it compiles the whole graph, too, for the size at hand.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from approx_compile import _torch
-from approx_compile.backward import Controls, RowBackward
+from approx_compile.backward import Controls, RowBackward, Whole, symbol_sources
 from approx_compile.config import ApproxConfig
+from approx_compile.passes.pinned import pinned
 from approx_compile.passes.row_rules import Layout
 from approx_compile.passes.stages import ALL, SAVED, Cut, Entry, Outlook, Split, outlook, output_layouts, split, tangent_layouts
 from approx_compile.settings import RowSettings
@@ -92,7 +93,15 @@ class RowCompiler:
         self._note(found.outlook, found.products, gm.graph, exact)
         if exact is not None:
             return self.inner(plain, example_inputs, is_backward=True, **kwargs)
-        return self._compiled(found, gm, given, example_inputs, kwargs)
+        return self._compiled(found, gm, given, example_inputs, kwargs, self._whole(plain, example_inputs, kwargs))
+
+    def _whole(self, gm: fx.GraphModule, example_inputs: Sequence[Any], kwargs: dict[str, Any]) -> Whole | None:
+        """The backward pass for batches of the size at hand with all rows kept, as it is without a symbol; None where that is never asked for."""
+        if all(s.ratio is not None for s in self.levels):
+            return None
+        sizes = {s: _torch.hint(example_inputs[i] if d is None else example_inputs[i].shape[d]) for s, i, d in symbol_sources(example_inputs)}
+        fixed = pinned(gm, example_inputs, sizes)
+        return Whole(self.inner(*fixed, is_backward=True, **kwargs), sizes) if fixed is not None else None
 
     def _note(self, found: Outlook, products: Mapping[str, int], graph: fx.Graph, exact: str | None) -> None:
         rows = next((_torch.hint(s) for n in graph.nodes if n.op == "placeholder" for s in _sizes(n) if _torch.size_expr(s) == self.batch), 0)
@@ -105,7 +114,9 @@ class RowCompiler:
             decision = "exact" if exact else "rows"
             self.cuts.append(Cut(asked.method, asked.ratio, rows, decision, reason, found.flops_all, found.flops_on_rows, mine, i, bool(exact or stops)))
 
-    def _compiled(self, found: Split, gm: fx.GraphModule, names: Sequence[str], example_inputs: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def _compiled(
+        self, found: Split, gm: fx.GraphModule, names: Sequence[str], example_inputs: Sequence[Any], kwargs: dict[str, Any], whole: Whole | None
+    ) -> Any:
         given = dict(zip(names, example_inputs, strict=True))  # may have other strides than the graph says
         donated = _torch.donated(gm)
         uses: dict[str, int] = {}
@@ -121,7 +132,8 @@ class RowCompiler:
             with _torch.donating(mine):
                 calls.append(self.inner(stage.gm, inputs, is_backward=True, **(kwargs | {"static_input_idxs": static})))
         guards = _torch.guards_on(self.batch, gm)
-        backward = RowBackward(found, calls, self.levels, names, example_inputs, guards, Controls(self.config, self.root, self.key, self.levels))
+        controls = Controls(self.config, self.root, self.key, self.levels)
+        backward = RowBackward(found, calls, self.levels, names, example_inputs, guards, controls, whole)
 
         def call(args: list[Any]) -> list[Any]:  # wrappers on the way keep a function's attributes, not an object's
             return backward(args)

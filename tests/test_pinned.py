@@ -1,0 +1,188 @@
+"""The backward pass with all rows kept, compiled for the batch's size: the same values as with a symbol, and used where it may be."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from common import grads, mlp
+from test_adaptive import ADAPTIVE
+from test_rows import ZOO, Block
+from torch import Tensor, fx, nn
+
+from approx_compile import Backend, _torch, row_compiler
+from approx_compile.backend import run_as_is
+from approx_compile.backward import RowBackward, Whole
+from approx_compile.control import WATCH, controls
+from approx_compile.passes.pinned import pinned
+
+pytestmark = pytest.mark.usefixtures("one_thread", "small_work_counts")
+
+
+class Passes:
+    """How every backward pass ran: "whole", or the numbers of rows that its stages had."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.found: list[Any] = []
+        run, whole = RowBackward.run, RowBackward.__init__
+
+        def counted(this: Any, values: Any, symbols: Any, counts: Any, *more: Any) -> Any:
+            self.found.append(list(counts))
+            return run(this, values, symbols, counts, *more)
+
+        def noted(this: Any, *args: Any) -> None:
+            *given, own = args
+            assert own is None or isinstance(own, Whole)
+
+            def call(inputs: list[Any]) -> list[Any]:
+                self.found.append("whole")
+                return own.call(inputs)
+
+            whole(this, *given, Whole(call, own.sizes) if own is not None else None)
+
+        monkeypatch.setattr(RowBackward, "run", counted)
+        monkeypatch.setattr(RowBackward, "__init__", noted)
+
+
+def compiled(model: nn.Module, options: dict[str, Any] = ADAPTIVE, inner: Any = run_as_is) -> Any:
+    return torch.compile(model, backend=Backend(options, inner_compile=inner))
+
+
+@pytest.mark.parametrize("name", [n for n in ZOO if n != "dropout"])  # whose masks only Inductor draws like Inductor
+def test_nothing_is_left_symbolic_and_gradients_are_exact(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[fx.GraphModule] = []
+
+    def noted(*args: Any) -> Any:
+        found = pinned(*args)
+        assert found is not None
+        made.append(found[0])
+        assert not any(isinstance(v, torch.SymInt) for v in found[1])
+        return found
+
+    monkeypatch.setattr(row_compiler, "pinned", noted)
+    passes = Passes(monkeypatch)
+    make, data = ZOO[name]
+    model, x = make(), data()
+    out = model(x)
+    tangent = torch.randn_like(out)
+    out.backward(tangent)
+    expected = grads(model)
+    compiled(model)(x).backward(tangent)
+    (gm,) = made
+    assert passes.found == ["whole"]
+    inputs = gm.graph.find_nodes(op="placeholder")
+    assert not any(_torch.size_expr(s).free_symbols for n in inputs for s in sizes(n.meta["val"]))
+    assert not any(n.users for n in inputs if not isinstance(n.meta["val"], Tensor))
+    for a, b in zip(grads(model), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def sizes(value: Any) -> list[Any]:
+    return [*value.shape, *value.stride()] if isinstance(value, Tensor) else [value]
+
+
+def test_through_inductor_it_is_inductors_own_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = Passes(monkeypatch)
+    model = nn.Sequential(nn.Embedding(11, 16), Block(16), nn.Linear(16, 11))
+    x = torch.randint(0, 11, (24, 6))
+    found = []
+    for f in (compiled(model, inner=None), torch.compile(model, backend="inductor")):
+        F.cross_entropy(f(x).flatten(0, 1), x.flatten()).backward()
+        found.append(grads(model))
+    assert passes.found == ["whole"]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_another_batch_or_fewer_rows_run_with_the_symbol(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = Passes(monkeypatch)
+    model = mlp(20, 32, 5)
+    f = compiled(model)
+    for size in (64, 40, 64):
+        x = torch.randn(size, 20)
+        f(x).square().sum().backward()
+        own = grads(model)
+        model(x).square().sum().backward()
+        for a, b in zip(own, grads(model), strict=True):
+            torch.testing.assert_close(a, b)
+    assert passes.found == ["whole", [40], "whole"]
+    few = torch.zeros(64, 1)
+    few[:8] = 1
+    for _ in range(40 * WATCH):
+        (few * f(torch.randn(64, 20))).sum().backward()
+    assert passes.found[3] == "whole" and passes.found[-1][0] < 64
+
+
+def test_the_norms_are_watched_as_often_and_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control's state after some steps is that of a backward pass that always runs in stages."""
+    found = []
+    start = mlp(20, 32, 5)
+    for without in (False, True):
+        torch._dynamo.reset()
+        model = copy.deepcopy(start)
+        with monkeypatch.context() as patch:
+            passes = Passes(patch)
+            if without:
+                patch.setattr(row_compiler.RowCompiler, "_whole", lambda self, *args: None)
+            f = compiled(model, {"policy": "adaptive", "adaptive": {"tau": 1e-9}})
+            torch.manual_seed(1)
+            for _ in range(3 * WATCH):
+                (f(torch.randn(64, 20)) * torch.rand(64, 1) ** 2).sum().backward()
+        assert passes.found == [[64] if without else "whole"] * (3 * WATCH)
+        (control,) = controls(model).values()
+        found.append(control.state_dict())
+    assert found[0] == found[1] and found[0]["step"] == 3 * WATCH
+
+
+def test_a_cut_further_down_is_watched_in_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What enters the second cut is made by the first stage: the steps that look at it run in stages, the others as a whole."""
+    passes = Passes(monkeypatch)
+    model, x = mlp(20, 32, 32, 5), torch.randn(64, 20)
+    f = compiled(model, ADAPTIVE | {"adaptive": {"tau": 1e-9}, "rules": [{"layers": "0", "grad": {"axis": "rows", "method": "topk"}}]})
+    for _ in range(2 * WATCH):
+        f(x).square().sum().backward()
+    assert len(controls(model)) == 2
+    assert passes.found == [[64, 64], *["whole"] * (WATCH - 1)] * 2
+
+
+def test_a_fixed_ratio_compiles_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = Passes(monkeypatch)
+    monkeypatch.setattr(row_compiler, "pinned", lambda *args: pytest.fail("compiled for all rows"))
+    model = mlp(20, 32, 5)
+    compiled(model, {"policy": "always", "grad": {"axis": "rows", "ratio": 0.5}})(torch.randn(64, 20)).sum().backward()
+    assert passes.found == [[32]]
+
+
+def test_what_cannot_be_pinned_is_left(make_graph: Callable[[], tuple[fx.GraphModule, list[Any]]]) -> None:
+    gm, inputs = make_graph()
+    assert pinned(gm, inputs, {}) is None
+
+
+@pytest.fixture
+def make_graph() -> Callable[[], tuple[fx.GraphModule, list[Any]]]:
+    def make() -> tuple[fx.GraphModule, list[Any]]:
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        def f(x: Tensor) -> Tensor:
+            return x.view(x.shape[0] * 2, -1) / x.shape[0]
+
+        gm = make_fx(f, tracing_mode="symbolic")(torch.randn(4, 6))
+        return gm, [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
+
+    return make
+
+
+def test_offsets_and_strides_are_kept(make_graph: Callable[[], tuple[fx.GraphModule, list[Any]]]) -> None:
+    gm, (x,) = make_graph()
+    sizes = {s: n for s, n in zip((_torch.size_expr(d) for d in x.shape), (4, 6), strict=True) if s.is_Symbol}
+    found = pinned(gm, [x], sizes)
+    assert found is not None
+    new, (fixed,) = found
+    assert (fixed.shape, fixed.stride(), fixed.storage_offset()) == ((4, 6), (6, 1), 0) and type(fixed) is type(x)
+    given = torch.arange(24.0).view(4, 6)
+    assert torch.equal(new(given), given.view(8, 3) / 4)
+    shifted = _torch.fake_like(x, (3, 2), (4, 2), 5)
+    assert (shifted.shape, shifted.stride(), shifted.storage_offset(), shifted.dtype) == ((3, 2), (4, 2), 5, torch.float32)
