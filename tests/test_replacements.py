@@ -516,6 +516,18 @@ def test_a_batch_of_any_size() -> None:
     assert len(plans) == 1 and [s.products[-1].decision for s in plans.sites] == ["replaced"] * 4
 
 
+@pytest.mark.parametrize("method", ["zero", "random", "max"])
+@pytest.mark.parametrize("lowering", [run_as_is, None])
+def test_an_empty_batch_has_no_gradient(method: str, lowering: Any) -> None:
+    """At once, and after others: code for a batch of any size is for at least two."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 10))
+    f = run(model, options(method), lowering)
+    for size in (0, 6, 4, 0):
+        f(torch.randn(size, 3, 6, 6)).sum().backward()
+        found = grads(model)
+        assert all(bool(g.any()) is (size > 0 and not (method == "zero" and g.dim() > 1)) for g in found)
+
+
 def test_images_of_any_size() -> None:
     model, settings = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3)), options("max", rules=[{"layers": "2", "grad_weight": "zero"}])
     f, _, plans = compiled(model, settings, dynamic=True)

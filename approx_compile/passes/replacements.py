@@ -38,6 +38,8 @@ class Choice(NamedTuple):
 def choose(site: Site, product: Product, wanted: ProductSettings) -> Choice:
     """What comes of a request to replace a gradient product."""
     how = Replacement(wanted.method, wanted.j, wanted.scale, wanted.std)
+    if _torch.hint(product.size) == 0 and how.method != "max":
+        return Choice(Replacement("zero"), 0, 1, "zeros in its place: the batch is empty")
     if how.method == "zero":
         return Choice(how, 0, _torch.hint(product.size), "zeros in its place")
     if how.method == "random":
