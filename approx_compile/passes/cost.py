@@ -47,7 +47,7 @@ from approx_compile.kernels.available import OWN
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.kernels.replacements import Replacement
 from approx_compile.machine import Machine
-from approx_compile.passes.sites import BMM, CONV, Product, Site
+from approx_compile.passes.sites import BMM, CONV, Product, Site, conv_groups
 
 MARGIN = 1.2
 """Predicted exact time over sampled time that sampling must reach (benchmarks/predict.py has how far expressions are off)."""
@@ -276,7 +276,7 @@ def _sizes(site: Site) -> dict[sympy.Symbol, Any]:
     if site.node.target not in CONV:
         m, inner, n = a.shape[-2], a.shape[-1], b.shape[-1]
         return found | {M: m, K: inner, N: n, T: 1, I: m, O: m, S: m}
-    groups, samples = int(site.node.args[8]), _torch.hint(a.shape[0])  # type: ignore[arg-type]
+    groups, samples = conv_groups(site.node), _torch.hint(a.shape[0])
     places = [samples * _product_of(t.shape[2:]) for t in (a, y)]
     channels = [_torch.hint(t.shape[1]) // groups for t in (a, y)]
     return found | {

@@ -339,18 +339,25 @@ def conv_weight_axes(transposed: bool, groups: int) -> tuple[Axis, Axis]:
     return (first, second) if transposed else (second, first)
 
 
+def conv_groups(n: fx.Node) -> int:
+    """Of a convolution in the forward pass; of a symbolic number the hint."""
+    groups: Any = n.args[8]
+    return _torch.hint(groups.meta["val"] if isinstance(groups, fx.Node) else groups)
+
+
 def channel_axis(groups: int) -> Axis:
     return Axis(1) if groups == 1 else Axis(2, 1, (1, groups))
 
 
 def _conv_products(n: fx.Node, x: fx.Node, w: fx.Node, weight: int | None, mates: list[fx.Node]) -> tuple[list[Product], str | None]:
     """output contracts input channels (per group), grad_input output channels, grad_weight the samples."""
-    transposed, groups = bool(n.args[6]), n.args[8]
-    assert isinstance(groups, int)
+    transposed, groups = bool(n.args[6]), conv_groups(n)
     w_in, w_out = conv_weight_axes(transposed, groups)
     channels = channel_axis(groups)
     c_in, c_out = _torch.value(x).shape[1] // groups, _torch.value(n).shape[1] // groups
     products = [Product("output", n, (x, w), (channels, w_in), c_in, groups, 1)]
+    if not isinstance(n.args[8], int):  # one group for every sample, say
+        return products, "the number of its groups is a symbol"
     own = [m for m in mates if m.target is aten.convolution_backward.default and m.args[1] is x and m.args[2] is w]
     if len(own) != 1:
         strangers = [m for m in mates if m.target not in _PERMUTES | VIEWS and {x, w} & set(m.all_input_nodes)]
@@ -450,7 +457,7 @@ def _shape(n: fx.Node, a: fx.Node, b: fx.Node, shown: Callable[[Any], Any]) -> s
 
     va, vb = _torch.value(a), _torch.value(b)
     if n.target in CONV:
-        groups = f" g{n.args[8]}" if n.args[8] != 1 else ""
+        groups = f" g{conv_groups(n)}" if n.args[8] != 1 else ""
         return by(va.shape) + " * " + by(vb.shape) + groups
     return by((*va.shape, vb.shape[-1]))
 
