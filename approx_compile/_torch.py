@@ -456,6 +456,12 @@ def donating(indices: Sequence[int]) -> Iterator[None]:
         meta.bw_donated_idxs = before
 
 
+def settled(gm: fx.GraphModule) -> Callable[[Any], Any]:
+    """What expressions have become by now: compiled code may have fixed a symbol to a number, or found two to be equal."""
+    env = _graph_mode(gm.graph).shape_env
+    return lambda e: env.replace(sympy.sympify(e))
+
+
 def guards_on(symbol: sympy.Symbol, gm: fx.GraphModule) -> list[Any]:
     """What compiled code has assumed of a symbolic size: expressions that must hold for any value it is called with."""
     env = _graph_mode(gm.graph).shape_env

@@ -18,10 +18,11 @@ from torch import Tensor, fx, nn
 from approx_compile import _torch
 from approx_compile.backward import Controls, RowBackward, Whole, symbol_sources
 from approx_compile.config import ApproxConfig
+from approx_compile.kernels.rows import Rows
 from approx_compile.passes.pinned import pinned
 from approx_compile.passes.row_rules import Layout
 from approx_compile.passes.stages import ALL, SAVED, Cut, Entry, Outlook, Split, outlook, output_layouts, split, tangent_layouts
-from approx_compile.settings import RowSettings
+from approx_compile.settings import LEAST_ROWS, RowSettings
 
 LEAST_SHARE = 0.3
 """Under the policies that look at the cost: the share of the backward pass's FLOPs that must run on the rows kept."""
@@ -85,7 +86,7 @@ class RowCompiler:
         if not is_backward:
             self._known |= output_layouts(gm.graph, self.batch)
             return self.inner(gm, example_inputs, is_backward=False, **kwargs)
-        given = [n.name for n in _placeholders(gm)]
+        names = [n.name for n in _placeholders(gm)]
         known = self._known | tangent_layouts(gm.graph, self._known)
         plain = copy.deepcopy(gm) if self._approximate_batch_norm else gm
         found = split(gm, self.batch, known, self.default, _levels_of(gm), self._approximate_batch_norm)
@@ -93,13 +94,26 @@ class RowCompiler:
         self._note(found.outlook, found.products, gm.graph, exact)
         if exact is not None:
             return self.inner(plain, example_inputs, is_backward=True, **kwargs)
-        return self._compiled(found, gm, given, example_inputs, kwargs, self._whole(plain, example_inputs, kwargs))
+        calls, found = self._stages(found, gm, dict(zip(names, example_inputs, strict=True)), kwargs)
+        guards = _torch.guards_on(found.batch, gm) if found.batch.is_Symbol else []
+        sizes = {s: _torch.hint(example_inputs[i] if d is None else example_inputs[i].shape[d]) for s, i, d in symbol_sources(example_inputs)}
+        fixed = _why_fixed(found.batch, sizes, guards)
+        if fixed is not None:
+            self.cuts = [replace(c, decision="exact", reason=fixed, stops=True) for c in self.cuts]
+            return self.inner(plain, example_inputs, is_backward=True, **kwargs)
+        controls = Controls(self.config, self.root, self.key, self.levels)
+        backward = RowBackward(found, calls, self.levels, names, example_inputs, guards, controls, self._whole(plain, example_inputs, sizes, kwargs))
 
-    def _whole(self, gm: fx.GraphModule, example_inputs: Sequence[Any], kwargs: dict[str, Any]) -> Whole | None:
+        def call(args: list[Any]) -> list[Any]:  # wrappers on the way keep a function's attributes, not an object's
+            return backward(args)
+
+        call._boxed_call = True  # type: ignore[attr-defined]
+        return call
+
+    def _whole(self, gm: fx.GraphModule, example_inputs: Sequence[Any], sizes: Mapping[sympy.Symbol, int], kwargs: dict[str, Any]) -> Whole | None:
         """The backward pass for batches of the size at hand with all rows kept, as it is without a symbol; None where that is never asked for."""
         if all(s.ratio is not None for s in self.levels):
             return None
-        sizes = {s: _torch.hint(example_inputs[i] if d is None else example_inputs[i].shape[d]) for s, i, d in symbol_sources(example_inputs)}
         fixed = pinned(gm, example_inputs, sizes)
         return Whole(self.inner(*fixed, is_backward=True, **kwargs), sizes) if fixed is not None else None
 
@@ -114,10 +128,8 @@ class RowCompiler:
             decision = "exact" if exact else "rows"
             self.cuts.append(Cut(asked.method, asked.ratio, rows, decision, reason, found.flops_all, found.flops_on_rows, mine, i, bool(exact or stops)))
 
-    def _compiled(
-        self, found: Split, gm: fx.GraphModule, names: Sequence[str], example_inputs: Sequence[Any], kwargs: dict[str, Any], whole: Whole | None
-    ) -> Any:
-        given = dict(zip(names, example_inputs, strict=True))  # may have other strides than the graph says
+    def _stages(self, found: Split, gm: fx.GraphModule, given: Mapping[str, Any], kwargs: dict[str, Any]) -> tuple[list[Any], Split]:
+        """The stages compiled, and what that has settled about them. `given`: the inputs, which may have other strides than the graph says."""
         donated = _torch.donated(gm)
         uses: dict[str, int] = {}
         for stage in found.stages:
@@ -131,15 +143,7 @@ class RowCompiler:
             static = [i for i, e in enumerate(stage.entries) if e.source == SAVED and e.layout is None and e.number is None and e.name not in donated]
             with _torch.donating(mine):
                 calls.append(self.inner(stage.gm, inputs, is_backward=True, **(kwargs | {"static_input_idxs": static})))
-        guards = _torch.guards_on(self.batch, gm)
-        controls = Controls(self.config, self.root, self.key, self.levels)
-        backward = RowBackward(found, calls, self.levels, names, example_inputs, guards, controls, whole)
-
-        def call(args: list[Any]) -> list[Any]:  # wrappers on the way keep a function's attributes, not an object's
-            return backward(args)
-
-        call._boxed_call = True  # type: ignore[attr-defined]
-        return call
+        return calls, _resolved(found, _torch.settled(gm))
 
 
 def _levels_of(gm: fx.GraphModule) -> dict[str, int]:
@@ -157,6 +161,37 @@ def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
 def _sizes(n: fx.Node) -> Sequence[Any]:
     value = n.meta.get("val")
     return value.shape if n.op == "placeholder" and isinstance(value, Tensor) else (value,) if isinstance(value, torch.SymInt) else ()
+
+
+def _why_fixed(batch: Any, sizes: Mapping[sympy.Symbol, int], guards: Sequence[Any]) -> str | None:
+    """Why no number of rows but the whole batch's can run, if so: what the compiled code has assumed of it."""
+    if not batch.is_Symbol:
+        return f"its code is for a batch of {batch} alone"
+    size = sizes[batch]
+
+    def broken_by(n: int) -> list[Any]:
+        return [g for g in guards if g.subs(dict(sizes) | {batch: n}) != sympy.true]
+
+    if any(not broken_by(n) for n in range(LEAST_ROWS, size)):
+        return None
+    broken = broken_by(size - 1)
+    larger = all(g.free_symbols == {batch} for g in broken) and any(not broken_by(n) for n in range(size + 1, 4 * size))
+    return None if larger or not broken else f"its code assumes {broken[0]} of the batch's size {batch}"  # a larger batch may have rows to leave out
+
+
+def _resolved(found: Split, settled: Callable[[Any], Any]) -> Split:
+    """With what compiling the stages has found out about symbols: an image's size, say, that a convolution's code is for alone."""
+
+    def layout(rows: Rows | None) -> Rows | None:
+        return rows if rows is None or rows.uniform else replace(rows, outer=settled(rows.outer), inner=settled(rows.inner))
+
+    def entry(e: Entry) -> Entry:
+        number = None if e.number is None else settled(e.number)
+        return replace(e, layout=layout(e.layout), size=tuple(map(settled, e.size)), stride=tuple(map(settled, e.stride)), number=number)
+
+    stages = tuple(replace(s, entries=tuple(map(entry, s.entries))) for s in found.stages)
+    results = tuple(replace(r, layout=layout(r.layout), size=tuple(map(settled, r.size))) for r in found.results)
+    return replace(found, batch=settled(found.batch), stages=stages, results=results)
 
 
 def _restrided(found: Split, given: Mapping[str, Any]) -> Split:

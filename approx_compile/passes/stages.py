@@ -282,6 +282,10 @@ def _stage(gm: fx.GraphModule, work: _Work, s: int, level: int, members: Mapping
             if a not in members:
                 needed.setdefault(a)
     entries = []
+    for symbol, value in _symbols_beside(gm, members, needed).items():
+        name = f"size_{symbol}"
+        graph.placeholder(name).meta = {"val": value}
+        entries.append(Entry(name, SAVED, None, False, number=symbol))
     constants: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
     whole = [(a, _number_dtype(n)) for n in members if level != ALL and n in known.numbers for a in _torch.number_arguments(n)]
     for a in sorted(needed, key=lambda a: not _is_number(a)):
@@ -308,6 +312,24 @@ def _stage(gm: fx.GraphModule, work: _Work, s: int, level: int, members: Mapping
     graph.eliminate_dead_code()
     graph.lint()
     return Stage(level, tuple(entries), tuple(n.name for n in outputs), fx.GraphModule(gm, graph), sum(_torch.flops(n) for n in members))
+
+
+def _symbols_beside(gm: fx.GraphModule, members: Iterable[fx.Node], needed: Iterable[fx.Node]) -> dict[sympy.Symbol, Any]:
+    """The symbols that the stage's sizes are made of and that are no input by themselves. Inductor has to find each (a tensor's size may be 5 s, or s - 1),
+    and its cache, which looks at no tensors, checks among the inputs what was assumed of a symbol."""
+    inputs = [n.meta["val"] for n in needed]
+    used = {s for v in (*inputs, *(n.meta.get("val") for n in members)) for e in _of_value(v) for s in _torch.size_expr(e).free_symbols}
+    own = {_torch.size_expr(v) for v in inputs if isinstance(v, torch.SymInt)}
+    given = (e for n in gm.graph.nodes if n.op == "placeholder" for v in [n.meta.get("val")] for e in (v.shape if isinstance(v, torch.Tensor) else [v]))
+    known = {s: e for e in given if isinstance(e, torch.SymInt) and (s := _torch.size_expr(e)).is_Symbol}
+    return {s: known[s] for s in sorted(used - own, key=str) if s in known}
+
+
+def _of_value(value: Any) -> list[Any]:
+    """All symbolic numbers in a value."""
+    if isinstance(value, torch.Tensor):
+        return [*value.shape, *value.stride(), value.storage_offset()]
+    return [value] if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) else []
 
 
 def _entry(a: fx.Node, work: _Work) -> Entry:
