@@ -93,7 +93,9 @@ def test_what_is_timed_is_what_is_planned(times: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("huge", [True, False])
-def test_sites_are_timed_on_the_pages_that_they_will_have(times: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], huge: bool) -> None:
+def test_sites_are_timed_on_the_pages_that_they_will_have(
+    precisions: None, times: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], huge: bool
+) -> None:
     """The child's backends, the exact side's too, have the user's `huge_pages`; and what was measured with the other answers nothing."""
     built: list[ApproxConfig] = []
 
