@@ -91,6 +91,11 @@ def hint(size: Any) -> int:
     return int(node_hint) if node_hint is not None else 1024
 
 
+def known_hint(size: Any) -> int | None:
+    """An int for a size that may be symbolic, None for one that only running tells."""
+    return size if isinstance(size, int) else None if size.node.hint is None else int(size.node.hint)
+
+
 def has_backward(graph: fx.Graph) -> bool:
     return any(is_backward(n) for n in graph.nodes if n.op == "call_function")
 

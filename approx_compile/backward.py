@@ -73,7 +73,7 @@ class RowBackward:
         self.device = next((v.device for v in example_inputs if isinstance(v, Tensor)), torch.device("cpu"))
         self._symbols = symbol_sources(example_inputs)
         self._last_use = _last_use(found)
-        self._entering = [_entering(found, level) for level in range(len(self.levels))]
+        self._entering = [entering(found, level) for level in range(len(self.levels))]
         self._legal_counts: dict[tuple[Any, ...], int] = {}
         self._plans: dict[tuple[Any, ...], list[list[Any]]] = {}
 
@@ -96,7 +96,7 @@ class RowBackward:
 
     def _watched(self, values: Mapping[str, Any], counts: Sequence[int], controls: Sequence[RowControl | None]) -> bool:
         """Show the controls that watch what they look at, if all of that has come into the graph; and whether it has. All rows are kept."""
-        watching = [level for level, c in enumerate(controls) if c is not None and c.watches]
+        watching = [level for level, c in enumerate(controls) if c is not None and c.watches and self._entering[level]]
         if any(e.name not in values for level in watching for e in self._entering[level]):
             return False
         for level in watching:
@@ -343,7 +343,7 @@ def symbol_sources(example_inputs: Sequence[Any]) -> list[tuple[sympy.Symbol, in
     return [(s, i, d) for s, (i, d) in found.items()]
 
 
-def _entering(found: Split, level: int) -> list[Entry]:
+def entering(found: Split, level: int) -> list[Entry]:
     """The gradients that come into any stage below a cut from above it: a row is worth keeping if one of them says so."""
     below = [e for s in found.stages if s.level > level for e in s.entries if e.gradient]
     return list({e.name: e for e in below if e.source <= level}.values())

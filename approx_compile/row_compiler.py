@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from approx_compile import _torch
-from approx_compile.backward import Controls, RowBackward, Whole, symbol_sources
+from approx_compile.backward import Controls, RowBackward, Whole, entering, symbol_sources
 from approx_compile.config import ApproxConfig
 from approx_compile.kernels.rows import Rows
 from approx_compile.passes.pinned import pinned
@@ -96,13 +96,16 @@ class RowCompiler:
             return self.inner(plain, example_inputs, is_backward=True, **kwargs)
         calls, found = self._stages(found, gm, dict(zip(names, example_inputs, strict=True)), kwargs)
         guards = _torch.guards_on(found.batch, gm) if found.batch.is_Symbol else []
-        sizes = {s: _torch.hint(example_inputs[i] if d is None else example_inputs[i].shape[d]) for s, i, d in symbol_sources(example_inputs)}
+        hints = {s: _torch.known_hint(example_inputs[i] if d is None else example_inputs[i].shape[d]) for s, i, d in symbol_sources(example_inputs)}
+        sizes = {s: n for s, n in hints.items() if n is not None}
         fixed = _why_fixed(found.batch, sizes, guards)
         if fixed is not None:
             self.cuts = [replace(c, decision="exact", reason=fixed, stops=True) for c in self.cuts]
             return self.inner(plain, example_inputs, is_backward=True, **kwargs)
         controls = Controls(self.config, self.root, self.key, self.levels)
-        backward = RowBackward(found, calls, self.levels, names, example_inputs, guards, controls, self._whole(plain, example_inputs, sizes, kwargs))
+        given = {s for level, s in enumerate(self.levels) if entering(found, level)}
+        whole = self._whole(plain, example_inputs, sizes, kwargs) if all(s.ratio is None for s in given) else None
+        backward = RowBackward(found, calls, self.levels, names, example_inputs, guards, controls, whole)
 
         def call(args: list[Any]) -> list[Any]:  # wrappers on the way keep a function's attributes, not an object's
             return backward(args)
@@ -111,9 +114,7 @@ class RowCompiler:
         return call
 
     def _whole(self, gm: fx.GraphModule, example_inputs: Sequence[Any], sizes: Mapping[sympy.Symbol, int], kwargs: dict[str, Any]) -> Whole | None:
-        """The backward pass for batches of the size at hand with all rows kept, as it is without a symbol; None where that is never asked for."""
-        if all(s.ratio is not None for s in self.levels):
-            return None
+        """The backward pass for batches of the size at hand with all rows kept, as it is without a symbol; None where some size is not known yet."""
         fixed = pinned(gm, example_inputs, sizes)
         return Whole(self.inner(*fixed, is_backward=True, **kwargs), sizes) if fixed is not None else None
 
@@ -168,14 +169,17 @@ def _why_fixed(batch: Any, sizes: Mapping[sympy.Symbol, int], guards: Sequence[A
     if not batch.is_Symbol:
         return f"its code is for a batch of {batch} alone"
     size = sizes[batch]
+    known = [g for g in guards if g.free_symbols <= sizes.keys()]
 
     def broken_by(n: int) -> list[Any]:
-        return [g for g in guards if g.subs(dict(sizes) | {batch: n}) != sympy.true]
+        return [g for g in known if g.subs(dict(sizes) | {batch: n}) != sympy.true]
 
-    if any(not broken_by(n) for n in range(LEAST_ROWS, size)):
+    named = {int(c) + d for g in known for c in g.atoms(sympy.Integer) for d in (-1, 0, 1)}  # where a bound lies, or a multiple begins
+    tried = sorted({*named, *range(LEAST_ROWS, 65), *(size * i // 16 for i in range(1, 64)), *range(size - 64, size + 65)})
+    if any(not broken_by(n) for n in tried if LEAST_ROWS <= n < size):
         return None
     broken = broken_by(size - 1)
-    larger = all(g.free_symbols == {batch} for g in broken) and any(not broken_by(n) for n in range(size + 1, 4 * size))
+    larger = all(g.free_symbols == {batch} for g in broken) and any(not broken_by(n) for n in tried if n > size)
     return None if larger or not broken else f"its code assumes {broken[0]} of the batch's size {batch}"  # a larger batch may have rows to leave out
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 from common import grads, mlp
@@ -186,3 +188,83 @@ def test_offsets_and_strides_are_kept(make_graph: Callable[[], tuple[fx.GraphMod
     assert torch.equal(new(given), given.view(8, 3) / 4)
     shifted = _torch.fake_like(x, (3, 2), (4, 2), 5)
     assert (shifted.shape, shifted.stride(), shifted.storage_offset(), shifted.dtype) == ((3, 2), (4, 2), 5, torch.float32)
+
+
+class Narrowed(nn.Module):
+    """Its backward pass takes a size that only running tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.e = nn.Linear(8, 16), nn.Linear(16, 4), nn.Parameter(torch.randn(16))
+
+    def forward(self, x: Tensor, n: Tensor) -> Tensor:
+        k: Any = n.item()
+        torch._check(k >= 1)
+        torch._check(k <= 15)
+        return self.b(torch.relu(self.a(x))) * self.e.narrow(0, 0, k).sin().sum()
+
+
+@pytest.mark.parametrize("inner", [run_as_is, None])
+def test_a_size_that_only_running_tells_is_not_pinned(inner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = Passes(monkeypatch)
+    model, x = Narrowed(), torch.randn(32, 8)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        f = compiled(model, inner=inner)
+        for k in (5, 7):
+            f(x, torch.tensor(k)).sum().backward()
+            own = grads(model)
+            model(x, torch.tensor(k)).sum().backward()
+            for a, b in zip(own, grads(model), strict=True):
+                torch.testing.assert_close(a, b)
+    assert passes.found == [[32], [32]]
+
+
+class Centred(nn.Module):
+    """Long sequences mix samples, so that nothing below can choose rows; short ones do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x))
+        h = h - (h.mean((0, 1), keepdim=True) if x.shape[1] > 5 else h.mean((1, 2), keepdim=True))
+        return self.c(torch.tanh(self.b(h)))
+
+
+def test_a_cut_that_another_compilation_has_is_not_watched_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = Passes(monkeypatch)
+    model = Centred()
+    rules = [{"layers": "a", "grad": {"axis": "rows", "method": "topk"}}]
+    f = torch.compile(model, backend=Backend(ADAPTIVE | {"rules": rules}, inner_compile=run_as_is), dynamic=False)
+    f(torch.randn(64, 4, 8)).sum().backward()
+    assert [c.step for c in controls(model).values()] == [1, 1]
+    for _ in range(3):
+        f(torch.randn(64, 6, 8)).sum().backward()
+    assert "whole" in passes.found[1:]
+
+
+def test_a_fixed_ratio_beside_compiles_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_compiler, "pinned", lambda *args: pytest.fail("compiled for all rows, which are never kept"))
+    passes = Passes(monkeypatch)
+    model = mlp(20, 32, 5)
+    f = compiled(model, ADAPTIVE | {"rules": [{"layers": "0", "grad": {"axis": "rows", "ratio": 0.5}}]})
+    f(torch.randn(64, 20)).square().sum().backward()
+    assert passes.found == [[64, 32]]
+
+
+def test_the_search_for_fewer_rows_is_short() -> None:
+    s, t = sympy.symbols("s t", positive=True, integer=True)
+    size = 1_000_000
+    why = row_compiler._why_fixed
+    start = time.perf_counter()
+    assert why(s, {s: size}, []) is None
+    assert why(s, {s: size}, [s > 4096]) is None
+    assert why(s, {s: size}, [s >= 600_000]) is None
+    assert why(s, {s: size}, [sympy.Eq(sympy.Mod(s, 400), 0)]) is None
+    assert why(s, {s: 16}, [s >= 16]) is None  # a larger batch has rows to leave out
+    assert why(sympy.Integer(64), {}, []) == "its code is for a batch of 64 alone"
+    assert why(s, {s: size, t: size}, [t <= s]) == "its code assumes t <= s of the batch's size s"
+    assert "of the batch's size s" in str(why(s, {s: 20}, [sympy.Eq(1 / s, sympy.Rational(1, 20))]))
+    assert why(s, {s: size}, [sympy.Symbol("u") < s]) is None  # only running tells u
+    assert time.perf_counter() - start < 5
