@@ -85,15 +85,16 @@ def value(n: Any) -> Any:
 
 def hint(size: Any) -> int:
     """An int for a size that may be symbolic, without adding a guard."""
-    if isinstance(size, int):
-        return size
-    node_hint = getattr(getattr(size, "node", None), "hint", None)
-    return int(node_hint) if node_hint is not None else 1024
+    found = known_hint(size)
+    return found if found is not None else 1024
 
 
 def known_hint(size: Any) -> int | None:
-    """An int for a size that may be symbolic, None for one that only running tells."""
-    return size if isinstance(size, int) else None if size.node.hint is None else int(size.node.hint)
+    """`hint`, but None for a size that only running tells."""
+    if isinstance(size, int):
+        return size
+    node_hint = getattr(getattr(size, "node", None), "hint", None)
+    return int(node_hint) if node_hint is not None else None
 
 
 def has_backward(graph: fx.Graph) -> bool:
@@ -141,7 +142,26 @@ def pooling() -> tuple[frozenset[Any], Any]:
 
 def size_expr(size: Any) -> Any:
     """A size as a sympy expression."""
-    return size.node.expr if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)) else sympy.sympify(size)
+    return size.node.expr if isinstance(size, SYMBOLIC) else sympy.sympify(size)
+
+
+SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+def symbol_sources(inputs: Sequence[Any]) -> list[tuple[sympy.Symbol, int, int | None]]:
+    """For every symbol an input, and the dim of it, that has its value."""
+    found: dict[sympy.Symbol, tuple[int, int | None]] = {}
+    for i, value in enumerate(inputs):
+        sizes = list(enumerate(value.shape)) if isinstance(value, torch.Tensor) else [(None, value)] if isinstance(value, torch.SymInt) else []
+        for d, s in sizes:
+            if (e := size_expr(s)).is_Symbol:
+                found.setdefault(e, (i, d))  # type: ignore[arg-type]
+    return [(s, i, d) for s, (i, d) in found.items()]
+
+
+def size_at(values: Sequence[Any], i: int, d: int | None) -> Any:
+    """What a source of a symbol has for it: value i, or its dim d."""
+    return values[i] if d is None else values[i].shape[d]
 
 
 def has_symbol(size: Any, symbol: sympy.Symbol) -> bool:

@@ -71,7 +71,7 @@ class RowBackward:
         self.whole = whole
         self.guards = tuple(guards)
         self.device = next((v.device for v in example_inputs if isinstance(v, Tensor)), torch.device("cpu"))
-        self._symbols = symbol_sources(example_inputs)
+        self._symbols = _torch.symbol_sources(example_inputs)
         self._last_use = _last_use(found)
         self._entering = [entering(found, level) for level in range(len(self.levels))]
         self._legal_counts: dict[tuple[Any, ...], int] = {}
@@ -121,7 +121,7 @@ class RowBackward:
         return None, task < 0 or task != _last_sampled[0]
 
     def _values(self, args: Sequence[Any]) -> dict[sympy.Symbol, int]:
-        return {s: args[i] if d is None else args[i].shape[d] for s, i, d in self._symbols}
+        return {s: _torch.size_at(args, i, d) for s, i, d in self._symbols}
 
     def _counts(self, symbols: Mapping[sympy.Symbol, int], controls: Sequence[RowControl | None], followed: _Kept | None) -> list[int]:
         """Rows kept at each level, never more than at the level before. The first level's number may be given; its control then has no say."""
@@ -330,17 +330,6 @@ def _shape_of(entry: Entry, here: Mapping[Any, int], whole: Mapping[Any, int]) -
 def _number(expression: Any, symbols: Mapping[Any, int]) -> Any:
     value = expression.subs(symbols)
     return int(value) if value.is_Integer else float(value)
-
-
-def symbol_sources(example_inputs: Sequence[Any]) -> list[tuple[sympy.Symbol, int, int | None]]:
-    """For every symbol an input, and the dim of it, that has its value."""
-    found: dict[sympy.Symbol, tuple[int, int | None]] = {}
-    for i, value in enumerate(example_inputs):
-        sizes = list(enumerate(value.shape)) if isinstance(value, Tensor) else [(None, value)] if isinstance(value, torch.SymInt) else []
-        for d, s in sizes:
-            if (e := _torch.size_expr(s)).is_Symbol:
-                found.setdefault(e, (i, d))  # type: ignore[arg-type]
-    return [(s, i, d) for s, (i, d) in found.items()]
 
 
 def entering(found: Split, level: int) -> list[Entry]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from approx_compile import _torch
-from approx_compile.backward import Controls, RowBackward, Whole, entering, symbol_sources
+from approx_compile.backward import Controls, RowBackward, Whole, entering
 from approx_compile.config import ApproxConfig
 from approx_compile.kernels.rows import Rows
 from approx_compile.passes.pinned import pinned
@@ -96,7 +96,7 @@ class RowCompiler:
             return self.inner(plain, example_inputs, is_backward=True, **kwargs)
         calls, found = self._stages(found, gm, dict(zip(names, example_inputs, strict=True)), kwargs)
         guards = _torch.guards_on(found.batch, gm) if found.batch.is_Symbol else []
-        hints = {s: _torch.known_hint(example_inputs[i] if d is None else example_inputs[i].shape[d]) for s, i, d in symbol_sources(example_inputs)}
+        hints = {s: _torch.known_hint(_torch.size_at(example_inputs, i, d)) for s, i, d in _torch.symbol_sources(example_inputs)}
         sizes = {s: n for s, n in hints.items() if n is not None}
         fixed = _why_fixed(found.batch, sizes, guards)
         if fixed is not None:

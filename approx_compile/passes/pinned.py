@@ -22,8 +22,8 @@ def pinned(gm: fx.GraphModule, example_inputs: Sequence[Any], sizes: Mapping[sym
     None where something is left symbolic: a symbol that `sizes` does not have, or a graph inside the graph."""
     if any(n.op == "get_attr" and isinstance(getattr(gm, str(n.target), None), fx.GraphModule) for n in gm.graph.nodes):
         return None
-    inputs = [_number(v, sizes) if isinstance(v, _SYMBOLIC) else _fixed(v, sizes) if isinstance(v, Tensor) else v for v in example_inputs]
-    numbers = {n.name: _number(v, sizes) for n in gm.graph.nodes if isinstance(v := n.meta.get("val"), _SYMBOLIC)}
+    inputs = [_number(v, sizes) if isinstance(v, _torch.SYMBOLIC) else _fixed(v, sizes) if isinstance(v, Tensor) else v for v in example_inputs]
+    numbers = {n.name: _number(v, sizes) for n in gm.graph.nodes if isinstance(v := n.meta.get("val"), _torch.SYMBOLIC)}
     if any(v is None for v in inputs) or any(v is None for v in numbers.values()):
         return None
     new = copy.deepcopy(gm)
@@ -38,12 +38,9 @@ def pinned(gm: fx.GraphModule, example_inputs: Sequence[Any], sizes: Mapping[sym
     return new, inputs
 
 
-_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
-
-
 def _number(value: Any, sizes: Mapping[sympy.Symbol, int]) -> Any:
     """The number that a symbolic size is; None if it is still none."""
-    if not isinstance(value, _SYMBOLIC):
+    if not isinstance(value, _torch.SYMBOLIC):
         return value
     found = _torch.size_expr(value).subs(sizes)
     if isinstance(value, torch.SymBool):

@@ -259,7 +259,7 @@ def _members(graph: fx.Graph, work: _Work) -> tuple[dict[int, dict[fx.Node, None
 
 
 def _is_number(n: fx.Node) -> bool:
-    return isinstance(n.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool)
+    return isinstance(n.meta.get("val"), _torch.SYMBOLIC)
 
 
 def _is_symbol(n: fx.Node) -> bool:
@@ -320,8 +320,8 @@ def _symbols_beside(gm: fx.GraphModule, members: Iterable[fx.Node], needed: Iter
     inputs = [n.meta["val"] for n in needed]
     used = {s for v in (*inputs, *(n.meta.get("val") for n in members)) for e in _of_value(v) for s in _torch.size_expr(e).free_symbols}
     own = {_torch.size_expr(v) for v in inputs if isinstance(v, torch.SymInt)}
-    given = (e for n in gm.graph.nodes if n.op == "placeholder" for v in [n.meta.get("val")] for e in (v.shape if isinstance(v, torch.Tensor) else [v]))
-    known = {s: e for e in given if isinstance(e, torch.SymInt) and (s := _torch.size_expr(e)).is_Symbol}
+    given = [n.meta.get("val") for n in gm.graph.nodes if n.op == "placeholder"]
+    known = {s: _torch.size_at(given, i, d) for s, i, d in _torch.symbol_sources(given)}
     return {s: known[s] for s in sorted(used - own, key=str) if s in known}
 
 
@@ -329,7 +329,7 @@ def _of_value(value: Any) -> list[Any]:
     """All symbolic numbers in a value."""
     if isinstance(value, torch.Tensor):
         return [*value.shape, *value.stride(), value.storage_offset()]
-    return [value] if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) else []
+    return [value] if isinstance(value, _torch.SYMBOLIC) else []
 
 
 def _entry(a: fx.Node, work: _Work) -> Entry:
