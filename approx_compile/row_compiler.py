@@ -19,8 +19,8 @@ from approx_compile import _torch
 from approx_compile.backward import Controls, RowBackward, Whole, entering
 from approx_compile.config import ApproxConfig
 from approx_compile.kernels.rows import Rows
+from approx_compile.passes.batch_dim import Layout
 from approx_compile.passes.pinned import pinned
-from approx_compile.passes.row_rules import Layout
 from approx_compile.passes.stages import ALL, SAVED, Cut, Entry, Outlook, Split, outlook, output_layouts, split, tangent_layouts
 from approx_compile.settings import LEAST_ROWS, RowSettings
 

@@ -15,7 +15,7 @@ from torch import fx
 
 from approx_compile import _torch
 from approx_compile.kernels.rows import Rows
-from approx_compile.passes.row_rules import COUPLED, DECOUPLED, TOTAL, Followed
+from approx_compile.passes.batch_dim import COUPLED, DECOUPLED, TOTAL, Followed
 from approx_compile.passes.sites import VIEWS
 
 aten = torch.ops.aten

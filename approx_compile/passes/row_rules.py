@@ -1,12 +1,10 @@
-"""For every family of ops: where its result has the batch, given where its operands have it, or why it may not run on some of the rows; and whether
-it is linear in the gradients it reads. An op without a rule is blocked.
+"""For every family of ops: where its result has the batch, given where its operands have it, or why it may not run on some of the rows. An op without a
+rule is blocked.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import sympy
@@ -15,61 +13,12 @@ from torch import fx
 
 from approx_compile import _torch
 from approx_compile.kernels.rows import Rows
+from approx_compile.passes.batch_dim import Blocked, Followed, Layout, holds, numel_of, op_name
 from approx_compile.passes.own_kernels import OWN_CONV, OWN_MM, skip_conv_input, skip_matmul, skip_matmul_into
 from approx_compile.passes.sites import BMM, MM, VIEWS
 
 aten = torch.ops.aten
 prims = torch.ops.prims
-
-
-class Blocked(Exception):
-    """An op that may not run on some of the rows, and why."""
-
-
-CONST, FORWARD, HEAD, ROWS, TOTAL = "const", "forward", "head", "rows", "total"
-"""What a node is: made of parameters alone; made of the forward pass's rows; linear in output gradients that have no rows (a loss); linear in the
-output's gradients row by row; a sum of such rows."""
-
-COUPLED = "a sum over the batch goes back to its rows, as in BatchNorm"
-DECOUPLED = "approx_compile_decoupled"
-"""Key in the meta of a node that combines rows with a sum over the batch and may."""
-
-Layout = Rows | None | tuple["Rows | None", ...]
-
-
-@dataclass
-class Followed:
-    """What is known of every node: `layout` (None: holds no rows), `kind`, and for some `blocked`, the reason."""
-
-    batch: sympy.Symbol
-    layout: dict[fx.Node, Layout] = field(default_factory=dict)
-    kind: dict[fx.Node, str] = field(default_factory=dict)
-    blocked: dict[fx.Node, str] = field(default_factory=dict)
-    lost: set[fx.Node] = field(default_factory=set)
-    """Nodes with the batch somewhere in a merged dim, where exactly is unknown."""
-    numbers: set[fx.Node] = field(default_factory=set)
-    """Nodes that use the batch's size as a number, which must stay that of the whole batch."""
-
-    def rows(self, n: Any) -> Rows | None:
-        found = self.layout.get(n)
-        return found if isinstance(found, Rows) else None
-
-
-def _numel(sizes: Sequence[Any]) -> Any:
-    total = sympy.S.One
-    for s in sizes:
-        total *= _torch.size_expr(s)
-    return total
-
-
-def holds(value: Any, batch: sympy.Symbol) -> bool:
-    if isinstance(value, tuple | list):
-        return any(holds(v, batch) for v in value)
-    return isinstance(value, torch.Tensor) and any(_torch.has_symbol(s, batch) for s in value.shape)
-
-
-def op_name(n: fx.Node) -> str:
-    return str(n.target).removeprefix("aten.").removeprefix("prims.").split(".")[0]
 
 
 # --- one rule per family of ops: the layout of the result ---
@@ -115,8 +64,8 @@ def _view(n: fx.Node, value: Any, out: Followed) -> Layout:
     (dim,) = dims
     if own.uniform:
         return own.moved(dim)
-    before, after = _numel(old[: own.dim]) * own.outer, _numel(old[own.dim + 1 :]) * own.inner
-    outer, inner = sympy.cancel(before / _numel(new[:dim])), sympy.cancel(after / _numel(new[dim + 1 :]))
+    before, after = numel_of(old[: own.dim]) * own.outer, numel_of(old[own.dim + 1 :]) * own.inner
+    outer, inner = sympy.cancel(before / numel_of(new[:dim])), sympy.cancel(after / numel_of(new[dim + 1 :]))
     if any(e.is_integer is False or not (e.is_Integer or e.is_polynomial()) for e in (outer, inner)):
         raise Blocked("a view mixes the batch with other axes")
     if not (outer.is_Integer or inner.is_Integer):
@@ -439,76 +388,3 @@ _RULES_BY_NAME: dict[str, Rule] = {
 
 def rule_of(n: fx.Node) -> Rule | None:
     return _RULES.get(n.target) or _RULES_BY_NAME.get(op_name(n)) or (_pointwise if _torch.is_pointwise(n) else None)
-
-
-# --- linear in the gradients ---
-
-_CASTS: set[Any] = {aten._to_copy.default, prims.convert_element_type.default}
-_MAPS: set[Any] = set(VIEWS) | {
-    aten.clone.default,
-    aten.lift_fresh_copy.default,
-    aten.permute.default,
-    aten.t.default,
-    aten.transpose.int,
-    aten.sum.dim_IntList,
-    aten.sum.default,
-    aten.mean.dim,
-}
-_MAPS |= {aten.squeeze.dims, aten.squeeze.dim, aten.squeeze.default, aten.expand.default, aten.unsqueeze.default, aten.select.int, aten.slice.Tensor}
-_MAPS |= {aten.neg.default, aten.cumsum.default, aten.flip.default, operator.getitem}
-_MAPS |= {aten.split_with_sizes.default, aten.split.Tensor, aten.unbind.int}
-_ZERO_OR_ALL = {aten.add.Tensor, aten.sub.Tensor, aten.slice_scatter.default, aten.select_scatter.default}
-_FACTORS = {aten.mul.Tensor, aten.mul.Scalar, aten.mm.default, aten.bmm.default, *OWN_MM, *OWN_CONV}
-_INDEXED = {aten.gather.default, aten.index_select.default, aten.index.Tensor, aten._unsafe_index.Tensor}
-
-
-def is_linear(n: fx.Node, linear: set[fx.Node], out: Followed) -> bool:
-    """Whether a node that reads gradients is linear in them (jointly), so that a row scaled or left out is so in the result."""
-    hits = [a in linear for a in n.args if isinstance(a, fx.Node)]
-    first_alone = bool(hits) and hits[0] and not any(hits[1:]) and not any(v in linear for v in n.kwargs.values())
-    if is_zero(n):
-        return True
-    if n.target in _CASTS:
-        return bool(_torch.value(n).dtype.is_floating_point)
-    if n.target is aten.copy.default:
-        return n.args[1] in linear or is_zero(n.args[1])
-    if n.target is aten.cat.default:
-        return all(a in linear or is_zero(a) for a in n.args[0])  # type: ignore[union-attr]
-    if n.target is aten.constant_pad_nd.default:
-        return len(n.args) < 3 or is_zero(n.args[2])
-    if n.target in _MAPS or op_name(n) == "rev":
-        return True
-    if n.target in _ZERO_OR_ALL:
-        return all(a in linear or is_zero(a) for a in n.args[:2])
-    if n.target in _FACTORS:
-        return sum(hits) == 1
-    if n.target in (aten.div.Tensor, aten.div.Scalar) or n.target in _INDEXED or op_name(n).endswith(("_backward", "_backward_data")):
-        return first_alone
-    if n.target is aten.where.self:
-        return n.args[0] not in linear and all(a in linear or is_zero(a) for a in n.args[1:3])
-    if n.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
-        return n.args[1] not in linear and is_zero(n.args[2])
-    if n.target in (aten.index_put.default, aten._unsafe_index_put.default):
-        return all(a in linear or is_zero(a) for a in (n.args[0], n.args[2])) and not any(i in linear for i in n.args[1])  # type: ignore[union-attr]
-    if op_name(n) in ("scatter_add", "scatter"):
-        return (n.args[0] in linear or is_zero(n.args[0])) and n.args[2] not in linear and (n.args[3] in linear or is_zero(n.args[3]))
-    if op_name(n) == "_unsafe_masked_index_put_accumulate":
-        return (n.args[0] in linear or is_zero(n.args[0])) and n.args[1] not in linear and n.args[3] in linear
-    if n.target in (aten.addmm.default, aten.baddbmm.default):
-        return (n.args[0] in linear or is_zero(n.args[0])) and (n.args[1] in linear) != (n.args[2] in linear)
-    if n.target is aten.addcmul.default:
-        return (n.args[0] in linear or is_zero(n.args[0])) and (n.args[1] in linear) != (n.args[2] in linear)
-    return op_name(n) == "fma" and (n.args[2] in linear or is_zero(n.args[2])) and (n.args[0] in linear) != (n.args[1] in linear)
-
-
-def is_zero(arg: Any) -> bool:
-    """Whether an argument is the constant 0."""
-    if not isinstance(arg, fx.Node):
-        return isinstance(arg, int | float) and arg == 0
-    if arg.target in (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default):
-        return True
-    if arg.target is aten.scalar_tensor.default:
-        return bool(arg.args[0] == 0)
-    if arg.target in (aten.expand.default, prims.convert_element_type.default, *VIEWS):
-        return is_zero(arg.args[0])
-    return arg.target in (aten.full.default, aten.full_like.default) and bool(arg.args[1] == 0)

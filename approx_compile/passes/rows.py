@@ -18,25 +18,9 @@ from torch import fx
 
 from approx_compile import _torch
 from approx_compile.kernels.rows import Rows
-from approx_compile.passes.row_rules import (
-    ARITHMETIC,
-    CONST,
-    COUPLED,
-    DECOUPLED,
-    FACTORIES,
-    FORWARD,
-    HEAD,
-    ROWS,
-    SPREADS,
-    TOTAL,
-    Blocked,
-    Followed,
-    Layout,
-    holds,
-    is_linear,
-    op_name,
-    rule_of,
-)
+from approx_compile.passes.batch_dim import CONST, COUPLED, DECOUPLED, FORWARD, HEAD, ROWS, TOTAL, Blocked, Followed, Layout, holds, op_name
+from approx_compile.passes.linearity import is_linear
+from approx_compile.passes.row_rules import ARITHMETIC, FACTORIES, SPREADS, rule_of
 
 aten = torch.ops.aten
 

@@ -18,9 +18,9 @@ from torch import fx
 
 from approx_compile import _torch
 from approx_compile.kernels.rows import Rows
+from approx_compile.passes.batch_dim import COUPLED, HEAD, ROWS, TOTAL, Followed, Layout
 from approx_compile.passes.batch_norm import decouple
 from approx_compile.passes.own_kernels import OWN_CONV, OWN_MM
-from approx_compile.passes.row_rules import COUPLED, HEAD, ROWS, TOTAL, Followed, Layout
 from approx_compile.passes.rows import follow
 from approx_compile.passes.sites import BMM, CONV, MM
 

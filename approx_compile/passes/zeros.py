@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from approx_compile import _torch
-from approx_compile.passes.row_rules import is_zero
+from approx_compile.passes.linearity import is_zero
 from approx_compile.passes.sites import VIEWS
 
 aten = torch.ops.aten
