@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+LIBRARIES := $(VENV)/.conformance
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint bench gpu conformance clean
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; set PYTHON=python3.11")'
@@ -25,6 +26,13 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/bench.py $(ARGS)
+
+$(LIBRARIES): $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[conformance]'
+	@touch $@
+
+conformance: $(LIBRARIES)
+	$(BIN)/python tests/conformance/run.py $(ARGS)
 
 gpu: $(READY)
 	$(BIN)/python -m pytest tests -k on_a_gpu

@@ -1,0 +1,171 @@
+"""What the default makes of a model, with the ops that stop rows and the lines of the model that they come from. No code is generated."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import models
+import torch
+from torch import fx
+
+from approx_compile import Backend, backend, notices, row_compiler
+from approx_compile.backend import run_as_is
+from approx_compile.passes import stages
+from approx_compile.passes.planned import Plan
+
+BATCH = 12
+ON = 0.9
+"""The share of the backward pass's FLOPs on rows from which a model's rows are "on" rather than "partly"."""
+
+
+def count_small_work() -> None:
+    """Rows are sampled in models that are too small for it to pay: the question here is whether they could be."""
+    assert set(row_compiler.LEAST_FLOPS) == {"cpu", "cuda"}
+    row_compiler.LEAST_FLOPS = {"cpu": 0.0, "cuda": 0.0}
+
+
+@dataclass
+class Decision:
+    """`share`: of the backward pass's FLOPs, over all graphs; `graphs`: how many the model came to; `ops`: what stops rows, op by op."""
+
+    decision: str
+    share: float
+    reason: str
+    graphs: int
+    ops: list[str] = field(default_factory=list)
+
+
+class Watched:
+    """The plans as `on_plan` gets them, graph by graph, and the ops at which rows end."""
+
+    def __init__(self) -> None:
+        self.plans: list[Plan] = []
+        self.ops: dict[str, None] = {}
+        self.symbols = ""
+        """Which symbol stood for the batch in the last graph, and the sizes of its inputs' first axes."""
+
+    def __call__(self, plan: Plan, before: Any, after: Any) -> None:
+        self.plans.append(plan)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def decision(self) -> Decision:
+        cuts = [c for plan in self.plans for c in plan.cuts]
+        on = [c for c in cuts if c.decision == "rows"]
+        first = {id(plan): plan.cuts[0] for plan in self.plans if plan.cuts}.values()
+        total, rows = sum(c.flops_all for c in first), sum(c.flops_on_rows for c in first if c.decision == "rows")
+        without = sum(1 for plan in self.plans if not plan.cuts and plan.sites)
+        share = rows / total if total else 0.0
+        reasons = Counter(c.reason for c in cuts if c.stops)
+        reasons.update(s.reason for plan in self.plans if not plan.cuts for s in plan.sites if s.decision == "exact")
+        reason = "; ".join(r for r, _ in reasons.most_common(3))
+        decision = "declined" if not on else "on" if share >= ON and not without else "partly"
+        wrong_symbol = [self.symbols] if not rows and self.symbols else []
+        return Decision(decision, share, reason, len(self.plans), [*self.ops, *wrong_symbol])
+
+
+@contextmanager
+def watching() -> Iterator[Watched]:
+    """Inside, whatever is compiled tells why it stops rows."""
+    watched, plain, symbol = Watched(), stages._assign, backend.batch_symbol
+
+    def batch_symbol(gm: fx.GraphModule, *more: Any) -> Any:
+        found = symbol(gm, *more)
+        sizes = {n.name: str(v.shape[0]) for n in gm.graph.nodes if n.op == "placeholder" and backend._is_data(n) and (v := n.meta["example_value"]).dim()}
+        watched.symbols = f"batch: {found[0]}, inputs: {', '.join(f'{name} {size}' for name, size in sizes.items())}"
+        return found
+
+    def assign(graph: fx.Graph, work: Any, *more: Any) -> None:
+        plain(graph, work, *more)
+        for line in frontier(graph, work):
+            watched.ops.setdefault(line)
+
+    stages._assign, backend.batch_symbol = assign, batch_symbol
+    try:
+        yield watched
+    finally:
+        stages._assign, backend.batch_symbol = plain, symbol
+
+
+def frontier(graph: fx.Graph, work: Any) -> Iterator[str]:
+    """The ops that block rows although everything above them runs on rows; for a merge in an unknown order the op of the forward pass that began it."""
+    known = work.followed
+    for n in graph.nodes:
+        if n not in known.blocked or work.stage.get(n) != work.post:
+            continue
+        if any(work.stage.get(a) == work.post for a in n.all_input_nodes):
+            continue
+        yield f"{described(n)}: {known.blocked[n]}"
+        for a in n.all_input_nodes:
+            if a in known.lost:
+                root = lost_root(a, known)
+                yield f"    because of {described(root)}: {known.blocked.get(root, 'saved in an order that is not known')}"
+
+
+def lost_root(n: fx.Node, known: Any) -> fx.Node:
+    while (before := next((a for a in n.all_input_nodes if a in known.lost), None)) is not None:
+        n = before
+    return n
+
+
+def described(n: fx.Node) -> str:
+    value = n.meta.get("val")
+    shape = str(tuple(value.shape)) if isinstance(value, torch.Tensor) else ""
+    given = ", ".join(f"{a.name}{tuple(a.meta['val'].shape)}" for a in n.all_input_nodes if isinstance(a.meta.get("val"), torch.Tensor))
+    side = "backward of " if n.meta.get("partitioner_tag") == "is_backward" or "tangent" in n.name else ""
+    return f"{n.name} = {n.target}({given}) -> {shape} [{side}{line_of(n)}]"
+
+
+def line_of(n: fx.Node) -> str:
+    """The model's own line that an op comes from."""
+    found = re.findall(r'File "([^"]+)", line (\d+), in (\S+)\n\s+(.+)', n.meta.get("stack_trace") or "")
+    if not found:
+        return "no source line"
+    path, line, function, code = next((f for f in reversed(found) if "/torch/" not in f[0]), found[-1])
+    return f"{'/'.join(path.split('/')[-2:])}:{line} {function}: {code.strip()}"
+
+
+def decide(entry: models.Model, config: Any = None) -> Decision:
+    """One training forward pass of the model as the library makes it, dropout and all."""
+    fresh()
+    model, data = entry.make().train(), entry.data(BATCH)
+    with watching() as watched:
+        models.run(compiled(model, config, watched), data)
+    return watched.decision()
+
+
+def compiled(model: Callable[..., Any], config: Any, listener: Any) -> Callable[..., Any]:
+    return torch.compile(model, backend=Backend(config, inner_compile=run_as_is, on_plan=listener))
+
+
+def fresh() -> None:
+    torch._dynamo.reset()
+    notices.forget()
+    torch.manual_seed(0)
+
+
+def main(chosen: list[models.Model]) -> None:
+    """Decisions for people: a line a model, the ops below it."""
+    warnings.simplefilter("ignore")
+    count_small_work()
+    counts: Counter[str] = Counter()
+    for entry in chosen:
+        try:
+            found = decide(entry)
+        except Exception as e:
+            found = Decision("raises", 0.0, f"{type(e).__name__}: {str(e)[:300]}", 0)
+        counts[found.decision] += 1
+        print(f"{found.decision:9} {found.share:4.0%}  {entry.name}  ({found.graphs} graphs)  {found.reason}", flush=True)
+        for op in found.ops:
+            print(f"                {op}", flush=True)
+    print(", ".join(f"{n} {what}" for what, n in counts.most_common()))

@@ -1,0 +1,166 @@
+"""The results as a CSV and as a page of the docs."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import models
+
+LIMITS = {"fp32": 1e-4, "fp64": 1e-9, "narrow": 1e-5}
+"""Relative errors; `narrow`: of double precision where the model itself computes in single precision."""
+
+COLUMNS = (
+    "library model versions decision share reason graphs first_call_approx first_call_inductor exact_fp32 exact_fp64 lin_fp32 lin_fp64 mean_fp32 mean_fp64 "
+    "other_sizes recompiled recompiled_by_torch inductor_gradients random_stream warnings marks single_precision_inside verdict"
+).split()
+DISTRIBUTIONS = {"vit_pytorch": "vit-pytorch", "x_transformers": "x-transformers", "pytorch_tabnet": "pytorch-tabnet"}
+
+
+def slug(name: str) -> str:
+    return re.sub(r"\W+", "_", name)
+
+
+def line(result: Mapping[str, Any]) -> str:
+    """A result in a line, for the terminal."""
+    if "died" in result:
+        return f"DIED: {result['died']}"
+    flat = {k: v for name, r in result.items() if not name.endswith("seconds") for k, v in (_named(name, r)).items() if k != "ops"}
+    return ", ".join(f"{k}: {_short(v)}" for k, v in flat.items())
+
+
+def _named(name: str, result: Any) -> dict[str, Any]:
+    return {f"{k} {name.split()[-1]}" if name.startswith("half") else k: v for k, v in result.items()} if isinstance(result, dict) else {name: result}
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list) and len(value) == 2 and isinstance(value[0], float):
+        return f"{value[0]:.1e}" + (f" at {value[1]}" if value[0] > 1e-6 else "")
+    return str(value)
+
+
+def row(model: models.Model, kept: Path) -> dict[str, Any] | None:
+    """One model's row of the CSV, with what its results come to; None if it has not been run."""
+    found: dict[str, Any] = {}
+    died = []
+    for path in sorted((kept / slug(model.name)).glob("*.json")):
+        result = json.loads(path.read_text())["result"]
+        died += [f"{path.stem}: {result['died']}"] if "died" in result else []
+        for name, value in result.items():
+            found |= _named(name, value)
+    if not found:
+        return None
+    narrow = found.get("narrow") is True
+    out: dict[str, Any] = dict.fromkeys(COLUMNS, "") | {"library": model.library, "model": model.name, "versions": _versions(model.library)}
+    bad = [*died]
+
+    def number(column: str, key: str, limit: float) -> None:
+        value = found.get(key)
+        if isinstance(value, list):
+            out[column] = f"{value[0]:.1e}"
+            if not value[0] <= limit:
+                bad.append(f"{column} {value[0]:.1e} at {value[1]}")
+        elif value is not None:
+            out[column] = value
+            if str(value).startswith("raises"):
+                bad.append(f"{column} {value}")
+
+    out |= {"decision": found.get("decision", "not run"), "share": found.get("share", ""), "reason": found.get("reason", ""), "graphs": found.get("graphs", "")}
+    for dtype in ("fp32", "fp64"):
+        limit = LIMITS["narrow" if narrow and dtype == "fp64" else dtype]
+        number(f"exact_{dtype}", f"exact {dtype}", limit)
+        number(f"lin_{dtype}", f"lin {dtype}", limit)
+        number(f"mean_{dtype}", f"mean {dtype}", limit)
+        number(f"lin_{dtype}", f"exact instead {dtype}", limit) if f"exact instead {dtype}" in found else None
+        if isinstance(half := found.get(f"half {dtype}"), str):
+            out[f"lin_{dtype}"] = half
+            bad.append(f"half {dtype} {half}")
+    number("other_sizes", "other sizes", LIMITS["fp32"])
+    number("inductor_gradients", "approx gradients", 1e-3)
+    if isinstance(failed := found.get("batches"), str):
+        out["other_sizes"] = failed
+        bad.append(f"other sizes: {failed}")
+    if isinstance(failed := found.get("approx"), str) and not isinstance(found.get("inductor"), str):
+        bad.append(f"first call: {failed}")
+    for name in ("decide", "inductor", "approx"):
+        if isinstance(found.get(name), str):
+            out["reason" if name == "decide" else f"first_call_{name}"] = found[name]
+    out["first_call_approx"] = found.get("approx first call", out["first_call_approx"])
+    out["first_call_inductor"] = found.get("inductor first call", out["first_call_inductor"])
+    out["recompiled"], out["recompiled_by_torch"] = found.get("recompiled", ""), found.get("recompiled by torch", "")
+    if found.get("recompiled", 0) > found.get("recompiled by torch", 0):
+        bad.append(f"{found['recompiled']} recompiled, torch {found['recompiled by torch']}")
+    for column, key, good in (("random_stream", "random stream fp32", "as eager"), ("warnings", "warnings fp32", "none"), ("marks", "marks fp32", "none")):
+        out[column] = found.get(key, "")
+        if out[column] not in ("", good):
+            bad.append(f"{key.removesuffix(' fp32')}: {out[column]}")
+    out["single_precision_inside"] = "yes" if narrow else "no"
+    out["verdict"] = "; ".join(bad) or "right"
+    return out
+
+
+def _versions(library: str) -> str:
+    names = dict.fromkeys(("torch", DISTRIBUTIONS.get(library, library)))
+    return " ".join(f"{n}=={importlib.metadata.version(n)}" for n in names)
+
+
+def write(root: Path, kept: Path) -> None:
+    rows = [r for m in models.MODELS.values() if (r := row(m, kept)) is not None]
+    path = root / "benchmarks" / "results" / "conformance.csv"
+    with path.open("w", newline="") as f:
+        writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    (root / "docs").mkdir(exist_ok=True)
+    (root / "docs" / "conformance.md").write_text(page(rows))
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    counts = Counter(r["decision"] for r in rows)
+    right = sum(r["verdict"] == "right" for r in rows)
+    libraries = len({r["library"] for r in rows})
+    head = f"""# Library models under the one line
+
+`make conformance` builds {len(rows)} models of {libraries} libraries from small configurations with random weights, compiles each with
+`backend="approx"` alone, and checks it against eager. Rows are on in {counts["on"]}, in part in {counts["partly"]}, declined in {counts["declined"]};
+{right} are right in every check. The floor of work below which the default leaves a model alone is set to 0 here: the question is what rows can do,
+not whether it pays at this size.
+
+- **rows**: on (at least nine tenths of the backward pass's FLOPs can run on some of the rows), partly, or declined, with dropout as the library
+  sets it; "why not" is the reason that the package gives.
+- **first call**: seconds for the first step, ours and Inductor's, nothing cached, one thread.
+- **exact**: all rows kept, relative error of the worst parameter's gradient, single and double precision.
+- **lin**: half the rows kept; against eager with its output's gradients multiplied by the rows' weights (with a loss inside: those of the last layer's output).
+- **mean**: over four choices of half the rows, drawn so that every row's weight is one over its probability, against the exact gradient.
+- **sizes**: batches of {", ".join(map(str, SIZES))} samples after the first of {FIRST}; in brackets graphs compiled for them, and those that torch
+  compiles without this package.
+
+Bars: 1e-4 in single precision, 1e-9 in double (1e-5 where the model itself computes in single precision, marked *).
+
+| model | rows | FLOPs on rows | why not | first call, s | exact | lin | mean | sizes | verdict |
+|---|---|---|---|---|---|---|---|---|---|
+"""
+    return head + "".join(_markdown(r) for r in rows)
+
+
+SIZES, FIRST = (16, 12, 5), 12
+
+
+def _markdown(r: Mapping[str, Any]) -> str:
+    star = "*" if r["single_precision_inside"] == "yes" else ""
+
+    def pair(name: str) -> str:
+        a, b = str(r[f"{name}_fp32"]), str(r[f"{name}_fp64"])
+        return f"{a}, {b}{star}" if a != b or not a else a
+
+    share = f"{r['share']:.0%}" if isinstance(r["share"], float | int) else ""
+    calls = f"{r['first_call_approx']} / {r['first_call_inductor']}" if r["first_call_approx"] != "" else ""
+    sizes = f"{r['other_sizes']} ({r['recompiled']}, {r['recompiled_by_torch']})" if r["recompiled"] != "" else str(r["other_sizes"])
+    cells = (r["model"], r["decision"], share, r["reason"], calls, pair("exact"), pair("lin"), pair("mean"), sizes, r["verdict"])
+    return "| " + " | ".join(str(c).replace("|", "\\|").replace("\n", " ")[:300] for c in cells) + " |\n"
