@@ -481,9 +481,9 @@ def donating(indices: Sequence[int]) -> Iterator[None]:
         meta.bw_donated_idxs = before
 
 
-def settled(gm: fx.GraphModule) -> Callable[[Any], Any]:
+def settled(graph: fx.Graph) -> Callable[[Any], Any]:
     """What expressions have become by now: compiled code may have fixed a symbol to a number, or found two to be equal."""
-    env = _graph_mode(gm.graph).shape_env
+    env = _graph_mode(graph).shape_env
     return lambda e: env.replace(sympy.sympify(e))
 
 

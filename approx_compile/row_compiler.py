@@ -61,10 +61,14 @@ class RowCompiler:
         if _torch.has_backward(graph):
             found = outlook(graph, self.batch, self.default, {n.name: n.meta[LEVEL] for n in sites}, self._approximate_batch_norm)
             device = next((n.meta["val"].device.type for n in graph.nodes if isinstance(n.meta.get("val"), Tensor)), "cpu")
-            reason = found.why_not(self._least_share) or self._too_little(found.flops_on_rows, device)
+            reason = self._fixed(graph) or found.why_not(self._least_share) or self._too_little(found.flops_on_rows, device)
             if reason is not None:
                 self._note(found, {}, graph, reason)
                 raise Declined(reason)
+
+    def _fixed(self, graph: fx.Graph) -> str | None:
+        size = _torch.settled(graph)(self.batch)
+        return f"the model, or an op that is traced for known sizes alone, fixes the size of the batch to {size}" if size.is_Integer else None
 
     @property
     def _approximate_batch_norm(self) -> bool:
@@ -144,7 +148,7 @@ class RowCompiler:
             static = [i for i, e in enumerate(stage.entries) if e.source == SAVED and e.layout is None and e.number is None and e.name not in donated]
             with _torch.donating(mine):
                 calls.append(self.inner(stage.gm, inputs, is_backward=True, **(kwargs | {"static_input_idxs": static})))
-        return calls, _resolved(found, _torch.settled(gm))
+        return calls, _resolved(found, _torch.settled(gm.graph))
 
 
 def _levels_of(gm: fx.GraphModule) -> dict[str, int]:

@@ -9,7 +9,7 @@ p_i is min(1, c g_i): all rows that are not certain then weigh the same, 1 / c.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -101,11 +101,13 @@ def needed(norms_sq: Tensor, tau: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Rows:
-    """The batch lies in dim `dim`, whose size is outer * batch * inner, in that order. None: every row is the same, so any place will do."""
+    """The batch lies in dim `dim`, whose size is outer * batch * inner, in that order. None: the tensor is constant along that dim, so any place will do."""
 
     dim: int
     outer: Any = sympy.S.One
     inner: Any = sympy.S.One
+    index: bool = field(default=False, compare=False)
+    """Whether the entries are the numbers of the samples that they belong to, as in `arange(batch)`."""
 
     @property
     def uniform(self) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from approx_compile import _torch
-from approx_compile.passes.batch_dim import Followed, op_name
+from approx_compile.passes.batch_dim import Followed, geometry_of, op_name, same_memory, strided_geometry
 from approx_compile.passes.own_kernels import OWN_CONV, OWN_MM
 from approx_compile.passes.sites import VIEWS
 
@@ -28,12 +28,19 @@ _MAPS: set[Any] = set(VIEWS) | {
     aten.sum.dim_IntList,
     aten.sum.default,
     aten.mean.dim,
+    aten.mean.default,
 }
 _MAPS |= {aten.squeeze.dims, aten.squeeze.dim, aten.squeeze.default, aten.expand.default, aten.unsqueeze.default, aten.select.int, aten.slice.Tensor}
-_MAPS |= {aten.neg.default, aten.cumsum.default, aten.flip.default, operator.getitem}
+_MAPS |= {aten._fft_r2c.default, aten._fft_c2r.default, aten._fft_c2c.default, aten.view_as_real.default, aten.view_as_complex.default}
+_MAPS |= {aten.tril.default, aten.triu.default, aten._conj.default, aten.conj_physical.default}  # linear over the reals, as weights are
+_MAPS |= {aten.as_strided.default, aten.neg.default, aten.cumsum.default, aten.flip.default, operator.getitem}
 _MAPS |= {aten.split_with_sizes.default, aten.split.Tensor, aten.unbind.int}
 _ZERO_OR_ALL = {aten.add.Tensor, aten.sub.Tensor, aten.slice_scatter.default, aten.select_scatter.default}
 _FACTORS = {aten.mul.Tensor, aten.mul.Scalar, aten.mm.default, aten.bmm.default, *OWN_MM, *OWN_CONV}
+_SOLVED = {"linalg_solve_triangular": 1, "linalg_lu_solve": 2, "_linalg_solve_ex": 1, "triangular_solve": 0, "cholesky_solve": 0}
+"""Which argument is the right side of the equations that an op solves: in that the solution is linear."""
+_EMPTY: set[Any] = {aten.empty.memory_format, aten.empty_permuted.default, aten.empty_like.default, aten.new_empty.default, aten.new_empty_strided.default}
+"""Tensors that are made to be written to: whoever reads one before that reads nothing."""
 _INDEXED = {aten.gather.default, aten.index_select.default, aten.index.Tensor, aten._unsafe_index.Tensor}
 
 
@@ -41,10 +48,12 @@ def is_linear(n: fx.Node, linear: set[fx.Node], out: Followed) -> bool:
     """Whether a node that reads gradients is linear in them (jointly), so that a row scaled or left out is so in the result."""
     hits = [a in linear for a in n.args if isinstance(a, fx.Node)]
     first_alone = bool(hits) and hits[0] and not any(hits[1:]) and not any(v in linear for v in n.kwargs.values())
-    if is_zero(n):
+    if is_zero(n) or n.target in _EMPTY:
         return True
     if n.target in _CASTS:
         return bool(_torch.value(n).dtype.is_floating_point)
+    if is_torchs_own(n) and op_name(n) in _SOLVED:
+        return [i for i, a in enumerate(n.args) if isinstance(a, fx.Node) and a in linear] == [_SOLVED[op_name(n)]]
     if n.target is aten.copy.default:
         return n.args[1] in linear or is_zero(n.args[1])
     if n.target is aten.cat.default:
@@ -55,9 +64,12 @@ def is_linear(n: fx.Node, linear: set[fx.Node], out: Followed) -> bool:
         return True
     if n.target in _ZERO_OR_ALL:
         return all(a in linear or is_zero(a) for a in n.args[:2])
+    if n.target is aten.as_strided_scatter.default:
+        whole = same_memory(geometry_of(_torch.value(n.args[0])), strided_geometry(n, 2))
+        return (n.args[1] in linear or is_zero(n.args[1])) and (whole or n.args[0] in linear or is_zero(n.args[0]))
     if n.target in _FACTORS:
         return sum(hits) == 1
-    if n.target in (aten.div.Tensor, aten.div.Scalar) or n.target in _INDEXED or op_name(n).endswith(("_backward", "_backward_data")):
+    if n.target in (aten.div.Tensor, aten.div.Scalar) or n.target in _INDEXED or (is_torchs_own(n) and op_name(n).endswith(("_backward", "_backward_data"))):
         return first_alone
     if n.target is aten.where.self:
         return n.args[0] not in linear and all(a in linear or is_zero(a) for a in n.args[1:3])
@@ -76,14 +88,23 @@ def is_linear(n: fx.Node, linear: set[fx.Node], out: Followed) -> bool:
     return op_name(n) == "fma" and (n.args[2] in linear or is_zero(n.args[2])) and (n.args[0] in linear) != (n.args[1] in linear)
 
 
+def is_torchs_own(n: fx.Node) -> bool:
+    """Whether an op is torch's, so that its name says what it computes; anyone may call an op of theirs `backward`."""
+    return getattr(n.target, "namespace", "") in ("aten", "prims")
+
+
 def is_zero(arg: Any) -> bool:
     """Whether an argument is the constant 0."""
     if not isinstance(arg, fx.Node):
         return isinstance(arg, int | float) and arg == 0
     if arg.target in (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default):
         return True
+    if arg.target in (aten.clone.default, aten._to_copy.default, aten.permute.default, aten.unsqueeze.default):
+        return is_zero(arg.args[0])
     if arg.target is aten.scalar_tensor.default:
         return bool(arg.args[0] == 0)
     if arg.target in (aten.expand.default, prims.convert_element_type.default, *VIEWS):
         return is_zero(arg.args[0])
+    if arg.target is aten.new_full.default:
+        return bool(arg.args[2] == 0)
     return arg.target in (aten.full.default, aten.full_like.default) and bool(arg.args[1] == 0)

@@ -181,13 +181,18 @@ def _assign(graph: fx.Graph, work: _Work, tangents: Sequence[fx.Node], default: 
     by_rows = {t for t in tangents if known.kind.get(t) == ROWS}
     start = ALL if any(levels.get(n.name, default) == ALL for n in _first_products(by_rows)) else default
     raw: dict[fx.Node, int] = {}
+    exact = _read_by_nonlinear(graph, known)
     post = max([default, *levels.values()]) + 1
     for n in graph.nodes:
         if n.op != "call_function" or known.kind.get(n) not in (ROWS, TOTAL):
             continue
         above = [raw.get(a, start if a in by_rows else ALL) for a in n.all_input_nodes if known.kind.get(a) in (ROWS, TOTAL)]
         stage = max([ALL, *above])
-        if n.target in HEAVY or "attention" in str(n.target):
+        if n in exact:
+            stage = ALL
+            if n in known.nonlinear:
+                work.blocked.setdefault(f"{known.nonlinear[n]}, so that all above it runs on all rows")
+        elif n.target in HEAVY or "attention" in str(n.target):
             stage = max(stage, levels.get(n.name, default))
         elif above == [] and known.kind.get(n) == ROWS:
             stage = ALL  # a loss inside the graph: its gradient spreads over the rows here
@@ -196,6 +201,16 @@ def _assign(graph: fx.Graph, work: _Work, tangents: Sequence[fx.Node], default: 
             stage = post
         raw[n] = stage
     work.stage, work.post = raw, post
+
+
+def _read_by_nonlinear(graph: fx.Graph, known: Followed) -> set[fx.Node]:
+    """The nodes whose gradients must be exact, since a node that is not linear in them makes something of them: the mean of that over choices of rows
+    would not be what it makes of the mean. With that node itself, which is a choice's beginning as good as an output's gradient."""
+    found = set(known.nonlinear)
+    for n in reversed(graph.nodes):
+        if n in found:
+            found.update(a for a in n.all_input_nodes if known.kind.get(a) in (ROWS, TOTAL))
+    return found
 
 
 def _first_products(tangents: Iterable[fx.Node]) -> Iterator[fx.Node]:
@@ -227,7 +242,7 @@ def _members(graph: fx.Graph, work: _Work) -> tuple[dict[int, dict[fx.Node, None
             return home(n.args[0], stage)
         if n in work.stage:
             return work.stage[n]
-        if known.kind.get(n) == HEAD or n in known.blocked or n in known.lost:
+        if known.kind.get(n) == HEAD or n in known.blocked or n in known.lost or n in known.whole:
             return 0
         return stage
 
@@ -303,6 +318,8 @@ def _stage(gm: fx.GraphModule, work: _Work, s: int, level: int, members: Mapping
         if level != ALL and n in known.numbers:
             dtype = _number_dtype(n)
             new.args = tuple(constants.get((o, dtype), m) if isinstance(o, fx.Node) else m for o, m in zip(n.args, new.args, strict=True))
+        if level != ALL and n in known.counted:
+            _count_anew(new, *known.counted[n])
     for n in outputs:
         if n in work.dense:  # rows of an expanded tensor share their memory: a place of its own for each
             env[n] = graph.call_function(aten.clone.default, (env[n],), {"memory_format": torch.contiguous_format})
@@ -312,6 +329,24 @@ def _stage(gm: fx.GraphModule, work: _Work, s: int, level: int, members: Mapping
     graph.eliminate_dead_code()
     graph.lint()
     return Stage(level, tuple(entries), tuple(n.name for n in outputs), fx.GraphModule(gm, graph), sum(_torch.flops(n) for n in members))
+
+
+def _count_anew(n: fx.Node, dim: int, place: int) -> None:
+    """Number the samples that are there, for an op that finds each sample's entries by its number: index `dim`, which has the batch in its dim `place`."""
+    graph, x = n.graph, n.args[0]
+    indices: list[Any] = list(n.args[1])  # type: ignore[arg-type]
+    number = _torch.value(indices[dim])
+
+    def emit(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        new = graph.call_function(target, args, kwargs)
+        new.meta["val"] = target(*fx.map_arg(args, lambda a: a.meta["val"]), **kwargs)
+        return new
+
+    with graph.inserting_before(n), _torch.fake_mode_of(n):
+        size = emit(aten.sym_size.int, x, dim)
+        counted = emit(torch.ops.prims.iota.default, size, start=0, step=1, dtype=number.dtype, device=number.device, requires_grad=False)
+        indices[dim] = emit(aten.reshape.default, counted, [size if d == place else 1 for d in range(number.dim())])
+    n.args = (x, indices, *n.args[2:])
 
 
 def _symbols_beside(gm: fx.GraphModule, members: Iterable[fx.Node], needed: Iterable[fx.Node]) -> dict[sympy.Symbol, Any]:
