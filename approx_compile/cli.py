@@ -158,7 +158,7 @@ def tune(
     """Measure every site of the model on its example inputs and choose the plan that saves most time; Ctrl-C takes the best so far."""
     with failures(debug):
         _check_folder("--out", out)
-        options, example = _prepared(model, config, settings, threads)
+        options, example = _prepared(model, config, settings, threads, policy="cost")
         if not isinstance(example.model, torch.nn.Module):
             raise Failure(f"{model} makes a {type(example.model).__name__}; tune needs a torch.nn.Module")
         if example.kwargs:
@@ -193,9 +193,9 @@ def calibrate(
         typer.echo(f"stored: {machines.path_of(found.device)}")
 
 
-def _prepared(model: str, config: Path | None, settings: list[str] | None, threads: int | None) -> tuple[ApproxConfig | None, Example]:
-    """What a command that times things works on: checked options, then the model, under so many threads."""
-    options = read_options(config, settings or [])
+def _prepared(model: str, config: Path | None, settings: list[str] | None, threads: int | None, **defaults: Any) -> tuple[ApproxConfig | None, Example]:
+    """What a command that times things works on: checked options (over `defaults`, where any are given), then the model, under so many threads."""
+    options = read_options(config, settings or [], **defaults)
     _set_threads(threads)
     return options, example_of(model)
 
@@ -233,7 +233,7 @@ def _report(example: Example, options: ApproxConfig | None) -> Report:
     return report
 
 
-def read_options(path: Path | None, settings: list[str]) -> ApproxConfig | None:
+def read_options(path: Path | None, settings: list[str], **defaults: Any) -> ApproxConfig | None:
     """The file's keys with `settings` ("key=value", the value as in TOML or a bare word, the key dotted for tables) laid over; None if nothing is given."""
     if path is None and not settings:
         return None
@@ -247,7 +247,7 @@ def read_options(path: Path | None, settings: list[str]) -> ApproxConfig | None:
             raise ConfigError(f"--config: {path} is no TOML: {e}") from e
     for text in settings:
         options = _merged(options, _setting(text))
-    return ApproxConfig.of(options)
+    return ApproxConfig.of(defaults | options)
 
 
 def _setting(text: str) -> dict[str, Any]:

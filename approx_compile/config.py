@@ -16,11 +16,15 @@ from pydantic import Field, field_validator, model_validator
 from approx_compile import _torch
 from approx_compile.patterns import Pattern, Steps, needs_total
 from approx_compile.plans import Tuned, TunedPlan
-from approx_compile.settings import LEAST_ROWS, SiteSettings, finds_output, interpret, own_keys, row_settings
-from approx_compile.tables import PRODUCTS, AdaptiveTable, ProductTable, Rule, Rules, nearest
+from approx_compile.settings import LEAST_ROWS, SiteSettings, finds_output, interpret, own_keys, row_settings, samples_products, with_rule
+from approx_compile.tables import AdaptiveTable, ProductTable, Rule, Rules, nearest
 
 FINAL_EXACT = 0.2
 """The last share of a run of known length in which no output is sampled: training ends on the network that is evaluated."""
+
+
+_HOW = ("ratio", "sampling", "group", "min_k", "share", "method")
+"""Keys that say how products are sampled."""
 
 
 class ConfigError(_torch.PassesThroughDynamo, ValueError):
@@ -33,8 +37,8 @@ class ApproxConfig(Rules):
     Keys: `method` (one of `ESTIMATORS` or "exact"), `ratio` in (0, 1], `min_k` (shorter axes are exact), `group` (contiguous indices kept or
     dropped together), `sampling` (forward | backward | blackbox), `output` / `grad_input` / `grad_weight` / `grad` (a method's name or a
     table; `grad` with `axis: "rows"`: samples of the batch), `policy` (adaptive | cost | measure | always; without
-    it, adaptive if no other key says what to sample, else cost), `share` (whether sites that read the same activation keep the same entries of it; left out:
-    where that saves more than it loses), `adaptive` (see `AdaptiveTable`), `rules` (a list
+    it, adaptive if no other key asks for sampled products, else cost), `share` (whether sites that read the same activation keep the same entries of it; left
+    out: where that saves more than it loses), `adaptive` (see `AdaptiveTable`), `rules` (a list
     of tables with `layers`, `steps`, `phase`: see `Rule`), `plan` (a plan file, a `TunedPlan` or a table like a plan file: its settings, under the keys given
     beside it; the attribute then holds its record), `total_steps` (the optimizer steps of the whole run), `final_exact` (the last share of them in which
     no output is sampled), `lowering` (the code that runs sampled products: auto | inductor | triton | cuda, the last two on GPUs), `huge_pages` (whether
@@ -81,28 +85,35 @@ class ApproxConfig(Rules):
             raise ValueError("got None; leave the key out for its default")
         return value
 
-    @model_validator(mode="before")
-    @classmethod
-    def _default_policy(cls, data: Any) -> Any:
-        """ "adaptive", unless something says how products are to be sampled: then "cost"."""
-        silent = {"adaptive", "inductor", "lowering", "huge_pages", "total_steps", "final_exact"}
-        if isinstance(data, Mapping) and "policy" not in data and set(data) - silent:
-            return {**data, "policy": "cost"}
-        return data
+    @model_validator(mode="after")
+    def _default_policy(self) -> ApproxConfig:
+        """ "adaptive", unless something asks for sampled products: then "cost". What makes something exact, or has no effect by itself, changes no policy, so
+        that asking for more exactness samples no output."""
+        if "policy" not in self.model_fields_set:
+            said = {"ratio", "sampling"} | ({"method"} if self.method != "exact" else set())
+            asked = bool(said & self.model_fields_set) or any(t.samples for t in self.tables.values()) or any(r.samples for r in self.rules)
+            object.__setattr__(self, "policy", "cost" if asked else "adaptive")  # frozen from here on
+        return self
 
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> ApproxConfig:
         """Under "adaptive" the forward pass is exact and the number of rows is found: keys that say otherwise would do nothing."""
-        said = ("ratio", "sampling", "group", "min_k", "method")
-        for where, keys in (("", self), *((f"rules[{i}]: ", r) for i, r in enumerate(self.rules))):
-            policy = keys.policy or self.policy
-            own = [k for k in said if k in keys.model_fields_set and getattr(keys, k) is not None and not (k == "method" and keys.method == "exact")]
-            if policy == "adaptive" and own and keys.output is None and keys.grad is None and keys.grad_input is None and keys.grad_weight is None:
-                raise ValueError(
-                    f"{where}{own[0]} has no effect under policy 'adaptive', which keeps the forward pass exact and finds the number of rows itself; "
-                    f"for sampled products set policy 'cost' or 'always' beside it, for a fixed share of rows grad={{'axis': 'rows', 'ratio': ...}}"
-                )
+        idle = "has no effect under policy 'adaptive', which keeps the forward pass exact and finds the number of rows itself; "
+        products = "for sampled products set policy 'cost' or 'always' beside it"
+        for where, keys, others in (("", self, self.rules), *((f"rules[{i}]: ", r, self._near(r)) for i, r in enumerate(self.rules))):
+            said = [k for k in _HOW if k in keys.model_fields_set and getattr(keys, k) is not None and (k, getattr(keys, k)) != ("method", "exact")]
+            alone = with_rule(own_keys(self), keys)
+            if said and not any(samples_products(k) for k in (alone, *(with_rule(alone, r) for r in others))):
+                exact = "for exact products method='exact', " if said[0] == "ratio" and keys.ratio == 1 else ""
+                raise ValueError(f"{where}{said[0]} {idle}{exact}{products}, for a fixed share of rows grad={{'axis': 'rows', 'ratio': ...}}")
+            for name, table in keys.tables.items() if alone["policy"] == "adaptive" else ():
+                if (key := table.only_how) is not None:
+                    raise ValueError(f"{where}{name}: {key} {idle}{products}, or a method into {name}")
         return self
+
+    def _near(self, rule: Rule) -> list[Rule]:
+        """The rules that hold for what this rule holds for, as far as their layers say so."""
+        return [r for r in self.rules if r.layers == rule.layers or ("site",) in (r.layers, rule.layers)]
 
     @model_validator(mode="after")
     def _shares_of_a_known_run(self) -> ApproxConfig:
@@ -164,12 +175,12 @@ class ApproxConfig(Rules):
 
     def _each_alone(self) -> list[dict[str, Any]]:
         """The keys at the top, and these with each rule by itself over them."""
-        return [own_keys(self), *(own_keys(self) | own_keys(r) for r in self.rules)]
+        return [own_keys(self), *(with_rule(own_keys(self), r) for r in self.rules)]
 
     def at(self, step: int = 0, phase: str | None = None) -> ApproxConfig:
         """The settings that hold after `step` optimizer steps in a phase: the same, with the rules that hold and without times."""
         held = [r for r in self.all_rules() if r.when(self.total_steps).holds(step, phase)]
-        whole = [i for i, r in enumerate(held) if r.layers == ("site",) and r.method == "exact"]
+        whole = [i for i, r in enumerate(held) if r.layers == ("site",) and r.method == "exact" and all(later.only_exact for later in held[i:])]
         held = held[whole[-1] if whole else 0 :]  # what such a rule overrules makes no other assignment
         bare = tuple(r.model_copy(update={"steps": None, "phase": None}) for r in held)
         return self.model_copy(update={"rules": bare, "total_steps": None, "final_exact": FINAL_EXACT})
@@ -215,19 +226,13 @@ class ApproxConfig(Rules):
 
     def settings(self, matches: Sequence[bool]) -> SiteSettings:
         """The settings of a site, given which of `rules` match it."""
-        return interpret(self.merged(matches), any(hit and not rule.only_exact for rule, hit in zip(self.rules, matches, strict=True)))
+        return interpret(self.merged(matches), any(hit and rule.names for rule, hit in zip(self.rules, matches, strict=True)))
 
     def merged(self, matches: Sequence[bool]) -> dict[str, Any]:
         """The keys that hold for a site, given which of `rules` match it."""
         keys = own_keys(self)
         for rule, hit in zip(self.rules, matches, strict=True):
-            if not hit:
-                continue
-            new = own_keys(rule)
-            if new.get("method") == "exact":
-                for key in (*PRODUCTS, "grad"):
-                    keys.pop(key, None)
-            keys |= new
+            keys = with_rule(keys, rule) if hit else keys
         return keys
 
 
@@ -241,11 +246,12 @@ def _with_plan(data: Mapping[str, Any]) -> dict[str, Any]:
         plan, where = TunedPlan.given(given)
     except ValueError as e:
         raise ConfigError(str(e)) from None
+    products = {"policy": "cost"}  # what a plan without a policy means: it says what to sample
     try:
-        ApproxConfig(**plan.options)  # what is wrong with the file is the file's fault, not that of the keys beside it
+        ApproxConfig(**products | dict(plan.options))  # what is wrong with the file is the file's fault, not that of the keys beside it
     except ConfigError as e:
         raise ConfigError(f"{where}: {e}") from None
-    return plan.overridden(own) | {"plan": plan.tuned}
+    return products | plan.overridden(own) | {"plan": plan.tuned}
 
 
 def _message(error: pydantic.ValidationError) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from approx_compile.tables import REPLACEMENTS, GradTable, ProductTable, Rules
+from approx_compile.tables import PRODUCTS, REPLACEMENTS, GradTable, ProductTable, Rules
 
 LEAST_ROWS = 2
 """`min_k` of row sampling, if its table has none. (Compiled code takes one row for another case than many.)"""
@@ -68,36 +68,53 @@ def own_keys(rules: Rules) -> dict[str, Any]:
     return {k: getattr(rules, k) for k in names if getattr(rules, k) is not None}
 
 
+def with_rule(keys: Mapping[str, Any], rule: Rules) -> dict[str, Any]:
+    """The keys with a rule's over them. `method: exact` takes back what tables ask for, not what they leave exact; rows that are made exact stay a matter of
+    rows, so that the forward pass remains exact."""
+    below, above = dict(keys), own_keys(rule)
+    if above.get("method") == "exact":
+        for key in (*PRODUCTS, "grad"):
+            if (table := below.get(key)) is not None and (table.samples or table.replaces):
+                del below[key]
+    if _on_rows(below) and (above.get("method") == "exact" or ("grad" in above and above["grad"].method == "exact")):
+        above["grad"] = GradTable(axis="rows", method="exact")
+    return below | above
+
+
 def interpret(keys: dict[str, Any], named: bool) -> SiteSettings:
     """Merged keys -> one request per product: a product's key beats `grad`, which beats `sampling`."""
     base = ProductSettings(keys["method"], keys["ratio"], keys["min_k"], keys["group"], lowering=keys["lowering"])
     exact = replace(base, method="exact")
-    rows = row_settings(keys)
+    on_rows = _on_rows(keys)
     by_sampling = {
         "forward": (base, replace(base, method="coupled")),
         "backward": (exact, base),
         "blackbox": (base, exact),
     }
-    # rows are sampled in the backward pass of an exact forward pass, unless an output is set by itself
-    output, grad = (exact, exact) if base.method == "exact" or rows is not None or keys["policy"] == "adaptive" else by_sampling[keys["sampling"]]
+    # rows, all of them too, are those of the backward pass of an exact forward pass, unless an output is set by itself
+    output, grad = (exact, exact) if base.method == "exact" or on_rows or keys["policy"] == "adaptive" else by_sampling[keys["sampling"]]
 
     def with_table(start: ProductSettings, *tables: ProductTable | None) -> ProductSettings:
         given: dict[str, Any] = {}
         for table in tables:
             if table is not None:
                 given |= {k: v for k, v in table.model_dump(exclude={"axis", "batch_norm"}).items() if v is not None}
-        if not given:
+        if not given or (start.method == "exact" and not given.keys() & {"method", "ratio"}):  # how to sample, where nothing is sampled
             return start
         return replace(base, **given)
 
-    both = keys.get("grad") if rows is None else None
+    both = keys.get("grad") if not on_rows else None
     output = with_table(output, keys.get("output"))
     if keys["policy"] == "adaptive" and output.method != "exact":  # a rule allows it: then as everywhere else
         grad = by_sampling[keys["sampling"]][1]
     grads = [with_table(grad, both, keys.get(name)) for name in ("grad_input", "grad_weight")]
     if output.method == "exact":  # nothing to couple to
         grads = [replace(g, method="exact") if g.method == "coupled" else g for g in grads]
-    return SiteSettings(output, grads[0], grads[1], keys["policy"], named, rows, keys.get("share"))
+    return SiteSettings(output, grads[0], grads[1], keys["policy"], named, row_settings(keys), keys.get("share"))
+
+
+def _on_rows(keys: Mapping[str, Any]) -> bool:
+    return "grad" in keys and keys["grad"].axis == "rows"
 
 
 def row_settings(keys: dict[str, Any]) -> RowSettings | None:
@@ -116,4 +133,9 @@ def row_settings(keys: dict[str, Any]) -> RowSettings | None:
 def finds_output(keys: Mapping[str, Any]) -> bool:
     """Whether a site's output is to be sampled at a ratio that nobody says."""
     output = keys.get("output")
-    return keys["policy"] == "adaptive" and output is not None and output.method != "exact" and output.ratio is None
+    return keys["policy"] == "adaptive" and output is not None and output.samples and output.ratio is None
+
+
+def samples_products(keys: Mapping[str, Any]) -> bool:
+    """Whether products are sampled where these keys hold, so that keys that say how have an effect."""
+    return keys["policy"] != "adaptive" or any(keys[k].samples for k in (*PRODUCTS, "grad") if k in keys)

@@ -121,6 +121,22 @@ _SAMPLING_KEYS = ("ratio", "min_k", "group")
 class ProductTable(_Keys):
     """Settings of one product: `{"method": ..., "ratio": ..., "min_k": ..., "group": ...}`, each optional."""
 
+    @property
+    def samples(self) -> bool:
+        """Whether it asks for the product to be sampled: by a method or a ratio. `min_k` and `group` only say how, if it is."""
+        return self.ratio != 1 and (self.method in ESTIMATORS or (self.method is None and self.ratio is not None))
+
+    @property
+    def replaces(self) -> bool:
+        return any(self.method in methods for methods in REPLACEMENTS.values())
+
+    @property
+    def only_how(self) -> str | None:
+        """The key that says how to sample, where none says that the product is to be sampled."""
+        if self.method is not None or self.ratio is not None:
+            return None
+        return next((k for k in ("min_k", "group") if getattr(self, k) is not None), None)
+
 
 class InputTable(ProductTable):
     """Settings of `grad_input`. Method "max": through the `j` (1) entries of largest magnitude of every row of the output gradient, times `scale` (1)."""
@@ -204,6 +220,14 @@ class GradTable(InputTable):
     @classmethod
     def _check_batch_norm(cls, value: Any) -> Any:
         return value if value is None else choice("batch_norm", value, ("exact", "approximate"), "batch_norm")
+
+    @property
+    def samples(self) -> bool:
+        return self.axis != "rows" and super().samples
+
+    @property
+    def only_how(self) -> str | None:
+        return None if self.axis == "rows" else super().only_how
 
     @model_validator(mode="after")
     def _rows(self) -> GradTable:
@@ -298,18 +322,21 @@ class Rules(_Keys):
     def _name_or_table(cls, value: Any) -> Any:
         return {"method": value} if isinstance(value, str) else value
 
+    @property
+    def tables(self) -> dict[str, ProductTable]:
+        """The tables of products that are set here."""
+        return {k: table for k in ("output", "grad", "grad_input", "grad_weight") if (table := getattr(self, k)) is not None}
+
     @model_validator(mode="after")
     def _combinations(self) -> Rules:
-        tables = {k: getattr(self, k) for k in ("output", "grad", "grad_input", "grad_weight")}
-        for key in ("grad_weight", "grad"):
-            if tables[key] is not None and tables[key].method == "topk_weights" and key == "grad_weight":
-                raise ValueError(
-                    "grad_weight: method 'topk_weights' ranks by the weight's norms, and the weight is no operand of grad_weight; "
-                    "use topk, crs, bernoulli, uniform or wta"
-                )
+        if self.grad_weight is not None and self.grad_weight.method == "topk_weights":
+            raise ValueError(
+                "grad_weight: method 'topk_weights' ranks by the weight's norms, and the weight is no operand of grad_weight; "
+                "use topk, crs, bernoulli, uniform or wta"
+            )
         if self.method == "exact":
-            for key, table in tables.items():
-                if table is not None and table.method != "exact":
+            for key, table in self.tables.items():
+                if table.method != "exact":
                     raise ValueError(
                         f"method 'exact' makes all three products exact, but {key} is set beside it; "
                         f"drop {key}, or set output='exact' in place of method='exact'"
@@ -371,8 +398,22 @@ class Rule(Rules):
         return When(Steps.parse(self.steps, total) if self.steps is not None else None, self.phase)
 
     @property
+    def samples(self) -> bool:
+        """Whether it asks for sampled products; not for exact or replaced ones, nor for rows of the batch."""
+        own = self.method != "exact" and self.ratio != 1 and any(v is not None for v in (self.method, self.ratio, self.sampling))
+        return own or any(t.samples for t in self.tables.values())
+
+    @property
     def only_exact(self) -> bool:
         """Whether all it says is that something is to be exact."""
-        tables = [t for t in (self.output, self.grad, self.grad_input, self.grad_weight) if t is not None]
+        return self._only_tables and all(t.method == "exact" for t in self.tables.values())
+
+    @property
+    def names(self) -> bool:
+        """Whether it is about sampling the sites that it matches: it does not only make some of their products exact, or put others in their place."""
+        return not (self._only_tables and all(t.method == "exact" or t.replaces for t in self.tables.values()))
+
+    @property
+    def _only_tables(self) -> bool:
         said = any(v is not None for v in (self.ratio, self.sampling, self.group, self.min_k, self.lowering, self.share))
-        return not said and self.method in (None, "exact") and (self.method == "exact" or bool(tables)) and all(t.method == "exact" for t in tables)
+        return not said and self.method in (None, "exact") and (self.method == "exact" or bool(self.tables))

@@ -61,7 +61,7 @@ def zero(
 
 def replacing(layers: str, method: str) -> dict[str, Any]:
     """Options that leave everything exact but these weight gradients."""
-    return {"rules": [{"layers": "site", "output": "exact"}, {"layers": layers, "output": "exact", "grad_weight": method}]}
+    return {"policy": "cost", "rules": [{"layers": "site", "output": "exact"}, {"layers": layers, "output": "exact", "grad_weight": method}]}
 
 
 def training(work: str, options: dict[str, Any] | None) -> Callable[[], None]:

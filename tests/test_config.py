@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
+import random
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from common import mlp, plans_of
 from torch import nn
 
-from approx_compile import ApproxConfig, Backend, ConfigError
+from approx_compile import ApproxConfig, Backend, ConfigError, explain
 from approx_compile.patterns import Pattern
 
 WRONG = {
@@ -183,11 +187,193 @@ def test_rules_by_layer_reach_the_sites() -> None:
     assert sites[3].products[1].k == 16
 
 
-def test_the_default_policy_depends_on_what_is_said() -> None:
-    assert ApproxConfig().policy == ApproxConfig(adaptive={"tau": 0.1}).policy == ApproxConfig(inductor={"max_autotune": True}).policy == "adaptive"
-    for options in ({"ratio": 0.5}, {"method": "exact"}, {"rules": [{"layers": "conv", "ratio": 0.25}]}, {"grad": {"axis": "rows", "ratio": 0.5}}):
-        assert ApproxConfig(**options).policy == "cost"
+# --- the policy that holds where none is given ---
+
+PRODUCTS_ASKED: tuple[dict[str, Any], ...] = (
+    {"ratio": 0.5},
+    {"ratio": 1.0},  # at the top: every product, all of it
+    {"method": "crs"},
+    {"sampling": "backward"},
+    {"output": "topk"},
+    {"output": {"ratio": 0.5}},
+    {"grad": "crs"},
+    {"grad_weight": {"method": "crs"}},
+    {"rules": [{"layers": "conv", "ratio": 0.25}]},
+    {"rules": [{"layers": "conv", "method": "exact"}, {"layers": "conv[1]", "grad_input": {"ratio": 0.25}}]},
+    {"plan": {"method": "exact"}},
+)
+
+NO_PRODUCTS_ASKED: tuple[dict[str, Any], ...] = (
+    {},
+    {"adaptive": {"tau": 0.1}},
+    {"inductor": {"max_autotune": True}},
+    {"lowering": "inductor"},
+    {"method": "exact"},
+    {"output": "exact"},
+    {"grad": "exact"},
+    {"grad": {"axis": "rows"}},
+    {"grad": {"axis": "rows", "ratio": 0.5}},
+    {"grad": {"axis": "contraction"}},
+    {"grad_weight": "max"},
+    {"rules": [{"layers": "6", "method": "exact"}]},
+    {"rules": [{"layers": "conv", "grad_weight": "zero"}]},
+    {"rules": [{"layers": "blocks.0", "grad": {"axis": "rows", "ratio": 0.25}}]},
+    {"rules": [{"layers": "6", "policy": "cost"}]},
+    {"rules": [{"layers": "6", "lowering": "inductor"}]},
+)
+
+
+def test_the_policy_without_one_is_for_products_where_these_are_asked_for() -> None:
+    for options in PRODUCTS_ASKED:
+        assert ApproxConfig(**options).policy == "cost", options
+    for options in NO_PRODUCTS_ASKED:
+        config = ApproxConfig(**options)
+        assert config.policy == "adaptive", options
+        assert config.settings([False] * len(config.rules)).output.method == "exact"
     assert ApproxConfig().settings([]).rows is not None and ApproxConfig(ratio=0.5).settings([]).rows is None
+    rows = ApproxConfig(grad={"axis": "rows"}).settings([]).rows, ApproxConfig(grad={"axis": "rows", "ratio": 0.5}).settings([]).rows
+    assert [r is not None and r.ratio for r in rows] == [None, 0.5]  # as many as needed; so many
+
+
+def test_rows_and_replaced_gradients_by_rule_leave_the_forward_pass_exact() -> None:
+    model, x = mlp(64, 64, 64, 64), torch.randn(32, 64)
+    for rule in ({"layers": "0", "grad_weight": "max"}, {"layers": "0", "grad": {"axis": "rows", "ratio": 0.25}}, {"layers": "4", "method": "exact"}):
+        assert [s.products[0].decision for s in plans_of(model, {"rules": [rule]}, x)] == ["exact"] * 3
+    sites = plans_of(model, {"rules": [{"layers": "0", "grad_weight": "max"}]}, x)
+    assert [p.method for p in sites[0].products if p.decision == "replaced"] == ["max"]
+
+
+def test_a_replaced_gradient_names_no_site() -> None:
+    """The site's other products are what they would be without it: the modesty of "cost" stays."""
+    config = ApproxConfig(ratio=0.5, rules=[{"layers": "conv", "grad_weight": "max"}, {"layers": "conv", "min_k": 8}])
+    assert not config.settings([True, False]).named and config.settings([False, True]).named
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_k": 8}, "min_k has no effect under policy 'adaptive'.*set policy 'cost'"),
+        ({"share": False}, "share has no effect"),
+        ({"group": 16}, "group has no effect"),
+        ({"rules": [{"layers": "6", "group": 16}]}, r"rules\[0\]: group has no effect"),
+        ({"rules": [{"layers": "6", "ratio": 1.0}]}, r"rules\[0\]: ratio has no effect.*for exact products method='exact'"),
+        ({"output": {"min_k": 8}}, "output: min_k has no effect.*a method into output"),
+        ({"rules": [{"layers": "6", "grad_weight": {"group": 4}}]}, r"rules\[0\]: grad_weight: group has no effect"),
+        ({"policy": "adaptive", "ratio": 0.5, "grad": {"axis": "rows"}}, "ratio has no effect"),
+        ({"min_k": 8, "rules": [{"layers": "6", "method": "exact"}]}, "min_k has no effect"),
+        ({"policy": "adaptive", "rules": [{"layers": "a", "output": "topk"}, {"layers": "b", "min_k": 8}]}, r"rules\[1\]: min_k"),
+    ],
+)
+def test_a_key_without_effect_is_an_error(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ApproxConfig(**options)
+
+
+def test_a_key_with_an_effect_somewhere_is_none() -> None:
+    for options in (
+        {"min_k": 8, "rules": [{"layers": "6", "policy": "cost"}]},
+        {"policy": "adaptive", "min_k": 8, "rules": [{"layers": "6", "output": "topk"}]},
+        {"policy": "adaptive", "rules": [{"layers": "6", "output": "topk"}, {"layers": "6", "min_k": 8}]},
+        {"policy": "adaptive", "output": "topk", "rules": [{"layers": "6", "share": False}]},
+        {"policy": "cost", "min_k": 8, "output": {"group": 4}},
+        {"grad": {"axis": "rows", "min_k": 8}},
+    ):
+        ApproxConfig(**options)
+
+
+EXACTNESS: tuple[dict[str, Any], ...] = (
+    *({key: "exact"} for key in ("method", "output", "grad", "grad_input", "grad_weight")),
+    {"grad": {"axis": "rows", "method": "exact"}},
+    {"grad": {"axis": "rows", "ratio": 1.0}},
+    {"output": {"method": "topk", "ratio": 1.0}},
+    {"policy": "adaptive"},
+)
+
+
+def _drawn(draw: random.Random, choices: Sequence[dict[str, Any]], at_most: int) -> dict[str, Any]:
+    keys: dict[str, Any] = {}
+    for one in draw.sample(list(choices), draw.randint(0, at_most)):
+        keys |= one
+    if keys.get("method") == "exact":
+        keys = {k: v for k, v in keys.items() if k in ("method", "policy", "ratio", "min_k", "sampling")}
+    return keys
+
+
+def _output_is_exact(config: ApproxConfig, matches: Sequence[bool]) -> bool:
+    output = config.settings(matches).output
+    return output.method == "exact" or output.ratio == 1
+
+
+def test_keys_that_only_make_something_exact_sample_no_output() -> None:
+    draw = random.Random(0)
+    for _ in range(500):
+        rules = [{"layers": draw.choice(["site", "a", "b"])} | _drawn(draw, EXACTNESS, 3) for _ in range(draw.randint(0, 4))]
+        config = ApproxConfig(**_drawn(draw, EXACTNESS, 3), rules=rules)
+        assert config.policy == "adaptive"
+        assert all(_output_is_exact(config, matches) for matches in itertools.product([False, True], repeat=len(rules))), config
+
+
+ANYTHING: tuple[dict[str, Any], ...] = (
+    *EXACTNESS,
+    *({"ratio": r} for r in (0.25, 1.0)),
+    *({"method": m} for m in ("topk", "crs")),
+    *({"sampling": s} for s in ("forward", "backward", "blackbox")),
+    *({"policy": p} for p in ("cost", "always", "measure")),
+    *({k: {"method": "crs", "ratio": r}} for k in ("output", "grad", "grad_input", "grad_weight") for r in (0.5, 1.0)),
+    {"output": {"min_k": 32}},
+    {"output": {"ratio": 0.5}},
+    {"grad_weight": "max"},
+    {"grad": {"axis": "rows", "ratio": 0.25}},
+    {"grad": {"axis": "rows"}},
+    {"min_k": 4},
+)
+
+
+def test_more_exact_rules_never_sample_an_output_that_was_exact() -> None:
+    """Wherever such a rule stands, whatever else is said before and after it, for every site; at a step of the run too."""
+    draw, seen = random.Random(0), 0
+    while seen < 1500:
+        rules = [{"layers": draw.choice(["a", "b"])} | _drawn(draw, ANYTHING, 3) for _ in range(draw.randint(0, 4))]
+        own = _drawn(draw, ANYTHING, 3)
+        more = list(rules)
+        at = sorted(draw.randint(0, len(rules)) for _ in range(draw.randint(1, 2)))
+        for i, place in enumerate(at):
+            more.insert(place + i, {"layers": draw.choice(["site", "a"]), "method": "exact"})
+        try:
+            config = ApproxConfig(**own, rules=rules)
+        except ConfigError:
+            continue  # a key without effect
+        exacter = ApproxConfig(**own, rules=more)
+        assert exacter.policy == config.policy
+        for layer in ("a", "b"):
+            hits = lambda c, layer=layer: [r.layers in ((layer,), ("site",)) for r in c.rules]  # noqa: E731
+            if _output_is_exact(config, hits(config)):
+                assert _output_is_exact(exacter, hits(exacter)), (own, rules, more)
+                assert _output_is_exact(exacter.at(0), hits(exacter.at(0))), (own, rules, more)
+        seen += 1
+
+
+def test_more_exact_rules_in_a_model() -> None:
+    model, x, draw = mlp(64, 64, 64, 64), torch.randn(32, 64), random.Random(1)
+
+    def outputs(options: dict[str, Any]) -> list[str]:
+        return [s.products["output"].decision for s in explain(model, x, config=options).sites]
+
+    for own in ({"policy": "always"}, {"policy": "always", "grad": {"axis": "rows", "ratio": 0.5}}, {"policy": "always", "sampling": "backward"}, {}):
+        before = outputs(own)
+        for rule in ({"method": "exact"}, {"grad": "exact"}, {"grad_weight": "exact"}, {"output": "exact"}):
+            after = outputs(own | {"rules": [{"layers": draw.choice(["0", "2", "site"])} | rule, {"layers": "4", "method": "exact"}]})
+            assert all(new == "exact" for old, new in zip(before, after, strict=True) if old == "exact") and after[2] == "exact"
+
+
+@pytest.mark.parametrize("exact", [{"axis": "rows", "ratio": 1.0}, {"axis": "rows", "method": "exact"}])
+def test_all_rows_are_an_exact_step(exact: dict[str, Any]) -> None:
+    """And not a step with sampled outputs in their place."""
+    for policy in ("always", "cost", "adaptive"):
+        settings = ApproxConfig(policy=policy, grad=exact).settings([])
+        assert settings.rows is None and {settings.output.method, settings.grad_input.method, settings.grad_weight.method} == {"exact"}
+    settings = ApproxConfig(policy="always", grad={"axis": "rows", "ratio": 0.5}, rules=[{"layers": "a", "grad": "exact"}]).settings([True])
+    assert settings.rows is None and settings.output.method == "exact"
 
 
 def test_which_settings_weigh_time() -> None:
