@@ -20,6 +20,9 @@ from rich.console import Console
 from rich.table import Table
 from tomlkit.exceptions import TOMLKitError
 
+NOT_MEASURED = "not measured"
+"""How the reason of a site begins that is exact for want of a measurement."""
+
 RECORD = "tuned"
 """The table of a plan file that is no setting."""
 
@@ -253,5 +256,6 @@ def _lines(tuned: Tuned) -> list[str]:
     if tuned.rows is not None:
         lines.append(f"the backward pass runs on {tuned.rows:g} of the rows")
     elif all(s.ratio == 1 for s in tuned.sites):
-        lines.append("everything stays exact")
+        unmeasured = sum(s.reason is not None and s.reason.startswith(NOT_MEASURED) for s in tuned.sites)
+        lines.append("everything stays exact" + (f", {unmeasured} of {len(tuned.sites)} sites for want of a measurement" if unmeasured else ""))
     return lines + ([f"stopped early: {tuned.stopped}"] if tuned.stopped else [])

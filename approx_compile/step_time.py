@@ -2,8 +2,9 @@
 
     saved = sum over sites of rate[group] * (FLOPs saved there / FLOPs of all sites) - sum over sampled sites of overhead[group]
 
-Sites of one op, shape and dtype are a group. FLOPs are those of the plan, so that what two sites both save (zeros that are skipped) counts once. The rates
-are fitted to whole compiled steps: a site alone has other neighbours, and other things to fuse with, than in its model.
+Sites of one op, shape and dtype are a group; a size that is a symbol in one trial and a number in another is the number it was traced with. FLOPs are
+those of the plan, so that what two sites both save (zeros that are skipped) counts once. The rates are fitted to whole compiled steps: a site alone has
+other neighbours, and other things to fuse with, than in its model.
 """
 
 from __future__ import annotations
@@ -22,8 +23,16 @@ SPREAD = 0.5
 """How far a group's rate is expected to be from that of all, relatively: what decides where little was measured."""
 
 
+def shape_of(site: SitePlan) -> str:
+    """The site's shape in numbers, those that symbols were traced with."""
+    shape = site.shape
+    for expression, size in sorted(site.traced, key=lambda t: -len(t[0])):  # s3 is in 2*s3 and in s33, too
+        shape = shape.replace(expression, str(size))
+    return shape
+
+
 def group_of(site: SitePlan) -> str:
-    return f"{site.op} {site.shape} {site.dtype}"
+    return f"{site.op} {shape_of(site)} {site.dtype}"
 
 
 @dataclass(frozen=True)

@@ -94,9 +94,9 @@ class Trials:
             step()
         return step
 
-    def times(self, step: Step) -> Times:
-        """Of the exact step and this one, taken in turn. On one CPU thread those of this process alone: what else the machine does is no property of
-        the model."""
+    def times(self, step: Step, late: Callable[[], bool]) -> Times:
+        """Of the exact step and this one, taken in turn; as few pairs as will do once it is `late`. On one CPU thread those of this process alone: what else
+        the machine does is no property of the model."""
         exact = self.exact
         clock = Clock("cuda" if any(p.device.type == "cuda" for p in self.parameters) else "cpu", SECONDS)
         with untouched(self.model):
@@ -104,8 +104,14 @@ class Trials:
                 exact()
                 once = clock.sample(step, 1)
             rounds = min(MOST_ROUNDS, max(LEAST_ROUNDS, int(SECONDS / max(once, 1e-6))))
-            pairs = [(clock.sample(exact, 1), clock.sample(step, 1)) for _ in range(rounds)]
+            pairs: list[tuple[float, float]] = []
+            while len(pairs) < rounds and not (len(pairs) >= LEAST_ROUNDS and late()):
+                pairs.append((clock.sample(exact, 1), clock.sample(step, 1)))
         return Times(statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs), statistics.median(b / a for a, b in pairs))
+
+    @property
+    def exact_is_compiled(self) -> bool:
+        return self._exact is not None
 
     @property
     def exact(self) -> Step:

@@ -16,16 +16,13 @@ from torch import nn
 from approx_compile.candidates import Candidates
 from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.knapsack import Option, choose
-from approx_compile.measure import Measurements, OutOfTime, Tried
+from approx_compile.measure import REVISIONS, Measurements, OutOfTime, Tried
 from approx_compile.passes.planned import SitePlan
-from approx_compile.plans import Tuned, TunedPlan, TunedSite
-from approx_compile.step_time import StepTime
+from approx_compile.plans import NOT_MEASURED, Tuned, TunedPlan, TunedSite
+from approx_compile.step_time import StepTime, shape_of
 from approx_compile.trials import Times, Trials, kept
 
 LADDER = (0.7, 0.5, 0.35, 0.25)
-
-REVISIONS = 6
-"""Plans whose error is measured before the best of them is taken."""
 
 
 def tune(
@@ -50,8 +47,9 @@ def tune(
 
     Measured are the error of every site at every ratio, the time of whole compiled steps with each group of equal sites sampled, and in the end the error and
     the time of the plan chosen, its error also with what reads one activation at shared entries and at its own (`share`). What is measured slower than exact,
-    or over the error, stays exact. A keyboard interrupt, or the end of `time_budget_s` (seconds; what has begun is finished), gives the plan found so far.
-    `progress`: a rich Progress to add a bar to, or whether to show one (on stderr).
+    or over the error, stays exact. A keyboard interrupt, or the end of `time_budget_s` (seconds; a compilation that has begun is finished), gives the plan
+    found so far, and says of sites what was not measured. `progress`: a rich Progress to add a bar to, or whether to show one (on stderr), with an estimate
+    of how long all of it would take.
 
     Parameters, their `.grad`, buffers, random states and modules' attributes are left as they were. Raises ConfigError (a ValueError) for arguments that
     cannot be, ValueError for a step without a loss.
@@ -67,8 +65,9 @@ def tune(
                 found.take(rows)
             except OutOfTime:
                 stopped = f"the time budget of {time_budget_s:g} s"
-            best = _best(found)
-            times = found.timed(best.options) if best.saved > 0 else None
+            best, times, unmeasured = _chosen(found)
+            if unmeasured:
+                stopped = f"the time budget of {time_budget_s:g} s"
         except KeyboardInterrupt:
             stopped, times, best = "a keyboard interrupt", None, _unchecked(found)
         return _result(found, best, times, stopped)
@@ -136,9 +135,20 @@ def _nothing(found: Measurements) -> _Choice:
     return _Choice(found.candidates.options({}), {}, 0.0, 0.0)
 
 
-def _best(found: Measurements) -> _Choice:
-    """Squares of errors do not quite add up: the budget at which the plan's own error is the one allowed is sought by bisection, and of the plans within it the
-    one that saves most is taken."""
+def _chosen(found: Measurements) -> tuple[_Choice, Times | None, bool]:
+    """The plan that saves most, its time, and whether there was none left to measure that: rows whose time is known go before a plan without one then."""
+    good = _good(found)
+    best = max(good, key=lambda c: c.saved)
+    times = found.time_of_the_choice(best.options) if best.saved > 0 else None
+    if best.saved <= 0 or times is not None:
+        return best, times, False
+    known = [c for c in good if c.rows is not None and c.saved > 0]
+    return max(known, key=lambda c: c.saved) if known else best, None, True
+
+
+def _good(found: Measurements) -> list[_Choice]:
+    """Plans within the error allowed. Squares of errors do not quite add up: the budget at which the plan's own error is the one allowed is sought by
+    bisection."""
     model = StepTime(found.candidates.sites, found.times)
     good = [_nothing(found), *_on_rows(found)]
     errors: dict[tuple[tuple[str, float], ...], float] = {(): 0.0}
@@ -148,16 +158,16 @@ def _best(found: Measurements) -> _Choice:
         ratios, _ = _picked(found, budget)
         key = tuple(ratios.items())
         if key not in errors:
-            if found.late and any(c.ratios for c in good):
+            if found.no_time_for_errors(1):
                 break
             found.show("gradient error of the whole plan")
             tried = found.tried(found.candidates.options(ratios))
             errors[key] = tried.error
-            ways = [tried, *_shared(found, tried)]
+            ways = [tried, *(() if found.no_time_for_errors(2) else _shared(found, tried))]
             good += [_Choice(t.options, ratios, model.saved(t.sites), t.error, sites=t.sites) for t in ways if t.error <= found.max_error]
         low, high = (budget, high) if errors[key] <= found.max_error else (low, budget)
         budget = 1.5 * low if high == math.inf else math.sqrt(low * high) if low else high / 4
-    return max(good, key=lambda c: c.saved)
+    return good
 
 
 def _shared(found: Measurements, tried: Tried) -> list[Tried]:
@@ -211,7 +221,7 @@ def _site(found: Measurements, model: StepTime, site: SitePlan, best: _Choice) -
     return TunedSite(
         name=site.name,
         op=site.op,
-        shape=site.shape,
+        shape=shape_of(site),
         dtype=site.dtype,
         ratio=ratio if ratio is not None else 1.0,
         saved=saved if ratio is not None else 0.0,
@@ -222,9 +232,11 @@ def _site(found: Measurements, model: StepTime, site: SitePlan, best: _Choice) -
 
 def _why_exact(found: Measurements, site: SitePlan, best: _Choice, at: float | None, tried: Tried | None, saved: float) -> str:
     if tried is None:
-        return found.candidates.excluded.get(site.name, "not measured")
+        return found.candidates.excluded.get(site.name, NOT_MEASURED)
     if tried.error > found.max_error:
         return f"gradient error {tried.error:.2g} at {at:g}"
+    if site.name not in found.timed_sites:
+        return f"{NOT_MEASURED}: the time it saves (gradient error {tried.error:.2g} at {at:g})"
     if best.rows is not None:
         return "rows save more"
     return f"predicted to save {saved:.1%} at {at:g}" if saved <= 0 else f"error {tried.error:.2g} for {saved:.1%} of the step at {at:g}"

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import random
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from common import compiled, mlp, plans_of, relative
+from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from approx_compile import ApproxConfig, ConfigError, TunedPlan, tune
+from approx_compile import ApproxConfig, ConfigError, TunedPlan, explain, measure, tune
 from approx_compile.candidates import Candidates
 from approx_compile.knapsack import Option, choose
 from approx_compile.measure import Measurements
 from approx_compile.passes import cost
 from approx_compile.step_time import Measured, StepTime
-from approx_compile.trials import Trials, kept
+from approx_compile.trials import Times, Trials, kept
 from approx_compile.tune import _Choice, _nothing, _result
+
+tune_module = sys.modules[tune.__module__]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -258,6 +263,38 @@ def test_step_times_are_predicted_from_others() -> None:
     assert StepTime((), []).saved(()) == 0
 
 
+class Four(nn.Sequential):
+    """Four layers of which two are alike."""
+
+    def __init__(self) -> None:
+        super().__init__(*mlp(32, 64, 64, 64, 10))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sites_are_the_same_whether_a_size_is_a_symbol_or_a_number(seed: int, monkeypatch: pytest.MonkeyPatch, small_work_counts: None) -> None:
+    """Rows ask for a symbol for the batch, sites do not; whichever trial comes first, sites are known by the sizes that they were traced with. A batch that
+    the user marked as dynamic is a symbol everywhere, and the plan fits the model nevertheless."""
+    draw = random.Random(seed)
+    monkeypatch.setattr(Trials, "compiled", lambda self, options: self.gradients(options))
+    monkeypatch.setattr(Trials, "times", lambda self, step, late: Times(1.0, 0.8, draw.uniform(0.5, 0.9)))
+    model, x = Four(), torch.randn(draw.choice([32, 48]), 32)
+    planned, flipped = Trials.planned, draw.random() < 0.5
+
+    def marked(self: Trials, options: Any) -> tuple[Any, ...]:
+        nonlocal flipped
+        flipped = not flipped
+        self.inputs = (x.clone(),)
+        if flipped:
+            torch._dynamo.mark_dynamic(self.inputs[0], 0)
+        return planned(self, options)
+
+    monkeypatch.setattr(Trials, "planned", marked)
+    plan = tune(model, x, loss=lambda y: y.square().mean(), max_error=5.0, config={"group": 1}, ladder=[0.5], rows=draw.random() < 0.5, progress=False)
+    assert plan.tuned is not None and [s.shape for s in plan.tuned.sites] == [f"{len(x)}x32x64", *[f"{len(x)}x64x64"] * 2, f"{len(x)}x64x10"]
+    assert [s.ratio for s in plan.tuned.sites if s.name in ("0", "6")] == [1, 1] and plan.tuned.predicted_speedup > 1
+    explain(model, x, config={"plan": plan})
+
+
 # --- the whole of it ---
 
 
@@ -355,12 +392,81 @@ def test_the_time_budget_ends_it() -> None:
     assert plan.options == {"policy": "always", "method": "exact"} and plan.tuned.sites[1].reason == "not measured"
 
 
+class Counted(Trials):
+    """Trials whose seconds are counted, not spent: a step op by op takes 1, a compilation `COMPILING`, a pair of steps 1 and 41 of them at most."""
+
+    COMPILING = 20.0
+    clock = 0.0
+    compiled_for: ClassVar[list[str]] = []
+
+    def gradients(self, options: Any, draw: int = 0) -> Any:
+        Counted.clock += 1.0
+        return super().gradients(options, draw)
+
+    def compiled(self, options: Any) -> Any:
+        Counted.clock += self.COMPILING
+        Counted.compiled_for.append(str(options))
+        return lambda: None
+
+    def times(self, step: Any, late: Callable[[], bool]) -> Times:
+        _ = self.exact
+        for pair in range(41):
+            if pair >= 5 and late():
+                break
+            Counted.clock += 1.0
+        return Times(1.0, 0.8, 0.8)
+
+
+@pytest.mark.parametrize(("budget", "rows"), [(2.0, True), (20.0, False), (100.0, True), (100.0, False), (250.0, True), (1e9, True)])
+def test_the_time_budget_is_kept(budget: float, rows: bool, monkeypatch: pytest.MonkeyPatch, small_work_counts: None) -> None:
+    """To one trial, by a clock of its own; and what was not measured is said to be so."""
+    monkeypatch.setattr(tune_module, "Trials", Counted)
+    monkeypatch.setattr(measure, "now", lambda: Counted.clock)
+    monkeypatch.setattr(Counted, "clock", 0.0)
+    monkeypatch.setattr(Counted, "compiled_for", [])
+    model, x = mlp(32, 64, 64, 10), torch.randn(32, 32)
+    plan = tune(model, x, loss=lambda y: y.square().mean(), max_error=5.0, time_budget_s=budget, config={"group": 1}, ladder=[0.5], rows=rows, progress=False)
+    assert plan.tuned is not None and Counted.clock <= max(budget + Counted.COMPILING, 2.0)
+    assert plan.tuned.stopped is None or plan.tuned.stopped == f"the time budget of {budget:g} s"
+    hidden = plan.tuned.sites[1]
+    assert hidden.name == "2"
+    if not Counted.compiled_for and hidden.ratio == 1:
+        assert hidden.reason is not None and hidden.reason.startswith("not measured") and "1 of 3 sites for want of a measurement" in str(plan)
+    if budget == 1e9:
+        assert plan.tuned.stopped is None and len(Counted.compiled_for) > 2 and plan.tuned.achieved_speedup == 1.25 and "not measured" not in str(plan)
+    if budget <= 20:
+        assert not Counted.compiled_for and plan.tuned.achieved_speedup is None and plan.tuned.stopped is not None
+    if plan.tuned.achieved_speedup is None and (hidden.ratio < 1 or plan.tuned.rows is not None):
+        assert "achieved not measured" in str(plan)
+
+
+def test_how_long_it_would_take_is_said_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune_module, "Trials", Counted)
+    monkeypatch.setattr(measure, "now", lambda: Counted.clock)
+    console = Console(file=io.StringIO(), width=400)
+    with Progress(console=console) as shown:
+        tune(mlp(32, 64, 64, 10), torch.randn(32, 32), loss=torch.sum, time_budget_s=5.0, config={"group": 1}, ladder=[0.5], rows=False, progress=shown)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "tune: up to 13 gradients and 4 compilations, at most about" in text and "the time budget is 5 s; what does not fit" in text
+
+
 def test_nothing_within_the_error_allowed() -> None:
     model, x, y = net_and_batch()
     plan = tune(model, x, target=y, max_error=NOTHING, ladder=[0.5], rows=False, progress=False)
     assert plan.tuned is not None and plan.tuned.predicted_speedup == 1 and plan.tuned.error == 0 and plan.tuned.achieved_speedup is None
     assert plan.tuned.sites[1].reason is not None and plan.tuned.sites[1].reason.startswith("gradient error 0.")
     assert [s.reason for s in plan.tuned.sites[::4]] == ["fed with raw data", "the last layer"] and "everything stays exact" in str(plan)
+
+
+def test_a_model_compiled_in_place_is_measured_as_written() -> None:
+    """Not with the code that it was compiled to, under any settings."""
+    model, x, y = net_and_batch()
+    options = {"policy": "always", "method": "exact", "rules": [{"layers": "conv", "method": "topk", "ratio": 0.25, "group": 1}]}
+    trials = Trials(model, (x,), y, None, {"method": "exact"})
+    before = trials.gradients(options).error(trials.gradients({"method": "exact"}))
+    model.compile(backend="eager")
+    after = trials.gradients(options).error(trials.gradients({"method": "exact"}))
+    assert before == after > 0
 
 
 def test_losses() -> None:
