@@ -636,20 +636,52 @@ def readable(graph: fx.Graph) -> str:
 
 
 def compile_apart(model: Any, backend: Any) -> Any:
-    """torch.compile with entries of its own, which don't count against the user's recompile limit (where torch can: 2.13 and later)."""
+    """torch.compile with entries of its own, which don't count against the user's recompile limit (where torch can: 2.13 and later), and without the code that
+    the user has compiled in place."""
     import inspect
 
     compile_any: Any = torch.compile
     apart = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
-    return compile_any(model, backend=backend, **apart)
+    compiled = compile_any(model, backend=backend, **apart)
+    in_place = [m for m in model.modules() if call_compiled_in_place(m) is not None] if isinstance(model, torch.nn.Module) else []
+    if not in_place:
+        return compiled
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        before = [m._compiled_call_impl for m in in_place]
+        try:
+            for m in in_place:
+                m._compiled_call_impl = None
+            return compiled(*args, **kwargs)
+        finally:
+            for m, own in zip(in_place, before, strict=True):
+                m._compiled_call_impl = own
+
+    return call
 
 
 def compiler_of(compiled: Any) -> tuple[str | None, Any, dict[str, Any]]:
-    """(name, backend, its keyword arguments) of something torch.compile returned; (None, None, {}) where Dynamo no longer shows them."""
-    layer = getattr(getattr(compiled, "dynamo_ctx", None), "callback", None)
+    """(name, backend, its keyword arguments) of something torch.compile returned, a module or a function; (None, None, {}) where Dynamo no longer shows
+    them."""
+    context = getattr(compiled, "dynamo_ctx", None) or _enclosed(compiled, getattr(torch._dynamo.eval_frame, "_TorchDynamoContext", ()))
+    layer = getattr(context, "callback", None)
     while (inner := getattr(layer, "_torchdynamo_orig_backend", None)) is not None:
         layer = inner
     return getattr(layer, "compiler_name", None), getattr(layer, "compiler_fn", None), dict(getattr(layer, "kwargs", None) or {})
+
+
+def _enclosed(f: Any, kind: type | tuple[()]) -> Any:
+    """The first variable of such a kind that a function closes over, None without one."""
+    found = []
+    for cell in getattr(f, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # an empty cell
+            found.append(cell.cell_contents)
+    return next((v for v in found if isinstance(v, kind)), None)
+
+
+def call_compiled_in_place(model: Any) -> Any:
+    """What `model.compile(...)` put in the place of the module's call, None if nothing."""
+    return model._compiled_call_impl if isinstance(model, torch.nn.Module) else None
 
 
 @contextlib.contextmanager

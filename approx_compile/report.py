@@ -206,9 +206,9 @@ def si(number: float) -> str:
 def explain(model: Callable[..., Any], *args: Any, config: ApproxConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
     """What `backend="approx"` would do with `model(*args, **kwargs)` in a training step, as a `Report`.
 
-    `config`: an `ApproxConfig` or a mapping with the same keys; without one, that of an already compiled model, else the defaults; of settings that change over
-    the run those of step 0, of outputs whose ratio is to be found the smallest. The forward pass
-    runs once, op by op; parameters, buffers, gradients, random state, hooks and the user's compiled code stay as they are. Raises `ConfigError`.
+    `config`: an `ApproxConfig` or a mapping with the same keys; without one, that of what is compiled already, also in place (`model.compile`), else the
+    defaults; of settings that change over the run those of step 0, of outputs whose ratio is to be found the smallest. The forward pass runs once, op by op;
+    parameters, buffers, gradients, random state, hooks and the user's compiled code stay as they are. Raises `ConfigError`.
     """
     model, own = _unwrap(model)
     report = Report()
@@ -233,13 +233,14 @@ def explain(model: Callable[..., Any], *args: Any, config: ApproxConfig | Mappin
 
 
 def _unwrap(model: Any) -> tuple[Any, ApproxConfig | None]:
-    """The model below torch.compile, and the config it was compiled with if this is its backend."""
+    """The model below torch.compile, and the config it was compiled with, in place or not, if this is its backend."""
     if not callable(model):
         raise TypeError(f"explain: got {type(model).__name__}; a torch.nn.Module or a function is expected")
     inner = getattr(model, "_orig_mod", None) or getattr(model, "_torchdynamo_orig_callable", None)
+    compiled = model
     if inner is None:
-        return model, None
-    name, backend, arguments = _torch.compiler_of(model)
+        inner, compiled = model, _torch.call_compiled_in_place(model)
+    name, backend, arguments = _torch.compiler_of(compiled)
     if isinstance(backend, Backend):
         return inner, backend.config
     return inner, ApproxConfig.of(arguments.get("options")) if name == "approx" else None

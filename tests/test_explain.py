@@ -13,7 +13,7 @@ from common import compiled, mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from approx_compile import ApproxWarning, Backend, ConfigError, explain
+from approx_compile import ApproxWarning, Backend, ConfigError, decisions, explain, load_state_dict, set_phase, set_step, state_dict
 from approx_compile.backend import run_as_is
 
 ALWAYS: dict[str, Any] = {"policy": "always", "ratio": 0.5, "group": 1}
@@ -136,6 +136,63 @@ def test_config_of_a_compiled_model() -> None:
     by_object, _, _ = compiled(mlp(64, 64, 64), ALWAYS | {"ratio": 0.75})
     assert [s.k for s in explain(by_object, x).sites] == [48, 48]
     assert [s.k for s in explain(by_object, x, config=ALWAYS).sites] == [32, 32]
+
+
+class Held(nn.Module):
+    """A module with a forward of the user's own: torch compiles none of its own modules in place."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def test_config_of_a_model_compiled_in_place() -> None:
+    """By name and with a Backend; the code compiled in place goes on being used, and another backend's says nothing of ours."""
+    x, quarter = torch.randn(8, 64), ALWAYS | {"ratio": 0.25}
+    by_name, by_object, other = Held(mlp(64, 64, 64)), Held(mlp(64, 64, 64)), Held(mlp(64, 64, 64))
+    by_name.compile(backend="approx", options=quarter)
+    plans: list[Any] = []
+    by_object.compile(backend=Backend(quarter, inner_compile=run_as_is, on_plan=lambda plan, before, after: plans.append(plan)))
+    for model in (by_name, by_object):
+        assert [s.k for s in explain(model, x).sites] == [16, 16]
+        assert [s.k for s in explain(model, x, config=ALWAYS).sites] == [32, 32]
+    by_object(x)
+    assert [s.k for s in explain(by_object, x).sites] == [16, 16]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        by_object(x)
+    assert len(plans) == 1
+    block, whole = Held(mlp(64, 64, 64)), nn.Sequential()
+    block.compile(backend="eager")  # a block of a model is looked at, too
+    whole.append(block)
+    assert [s.k for s in explain(whole, x, config=quarter).sites] == [16, 16]
+    other.compile(backend="eager")
+    assert explain(other, x).sites == explain(Held(mlp(64, 64, 64)), x).sites
+
+
+def test_config_of_a_compiled_function() -> None:
+    w = torch.randn(64, 64, requires_grad=True)
+    f = torch.compile(lambda x: x @ w, backend=Backend(ALWAYS | {"ratio": 0.25}, inner_compile=run_as_is))
+    assert [s.k for s in explain(f, torch.randn(8, 64)).sites] == [16]
+
+
+def test_what_else_is_asked_of_a_model_compiled_in_place(small_work_counts: None) -> None:
+    """Controls belong to parameters, clocks too: the model is the same one, however it is compiled."""
+    model, x = Held(mlp(64, 64, 64)), torch.randn(32, 64)
+    model.compile(backend=Backend(None, inner_compile=run_as_is))
+    model(x).square().mean().backward()
+    assert len(decisions(model).cuts) == 1 == len(state_dict(model)["controls"])
+    set_step(model, 3)
+    set_phase(model, "late")
+    saved = state_dict(model)
+    assert [(c["step"], c["phase"]) for c in saved["clocks"]] == [(3, "late")]
+    again = Held(mlp(64, 64, 64))
+    again.compile(backend=Backend(None, inner_compile=run_as_is))
+    load_state_dict(again, saved)
+    again(x).square().mean().backward()
+    assert list(decisions(again).cuts) == list(decisions(model).cuts)
 
 
 def test_eval_and_no_grad() -> None:
