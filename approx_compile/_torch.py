@@ -670,6 +670,12 @@ def compiler_of(compiled: Any) -> tuple[str | None, Any, dict[str, Any]]:
     return getattr(layer, "compiler_name", None), getattr(layer, "compiler_fn", None), dict(getattr(layer, "kwargs", None) or {})
 
 
+def backend_names() -> list[str]:
+    """The names that torch.compile takes for a backend."""
+    names: list[str] = torch._dynamo.list_backends(exclude_tags=())
+    return names
+
+
 def _enclosed(f: Any, kind: type | tuple[()]) -> Any:
     """The first variable of such a kind that a function closes over, None without one."""
     found = []

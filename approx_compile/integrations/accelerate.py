@@ -1,0 +1,56 @@
+"""Accelerate, and with it Transformers' Trainer, take the names of backends from a list of their own, which a backend of somebody else is not in.
+
+from approx_compile.integrations.accelerate import register
+
+register()
+Accelerator(dynamo_backend="approx")  # or TorchDynamoPlugin(backend="approx", options={...}), TrainingArguments(torch_compile_backend="approx")
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+from approx_compile import _torch
+
+_WITHOUT = 'without it, compile the model first: accelerator.prepare(torch.compile(model, backend="approx"))'
+
+
+def register(name: str = "approx") -> None:
+    """Add the name of a backend to Accelerate's own, in this process; once or several times.
+
+    Raises ImportError without accelerate, ValueError for a name that torch.compile does not know (or not in lower case, as Accelerate writes it),
+    RuntimeError if Accelerate's list is no longer one that can be added to.
+    """
+    known = _torch.backend_names()
+    if name not in known or name != name.lower():
+        raise ValueError(f"register: got {name!r}; the name, in lower case, of a backend that torch.compile knows is expected: {', '.join(known)}")
+    try:
+        import accelerate
+        from accelerate.utils import DynamoBackend
+    except ImportError as e:
+        raise ImportError(f"register needs accelerate, with its enum DynamoBackend ({e}): pip install 'approx-compile[integrations]'; {_WITHOUT}") from None
+    member = name.upper()
+    if member not in _members(DynamoBackend):
+        _add(DynamoBackend, member)
+    if member not in _members(DynamoBackend):
+        raise RuntimeError(f"register: accelerate {accelerate.__version__} has changed its list of backends, {DynamoBackend!r}; {_WITHOUT}")
+
+
+def _members(backends: Any) -> list[str]:
+    """The values that the enum has, both by value and in order; none if it is not what is known of it."""
+    of_text = isinstance(backends, enum.EnumMeta) and issubclass(backends, str)
+    return [m.value for m in backends if backends(m.value) is m] if of_text else []
+
+
+def _add(backends: Any, member: str) -> None:
+    """An enum is closed once it is made: the new member goes where Python's `enum` keeps the others. If there is no such place, nothing is changed."""
+    try:
+        by_name, by_value, names = backends._member_map_, backends._value2member_map_, backends._member_names_
+        new = str.__new__(backends, member)
+    except (AttributeError, TypeError):
+        return
+    new._name_, new._value_ = member, member
+    by_name[member] = by_value[member] = new
+    names.append(member)
+    type.__setattr__(backends, member, new)
