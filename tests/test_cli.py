@@ -37,6 +37,10 @@ class Keyword(nn.Linear):
 def make():
     return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)), (torch.randn(8, 64),)
 
+def four():
+    layers = [m for _ in range(3) for m in (nn.Linear(64, 64), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Linear(64, 10)), torch.randn(32, 64)
+
 def bare_tensor():
     return nn.Linear(64, 64), torch.randn(8, 64)
 
@@ -278,6 +282,11 @@ def test_tune_writes_a_plan_that_explain_takes(folder: Path) -> None:
     assert {s["name"] for s in found["tuned"]["sites"]} == {"0", "2"}
     done = run("explain", "factories.py:make", "--set", 'plan="plan.toml"')
     assert done.exit_code == 0 and "of 2 sites sampled" in done.stdout
+    settings = ["--set", "min_k=8", "--set", "group=1"]  # of what tune samples: no keys without effect
+    done = run("tune", "factories.py:four", *settings, "--max-error", "5", "--budget", "60", "--threads", "1", "--json")
+    found = json.loads(done.stdout)["tuned"]
+    assert [s["shape"] for s in found["sites"]] == ["32x64x64"] * 3 + ["32x64x10"]  # rows make the batch a symbol
+    assert "the time budget is 60 s" in done.stderr
     assert "keyword" in failed(1, "tune", "factories.py:keywords")
     assert "there is no folder" in failed(1, "tune", "factories.py:make", "--out", "nowhere/plan.toml")
     assert "max_error" in failed(2, "tune", "factories.py:make", "--max-error", "-1")
