@@ -57,6 +57,46 @@ def user_scheduler_pass() -> Any:
     return torch._inductor.config._pre_fusion_custom_pass
 
 
+class _InTurn(CustomSchedulerPass):
+    def __init__(self, passes: Sequence[Any]) -> None:
+        self.passes = passes
+
+    def __call__(self, nodes: list[Any]) -> list[Any]:
+        return functools.reduce(lambda found, run: run(found), self.passes, nodes)
+
+    def uuid(self) -> Any:
+        return tuple(p.uuid() for p in self.passes)
+
+
+def in_turn(passes: Sequence[Any]) -> Any:
+    """One pass of the scheduler that runs several. Where one has no uuid, neither has this: Inductor then keeps its caches out of it."""
+    run = _InTurn(passes)
+    return run if all(isinstance(p, CustomSchedulerPass) for p in passes) else run.__call__
+
+
+def keep_dependencies(nodes: Sequence[Any], device: str, forgot: Callable[[], None]) -> None:
+    """Nodes of Inductor's scheduler on a device keep what it knows of them, and their code does not show, when what they read is worked out anew: the orders
+    that it has added, and the names that buffers have once they are written in place. `forgot` is called where Inductor alone would have lost some."""
+    from torch._inductor.scheduler import SchedulerNode
+
+    for node in (n for whole in nodes for n in whole.get_nodes()):
+        if isinstance(node, SchedulerNode) and (where := node.get_device()) is not None and where.type == device:
+            again = functools.partial(_recompute, node, node.recompute_size_and_body, forgot)
+            node.recompute_size_and_body = again  # type: ignore[method-assign]
+
+
+def _recompute(node: Any, recompute: Callable[..., None], forgot: Callable[[], None], *args: Any, **kwargs: Any) -> None:
+    from torch._inductor.dependencies import StarDep, WeakDep
+    from torch.utils._ordered_set import OrderedSet
+
+    added = OrderedSet(dep for dep in node.read_writes.reads if isinstance(dep, (WeakDep, StarDep)))
+    recompute(*args, **kwargs)
+    whole = node.read_writes.with_read(added).rename(node.mutation_renames)
+    if whole.reads != node.read_writes.reads:
+        node.set_read_writes(whole)
+        forgot()
+
+
 def activation_memory_budget() -> float:
     return float(torch._functorch.config.activation_memory_budget)
 
@@ -214,12 +254,12 @@ def trace(run: Callable[..., Any], values: Sequence[Any]) -> fx.Graph:
     return make_fx(run, decomposition_table=_decompositions())(*apart).graph
 
 
-def compile_kernel(run: Callable[..., Any], values: Sequence[torch.Tensor]) -> Callable[..., Any]:
+def compile_kernel(run: Callable[..., Any], values: Sequence[torch.Tensor], options: dict[str, Any] | None = None) -> Callable[..., Any]:
     """`run` for these shapes as Inductor's code, without Dynamo."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     traced = make_fx(run, decomposition_table=_decompositions(), tracing_mode="fake")(*values)
-    compiled: Callable[..., Any] = torch._inductor.compile(traced, list(values))
+    compiled: Callable[..., Any] = torch._inductor.compile(traced, list(values), options)
     return compiled
 
 

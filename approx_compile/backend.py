@@ -19,6 +19,7 @@ from torch import fx, nn
 from approx_compile import _torch, machine, notices, pages
 from approx_compile.annotate import SIGNATURE, full_name, last_module, sign, whole_model
 from approx_compile.config import ApproxConfig, ConfigError
+from approx_compile.known_faults import guarded
 from approx_compile.layers import Layers
 from approx_compile.once import say_once, warn_once
 from approx_compile.passes.fit import check_modules
@@ -68,7 +69,7 @@ class Backend:
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, **kwargs: Any) -> Any:
         patches = inductor_patches(self.config, mode)
         if os.environ.get(DISABLE) == "1" or not torch.is_grad_enabled():  # no gradient: exact, and no guard on the modules' mode
-            return _torch.compile_fx(gm, example_inputs, patches, self.inner_compile, self.inner_compile is None)
+            return _torch.compile_fx(gm, example_inputs, guarded(patches), self.inner_compile, self.inner_compile is None)
         context, layers, root = read_graph(gm, example_inputs, self.config)
         configs, which = self.schedule.relevant([context.root.name, *(m.name for m in context.modules.values())])
         if context.nothing_trains():
@@ -164,7 +165,7 @@ class _Work:
         inner = rows if rows is not None else backend.inner_compile
         gm = _torch.copy_of(self.gm) if self.several else self.gm
         patches = pages.patches(config, self.patches) | self.patches | {"joint_custom_pre_pass": _after_users(approx)}
-        compiled = _torch.compile_fx(gm, self.example_inputs, patches, inner, backend.inner_compile is None, self.several)
+        compiled = _torch.compile_fx(gm, self.example_inputs, guarded(patches), inner, backend.inner_compile is None, self.several)
         whole: Plan | None = None
         for plan, before, after in plans:  # graphs inside the graph have passes of their own
             plan = plan.without_rows(*no_rows) if no_rows is not None else plan.with_cuts(rows.cuts) if rows is not None else plan
