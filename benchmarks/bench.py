@@ -37,6 +37,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from approx_compile.bench import race
+from approx_compile.known_faults import inductor
 from approx_compile.machine import device_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,7 +120,7 @@ def stepper(work: str, options: dict[str, Any] | None) -> Callable[[], None]:
     torch.manual_seed(0)
     model = make()
     x, y = data(), target() if target is not None else None
-    compiled = torch.compile(model, backend="inductor") if options is None else torch.compile(model, backend="approx", options=options)
+    compiled = torch.compile(model, backend=inductor) if options is None else torch.compile(model, backend="approx", options=options)
 
     def step() -> None:
         for p in model.parameters():

@@ -22,6 +22,8 @@ import typer
 from bench import ROW_WORKS, conditions, show, store
 from torch import nn
 
+from approx_compile.known_faults import inductor
+
 from models import build  # isort: skip (bench puts the examples on the path)
 from train import peak_bytes, reset_peak  # isort: skip
 
@@ -68,7 +70,7 @@ def training(work: str, options: dict[str, Any] | None) -> Callable[[], None]:
     """A training step without the optimizer, by Inductor (options None) or approx."""
     torch.manual_seed(0)
     model, x, y = network(work), torch.randn(BATCH, *IMAGE), torch.randint(10, (BATCH,))
-    f = torch.compile(model, backend="inductor") if options is None else torch.compile(model, backend="approx", options=options)
+    f = torch.compile(model, backend=inductor) if options is None else torch.compile(model, backend="approx", options=options)
 
     def step() -> None:
         model.zero_grad()

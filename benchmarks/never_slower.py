@@ -22,6 +22,7 @@ from zoo import Work, works
 from approx_compile import Backend, machine
 from approx_compile.bench import race
 from approx_compile.gauges import Clock
+from approx_compile.known_faults import inductor
 from approx_compile.passes.planned import Plan
 
 KEY = ("device", "threads", "torch", "profile", "policy")
@@ -50,7 +51,7 @@ def row(name: str, make: Callable[[], Work], policy: str, rounds: int) -> dict[s
     ours = Backend(POLICIES[policy], on_plan=lambda plan, before, after: plans.append(plan))
     clock = Clock("cpu", 0.0)
     with torch._inductor.config.patch(force_disable_caches=True):  # of a cached graph nothing is planned
-        times = race({"inductor": stepper(make, "inductor"), "ours": stepper(make, ours)}, rounds, now=clock.now)
+        times = race({"inductor": stepper(make, inductor), "ours": stepper(make, ours)}, rounds, now=clock.now)
     base, found = (statistics.median(times[s]) for s in ("inductor", "ours"))
     sites = [s for plan in plans for s in plan.sites]
     return conditions() | {

@@ -27,6 +27,7 @@ import data  # noqa: E402
 from bench import conditions  # noqa: E402
 
 from approx_compile.control import controls  # noqa: E402
+from approx_compile.known_faults import inductor  # noqa: E402
 from approx_compile.machine import device_name  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -90,7 +91,7 @@ def start(work: Work, setting: Setting, seed: int, steps: int, base: nn.Module |
         model.head = head
     options = None if setting.options is None else dict(setting.options) | ({"total_steps": steps} if setting.known_length else {})
     model.to(work.device)
-    backend: dict[str, Any] = {"backend": "inductor"} if options is None else {"backend": "approx", "options": options}
+    backend: dict[str, Any] = {"backend": inductor} if options is None else {"backend": "approx", "options": options}
     if work.momentum is None:
         optimizer: torch.optim.Optimizer = torch.optim.Adam(model.parameters(), lr=work.lr, fused=True)
     else:

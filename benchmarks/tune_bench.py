@@ -20,6 +20,7 @@ from models import build
 from torch import Tensor, nn
 
 import approx_compile
+from approx_compile.known_faults import inductor
 
 BAR = 0.1
 """How far predicted and achieved speed-up may be apart, relatively."""
@@ -89,7 +90,7 @@ def _measured(name: str, ladder: list[float], max_error: float, rows: bool, budg
     plan.save(RESULTS / f"tune-{name}{'' if rows else '-sites'}.toml")
 
     def stepper(options: dict[str, Any] | None) -> Callable[[], None]:
-        run = torch.compile(model, backend="inductor") if options is None else torch.compile(model, backend="approx", options=options)
+        run = torch.compile(model, backend=inductor) if options is None else torch.compile(model, backend="approx", options=options)
 
         def step() -> None:
             torch.autograd.grad(_cross_entropy(run(x), y), list(model.parameters()))

@@ -35,8 +35,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from approx_compile import ApproxConfig, controls, explain
+from approx_compile.known_faults import inductor
 
-BACKENDS = {"exact": "inductor", "approx": "approx"}
+BACKENDS = {"exact": inductor, "approx": "approx"}
 """What the table and the plot call a run, and the backend behind it."""
 
 UNREST = 2.0
