@@ -62,11 +62,12 @@ class Watched:
     def decision(self) -> Decision:
         cuts = [c for plan in self.plans for c in plan.cuts]
         on = [c for c in cuts if c.decision == "rows"]
-        first = {id(plan): plan.cuts[0] for plan in self.plans if plan.cuts}.values()
+        first = [plan.cuts[0] for plan in self.plans if plan.cuts]
         total, rows = sum(c.flops_all for c in first), sum(c.flops_on_rows for c in first if c.decision == "rows")
         without = sum(1 for plan in self.plans if not plan.cuts and plan.sites)
         share = rows / total if total else 0.0
-        reasons = Counter(c.reason for c in cuts if c.stops)
+        told = [c for plan in self.plans if plan.cuts for c in ([plan.cuts[0]] if plan.cuts[0].decision == "exact" else plan.cuts)]
+        reasons = Counter(dict.fromkeys((c.reason for c in told if c.stops), 1))
         reasons.update(s.reason for plan in self.plans if not plan.cuts for s in plan.sites if s.decision == "exact")
         reason = "; ".join(r for r, _ in reasons.most_common(3))
         decision = "declined" if not on else "on" if share >= ON and not without else "partly"
@@ -75,9 +76,10 @@ class Watched:
 
 
 @contextmanager
-def watching() -> Iterator[Watched]:
-    """Inside, whatever is compiled tells why it stops rows."""
-    watched, plain, symbol = Watched(), stages._assign, backend.batch_symbol
+def watching(once: bool = False) -> Iterator[Watched]:
+    """Inside, whatever is compiled tells why it stops rows. `once`: a graph without rows is not traced again without a symbol, which would take a third
+    of the time and decide nothing."""
+    watched, plain, symbol, ask = Watched(), stages._assign, backend.batch_symbol, row_compiler.RowCompiler.ask
 
     def batch_symbol(gm: fx.GraphModule, *more: Any) -> Any:
         found = symbol(gm, *more)
@@ -90,11 +92,22 @@ def watching() -> Iterator[Watched]:
         for line in frontier(graph, work):
             watched.ops.setdefault(line)
 
+    def ask_once(self: row_compiler.RowCompiler, *more: Any) -> None:
+        try:
+            ask(self, *more)
+        except row_compiler.Declined:
+            self.default = stages.ALL
+            for n in more[2]:
+                n.meta[row_compiler.LEVEL] = stages.ALL
+
     stages._assign, backend.batch_symbol = assign, batch_symbol
+    if once:
+        row_compiler.RowCompiler.ask = ask_once  # type: ignore[method-assign]
     try:
         yield watched
     finally:
         stages._assign, backend.batch_symbol = plain, symbol
+        row_compiler.RowCompiler.ask = ask  # type: ignore[method-assign]
 
 
 def frontier(graph: fx.Graph, work: Any) -> Iterator[str]:
@@ -135,11 +148,11 @@ def line_of(n: fx.Node) -> str:
     return f"{'/'.join(path.split('/')[-2:])}:{line} {function}: {code.strip()}"
 
 
-def decide(entry: models.Model, config: Any = None) -> Decision:
+def decide(entry: models.Model, config: Any = None, once: bool = False) -> Decision:
     """One training forward pass of the model as the library makes it, dropout and all."""
     fresh()
     model, data = entry.make().train(), entry.data(BATCH)
-    with watching() as watched:
+    with watching(once) as watched:
         models.run(compiled(model, config, watched), data)
     return watched.decision()
 
@@ -161,7 +174,7 @@ def main(chosen: list[models.Model]) -> None:
     counts: Counter[str] = Counter()
     for entry in chosen:
         try:
-            found = decide(entry)
+            found = decide(entry, once=True)
         except Exception as e:
             found = Decision("raises", 0.0, f"{type(e).__name__}: {str(e)[:300]}", 0)
         counts[found.decision] += 1
