@@ -120,20 +120,31 @@ class Chosen:
 # --- the checks ---
 
 
-def exact(entry: Model, dtype: torch.dtype) -> tuple[float, str]:
-    """The default, while it keeps all rows: the first backward pass, and one through the stages."""
-    decide.fresh()
-    model = prepared(entry, dtype)
-    f = decide.compiled(model, None, decide.Watched())
-    data = batch(entry, BATCH, dtype)
-    want = gradients(entry, model, model, data)
-    first = error(gradients(entry, model, f, data), want)
-    with backward.all_rows():
-        return max(first, error(gradients(entry, model, f, data), want))
+def default(entry: Model) -> dict[str, Any]:
+    """The one line: while it keeps all rows the gradients are eager's, for batches of other sizes too; and how many graphs are compiled for those, beside
+    torch's own number."""
+    dtype, stats = torch.float32, torch._dynamo.utils.counters["stats"]
+    graphs: dict[str, int] = {}
+    found: dict[str, Any] = {}
+    for name in ("torch", "ours"):
+        decide.fresh()
+        model, data = prepared(entry, dtype), batch(entry, BATCH, dtype)
+        f = decide.compiled(model, None, decide.Watched()) if name == "ours" else torch.compile(model, backend="aot_eager")
+        first, before = gradients(entry, model, f, data), stats["unique_graphs"]
+        if name == "ours":
+            found |= {"default fp32": error(first, gradients(entry, model, model, data)), "other sizes": (0.0, "")}
+        for n in OTHER_SIZES:
+            data = batch(entry, n, dtype)
+            with backward.all_rows():
+                got = gradients(entry, model, f, data)
+            if name == "ours":
+                found["other sizes"] = max(found["other sizes"], error(got, gradients(entry, model, model, data)))
+        graphs[name] = stats["unique_graphs"] - before
+    return found | {"recompiled": graphs["ours"], "recompiled by torch": graphs["torch"]}
 
 
 def sampled(entry: Model, dtype: torch.dtype) -> dict[str, Any]:
-    """`lin` and `mean`, and traces: with half the rows."""
+    """With half the rows: `lin`, `mean`, the same code on all rows, and traces left in the user's world."""
     decide.fresh()
     model = prepared(entry, dtype)
     data = batch(entry, BATCH, dtype)
@@ -154,8 +165,10 @@ def sampled(entry: Model, dtype: torch.dtype) -> dict[str, Any]:
         found["marks"] = ", ".join(sorted({k for t in tensors for k in vars(t)})) or "none"
         if not chosen.found:
             found["lin"] = found["mean"] = "no rows left out"
-            found["exact instead"] = error(got, want)
+            found["exact"] = error(got, want)
             return found
+        with backward.all_rows():
+            found["exact"] = error(gradients(entry, model, f, data), want)
         found["kept"] = f"{len(chosen.found[0][0])} of {chosen.found[0][2]}"
         found["lin"] = attempted(lambda: lin(entry, model, data, got, want, chosen.weights()))
         found["mean"] = attempted(lambda: mean(entry, model, f, data, want, chosen))
@@ -224,27 +237,6 @@ def mean(entry: Model, model: nn.Module, f: Callable[..., Any], data: models.Dat
     return error(total, want)
 
 
-def batches(entry: Model, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """Batches of other sizes: their gradients, and graphs compiled after the first batch, beside those that torch compiles anyway."""
-    graphs: dict[str, int] = {}
-    worst = (0.0, "")
-    stats = torch._dynamo.utils.counters["stats"]
-    for name in ("torch", "ours"):
-        decide.fresh()
-        model = prepared(entry, dtype)
-        f = decide.compiled(model, None, decide.Watched()) if name == "ours" else torch.compile(model, backend="aot_eager")
-        gradients(entry, model, f, batch(entry, BATCH, dtype))
-        before = stats["unique_graphs"]
-        for n in OTHER_SIZES:
-            data = batch(entry, n, dtype)
-            with backward.all_rows():
-                got = gradients(entry, model, f, data)
-            if name == "ours":
-                worst = max(worst, error(got, gradients(entry, model, model, data)))
-        graphs[name] = stats["unique_graphs"] - before
-    return {"other sizes": worst, "recompiled": graphs["ours"], "recompiled by torch": graphs["torch"]}
-
-
 class _Narrow(TorchDispatchMode):
     """Whether something is computed in less than double precision."""
 
@@ -288,11 +280,9 @@ def decision(entry: Model) -> dict[str, Any]:
 PARTS: dict[str, dict[str, Callable[[Model], Any]]] = {
     "decide": {"decide": decision},
     "numbers": {
-        "exact fp32": lambda e: exact(e, torch.float32),
-        "exact fp64": lambda e: exact(e, torch.float64),
+        "default": default,
         "half fp32": lambda e: sampled(e, torch.float32),
         "half fp64": lambda e: sampled(e, torch.float64),
-        "batches": batches,
         "narrow": narrow,
     },
     "inductor": {"inductor": lambda e: first_call(e, "inductor"), "approx": lambda e: first_call(e, "approx")},
