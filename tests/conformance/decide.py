@@ -69,7 +69,7 @@ class Watched:
         told = [c for plan in self.plans if plan.cuts for c in ([plan.cuts[0]] if plan.cuts[0].decision == "exact" else plan.cuts)]
         reasons = Counter(dict.fromkeys((c.reason for c in told if c.stops), 1))
         reasons.update(s.reason for plan in self.plans if not plan.cuts for s in plan.sites if s.decision == "exact")
-        reason = "; ".join(r for r, _ in reasons.most_common(3))
+        reason = "; ".join(r for r, _ in reasons.most_common(3)) if self.plans else "torch.compile makes no graph of it"
         decision = "declined" if not on else "on" if share >= ON and not without else "partly"
         wrong_symbol = [self.symbols] if not rows and self.symbols else []
         return Decision(decision, share, reason, len(self.plans), [*self.ops, *wrong_symbol])
@@ -111,18 +111,23 @@ def watching(once: bool = False) -> Iterator[Watched]:
 
 
 def frontier(graph: fx.Graph, work: Any) -> Iterator[str]:
-    """The ops that block rows although everything above them runs on rows; for a merge in an unknown order the op of the forward pass that began it."""
+    """The ops that block rows although everything above them runs on rows (for a merge in an unknown order with the op of the forward pass that began it),
+    and what else is blocked behind them: it would stop rows next, unless it only follows from the first."""
     known = work.followed
+    behind: Counter[str] = Counter()
     for n in graph.nodes:
         if n not in known.blocked or work.stage.get(n) != work.post:
             continue
         if any(work.stage.get(a) == work.post for a in n.all_input_nodes):
+            if not any(a in known.lost for a in n.all_input_nodes):
+                behind[f"{n.target} [{line_of(n)}]: {known.blocked[n]}"] += 1
             continue
         yield f"{described(n)}: {known.blocked[n]}"
         for a in n.all_input_nodes:
             if a in known.lost:
                 root = lost_root(a, known)
                 yield f"    because of {described(root)}: {known.blocked.get(root, 'saved in an order that is not known')}"
+    yield from (f"    behind it, {count}x {what}" for what, count in behind.most_common(8))
 
 
 def lost_root(n: fx.Node, known: Any) -> fx.Node:
