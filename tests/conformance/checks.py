@@ -36,7 +36,12 @@ Gradients = dict[str, Tensor]
 
 def prepared(entry: Model, dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
-    return models.without_dropout(entry.make()).to(dtype).train()
+    model = models.without_dropout(entry.make()).to(dtype).train()
+    for m in model.modules():
+        for name, value in list(m.__dict__.items()):
+            if isinstance(value, Tensor) and value.is_floating_point():  # a constant that is no buffer
+                setattr(m, name, value.to(dtype))
+    return model
 
 
 def batch(entry: Model, n: int, dtype: torch.dtype) -> models.Data:
@@ -62,7 +67,8 @@ def gradients(entry: Model, model: nn.Module, f: Callable[..., Any], data: model
         result.backward()
     else:
         given = tangent(entry, result)
-        result.backward(given if weights is None else given * spread(weights, given, entry.axis))
+        axis = entry.axis if weights is None or given.shape[entry.axis] == len(weights) else 0  # rows may have been found along another axis
+        result.backward(given if weights is None else given * spread(weights, given, axis))
     return {n: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
@@ -172,6 +178,10 @@ def sampled(entry: Model, dtype: torch.dtype) -> dict[str, Any]:
         found["kept"] = f"{len(chosen.found[0][0])} of {chosen.found[0][2]}"
         found["lin"] = attempted(lambda: lin(entry, model, data, got, want, chosen.weights()))
         found["mean"] = attempted(lambda: mean(entry, model, f, data, want, chosen))
+        if entry.loss and isinstance(found["lin"], tuple) and found["lin"][0] > 1e-3 and isinstance(found["mean"], tuple) and found["mean"][0] < 1e-3:
+            found["lin"] = (
+                f"not checked: rows are chosen elsewhere than at the last layer ({found['lin'][0]:.1e} at {found['lin'][1]}), and their mean is right"
+            )
         return found
     finally:
         backward.choose = chosen.plain
@@ -199,10 +209,7 @@ def lin(entry: Model, model: nn.Module, data: models.Data, got: Gradients, want:
     bias = f"{name}.bias"
     if bias in got and error({bias: got[bias]}, {bias: want[bias]})[0] < 1e-4:
         masked[bias] = want[bias]  # a sum of the gradient above the cut
-    found = error(got, masked)
-    if found[0] > 1e-3:
-        raise NotChecked(f"the cut is not at {name}, the last layer ({found[0]:.1e} at {found[1]})")
-    return found
+    return error(got, masked)
 
 
 def last_layer(entry: Model, model: nn.Module, data: models.Data) -> tuple[str, nn.Module]:
