@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import math
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -368,10 +369,56 @@ def frame_scope(frame: Any) -> dict[str, dict[str, Any]]:
     return {"L": dict(getattr(root, "f_locals", None) or {}), "G": getattr(root, "f_globals", None) or {}}
 
 
-def resumes_forward(frame: Any) -> bool:
-    """Whether the frame is the rest of some module's `forward` behind a graph break."""
-    name = getattr(getattr(frame.output.root_tx, "f_code", None), "co_name", "")
-    return "resume_in_forward" in name
+def frame_code(frame: Any) -> Any:
+    """The code object of the frame being compiled; behind a graph break that of the function that was broken, as the user wrote it."""
+    code = getattr(frame.output.root_tx, "f_code", None)
+    try:
+        from torch._dynamo.resume_execution import ContinueExecutionCache
+
+        return getattr(ContinueExecutionCache.generated_code_metadata.get(code), "code", code)
+    except (ImportError, AttributeError):  # then the rest of a function is taken for a function
+        return code
+
+
+def is_rest(frame: Any) -> bool:
+    """Whether the frame is the rest of some function behind a graph break: variables that are not read any more are gone there."""
+    return getattr(getattr(frame.output.root_tx, "f_code", None), "co_name", "").startswith("torch_dynamo_resume_in_")
+
+
+def held_modules(held: Any, source: Any) -> Iterator[tuple[torch.nn.Module, Any]]:
+    """The modules that a variable holds, and Dynamo's source for each: itself, what a method is bound to, what stands in a partial or a container. None for
+    one that is in a function's closure, to which no guard leads."""
+    from torch._dynamo.source import AttrSource, DictGetItemSource, GetItemSource, UnspecializedNNModuleSource
+
+    def below(held: Any, source: Any, depth: int) -> Iterator[tuple[torch.nn.Module, Any]]:
+        def attribute(name: str) -> tuple[Any, Any]:
+            return getattr(held, name), AttrSource(source, name) if source is not None else None
+
+        inner: list[tuple[Any, Any]] = []
+        if isinstance(held, torch.nn.Module):
+            yield held, source if source is None or isinstance(source, UnspecializedNNModuleSource) else UnspecializedNNModuleSource(source)
+        elif isinstance(held, types.MethodType):
+            inner = [attribute("__self__"), (held.__func__, None)]
+        elif isinstance(held, functools.partial):
+            inner = [attribute("func"), attribute("args"), attribute("keywords")]
+        elif isinstance(held, types.FunctionType):
+            inner = [(c.cell_contents, None) for c in held.__closure__ or () if _is_filled(c)]
+        elif type(held) in (tuple, list):
+            inner = [(v, GetItemSource(source, i) if source is not None else None) for i, v in enumerate(held)]
+        elif type(held) is dict:
+            inner = [(v, DictGetItemSource(source, k) if source is not None and isinstance(k, str) else None) for k, v in held.items()]
+        if depth:
+            for value, own in inner:
+                yield from below(value, own, depth - 1)
+
+    return below(held, source, 4)
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
 
 
 def module_sources(placeholder: fx.Node) -> Iterator[tuple[str, Any]]:
@@ -395,9 +442,16 @@ def is_module_state(placeholder: fx.Node) -> bool:
 
 def variable_source(scope: str, name: str) -> Any:
     """Dynamo's source of a module held by a local or global variable."""
-    from torch._dynamo.source import GlobalSource, LocalSource, UnspecializedNNModuleSource
+    from torch._dynamo.source import UnspecializedNNModuleSource
 
-    return UnspecializedNNModuleSource(LocalSource(name, is_input=True) if scope == "L" else GlobalSource(name))
+    return UnspecializedNNModuleSource(plain_source(scope, name))
+
+
+def plain_source(scope: str, name: str) -> Any:
+    """Dynamo's source of a local or global variable."""
+    from torch._dynamo.source import GlobalSource, LocalSource
+
+    return LocalSource(name, is_input=True) if scope == "L" else GlobalSource(name)
 
 
 def child_source(source: Any, path: list[str]) -> Any:

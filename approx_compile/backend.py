@@ -292,7 +292,7 @@ def read_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Approx
     _mark_foreign(gm)
     inputs = tuple(_inputs(gm, example_inputs))
     keys = tuple(next(reversed(stack), "") for stack in stacks)
-    return Context(modules, _own(frame), inputs, _foreign_inputs(example_inputs), last_module(layers.root)), keys, layers.root
+    return Context(modules, _own(layers, gm, frame), inputs, _foreign_inputs(example_inputs), last_module(layers.root)), keys, layers.root
 
 
 _UNWATCHED = "the module could not be traced back to the model, so a change of its train/eval mode would go unnoticed"
@@ -306,16 +306,15 @@ def _watched(module: nn.Module | None, source: Any, frame: Any) -> str | None:
     return None if module.training else "the module is in eval mode"
 
 
-def _own(frame: Any) -> Module:
-    """The module whose own forward is compiled (`self` of the frame): it is in no stack, and products written in its forward are its own."""
+def _own(layers: Layers, gm: fx.GraphModule, frame: Any) -> Module:
+    """The module whose own forward is compiled: it is in no stack, and products written in its forward are its own. Of several that might be it all must
+    train."""
     if frame is None:
         return Module("")
-    held = _torch.frame_scope(frame)["L"].get("self")
-    if isinstance(held, nn.Module):
-        name = full_name(held) or ""
-        return Module(name, _watched(held, _torch.variable_source("L", "self"), frame))
-    # behind a graph break `self` may be gone, and with it the mode
-    return Module("", _UNWATCHED if _torch.resumes_forward(frame) else None)
+    owners = layers.owners(gm, frame)
+    reasons = [_watched(module, source, frame) for module, source in owners]
+    name = full_name(owners[0][0]) if len(owners) == 1 and owners[0][0] is not None else None
+    return Module(name or "", next((r for r in reasons if r is not None), None))
 
 
 def _guard_rules(root: nn.Module, source: Any, config: ApproxConfig) -> None:
