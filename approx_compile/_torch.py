@@ -6,8 +6,10 @@ import contextlib
 import copy
 import functools
 import math
+import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -619,9 +621,20 @@ try:
 except ImportError:  # then there is no symbol for the batch, and rows are not sampled
     TraceAgain = None  # type: ignore[assignment,misc]
 
-_MARKED = "_approx_compile_marked"
-_UNGUARDED = "_dynamo_propagated_dynamic_indices"
-"""What torch itself puts on a compiled graph's outputs to make them dynamic in the next one: read by Dynamo, in no guard."""
+
+@dataclass
+class Request:
+    """What was asked of one compilation: a symbol for dim 0 of the inputs that have these `names`, where tracing went all the way without one. `size`: how many
+    tensors the graph had then; `why_not`: what is to be told of why it goes without one after all."""
+
+    names: frozenset[str]
+    size: int
+    answered: bool = False
+    why_not: Any = None
+
+
+_requests: dict[Any, Request] = {}
+"""By compilation, until that ends."""
 
 
 def compilation() -> tuple[str, Any] | None:
@@ -632,46 +645,178 @@ def compilation() -> tuple[str, Any] | None:
     return f"{number.frame_id}/{number.frame_compile_id}", getattr(frame.output.root_tx, "f_code", None)
 
 
-def ask_for_batch_symbol(chosen: Sequence[fx.Node]) -> bool:
-    """Mark dim 0 of the tensors behind Dynamo's placeholders dynamic, once each, and say whether there is anything new to trace."""
-    if TraceAgain is None:
-        return False
-    new = False
-    for n in chosen:
-        tensor = getattr(n.meta.get("grapharg"), "example", None)
-        if isinstance(tensor, torch.Tensor) and not hasattr(tensor, _MARKED):
-            setattr(tensor, _MARKED, getattr(tensor, _UNGUARDED, None))
-            if _reads_unguarded():
-                setattr(tensor, _UNGUARDED, {0, *(getattr(tensor, _UNGUARDED, None) or ())})
-            else:  # this mark is guarded, so it must stay
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
-            new = True
-    return new
-
-
-def forget_batch_marks(placeholders: Sequence[fx.Node]) -> bool:
-    """Take the marks off again: they are for this compilation only, whoever compiles next with the same tensors. Says whether there were any."""
-    found = False
-    for n in placeholders:
-        tensor = getattr(n.meta.get("grapharg"), "example", None)
-        if isinstance(tensor, torch.Tensor) and hasattr(tensor, _MARKED):
-            found = True
-            before = getattr(tensor, _MARKED)
-            delattr(tensor, _MARKED)
-            if hasattr(tensor, _UNGUARDED):
-                delattr(tensor, _UNGUARDED)
-            if before is not None:
-                setattr(tensor, _UNGUARDED, before)
+def request() -> Request | None:
+    """What was asked of the compilation that Dynamo is in, which has now come to the backend."""
+    found = _requests.get(key := compilation())
+    if found is not None:
+        _watch_end(dynamo_frame().output.root_tx, key)
     return found
 
 
+def ask_for_symbol(placeholders: Sequence[fx.Node], size: int) -> None:
+    """Have Dynamo trace again, with symbols for dim 0 of these inputs: this then does not return. (Where it can't be asked it does.)"""
+    key, names = compilation(), frozenset(n for p in placeholders if (n := _source_name(p)) is not None)
+    if TraceAgain is None or key is None or not names or key in _requests or not _listens():
+        return
+    _requests.clear()
+    _requests[key] = Request(names, size)
+    raise TraceAgain(restart_reason="approx: a symbol for the batch")
+
+
+def trace_without(asked: Request, why_not: Any) -> None:
+    """Have Dynamo trace again as it would by itself. `why_not` is in the request then. (Once: this returns if it has done so.)"""
+    if asked.names:
+        asked.names, asked.why_not = frozenset(), why_not
+        raise TraceAgain(restart_reason="approx: no symbol for the batch")
+
+
+def _source_name(placeholder: fx.Node) -> str | None:
+    return _name_of(getattr(placeholder.meta.get("grapharg"), "source", None))
+
+
+def _name_of(source: Any) -> str | None:
+    name = getattr(source, "name", None)
+    return name() if callable(name) else name
+
+
 @functools.cache
-def _reads_unguarded() -> bool:
-    import inspect
+def _listens() -> bool:
+    """Have Dynamo look at the requests where it decides which sizes are symbols. (Marks on tensors would reach every other compilation that sees them.)"""
+    try:
+        from torch._dynamo.variables import builder
+        from torch.fx.experimental.symbolic_shapes import DimDynamic
 
-    from torch._dynamo.variables import builder
+        decide: Any = builder._automatic_dynamic
+    except (ImportError, AttributeError):  # then there is no symbol for the batch
+        return False
 
-    return _UNGUARDED in inspect.getsource(builder)
+    @functools.wraps(decide)
+    def decide_and_look(e: Any, tx: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
+        found = decide(e, tx, source, *args, **kwargs)
+        asked = _requests.get(key := compilation()) if _requests else None
+        if asked is not None:
+            _watch_end(tx.output.root_tx, key)
+            sizes = getattr(found, "dynamic_sizes", None)
+            fixed = getattr(e, "_dynamo_static_indices", ())  # by the user
+            if sizes and sizes[0] is DimDynamic.STATIC and 0 not in fixed and _name_of(source) in asked.names:
+                sizes[0] = DimDynamic.DYNAMIC
+        return found
+
+    builder._automatic_dynamic = decide_and_look
+    return True
+
+
+def _watch_end(tx: Any, key: Any) -> None:
+    """Dynamo's clean-up of a frame is told of: it comes before the backend's call, and when the frame is done or given up."""
+    hooks = tx.output.cleanup_hooks
+    if not any(isinstance(h, functools.partial) and h.func is _ended for h in hooks):
+        hooks.append(functools.partial(_ended, tx, key))
+
+
+def _ended(tx: Any, key: Any) -> None:
+    """What fails under a symbol that was asked for, before the backend is called, is traced without one; the request ends with the compilation."""
+    from torch._dynamo.exc import RestartAnalysis
+
+    error, asked = sys.exc_info()[1], _requests.get(key)
+    if asked is None or (error is None and not asked.answered):
+        return
+    if isinstance(error, RestartAnalysis):
+        asked.answered = False
+        return
+    if isinstance(error, Exception) and not asked.answered:
+        tx.speculation_log.clear()
+        trace_without(asked, failed_with_symbol(error))
+    del _requests[key]
+
+
+def failed_with_symbol(error: Exception) -> str:
+    """The reason, from an error of whoever traced or compiled."""
+    text = next(iter(str(error).strip().splitlines()), "")
+    return f"it can't be compiled with a symbol for the batch's size ({type(error).__name__}: {text[:200]})"
+
+
+def tensors_in(gm: fx.GraphModule) -> int:
+    """How many tensors a Dynamo graph computes: with symbolic sizes it has more nodes, but as many of these."""
+    return sum(isinstance(n.meta.get("example_value"), (torch.Tensor, tuple)) for n in gm.graph.nodes if n.op.startswith("call_"))
+
+
+def dynamo_flops(gm: fx.GraphModule) -> dict[fx.Node, int] | None:
+    """The FLOPs of every call of a Dynamo graph, counted while it runs on fake tensors of its own; None where what the backward pass has can't be told from
+    them (custom functions and ops, RNNs), or where running it might leave a mode of torch changed."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    if not all(_is_plain_call(n.target) for n in gm.graph.nodes if n.op == "call_function"):
+        return None
+    found: dict[fx.Node, int] = {}
+    counter = FlopCounterMode(display=False)
+
+    class Count(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            before = counter.get_total_flops()
+            value = super().run_node(n)
+            if n.op.startswith("call_"):
+                found[n] = counter.get_total_flops() - before
+            return value
+
+    def unreal(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return hint(value) if isinstance(value, torch.SymInt) else value
+        sizes, strides = ([hint(s) for s in given] for given in (value.shape, value.stride()))
+        return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+
+    try:
+        with no_modes(), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+            inputs = [unreal(n.meta["example_value"]) for n in gm.graph.find_nodes(op="placeholder")]
+            with counter:
+                Count(gm).run(*inputs)
+    except Exception:  # whatever it is, whoever compiles will say
+        return None
+    return found
+
+
+_STATEFUL = ("functorch", "torch.amp", "torch.autograd")
+
+
+def _is_plain_call(target: Any) -> bool:
+    """A function of torch's that keeps no state; of the ops that take graphs only a checkpoint's."""
+    name = getattr(target, "__name__", "")
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return "checkpoint" in str(target)
+    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return str(target).startswith(("aten", "prims"))
+    module = getattr(target, "__module__", None) or ""
+    return not any(s in module for s in _STATEFUL) and not name.startswith(("lstm", "gru", "rnn", "_vmap", "_grad", "_jvp"))
+
+
+def has_symbols(gm: fx.GraphModule) -> bool:
+    """Whether any input of a Dynamo graph has a symbolic size."""
+    values = [n.meta.get("example_value") for n in gm.graph.find_nodes(op="placeholder")]
+    return any(isinstance(v, SYMBOLIC) or (isinstance(v, torch.Tensor) and any(not size_expr(s).is_Integer for s in v.shape)) for v in values)
+
+
+def leave_no_marks() -> None:
+    """Keep the compiled function from marking what it returns and saves (the user's inputs among that) as of dynamic size: nobody but us has asked for that."""
+    meta = _forward_metadata()
+    if meta is None:
+        return
+    meta.dynamic_outputs = False
+    if hasattr(meta, "dynamic_saved_tensors_idxs"):
+        meta.dynamic_saved_tensors_idxs = {}
+
+
+def make_equal(symbols: Sequence[sympy.Symbol], graph: fx.Graph) -> sympy.Symbol:
+    """Guard that these sizes are equal, as they are now, and give the symbol that stands for all of them from now on."""
+    env = _graph_mode(graph).shape_env
+    for other in symbols[1:]:
+        env.evaluate_expr(sympy.Eq(symbols[0], other))
+    found: sympy.Symbol = env.replace(symbols[0])
+    return found
+
+
+def compared(a: sympy.Symbol, b: sympy.Symbol, graph: fx.Graph) -> bool:
+    """Whether code assumes something of two sizes together."""
+    return any({a, b} <= g.expr.free_symbols for g in _graph_mode(graph).shape_env.guards)
 
 
 def backward_pass() -> int:

@@ -6,17 +6,22 @@ Here are the things only this moment knows: the layers' names, which modules tra
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 import os
+import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import sympy
 import torch
 from torch import fx, nn
 
-from approx_compile import _torch, machine, notices, pages
+from approx_compile import _torch, beforehand, machine, notices, pages
 from approx_compile.annotate import SIGNATURE, full_name, last_module, sign, whole_model
 from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.known_faults import guarded
@@ -30,6 +35,8 @@ from approx_compile.passes.stages import Cut
 from approx_compile.probe import Outputs
 from approx_compile.row_compiler import Declined, RowCompiler
 from approx_compile.schedule import Dispatch, Schedule, count_steps
+
+log = logging.getLogger("approx_compile")
 
 DISABLE = "APPROX_COMPILE_DISABLE"
 _TRANSFORMS = ("_vmap_increment_nesting", "_grad_increment_nesting", "_jvp_increment_nesting")
@@ -123,6 +130,14 @@ class _Variant(NamedTuple):
     plan: Plan | None
 
 
+@dataclass(frozen=True)
+class NoRows:
+    """Why the rows of a graph are not sampled, and the cuts that might have been."""
+
+    reason: str
+    cuts: tuple[Cut, ...] = ()
+
+
 @dataclass
 class _Work:
     """One call of the backend: a Dynamo graph to be compiled, once or with several settings."""
@@ -137,52 +152,64 @@ class _Work:
     several: bool
 
     def compile(self, configs: Sequence[ApproxConfig]) -> list[_Variant]:
-        """The graph with each of the settings. Those with rows come first: if they are worth it in none, Dynamo traces again without a symbol."""
+        """The graph with each of the settings. Those with rows come first: if they are worth it in none, or fail under the symbol that was asked for, Dynamo
+        traces again without one."""
         rowed = [i for i, c in enumerate(configs) if c.asks_for_rows()]
-        batch, cuts, asked = self._batch() if rowed else ("", (), False)
-        refused: dict[int, tuple[str, Sequence[Cut]]] = {}
+        if not rowed:
+            return [self._one(c, None) for c in configs]
+        asked, first = _torch.request(), False
+        if asked is not None:
+            first, asked.answered = not asked.answered, True
+        symbols: Sequence[sympy.Symbol] | NoRows = self._symbols(asked if first else None)
+        refused: dict[int, NoRows] = {}
         done: dict[int, _Variant] = {}
         for i in rowed:
-            if isinstance(batch, str):
-                refused[i] = (batch, cuts)
+            if isinstance(symbols, NoRows):
+                refused[i] = symbols
                 continue
-            rows = RowCompiler(batch, configs[i], self.backend.inner_compile, self.root, self.key())
+            rows = RowCompiler(symbols, configs[i], self.backend.inner_compile, self.root, self.key(), asked is not None)
             try:
-                done[i] = self._one(configs[i], rows)
+                with _said_if_done():
+                    done[i] = self._one(configs[i], rows, again=asked is None)
             except Declined as e:
-                refused[i] = (str(e), rows.cuts)
-        if asked and len(refused) == len(rowed) and not isinstance(batch, str) and (name := _torch.compilation()) is not None:
-            _declined.clear()
-            _declined[name] = tuple(cut for _, cuts in refused.values() for cut in cuts)
-            raise _torch.TraceAgain(restart_reason="approx: rows are not worth it")
+                refused[i] = NoRows(str(e), tuple(rows.cuts))
+            except (ConfigError, _torch.PassesThroughDynamo):
+                raise
+            except Exception as e:
+                log.debug("approx: the graph does not compile with rows", exc_info=True)
+                refused[i] = NoRows(_defect(e) or _torch.failed_with_symbol(e))
+        if asked is not None and first and len(refused) == len(rowed) and _torch.has_symbols(self.gm):
+            _torch.trace_without(asked, NoRows(refused[rowed[0]].reason, tuple(cut for r in refused.values() for cut in r.cuts)))
         return [done[i] if i in done else self._one(c, None, refused.get(i)) for i, c in enumerate(configs)]
 
-    def _one(self, config: ApproxConfig, rows: RowCompiler | None, no_rows: tuple[str, Sequence[Cut]] | None = None) -> _Variant:
-        """With rows, or with the reason why not and the cuts that might have been, or without a word of rows."""
+    def _one(self, config: ApproxConfig, rows: RowCompiler | None, no_rows: NoRows | None = None, again: bool = False) -> _Variant:
+        """With rows, or with the reason why not and the cuts that might have been, or without a word of rows. `again`: the graph may be compiled once more."""
         backend, plans = self.backend, list[tuple[Plan, fx.Graph | None, fx.Graph | None]]()
         profile = _profile(self.example_inputs) if config.asks_for_products() else None
         approx = ApproxPass(config, self.context, self.layers, lambda *found: plans.append(found), backend.keep_graphs, rows.ask if rows else None, profile)
         inner = rows if rows is not None else backend.inner_compile
-        gm = _torch.copy_of(self.gm) if self.several else self.gm
+        gm = _torch.copy_of(self.gm) if self.several or again else self.gm
         patches = pages.patches(config, self.patches) | self.patches | {"joint_custom_pre_pass": _after_users(approx)}
         compiled = _torch.compile_fx(gm, self.example_inputs, guarded(patches), inner, backend.inner_compile is None, self.several)
         whole: Plan | None = None
         for plan, before, after in plans:  # graphs inside the graph have passes of their own
-            plan = plan.without_rows(*no_rows) if no_rows is not None else plan.with_cuts(rows.cuts) if rows is not None else plan
+            plan = plan.without_rows(no_rows.reason, no_rows.cuts) if no_rows is not None else plan.with_cuts(rows.cuts) if rows is not None else plan
             whole = plan if whole is None else whole.joined(plan)
             if backend.on_plan is not None:
                 backend.on_plan(plan, before, after)
         return _Variant(compiled, approx.uuid(), whole)
 
-    def _batch(self) -> tuple[sympy.Symbol | str, Sequence[Cut], bool]:
-        """The symbol of the batch's size, or why rows can't be sampled and the cuts that might have been; and whether a symbol was asked for."""
+    def _symbols(self, asked: _torch.Request | None) -> Sequence[sympy.Symbol] | NoRows:
+        """The symbols that may be the batch's size, or why rows can't be sampled. May have Dynamo trace again, with a symbol or without."""
         if self.context.nothing_trains():
-            return "no module is in training mode", (), False
-        declined = _declined.pop(_torch.compilation(), None)
-        if declined is not None:
-            return declined[0].reason, declined, False
-        batch, asked = batch_symbol(self.gm, self.backend.config)
-        return batch, (), asked
+            return NoRows("no module is in training mode")
+        if self.context.exact is not None:
+            return NoRows(self.context.exact)
+        if asked is not None and asked.why_not is not None:
+            return asked.why_not if isinstance(asked.why_not, NoRows) else NoRows(asked.why_not)
+        if asked is not None and _torch.tensors_in(self.gm) < asked.size:
+            _torch.trace_without(asked, NoRows("with a symbol for the batch's size Dynamo can't trace all of it"))
+        return batch_symbols(self.gm, self.backend.config)
 
     def key(self) -> str:
         """Names the graph, the same in another process, whatever the sizes."""
@@ -199,6 +226,25 @@ def _standing_for_all(variants: Sequence[_Variant], configs: Sequence[ApproxConf
         return plans[0]
     matched = {p.text for plan, c in zip(plans, configs, strict=True) for p in c.patterns() if p.text not in plan.unmatched}
     return replace(max(plans, key=lambda p: p.sampled), unmatched=tuple(p.text for p in config.patterns() if p.text not in matched))
+
+
+@contextlib.contextmanager
+def _said_if_done() -> Iterator[None]:
+    """Warnings of what fails inside are not for the user: it is compiled in another way."""
+    with warnings.catch_warnings(record=True) as found:
+        yield
+    for w in found:
+        warnings.warn_explicit(w.message, w.category, w.filename, w.lineno, source=w.source)
+
+
+def _defect(error: Exception) -> str | None:
+    """What is to be said of an error that this package's own code has raised."""
+    *_, last = traceback.extract_tb(error.__traceback__)
+    if not Path(last.filename).is_relative_to(Path(__file__).parent):
+        return None
+    text = f"a defect of approx_compile ({type(error).__name__}: {str(error)[:200]}, {Path(last.filename).name}:{last.lineno}); please report it"
+    warn_once(f"approx: rows are not sampled: {text}")
+    return text
 
 
 def _parameters(example_inputs: Sequence[Any]) -> list[int]:
@@ -218,10 +264,6 @@ def _profile(example_inputs: Sequence[Any]) -> machine.Machine | None:
     devices = {v.device.type for v in example_inputs if isinstance(v, torch.Tensor)}
     device = next(iter(devices - {"cpu"}), "cpu")
     return machine.current(device, say_once) if device in machine.DEVICES else None
-
-
-_declined: dict[Any, tuple[Cut, ...]] = {}
-"""The compilation in which rows turned out not to be worth it, until Dynamo has traced it again without a symbol."""
 
 
 def approx(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Any = None, mode: str | None = None, **kwargs: Any) -> Any:
@@ -249,25 +291,46 @@ def _after_users(ours: ApproxPass) -> Any:
 # --- a symbol for the batch ---
 
 
-def batch_symbol(gm: fx.GraphModule, config: ApproxConfig) -> tuple[sympy.Symbol | str, bool]:
-    """The symbol that stands for dim 0 of the model's data, or why there is none; and whether it had to be asked for. Where the size is still a
-    number Dynamo is asked to trace once more: this then does not return."""
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    data = [n for n in placeholders if _is_data(n)]
+def batch_symbols(gm: fx.GraphModule, config: ApproxConfig) -> list[sympy.Symbol] | NoRows:
+    """The symbols that may stand for the batch, dim 0 of the model's data, the likeliest first; or why there is none. Where the size is still a number
+    Dynamo is asked to trace once more: this then does not return."""
+    data = [n for n in gm.graph.find_nodes(op="placeholder") if _is_data(n)]
     if not data:
-        return "the graph has no input with samples", False
-    largest = max(data, key=lambda n: _torch.numel_of(n.meta["example_value"]))
-    expression = _torch.size_expr(largest.meta["example_value"].shape[0])
-    if expression.is_Integer:
-        size = int(expression)
-        if size <= config.least_rows():
-            return f"a batch of {size}, min_k is {config.least_rows()}", False
-        if _torch.ask_for_batch_symbol([n for n in data if _torch.known_equal(n.meta["example_value"].shape[0], size)]):
-            raise _torch.TraceAgain(restart_reason="approx: a symbol for the batch")
-    asked = _torch.forget_batch_marks(placeholders)
-    if not expression.is_Symbol:
-        return f"the model fixes the size of the batch to {expression}", asked
-    return expression, asked
+        return NoRows("the graph has no input with samples")
+    size, outputs = _batch_size(gm, data)
+    batched = [n for n in data if _torch.hint(_first_dim(n)) == size]
+    found = dict.fromkeys(e for n in batched if (e := _torch.size_expr(_first_dim(n))).is_Symbol)
+    if found:
+        made = [s for o in outputs for d in o.shape for s in _torch.size_expr(d).free_symbols]
+        rows = {s: sum(_torch.numel_of(_value(n)) for n in batched if _torch.size_expr(_first_dim(n)) == s) for s in found}
+        return sorted(found, key=lambda s: (s in made, rows[s]), reverse=True)
+    if size <= config.least_rows():
+        return NoRows(f"a batch of {size}, min_k is {config.least_rows()}")
+    if (certain := beforehand.why_not(gm, config, size)) is not None:
+        return NoRows(*certain)
+    _torch.ask_for_symbol([n for n in batched if _torch.size_expr(_first_dim(n)).is_Integer], _torch.tensors_in(gm))
+    return NoRows(f"the model fixes the size of the batch to {size}")
+
+
+def _batch_size(gm: fx.GraphModule, data: Sequence[fx.Node]) -> tuple[int, list[torch.Tensor]]:
+    """The size of dim 0 that most of the data has which has the size of an output's; of any data if there is none, as where the loss is inside. And the
+    outputs that get a gradient."""
+    returned = next(n for n in reversed(gm.graph.nodes) if n.op == "output").all_input_nodes
+    outputs = [v for n in returned if isinstance(v := n.meta.get("example_value"), torch.Tensor) and v.is_floating_point() and v.requires_grad]
+    of_outputs = {_torch.hint(o.shape[0]) for o in outputs if o.dim()}
+    weight: dict[int, int] = {}
+    for n in data:
+        size = _torch.hint(_first_dim(n))
+        weight[size] = weight.get(size, 0) + _torch.numel_of(_value(n))
+    return max(weight, key=lambda s: (s in of_outputs, weight[s])), outputs
+
+
+def _value(n: fx.Node) -> Any:
+    return n.meta["example_value"]
+
+
+def _first_dim(n: fx.Node) -> Any:
+    return _value(n).shape[0]
 
 
 def _is_data(n: fx.Node) -> bool:

@@ -171,9 +171,9 @@ class ApproxConfig(Rules):
         return (*self.rules, Rule(steps=f"{begin}:", output=ProductTable(method="exact")))
 
     def _samples_outputs(self) -> bool:
-        return any(interpret(keys, False).output.method != "exact" for keys in self._each_alone())
+        return any(interpret(keys, False).output.method != "exact" for keys in self.each_alone())
 
-    def _each_alone(self) -> list[dict[str, Any]]:
+    def each_alone(self) -> list[dict[str, Any]]:
         """The keys at the top, and these with each rule by itself over them."""
         return [own_keys(self), *(with_rule(own_keys(self), r) for r in self.rules)]
 
@@ -188,7 +188,7 @@ class ApproxConfig(Rules):
     def rungs(self) -> tuple[tuple[float, ApproxConfig], ...]:
         """The ratios of outputs to choose from, from the smallest to 1, and the settings with each; one if there is nothing to choose."""
         places = [(), *(r.layers for r in self.rules)]
-        if not any(finds_output(keys) and not self._exact_later(i, layers) for i, (keys, layers) in enumerate(zip(self._each_alone(), places, strict=True))):
+        if not any(finds_output(keys) and not self._exact_later(i, layers) for i, (keys, layers) in enumerate(zip(self.each_alone(), places, strict=True))):
             return ((1.0, self),)
         return tuple((r, self._with_outputs(r)) for r in self.adaptive.outputs)
 
@@ -208,12 +208,12 @@ class ApproxConfig(Rules):
 
     def asks_for_rows(self) -> bool:
         """Whether the top level or a rule may sample rows."""
-        return any(row_settings(keys) is not None for keys in self._each_alone())
+        return any(row_settings(keys) is not None for keys in self.each_alone())
 
     def asks_for_products(self) -> bool:
         """Whether a product may be sampled along its own axis: by the settings at the top, or by these and one rule (where rules combine, one of them or
         the top names the method)."""
-        asked = [p for s in (interpret(keys, False) for keys in self._each_alone()) for p in (s.output, s.grad_input, s.grad_weight)]
+        asked = [p for s in (interpret(keys, False) for keys in self.each_alone()) for p in (s.output, s.grad_input, s.grad_weight)]
         return any(p.method != "exact" and not p.replaces for p in asked)
 
     def measures(self) -> bool:

@@ -82,7 +82,7 @@ class Layers:
         held: list[tuple[nn.Module | None, Any]] = []
         held += [found for n, v in scope["L"].items() for found in _torch.held_modules(v, _torch.plain_source("L", n))]
         for module, source in held:
-            if module is not None and source is not None and module is (first[0] if spread and first else first) and _is_method(module, code):
+            if source is not None and module is not None and _is_method(module, code) and module is (first[0] if spread and first else first):
                 return [(module, source)]
         if _torch.is_rest(frame) and any(n not in scope["L"] for n in names):
             return [(None, None)]

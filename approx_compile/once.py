@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
+import sys
 import warnings
+from pathlib import Path
+
+import torch
 
 log = logging.getLogger("approx_compile")
 said: set[str] = set()
@@ -22,4 +28,15 @@ def say_once(text: str) -> None:
 def warn_once(text: str) -> None:
     if text not in said:
         said.add(text)
-        warnings.warn(text, ApproxWarning, stacklevel=2)
+        warnings.warn(text, ApproxWarning, stacklevel=_users_level())
+
+
+_INNER = (str(Path(__file__).parent), str(Path(torch.__file__).parent), contextlib.__file__, functools.__file__)
+
+
+def _users_level() -> int:
+    """The `stacklevel`, for who calls this, of the user's own line: the first one outside of this package and of torch."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((*_INNER, "<")):
+        frame, level = frame.f_back, level + 1
+    return level

@@ -32,16 +32,33 @@ LEAST_FLOPS = {"cpu": 2e8, "cuda": 2e10}
 number for CUDA is no measurement: a hundred times the CPU's. Other devices count as CUDA.)"""
 
 
+def too_little(config: ApproxConfig, flops: int, device: str) -> str | None:
+    """Why so few FLOPs on rows are not worth it, if so."""
+    if config.policy == "always" or flops >= LEAST_FLOPS.get(device, LEAST_FLOPS["cuda"]):
+        return None
+    return f"a backward pass of {flops / 1e6:.3g} MFLOP is over before its rows would be chosen"
+
+
 class Declined(Exception):
     """Row sampling is not worth it in this graph; the message says why."""
 
 
 class RowCompiler:
-    """An `inner_compile` for one call of `compile_fx`. `batch`: the symbol of the batch's size; `root`, `key`: the module and the graph of it that
-    adaptive state belongs to."""
+    """An `inner_compile` for one call of `compile_fx`. `symbols`: those that may be the batch's size, the likeliest first; `own`: they are there because this
+    package asked for them; `root`, `key`: the module and the graph of it that adaptive state belongs to."""
 
-    def __init__(self, batch: sympy.Symbol, config: ApproxConfig, inner: Callable[..., Any] | None, root: nn.Module | None = None, key: str = "") -> None:
-        self.batch = batch
+    def __init__(
+        self,
+        symbols: Sequence[sympy.Symbol],
+        config: ApproxConfig,
+        inner: Callable[..., Any] | None,
+        root: nn.Module | None = None,
+        key: str = "",
+        own: bool = False,
+    ) -> None:
+        self.symbols = tuple(symbols)
+        self.batch = self.symbols[0]
+        self.own = own
         self.config = config
         self.root = root
         self.key = key
@@ -58,26 +75,27 @@ class RowCompiler:
         self.default = self._level(top)
         for node, settings in sites.items():
             node.meta[LEVEL] = self._level(settings)
-        if _torch.has_backward(graph):
-            found = outlook(graph, self.batch, self.default, {n.name: n.meta[LEVEL] for n in sites}, self._approximate_batch_norm)
-            device = next((n.meta["val"].device.type for n in graph.nodes if isinstance(n.meta.get("val"), Tensor)), "cpu")
-            reason = self._fixed(graph) or found.why_not(self._least_share) or self._too_little(found.flops_on_rows, device)
-            if reason is not None:
-                self._note(found, {}, graph, reason)
-                raise Declined(reason)
+        if not _torch.has_backward(graph):
+            return
+        levels = {n.name: n.meta[LEVEL] for n in sites}
+        tried = [self._try(graph, batch, levels) for batch in self.symbols]
+        self.batch, found, reason = max(tried, key=lambda t: (t[2] is None, t[1].flops_on_rows))
+        partners = [s for s in self.symbols if s != self.batch and (reason is not None or _torch.compared(s, self.batch, graph))]
+        if partners and self.own:  # nothing in the graph says yet that they are one size
+            self.batch, found, reason = self._try(graph, _torch.make_equal([self.batch, *partners], graph), levels)
+        if reason is not None:
+            self._note(found, {}, graph, reason)
+            raise Declined(reason)
 
-    def _fixed(self, graph: fx.Graph) -> str | None:
-        size = _torch.settled(graph)(self.batch)
-        return f"the model, or an op that is traced for known sizes alone, fixes the size of the batch to {size}" if size.is_Integer else None
+    def _try(self, graph: fx.Graph, batch: sympy.Symbol, levels: Mapping[str, int]) -> tuple[sympy.Symbol, Outlook, str | None]:
+        """What is to be had with this symbol as the batch's, and why it is not worth it, if so."""
+        found = outlook(graph, batch, self.default, levels, self._approximate_batch_norm)
+        device = next((n.meta["val"].device.type for n in graph.nodes if isinstance(n.meta.get("val"), Tensor)), "cpu")
+        return batch, found, _fixed(graph, batch) or found.why_not(self._least_share) or too_little(self.config, found.flops_on_rows, device)
 
     @property
     def _approximate_batch_norm(self) -> bool:
         return any(s.approximate_batch_norm for s in self.levels)
-
-    def _too_little(self, flops: int, device: str) -> str | None:
-        if self.config.policy == "always" or flops >= LEAST_FLOPS.get(device, LEAST_FLOPS["cuda"]):
-            return None
-        return f"a backward pass of {flops / 1e6:.3g} MFLOP is over before its rows would be chosen"
 
     @property
     def _least_share(self) -> float:
@@ -87,6 +105,8 @@ class RowCompiler:
         return self.levels.index(settings) + 1 if settings is not None else ALL
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, is_backward: bool = False, **kwargs: Any) -> Any:
+        if self.own:
+            _torch.leave_no_marks()
         if not is_backward:
             self._known |= output_layouts(gm.graph, self.batch)
             return self.inner(gm, example_inputs, is_backward=False, **kwargs)
@@ -149,6 +169,12 @@ class RowCompiler:
             with _torch.donating(mine):
                 calls.append(self.inner(stage.gm, inputs, is_backward=True, **(kwargs | {"static_input_idxs": static})))
         return calls, _resolved(found, _torch.settled(gm.graph))
+
+
+def _fixed(graph: fx.Graph, batch: sympy.Symbol) -> str | None:
+    """Why there is but one number of rows, if tracing has found so."""
+    size = _torch.settled(graph)(batch)
+    return f"the model, or an op that is traced for known sizes alone, fixes the size of the batch to {size}" if size.is_Integer else None
 
 
 def _levels_of(gm: fx.GraphModule) -> dict[str, int]:

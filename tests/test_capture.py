@@ -8,8 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from common import compiled
+import torch.nn.functional as F
+from common import Plans, compiled, grads, mlp
 from torch import Tensor, nn
+
+from approx_compile import ApproxWarning, Backend, _torch, backward, row_compiler
+from approx_compile.backend import run_as_is
 
 ALWAYS: dict[str, Any] = {"policy": "always", "ratio": 0.5}
 
@@ -153,3 +157,222 @@ def test_the_mode_is_found_however_forward_is_spelled(name: str, trains_first: b
         model.train(mode)
         f(x)
     assert len(plans) == compiles
+
+
+# --- a symbol for the batch, where it can't be had ---
+
+
+class Grid(nn.Module):
+    """An op that AOTAutograd can't trace with a symbolic size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.l, self.o = nn.Linear(192, 6), nn.Linear(192, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        theta = self.l(x.flatten(1)).view(-1, 2, 3)
+        return self.o(F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), align_corners=False).flatten(1))
+
+
+@torch.library.custom_op("approx_compile_tests::of_known_size", mutates_args=())
+def of_known_size(x: Tensor) -> Tensor:
+    return x * 2
+
+
+@of_known_size.register_fake
+def _(x: Tensor) -> Tensor:
+    if not isinstance(x.shape[0], int):
+        raise NotImplementedError("sizes must be numbers")
+    return torch.empty_like(x)
+
+
+of_known_size.register_autograd(lambda ctx, g: g * 2)
+
+
+class Known(nn.Module):
+    """An op that Dynamo can't trace with a symbolic size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(192, 32), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(of_known_size(self.a(x.flatten(1)).relu()))
+
+
+@pytest.mark.usefixtures("one_thread", "small_work_counts")
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("make", [Grid, Known])
+@pytest.mark.parametrize("inner", [run_as_is, None])
+@pytest.mark.filterwarnings("error:Error detected in")
+def test_what_fails_under_a_symbol_is_compiled_without(make: type[nn.Module], fullgraph: bool, inner: Any) -> None:
+    model, x, plans = make(), torch.randn(8, 3, 8, 8, requires_grad=True), Plans()
+    f = torch.compile(model, backend=Backend(None, inner_compile=inner, on_plan=plans), fullgraph=fullgraph)
+    y = f(x)
+    y.square().sum().backward()
+    found = [y, *grads(model, x)]
+    y = model(x)
+    y.square().sum().backward()
+    for a, b in zip(found, [y, *grads(model, x)], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert len(plans) == 1 and "symbol for the batch's size" in plans.sites[0].reason
+    assert not any("dynamic" in name for t in (x, y) for name in vars(t)) and not _torch._requests
+
+
+@pytest.mark.usefixtures("small_work_counts")
+def test_it_is_told_once(recwarn: pytest.WarningsRecorder) -> None:
+    f = torch.compile(Grid(), backend=Backend(None, inner_compile=run_as_is))
+    for _ in range(2):
+        f(torch.randn(8, 3, 8, 8)).sum().backward()
+    told = [w for w in recwarn if issubclass(w.category, ApproxWarning)]
+    assert all(w.filename == __file__ for w in told)  # the user's line, not one of ours
+    assert len(told) == 1 and "can't be compiled with a symbol" in str(told[0].message)
+
+
+@pytest.mark.usefixtures("one_thread", "small_work_counts")
+@pytest.mark.parametrize("where", ["outlook", "split"])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_defect_of_ours_is_told_and_exact(where: str, dynamic: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> Any:
+        raise KeyError("lost")
+
+    broken.__code__ = broken.__code__.replace(co_filename=row_compiler.__file__)
+    monkeypatch.setattr(row_compiler, where, broken)
+    model, x, plans = mlp(16, 64, 64, 8), torch.randn(32, 16), Plans()
+    f = torch.compile(model, backend=Backend(None, inner_compile=run_as_is, on_plan=plans), dynamic=dynamic)
+    with pytest.warns(ApproxWarning, match="a defect of approx_compile.*lost.*please report"):
+        f(x).square().sum().backward()
+    found = grads(model)
+    model(x).square().sum().backward()
+    for a, b in zip(found, grads(model), strict=True):
+        torch.testing.assert_close(a, b)
+    assert all(s.decision == "exact" for s in plans[-1].sites)
+
+
+@pytest.mark.usefixtures("one_thread", "small_work_counts")
+@pytest.mark.parametrize("inner", [run_as_is, None])
+def test_nested_tensors_are_exact(inner: Any) -> None:
+    model, plans = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)), Plans()
+    x = torch.nested.nested_tensor([torch.randn(n, 16) for n in (3, 5, 9, 2)], layout=torch.jagged)
+    torch.compile(model, backend=Backend(None, inner_compile=inner, on_plan=plans))(x).values().square().mean().backward()
+    found = grads(model)
+    model(x).values().square().mean().backward()
+    for a, b in zip(found, grads(model), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert all("NestedTensor" in s.reason for s in plans.sites)
+
+
+# --- nothing is left behind ---
+
+
+@pytest.mark.usefixtures("one_thread", "small_work_counts")
+@pytest.mark.parametrize("make", [lambda: mlp(16, 64, 8), lambda: nn.Sequential(nn.Linear(16, 64), nn.BatchNorm1d(64), nn.ReLU()), Known])
+@pytest.mark.parametrize("inner", [run_as_is, None])
+def test_other_compilations_see_sizes(make: Callable[[], nn.Module], inner: Any) -> None:
+    """With rows, declined, and failed: neither the input nor the output makes another graph dynamic."""
+    x, seen = torch.randn(32, *((3, 8, 8) if make is Known else (16,))), []
+
+    def spy(gm: Any, example_inputs: Any) -> Any:
+        seen.extend(v for p in gm.graph.find_nodes(op="placeholder") for v in p.meta["example_value"].shape)
+        return gm.forward
+
+    f = torch.compile(make(), backend=Backend(None, inner_compile=inner))
+    other = torch.compile(lambda a, b: a.sum() + b.sum(), backend=spy)
+    for _ in range(2):
+        y = f(x)
+        y.sum().backward()
+        other(x, y.detach())
+        other(x, y)
+        assert not vars(x) and not any("dynamic" in name for name in vars(y))
+    assert all(isinstance(v, int) for v in seen)
+
+
+@pytest.mark.usefixtures("one_thread", "small_work_counts")
+def test_other_graphs_of_the_same_variable_see_sizes() -> None:
+    """The request is for one compilation: a frame compiled afterwards, whose input has the same name, knows nothing of it."""
+    shapes: list[Any] = []
+
+    def spy(gm: Any, example_inputs: Any) -> Any:
+        values = [p.meta["example_value"] for p in gm.graph.find_nodes(op="placeholder")]
+        shapes.extend(v.shape[0] for v in values if not isinstance(v, nn.Parameter))
+        return gm.forward
+
+    x = torch.randn(32, 16)
+    torch.compile(nn.Linear(16, 64), backend=Backend(None, inner_compile=run_as_is))(x).sum().backward()
+    torch._dynamo.reset()
+    torch.compile(nn.Linear(16, 64), backend=spy)(x)
+    assert shapes == [32] and not _torch._requests
+
+
+# --- which symbol ---
+
+
+class Masked(nn.Module):
+    """A mask that is only indexed: no op says that its batch is the ids'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.f, self.h = nn.Embedding(50, 16), mlp(16, 64, 16), nn.Linear(16, 2)
+
+    def forward(self, mask: Tensor, ids: Tensor) -> Tensor:
+        kept = mask[torch.arange(ids.shape[0])[:, None], torch.arange(ids.shape[1])]
+        return self.h((self.f(self.e(ids)) * kept[..., None]).mean(1))
+
+
+class Loss(Masked):
+    """Of which only a number comes out."""
+
+    def forward(self, mask: Tensor, ids: Tensor) -> Tensor:
+        return super().forward(mask, ids).square().sum()
+
+
+class Table(Masked):
+    """The larger input has no batch, but as many rows."""
+
+    def forward(self, mask: Tensor, ids: Tensor) -> Tensor:
+        return self.h(self.f(self.e(ids)).mean(1) + mask.mean())
+
+
+class Gathered(nn.Module):
+    """Indices whose batch need only be no larger."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor, i: Tensor) -> Tensor:
+        return self.b(self.a(x).gather(1, i[:, None, None].expand(-1, 1, 16)).squeeze(1))
+
+
+@pytest.mark.usefixtures("one_thread", "small_work_counts")
+@pytest.mark.parametrize(
+    ("model", "inputs"),
+    [
+        (Masked, lambda: (torch.rand(48, 12), torch.randint(0, 50, (48, 12)))),
+        (Loss, lambda: (torch.rand(48, 12), torch.randint(0, 50, (48, 12)))),
+        (Table, lambda: (torch.rand(48, 500), torch.randint(0, 50, (48, 12)))),
+        (Table, lambda: (torch.rand(99, 500), torch.randint(0, 50, (48, 12)))),
+        (Gathered, lambda: (torch.randn(48, 5, 8), torch.randint(0, 5, (48,)))),
+    ],
+)
+@pytest.mark.parametrize("inner", [run_as_is, None])
+def test_the_batch_is_that_of_the_outputs(model: type[nn.Module], inputs: Any, inner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The even rows, then the odd ones, weigh 2: their mean is exact."""
+    start = [0]
+
+    def halves(method: str, norms_sq: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        assert k == 24
+        return torch.arange(start[0], 48, 2), torch.full((24,), 2.0)
+
+    monkeypatch.setattr(backward, "choose", halves)
+    made, given, plans = model(), inputs(), Plans()
+    f = torch.compile(made, backend=Backend({"policy": "always", "grad": {"axis": "rows", "ratio": 0.5}}, inner_compile=inner, on_plan=plans))
+    found = []
+    for start[0] in (0, 1):
+        f(*given).square().sum().backward()
+        found.append(grads(made))
+    made(*given).square().sum().backward()
+    for a, b, c in zip(*found, grads(made), strict=True):
+        torch.testing.assert_close((a + b) / 2, c, rtol=1e-4, atol=1e-5)
+    ((cut,),) = [p.cuts for p in plans]
+    assert (cut.decision, cut.rows) == ("rows", 48)
