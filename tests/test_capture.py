@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from common import Plans, compiled, grads, mlp
 from torch import Tensor, nn
 
-from approx_compile import ApproxWarning, Backend, _torch, backward, row_compiler
+from approx_compile import ApproxWarning, Backend, _torch, backward, beforehand, row_compiler
 from approx_compile.backend import run_as_is
 
 ALWAYS: dict[str, Any] = {"policy": "always", "ratio": 0.5}
@@ -376,3 +377,105 @@ def test_the_batch_is_that_of_the_outputs(model: type[nn.Module], inputs: Any, i
         torch.testing.assert_close((a + b) / 2, c, rtol=1e-4, atol=1e-5)
     ((cut,),) = [p.cuts for p in plans]
     assert (cut.decision, cut.rows) == ("rows", 48)
+
+
+# --- declined before anything is traced for it ---
+
+
+def images(*places: int) -> nn.Module:
+    """Six convolutions, with BatchNorm behind these."""
+    layers: list[nn.Module] = []
+    for i in range(6):
+        layers += [nn.Conv2d(3 if i == 0 else 8, 8, 3, padding=1), *([nn.BatchNorm2d(8)] if i in places else []), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+
+class Frozen(nn.Module):
+    """Statistics that are given, and a product of activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.norm = mlp(16, 32, 32), nn.BatchNorm1d(32).eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.inner(x))
+        return (h[:, :, None] @ h[:, None, :]).sum(2)
+
+
+WORTH = {
+    "plain": (lambda: images(), torch.randn(8, 3, 8, 8)),
+    "first": (lambda: images(0), torch.randn(8, 3, 8, 8)),
+    "middle": (lambda: images(2), torch.randn(8, 3, 8, 8)),
+    "late": (lambda: images(3), torch.randn(8, 3, 8, 8)),
+    "last": (lambda: images(5), torch.randn(8, 3, 8, 8)),
+    "all": (lambda: images(*range(6)), torch.randn(8, 3, 8, 8)),
+    "frozen": (Frozen, torch.randn(8, 16)),
+}
+
+
+@pytest.mark.usefixtures("one_thread", "small_work_counts")
+@pytest.mark.parametrize("name", list(WORTH))
+def test_what_is_declined_at_once_would_be_declined(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, x = WORTH[name]
+    found, asked = [], []
+    ask = _torch.ask_for_symbol
+    monkeypatch.setattr(_torch, "ask_for_symbol", lambda *a: (asked.append(a), ask(*a)))
+    for at_once in (True, False):
+        if not at_once:
+            monkeypatch.setattr(beforehand, "why_not", lambda *a: None)
+        torch._dynamo.reset()
+        plans = Plans()
+        torch.compile(make(), backend=Backend(None, inner_compile=run_as_is, on_plan=plans))(x).sum().backward()
+        found.append([(c.decision, c.method, c.ratio, c.rows, c.level) for p in plans for c in p.cuts])
+        if at_once:
+            certain = not asked
+    assert found[0] == found[1] and found[0]
+    assert certain == (name in ("last", "all"))
+    assert {c[0] for c in found[0]} == {"exact" if name in ("last", "all") else "rows"}
+
+
+def test_a_small_model_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_torch, "ask_for_symbol", lambda *a: pytest.fail("asked"))
+    plans = Plans()
+    torch.compile(mlp(16, 64, 8), backend=Backend(None, inner_compile=run_as_is, on_plan=plans))(torch.randn(32, 16)).sum().backward()
+    assert all("over before its rows would be chosen" in s.reason for s in plans.sites) and len(plans.sites) == 2
+
+
+class Doubled(torch.autograd.Function):
+    """Of which nothing tells what its backward pass costs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * 2
+
+
+@pytest.mark.parametrize("unknown", [Doubled.apply, lambda x: of_known_size(x)])
+def test_unknown_costs_are_not_guessed(unknown: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    count = _torch.dynamo_flops
+    monkeypatch.setattr(_torch, "dynamo_flops", lambda gm: seen.append(count(gm)) or seen[-1])
+    model = mlp(16, 64, 8)
+    torch.compile(lambda x: unknown(model(x)), backend=Backend(None, inner_compile=run_as_is))(torch.randn(32, 16)).sum().backward()
+    assert seen == [None]
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_flops_of_a_dynamo_graph_are_the_formulas(checkpointed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    count = _torch.dynamo_flops
+    monkeypatch.setattr(_torch, "dynamo_flops", lambda gm: (found := count(gm), seen.append(sum(found.values())))[0])
+    conv, linear = nn.Conv2d(3, 8, 3), nn.Linear(8 * 36, 4)
+
+    def body(x: Tensor) -> Tensor:
+        return linear(conv(x).flatten(1))
+
+    def call(x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(body, x, use_reentrant=False) if checkpointed else body(x)
+
+    torch.compile(call, backend=Backend(None, inner_compile=run_as_is))(torch.randn(4, 3, 8, 8).requires_grad_())
+    assert seen == [2 * 4 * 36 * 8 * 3 * 9 + 2 * 4 * 8 * 36 * 4]
+    assert torch.is_grad_enabled()
