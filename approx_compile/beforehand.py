@@ -12,7 +12,7 @@ from torch import fx
 
 from approx_compile import _torch
 from approx_compile.config import ApproxConfig
-from approx_compile.passes.row_rules import COUPLED
+from approx_compile.passes.batch_dim import COUPLED
 from approx_compile.passes.stages import Cut
 from approx_compile.row_compiler import LEAST_SHARE, too_little
 from approx_compile.settings import RowSettings, row_settings
