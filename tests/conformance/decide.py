@@ -79,12 +79,12 @@ class Watched:
 def watching(once: bool = False) -> Iterator[Watched]:
     """Inside, whatever is compiled tells why it stops rows. `once`: a graph without rows is not traced again without a symbol, which would take a third
     of the time and decide nothing."""
-    watched, plain, symbol, ask = Watched(), stages._assign, backend.batch_symbol, row_compiler.RowCompiler.ask
+    watched, plain, symbol, ask = Watched(), stages._assign, backend.batch_symbols, row_compiler.RowCompiler.ask
 
-    def batch_symbol(gm: fx.GraphModule, *more: Any) -> Any:
+    def batch_symbols(gm: fx.GraphModule, *more: Any) -> Any:
         found = symbol(gm, *more)
         sizes = {n.name: str(v.shape[0]) for n in gm.graph.nodes if n.op == "placeholder" and backend._is_data(n) and (v := n.meta["example_value"]).dim()}
-        watched.symbols = f"batch: {found[0]}, inputs: {', '.join(f'{name} {size}' for name, size in sizes.items())}"
+        watched.symbols = f"batch: {found}, inputs: {', '.join(f'{name} {size}' for name, size in sizes.items())}"
         return found
 
     def assign(graph: fx.Graph, work: Any, *more: Any) -> None:
@@ -100,13 +100,13 @@ def watching(once: bool = False) -> Iterator[Watched]:
             for n in more[2]:
                 n.meta[row_compiler.LEVEL] = stages.ALL
 
-    stages._assign, backend.batch_symbol = assign, batch_symbol
+    stages._assign, backend.batch_symbols = assign, batch_symbols
     if once:
         row_compiler.RowCompiler.ask = ask_once  # type: ignore[method-assign]
     try:
         yield watched
     finally:
-        stages._assign, backend.batch_symbol = plain, symbol
+        stages._assign, backend.batch_symbols = plain, symbol
         row_compiler.RowCompiler.ask = ask  # type: ignore[method-assign]
 
 
