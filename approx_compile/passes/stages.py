@@ -21,6 +21,7 @@ from approx_compile.kernels.rows import Rows
 from approx_compile.passes.batch_dim import COUPLED, HEAD, ROWS, TOTAL, Followed, Layout
 from approx_compile.passes.batch_norm import decouple
 from approx_compile.passes.own_kernels import OWN_CONV, OWN_MM
+from approx_compile.passes.reasons import told
 from approx_compile.passes.rows import follow
 from approx_compile.passes.sites import BMM, CONV, MM
 
@@ -124,9 +125,14 @@ class _Work:
     followed: Followed
     stage: dict[fx.Node, int] = field(default_factory=dict)
     post: int = 0
-    blocked: dict[str, None] = field(default_factory=dict)
+    blocked: dict[str, str] = field(default_factory=dict)
+    """The reasons for which rows end, and what the user is told of the first op of each."""
     dense: dict[fx.Node, Any] = field(default_factory=dict)
     """Values that go from stage to stage and are views with one memory for many entries: what they are as tensors of their own."""
+
+    def stopped(self, n: fx.Node, reason: str) -> None:
+        if reason not in self.blocked:
+            self.blocked[reason] = told(n, reason)
 
 
 def output_layouts(graph: fx.Graph, batch: sympy.Symbol) -> dict[str, Layout]:
@@ -152,7 +158,7 @@ def outlook(graph: fx.Graph, batch: sympy.Symbol, default: int, levels: Mapping[
     _assign(graph, work, tangents, default, levels)
     backward = [n for n in graph.nodes if n in work.stage]
     on_rows = sum(_torch.flops(n) for n in backward if 0 < work.stage[n] != work.post)
-    return Outlook(sum(_torch.flops(n) for n in backward), on_rows, tuple(work.blocked))
+    return Outlook(sum(_torch.flops(n) for n in backward), on_rows, tuple(work.blocked.values()))
 
 
 def split(gm: fx.GraphModule, batch: sympy.Symbol, known: Mapping[str, Layout], default: int, levels: Mapping[str, int], approximate_batch_norm: bool) -> Split:
@@ -172,7 +178,7 @@ def split(gm: fx.GraphModule, batch: sympy.Symbol, known: Mapping[str, Layout], 
     results = [_result(o, work) for o in output.args[0]]
     total, on_rows = sum(_torch.flops(n) for n in work.stage), sum(s.flops for s in stages if s.level != ALL)
     levels_of = {n.name: s for n, s in work.stage.items() if n.target in HEAVY and 0 < s != work.post}
-    return Split(batch, tuple(stages), tuple(results), Outlook(total, on_rows, tuple(work.blocked)), levels_of)
+    return Split(batch, tuple(stages), tuple(results), Outlook(total, on_rows, tuple(work.blocked.values())), levels_of)
 
 
 def _assign(graph: fx.Graph, work: _Work, tangents: Sequence[fx.Node], default: int, levels: Mapping[str, int]) -> None:
@@ -191,13 +197,13 @@ def _assign(graph: fx.Graph, work: _Work, tangents: Sequence[fx.Node], default: 
         if n in exact:
             stage = ALL
             if n in known.nonlinear:
-                work.blocked.setdefault(f"{known.nonlinear[n]}, so that all above it runs on all rows")
+                work.stopped(n, f"{known.nonlinear[n]}, so that all above it runs on all rows")
         elif n.target in HEAVY or "attention" in str(n.target):
             stage = max(stage, levels.get(n.name, default))
         elif above == [] and known.kind.get(n) == ROWS:
             stage = ALL  # a loss inside the graph: its gradient spreads over the rows here
         if stage != ALL and stage != post and n in known.blocked:
-            work.blocked.setdefault(known.blocked[n])
+            work.stopped(n, known.blocked[n])
             stage = post
         raw[n] = stage
     work.stage, work.post = raw, post
