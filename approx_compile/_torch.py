@@ -308,9 +308,9 @@ def output_of_tangent(n: fx.Node) -> str | None:
 
 
 def fake_scalar(n: fx.Node, dtype: torch.dtype) -> Any:
-    """A fake tensor without dims, of the fake mode of the graph that `n` is in."""
+    """A fake tensor without dims on the CPU, of the fake mode of the graph that `n` is in."""
     with _graph_mode(n.graph):
-        return torch.empty((), dtype=dtype)
+        return torch.empty((), dtype=dtype, device="cpu")
 
 
 def fake_like(value: torch.Tensor, size: Sequence[int], stride: Sequence[int], offset: int) -> torch.Tensor:

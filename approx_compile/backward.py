@@ -70,7 +70,8 @@ class RowBackward:
         self.controls = controls
         self.whole = whole
         self.guards = tuple(guards)
-        self.device = next((v.device for v in example_inputs if isinstance(v, Tensor)), torch.device("cpu"))
+        placeholders = [n for s in found.stages for n in s.gm.graph.find_nodes(op="placeholder")]
+        self._weights: Any = next((n.meta["val"] for n in placeholders if n.name == WEIGHTS), None)
         self._symbols = _torch.symbol_sources(example_inputs)
         self._last_use = _last_use(found)
         self._entering = [entering(found, level) for level in range(len(self.levels))]
@@ -219,8 +220,8 @@ class RowBackward:
         if entry.number is not None:
             return shape
         if entry.name == WEIGHTS:
-            weights = _weights(kept, level)
-            return torch.ones(shape[0], device=self.device) if weights is None else weights.float()
+            weights, like = _weights(kept, level), self._weights
+            return torch.ones(shape[0], dtype=like.dtype, device=like.device) if weights is None else weights.to(like.dtype)
         value = live[entry.name]
         if entry.layout is None or made[entry.name] == level:
             return value
@@ -322,7 +323,7 @@ def _weights(kept: Sequence[_Kept | None], level: int) -> Tensor | None:
 def _shape_of(entry: Entry, here: Mapping[Any, int], whole: Mapping[Any, int]) -> Any:
     if entry.number is not None:
         if entry.dtype is not None:
-            return torch.tensor(_number(entry.number, whole), dtype=entry.dtype)
+            return torch.tensor(_number(entry.number, whole), dtype=entry.dtype, device="cpu")
         return _number(entry.number, here)
     return [_number(e, here) for e in entry.size], [_number(e, here) for e in entry.stride]
 

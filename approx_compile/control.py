@@ -40,7 +40,7 @@ class Late:
 
     def put(self, value: Tensor) -> None:
         if value.device.type == "cuda":
-            host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+            host = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=True).copy_(value, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
             self._waiting = (host, event)

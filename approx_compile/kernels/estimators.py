@@ -156,7 +156,7 @@ def _topk(score: Tensor, how: Estimator) -> tuple[Tensor, Tensor | None]:
 
 
 def _uniform(score: Tensor, how: Estimator) -> tuple[Tensor, Tensor | None]:
-    idx, _ = _topk(torch.rand(score.shape, device=score.device), how)
+    idx, _ = _topk(torch.rand(score.shape, device=score.device, dtype=score.dtype), how)
     return idx, score.new_full((), how.units / how.k).expand(idx.shape)
 
 

@@ -34,7 +34,8 @@ def decouple(gm: fx.GraphModule, known: Followed) -> bool:
     with gm.graph.inserting_before(next(n for n in gm.graph.nodes if n.op != "placeholder")):
         work.weights = gm.graph.placeholder(WEIGHTS)
     with _torch.fake_mode_of(rows):
-        work.weights.meta["val"] = torch.empty(work.size, dtype=torch.float32, device=_torch.value(rows).device)
+        dtype = torch.float64 if _torch.value(rows).dtype == torch.float64 else torch.float32
+        work.weights.meta["val"] = torch.empty(work.size, dtype=dtype, device=_torch.value(rows).device)
         done = [work.recombine(n) for n in todo]
     gm.graph.eliminate_dead_code()  # what a recombination began that then failed
     if not any(done):
