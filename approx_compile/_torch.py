@@ -324,6 +324,14 @@ def fake_like(value: torch.Tensor, size: Sequence[int], stride: Sequence[int], o
         return torch.empty(last + 1, dtype=value.dtype, device=value.device).as_strided(size, stride, offset)
 
 
+def fake_dense(value: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor of the same size, dtype and device, fake if that is."""
+    from torch._guards import detect_fake_mode
+
+    with torch.no_grad(), detect_fake_mode([value]) or contextlib.nullcontext():
+        return torch.empty(value.shape, dtype=value.dtype, device=value.device)
+
+
 def _graph_mode(graph: fx.Graph) -> Any:
     from torch._guards import detect_fake_mode
 

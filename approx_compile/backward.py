@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from approx_compile import _torch
 from approx_compile.config import ApproxConfig
 from approx_compile.control import RowControl, control_for
-from approx_compile.kernels.rows import Rows, choose, gathered, row_norms_sq, scattered
+from approx_compile.kernels.rows import Rows, choose, gathered, row_norms_sq, scattered, strided
 from approx_compile.passes.batch_norm import WEIGHTS
 from approx_compile.passes.stages import ALL, SAVED, Entry, Result, Split
 from approx_compile.settings import LEAST_ROWS, RowSettings
@@ -62,13 +62,16 @@ class RowBackward:
         guards: Sequence[Any],
         controls: Controls,
         whole: Whole | None = None,
+        dense: Iterable[str] = (),
     ) -> None:
+        """`dense`: the saved tensors that stages on rows were compiled to get with other strides than they have."""
         self.found = found
         self.calls = tuple(calls)
         self.levels = tuple(levels)
         self.names = tuple(names)
         self.controls = controls
         self.whole = whole
+        self._dense = frozenset(dense)
         self.guards = tuple(guards)
         placeholders = [n for s in found.stages for n in s.gm.graph.find_nodes(op="placeholder")]
         self._weights: Any = next((n.meta["val"] for n in placeholders if n.name == WEIGHTS), None)
@@ -229,7 +232,7 @@ class RowBackward:
             return scattered(value, entry.layout, _path(kept, ALL, made[entry.name])[0], size, *shape)
         idx, weight = _path(kept, made[entry.name], level)
         if idx is None:
-            return value
+            return strided(value, shape[1]) if entry.name in self._dense else value
         return gathered(value, entry.layout, idx, weight if entry.gradient else None, *shape)
 
     def _result(

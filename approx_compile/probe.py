@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from approx_compile import _torch
 from approx_compile.backward import all_rows
 from approx_compile.control import OutputControl, control_for
+from approx_compile.kernels.rows import copied
 from approx_compile.once import warn_once
 from approx_compile.tables import AdaptiveTable
 
@@ -62,7 +63,7 @@ class _Probe:
 
     def __init__(self, args: Sequence[Any]) -> None:
         # what is no parameter may be written to: buffers, by the graph itself; inputs, by the user before the backward pass
-        self.args = [a if isinstance(a, nn.Parameter) or not isinstance(a, Tensor) else _copy(a.detach()) for a in args]
+        self.args = [a if isinstance(a, nn.Parameter) or not isinstance(a, Tensor) else copied(a.detach()) for a in args]
         self.needs = [isinstance(a, Tensor) and a.requires_grad for a in args]
         self.random = _random_state(args)
 
@@ -75,20 +76,12 @@ class _Probe:
         with torch.enable_grad(), all_rows(), _random(self.random):
             leaves = [a.detach().requires_grad_(n) if isinstance(a, Tensor) else a for a, n in zip(self.args, self.needs, strict=True)]
             # the graph may write to what is no parameter, and into a leaf it could not
-            out = call(*(v if isinstance(a, nn.Parameter) or not isinstance(v, Tensor) else _copy(v) for a, v in zip(self.args, leaves, strict=True)))
+            out = call(*(v if isinstance(a, nn.Parameter) or not isinstance(v, Tensor) else copied(v) for a, v in zip(self.args, leaves, strict=True)))
             outs = [o for o in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(o, Tensor) and o.requires_grad]
             pairs = [(o, g) for o, g in zip(outs, gradients, strict=True) if g is not None]
             wanted = [v for v, n in zip(leaves, self.needs, strict=True) if n]
             found = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
         return [g for g in found if g is not None]
-
-
-def _copy(x: Tensor) -> Tensor:
-    """A copy with the same strides, for which code was compiled; an expanded dim stays one."""
-    small = x
-    for d, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)):
-        small = small.narrow(d, 0, 1) if stride == 0 and size > 1 else small
-    return torch.empty_strided(small.shape, small.stride(), dtype=x.dtype, device=x.device).copy_(small).expand(x.shape)
 
 
 def _error(sampled: Sequence[Tensor], exact: Sequence[Tensor]) -> Tensor:

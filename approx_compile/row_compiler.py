@@ -18,10 +18,10 @@ from torch import Tensor, fx, nn
 from approx_compile import _torch
 from approx_compile.backward import Controls, RowBackward, Whole, entering
 from approx_compile.config import ApproxConfig
-from approx_compile.kernels.rows import Rows
+from approx_compile.kernels.rows import Rows, overlap
 from approx_compile.passes.batch_dim import Layout
 from approx_compile.passes.pinned import pinned
-from approx_compile.passes.stages import ALL, SAVED, Cut, Entry, Outlook, Split, outlook, output_layouts, split, tangent_layouts
+from approx_compile.passes.stages import ALL, SAVED, Cut, Entry, Outlook, Split, Stage, outlook, output_layouts, split, tangent_layouts
 from approx_compile.settings import LEAST_ROWS, RowSettings
 
 LEAST_SHARE = 0.3
@@ -118,7 +118,9 @@ class RowCompiler:
         self._note(found.outlook, found.products, gm.graph, exact)
         if exact is not None:
             return self.inner(plain, example_inputs, is_backward=True, **kwargs)
-        calls, found = self._stages(found, gm, dict(zip(names, example_inputs, strict=True)), kwargs)
+        given = dict(zip(names, example_inputs, strict=True))
+        dense = _dense(found, given)
+        calls, found = self._stages(found, gm, given, dense, kwargs)
         guards = _torch.guards_on(found.batch, gm) if found.batch.is_Symbol else []
         hints = {s: _torch.known_hint(_torch.size_at(example_inputs, i, d)) for s, i, d in _torch.symbol_sources(example_inputs)}
         sizes = {s: n for s, n in hints.items() if n is not None}
@@ -127,9 +129,10 @@ class RowCompiler:
             self.cuts = [replace(c, decision="exact", reason=fixed, stops=True) for c in self.cuts]
             return self.inner(plain, example_inputs, is_backward=True, **kwargs)
         controls = Controls(self.config, self.root, self.key, self.levels)
-        given = {s for level, s in enumerate(self.levels) if entering(found, level)}
-        whole = self._whole(plain, example_inputs, sizes, kwargs) if all(s.ratio is None for s in given) else None
-        backward = RowBackward(found, calls, self.levels, names, example_inputs, guards, controls, whole)
+        asked = {s for level, s in enumerate(self.levels) if entering(found, level)}
+        whole = self._whole(plain, example_inputs, sizes, kwargs) if all(s.ratio is None for s in asked) else None
+        backward = RowBackward(found, calls, self.levels, names, example_inputs, guards, controls, whole, dense)
+
 
         def call(args: list[Any]) -> list[Any]:  # wrappers on the way keep a function's attributes, not an object's
             return backward(args)
@@ -153,17 +156,21 @@ class RowCompiler:
             decision = "exact" if exact else "rows"
             self.cuts.append(Cut(asked.method, asked.ratio, rows, decision, reason, found.flops_all, found.flops_on_rows, mine, i, bool(exact or stops)))
 
-    def _stages(self, found: Split, gm: fx.GraphModule, given: Mapping[str, Any], kwargs: dict[str, Any]) -> tuple[list[Any], Split]:
-        """The stages compiled, and what that has settled about them. `given`: the inputs, which may have other strides than the graph says."""
+    def _stages(
+        self, found: Split, gm: fx.GraphModule, given: Mapping[str, Any], dense: Mapping[str, Tensor], kwargs: dict[str, Any]
+    ) -> tuple[list[Any], Split]:
+        """The stages compiled, and what that has settled about them. `given`: the inputs, which may have other strides than the graph says; `dense`:
+        those that stages on rows get as tensors of their own."""
         donated = _torch.donated(gm)
         uses: dict[str, int] = {}
         for stage in found.stages:
             for entry in stage.entries:
                 uses[entry.name] = uses.get(entry.name, 0) + 1
-        found = _restrided(found, given)
+        found = _restrided(found, given, dense)
         calls = []
         for stage in found.stages:
-            inputs = [given.get(e.name, n.meta["val"]) for e, n in zip(stage.entries, _placeholders(stage.gm), strict=True)]
+            here = _here(stage, given, dense)
+            inputs = [here.get(e.name, n.meta["val"]) for e, n in zip(stage.entries, _placeholders(stage.gm), strict=True)]
             mine = [i for i, e in enumerate(stage.entries) if e.name in donated and uses[e.name] == 1]
             static = [i for i, e in enumerate(stage.entries) if e.source == SAVED and e.layout is None and e.number is None and e.name not in donated]
             with _torch.donating(mine):
@@ -228,13 +235,31 @@ def _resolved(found: Split, settled: Callable[[Any], Any]) -> Split:
     return replace(found, batch=settled(found.batch), stages=stages, results=results)
 
 
-def _restrided(found: Split, given: Mapping[str, Any]) -> Split:
-    """Entries with the strides that the forward pass really gives its saved tensors."""
+def _restrided(found: Split, given: Mapping[str, Any], dense: Mapping[str, Tensor]) -> Split:
+    """Entries with the strides that the forward pass really gives its saved tensors, or that they have as tensors of their own."""
 
-    def of(e: Entry) -> Entry:
-        value = given.get(e.name)
+    def of(e: Entry, here: Mapping[str, Any]) -> Entry:
+        value = here.get(e.name)
         if e.source != SAVED or not isinstance(value, Tensor):
             return e
         return replace(e, stride=tuple(map(_torch.size_expr, value.stride())))
 
-    return replace(found, stages=tuple(replace(s, entries=tuple(of(e) for e in s.entries)) for s in found.stages))
+    return replace(found, stages=tuple(replace(s, entries=tuple(of(e, _here(s, given, dense)) for e in s.entries)) for s in found.stages))
+
+
+def _here(stage: Stage, given: Mapping[str, Any], dense: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a stage gets of the backward graph's inputs."""
+    return dict(given) if stage.level == ALL else {**given, **{e.name: dense[e.name] for e in stage.entries if e.layout is not None and e.name in dense}}
+
+
+def _dense(found: Split, given: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The saved tensors whose rows can't be laid out as the tensor is: rows that overlap, or share one memory but not their weights."""
+    new = {}
+    for e in (e for s in found.stages if s.level != ALL for e in s.entries):
+        value = given.get(e.name)
+        if e.source != SAVED or e.layout is None or not isinstance(value, Tensor):
+            continue
+        size, stride = [_torch.hint(s) for s in value.shape], [_torch.hint(s) for s in value.stride()]
+        if overlap(size, stride) or (e.gradient and stride[e.layout.dim] == 0):
+            new[e.name] = _torch.fake_dense(value)
+    return new

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+
 import pytest
+import sympy
 import torch
 from torch import Tensor
 
-from approx_compile.kernels.rows import Rows, choose, gathered, inclusion, needed, row_norms_sq, scattered, systematic
+from approx_compile.kernels.rows import Rows, choose, copied, gathered, inclusion, needed, overlap, row_norms_sq, scattered, strided, systematic
 
 NORMS = {
     "even": torch.ones(40),
@@ -126,8 +130,6 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], Rows]] = {
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_gather_norms_and_scatter(name: str) -> None:
-    import sympy
-
     shape, place = LAYOUTS[name]
     layout = place if place.uniform else Rows(place.dim, sympy.Integer(place.outer), sympy.Integer(place.inner))
     x, idx, weight = torch.randn(shape), torch.tensor([0, 2, 5]), torch.tensor([2.0, 1.0, 3.0])
@@ -147,11 +149,83 @@ def test_gather_norms_and_scatter(name: str) -> None:
 
 
 def test_gather_keeps_channels_last_and_half_precision() -> None:
-    import sympy
-
     one = sympy.Integer(1)
     x = torch.randn(6, 3, 4, 4, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
     idx, weight = torch.tensor([1, 4]), torch.tensor([1.5, 2.0])
     got = gathered(x, Rows(0, one, one), idx, weight, [2, 3, 4, 4], [48, 1, 12, 3])
     assert got.stride() == (48, 1, 12, 3)
     assert torch.equal(got, (x[idx] * weight.view(-1, 1, 1, 1)).to(torch.bfloat16))
+
+
+def drawn_layout(g: random.Random) -> tuple[Tensor, Rows, int]:
+    """A tensor with 6 rows somewhere in it, in memory as views, expansions and permutations leave one."""
+    split = (g.choice([1, 1, 2, 3]), 6, g.choice([1, 1, 2]))
+    shape = [g.choice([0, 1, 1, 2, 3, 3]) for _ in range(g.randrange(4))]
+    dim = g.randrange(len(shape) + 1)
+    shape.insert(dim, split[0] * split[1] * split[2])
+    order = g.sample(range(len(shape)), len(shape))
+    made = [1 if g.random() < 0.25 else shape[d] * g.choice([1, 1, 2]) for d in order]  # in memory order; what is larger is sliced
+    x = torch.randn(made)
+    for at, d in enumerate(order):
+        if made[at] > shape[d]:
+            x = x.narrow(at, g.choice([0, made[at] - shape[d]]), shape[d]) if g.random() < 0.5 else x.unfold(at, shape[d], 1).select(at, 0).movedim(-1, at)
+    x = x.permute([order.index(d) for d in range(len(shape))]).expand(shape)
+    assert list(x.shape) == shape
+    return x, Rows(dim, sympy.Integer(split[0]), sympy.Integer(split[2])), split[2]
+
+
+def test_rows_of_any_layout_are_those_of_plain_indexing() -> None:
+    """Strides of 0, sliced, permuted, empty dims: rows gathered have the values of indexing and the strides asked for, and come back to their places."""
+    g = random.Random(0)
+    torch.manual_seed(0)
+    expanded = 0
+    for _ in range(2000):
+        x, layout, inner = drawn_layout(g)
+        dim, outer = layout.dim, x.shape[layout.dim] // (6 * inner)
+        idx = torch.tensor(sorted(g.sample(range(6), g.choice([2, 3, 5]))))
+        shared = x.stride(dim) == 0 and x.shape[dim] > 1
+        weight = None if shared or g.random() < 0.3 else torch.rand(len(idx))
+        parts = x.unflatten(dim, (outer, 6, inner))
+        kept = parts.index_select(dim + 1, idx)
+        if weight is not None:
+            kept = kept * weight.view(-1, *[1] * (kept.dim() - dim - 2))
+        want = kept.flatten(dim, dim + 2)
+        # what the compiled code expects: the strides of the whole tensor, or those of a dense one in the same order
+        small = [1 if t == 0 else n for n, t in zip(want.shape, x.stride(), strict=True)]
+        at = sorted(range(x.dim()), key=lambda d: (x.stride(d), x.shape[d]))
+        stride, step = [0] * x.dim(), 1
+        for d in at:
+            stride[d] = 0 if x.stride(d) == 0 else step
+            step *= max(small[d], 1)
+        got = gathered(x, layout, idx, weight, list(want.shape), stride)
+        expanded += any(n > 1 and t == 0 for n, t in zip(got.shape, got.stride(), strict=True))
+        assert torch.equal(got, want)
+        assert all(a == b for a, b, n in zip(got.stride(), stride, got.shape, strict=True) if n > 1)
+        back = scattered(got, layout, idx, 6, list(x.shape)).unflatten(dim, (outer, 6, inner))
+        assert back.is_contiguous() and torch.equal(back.index_select(dim + 1, idx), want.unflatten(dim, (outer, len(idx), inner)))
+        rest = [i for i in range(6) if i not in idx.tolist()]
+        assert not back.index_select(dim + 1, torch.tensor(rest)).any()
+        assert torch.allclose(row_norms_sq(x, layout, 6), parts.movedim(dim + 1, 0).flatten(1).square().sum(1))
+    assert expanded > 200
+
+
+def test_what_overlaps_is_known() -> None:
+    g = random.Random(0)
+    found = set()
+    for _ in range(500):
+        size, stride = [g.randrange(1, 4) for _ in range(3)], [g.randrange(0, 9) for _ in range(3)]
+        free = [d for d in range(3) if stride[d]]
+        places = [sum(i * stride[d] for i, d in zip(at, free, strict=True)) for at in itertools.product(*[range(size[d]) for d in free])]
+        shares = len(set(places)) < len(places)
+        assert overlap(size, stride) or not shares
+        found.add((overlap(size, stride), shares))
+    assert found >= {(True, True), (False, False)}
+    assert not overlap([4, 3, 5], [15, 5, 1]) and not overlap([5, 3, 4], [1, 5, 15]) and overlap([4, 3], [1, 1])
+
+
+def test_copies_keep_strides() -> None:
+    for x in (torch.randn(4, 3).t(), torch.randn(4, 1).expand(4, 3), torch.randn(1, 3).expand(4, 3), torch.randn(9).unfold(0, 3, 1), torch.randn(0, 3)):
+        new = copied(x)
+        assert torch.equal(new, x) and new.stride() == x.stride() and (not x.numel() or new.data_ptr() != x.data_ptr())
+    x = torch.randn(4, 3)
+    assert strided(x, [3, 1]) is x and strided(x, None) is x and strided(x, [1, 4]).stride() == (1, 4) and torch.equal(strided(x, [1, 4]), x)

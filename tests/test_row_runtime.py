@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from common import grads, relative
+from test_rows import Chosen
 from torch import Tensor, nn
 
 from approx_compile import Backend, backward
@@ -119,3 +120,70 @@ def test_weights_of_rows_have_the_dtype_that_compiled_code_reads(model_dtype: to
     for dtype in (torch.float64, torch.float16):
         got = steps(model, options, None, functools.partial(default, dtype, None), x, 1)
         assert max(relative(a, b) for a, b in zip(got, want, strict=True)) < 1e-6
+
+
+# --- layouts ---
+
+
+class Images(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        out: Tensor = self.last(torch.relu(self.conv(x * scale)).mean((2, 3)))
+        return out
+
+
+def windows(x: Tensor, start: int) -> Tensor:
+    """24 rows of images that overlap each other."""
+    return x.flatten().as_strided((24, 3, 6, 6), (3, 36, 6, 1), start)
+
+
+IMAGES: dict[str, Any] = {
+    "grey": lambda: torch.randn(24, 1, 6, 6).expand(-1, 3, -1, -1),
+    "batch": lambda: torch.randn(1, 3, 6, 6).expand(24, -1, -1, -1),
+    "everything": lambda: torch.randn(1, 1, 1, 1).expand(24, 3, 6, 6),
+    "lines": lambda: torch.randn(24, 3, 1, 6).expand(-1, -1, 6, -1),
+    "channels last": lambda: torch.randn(24, 3, 6, 6).contiguous(memory_format=torch.channels_last),
+    "channels last, grey": lambda: torch.randn(24, 6, 6, 1).expand(-1, -1, -1, 3).permute(0, 3, 1, 2),
+    "batch inside": lambda: torch.randn(3, 6, 6, 24).permute(3, 0, 1, 2),
+    "sliced": lambda: torch.randn(48, 4, 6, 12)[::2, 1:, :, ::2],
+    "overlapping": lambda: windows(torch.randn(400), 5),
+    "windows": lambda: torch.randn(24, 3, 11).unfold(2, 6, 1),
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize("inner", [None, run_as_is], ids=["inductor", "as is"])
+@pytest.mark.parametrize("wants", [False, True])
+def test_expanded_and_overlapping_inputs(name: str, inner: Any, wants: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saved tensors of any layout: gradients against masked tangents, with rows left out and with all of them; `wants`: the input's own, too."""
+    chosen = Chosen(monkeypatch)
+    model, x, scale = Images(), IMAGES[name](), torch.rand(24, 1, 1, 1).expand(-1, 3, 6, 6)
+    scale = scale.requires_grad_() if wants else scale
+    f = torch.compile(model, backend=Backend(rows(), inner_compile=inner))
+    for all_of_them in (False, True):
+        out = f(x, scale)
+        tangent = torch.randn_like(out)
+        with backward.all_rows() if all_of_them else contextlib.nullcontext():
+            out.backward(tangent)
+        got = grads(model, *([scale] if wants else []))
+        mask = torch.ones(24) if all_of_them else chosen.mask(24)
+        model(x, scale).backward(tangent * mask[:, None])
+        assert max(relative(a, b) for a, b in zip(got, grads(model, *([scale] if wants else [])), strict=True)) < 1e-5
+    assert len(chosen.found) == 1
+    with torch.compiler.set_stance("fail_on_recompile"):
+        f(IMAGES[name](), scale).sum().backward()
+
+
+def test_an_expanded_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradient is a tensor of its own."""
+    chosen = Chosen(monkeypatch)
+    model, x = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1)), torch.randn(24, 8)
+    f = torch.compile(lambda x: model(x).expand(-1, 5), backend=Backend(rows(), inner_compile=run_as_is))
+    tangent = torch.randn(24, 5)
+    f(x).backward(tangent)
+    got = grads(model)
+    model(x).expand(-1, 5).backward(tangent * chosen.mask(24)[:, None])
+    assert max(relative(a, b) for a, b in zip(got, grads(model), strict=True)) < 1e-5
