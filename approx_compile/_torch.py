@@ -508,12 +508,13 @@ def compile_fx(
 
     AOTAutograd's cache would bring back compiled graphs without what an `inner_compile` put around them, so it is off then; and the backward
     graph is compiled at once. `cached`: whether Inductor's own cache of graphs is used. `one_of_several`: the graph is compiled more than once in one call
-    of the backend, and what AOTAutograd keeps of it for a backward pass compiled later would be another's.
+    of the backend, and each time has a context of its own: what AOTAutograd keeps there for a backward pass compiled later would be another's.
     """
     from torch._inductor.compile_fx import compile_fx as inductor
 
     if inner_compile is None:
-        with torch._functorch.config.patch(force_non_lazy_backward_lowering=True) if one_of_several else contextlib.nullcontext():
+        context = torch._guards.TracingContext.try_get() if one_of_several else None
+        with torch._guards.tracing(copy.copy(context)) if context is not None else contextlib.nullcontext():
             return inductor(gm, example_inputs, config_patches=patches)
     patches = patches if cached else {**patches, "fx_graph_cache": False}
     with torch._functorch.config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True):
@@ -568,6 +569,19 @@ def donated(gm: fx.GraphModule) -> set[str]:
     indices = getattr(_forward_metadata(), "bw_donated_idxs", None) or []
     placeholders = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
     return {placeholders[i] for i in indices}
+
+
+def donate_nothing() -> None:
+    """Tell AOTAutograd that the backward graph being compiled writes to none of its inputs. What does it refuses to run where the user keeps the graph."""
+    indices = getattr(_forward_metadata(), "bw_donated_idxs", None)
+    if indices:
+        indices.clear()  # several descriptions of the graph have the same list
+
+
+def graph_is_kept() -> bool:
+    """Whether the user keeps the graph of the backward pass that the autograd engine is in, and with it what the forward pass saved."""
+    kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return bool(kept()) if kept is not None else True
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from approx_compile import _torch
 from approx_compile.config import ApproxConfig
 from approx_compile.control import RowControl, control_for
-from approx_compile.kernels.rows import Rows, choose, gathered, row_norms_sq, scattered, strided
+from approx_compile.kernels.rows import Rows, choose, copied, gathered, row_norms_sq, scattered, strided
 from approx_compile.passes.batch_norm import WEIGHTS
 from approx_compile.passes.stages import ALL, SAVED, Entry, Result, Split
 from approx_compile.settings import LEAST_ROWS, RowSettings
@@ -63,8 +63,10 @@ class RowBackward:
         controls: Controls,
         whole: Whole | None = None,
         dense: Iterable[str] = (),
+        donated: Iterable[str] = (),
     ) -> None:
-        """`dense`: the saved tensors that stages on rows were compiled to get with other strides than they have."""
+        """`dense`: the saved tensors that stages on rows were compiled to get with other strides than they have; `donated`: those that compiled code may
+        write to. Where the user keeps the graph it gets copies of them: what the forward pass saved may be needed once more."""
         self.found = found
         self.calls = tuple(calls)
         self.levels = tuple(levels)
@@ -72,6 +74,7 @@ class RowBackward:
         self.controls = controls
         self.whole = whole
         self._dense = frozenset(dense)
+        self._donated = frozenset(donated)
         self.guards = tuple(guards)
         placeholders = [n for s in found.stages for n in s.gm.graph.find_nodes(op="placeholder")]
         self._weights: Any = next((n.meta["val"] for n in placeholders if n.name == WEIGHTS), None)
@@ -85,18 +88,19 @@ class RowBackward:
         symbols = self._values(args)
         values = dict(zip(self.names, args, strict=True))
         args.clear()
+        keep = self._donated if self._donated and _torch.graph_is_kept() else frozenset[str]()
         if _all_rows[0]:
-            return self.run(values, symbols, [symbols[self.found.batch]] * len(self.levels), [None] * len(self.levels))
+            return self.run(values, symbols, [symbols[self.found.batch]] * len(self.levels), [None] * len(self.levels), None, keep)
         controls = self.controls.of(values.values())
         followed, own = self._follow(values, symbols)
         size = symbols[self.found.batch]
         counts = self._counts(symbols, controls, followed) if own else [size] * len(self.levels)
         whole = self.whole
         if whole is not None and whole.sizes == symbols and followed is None and set(counts) == {size} and self._watched(values, counts, controls):
-            inputs = list(values.values())
+            inputs = [copied(v) if name in keep else v for name, v in values.items()]
             values.clear()
             return whole.call(inputs)
-        return self.run(values, symbols, counts, controls, followed)
+        return self.run(values, symbols, counts, controls, followed, keep)
 
     def _watched(self, values: Mapping[str, Any], counts: Sequence[int], controls: Sequence[RowControl | None]) -> bool:
         """Show the controls that watch what they look at, if all of that has come into the graph; and whether it has. All rows are kept."""
@@ -159,8 +163,9 @@ class RowBackward:
         counts: Sequence[int],
         controls: Sequence[RowControl | None],
         followed: _Kept | None = None,
+        keep: frozenset[str] = frozenset(),
     ) -> list[Any]:
-        """One backward pass with `counts` rows at each level; `followed`: the first level's rows, if they are given."""
+        """One backward pass with `counts` rows at each level; `followed`: the first level's rows, if they are given; `keep`: what nobody may write to."""
         size = symbols[self.found.batch]
         plan = self._plan(symbols, counts)
         kept: list[_Kept | None] = [] if followed is None else [followed]
@@ -173,7 +178,9 @@ class RowBackward:
                 kept.append(self._choose(level, live, made, kept, size, counts, controls[level]))
             inputs = []
             for entry, shape in zip(stage.entries, plan[s], strict=True):
-                inputs.append(self._entry(entry, shape, stage.level, live, made, kept, size))
+                value = self._entry(entry, shape, stage.level, live, made, kept, size)
+                shared = entry.name in keep and value.data_ptr() == live[entry.name].data_ptr()
+                inputs.append(copied(value) if shared else value)
                 if self._last_use.get(entry.name) == s:
                     live.pop(entry.name, None)
             outputs = call(inputs)

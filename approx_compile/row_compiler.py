@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from approx_compile import _torch
 from approx_compile.backward import Controls, RowBackward, Whole, entering
 from approx_compile.config import ApproxConfig
-from approx_compile.kernels.rows import Rows, overlap
+from approx_compile.kernels.rows import Rows, copied, overlap
 from approx_compile.passes.batch_dim import Layout
 from approx_compile.passes.pinned import pinned
 from approx_compile.passes.stages import ALL, SAVED, Cut, Entry, Outlook, Split, Stage, outlook, output_layouts, split, tangent_layouts
@@ -110,14 +110,21 @@ class RowCompiler:
         if not is_backward:
             self._known |= output_layouts(gm.graph, self.batch)
             return self.inner(gm, example_inputs, is_backward=False, **kwargs)
+        try:
+            return self._backward(gm, example_inputs, kwargs)
+        finally:
+            _torch.donate_nothing()  # so far: what `_backward` gives back sees to that itself
+
+    def _backward(self, gm: fx.GraphModule, example_inputs: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         names = [n.name for n in _placeholders(gm)]
+        donated = _torch.donated(gm)
         known = self._known | tangent_layouts(gm.graph, self._known)
         plain = copy.deepcopy(gm) if self._approximate_batch_norm else gm
         found = split(gm, self.batch, known, self.default, _levels_of(gm), self._approximate_batch_norm)
         exact = found.outlook.why_not(self._least_share)
         self._note(found.outlook, found.products, gm.graph, exact)
         if exact is not None:
-            return self.inner(plain, example_inputs, is_backward=True, **kwargs)
+            return _sparing(self.inner(plain, example_inputs, is_backward=True, **kwargs), names, donated)
         given = dict(zip(names, example_inputs, strict=True))
         dense = _dense(found, given)
         calls, found = self._stages(found, gm, given, dense, kwargs)
@@ -127,18 +134,13 @@ class RowCompiler:
         fixed = _why_fixed(found.batch, sizes, guards)
         if fixed is not None:
             self.cuts = [replace(c, decision="exact", reason=fixed, stops=True) for c in self.cuts]
-            return self.inner(plain, example_inputs, is_backward=True, **kwargs)
+            return _sparing(self.inner(plain, example_inputs, is_backward=True, **kwargs), names, donated)
         controls = Controls(self.config, self.root, self.key, self.levels)
         asked = {s for level, s in enumerate(self.levels) if entering(found, level)}
         whole = self._whole(plain, example_inputs, sizes, kwargs) if all(s.ratio is None for s in asked) else None
-        backward = RowBackward(found, calls, self.levels, names, example_inputs, guards, controls, whole, dense)
+        backward = RowBackward(found, calls, self.levels, names, example_inputs, guards, controls, whole, dense, donated)
 
-
-        def call(args: list[Any]) -> list[Any]:  # wrappers on the way keep a function's attributes, not an object's
-            return backward(args)
-
-        call._boxed_call = True  # type: ignore[attr-defined]
-        return call
+        return _boxed(backward)
 
     def _whole(self, gm: fx.GraphModule, example_inputs: Sequence[Any], sizes: Mapping[sympy.Symbol, int], kwargs: dict[str, Any]) -> Whole | None:
         """The backward pass for batches of the size at hand with all rows kept, as it is without a symbol; None where some size is not known yet."""
@@ -182,6 +184,31 @@ def _fixed(graph: fx.Graph, batch: sympy.Symbol) -> str | None:
     """Why there is but one number of rows, if tracing has found so."""
     size = _torch.settled(graph)(batch)
     return f"the model, or an op that is traced for known sizes alone, fixes the size of the batch to {size}" if size.is_Integer else None
+
+
+def _boxed(run: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+    """As a function that empties the list of its arguments. (Wrappers on the way keep a function's attributes, not an object's.)"""
+
+    def call(args: list[Any]) -> Any:
+        return run(args)
+
+    call._boxed_call = True  # type: ignore[attr-defined]
+    return call
+
+
+def _sparing(compiled: Callable[[list[Any]], Any], names: Sequence[str], donated: set[str]) -> Callable[[list[Any]], Any]:
+    """The compiled graph, which writes to copies of what was donated where the user keeps the graph."""
+    indices = [i for i, name in enumerate(names) if name in donated]
+    if not indices:
+        return compiled
+
+    def run(args: list[Any]) -> Any:
+        if _torch.graph_is_kept():
+            for i in indices:
+                args[i] = copied(args[i])
+        return compiled(args)
+
+    return _boxed(run)
 
 
 def _levels_of(gm: fx.GraphModule) -> dict[str, int]:

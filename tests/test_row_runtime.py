@@ -13,8 +13,9 @@ from common import grads, relative
 from test_rows import Chosen
 from torch import Tensor, nn
 
-from approx_compile import Backend, backward
+from approx_compile import Backend, backward, row_compiler
 from approx_compile.backend import run_as_is
+from approx_compile.kernels import rows as rows_kernels
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_work_counts")
 
@@ -187,3 +188,70 @@ def test_an_expanded_output(monkeypatch: pytest.MonkeyPatch) -> None:
     got = grads(model)
     model(x).expand(-1, 5).backward(tangent * chosen.mask(24)[:, None])
     assert max(relative(a, b) for a, b in zip(got, grads(model), strict=True)) < 1e-5
+
+
+# --- graphs that are kept ---
+
+
+class Copies:
+    """`copied`, counted."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        for module in (backward, row_compiler):
+            monkeypatch.setattr(module, "copied", self)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return rows_kernels.copied(x)
+
+
+def generator() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.LayerNorm(32), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 4))
+
+
+KEPT: dict[str, dict[str, Any]] = {
+    "rows": rows(),
+    "adaptive, all rows": {},
+    "adaptive, rows left out": {"adaptive": {"tau": 0.5}},
+    "fixed": rows(),
+    "schedule": {"policy": "always", "sampling": "backward", "grad": "exact", "grad_weight": "topk", "rules": [{"steps": "::2", "method": "exact"}]},
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_graphs_may_be_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through Inductor, whose code writes to saved tensors when it may. The first backward pass of all keeps its graph, and so do some in a row."""
+    if name == "fixed":
+        monkeypatch.setattr(row_compiler, "_why_fixed", lambda *args: "a reason")
+    chosen, copies = Chosen(monkeypatch), Copies(monkeypatch)
+    model, x = generator(), torch.randn(64, 8)
+    f = torch.compile(model, backend="approx", options=KEPT[name])
+    few = torch.randn(64, 4) * (torch.arange(64) < 4)[:, None]
+    if name == "adaptive, rows left out":
+        for _ in range(60):
+            f(x).backward(few)
+        assert copies.count == 0 and len(chosen.found[-1][0]) < 32
+        model.zero_grad()
+    out, plain = f(x), model(x)
+    for i in range(4):
+        seen, before = len(chosen.found), copies.count
+        tangent = few * (i + 1)
+        out.backward(tangent, retain_graph=i < 3)
+        got = grads(model)
+        assert (len(chosen.found) > seen) == (name in ("rows", "adaptive, rows left out"))
+        assert (copies.count > before) == (i < 3 and name in ("adaptive, all rows", "fixed"))  # rows gathered are copies already
+        weight = chosen.mask(64).float()[:, None] if len(chosen.found) > seen else 1
+        plain.backward(tangent * weight, retain_graph=True)
+        want = grads(model)
+        assert max(relative(a, b) for a, b in zip(got[-1:] if name == "schedule" else got, want[-1:] if name == "schedule" else want, strict=True)) < 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, rows()], ids=["adaptive", "rows"])
+def test_a_second_derivative_is_refused_in_inductors_words(options: dict[str, Any]) -> None:
+    model, x = generator(), torch.randn(64, 8)
+    f = torch.compile(model, backend="approx", options=options)
+    g = torch.autograd.grad(f(x).sum(), [*model.parameters()], create_graph=True)
+    with pytest.raises(RuntimeError, match="does not currently support double backward"):
+        g[0].square().sum().backward()
+    f(x).sum().backward()
