@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from approx_compile import _torch
 from approx_compile.config import ApproxConfig
-from approx_compile.control import RowControl, control_for
+from approx_compile.control import Draws, Owner, RowControl, control_for, draws_for
 from approx_compile.kernels.rows import Rows, choose, copied, gathered, row_norms_sq, scattered, strided
 from approx_compile.passes.batch_norm import WEIGHTS
 from approx_compile.passes.stages import ALL, SAVED, Entry, Result, Split
@@ -91,7 +91,8 @@ class RowBackward:
         keep = self._donated if self._donated and _torch.graph_is_kept() else frozenset[str]()
         if _all_rows[0]:
             return self.run(values, symbols, [symbols[self.found.batch]] * len(self.levels), [None] * len(self.levels), None, keep)
-        controls = self.controls.of(values.values())
+        owner = self.controls.owner(values.values())
+        controls = self.controls.of(owner)
         followed, own = self._follow(values, symbols)
         size = symbols[self.found.batch]
         counts = self._counts(symbols, controls, followed) if own else [size] * len(self.levels)
@@ -100,7 +101,7 @@ class RowBackward:
             inputs = [copied(v) if name in keep else v for name, v in values.items()]
             values.clear()
             return whole.call(inputs)
-        return self.run(values, symbols, counts, controls, followed, keep)
+        return self.run(values, symbols, counts, controls, followed, keep, self.controls.draws(owner))
 
     def _watched(self, values: Mapping[str, Any], counts: Sequence[int], controls: Sequence[RowControl | None]) -> bool:
         """Show the controls that watch what they look at, if all of that has come into the graph; and whether it has. All rows are kept."""
@@ -164,8 +165,10 @@ class RowBackward:
         controls: Sequence[RowControl | None],
         followed: _Kept | None = None,
         keep: frozenset[str] = frozenset(),
+        draws: Draws | None = None,
     ) -> list[Any]:
-        """One backward pass with `counts` rows at each level; `followed`: the first level's rows, if they are given; `keep`: what nobody may write to."""
+        """One backward pass with `counts` rows at each level; `followed`: the first level's rows, if they are given; `keep`: what nobody may write to;
+        `draws`: where the random numbers come from that choose rows."""
         size = symbols[self.found.batch]
         plan = self._plan(symbols, counts)
         kept: list[_Kept | None] = [] if followed is None else [followed]
@@ -175,7 +178,7 @@ class RowBackward:
         for s, (stage, call) in enumerate(zip(self.found.stages, self.calls, strict=True)):
             while len(kept) < stage.level:
                 level = len(kept)
-                kept.append(self._choose(level, live, made, kept, size, counts, controls[level]))
+                kept.append(self._choose(level, live, made, kept, size, counts, controls[level], draws))
             inputs = []
             for entry, shape in zip(stage.entries, plan[s], strict=True):
                 value = self._entry(entry, shape, stage.level, live, made, kept, size)
@@ -202,6 +205,7 @@ class RowBackward:
         size: int,
         counts: Sequence[int],
         control: RowControl | None,
+        draws: Draws | None = None,
     ) -> _Kept | None:
         """The rows of level + 1, by the norms of the gradients that enter there. None: all that the level before has."""
         before = counts[level - 1] if level else size
@@ -223,7 +227,9 @@ class RowBackward:
             watched.see(total)
         if k >= before:
             return None
-        idx, weight = choose(self.levels[level].method, total, k)
+        method = self.levels[level].method
+        random = draws.random(total.device) if draws is not None and method != "topk" else None
+        idx, weight = choose(method, total, k, random)
         return _Kept(idx, weight, k)
 
     def _entry(self, entry: Entry, shape: Any, level: int, live: Mapping[str, Any], made: Mapping[str, int], kept: Sequence[_Kept | None], size: int) -> Any:
@@ -271,7 +277,7 @@ class RowBackward:
 
 
 class Controls:
-    """Where the controls of a graph's cuts are found: with a parameter among what was saved, or else with the module that was compiled."""
+    """Where the controls of a graph's cuts, and its draws, are found: with a parameter among what was saved, or else with the module that was compiled."""
 
     def __init__(self, config: ApproxConfig, root: nn.Module | None, key: str, levels: Sequence[RowSettings]) -> None:
         self.adaptive = config.adaptive
@@ -279,12 +285,19 @@ class Controls:
         self.root = weakref.ref(root) if root is not None else None
         self.asked = [s.ratio is None for s in levels]
         self.own = [RowControl(config.adaptive, f"{key}{i}") for i, _ in enumerate(levels, 1)]
+        self.own_draws = Draws(f"{key}draws")
 
-    def of(self, saved: Iterable[Any]) -> list[RowControl | None]:
+    def owner(self, saved: Iterable[Any]) -> Owner | None:
+        """Whose controls those of a backward pass are, by what was saved for it."""
+        return next((v for v in saved if isinstance(v, nn.Parameter)), self.root() if self.root is not None else None)
+
+    def draws(self, owner: Owner | None) -> Draws:
+        return draws_for(owner, self.own_draws.name) if owner is not None else self.own_draws
+
+    def of(self, owner: Owner | None) -> list[RowControl | None]:
         """One for every level whose ratio is to be found."""
         if not any(self.asked):
             return [None] * len(self.asked)
-        owner = next((v for v in saved if isinstance(v, nn.Parameter)), self.root() if self.root is not None else None)
         if owner is None:
             return [c if a else None for a, c in zip(self.asked, self.own, strict=True)]
         return [control_for(owner, self.adaptive, f"{self.key}{i}", RowControl) if a else None for i, a in enumerate(self.asked, 1)]

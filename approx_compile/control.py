@@ -3,11 +3,12 @@
 Of the gradients that reach a cut the norms g are known anyway. `needed` says what share of the rows keeps the added variance under tau of the
 gradient's own; its running mean, rounded up on the ladder, is the share kept from the next step on. For outputs `probe.py` measures, every few
 hundred steps, what a ratio does to the gradient. A number is read one step after it was made, so the device never waits for it. The state is small
-and part of a checkpoint (`state.py`), or a resumed run would start exact again.
+and part of a checkpoint (`state.py`), or a resumed run would start exact again; so is the number of draws made, whatever the policy.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from approx_compile import _torch
 from approx_compile.kernels.rows import needed
 from approx_compile.tables import AdaptiveTable
 
@@ -56,7 +58,58 @@ class Late:
         return value
 
 
-class Control:
+class Kept:
+    """Something of a model that a run goes by, and that its checkpoint must have."""
+
+    def state_dict(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        raise NotImplementedError
+
+
+class Draws(Kept):
+    """The random numbers that choose the rows of one graph: a stream of their own, so that the user's is as in an exact run.
+
+    Every draw has a generator, seeded with torch's seed and the number of draws made: nothing more is needed to go on with a run. `torch.manual_seed`
+    begins the count anew, with the same seed, too; another stretch of torch's stream (`fork_rng`) does not. Ranks with one seed draw the same numbers,
+    for other data.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.count = 0
+        self._random = torch.Generator("cpu")
+        self._seeding = _torch.last_seeding()
+
+    def random(self, device: torch.device) -> torch.Generator | None:
+        """For the next draw; None: torch's own stream, where a CUDA graph is recorded."""
+        if _torch.capturing(device):
+            return None
+        if self._random.device != device:
+            self._random = torch.Generator(device)
+        self._settle()
+        self.count += 1
+        drawn = hashlib.blake2b(f"{_torch.seed_of(device)} {self.name} {self.count}".encode(), digest_size=8)
+        return self._random.manual_seed(int.from_bytes(drawn.digest(), "little"))
+
+    def _settle(self) -> None:
+        seeding = _torch.last_seeding()
+        if seeding != self._seeding:
+            self._seeding = seeding
+            if _torch.seed_of(self._random.device) in _torch.last_seed(seeding):
+                self.count = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        self._settle()
+        return {"draws": self.count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.count = int(state["draws"])
+        self._seeding = _torch.last_seeding()
+
+
+class Control(Kept):
     """A share that is found over a run, on a ladder. `measured`: what it goes by; `ratio`: what holds now; `changes`: (step, ratio), the first (0, 1)."""
 
     def __init__(self, settings: AdaptiveTable, name: str, measured: float) -> None:
@@ -166,23 +219,34 @@ class OutputControl(Control):
 # is saved (a single layer) it belongs to the module that was compiled.
 Owner = nn.Parameter | nn.Module
 _known = WeakIdKeyDictionary()
-"""{cut: its control, or the state loaded for it as long as it is not compiled}, by owner."""
+"""{cut: its control, or graph: its draws, or the state loaded for it as long as it is not compiled}, by owner."""
 
 
 C = TypeVar("C", bound=Control)
+K = TypeVar("K", bound=Kept)
 
 
 def control_for(owner: Owner, settings: AdaptiveTable, key: str, kind: type[C]) -> C:
     """The control of a cut, or of a graph's outputs: that of an earlier compilation of the same graph if there is one, or a new one, with loaded state if
     some waits."""
-    own: dict[str, Any] = _known.setdefault(owner, {})
-    found = own.get(key)
-    if not isinstance(found, kind) or found.settings != settings:
-        own[key] = new = kind(settings, key)  # type: ignore[call-arg]
-        if isinstance(found, Mapping):
-            new.load_state_dict(found)
-        return new
-    return found
+    found = _known.setdefault(owner, {}).get(key)
+    if isinstance(found, kind) and found.settings == settings:
+        return found
+    return _begin(owner, key, kind(settings, key))  # type: ignore[call-arg]
+
+
+def draws_for(owner: Owner, key: str) -> Draws:
+    """The draws of a graph, likewise."""
+    found = _known.setdefault(owner, {}).get(key)
+    return found if isinstance(found, Draws) else _begin(owner, key, Draws(key))
+
+
+def _begin(owner: Owner, key: str, new: K) -> K:
+    waiting = _known[owner].get(key)
+    _known[owner][key] = new
+    if isinstance(waiting, Mapping):
+        new.load_state_dict(waiting)
+    return new
 
 
 def _owners(model: nn.Module) -> dict[str, Owner]:
@@ -192,7 +256,7 @@ def _owners(model: nn.Module) -> dict[str, Owner]:
 def controls_state(model: nn.Module) -> dict[str, dict[str, Any]]:
     """{parameter or module: {cut: state}}."""
     found = {name: _known.get(owner, {}) for name, owner in _owners(model).items()}
-    return {name: {key: c.state_dict() if isinstance(c, Control) else dict(c) for key, c in own.items()} for name, own in found.items() if own}
+    return {name: {key: c.state_dict() if isinstance(c, Kept) else dict(c) for key, c in own.items()} for name, own in found.items() if own}
 
 
 def load_controls(model: nn.Module, state: Mapping[str, Mapping[str, Any]]) -> None:
@@ -201,8 +265,8 @@ def load_controls(model: nn.Module, state: Mapping[str, Mapping[str, Any]]) -> N
     for name, states in state.items():
         known = _known.setdefault(owners[name], {})
         for key, own in states.items():
-            if isinstance(control := known.get(key), Control):
-                control.load_state_dict(own)
+            if isinstance(kept := known.get(key), Kept):
+                kept.load_state_dict(own)
             else:
                 known[key] = own
 

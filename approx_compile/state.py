@@ -1,4 +1,5 @@
-"""What a checkpoint of a run needs besides the model, the optimizer and the random state: how many rows were kept, and which step it was."""
+"""What a checkpoint of a run needs besides the model, the optimizer and the random state: how many rows were kept, how often rows were drawn, and which
+step it was."""
 
 from __future__ import annotations
 
@@ -12,10 +13,10 @@ from approx_compile.schedule import clocks_state, load_clocks
 
 
 def state_dict(model: nn.Module) -> dict[str, Any]:
-    """The adaptive state of a model, compiled or not, and its place in its schedule. Numbers, strings and lists only.
+    """The adaptive state of a model, compiled or not, the number of rows' draws made, and its place in its schedule. Numbers, strings and lists only.
 
-    `controls`: {parameter or module: {cut: state}}; `clocks`: [{step, phase, parameters}], one for every optimizer. Save it beside the model's and the
-    optimizer's; a run that loads all of them and the random state repeats the uninterrupted one bit for bit.
+    `controls`: {parameter or module: {cut or draws of a graph: state}}; `clocks`: [{step, phase, parameters}], one for every optimizer. Save it beside the
+    model's and the optimizer's; a run that loads all of them and the random state repeats the uninterrupted one bit for bit.
     """
     model = plain(model)
     return {"controls": controls_state(model), "clocks": clocks_state(dict(model.named_parameters()))}

@@ -82,7 +82,7 @@ def test_lengths_change_and_caches_are_met(name: str, monkeypatch: pytest.Monkey
         expected.append(grads(copied))
     start = [0]
 
-    def halves(method: str, norms_sq: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def halves(method: str, norms_sq: Tensor, k: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
         assert k == 16
         return torch.arange(start[0], 32, 2), torch.full((16,), 2.0)
 

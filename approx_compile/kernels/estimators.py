@@ -22,6 +22,7 @@ weight's only. In fp16 a rarely drawn unit's scale (crs, wta) may exceed the for
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,12 +105,13 @@ def score(how: Estimator, a_sq: Tensor, b_sq: Tensor) -> Tensor:
     return a * b
 
 
-def select(how: Estimator, a_sq: Tensor, b_sq: Tensor) -> tuple[Tensor, Tensor | None]:
+def select(how: Estimator, a_sq: Tensor, b_sq: Tensor, random: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
     """Squared norms of the units, (units,) or (batch, units) each -> indices (.., n) int64, sorted and distinct, and their scale or None.
 
-    With a tail (`size` no multiple of `group`) the indices are those of entries, else of units.
+    With a tail (`size` no multiple of `group`) the indices are those of entries, else of units. `random`: what is drawn from in place of torch's own
+    stream (not in a graph, which takes no generators).
     """
-    idx, scale = _METHODS[how.method](score(how, a_sq, b_sq), how)
+    idx, scale = _METHODS[how.method](score(how, a_sq, b_sq), how, random)
     if not how.tail:
         return idx, scale
     entry = torch.arange(how.group, device=idx.device)
@@ -151,32 +153,38 @@ def water_fill(score: Tensor, k: int) -> Tensor:
     return torch.empty_like(p).scatter(-1, order, p)
 
 
-def _topk(score: Tensor, how: Estimator) -> tuple[Tensor, Tensor | None]:
+def _rand(shape: Sequence[int], like: Tensor, random: torch.Generator | None) -> Tensor:
+    if random is None:  # given as a generator it would be another op
+        return torch.rand(shape, device=like.device, dtype=like.dtype)
+    return torch.rand(shape, device=like.device, dtype=like.dtype, generator=random)
+
+
+def _topk(score: Tensor, how: Estimator, random: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
     return score.topk(how.k, dim=-1, sorted=False).indices.sort(dim=-1).values, None  # NaN ranks above inf, inf above the rest
 
 
-def _uniform(score: Tensor, how: Estimator) -> tuple[Tensor, Tensor | None]:
-    idx, _ = _topk(torch.rand(score.shape, device=score.device, dtype=score.dtype), how)
+def _uniform(score: Tensor, how: Estimator, random: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
+    idx, _ = _topk(_rand(score.shape, score, random), how)
     return idx, score.new_full((), how.units / how.k).expand(idx.shape)
 
 
-def _bernoulli(score: Tensor, how: Estimator) -> tuple[Tensor, Tensor | None]:
+def _bernoulli(score: Tensor, how: Estimator, random: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
     finite = score.isfinite()
     p = water_fill(torch.where(finite, score, 0), how.k)
-    kept = torch.rand(score.shape, device=score.device, dtype=score.dtype) < p
+    kept = _rand(score.shape, score, random) < p
     return _slots(torch.where(kept, 1 / p, 0), finite, how.slots)
 
 
-def _crs(score: Tensor, how: Estimator) -> tuple[Tensor, Tensor | None]:
+def _crs(score: Tensor, how: Estimator, random: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
     finite = score.isfinite()
     mass = _or_ones(torch.where(finite, score, 0))
     total = mass.sum(-1, keepdim=True)
-    draw = torch.rand((*score.shape[:-1], how.k), device=score.device, dtype=score.dtype)
+    draw = _rand((*score.shape[:-1], how.k), score, random)
     count = _draw(mass, draw, torch.ones_like(draw))
     return _slots(torch.where(mass > 0, count * total / (how.k * mass), 0), finite, how.slots)
 
 
-def _wta(score: Tensor, how: Estimator) -> tuple[Tensor, Tensor | None]:
+def _wta(score: Tensor, how: Estimator, random: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
     finite = score.isfinite()
     k = how.k
     value, order = _or_ones(torch.where(finite, score, 0)).sort(dim=-1, descending=True)
@@ -185,7 +193,7 @@ def _wta(score: Tensor, how: Estimator) -> tuple[Tensor, Tensor | None]:
     sure = torch.arange(value.shape[-1], device=score.device) < c
     mass = torch.where(sure, 0, value)
     total = rest.gather(-1, c)
-    draw = torch.rand((*score.shape[:-1], k), device=score.device, dtype=score.dtype)
+    draw = _rand((*score.shape[:-1], k), score, random)
     used = torch.arange(k, device=score.device) < k - c
     count = _draw(mass, draw, used.to(score.dtype))
     drawn = torch.where(mass > 0, count * total / ((k - c) * mass), 0)

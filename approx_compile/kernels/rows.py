@@ -22,16 +22,17 @@ _BEYOND = 1e200
 """What an inf or NaN norm counts as: such rows are kept first."""
 
 
-def choose(method: str, norms_sq: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
+def choose(method: str, norms_sq: Tensor, k: int, random: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
     """Squared norms (B,) -> indices (k,) int64, sorted and distinct, and their weights (k,) or None (topk keeps rows as they are).
 
     `bernoulli` is here the fixed-size scheme of `systematic`. Rows whose norm is inf or NaN are kept first, with weight 1.
+    `random`: what is drawn from in place of torch's own stream.
     """
     if method == "bernoulli":
-        idx, p = systematic(inclusion(norms_sq, k), k)
+        idx, p = systematic(inclusion(norms_sq, k), k, random)
         return idx, p.reciprocal().to(norms_sq.dtype)
     how = Estimator(method, norms_sq.shape[0], k)
-    return select(how, norms_sq, torch.ones_like(norms_sq))
+    return select(how, norms_sq, torch.ones_like(norms_sq), random)
 
 
 def _norms(norms_sq: Tensor) -> Tensor:
@@ -59,7 +60,7 @@ def _first_fit(c: Tensor, ascending: Tensor) -> Tensor:
     return torch.where(fits, c, torch.inf).amin()
 
 
-def systematic(p: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def systematic(p: Tensor, k: int, random: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """k distinct rows, row i among them with probability p_i (sum p = k): indices (k,), sorted, and their p.
 
     The rows are laid end to end in random order, row i with length p_i, and cut at u, u + 1, .., u + k - 1 with u uniform in [0, 1): every row is
@@ -68,9 +69,10 @@ def systematic(p: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     size = p.shape[0]
     p = torch.where(p.sum() < k - 0.5, torch.where(p > 0, p, _spare(p, k)), p)
-    order = torch.randperm(size, device=p.device)
+    order = torch.randperm(size, device=p.device, generator=random)
     ends = p[order].cumsum(0)
-    cuts = (torch.rand((), device=p.device, dtype=p.dtype) + torch.arange(k, device=p.device)) * (ends[-1] / k)  # ends[-1] is k but for rounding
+    first = torch.rand((), device=p.device, dtype=p.dtype, generator=random)
+    cuts = (first + torch.arange(k, device=p.device)) * (ends[-1] / k)  # ends[-1] is k but for rounding
     idx = order[torch.searchsorted(ends, cuts, right=True).clamp_(max=size - 1)].sort().values
     return idx, p[idx]
 
