@@ -8,7 +8,7 @@ import functools
 import math
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,6 +205,18 @@ def symbol_sources(inputs: Sequence[Any]) -> list[tuple[sympy.Symbol, int, int |
 def size_at(values: Sequence[Any], i: int, d: int | None) -> Any:
     """What a source of a symbol has for it: value i, or its dim d."""
     return values[i] if d is None else values[i].shape[d]
+
+
+def evaluated(expression: Any, values: Mapping[sympy.Symbol, Any]) -> Any:
+    """An expression's value, where some symbols' values may be symbolic sizes of another graph."""
+    if expression.is_Integer:
+        return int(expression)
+    if expression.is_Symbol:
+        return values[expression]
+    from torch.utils._sympy.interp import sympy_interp
+    from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+    return sympy_interp(PythonReferenceAnalysis, dict(values), expression)
 
 
 def has_symbol(size: Any, symbol: sympy.Symbol) -> bool:
@@ -597,6 +609,19 @@ def donating(indices: Sequence[int]) -> Iterator[None]:
         yield
     finally:
         meta.bw_donated_idxs = before
+
+
+def backward_passes(output: torch.Tensor) -> Iterator[tuple[Any, fx.GraphModule]]:
+    """What AOTAutograd calls for the backward pass of the compiled graph that made an output, and the graph that compiled autograd takes in its place."""
+    todo = [output.grad_fn]
+    while todo:
+        node = todo.pop()
+        made_by = getattr(node, "_forward_cls", None)
+        graph = getattr(getattr(made_by, "_lazy_backward_info", None), "bw_module", None)
+        if isinstance(graph, fx.GraphModule):
+            yield getattr(made_by, "compiled_bw", None), graph
+        elif node is not None and made_by is None and len(node.next_functions) == 1:  # a view of what the graph gave
+            todo.append(node.next_functions[0][0])
 
 
 def settled(graph: fx.Graph) -> Callable[[Any], Any]:

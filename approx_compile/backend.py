@@ -27,6 +27,7 @@ from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.known_faults import guarded
 from approx_compile.layers import Layers
 from approx_compile.once import say_once, warn_once
+from approx_compile.one_op import shown_as_one_op
 from approx_compile.passes.fit import check_modules
 from approx_compile.passes.graph_pass import ApproxPass, Listener
 from approx_compile.passes.planned import Plan
@@ -191,6 +192,7 @@ class _Work:
         gm = _torch.copy_of(self.gm) if self.several or again else self.gm
         patches = pages.patches(config, self.patches) | self.patches | {"joint_custom_pre_pass": _after_users(approx)}
         compiled = _torch.compile_fx(gm, self.example_inputs, guarded(patches), inner, backend.inner_compile is None, self.several)
+        compiled = shown_as_one_op(compiled) if rows is not None else compiled
         whole: Plan | None = None
         for plan, before, after in plans:  # graphs inside the graph have passes of their own
             plan = plan.without_rows(no_rows.reason, no_rows.cuts) if no_rows is not None else plan.with_cuts(rows.cuts) if rows is not None else plan

@@ -73,6 +73,8 @@ class RowBackward:
         self.names = tuple(names)
         self.controls = controls
         self.whole = whole
+        self.as_one_op: Any = None
+        """Kept for as long as this is (`one_op`)."""
         self._dense = frozenset(dense)
         self._donated = frozenset(donated)
         self.guards = tuple(guards)
@@ -84,13 +86,14 @@ class RowBackward:
         self._legal_counts: dict[tuple[Any, ...], int] = {}
         self._plans: dict[tuple[Any, ...], list[list[Any]]] = {}
 
-    def __call__(self, args: list[Any]) -> list[Any]:
+    def __call__(self, args: list[Any], keep: bool = False) -> list[Any]:
+        """`keep`: nothing that was saved may be written to, whatever the engine says of the graph."""
         symbols = self._values(args)
         values = dict(zip(self.names, args, strict=True))
         args.clear()
-        keep = self._donated if self._donated and _torch.graph_is_kept() else frozenset[str]()
+        spared = self._donated if self._donated and (keep or _torch.graph_is_kept()) else frozenset[str]()
         if _all_rows[0]:
-            return self.run(values, symbols, [symbols[self.found.batch]] * len(self.levels), [None] * len(self.levels), None, keep)
+            return self.run(values, symbols, [symbols[self.found.batch]] * len(self.levels), [None] * len(self.levels), None, spared)
         owner = self.controls.owner(values.values())
         controls = self.controls.of(owner)
         followed, own = self._follow(values, symbols)
@@ -98,10 +101,10 @@ class RowBackward:
         counts = self._counts(symbols, controls, followed) if own else [size] * len(self.levels)
         whole = self.whole
         if whole is not None and whole.sizes == symbols and followed is None and set(counts) == {size} and self._watched(values, counts, controls):
-            inputs = [copied(v) if name in keep else v for name, v in values.items()]
+            inputs = [copied(v) if name in spared else v for name, v in values.items()]
             values.clear()
             return whole.call(inputs)
-        return self.run(values, symbols, counts, controls, followed, keep, self.controls.draws(owner))
+        return self.run(values, symbols, counts, controls, followed, spared, self.controls.draws(owner))
 
     def _watched(self, values: Mapping[str, Any], counts: Sequence[int], controls: Sequence[RowControl | None]) -> bool:
         """Show the controls that watch what they look at, if all of that has come into the graph; and whether it has. All rows are kept."""
@@ -164,10 +167,10 @@ class RowBackward:
         counts: Sequence[int],
         controls: Sequence[RowControl | None],
         followed: _Kept | None = None,
-        keep: frozenset[str] = frozenset(),
+        spared: frozenset[str] = frozenset(),
         draws: Draws | None = None,
     ) -> list[Any]:
-        """One backward pass with `counts` rows at each level; `followed`: the first level's rows, if they are given; `keep`: what nobody may write to;
+        """One backward pass with `counts` rows at each level; `followed`: the first level's rows, if they are given; `spared`: what nobody may write to;
         `draws`: where the random numbers come from that choose rows."""
         size = symbols[self.found.batch]
         plan = self._plan(symbols, counts)
@@ -182,7 +185,7 @@ class RowBackward:
             inputs = []
             for entry, shape in zip(stage.entries, plan[s], strict=True):
                 value = self._entry(entry, shape, stage.level, live, made, kept, size)
-                shared = entry.name in keep and value.data_ptr() == live[entry.name].data_ptr()
+                shared = entry.name in spared and value.data_ptr() == live[entry.name].data_ptr()
                 inputs.append(copied(value) if shared else value)
                 if self._last_use.get(entry.name) == s:
                     live.pop(entry.name, None)

@@ -19,6 +19,7 @@ from approx_compile import _torch
 from approx_compile.backward import Controls, RowBackward, Whole, entering
 from approx_compile.config import ApproxConfig
 from approx_compile.kernels.rows import Rows, copied, overlap
+from approx_compile.one_op import ROWS
 from approx_compile.passes.batch_dim import Layout
 from approx_compile.passes.pinned import pinned
 from approx_compile.passes.stages import ALL, SAVED, Cut, Entry, Outlook, Split, Stage, outlook, output_layouts, split, tangent_layouts
@@ -140,7 +141,9 @@ class RowCompiler:
         whole = self._whole(plain, example_inputs, sizes, kwargs) if all(s.ratio is None for s in asked) else None
         backward = RowBackward(found, calls, self.levels, names, example_inputs, guards, controls, whole, dense, donated)
 
-        return _boxed(backward)
+        call = _boxed(backward)
+        setattr(call, ROWS, backward)
+        return call
 
     def _whole(self, gm: fx.GraphModule, example_inputs: Sequence[Any], sizes: Mapping[sympy.Symbol, int], kwargs: dict[str, Any]) -> Whole | None:
         """The backward pass for batches of the size at hand with all rows kept, as it is without a symbol; None where some size is not known yet."""

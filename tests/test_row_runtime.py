@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from common import grads, relative
-from test_rows import Chosen
+from test_rows import Block2, Chosen
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 from torch.utils.checkpoint import checkpoint
 
 import approx_compile
@@ -411,3 +413,85 @@ def test_a_resumed_run_draws_the_rows_of_the_uninterrupted_one(before: bool, mon
     assert drawn(chosen, g, 3) == want
     approx_compile.load_state_dict(g, {"controls": {}, "clocks": []})
     drawn(chosen, g, 1)
+
+
+# --- compiled autograd ---
+
+
+class Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(torch.relu(self.second(F.gelu(self.first(x)))).mean((2, 3)))
+        return out
+
+
+@pytest.mark.parametrize("name", ["mlp", "images", "adaptive"])
+@pytest.mark.parametrize("outer", ["eager", "inductor"])
+def test_compiled_autograd_runs_on_rows(name: str, outer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It copies backward graphs into one of its own, where a backward pass on rows is one op; batches of other sizes, graphs that are kept."""
+    chosen = Chosen(monkeypatch)
+    model = Convolutions() if name == "images" else generator()
+    f = torch.compile(model, backend=Backend({"adaptive": {"tau": 0.5}} if name == "adaptive" else rows()))
+    compiler = torch.compile(backend=outer, fullgraph=True)
+
+    def off(size: int, keep: bool = False) -> float:
+        x = torch.randn(size, 3, 6, 6) if name == "images" else torch.randn(size, 8)
+        out, plain = f(x), model(x)
+        tangent = torch.randn(size, 4) * (torch.arange(size) < size // 8)[:, None]
+        for again in (keep, False) if keep else (False,):
+            seen = len(chosen.found)
+            with compiled_autograd._enable(compiler):
+                out.backward(tangent, retain_graph=again)
+            got = grads(model)
+            assert len(chosen.found) == seen + (name != "adaptive" or seen > 0)
+            mask = chosen.mask(size) if len(chosen.found) > seen else torch.ones(size)
+            plain.backward(tangent * mask.to(tangent.dtype)[:, None], retain_graph=again)
+            worst = max(relative(a, b) for a, b in zip(got, grads(model), strict=True))
+        return worst
+
+    if name == "adaptive":  # not a row is left out at first
+        assert off(64) < 1e-5
+        for _ in range(60):
+            f(torch.randn(64, 8)).backward(torch.randn(64, 4) * (torch.arange(64) < 8)[:, None])
+        assert len(chosen.found[-1][0]) < 32
+        model.zero_grad()
+    assert max(off(64), off(64), off(48), off(64, keep=True)) < 1e-5
+
+
+def test_graphs_share_one_set_of_rows_in_compiled_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = Chosen(monkeypatch)
+    model, x, tangent = nn.Sequential(*[Block2(8) for _ in range(3)]), torch.randn(64, 8), torch.randn(64, 8)
+    for part in model:
+        part.compile(backend=Backend(rows(), inner_compile=run_as_is))
+    out = model(x)
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        out.backward(tangent)
+    got = grads(model)
+    assert len(chosen.found) == 1
+    with torch.compiler.set_stance("force_eager"):
+        model(x).backward(tangent * chosen.mask(64)[:, None])
+    assert max(relative(a, b) for a, b in zip(got, grads(model), strict=True)) < 1e-5
+
+
+def test_a_whole_step_with_compiled_autograd_turned_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the backend gets the graph of the backward pass, too."""
+    chosen = Chosen(monkeypatch)
+    model, x = generator(), torch.randn(64, 8)
+
+    def step(x: Tensor) -> None:
+        model(x).square().sum().backward()
+
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        f = torch.compile(step, backend="approx", options=rows())
+        for i in range(2):
+            model.zero_grad()
+            f(x)
+            assert len(chosen.found) == i + 1
+    got = grads(model)
+    out = model(x)
+    out.backward(2 * out.detach() * chosen.mask(64)[:, None])
+    want = grads(model)  # the cut is where the loss's gradient reaches the last product, whose bias is above
+    assert max(relative(a, b) for a, b in zip(got[:-1], want[:-1], strict=True)) < 1e-5
