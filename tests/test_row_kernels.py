@@ -10,6 +10,7 @@ import sympy
 import torch
 from torch import Tensor
 
+from approx_compile.control import Draws
 from approx_compile.kernels.rows import Rows, choose, copied, gathered, inclusion, needed, overlap, row_norms_sq, scattered, strided, systematic
 
 NORMS = {
@@ -49,6 +50,19 @@ def test_systematic_hits_every_row_with_its_probability(name: str) -> None:
     live = p > 0
     spread = (p * (1 - p) / draws).sqrt()
     assert ((hits / draws - p).abs()[live] <= 5 * spread[live] + 1e-9).all()
+
+
+def test_draws_from_a_stream_of_their_own_hit_every_row_with_its_probability() -> None:
+    """Every draw is seeded anew: each must have its probabilities, and say nothing of the next one."""
+    draws, count, k = Draws("graph:draws"), 20000, 12
+    p = inclusion(NORMS["heavy"].square(), k)
+    hit = torch.zeros(count, 40, dtype=torch.float64)
+    for i in range(count):
+        hit[i, systematic(p, k, draws.random(torch.device("cpu")))[0]] = 1
+    uncertain = (p > 0) & (p < 1 - 1e-9)
+    off = (hit - p)[:, uncertain] / (p * (1 - p)).sqrt()[uncertain]
+    assert off.mean(0).abs().max() * count**0.5 < 4
+    assert (off[1:] * off[:-1]).mean(0).abs().max() * count**0.5 < 4
 
 
 @pytest.mark.parametrize("method", ["bernoulli", "uniform", "wta"])
