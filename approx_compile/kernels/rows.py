@@ -153,8 +153,9 @@ def gathered(value: Tensor, layout: Rows, idx: Tensor, weight: Tensor | None, si
     expanded along that dim: it is gathered once and expanded again; all its rows are one where that dim is the batch's (they can't have weights then)."""
     if 0 in size:
         return torch.empty_strided(tuple(size), tuple(stride), dtype=value.dtype, device=value.device)
-    small = _once(value, stride)
-    once = [1 if t == 0 else n for n, t in zip(size, stride, strict=True)]
+    expanded = 0 in stride
+    small = _once(value, stride) if expanded else value
+    once = [1 if t == 0 else n for n, t in zip(size, stride, strict=True)] if expanded else list(size)
     if stride[layout.dim] == 0 and size[layout.dim] > 1:
         assert weight is None, f"weights on rows that share their memory: {list(size)}, strides {list(stride)}"
         new = small
@@ -170,7 +171,8 @@ def gathered(value: Tensor, layout: Rows, idx: Tensor, weight: Tensor | None, si
             shape[at] = len(idx)
             new = new.mul_(weight.view(shape)) if new.dtype == weight.dtype else (new * weight.view(shape)).to(new.dtype)
         new = new.permute(back).reshape(once)
-    return strided(new, stride).expand(tuple(size))
+    new = strided(new, stride)
+    return new.expand(tuple(size)) if expanded else new
 
 
 def scattered(value: Tensor, layout: Rows, idx: Tensor | None, batch: int, size: Sequence[int], stride: Sequence[int] | None = None) -> Tensor:
