@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from approx_compile import _torch
+from approx_compile import _torch, machine
 from approx_compile.config import ApproxConfig
+from approx_compile.passes import row_cost
 from approx_compile.passes.batch_dim import COUPLED
 from approx_compile.passes.stages import Cut
-from approx_compile.row_compiler import LEAST_SHARE, too_little
+from approx_compile.row_compiler import LEAST_SHARE
 from approx_compile.settings import RowSettings, row_settings
 
 _MARGIN = 0.8
@@ -34,7 +35,7 @@ def why_not(gm: fx.GraphModule, config: ApproxConfig, rows: int) -> tuple[str, t
     reason = None
     if total and on_rows < _MARGIN * LEAST_SHARE * total:
         reason = f"only {on_rows / total:.0%} of the backward pass's FLOPs could run on some of the rows: {COUPLED}" if on_rows else COUPLED
-    reason = reason or too_little(config, on_rows, device)
+    reason = reason or row_cost.too_few(on_rows, device, machine.stored(device))
     if reason is None:
         return None
     return reason, tuple(_cut(s, rows, reason, total, i) for i, s in enumerate(dict.fromkeys(asked), 1))

@@ -208,6 +208,18 @@ def current(device: str = "cpu", say: Notice = lambda text: None) -> Machine:
     return _known[key]
 
 
+def stored(device: str = "cpu") -> Machine | None:
+    """The profile to decide by where none is worth measuring: `current`, but None where there is none yet."""
+    if _used or os.environ.get(FILE):
+        return current(device)
+    if device not in DEVICES:
+        return None
+    key = _key(device)
+    if key not in _known and (found := _stored(path_of(device), lambda text: None, key)) is not None:
+        _known[key] = found
+    return _known.get(key)
+
+
 @functools.cache
 def _from_file(file: str, modified: int) -> Machine:
     return load(file)

@@ -15,11 +15,12 @@ import sympy
 import torch
 from torch import Tensor, fx, nn
 
-from approx_compile import _torch
+from approx_compile import _torch, machine
 from approx_compile.backward import Controls, RowBackward, Whole, entering
 from approx_compile.config import ApproxConfig
 from approx_compile.kernels.rows import Rows, copied, overlap
 from approx_compile.one_op import ROWS
+from approx_compile.passes import row_cost
 from approx_compile.passes.batch_dim import Layout
 from approx_compile.passes.pinned import pinned
 from approx_compile.passes.stages import ALL, SAVED, Cut, Entry, Outlook, Split, Stage, outlook, output_layouts, split, tangent_layouts
@@ -27,17 +28,6 @@ from approx_compile.settings import LEAST_ROWS, RowSettings
 
 LEAST_SHARE = 0.3
 """Under the policies that look at the cost: the share of the backward pass's FLOPs that must run on the rows kept."""
-
-LEAST_FLOPS = {"cpu": 2e8, "cuda": 2e10}
-"""And how many there must be: choosing and gathering rows takes half a millisecond or more of small operations, whatever the model's size. (The
-number for CUDA is no measurement: a hundred times the CPU's. Other devices count as CUDA.)"""
-
-
-def too_little(config: ApproxConfig, flops: int, device: str) -> str | None:
-    """Why so few FLOPs on rows are not worth it, if so."""
-    if config.policy == "always" or flops >= LEAST_FLOPS.get(device, LEAST_FLOPS["cuda"]):
-        return None
-    return f"a backward pass of {flops / 1e6:.3g} MFLOP is over before its rows would be chosen"
 
 
 class Declined(Exception):
@@ -91,12 +81,20 @@ class RowCompiler:
     def _try(self, graph: fx.Graph, batch: sympy.Symbol, levels: Mapping[str, int]) -> tuple[sympy.Symbol, Outlook, str | None]:
         """What is to be had with this symbol as the batch's, and why it is not worth it, if so."""
         found = outlook(graph, batch, self.default, levels, self._approximate_batch_norm)
-        device = next((n.meta["val"].device.type for n in graph.nodes if isinstance(n.meta.get("val"), Tensor)), "cpu")
-        return batch, found, _fixed(graph, batch) or found.why_not(self._least_share) or too_little(self.config, found.flops_on_rows, device)
+        return batch, found, _fixed(graph, batch) or self._why_not(found, graph)
 
     @property
     def _approximate_batch_norm(self) -> bool:
         return any(s.approximate_batch_norm for s in self.levels)
+
+    def _why_not(self, found: Outlook, graph: fx.Graph) -> str | None:
+        """Why it is not worth it, if so. By the machine's profile, where one is stored: what it says decides only whether rows are sampled at all, never
+        what is compiled for them, so that no cache's key has to name it."""
+        reason = found.why_not(self._least_share)
+        if reason is not None or self.config.policy == "always":
+            return reason
+        device = next((n.meta["val"].device.type for n in graph.nodes if isinstance(n.meta.get("val"), Tensor)), "cpu")
+        return row_cost.why_not(found.work, self.levels, machine.stored(device), device)
 
     @property
     def _least_share(self) -> float:
@@ -122,7 +120,7 @@ class RowCompiler:
         known = self._known | tangent_layouts(gm.graph, self._known)
         plain = copy.deepcopy(gm) if self._approximate_batch_norm else gm
         found = split(gm, self.batch, known, self.default, _levels_of(gm), self._approximate_batch_norm)
-        exact = found.outlook.why_not(self._least_share)
+        exact = self._why_not(found.outlook, gm.graph)
         self._note(found.outlook, found.products, gm.graph, exact)
         if exact is not None:
             return _sparing(self.inner(plain, example_inputs, is_backward=True, **kwargs), names, donated)

@@ -18,10 +18,11 @@ from torch import fx
 
 from approx_compile import _torch
 from approx_compile.kernels.rows import Rows
-from approx_compile.passes.batch_dim import COUPLED, HEAD, ROWS, TOTAL, Followed, Layout
+from approx_compile.passes.batch_dim import COUPLED, FORWARD, HEAD, ROWS, TOTAL, Followed, Layout
 from approx_compile.passes.batch_norm import decouple
 from approx_compile.passes.own_kernels import OWN_CONV, OWN_MM
 from approx_compile.passes.reasons import told
+from approx_compile.passes.row_cost import Moved, RowWork, Timed, moved, timed
 from approx_compile.passes.rows import follow
 from approx_compile.passes.sites import BMM, CONV, MM
 
@@ -80,6 +81,8 @@ class Outlook:
     flops_all: int
     flops_on_rows: int
     blocked: tuple[str, ...]
+    work: RowWork
+    """What running on rows would have to do: from the joint graph an estimate, from the split as it is."""
 
     def why_not(self, least_share: float) -> str | None:
         """Why it is not worth it, if it is not."""
@@ -158,7 +161,7 @@ def outlook(graph: fx.Graph, batch: sympy.Symbol, default: int, levels: Mapping[
     _assign(graph, work, tangents, default, levels)
     backward = [n for n in graph.nodes if n in work.stage]
     on_rows = sum(_torch.flops(n) for n in backward if 0 < work.stage[n] != work.post)
-    return Outlook(sum(_torch.flops(n) for n in backward), on_rows, tuple(work.blocked.values()))
+    return Outlook(sum(_torch.flops(n) for n in backward), on_rows, tuple(work.blocked.values()), _expected(graph, work))
 
 
 def split(gm: fx.GraphModule, batch: sympy.Symbol, known: Mapping[str, Layout], default: int, levels: Mapping[str, int], approximate_batch_norm: bool) -> Split:
@@ -178,7 +181,62 @@ def split(gm: fx.GraphModule, batch: sympy.Symbol, known: Mapping[str, Layout], 
     results = [_result(o, work) for o in output.args[0]]
     total, on_rows = sum(_torch.flops(n) for n in work.stage), sum(s.flops for s in stages if s.level != ALL)
     levels_of = {n.name: s for n, s in work.stage.items() if n.target in HEAVY and 0 < s != work.post}
-    return Split(batch, tuple(stages), tuple(results), Outlook(total, on_rows, tuple(work.blocked.values())), levels_of)
+    found = Outlook(total, on_rows, tuple(work.blocked.values()), _planned(gm.graph, work, stages))
+    return Split(batch, tuple(stages), tuple(results), found, levels_of)
+
+
+def _on_rows(work: _Work) -> dict[fx.Node, int]:
+    """The nodes that run on some rows: their level."""
+    return {n: s for n, s in work.stage.items() if 0 < s != work.post}
+
+
+def _row_products(work: _Work) -> tuple[Timed, ...]:
+    return tuple(t for n, s in _on_rows(work).items() if (t := timed(n, s, work.followed.batch)) is not None)
+
+
+def _rows_at_hand(graph: fx.Graph, batch: sympy.Symbol) -> int:
+    sizes = (s for n in graph.nodes if isinstance(v := n.meta.get("val"), torch.Tensor) for s in v.shape if _torch.size_expr(s) == batch)
+    return _torch.hint(next(sizes, 1))
+
+
+def _entering(work: _Work) -> tuple[Moved, ...]:
+    """The gradients by whose norms rows are chosen."""
+    known, found = work.followed, dict[tuple[fx.Node, int], None]()
+    for n, s in _on_rows(work).items():
+        found |= {(a, s): None for a in n.all_input_nodes if known.kind.get(a) == ROWS and work.stage.get(a, ALL) < s}
+    return tuple(m for a, s in found for m in moved(a.meta.get("val"), known.rows(a), s))
+
+
+def _put_back(graph: fx.Graph, work: _Work) -> tuple[Moved, ...]:
+    """The gradients of rows that are wanted of all rows: by the caller, or by what is blocked."""
+    known, on_rows = work.followed, _on_rows(work)
+    blocked = [n for n, s in work.stage.items() if s == work.post]
+    output = next(n for n in reversed(graph.nodes) if n.op == "output")
+    wanted = dict.fromkeys(a for n in (*blocked, output) for a in n.all_input_nodes if a in on_rows and known.kind.get(a) == ROWS)
+    return tuple(m for a in wanted for m in moved(a.meta.get("val"), known.rows(a), on_rows[a]))
+
+
+def _expected(graph: fx.Graph, work: _Work) -> RowWork:
+    """Told from the joint graph, where nothing is saved yet: every value of the forward pass that a product on rows reads."""
+    known, read = work.followed, dict[tuple[fx.Node, int], None]()
+    for n, s in _on_rows(work).items():
+        if n.target in HEAVY:
+            read |= {(a, s): None for a in n.all_input_nodes if known.kind.get(a) == FORWARD}
+    saved = tuple(m for a, s in read for m in moved(a.meta.get("val"), known.rows(a), s))
+    entering = _entering(work)
+    return RowWork(_rows_at_hand(graph, known.batch), _row_products(work), entering, (*entering, *saved), _put_back(graph, work))
+
+
+def _planned(graph: fx.Graph, work: _Work, stages: Sequence[Stage]) -> RowWork:
+    """As split: everything that stages on rows are given."""
+    gathered = [
+        m
+        for stage in stages
+        if stage.level != ALL
+        for e, n in zip(stage.entries, (n for n in stage.gm.graph.nodes if n.op == "placeholder"), strict=True)
+        for m in moved(n.meta.get("val"), e.layout, stage.level)
+    ]
+    return RowWork(_rows_at_hand(graph, work.followed.batch), _row_products(work), _entering(work), tuple(gathered), _put_back(graph, work))
 
 
 def _assign(graph: fx.Graph, work: _Work, tangents: Sequence[fx.Node], default: int, levels: Mapping[str, int]) -> None:
