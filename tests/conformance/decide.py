@@ -14,7 +14,7 @@ import models
 import torch
 from torch import fx
 
-from approx_compile import Backend, backend, notices
+from approx_compile import Backend, backend, notices, row_compiler
 from approx_compile.backend import run_as_is
 from approx_compile.passes import row_cost, stages
 from approx_compile.passes.planned import Plan
