@@ -361,7 +361,7 @@ def test_the_batch_is_that_of_the_outputs(model: type[nn.Module], inputs: Any, i
     """The even rows, then the odd ones, weigh 2: their mean is exact."""
     start = [0]
 
-    def halves(method: str, norms_sq: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def halves(method: str, norms_sq: Tensor, k: int, random: Any) -> tuple[Tensor, Tensor]:
         assert k == 24
         return torch.arange(start[0], 48, 2), torch.full((24,), 2.0)
 

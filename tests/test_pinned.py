@@ -37,14 +37,14 @@ class Passes:
             return run(this, values, symbols, counts, *more)
 
         def noted(this: Any, *args: Any) -> None:
-            *given, own = args
+            given, own, rest = args[:7], args[7], args[8:]
             assert own is None or isinstance(own, Whole)
 
             def call(inputs: list[Any]) -> list[Any]:
                 self.found.append("whole")
                 return own.call(inputs)
 
-            whole(this, *given, Whole(call, own.sizes) if own is not None else None)
+            whole(this, *given, Whole(call, own.sizes) if own is not None else None, *rest)
 
         monkeypatch.setattr(RowBackward, "run", counted)
         monkeypatch.setattr(RowBackward, "__init__", noted)
