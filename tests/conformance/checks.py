@@ -103,9 +103,9 @@ class Chosen:
         self.given: Tensor | None = None
         backward.choose = self
 
-    def __call__(self, method: str, norms_sq: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, method: str, norms_sq: Tensor, k: int, random: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
         if self.given is None:
-            idx, weight = self.plain(method, norms_sq, k)
+            idx, weight = self.plain(method, norms_sq, k, random)
         else:
             if len(norms_sq) != len(self.given) or k != int((self.given != 0).sum()):
                 raise NotChecked(f"{k} rows of {len(norms_sq)} are kept")
