@@ -56,12 +56,12 @@ def _node(n: fx.Node, out: Followed) -> None:
     value = n.meta.get("val")
     operands = [a for a in n.all_input_nodes if not isinstance(a.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool)]
     linear = [a for a in operands if out.kind.get(a) in (HEAD, ROWS, TOTAL)]
-    if linear and not is_linear(n, set(linear), out):
-        out.nonlinear[n] = f"{op_name(n)} is not linear in the gradient"
     out.kind[n] = _kind(n, value, operands, linear, out)
-    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | int | float | bool):
+    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | int | float | bool):  # a size, or made of sizes: no value of a tensor is in it
         out.layout[n] = None
         return
+    if linear and not is_linear(n, set(linear), out):
+        out.nonlinear[n] = f"{op_name(n)} is not linear in the gradient"
     try:
         out.layout[n] = _placed(n, value, _checked(n, value, _layout(n, value, operands, out), out), out)
         _check_sums(n, linear, out)
