@@ -85,7 +85,7 @@ WORKS: dict[str, Make] = {
     "timm deit": timm("deit_tiny_patch16_224", 64, patch_size=8, embed_dim=WIDTH, depth=LAYERS, num_heads=HEADS),
     "timm swin": timm("swin_tiny_patch4_window7_224", 56, embed_dim=WIDTH // 2, depths=(2, 2), num_heads=(4, 8), drop_path_rate=0.0),
     "timm convnext": lambda batch: (
-        importlib.import_module("timm").create_model("convnext_tiny", num_classes=10, depths=(1, 1, 2), dims=(128, 256, 512)),
+        importlib.import_module("timm").create_model("convnext_tiny", num_classes=10, depths=(1, 1, 2, 1), dims=(128, 256, 512, 512)),
         {"x": torch.randn(batch, 3, 64, 64)},
     ),
     "T5ForConditionalGeneration": hugging_face(
