@@ -127,7 +127,7 @@ def replace_matmul(graph: fx.Graph, product: Product, how: Replacement) -> None:
             d = max_linear_input(dy, operand, how)
         return _laid_out(d if position == 1 else d.t(), _torch.value(m))
 
-    _replace(m, inline(graph, m, run, product.operands))
+    _replace(m, inline(graph, m, run, product.operands, by_sample=True))
 
 
 def _replace(m: fx.Node, new: fx.Node) -> None:
@@ -145,7 +145,7 @@ def replace_conv_weight(graph: fx.Graph, product: Product, how: Replacement) -> 
         groups, transposed = m.args[9], bool(m.args[7])
         assert isinstance(groups, int)
         conv = Geometry(kernel, stride, padding, dilation, groups, transposed)
-        new = inline(graph, m, lambda x, dy: _laid_out(_max(x, dy, how, conv), old), product.operands)
+        new = inline(graph, m, lambda x, dy: _laid_out(_max(x, dy, how, conv), old), product.operands, by_sample=True)
     else:
         new = _made_up(graph, m, product, how, old)
     replace_output(graph, m, product.mask, new)

@@ -23,6 +23,7 @@ from approx_compile.passes.batch_dim import CONST, COUPLED, DECOUPLED, FORWARD, 
 from approx_compile.passes.linearity import is_linear
 from approx_compile.passes.row_rules import ARITHMETIC, COUNTS, FACTORIES, MOVES, SPREADS, rule_of
 from approx_compile.passes.sites import BMM, MM
+from approx_compile.passes.splice import BY_SAMPLE
 
 aten = torch.ops.aten
 
@@ -60,7 +61,7 @@ def _node(n: fx.Node, out: Followed) -> None:
     if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | int | float | bool):  # a size, or made of sizes: no value of a tensor is in it
         out.layout[n] = None
         return
-    if linear and not is_linear(n, set(linear), out):
+    if linear and BY_SAMPLE not in n.meta and not is_linear(n, set(linear), out):
         out.nonlinear[n] = f"{op_name(n)} is not linear in the gradient"
     try:
         out.layout[n] = _placed(n, value, _checked(n, value, _layout(n, value, operands, out), out), out)

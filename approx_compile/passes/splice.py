@@ -20,6 +20,11 @@ CHOICE = "approx_compile_choice"
 """Key in the meta of the nodes that hold a selection's indices and scale: `site.product.idx`, `site.product.scale`."""
 
 
+BY_SAMPLE = "approx_compile_by_sample"
+"""Key in the meta of the nodes that turn a gradient into a replacement sample by sample: scaling one sample's gradient scales its part of the result, though
+single nodes (the choice of the largest entries) are not linear."""
+
+
 class Sampled(NamedTuple):
     """The nodes a sampled output leaves for its coupled gradients. `narrow`: of a gradient whose dropped entries are zero, the kept ones alone, where there is
     a node of them. `whole`: the operands are not cut to the kept entries, a kernel of ours read them as they are."""
@@ -122,11 +127,13 @@ def _plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str, torch.dtype))
 
 
-def inline(graph: fx.Graph, before: fx.Node, run: Callable[..., Any], args: Sequence[fx.Node | None], like: fx.Node | None = None) -> Any:
+def inline(
+    graph: fx.Graph, before: fx.Node, run: Callable[..., Any], args: Sequence[fx.Node | None], like: fx.Node | None = None, by_sample: bool = False
+) -> Any:
     """Trace `run` on the fake values of `args`, splice it in before `before`, return its results as nodes.
 
     The new nodes take tag, layer and checkpoint policy from `like` (by default `before`, whose operands they are). What closes over plain values only is
-    traced once in a graph for operands of the same sizes, strides and dtypes.
+    traced once in a graph for operands of the same sizes, strides and dtypes. `by_sample` says that the result scales with each sample's gradient (`BY_SAMPLE`).
     """
     values = [_torch.value(a) if a is not None else None for a in args]
     key = _key(run, values)
@@ -142,6 +149,8 @@ def inline(graph: fx.Graph, before: fx.Node, run: Callable[..., Any], args: Sequ
             if n.op == "call_function":
                 new[n] = graph.node_copy(n, lambda x: new[x])
                 _torch.copy_provenance(like or before, new[n])
+                if by_sample:
+                    new[n].meta[BY_SAMPLE] = True
                 if _torch.is_random(n) and _torch.is_backward(new[n]):
                     _torch.keep_in_backward(new[n])
     return fx.node.map_arg(traced.output_node().args[0], lambda n: new[n])
