@@ -133,7 +133,7 @@ def inline(
     """Trace `run` on the fake values of `args`, splice it in before `before`, return its results as nodes.
 
     The new nodes take tag, layer and checkpoint policy from `like` (by default `before`, whose operands they are). What closes over plain values only is
-    traced once in a graph for operands of the same sizes, strides and dtypes. `by_sample` says that the result scales with each sample's gradient (`BY_SAMPLE`).
+    traced once in a graph for operands of the same sizes, strides and dtypes. `by_sample` says that the result scales with each sample's gradient.
     """
     values = [_torch.value(a) if a is not None else None for a in args]
     key = _key(run, values)
