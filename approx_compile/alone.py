@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import statistics
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from approx_compile import precision
 from approx_compile.gauges import Clock
-
-Layout = tuple[tuple[int, ...], tuple[int, ...]]
-"""Shape and strides of an operand."""
-
-
-@dataclass(frozen=True)
-class Product:
-    """What of a site decides its time: "mm", "bmm" or "convolution" of two operands; which of them is a weight, and which need a gradient.
-
-    `rest`: the convolution's arguments behind the bias (stride, padding, dilation, transposed, output_padding, groups).
-    """
-
-    op: str
-    layouts: tuple[Layout, Layout]
-    dtype: str
-    device: str
-    weight: int | None = 1
-    needs_grad: tuple[bool, bool] = (True, True)
-    rest: tuple[Any, ...] = ()
+from approx_compile.stopwatch import Product
 
 
 class Alone(nn.Module):
@@ -97,3 +81,28 @@ def times_us(product: Product, backends: Sequence[Backend], rounds: int = 7, lea
     calls = [clock.calls(step) for step in steps]
     found = [[clock.sample(step, n) * 1e6 for step, n in zip(steps, calls, strict=True)] for _ in range(rounds)]
     return [statistics.median(times) for times in zip(*found, strict=True)]
+
+
+_EXACT = {"policy": "always", "method": "exact"}
+
+
+def main() -> None:
+    """The child: questions on stdin, their times on stdout."""
+    asked = json.load(sys.stdin)
+    torch.set_num_threads(asked["threads"])
+    precision.take_over(asked["precision"])
+    found = []
+    for q in asked["questions"]:
+        given = q["product"]
+        product = Product(**given | {k: _tuples(given[k]) for k in ("layouts", "needs_grad", "rest")})
+        options = [_EXACT, *q["options"]]  # by the same backend, which allocates in its own way
+        found.append(times_us(product, [sampled(o | {"huge_pages": q["huge_pages"]}) for o in options]))
+    print(json.dumps(found))
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+if __name__ == "__main__":
+    main()

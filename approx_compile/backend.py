@@ -30,9 +30,8 @@ from approx_compile.once import say_once, warn_once
 from approx_compile.one_op import shown_as_one_op
 from approx_compile.passes.fit import check_modules
 from approx_compile.passes.graph_pass import ApproxPass, Listener
-from approx_compile.passes.planned import Plan
+from approx_compile.passes.planned import Cut, Plan
 from approx_compile.passes.sites import Context, Input, Module
-from approx_compile.passes.stages import Cut
 from approx_compile.probe import Outputs
 from approx_compile.row_compiler import Declined, RowCompiler
 from approx_compile.schedule import Dispatch, Schedule, count_steps

@@ -14,7 +14,7 @@ from approx_compile import _torch, machine
 from approx_compile.config import ApproxConfig
 from approx_compile.passes import row_cost
 from approx_compile.passes.batch_dim import COUPLED
-from approx_compile.passes.stages import Cut
+from approx_compile.passes.planned import Cut
 from approx_compile.row_compiler import LEAST_SHARE
 from approx_compile.settings import RowSettings, row_settings
 

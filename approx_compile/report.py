@@ -22,9 +22,8 @@ from approx_compile import _torch, html
 from approx_compile.annotate import annotation_of
 from approx_compile.backend import Backend
 from approx_compile.config import ApproxConfig
-from approx_compile.passes.planned import Plan, ProductPlan, SitePlan
-from approx_compile.passes.stages import Cut
-from approx_compile.passes.worth import OFF, BreakEven
+from approx_compile.passes.planned import BreakEven, Cut, Plan, ProductPlan, SitePlan
+from approx_compile.passes.worth import OFF
 from approx_compile.schedule import Schedule
 
 

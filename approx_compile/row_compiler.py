@@ -23,7 +23,8 @@ from approx_compile.one_op import ROWS
 from approx_compile.passes import row_cost
 from approx_compile.passes.batch_dim import Layout
 from approx_compile.passes.pinned import pinned
-from approx_compile.passes.stages import ALL, SAVED, Cut, Entry, Outlook, Split, Stage, outlook, output_layouts, split, tangent_layouts
+from approx_compile.passes.planned import Cut
+from approx_compile.passes.stages import ALL, SAVED, Entry, Outlook, Split, Stage, outlook, output_layouts, split, tangent_layouts
 from approx_compile.settings import LEAST_ROWS, RowSettings
 
 LEAST_SHARE = 0.3

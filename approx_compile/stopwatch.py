@@ -1,4 +1,4 @@
-"""Times of sites alone, measured once per site and machine by a process of its own, and remembered on disk beside the machine's profile.
+"""Times of sites alone, measured once per site and machine by a process of its own (`alone`), and remembered on disk beside the machine's profile.
 
 A process of its own, because this is asked in the middle of a compilation. What is stored never changes: the file's `name`, which is new whenever
 the file is, therefore stands for its contents, those still to come included, and is all that a cache key needs.
@@ -23,16 +23,36 @@ import torch
 from filelock import FileLock
 from pydantic import BaseModel
 
-from approx_compile import alone, machine, precision
+from approx_compile import machine, precision
 
 _LONGEST_S = 3600
+
+
+Layout = tuple[tuple[int, ...], tuple[int, ...]]
+"""Shape and strides of an operand."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """What of a site decides its time: "mm", "bmm" or "convolution" of two operands; which of them is a weight, and which need a gradient.
+
+    `rest`: the convolution's arguments behind the bias (stride, padding, dilation, transposed, output_padding, groups).
+    """
+
+    op: str
+    layouts: tuple[Layout, Layout]
+    dtype: str
+    device: str
+    weight: int | None = 1
+    needs_grad: tuple[bool, bool] = (True, True)
+    rest: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
 class Question:
     """How long does a step of this product take, exactly and under each of these options, new buffers on huge pages or not?"""
 
-    product: alone.Product
+    product: Product
     options: tuple[dict[str, Any], ...]
     huge_pages: bool = True
 
@@ -96,35 +116,10 @@ def _measured(questions: Sequence[Question], profile: machine.Machine) -> list[l
         asked = {"threads": torch.get_num_threads(), "precision": precision.settings(), "questions": [dataclasses.asdict(q) for q in questions]}
         paths = os.pathsep.join(p for p in sys.path if p)
         env = {k: v for k, v in os.environ.items() if k != "APPROX_COMPILE_DISABLE"} | {machine.FILE: f"{folder}/machine.json", "PYTHONPATH": paths}
-        child = [sys.executable, "-m", "approx_compile.stopwatch"]
+        child = [sys.executable, "-m", "approx_compile.alone"]
         done = subprocess.run(child, input=json.dumps(asked), env=env, capture_output=True, text=True, timeout=_LONGEST_S)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise RuntimeError(f"policy 'measure': the process that times sites failed ({last}); policy 'cost' needs no measurement of sites")
     found: list[list[float]] = json.loads(done.stdout.splitlines()[-1])
     return found
-
-
-_EXACT = {"policy": "always", "method": "exact"}
-
-
-def main() -> None:
-    """The child: questions on stdin, their times on stdout."""
-    asked = json.load(sys.stdin)
-    torch.set_num_threads(asked["threads"])
-    precision.take_over(asked["precision"])
-    found = []
-    for q in asked["questions"]:
-        given = q["product"]
-        product = alone.Product(**given | {k: _tuples(given[k]) for k in ("layouts", "needs_grad", "rest")})
-        options = [_EXACT, *q["options"]]  # by the same backend, which allocates in its own way
-        found.append(alone.times_us(product, [alone.sampled(o | {"huge_pages": q["huge_pages"]}) for o in options]))
-    print(json.dumps(found))
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
-
-
-if __name__ == "__main__":
-    main()

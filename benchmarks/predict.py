@@ -22,10 +22,11 @@ from bench import conditions, console, show, store, stored
 from rich.progress import track
 
 from approx_compile import Backend, machine
-from approx_compile.alone import Alone, Layout, Product, times_us
+from approx_compile.alone import Alone, times_us
 from approx_compile.backend import run_as_is
 from approx_compile.passes import cost
 from approx_compile.passes.planned import Plan, SitePlan
+from approx_compile.stopwatch import Layout, Product
 
 BATCHES = (1, 4, 16, 64, 256, 1024)
 WIDTHS = (16, 64, 128, 256, 512, 1024, 2048, 4096)

@@ -16,7 +16,8 @@ from approx_compile.backend import run_as_is
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.passes import cost
 from approx_compile.passes.cost import Case, evaluate, terms
-from approx_compile.passes.worth import OFF, BreakEven
+from approx_compile.passes.planned import BreakEven
+from approx_compile.passes.worth import OFF
 
 ALWAYS: dict[str, Any] = {"policy": "always", "ratio": 0.5, "min_k": 1}
 SIZES = {

@@ -102,7 +102,7 @@ def test_sites_are_timed_on_the_pages_that_they_will_have(
     def child(questions: Any, profile: Any) -> list[list[float]]:
         told = {"threads": torch.get_num_threads(), "precision": precision.settings(), "questions": [dataclasses.asdict(q) for q in questions]}
         monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(told)))
-        stopwatch.main()
+        alone.main()
         found: list[list[float]] = json.loads(capsys.readouterr().out.splitlines()[-1])
         return found
 
@@ -181,6 +181,6 @@ def test_another_precision_is_another_file(precisions: None, times: Path) -> Non
 
 
 def test_a_child_that_fails_says_so(times: Path) -> None:
-    product = alone.Product("mm", (((4, 8), (8, 1)), ((9, 4), (4, 1))), "float32", "cpu")
+    product = stopwatch.Product("mm", (((4, 8), (8, 1)), ((9, 4), (4, 1))), "float32", "cpu")
     with pytest.raises(RuntimeError, match="policy 'measure': the process that times sites failed"):
         stopwatch.answers([stopwatch.Question(product, ())], machine.current())

@@ -14,7 +14,7 @@ from approx_compile.config import ApproxConfig
 from approx_compile.kernels.available import OWN
 from approx_compile.kernels.estimators import Estimator, estimator
 from approx_compile.machine import Machine
-from approx_compile.passes import cost, lowerings, replacements, shared, worth
+from approx_compile.passes import cost, lowerings, planned, replacements, shared, worth
 from approx_compile.passes.fit import check_shapes
 from approx_compile.passes.planned import BY_SETTINGS, Plan, ProductPlan, SitePlan, Tries
 from approx_compile.passes.sites import Product, Site
@@ -133,7 +133,7 @@ def _judged(
         return found
     if machine is None:
         return _all_exact(site, f"no cost model for {worth.device(site)}", machine)
-    at: worth.BreakEven | None = None
+    at: planned.BreakEven | None = None
     if times is not None:
         exact, sampled, why = times[0], min(times[1:]), f"measured {times[0] / min(times[1:]):.2f}x at ratio {done.ratio:g}"
     else:

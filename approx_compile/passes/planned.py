@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.kernels.replacements import Replacement
-from approx_compile.passes import worth
-from approx_compile.passes.stages import Cut
 
 BY_SETTINGS = "exact by the settings"
 
@@ -67,7 +66,7 @@ class SitePlan:
     products: tuple[ProductPlan, ...]
     reads: tuple[str, ...]
     traced: tuple[tuple[str, int], ...] = ()
-    break_even: worth.BreakEven | None = None
+    break_even: BreakEven | None = None
     shrinks: tuple[str, ...] = ()
     lowerings: tuple[str, ...] = ("inductor",)
     notes: tuple[str, ...] = ()
@@ -97,11 +96,11 @@ class SitePlan:
 
     @property
     def time_exact_us(self) -> float | None:
-        return worth.total(p.time_exact_us for p in self.products)
+        return total(p.time_exact_us for p in self.products)
 
     @property
     def time_sampled_us(self) -> float | None:
-        return worth.total(p.time_sampled_us for p in self.products)
+        return total(p.time_sampled_us for p in self.products)
 
 
 @dataclass(frozen=True)
@@ -170,3 +169,43 @@ def _on_rows(site: SitePlan, cuts: Mapping[str, Cut]) -> SitePlan:
 
 Tries = list[tuple[ProductPlan, ...]]
 """Ways to carry out a site's products."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where rows are chosen, and what became of it. `level` counts from the loss; `reason` says why nothing is cut, or what stops it further down
+    (`stops`: whether anything does)."""
+
+    method: str
+    ratio: float | None
+    rows: int
+    decision: str
+    reason: str
+    flops_all: int
+    flops_on_rows: int
+    products: tuple[str, ...] = ()
+    level: int = 1
+    stops: bool = True
+
+
+def total(times: Iterable[float | None]) -> float | None:
+    found = list(times)
+    return None if None in found else math.fsum(t for t in found if t is not None)
+
+
+@dataclass(frozen=True)
+class BreakEven:
+    """The largest ratio at which sampling takes no longer than the exact products: as predicted, and if sampling takes `OFF` times as long, or 1 / `OFF` times.
+    0 where no ratio does, 1 where every ratio does."""
+
+    ratio: float
+    slower: float
+    faster: float
+
+    def __str__(self) -> str:
+        return "no ratio breaks even" if self.ratio == 0 else "every ratio breaks even" if self.ratio == 1 else f"break-even {self.ratio:.2f}"
+
+    @property
+    def range(self) -> str:
+        """ "0.41 (0.33 to 0.49)"."""
+        return f"{self.ratio:.2f} ({self.slower:.2f} to {self.faster:.2f})"

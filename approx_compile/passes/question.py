@@ -7,12 +7,11 @@ from typing import Any
 import torch
 
 from approx_compile import _torch
-from approx_compile.alone import Layout, Product
 from approx_compile.kernels.available import OWN
 from approx_compile.passes.cost import role
 from approx_compile.passes.planned import ProductPlan, Tries
 from approx_compile.passes.sites import BMM, CONV, Site
-from approx_compile.stopwatch import Question
+from approx_compile.stopwatch import Layout, Product, Question
 
 
 def question(site: Site, tries: Tries, huge_pages: bool) -> Question:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
@@ -24,11 +24,9 @@ from approx_compile import _torch
 from approx_compile.kernels.available import OWN
 from approx_compile.machine import Machine
 from approx_compile.passes import cost, worth
+from approx_compile.passes.planned import Plan, ProductPlan, SitePlan, Tries, total
 from approx_compile.passes.sites import CASTS, PRODUCTS, VIEWS, Product, Site
 from approx_compile.settings import SiteSettings
-
-if TYPE_CHECKING:  # plan asks here
-    from approx_compile.passes.planned import Plan, ProductPlan, SitePlan, Tries
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -135,8 +133,8 @@ def _together(
 
 def _better(kind: str, apart: Sequence[SitePlan], best: Sequence[tuple[ProductPlan, ...]], machine: Machine, settings: SiteSettings) -> bool:
     """Whether it takes less time than each by itself, and, where time decides, than none sampled."""
-    own, exact = worth.total(s.time_sampled_us for s in apart), worth.total(s.time_exact_us for s in apart)
-    time = worth.total(p.time_sampled_us for products in best for p in products)
+    own, exact = total(s.time_sampled_us for s in apart), total(s.time_exact_us for s in apart)
+    time = total(p.time_sampled_us for products in best for p in products)
     assert own is not None and exact is not None and time is not None
     margin = 1.0 if settings.share else cost.SHARE_MARGIN
     return own >= margin * time and (settings.policy != "cost" or cost.worth(kind, exact, time, machine))

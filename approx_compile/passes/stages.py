@@ -106,23 +106,6 @@ class Split:
     """The products that run on rows kept, by node name: their level."""
 
 
-@dataclass(frozen=True)
-class Cut:
-    """Where rows are chosen, and what became of it. `level` counts from the loss; `reason` says why nothing is cut, or what stops it further down
-    (`stops`: whether anything does)."""
-
-    method: str
-    ratio: float | None
-    rows: int
-    decision: str
-    reason: str
-    flops_all: int
-    flops_on_rows: int
-    products: tuple[str, ...] = ()
-    level: int = 1
-    stops: bool = True
-
-
 @dataclass
 class _Work:
     followed: Followed

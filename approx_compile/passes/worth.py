@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 from approx_compile import _torch
 from approx_compile.kernels.available import OWN
 from approx_compile.machine import Machine
 from approx_compile.passes import cost, lowerings
+from approx_compile.passes.planned import BreakEven, ProductPlan, total
 from approx_compile.passes.sites import Product, Site
 from approx_compile.settings import ProductSettings, SiteSettings
-
-if TYPE_CHECKING:  # plan asks here
-    from approx_compile.passes.planned import ProductPlan
 
 TIMED = ("cost", "measure")
 """The policies under which a site must be worth its time."""
@@ -33,11 +31,6 @@ LEAST_RATIO = 0.001
 
 TIES = 1.03
 """Times no more than so many times apart count as equal, and the finer grained way is taken."""
-
-
-def total(times: Iterable[float | None]) -> float | None:
-    found = list(times)
-    return None if None in found else math.fsum(t for t in found if t is not None)
 
 
 def candidates(site: Site, settings: SiteSettings, machine: Machine | None) -> list[SiteSettings]:
@@ -84,24 +77,6 @@ def rank(products: Sequence[ProductPlan], more_us: float = 0.0) -> float:
     """For comparison: ties count as equal, and the first of equals wins. `more_us`: what these products make others take."""
     time = total(p.time_sampled_us for p in products)
     return 0.0 if time is None or time + more_us <= 0 else math.ceil(math.log(time + more_us) / math.log(TIES))
-
-
-@dataclass(frozen=True)
-class BreakEven:
-    """The largest ratio at which sampling takes no longer than the exact products: as predicted, and if sampling takes `OFF` times as long, or 1 / `OFF` times.
-    0 where no ratio does, 1 where every ratio does."""
-
-    ratio: float
-    slower: float
-    faster: float
-
-    def __str__(self) -> str:
-        return "no ratio breaks even" if self.ratio == 0 else "every ratio breaks even" if self.ratio == 1 else f"break-even {self.ratio:.2f}"
-
-    @property
-    def range(self) -> str:
-        """ "0.41 (0.33 to 0.49)"."""
-        return f"{self.ratio:.2f} ({self.slower:.2f} to {self.faster:.2f})"
 
 
 def predicted(planned: Sequence[tuple[Site, Sequence[ProductPlan]]], machine: Machine) -> tuple[str, BreakEven]:
