@@ -25,8 +25,9 @@ from approx_compile import machine as machines
 from approx_compile.backend import DISABLE
 from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.factory import Example, FactoryError, load
-from approx_compile.report import Report, si
+from approx_compile.report import Report
 from approx_compile.report import explain as explained
+from approx_compile.report_data import si
 from approx_compile.tune import tune as tuned
 
 app = typer.Typer(

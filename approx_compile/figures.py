@@ -17,7 +17,7 @@ import plotly.graph_objects as go
 
 if TYPE_CHECKING:
     from approx_compile.passes.planned import ProductPlan
-    from approx_compile.report import Report, SiteReport
+    from approx_compile.report_data import ReportData, SiteReport
 
 COLORS = {"sampled": "#e07b28", "replaced": "#a35bc9", "rows": "#2f86d6", "exact": "#8a9099"}
 SYMBOLS = {"sampled": "circle", "replaced": "triangle-up", "rows": "diamond", "exact": "square"}
@@ -58,7 +58,7 @@ def kind_of(site: SiteReport) -> str:
 # --- the graph of sites ---
 
 
-def site_graph(report: Report) -> go.Figure:
+def site_graph(report: ReportData) -> go.Figure:
     """The sites from top to bottom by the longest chain of sites before them, coloured by decision, with an arrow from each to those that read it, less
     the arrows that others imply: behind residual sums every site reads all before it."""
     graph = report.to_networkx()
@@ -130,7 +130,7 @@ def _short(text: str, limit: int = 48) -> str:
 # --- roofline ---
 
 
-def roofline(report: Report, roofs: Mapping[str, Roof]) -> tuple[go.Figure, str]:
+def roofline(report: ReportData, roofs: Mapping[str, Roof]) -> tuple[go.Figure, str]:
     """Every product over its FLOPs per byte (operands and result once, exact), with what its height means. Height: the predicted rate where the report
     has times; else the most that `roofs` allow; else, no rate being known, FLOPs."""
     what, rated = _rated(report, roofs)
@@ -157,7 +157,7 @@ def roofline(report: Report, roofs: Mapping[str, Roof]) -> tuple[go.Figure, str]
     return figure, what
 
 
-def _rated(report: Report, roofs: Mapping[str, Roof]) -> tuple[str, list[Rated]]:
+def _rated(report: ReportData, roofs: Mapping[str, Roof]) -> tuple[str, list[Rated]]:
     products = [(key, s, p) for key, s in zip(report.keys, report.sites, strict=True) for p in s.products.values()]
     if products and all(_time_us(p) for _, _, p in products):
         what = "GFLOP/s, predicted"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from approx_compile.figures import Roof
-    from approx_compile.report import Report, SiteReport
+    from approx_compile.report_data import ReportData, SiteReport
 
 MEASURES = (("FLOPs", "flops_exact", "flops_sampled"), ("time, µs", "time_exact_us", "time_sampled_us"))
 """What a site may cost, before and after; shown where the report has it."""
@@ -47,7 +47,7 @@ class Difference:
     added: int
 
 
-def write(report: Report, path: str | Path, machine: Peaks | None = None) -> None:
+def write(report: ReportData, path: str | Path, machine: Peaks | None = None) -> None:
     """Write `report` to `path`. Raises ImportError where the extra `report` is missing, OSError where the file can't be written."""
     try:
         page = render(report, machine)
@@ -58,7 +58,7 @@ def write(report: Report, path: str | Path, machine: Peaks | None = None) -> Non
     Path(path).write_text(page, encoding="utf-8")
 
 
-def render(report: Report, machine: Peaks | None) -> str:
+def render(report: ReportData, machine: Peaks | None) -> str:
     """The page's text."""
     import jinja2
     import pygments.formatters
@@ -66,7 +66,7 @@ def render(report: Report, machine: Peaks | None) -> str:
 
     from approx_compile.figures import LABELS, Roof, kind_of
     from approx_compile.passes.worth import OFF
-    from approx_compile.report import si
+    from approx_compile.report_data import si
 
     source = resources.files("approx_compile").joinpath("templates", "report.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
@@ -92,7 +92,7 @@ def render(report: Report, machine: Peaks | None) -> str:
     )
 
 
-def _measures(report: Report) -> list[tuple[str, str, str]]:
+def _measures(report: ReportData) -> list[tuple[str, str, str]]:
     return [m for m in MEASURES if any(getattr(s, m[1], None) is not None for s in report.sites)]
 
 
@@ -122,7 +122,7 @@ def _plain(value: Any) -> Any:
     return value.to_plotly_json() if hasattr(value, "to_plotly_json") else list(value)
 
 
-def _figures(report: Report, roofs: Mapping[str, Roof]) -> dict[str, Any]:
+def _figures(report: ReportData, roofs: Mapping[str, Roof]) -> dict[str, Any]:
     """The figures as JSON, and what is to be said of the roofline."""
     from approx_compile import figures
 

@@ -127,7 +127,3 @@ def whole_number(e: Any) -> bool:
 def numbers_of(args: Any) -> list[Any]:
     """Sizes given to an op, each a number or a symbolic one in place of its node."""
     return [a.meta["val"] if isinstance(a, fx.Node) else a for a in args]
-
-
-def op_name(n: fx.Node) -> str:
-    return str(n.target).removeprefix("aten.").removeprefix("prims.").split(".")[0]

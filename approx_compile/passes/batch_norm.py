@@ -16,7 +16,7 @@ from torch import fx
 from approx_compile import _torch
 from approx_compile.kernels.rows import Rows
 from approx_compile.passes.batch_dim import COUPLED, DECOUPLED, TOTAL, Followed
-from approx_compile.passes.sites import VIEWS
+from approx_compile.passes.fx_utils import VIEWS
 
 aten = torch.ops.aten
 

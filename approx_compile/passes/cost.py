@@ -47,7 +47,8 @@ from approx_compile.kernels.available import OWN
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.kernels.replacements import Replacement
 from approx_compile.machine import Machine
-from approx_compile.passes.sites import BMM, CONV, Product, Site, conv_groups
+from approx_compile.passes.fx_utils import BMM, CONV
+from approx_compile.passes.sites import Product, Site, conv_groups
 
 MARGIN = 1.2
 """Predicted exact time over sampled time that sampling must reach (benchmarks/predict.py has how far expressions are off)."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from approx_compile.config import ConfigError
-from approx_compile.passes.sites import CONV, Site
+from approx_compile.passes.fx_utils import CONV
+from approx_compile.passes.sites import Site
 from approx_compile.plans import Tuned
 
 SHOWN = 8

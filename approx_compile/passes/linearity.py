@@ -11,9 +11,9 @@ import torch
 from torch import fx
 
 from approx_compile import _torch
-from approx_compile.passes.batch_dim import Followed, geometry_of, op_name, same_memory, strided_geometry
+from approx_compile.passes.batch_dim import Followed, geometry_of, same_memory, strided_geometry
+from approx_compile.passes.fx_utils import VIEWS, is_torchs_own, is_zero, op_name
 from approx_compile.passes.own_kernels import OWN_CONV, OWN_MM
-from approx_compile.passes.sites import VIEWS
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -86,25 +86,3 @@ def is_linear(n: fx.Node, linear: set[fx.Node], out: Followed) -> bool:
     if n.target is aten.addcmul.default:
         return (n.args[0] in linear or is_zero(n.args[0])) and (n.args[1] in linear) != (n.args[2] in linear)
     return op_name(n) == "fma" and (n.args[2] in linear or is_zero(n.args[2])) and (n.args[0] in linear) != (n.args[1] in linear)
-
-
-def is_torchs_own(n: fx.Node) -> bool:
-    """Whether an op is torch's, so that its name says what it computes; anyone may call an op of theirs `backward`."""
-    return getattr(n.target, "namespace", "") in ("aten", "prims")
-
-
-def is_zero(arg: Any) -> bool:
-    """Whether an argument is the constant 0."""
-    if not isinstance(arg, fx.Node):
-        return isinstance(arg, int | float) and arg == 0
-    if arg.target in (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default):
-        return True
-    if arg.target in (aten.clone.default, aten._to_copy.default, aten.permute.default, aten.unsqueeze.default):
-        return is_zero(arg.args[0])
-    if arg.target is aten.scalar_tensor.default:
-        return bool(arg.args[0] == 0)
-    if arg.target in (aten.expand.default, prims.convert_element_type.default, *VIEWS):
-        return is_zero(arg.args[0])
-    if arg.target is aten.new_full.default:
-        return bool(arg.args[2] == 0)
-    return arg.target in (aten.full.default, aten.full_like.default) and bool(arg.args[1] == 0)

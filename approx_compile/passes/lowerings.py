@@ -14,8 +14,8 @@ from approx_compile.kernels.available import OWN, UNITS
 from approx_compile.kernels.cuda import launch
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.kernels.replacements import Replacement
-from approx_compile.passes.sites import CONV, MM, Product, Site
-from approx_compile.passes.splice import window_of
+from approx_compile.passes.fx_utils import CONV, MM, window_of
+from approx_compile.passes.sites import Product, Site
 
 LINE = 16
 """Entries that lines of operands and results are whole multiples of."""

@@ -16,9 +16,10 @@ from approx_compile import _torch
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.kernels.products import Axis, choose_by_weight, take, untake
 from approx_compile.passes import zeros
+from approx_compile.passes.fx_utils import CONV, VIEWS
 from approx_compile.passes.planned import Plan
 from approx_compile.passes.producers import Reach, reach
-from approx_compile.passes.sites import CONV, VIEWS, Site, conv_weight_axes
+from approx_compile.passes.sites import Site, conv_weight_axes
 from approx_compile.passes.splice import Layout, Sampled, hoist, inline, keep_choice, like, refresh
 
 

@@ -13,9 +13,10 @@ from approx_compile import _torch
 from approx_compile.kernels import skip, skip_conv
 from approx_compile.kernels.estimators import Estimator, score, select
 from approx_compile.kernels.products import Axis, norms_sq
+from approx_compile.passes.fx_utils import CONV, PRODUCTS, window_of
 from approx_compile.passes.lowerings import LINE
-from approx_compile.passes.sites import CONV, PRODUCTS, Product
-from approx_compile.passes.splice import Layout, Sampled, inline, like, refresh, window_of
+from approx_compile.passes.sites import Product
+from approx_compile.passes.splice import Layout, Sampled, inline, like, refresh
 
 skip_matmul, skip_matmul_into = torch.ops.approx_compile.skip_matmul.default, torch.ops.approx_compile.skip_matmul_into.default
 skip_conv_input, skip_conv_weight = torch.ops.approx_compile.skip_conv_input.default, torch.ops.approx_compile.skip_conv_weight.default

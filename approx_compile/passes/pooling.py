@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from approx_compile import _torch
-from approx_compile.passes.linearity import is_zero
-from approx_compile.passes.sites import CASTS, VIEWS
+from approx_compile.passes.fx_utils import CASTS, VIEWS, is_zero
 from approx_compile.passes.splice import Layout, inline, like
 
 aten = torch.ops.aten

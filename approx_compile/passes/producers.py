@@ -27,9 +27,9 @@ from approx_compile.kernels.available import OWN
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.machine import Machine
 from approx_compile.passes import cost, zeros
-from approx_compile.passes.batch_dim import op_name
+from approx_compile.passes.fx_utils import VIEWS, op_name
 from approx_compile.passes.planned import Plan, ProductPlan, SitePlan
-from approx_compile.passes.sites import NO_GRADIENT, VIEWS, Product, Site, one_contraction
+from approx_compile.passes.sites import NO_GRADIENT, Product, Site, one_contraction
 
 aten = torch.ops.aten
 

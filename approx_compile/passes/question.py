@@ -9,8 +9,9 @@ import torch
 from approx_compile import _torch
 from approx_compile.kernels.available import OWN
 from approx_compile.passes.cost import role
+from approx_compile.passes.fx_utils import BMM, CONV
 from approx_compile.passes.planned import ProductPlan, Tries
-from approx_compile.passes.sites import BMM, CONV, Site
+from approx_compile.passes.sites import Site
 from approx_compile.stopwatch import Layout, Product, Question
 
 

@@ -19,8 +19,9 @@ from approx_compile import _torch
 from approx_compile.kernels import max_conv
 from approx_compile.kernels.replacements import Geometry, Replacement, max_conv_weight, max_linear_input, max_linear_weight
 from approx_compile.passes import lowerings
-from approx_compile.passes.sites import CONV, MM, VIEWS, Product, Site
-from approx_compile.passes.splice import inline, replace_output, window_of
+from approx_compile.passes.fx_utils import CONV, MM, VIEWS, window_of
+from approx_compile.passes.sites import Product, Site
+from approx_compile.passes.splice import inline, replace_output
 from approx_compile.settings import ProductSettings
 
 aten = torch.ops.aten

@@ -19,11 +19,12 @@ from approx_compile.kernels.available import OWN
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.kernels.products import Axis, sample, take, untake
 from approx_compile.passes import own_kernels, shared
+from approx_compile.passes.fx_utils import CONV
 from approx_compile.passes.narrowing import Narrowing, regions
 from approx_compile.passes.planned import Plan, ProductPlan
 from approx_compile.passes.replacements import let_go_of_activation, replace_conv_weight, replace_matmul
 from approx_compile.passes.shared import Sum
-from approx_compile.passes.sites import CONV, Product, Site, channel_axis, conv_weight_axes, permutation_between, users_of_output
+from approx_compile.passes.sites import Product, Site, channel_axis, conv_weight_axes, permutation_between, users_of_output
 from approx_compile.passes.splice import Layout, Sampled, as_it_is, hoist, inline, keep_choice, like, output_of, refresh, replace_output
 from approx_compile.passes.zeros import relu_backward
 

@@ -27,7 +27,7 @@ from approx_compile import _torch
 from approx_compile.kernels.rows import Rows
 from approx_compile.machine import Machine
 from approx_compile.passes import cost
-from approx_compile.passes.sites import BMM, MM
+from approx_compile.passes.fx_utils import BMM, MM
 from approx_compile.settings import RowSettings
 
 ANY_SIZE = False

@@ -22,15 +22,14 @@ from approx_compile.passes.batch_dim import (
     holds,
     numbers_of,
     numel_of,
-    op_name,
     place_at,
     place_in_memory,
     same_memory,
     strided_geometry,
     whole_number,
 )
+from approx_compile.passes.fx_utils import BMM, CASTS, MM, VIEWS, op_name
 from approx_compile.passes.own_kernels import OWN_CONV, OWN_MM, skip_conv_input, skip_matmul, skip_matmul_into
-from approx_compile.passes.sites import BMM, CASTS, MM, VIEWS
 
 aten = torch.ops.aten
 prims = torch.ops.prims

@@ -19,10 +19,10 @@ from torch import fx
 
 from approx_compile import _torch
 from approx_compile.kernels.rows import Rows
-from approx_compile.passes.batch_dim import CONST, COUPLED, DECOUPLED, FORWARD, HEAD, ROWS, TOTAL, Blocked, Followed, Layout, holds, op_name
+from approx_compile.passes.batch_dim import CONST, COUPLED, DECOUPLED, FORWARD, HEAD, ROWS, TOTAL, Blocked, Followed, Layout, holds
+from approx_compile.passes.fx_utils import BMM, MM, op_name
 from approx_compile.passes.linearity import is_linear
 from approx_compile.passes.row_rules import ARITHMETIC, COUNTS, FACTORIES, MOVES, SPREADS, rule_of
-from approx_compile.passes.sites import BMM, MM
 from approx_compile.passes.splice import BY_SAMPLE
 
 aten = torch.ops.aten

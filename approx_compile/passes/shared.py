@@ -24,8 +24,9 @@ from approx_compile import _torch
 from approx_compile.kernels.available import OWN
 from approx_compile.machine import Machine
 from approx_compile.passes import cost, worth
+from approx_compile.passes.fx_utils import CASTS, PRODUCTS, VIEWS
 from approx_compile.passes.planned import Plan, ProductPlan, SitePlan, Tries, total
-from approx_compile.passes.sites import CASTS, PRODUCTS, VIEWS, Product, Site
+from approx_compile.passes.sites import Product, Site
 from approx_compile.settings import SiteSettings
 
 aten = torch.ops.aten

@@ -18,17 +18,12 @@ from torch import fx
 
 from approx_compile import _torch
 from approx_compile.kernels.products import Axis
+from approx_compile.passes.fx_utils import BMM, CONV, MM, PRODUCTS, VIEWS
 
 aten = torch.ops.aten
 
-MM = {aten.mm.default, aten.addmm.default}
-BMM = {aten.bmm.default, aten.baddbmm.default}
-CONV = {aten.convolution.default}
-PRODUCTS = MM | BMM | CONV
 _GRADS = {aten.mm.default, aten.bmm.default, aten.convolution_backward.default}
 _PERMUTES = {aten.permute.default, aten.t.default, aten.transpose.int}
-VIEWS = {aten.view.default, aten.alias.default, aten.detach.default, aten._unsafe_view.default, aten.reshape.default}
-CASTS = {aten._to_copy.default, torch.ops.prims.convert_element_type.default}
 
 NO_GRADIENT = "no gradient flows through it"
 

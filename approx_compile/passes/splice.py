@@ -14,7 +14,8 @@ from torch import fx
 
 from approx_compile import _torch
 from approx_compile.kernels.estimators import Estimator
-from approx_compile.passes.sites import CONV, Product, users_of_output
+from approx_compile.passes.fx_utils import CONV
+from approx_compile.passes.sites import Product, users_of_output
 
 CHOICE = "approx_compile_choice"
 """Key in the meta of the nodes that hold a selection's indices and scale: `site.product.idx`, `site.product.scale`."""
@@ -66,11 +67,6 @@ def output_of(graph: fx.Graph, call: fx.Node, index: int) -> fx.Node:
     _torch.copy_provenance(call, item)
     item.meta["val"] = _torch.value(call)[index]
     return item
-
-
-def window_of(arguments: Sequence[Any], dims: int) -> list[list[int]]:
-    """Stride, padding and dilation of a convolution, each by spatial dim: torch takes one number for all of them, too."""
-    return [list(v) * dims if len(v) == 1 else list(v) for v in arguments]
 
 
 def as_it_is(product: Product) -> Product:

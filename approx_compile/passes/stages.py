@@ -20,11 +20,11 @@ from approx_compile import _torch
 from approx_compile.kernels.rows import Rows
 from approx_compile.passes.batch_dim import COUPLED, FORWARD, HEAD, ROWS, TOTAL, Followed, Layout
 from approx_compile.passes.batch_norm import decouple
+from approx_compile.passes.fx_utils import BMM, CONV, MM
 from approx_compile.passes.own_kernels import OWN_CONV, OWN_MM
 from approx_compile.passes.reasons import told
 from approx_compile.passes.row_cost import Moved, RowWork, Timed, moved, timed
 from approx_compile.passes.rows import follow
-from approx_compile.passes.sites import BMM, CONV, MM
 
 aten = torch.ops.aten
 

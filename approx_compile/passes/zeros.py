@@ -15,8 +15,7 @@ import torch
 from torch import fx
 
 from approx_compile import _torch
-from approx_compile.passes.linearity import is_zero
-from approx_compile.passes.sites import VIEWS
+from approx_compile.passes.fx_utils import VIEWS, is_zero
 
 aten = torch.ops.aten
 prims = torch.ops.prims
