@@ -1,17 +1,16 @@
 """approx_compile: a torch.compile backend that trains with approximate matrix products and convolutions."""
 
-from approx_compile import presets
-from approx_compile.annotate import annotate
 from approx_compile.backend import Backend
-from approx_compile.config import ApproxConfig, ConfigError
-from approx_compile.control import Control, controls
-from approx_compile.decisions import Decisions, decisions
-from approx_compile.once import ApproxWarning
-from approx_compile.plans import TunedPlan
-from approx_compile.report import Report, explain
-from approx_compile.schedule import set_phase, set_step
-from approx_compile.state import load_state_dict, state_dict
-from approx_compile.tune import tune
+from approx_compile.backend.capture.annotate import annotate
+from approx_compile.backend.runtime.decisions import Decisions, decisions
+from approx_compile.backend.runtime.schedule import set_phase, set_step
+from approx_compile.backend.runtime.state import load_state_dict, state_dict
+from approx_compile.config import ApproxConfig, ConfigError, presets
+from approx_compile.config.plan_file import TunedPlan
+from approx_compile.rows.controller import Control, controls
+from approx_compile.tools.report.explain import Report, explain
+from approx_compile.tools.tuning.tune import tune
+from approx_compile.utils import ApproxWarning
 
 __version__ = "0.1.0"
 __all__ = [

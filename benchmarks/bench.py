@@ -36,18 +36,20 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from approx_compile.bench import race
-from approx_compile.known_faults import inductor
+from approx_compile._torch.known_faults import inductor
 from approx_compile.machine import device_name
+from approx_compile.tools.compare import race
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
 from models import build  # noqa: E402
 
-from approx_compile import ApproxConfig, backend, presets, set_step  # noqa: E402
-from approx_compile.passes.graph_pass import ApproxPass  # noqa: E402
-from approx_compile.schedule import Dispatch, Schedule, _stepped  # noqa: E402
+from approx_compile import ApproxConfig, set_step  # noqa: E402
+from approx_compile.backend import approx_backend  # noqa: E402
+from approx_compile.backend.runtime.schedule import Dispatch, Schedule, _stepped  # noqa: E402
+from approx_compile.config import presets  # noqa: E402
+from approx_compile.passes.joint_graph_pass import ApproxPass  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 BARS = {("wrn", "0.5"): 1.85, ("wrn", "0.25"): 3.0, ("mlp", "0.5"): 1.65, ("mlp", "0.25"): 2.8, ("block", "0.5"): 1.55, ("block", "0.25"): 2.3}
@@ -382,7 +384,7 @@ def deciding(work: Annotated[list[str] | None, typer.Option(help="mlp, block, wr
 
         with (
             mock.patch.object(ApproxPass, "__call__", timed(ApproxPass.__call__)),
-            mock.patch.object(backend, "read_graph", timed(backend.read_graph)),
+            mock.patch.object(approx_backend, "read_graph", timed(approx_backend.read_graph)),
             torch._inductor.config.patch(force_disable_caches=True),
         ):
             step = stepper(name, {"policy": "cost"})

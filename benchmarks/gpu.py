@@ -26,9 +26,9 @@ from bench import RESULTS, Block, conditions, console, raced, show, store
 from torch import Tensor, nn
 
 from approx_compile import machine
-from approx_compile.kernels import available, skip, skip_conv
-from approx_compile.kernels.available import CONV_UNITS, UNITS
-from approx_compile.kernels.replacements import Geometry, Replacement, max_conv_weight
+from approx_compile.kernels import availability, skip_conv, skip_matmul
+from approx_compile.kernels.availability import CONV_UNITS, UNITS
+from approx_compile.kernels.gradient_replacements import Geometry, Replacement, max_conv_weight
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
@@ -95,16 +95,21 @@ def matmul_cases(b: Bench) -> Iterator[tuple[str, torch.dtype, Callable[..., Ten
             scale, bias = torch.rand(len(idx), device=b.device) + 0.5, b.rand(n, dtype=dtype)
             at = f"{m} x {k} x {n}, unit {unit}"
             if unit > 1:
-                yield f"output, {at}", dtype, lambda x, w, i, s, c, u=unit: skip.skip_matmul(x, w.t(), i, f32(s), u, c), (x, w, idx, scale, bias)
-                yield f"grad_input, {at}", dtype, lambda dy, w, i, s, u=unit: skip.skip_matmul_into(dy, w, i, f32(s), u, 1), (dy, w, idx, scale)
-                yield f"grad_weight, {at}", dtype, lambda dy, x, i, s, u=unit: skip.skip_matmul_into(dy.t(), x, i, f32(s), u, 1), (dy, x, idx, None)
+                yield f"output, {at}", dtype, lambda x, w, i, s, c, u=unit: skip_matmul.skip_matmul(x, w.t(), i, f32(s), u, c), (x, w, idx, scale, bias)
+                yield f"grad_input, {at}", dtype, lambda dy, w, i, s, u=unit: skip_matmul.skip_matmul_into(dy, w, i, f32(s), u, 1), (dy, w, idx, scale)
+                yield f"grad_weight, {at}", dtype, lambda dy, x, i, s, u=unit: skip_matmul.skip_matmul_into(dy.t(), x, i, f32(s), u, 1), (dy, x, idx, None)
             else:
                 rows = torch.randperm(m, device=b.device)[: m // 4].sort().values
-                yield f"rows of grad_weight, {at}", dtype, lambda dy, x, i, s: skip.skip_matmul(dy.t(), x, i, f32(s), 1), (dy, x, rows, scale[: len(rows)])
+                yield (
+                    f"rows of grad_weight, {at}",
+                    dtype,
+                    lambda dy, x, i, s: skip_matmul.skip_matmul(dy.t(), x, i, f32(s), 1),
+                    (dy, x, rows, scale[: len(rows)]),
+                )
             if unit == UNITS["triton"][0]:
-                yield f"norms, {at}", dtype, lambda x, u=unit: skip.axis_norms_sq(x, 1, u), (x,)
+                yield f"norms, {at}", dtype, lambda x, u=unit: skip_matmul.axis_norms_sq(x, 1, u), (x,)
     score = torch.randperm(1000 if not b.small else 100, device=b.device).float()
-    yield "choose", torch.float32, lambda s: skip.choose(s, len(s) // 3), (score,)
+    yield "choose", torch.float32, lambda s: skip_matmul.choose(s, len(s) // 3), (score,)
 
 
 def conv_cases(b: Bench) -> Iterator[tuple[str, torch.dtype, Callable[..., Tensor], tuple[Any, ...]]]:
@@ -201,7 +206,7 @@ def at_ratio_one(b: Bench) -> list[dict[str, Any]]:
         idx = torch.arange(k // UNITS["triton"][0], device=b.device)
         contest: dict[str, Callable[[], Any]] = {
             "inductor": lambda x=x, w=w: x @ w.t(),
-            "skip": lambda x=x, w=w, i=idx: skip.skip_matmul(x, w.t(), i, None, UNITS["triton"][0]),
+            "skip": lambda x=x, w=w, i=idx: skip_matmul.skip_matmul(x, w.t(), i, None, UNITS["triton"][0]),
         }  # type: ignore[misc]
         found += raced(f"every group kept, {m} x {k} x {n}, against cuBLAS", contest, b.rounds(50), {"skip": 0.9})
     return found
@@ -219,7 +224,7 @@ def replaced(b: Bench) -> list[dict[str, Any]]:
             "inductor": lambda x=x, dy=dy, w=w, r=rest: torch.ops.aten.convolution_backward(dy, x, w, *r),  # type: ignore[misc]
             "max, inductor": lambda x=x, dy=dy, f=largest: f(x, dy),  # type: ignore[misc]
         }
-        if available.missing("cuda", torch.device(b.device)) is None:
+        if availability.missing("cuda", torch.device(b.device)) is None:
             contest["max, cuda"] = lambda x=x, dy=dy: own_max(x, dy)  # type: ignore[misc]
         found += raced(
             f"grad_weight {inputs} -> {outputs}, {size} x {size}, batch {len(x)}, against cuDNN", contest, b.rounds(30), dict.fromkeys(list(contest)[1:], 1.0)

@@ -13,7 +13,7 @@ from study import Setting, Study, Work
 from torch import nn
 
 import models  # isort: skip (study puts the examples on the path)
-from approx_compile import presets
+from approx_compile.config import presets
 
 METHODS = ("zero", "random", "max")
 

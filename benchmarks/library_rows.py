@@ -26,9 +26,10 @@ import typer  # noqa: E402
 from bench import conditions, console, show, store  # noqa: E402
 from torch import nn  # noqa: E402
 
-from approx_compile import Backend, known_faults  # noqa: E402
-from approx_compile.bench import loss_of, race  # noqa: E402
-from approx_compile.passes.planned import Plan  # noqa: E402
+from approx_compile import Backend  # noqa: E402
+from approx_compile._torch import known_faults  # noqa: E402
+from approx_compile.passes.planning.plan import Plan  # noqa: E402
+from approx_compile.tools.compare import loss_of, race  # noqa: E402
 
 BAR = 1.5
 WIDTH, LAYERS, HEADS, VOCABULARY = 256, 4, 4, 2000

@@ -22,7 +22,7 @@ import typer
 from bench import ROW_WORKS, conditions, show, store
 from torch import nn
 
-from approx_compile.known_faults import inductor
+from approx_compile._torch.known_faults import inductor
 
 from models import build  # isort: skip (bench puts the examples on the path)
 from train import peak_bytes, reset_peak  # isort: skip

@@ -20,10 +20,10 @@ from torch import Tensor
 from zoo import Work, works
 
 from approx_compile import Backend, machine
-from approx_compile.bench import race
-from approx_compile.gauges import Clock
-from approx_compile.known_faults import inductor
-from approx_compile.passes.planned import Plan
+from approx_compile._torch.known_faults import inductor
+from approx_compile.machine.microbenchmarks import Clock
+from approx_compile.passes.planning.plan import Plan
+from approx_compile.tools.compare import race
 
 KEY = ("device", "threads", "torch", "profile", "policy")
 POLICIES: dict[str, dict[str, Any]] = {"cost": {"policy": "cost"}, "adaptive": {"policy": "adaptive", "adaptive": {"tau": 1e-9}}}

@@ -1,7 +1,7 @@
 """Predicted against measured time of sites alone: `python benchmarks/predict.py`, with `--threads`, `--limit`, `--fresh`, `--again COMMIT`.
 
 Each of some 90 sites (linear, bmm, conv; fp32 and bf16) is a model of its own, whose forward and backward pass is timed as Inductor compiles it and
-with every product sampled (top-k, forward), in turn. A step is predicted as its products' times (`approx_compile.passes.cost`) and the time of a step
+with every product sampled (top-k, forward), in turn. A step is predicted as its products' times (`approx_compile.passes.cost.estimates`) and the time of a step
 on next to no data of the same dtype, measured here. One row a site in results/predict.csv; sites that have one for this device, number of threads,
 torch and profile are not measured again. `--again COMMIT` measures none: times that were stored at that commit are predicted anew, by the present code and
 profile (column `timed`: the commit whose times they are). Bars:
@@ -22,11 +22,11 @@ from bench import conditions, console, show, store, stored
 from rich.progress import track
 
 from approx_compile import Backend, machine
-from approx_compile.alone import Alone, times_us
 from approx_compile.backend import run_as_is
-from approx_compile.passes import cost
-from approx_compile.passes.planned import Plan, SitePlan
-from approx_compile.stopwatch import Layout, Product
+from approx_compile.backend.site_benchmark import Alone, times_us
+from approx_compile.machine.site_timings import Layout, Product
+from approx_compile.passes.cost import estimates
+from approx_compile.passes.planning.plan import Plan, SitePlan
 
 BATCHES = (1, 4, 16, 64, 256, 1024)
 WIDTHS = (16, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -106,7 +106,7 @@ def row_again(old: dict[str, Any], kind: str, product: Product, ratio: float) ->
 
 def compared(site: SitePlan, what: dict[str, Any], exact: float, sampled: float, outside: float, timed: str) -> dict[str, Any]:
     assert site.time_exact_us is not None and site.time_sampled_us is not None
-    chosen = site.decision == "sampled" and cost.worth(site.kind, site.time_exact_us, site.time_sampled_us, machine.current())
+    chosen = site.decision == "sampled" and estimates.worth(site.kind, site.time_exact_us, site.time_sampled_us, machine.current())
     return (
         {k: v for k, v in conditions().items() if k != "dtype"}
         | what

@@ -19,8 +19,8 @@ from bench import conditions, show, store
 from torch import Tensor, nn
 
 from approx_compile import Backend
-from approx_compile.gauges import Clock
-from approx_compile.trials import Trials
+from approx_compile.machine.microbenchmarks import Clock
+from approx_compile.tools.tuning.trial import Trials
 
 WIDTH, LENGTH, BATCH = 128, 64, 32
 STEPS = (0, 50, 150, 300)

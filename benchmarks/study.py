@@ -26,9 +26,9 @@ sys.path.insert(0, str(ROOT / "examples"))
 import data  # noqa: E402
 from bench import conditions  # noqa: E402
 
-from approx_compile.control import controls  # noqa: E402
-from approx_compile.known_faults import inductor  # noqa: E402
+from approx_compile._torch.known_faults import inductor  # noqa: E402
 from approx_compile.machine import device_name  # noqa: E402
+from approx_compile.rows.controller import controls  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 console = Console()

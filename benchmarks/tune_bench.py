@@ -20,7 +20,7 @@ from models import build
 from torch import Tensor, nn
 
 import approx_compile
-from approx_compile.known_faults import inductor
+from approx_compile._torch.known_faults import inductor
 
 BAR = 0.1
 """How far predicted and achieved speed-up may be apart, relatively."""

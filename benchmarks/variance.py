@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import accuracy_study as study  # noqa: E402
 from bench import conditions, show, store  # noqa: E402
 
-from approx_compile.kernels.rows import needed  # noqa: E402
+from approx_compile.rows.row_sampling import needed  # noqa: E402
 
 COLUMNS = ("work", "step", "tau", "rule", "added", "by_variance", "ideal", "correlation")
 CHUNK = 16

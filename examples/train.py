@@ -35,7 +35,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from approx_compile import ApproxConfig, controls, explain
-from approx_compile.known_faults import inductor
+from approx_compile._torch.known_faults import inductor
 
 BACKENDS = {"exact": inductor, "approx": "approx"}
 """What the table and the plot call a run, and the backend behind it."""

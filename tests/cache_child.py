@@ -70,9 +70,9 @@ def gradients(options: dict[str, Any] | None, checkpointed: bool) -> list[float]
 
 def main(names: list[str], code_version: str | None) -> None:
     if code_version is not None:
-        from approx_compile.passes import graph_pass
+        from approx_compile.passes import joint_graph_pass
 
-        graph_pass.code_version = lambda: hashlib.sha256(code_version.encode()).hexdigest()  # type: ignore[assignment]
+        joint_graph_pass.code_version = lambda: hashlib.sha256(code_version.encode()).hexdigest()  # type: ignore[assignment]
     out: dict[str, Any] = {}
     for name in names:
         for checkpointed in (False, True):

@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 
 from approx_compile import Backend
 from approx_compile.backend import run_as_is
-from approx_compile.passes.planned import Plan
-from approx_compile.passes.splice import CHOICE
+from approx_compile.passes.planning.plan import Plan
+from approx_compile.passes.rewrite.graph_edit import CHOICE
 
 
 class Choices(dict[str, Tensor]):

@@ -8,15 +8,16 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
 import pytest
 import torch
 
-from approx_compile import notices, precision
-from approx_compile.passes import row_cost
+from approx_compile.backend import diagnostics
+from approx_compile.machine import float32_precision
+from approx_compile.rows import row_cost
 
 
 @pytest.fixture(autouse=True)
 def fresh():
     """Every test starts with no compiled code, no notice given, and the same seed."""
     torch._dynamo.reset()
-    notices.forget()
+    diagnostics.forget()
     torch.manual_seed(0)
     yield
 
@@ -31,9 +32,9 @@ def small_work_counts(monkeypatch):
 def precisions():
     """torch's settings of float32 may be changed, and are put back. (torch's own test helpers, which other tests import, forbid to set some.)"""
     with getattr(torch.backends, "__allow_nonbracketed_mutation")():
-        before = precision.settings()
+        before = float32_precision.settings()
         yield
-        precision.take_over(before)
+        float32_precision.take_over(before)
 
 
 @pytest.fixture(scope="module")

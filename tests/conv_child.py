@@ -16,8 +16,8 @@ from common import relative
 from torch import Tensor
 
 from approx_compile.kernels import skip_conv as reference
-from approx_compile.kernels.triton import conv
-from approx_compile.kernels.triton.tuning import Config, Device
+from approx_compile.kernels.triton import conv_launch
+from approx_compile.kernels.triton.autotune import Config, Device
 
 SMALL = Config(32, 32, 16, 4, 3)
 
@@ -56,7 +56,7 @@ def errors(
             result = reference.fastest(refused, like)(*args)
         else:
             result = like(*args)
-            assert getattr(conv, function.__name__)(result, *args, config=SMALL, **how), "refused"
+            assert getattr(conv_launch, function.__name__)(result, *args, config=SMALL, **how), "refused"
         return relative(result, function(a.double(), b.double(), *args[2:]))
 
     return {
@@ -69,6 +69,6 @@ def errors(
 if __name__ == "__main__":
     torch.backends.cudnn.conv.fp32_precision = "tf32"
     torch.use_deterministic_algorithms(True)  # no configuration is timed, and what `torch.empty` returns is NaN
-    conv.device_of = lambda _: Device("interpreter", 80, 4, 163 * 1024)
+    conv_launch.device_of = lambda _: Device("interpreter", 80, 4, 163 * 1024)
     for name, case in json.load(sys.stdin).items():
         print(json.dumps({name: errors(**case)}), flush=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from approx_compile.kernels.cuda.build import FOLDER, Program
+from approx_compile.kernels.cuda.nvrtc import FOLDER, Program
 
 COMPILER = shutil.which("g++")
 HERE = Path(__file__).parent / "cuda_cpu"

@@ -13,10 +13,11 @@ from common import mlp
 from torch import Tensor, nn
 
 import approx_compile
-from approx_compile import Backend, control
+from approx_compile import Backend
 from approx_compile.backend import run_as_is
-from approx_compile.control import WATCH, RowControl, controls
-from approx_compile.tables import LADDER, AdaptiveTable
+from approx_compile.config.schema import LADDER, AdaptiveTable
+from approx_compile.rows import controller
+from approx_compile.rows.controller import WATCH, RowControl, controls
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_work_counts")
 ADAPTIVE: dict[str, Any] = {"policy": "adaptive", "adaptive": {"tau": 0.1}}
@@ -162,8 +163,8 @@ def test_the_random_state_is_untouched_while_all_rows_run() -> None:
 
 
 def test_history_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control, "HISTORY", 4)
+    monkeypatch.setattr(controller, "HISTORY", 4)
     c = RowControl(AdaptiveTable(), "cut")
     for i in range(20):
         steps(c, heavy(1000, 0.05 if i % 2 else 1.0), 30 * WATCH)
-    assert len(c.changes) <= max(4, control.HISTORY) or c.changes.maxlen is not None
+    assert len(c.changes) <= max(4, controller.HISTORY) or c.changes.maxlen is not None

@@ -13,8 +13,9 @@ import torch.utils.checkpoint
 from common import Plans, compiled, grads, mlp
 from torch import Tensor, nn
 
-from approx_compile import ApproxWarning, Backend, _torch, backward, beforehand, row_compiler
+from approx_compile import ApproxWarning, Backend, _torch
 from approx_compile.backend import run_as_is
+from approx_compile.rows import early_decline, row_backward, row_compiler
 
 ALWAYS: dict[str, Any] = {"policy": "always", "ratio": 0.5}
 
@@ -366,7 +367,7 @@ def test_the_batch_is_that_of_the_outputs(model: type[nn.Module], inputs: Any, i
         assert k == 24
         return torch.arange(start[0], 48, 2), torch.full((24,), 2.0)
 
-    monkeypatch.setattr(backward, "choose", halves)
+    monkeypatch.setattr(row_backward, "choose", halves)
     made, given, plans = model(), inputs(), Plans()
     f = torch.compile(made, backend=Backend({"policy": "always", "grad": {"axis": "rows", "ratio": 0.5}}, inner_compile=inner, on_plan=plans))
     found = []
@@ -423,7 +424,7 @@ def test_what_is_declined_at_once_would_be_declined(name: str, monkeypatch: pyte
     monkeypatch.setattr(_torch, "ask_for_symbol", lambda *a: (asked.append(a), ask(*a)))
     for at_once in (True, False):
         if not at_once:
-            monkeypatch.setattr(beforehand, "why_not", lambda *a: None)
+            monkeypatch.setattr(early_decline, "why_not", lambda *a: None)
         torch._dynamo.reset()
         plans = Plans()
         torch.compile(make(), backend=Backend(None, inner_compile=run_as_is, on_plan=plans))(x).sum().backward()

@@ -13,9 +13,9 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from approx_compile import ApproxConfig, ConfigError, machine
-from approx_compile.bench import Timing, loss_of, race
-from approx_compile.cli import app, read_options
-from approx_compile.factory import FactoryError, load
+from approx_compile.tools.cli import app, read_options
+from approx_compile.tools.compare import Timing, loss_of, race
+from approx_compile.tools.model_loader import FactoryError, load
 
 FACTORIES = """
 import torch

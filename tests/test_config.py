@@ -15,7 +15,7 @@ from common import mlp, plans_of
 from torch import nn
 
 from approx_compile import ApproxConfig, Backend, ConfigError, explain
-from approx_compile.patterns import Pattern
+from approx_compile.config.selectors import Pattern
 
 WRONG = {
     "key": ({"ration": 0.5}, "unknown key 'ration'", "'ratio'"),

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from approx_compile.kernels.cuda import launch
 from approx_compile.kernels.cuda.launch import TILES, How, Window
-from approx_compile.kernels.replacements import Geometry, Replacement
-from approx_compile.kernels.replacements import max_conv_weight as reference
+from approx_compile.kernels.gradient_replacements import Geometry, Replacement
+from approx_compile.kernels.gradient_replacements import max_conv_weight as reference
 
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="the kernels' sources are built for the CPU by g++, which is not installed"),

@@ -16,15 +16,15 @@ from typing import Any
 import pytest
 import torch
 
-from approx_compile.kernels.cuda import build, launch
-from approx_compile.kernels.cuda.build import FOLDER, Program
+from approx_compile.kernels.cuda import launch, nvrtc
 from approx_compile.kernels.cuda.launch import TILES, How, Window, matmul_program, max_conv_program
+from approx_compile.kernels.cuda.nvrtc import FOLDER, Program
 from approx_compile.kernels.max_conv import max_conv_weight
 
 ARCHS = (80, 90)
 PARAMETERS_AT = {80: 352, 90: 528}
 """Bytes of the constant bank before a kernel's parameters."""
-needs_nvrtc = pytest.mark.skipif(build.missing() is not None, reason=f"no CUDA C++ compiler: {build.missing()}")
+needs_nvrtc = pytest.mark.skipif(nvrtc.missing() is not None, reason=f"no CUDA C++ compiler: {nvrtc.missing()}")
 
 
 def max_conv_variants() -> list[Program]:
@@ -69,7 +69,7 @@ def name_of(program: Program) -> str:
 @pytest.mark.parametrize("programs", [max_conv_variants(), matmul_variants()], ids=["max_conv", "skip_matmul"])
 def test_machine_code(programs: list[Program], arch: int, tmp_path: Path) -> None:
     for program in programs:
-        kernels, opcodes = usage(build.cubin(program, arch, tmp_path), tmp_path)
+        kernels, opcodes = usage(nvrtc.cubin(program, arch, tmp_path), tmp_path)
         assert all(stack == 0 for _, stack, _ in kernels.values()) and not opcodes & {"STL", "LDL"}, (name_of(program), kernels)
         macros = dict(program.macros)
         if "TILE_M" in macros:
@@ -104,7 +104,7 @@ def test_arguments_fill_the_parameters(arch: int, tmp_path: Path) -> None:
         types = [ctypes.c_void_p if isinstance(a, int) else type(a) for a in arguments]
         fields = {"_fields_": [(f"p{i}", t) for i, t in enumerate(types)]}
         last = getattr(type("Parameters", (ctypes.Structure,), fields), f"p{len(types) - 1}")
-        kernels, _ = usage(build.cubin(program, arch, tmp_path), tmp_path)
+        kernels, _ = usage(nvrtc.cubin(program, arch, tmp_path), tmp_path)
         assert kernels[kernel][2] - PARAMETERS_AT[arch] == last.offset + last.size
         from cuda.core._kernel_arg_handler import ParamHolder  # what `launch` makes of them; asks for no driver
 
@@ -137,38 +137,38 @@ def entries(folder: Path) -> list[Path]:
 
 @needs_nvrtc
 def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = build.cubin(SMALL, 80, tmp_path)
+    code = nvrtc.cubin(SMALL, 80, tmp_path)
     (kept,) = entries(tmp_path)
     written = kept.stat().st_ino, kept.stat().st_mtime_ns
-    assert code[:4] == b"\x7fELF" and build.cubin(SMALL, 80, tmp_path) == code
+    assert code[:4] == b"\x7fELF" and nvrtc.cubin(SMALL, 80, tmp_path) == code
     assert (kept.stat().st_ino, kept.stat().st_mtime_ns) == written  # found, not compiled: an entry is written to a new file
 
     kept.write_bytes(kept.read_bytes()[:-100])
-    assert build.cubin(SMALL, 80, tmp_path) == code and len(kept.read_bytes()) > len(code)  # damaged: compiled again, and whole again
+    assert nvrtc.cubin(SMALL, 80, tmp_path) == code and len(kept.read_bytes()) > len(code)  # damaged: compiled again, and whole again
     kept.write_bytes(b"")
-    assert build.cubin(SMALL, 80, tmp_path) == code
+    assert nvrtc.cubin(SMALL, 80, tmp_path) == code
 
-    build.cubin(SMALL, 90, tmp_path)
+    nvrtc.cubin(SMALL, 90, tmp_path)
     assert len(entries(tmp_path)) == 2
     changed = shutil.copytree(FOLDER, tmp_path / "sources")
     with (changed / "device.cuh").open("a") as f:
         f.write("// changed\n")
-    monkeypatch.setattr(build, "FOLDER", changed)
-    build.cubin(SMALL, 80, tmp_path)
+    monkeypatch.setattr(nvrtc, "FOLDER", changed)
+    nvrtc.cubin(SMALL, 80, tmp_path)
     assert len(entries(tmp_path)) == 3
 
 
 @needs_nvrtc
 def test_without_a_folder_to_write(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert build.cubin(SMALL, 80, tmp_path / "file")[:4] == b"\x7fELF"
+    assert nvrtc.cubin(SMALL, 80, tmp_path / "file")[:4] == b"\x7fELF"
 
 
 CHILD = """
 import hashlib, pathlib, sys
 sys.path.insert(0, sys.argv[1])
 import build  # the module alone, without torch
-print(hashlib.sha256(build.cubin(build.Program("max_conv.cu", MACROS), 80, pathlib.Path(sys.argv[2]))).hexdigest())
+print(hashlib.sha256(nvrtc.cubin(nvrtc.Program("max_conv.cu", MACROS), 80, pathlib.Path(sys.argv[2]))).hexdigest())
 """
 
 
@@ -179,13 +179,13 @@ def test_two_processes_at_once(tmp_path: Path) -> None:
         for _ in range(2)
     ]
     said = [c.communicate()[0].strip() for c in children]
-    assert said == [hashlib.sha256(build.cubin(SMALL, 80, tmp_path)).hexdigest()] * 2 and len(entries(tmp_path)) == 1
+    assert said == [hashlib.sha256(nvrtc.cubin(SMALL, 80, tmp_path)).hexdigest()] * 2 and len(entries(tmp_path)) == 1
 
 
 @needs_nvrtc
 def test_a_source_that_does_not_compile_says_why(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="J"):
-        build.cubin(Program("max_conv.cu", (("ELEMENT", 0),)), 80, tmp_path)
+        nvrtc.cubin(Program("max_conv.cu", (("ELEMENT", 0),)), 80, tmp_path)
 
 
 # Without a compiler, and without a GPU
@@ -196,7 +196,7 @@ sys.modules["cuda.core"] = None
 sys.modules["triton"] = None
 import torch
 import approx_compile
-from approx_compile.kernels.cuda import build, launch
+from approx_compile.kernels.cuda import launch, nvrtc
 from approx_compile.kernels.max_conv import max_conv_weight
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")

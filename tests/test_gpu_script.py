@@ -44,9 +44,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_what_is_compared_is_what_a_kernel_takes(device: tuple[Any, ...], gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the reference would be compared with itself."""
     pytest.importorskip("triton", reason="the extra `triton` is not installed")
-    from approx_compile.kernels.triton import matmul, tuning
+    from approx_compile.kernels.triton import autotune, matmul
 
-    monkeypatch.setattr(tuning, "device_of", lambda x: tuning.Device(*device))
+    monkeypatch.setattr(autotune, "device_of", lambda x: autotune.Device(*device))
     served: list[bool] = []
 
     def skip_matmul(a: torch.Tensor, b: torch.Tensor, idx: torch.Tensor, scale: Any, unit: int, bias: Any = None) -> torch.Tensor:

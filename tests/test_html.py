@@ -19,9 +19,9 @@ from common import mlp
 from torch import Tensor, nn
 
 from approx_compile import Report, explain
-from approx_compile.figures import COLORS, Roof, roofline, site_graph
-from approx_compile.html import difference
-from approx_compile.report_data import SiteReport
+from approx_compile.tools.report.html import difference
+from approx_compile.tools.report.plots import COLORS, Roof, roofline, site_graph
+from approx_compile.tools.report.report_data import SiteReport
 
 ALWAYS: dict[str, Any] = {"policy": "always", "ratio": 0.5, "group": 1}
 EVIL = "<img src=x onerror=alert(1)>&amp;"

@@ -15,9 +15,10 @@ from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomSchedulerPass
 from torch._inductor.utils import fresh_cache
 
-from approx_compile import Backend, _torch, known_faults
-from approx_compile.known_faults import FAULTS, PASS, guarded
-from approx_compile.once import ApproxWarning
+from approx_compile import Backend, _torch
+from approx_compile._torch import known_faults
+from approx_compile._torch.known_faults import FAULTS, PASS, guarded
+from approx_compile.utils import ApproxWarning
 
 HAS = {f.name: f.in_version(torch.__version__) for f in FAULTS}
 faulty = pytest.mark.skipif(not HAS["lost_order"], reason="this torch does not have the fault")

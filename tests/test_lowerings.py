@@ -15,10 +15,11 @@ from common import compiled, grads, mlp, plans_of, relative
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from approx_compile import Backend, explain, gauges, machine, stopwatch
-from approx_compile.kernels import available, skip
-from approx_compile.passes.graph_pass import cache_key
-from approx_compile.passes.sites import Context
+from approx_compile import Backend, explain, machine
+from approx_compile.kernels import availability, skip_matmul
+from approx_compile.machine import microbenchmarks, site_timings
+from approx_compile.passes.joint_graph_pass import cache_key
+from approx_compile.passes.sites.find_sites import Context
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ops of our kernels are offered on this device as well."""
-    monkeypatch.setattr(available, "missing", lambda lowering, device: None)
+    monkeypatch.setattr(availability, "missing", lambda lowering, device: None)
 
 
 def images() -> tuple[nn.Module, Tensor]:
@@ -150,7 +151,7 @@ def test_mixed_precision_runs_sixteen_wide_groups_in_cuda() -> None:
 def test_every_device_is_asked_for_its_own_capability(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: {0: (9, 0), 1: (7, 5)}[getattr(device, "index", None) or 0])
     pytest.importorskip("triton", reason="the extra `triton` is not installed")
-    missing = available.missing.__wrapped__
+    missing = availability.missing.__wrapped__
     assert missing("triton", torch.device("cuda", 0)) is None and "has 7.5" in missing("triton", torch.device("cuda", 1))
     monkeypatch.setattr(torch.version, "hip", "6.4")  # where capabilities look alike
     assert "NVIDIA" in missing("triton", torch.device("cuda", 0)) and "NVIDIA" in missing("cuda", torch.device("cuda", 0))
@@ -250,7 +251,7 @@ def test_a_bias_that_is_not_one_for_every_output() -> None:
     assert site.products[0].lowering == "triton"
     for bias in (torch.randn(1), torch.randn(32).double()):
         with pytest.raises(ValueError, match=r"expected \(32,\) torch.float32, one for every column"):
-            skip.skip_matmul(torch.randn(8, 64), torch.randn(64, 32), torch.arange(1), None, 32, bias)
+            skip_matmul.skip_matmul(torch.randn(8, 64), torch.randn(64, 32), torch.arange(1), None, 32, bias)
 
 
 @pytest.mark.usefixtures("everywhere")
@@ -288,7 +289,7 @@ def test_a_measured_time_is_that_of_the_lowering_it_decides_for(fastest: str, mo
         asked.extend([o["lowering"] for o in q.options] for q in questions)
         return [[100.0, *(50.0 if o["lowering"] == fastest else 60.0 for o in q.options)] for q in questions]
 
-    monkeypatch.setattr(stopwatch, "answers", answers)
+    monkeypatch.setattr(site_timings, "answers", answers)
     model, x = nn.Sequential(nn.Linear(8, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 8)), torch.randn(1024, 8)
     with machine.use(profile.model_copy(update={"tables": profile.tables | tables})):
         site = plans_of(model, {"policy": "measure"}, x)[1]
@@ -298,7 +299,7 @@ def test_a_measured_time_is_that_of_the_lowering_it_decides_for(fastest: str, mo
 
 @pytest.mark.usefixtures("everywhere")
 def test_kernels_are_measured_where_they_run() -> None:
-    grid = gauges.Grid(
+    grid = microbenchmarks.Grid(
         linear={"M": (1, 8), "K": (16, 64), "N": (1, 8)},
         bmm={"M": (4,), "K": (4,), "N": (4,)},
         conv={"places": (1, 256), "C": (64,), "O": (1, 8), "taps": (9,)},
@@ -307,31 +308,33 @@ def test_kernels_are_measured_where_they_run() -> None:
         allocated=(2**14,),
         select={"units": (16,), "lead": (1,)},
     )
-    clock = gauges.Clock("cpu", 1e-4)
-    found = [step() for _, step in gauges._own_steps("triton", "cpu", torch.float32, grid, clock)]
-    found += [step() for _, step in gauges._own_steps("cuda", "cpu", torch.bfloat16, grid, clock)]
+    clock = microbenchmarks.Clock("cpu", 1e-4)
+    found = [step() for _, step in microbenchmarks._own_steps("triton", "cpu", torch.float32, grid, clock)]
+    found += [step() for _, step in microbenchmarks._own_steps("cuda", "cpu", torch.bfloat16, grid, clock)]
     tables = {name: machine.Table(unit=unit, axes=axes, values=values) for name, unit, axes, values in found}
-    kinds = [f"triton.{k}.{p}.float32" for k in ("linear", "conv") for p in gauges.PRODUCTS] + [f"cuda.linear.{p}.bfloat16" for p in gauges.PRODUCTS]
+    kinds = [f"triton.{k}.{p}.float32" for k in ("linear", "conv") for p in microbenchmarks.PRODUCTS] + [
+        f"cuda.linear.{p}.bfloat16" for p in microbenchmarks.PRODUCTS
+    ]
     assert sorted(tables) == sorted(kinds) and tables["triton.linear.output.float32"].axes["K"] == (64,)
 
 
 def test_fp32_is_measured_where_it_has_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """A table named after a kernel that holds the reference's rates would be believed once TF32 is allowed."""
-    clock = gauges.Clock("cpu", 1e-4)
+    clock = microbenchmarks.Clock("cpu", 1e-4)
     for conv, matmul, steps in ((True, False, 3), (False, True, 3), (True, True, 6), (False, False, 0)):
-        monkeypatch.setattr(available, "tf32", lambda conv, of={True: conv, False: matmul}: of[conv])
-        assert len(list(gauges._own_steps("triton", "cuda", torch.float32, gauges.GPU, clock))) == steps
-        assert len(list(gauges._own_steps("triton", "cuda", torch.bfloat16, gauges.GPU, clock))) == 6
+        monkeypatch.setattr(availability, "tf32", lambda conv, of={True: conv, False: matmul}: of[conv])
+        assert len(list(microbenchmarks._own_steps("triton", "cuda", torch.float32, microbenchmarks.GPU, clock))) == steps
+        assert len(list(microbenchmarks._own_steps("triton", "cuda", torch.bfloat16, microbenchmarks.GPU, clock))) == 6
 
 
 def test_what_decisions_about_lowerings_read_is_in_the_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packages, and whether their compiler is there."""
     config = Backend({"policy": "always"}).config
     keys = [cache_key(config, Context(), ())]
-    monkeypatch.setattr(available, "_installed", available._installed.__wrapped__)
+    monkeypatch.setattr(availability, "_installed", availability._installed.__wrapped__)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for why in (None, "no NVRTC"):
-        monkeypatch.setattr(available, "missing", lambda lowering, device, why=why: why)
+        monkeypatch.setattr(availability, "missing", lambda lowering, device, why=why: why)
         keys.append(cache_key(config, Context(), ()))
     monkeypatch.setattr(importlib.metadata, "version", lambda package: "0")
     keys.append(cache_key(config, Context(), ()))
@@ -380,7 +383,7 @@ def test_max_says_why_it_is_not_run_by_the_lowering_asked_for(monkeypatch: pytes
     assert reasons("cuda")[0].endswith("by inductor: cuda needs a CUDA device, the site is on cpu")
     assert "by inductor: triton has no kernel for max" in reasons("triton")[0]
     assert "by inductor: cuda has no kernel for max but that of convolutions" in reasons("cuda")[1]
-    monkeypatch.setattr(available, "missing", lambda lowering, device: None)
+    monkeypatch.setattr(availability, "missing", lambda lowering, device: None)
     assert reasons("cuda")[0].endswith(", by cuda")
     assert reasons("cuda", j=9)[0].endswith("by inductor: the kernel for max keeps 1 to 8 entries")
 

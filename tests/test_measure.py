@@ -15,10 +15,12 @@ import torch
 from common import mlp, plans_of
 from torch import Tensor, nn
 
-from approx_compile import alone, machine, precision, stopwatch
+from approx_compile import machine
+from approx_compile.backend import site_benchmark
 from approx_compile.config import ApproxConfig
-from approx_compile.passes.graph_pass import cache_key
-from approx_compile.passes.sites import Context
+from approx_compile.machine import float32_precision, site_timings
+from approx_compile.passes.joint_graph_pass import cache_key
+from approx_compile.passes.sites.find_sites import Context
 
 MEASURE: dict[str, Any] = {"policy": "measure", "ratio": 0.5, "rules": [{"layers": "site"}]}
 
@@ -41,7 +43,7 @@ class Mixed(nn.Module):
 @pytest.fixture
 def times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return stopwatch.path_of(machine.current())
+    return site_timings.path_of(machine.current())
 
 
 def decisions(sites: list[Any]) -> dict[str, tuple[str, str]]:
@@ -55,7 +57,7 @@ def test_measured_once_then_remembered(times: Path, monkeypatch: pytest.MonkeyPa
     ((question, us),) = stored["us"].items()  # the two in the middle are alike; raw data feeds the first, and the last layer is exact
     assert len(us) == 3 and min(us) > 0  # exact, single entries, runs
     assert ["measured" in s.reason for s in sites] == [False, True, True, False]
-    monkeypatch.setattr(stopwatch, "_measured", lambda questions, profile: pytest.fail("asked again"))
+    monkeypatch.setattr(site_timings, "_measured", lambda questions, profile: pytest.fail("asked again"))
     assert decisions(plans_of(model, MEASURE, x)) == decisions(sites)
 
     for us, decision, says in (
@@ -77,7 +79,7 @@ def test_what_is_timed_is_what_is_planned(times: Path, monkeypatch: pytest.Monke
         asked.extend(questions)
         return [[100.0, 50.0, 60.0] for _ in questions]
 
-    monkeypatch.setattr(stopwatch, "_measured", note)
+    monkeypatch.setattr(site_timings, "_measured", note)
     for options in ({}, {"sampling": "backward"}, {"sampling": "blackbox", "method": "crs"}, {"grad_weight": {"method": "bernoulli", "ratio": 0.25}}):
         asked.clear()
         times.unlink(missing_ok=True)
@@ -85,7 +87,7 @@ def test_what_is_timed_is_what_is_planned(times: Path, monkeypatch: pytest.Monke
         assert len(asked) == (2 if options.get("sampling") == "backward" else 3)  # the gradients of the bmm have axes of 16
         for q in asked:
             torch._dynamo.reset()  # or sizes that differ from the last become symbols
-            model = alone.Alone(q.product)
+            model = site_benchmark.Alone(q.product)
             (site,) = plans_of(model, q.options[0], *model.given())
             op = {"mm": "addmm", "convolution": "conv2d", "bmm": "bmm"}[q.product.op]
             (products,) = [p for (kind, name), p in wanted.items() if name == op]
@@ -100,9 +102,9 @@ def test_sites_are_timed_on_the_pages_that_they_will_have(
     built: list[ApproxConfig] = []
 
     def child(questions: Any, profile: Any) -> list[list[float]]:
-        told = {"threads": torch.get_num_threads(), "precision": precision.settings(), "questions": [dataclasses.asdict(q) for q in questions]}
+        told = {"threads": torch.get_num_threads(), "precision": float32_precision.settings(), "questions": [dataclasses.asdict(q) for q in questions]}
         monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(told)))
-        alone.main()
+        site_benchmark.main()
         found: list[list[float]] = json.loads(capsys.readouterr().out.splitlines()[-1])
         return found
 
@@ -110,8 +112,8 @@ def test_sites_are_timed_on_the_pages_that_they_will_have(
         built.extend(b.config for b in backends)
         return [100.0, *(50.0 for _ in backends[1:])]
 
-    monkeypatch.setattr(stopwatch, "_measured", child)
-    monkeypatch.setattr(alone, "times_us", timed)
+    monkeypatch.setattr(site_timings, "_measured", child)
+    monkeypatch.setattr(site_benchmark, "times_us", timed)
     x = torch.randn(512, 64)
     for _ in range(2):
         plans_of(Mixed(), MEASURE | {"huge_pages": huge}, x)
@@ -152,7 +154,7 @@ import atexit, sys
 @atexit.register
 def note():
     with open(__file__ + ".txt", "w") as f:
-        f.write(repr(sys.modules["approx_compile.precision"].settings()))
+        f.write(repr(sys.modules["approx_compile.machine.float32_precision"].settings()))
 """
 
 
@@ -162,25 +164,25 @@ def test_the_child_multiplies_as_precisely(precisions: None, tmp_path: Path, mon
     (tmp_path / "sitecustomize.py").write_text(NOTE)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     act()
-    assert stopwatch._measured([], machine.current()) == []
-    assert (tmp_path / "sitecustomize.py.txt").read_text() == repr(precision.settings())
+    assert site_timings._measured([], machine.current()) == []
+    assert (tmp_path / "sitecustomize.py.txt").read_text() == repr(float32_precision.settings())
 
 
 def test_another_precision_is_another_file(precisions: None, times: Path) -> None:
     profile = machine.current()
-    assert precision.label("cpu") == precision.label("cuda") == ""
+    assert float32_precision.label("cpu") == float32_precision.label("cuda") == ""
     torch.set_float32_matmul_precision("highest")
-    assert stopwatch.path_of(profile) == times
-    first = stopwatch.name(profile)
+    assert site_timings.path_of(profile) == times
+    first = site_timings.name(profile)
     older_one()
-    assert (precision.label("cpu"), precision.label("cuda")) == ("-matmul-bf16", "-matmul-tf32")
-    assert stopwatch.path_of(profile) != times and stopwatch.name(profile) != first
+    assert (float32_precision.label("cpu"), float32_precision.label("cuda")) == ("-matmul-bf16", "-matmul-tf32")
+    assert site_timings.path_of(profile) != times and site_timings.name(profile) != first
     torch.set_float32_matmul_precision("highest")
     convolutions_in_ieee()
-    assert (precision.label("cpu"), precision.label("cuda")) == ("", "-conv-ieee")
+    assert (float32_precision.label("cpu"), float32_precision.label("cuda")) == ("", "-conv-ieee")
 
 
 def test_a_child_that_fails_says_so(times: Path) -> None:
-    product = stopwatch.Product("mm", (((4, 8), (8, 1)), ((9, 4), (4, 1))), "float32", "cpu")
+    product = site_timings.Product("mm", (((4, 8), (8, 1)), ((9, 4), (4, 1))), "float32", "cpu")
     with pytest.raises(RuntimeError, match="policy 'measure': the process that times sites failed"):
-        stopwatch.answers([stopwatch.Question(product, ())], machine.current())
+        site_timings.answers([site_timings.Question(product, ())], machine.current())

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch._inductor.custom_graph_pass import CustomSchedulerPass
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
-from approx_compile import ApproxConfig, Backend, pages
+from approx_compile import ApproxConfig, Backend
+from approx_compile.machine import huge_pages
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-needs_pages = pytest.mark.skipif(not pages.offered(), reason="this system has no huge pages for programs that ask")
-LINE = "from approx_compile.pages import empty_strided_cpu"
+needs_pages = pytest.mark.skipif(not huge_pages.offered(), reason="this system has no huge pages for programs that ask")
+LINE = "from approx_compile.machine.huge_pages import empty_strided_cpu"
 LARGE, SMALL = 1100, 64
 EXACT = {"policy": "always", "method": "exact"}
 
@@ -79,7 +80,7 @@ def test_no_value_changes(settings: dict[str, Any]) -> None:
     ("size", "stride", "dtype"), [((2048, 2048), (2048, 1), torch.float32), ((3, 1000, 1001), (1, 3003, 3), torch.float64), ((2**23,), (1,), torch.int8)]
 )
 def test_a_large_buffer_is_advised(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> None:
-    new = pages.empty_strided_cpu(size, stride, dtype)
+    new = huge_pages.empty_strided_cpu(size, stride, dtype)
     assert new.shape == size and new.stride() == stride and new.dtype == dtype and new.device.type == "cpu"
     assert "hg" in flags_at(new.data_ptr() + new.nbytes // 2)
     new.zero_()
@@ -88,11 +89,11 @@ def test_a_large_buffer_is_advised(size: tuple[int, ...], stride: tuple[int, ...
 @needs_pages
 def test_a_small_buffer_is_not_and_an_empty_one_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     advised: list[tuple[int, ...]] = []
-    monkeypatch.setattr(pages, "_madvise", lambda: lambda *args: advised.append(args))
-    assert pages.empty_strided_cpu((2047, 1024), (1024, 1), torch.float32).shape == (2047, 1024)
-    assert pages.empty_strided_cpu((0, 2**30), (2**30, 1), torch.float32).numel() == 0
+    monkeypatch.setattr(huge_pages, "_madvise", lambda: lambda *args: advised.append(args))
+    assert huge_pages.empty_strided_cpu((2047, 1024), (1024, 1), torch.float32).shape == (2047, 1024)
+    assert huge_pages.empty_strided_cpu((0, 2**30), (2**30, 1), torch.float32).numel() == 0
     assert not advised
-    new = pages.empty_strided_cpu((2048, 1024), (1024, 1), torch.float32)
+    new = huge_pages.empty_strided_cpu((2048, 1024), (1024, 1), torch.float32)
     ((first, length, advice),) = advised
     assert first % mmap.PAGESIZE == length % mmap.PAGESIZE == 0 and advice == mmap.MADV_HUGEPAGE
     assert new.data_ptr() <= first < first + length <= new.data_ptr() + new.nbytes and length > new.nbytes - 2 * mmap.PAGESIZE
@@ -100,20 +101,20 @@ def test_a_small_buffer_is_not_and_an_empty_one_is_none(monkeypatch: pytest.Monk
 
 def test_systems_without_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     setting = tmp_path / "enabled"
-    monkeypatch.setattr(pages, "_SETTING", setting)
+    monkeypatch.setattr(huge_pages, "_SETTING", setting)
     for text, asks in (("always [madvise] never", True), ("[always] madvise never", False), ("always madvise [never]", False), (None, False)):
         setting.unlink(missing_ok=True)
         if text is not None:
             setting.write_text(text)
-        pages.offered.cache_clear()
+        huge_pages.offered.cache_clear()
         monkeypatch.setattr(sys, "platform", "linux")
-        assert pages.offered() is asks
-        assert pages.setting() == (text and text.split("[")[1].split("]")[0])
-        assert bool(pages.patches(ApproxConfig(), {})) is asks
+        assert huge_pages.offered() is asks
+        assert huge_pages.setting() == (text and text.split("[")[1].split("]")[0])
+        assert bool(huge_pages.patches(ApproxConfig(), {})) is asks
         monkeypatch.setattr(sys, "platform", "darwin")
-        pages.offered.cache_clear()
-        assert not pages.offered()
-    pages.offered.cache_clear()
+        huge_pages.offered.cache_clear()
+        assert not huge_pages.offered()
+    huge_pages.offered.cache_clear()
 
 
 class Theirs(CustomSchedulerPass):
@@ -127,8 +128,8 @@ class Theirs(CustomSchedulerPass):
 @needs_pages
 def test_a_pass_of_the_users_stays() -> None:
     theirs = Theirs()
-    assert pages.patches(ApproxConfig(), {"_pre_fusion_custom_pass": theirs}) == {}
+    assert huge_pages.patches(ApproxConfig(), {"_pre_fusion_custom_pass": theirs}) == {}
     with torch._inductor.config.patch(_pre_fusion_custom_pass=theirs):
-        assert pages.patches(ApproxConfig(), {}) == {}
-    assert isinstance(pages.patches(ApproxConfig(), {})["_pre_fusion_custom_pass"], pages.HugePages)
-    assert pages.patches(ApproxConfig(huge_pages=False), {}) == {}
+        assert huge_pages.patches(ApproxConfig(), {}) == {}
+    assert isinstance(huge_pages.patches(ApproxConfig(), {})["_pre_fusion_custom_pass"], huge_pages.HugePages)
+    assert huge_pages.patches(ApproxConfig(huge_pages=False), {}) == {}

@@ -16,11 +16,12 @@ from test_adaptive import ADAPTIVE
 from test_rows import ZOO, Block
 from torch import Tensor, fx, nn
 
-from approx_compile import Backend, _torch, row_compiler
+from approx_compile import Backend, _torch
 from approx_compile.backend import run_as_is
-from approx_compile.backward import RowBackward, Whole
-from approx_compile.control import WATCH, controls
-from approx_compile.passes.pinned import pinned
+from approx_compile.rows import row_compiler
+from approx_compile.rows.controller import WATCH, controls
+from approx_compile.rows.row_backward import RowBackward, Whole
+from approx_compile.rows.specialize import pinned
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_work_counts")
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from approx_compile import ApproxConfig, ApproxWarning, Backend, ConfigError, TunedPlan, annotate
 from approx_compile.backend import run_as_is
-from approx_compile.plans import Tuned, TunedSite
+from approx_compile.config.plan_file import Tuned, TunedSite
 
 EXACT = tuple(TunedSite(name=name, op="addmm", shape="8x64x64", dtype="float32") for name in ("2", "4"))
 SITES = (TunedSite(name="0", op="addmm", shape="8x64x64", dtype="float32", ratio=0.5, saved=0.125, error=0.1), *EXACT)

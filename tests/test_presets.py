@@ -10,9 +10,10 @@ import torch
 from common import Plans
 from torch import nn
 
-from approx_compile import ApproxConfig, Backend, presets
+from approx_compile import ApproxConfig, Backend
 from approx_compile.backend import run_as_is
-from approx_compile.schedule import Schedule
+from approx_compile.backend.runtime.schedule import Schedule
+from approx_compile.config import presets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,9 +12,9 @@ from torch import nn
 import approx_compile
 from approx_compile import ApproxConfig, Backend, controls
 from approx_compile.backend import run_as_is
-from approx_compile.control import OutputControl
-from approx_compile.probe import Outputs
-from approx_compile.tables import OUTPUT_LADDER, AdaptiveTable
+from approx_compile.backend.runtime.output_probe import Outputs
+from approx_compile.config.schema import OUTPUT_LADDER, AdaptiveTable
+from approx_compile.rows.controller import OutputControl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,9 +14,9 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from approx_compile import Backend, explain, machine
-from approx_compile.kernels import available
-from approx_compile.passes import cost
-from approx_compile.passes.producers import Producers
+from approx_compile.kernels import availability
+from approx_compile.passes.cost import estimates
+from approx_compile.passes.planning.producer_narrowing import Producers
 
 ALWAYS: dict[str, Any] = {"policy": "always", "method": "topk_weights", "ratio": 0.5, "group": 1, "min_k": 4}
 
@@ -78,7 +78,7 @@ SHRUNK: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any]
 @pytest.fixture(autouse=True)
 def shrink_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """The models here are too small for it to pay."""
-    monkeypatch.setattr(cost, "pays", lambda *anything: True)
+    monkeypatch.setattr(estimates, "pays", lambda *anything: True)
 
 
 def shrinks(sites: list[Any]) -> dict[str, tuple[str, ...]]:
@@ -155,7 +155,7 @@ def test_whoever_reads_the_activation_forbids_it(name: str) -> None:
 
 
 def test_kernels_of_ours_read_whole_operands(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(available, "missing", lambda lowering, device: None)
+    monkeypatch.setattr(availability, "missing", lambda lowering, device: None)
     for layer in ("0", "2"):
         torch._dynamo.reset()
         rules = [{"layers": layer, "lowering": "triton", "group": 32}]
@@ -175,7 +175,7 @@ def with_kernels(by: float) -> Any:
 def test_kernels_of_ours_or_narrow_producers_whichever_is_faster(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Left to `auto`, both sites are a kernel's where it gains more than making half of the channels does; a lowering that is named stays."""
     monkeypatch.undo()  # by the model's own margins
-    monkeypatch.setattr(available, "missing", lambda lowering, device: None)
+    monkeypatch.setattr(availability, "missing", lambda lowering, device: None)
     options = ALWAYS | {"policy": policy, "group": 32, "rules": [{"layers": "linear"}]}
     model, x = mlp(64, 512, 512, 512, 16), torch.randn(512, 64)
 
@@ -192,7 +192,7 @@ def test_kernels_of_ours_or_narrow_producers_whichever_is_faster(policy: str, mo
 
 def test_sites_that_share_a_choice_change_their_code_together(whole: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gate has another reader, so `up` alone is narrowed; both keep the same entries of x, which Inductor gathers once."""
-    monkeypatch.setattr(available, "missing", lambda lowering, device: None)
+    monkeypatch.setattr(availability, "missing", lambda lowering, device: None)
 
     class Wide(nn.Module):
         def __init__(self) -> None:

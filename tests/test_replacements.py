@@ -17,8 +17,8 @@ from torch import Tensor, fx, nn
 
 from approx_compile import Backend, explain
 from approx_compile.backend import run_as_is
-from approx_compile.kernels.replacements import _EXACT, Replacement, _divided, _entries
-from approx_compile.passes.replacements import small_tile
+from approx_compile.kernels.gradient_replacements import _EXACT, Replacement, _divided, _entries
+from approx_compile.passes.rewrite.replace_gradient import small_tile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 aten = torch.ops.aten

@@ -11,12 +11,12 @@ import torch
 from common import Plans, grads, mlp
 from torch import Tensor, nn
 
-from approx_compile import Backend, beforehand, machine
+from approx_compile import Backend, machine
 from approx_compile.backend import run_as_is
-from approx_compile.machine import Machine
-from approx_compile.passes import row_cost
-from approx_compile.passes.row_cost import Moved, Prediction, RowWork, Timed, predict
-from approx_compile.settings import RowSettings
+from approx_compile.config.resolve import RowSettings
+from approx_compile.machine import Machine, profile
+from approx_compile.rows import early_decline, row_cost
+from approx_compile.rows.row_cost import Moved, Prediction, RowWork, Timed, predict
 
 HALF = [RowSettings("bernoulli", 0.5, 2, False)]
 ADAPTIVE = [RowSettings("bernoulli", None, 2, False)]
@@ -40,7 +40,7 @@ def layers(batch: int, width: int, count: int) -> RowWork:
 
 def seen(monkeypatch: pytest.MonkeyPatch, model: nn.Module, options: dict[str, Any], *inputs: Tensor, **kwargs: Any) -> list[RowWork]:
     """What a model's joint graph and the split of its backward graph say that rows would have to do."""
-    monkeypatch.setattr(beforehand, "why_not", lambda *args: None)  # Dynamo's graph tells enough of a small model
+    monkeypatch.setattr(early_decline, "why_not", lambda *args: None)  # Dynamo's graph tells enough of a small model
     found: list[RowWork] = []
     monkeypatch.setattr(row_cost, "why_not", lambda work, *rest: found.append(work))
     torch.compile(model, backend=Backend(options, inner_compile=run_as_is, **kwargs))(*inputs).sum().backward()
@@ -156,7 +156,7 @@ def test_convolutions_and_attention_have_rates(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_split_that_has_more_to_gather_is_declined(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second look, at what the partitioner has really saved."""
-    monkeypatch.setattr(beforehand, "why_not", lambda *args: None)
+    monkeypatch.setattr(early_decline, "why_not", lambda *args: None)
     model, x, answers = mlp(20, 32, 4), torch.randn(24, 20), iter([None, "too much to gather"])
     monkeypatch.setattr(row_cost, "why_not", lambda *args: next(answers))
     plans = Plans()
@@ -176,9 +176,9 @@ def test_nothing_is_measured_for_this(monkeypatch: pytest.MonkeyPatch, tmp_path:
         raise AssertionError("measured")
 
     monkeypatch.delenv(machine.FILE)
-    monkeypatch.setattr(machine, "_measured", measured)
-    monkeypatch.setattr(machine, "_known", {})
-    monkeypatch.setattr(machine.platformdirs, "user_cache_path", lambda name: tmp_path)
+    monkeypatch.setattr(profile, "_measured", measured)
+    monkeypatch.setattr(profile, "_known", {})
+    monkeypatch.setattr(profile.platformdirs, "user_cache_path", lambda name: tmp_path)
     assert machine.stored() is None and machine.stored("xpu") is None
     kept = machine.load(__file__.replace("test_row_cost.py", "machine.json"))
     kept = kept.model_copy(update={"name": machine.device_name("cpu"), "threads": torch.get_num_threads(), "torch_version": torch.__version__})

@@ -10,8 +10,8 @@ import sympy
 import torch
 from torch import Tensor
 
-from approx_compile.control import Draws
-from approx_compile.kernels.rows import Rows, choose, copied, gathered, inclusion, needed, overlap, row_norms_sq, scattered, strided, systematic
+from approx_compile.rows.controller import Draws
+from approx_compile.rows.row_sampling import Rows, choose, copied, gathered, inclusion, needed, overlap, row_norms_sq, scattered, strided, systematic
 
 NORMS = {
     "even": torch.ones(40),

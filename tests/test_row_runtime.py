@@ -19,9 +19,10 @@ from torch._dynamo import compiled_autograd
 from torch.utils.checkpoint import checkpoint
 
 import approx_compile
-from approx_compile import Backend, _torch, backward, row_compiler
+from approx_compile import Backend, _torch
 from approx_compile.backend import run_as_is
-from approx_compile.kernels import rows as rows_kernels
+from approx_compile.rows import row_backward, row_compiler
+from approx_compile.rows import row_sampling as rows_kernels
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_work_counts")
 
@@ -88,7 +89,7 @@ def test_torchs_defaults_change_nothing(name: str, dtype: torch.dtype | None, de
     model, x = Scaled(norm), torch.randn(64, 8)
     count = 60 if name == "adaptive" else 1
     kept = []
-    plain = backward.RowBackward.run
+    plain = row_backward.RowBackward.run
     around = functools.partial(default, dtype, device)
 
     def run(self: Any, values: Any, symbols: Any, counts: Any, *more: Any) -> Any:
@@ -97,7 +98,7 @@ def test_torchs_defaults_change_nothing(name: str, dtype: torch.dtype | None, de
             return plain(self, values, symbols, counts, *more)
 
     want = steps(model, options, run_as_is, contextlib.nullcontext, x, count)
-    monkeypatch.setattr(backward.RowBackward, "run", run)
+    monkeypatch.setattr(row_backward.RowBackward, "run", run)
     got = steps(model, options, run_as_is, around, x, count)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     assert kept == [] if "axis" not in options.get("grad", {}) and name != "adaptive" else min(kept) <= 32
@@ -111,7 +112,7 @@ def test_weights_of_one_are_made_where_compiled_code_reads_them(device: str | No
 
     @contextlib.contextmanager
     def around() -> Iterator[None]:
-        with default(torch.float16, device), backward.all_rows():
+        with default(torch.float16, device), row_backward.all_rows():
             yield
 
     got = steps(model, options, run_as_is, around, x, 1)
@@ -173,7 +174,7 @@ def test_expanded_and_overlapping_inputs(name: str, inner: Any, wants: bool, mon
     for all_of_them in (False, True):
         out = f(x, scale)
         tangent = torch.randn_like(out)
-        with backward.all_rows() if all_of_them else contextlib.nullcontext():
+        with row_backward.all_rows() if all_of_them else contextlib.nullcontext():
             out.backward(tangent)
         got = grads(model, *([scale] if wants else []))
         mask = torch.ones(24) if all_of_them else chosen.mask(24)
@@ -204,7 +205,7 @@ class Copies:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        for module in (backward, row_compiler):
+        for module in (row_backward, row_compiler):
             monkeypatch.setattr(module, "copied", self)
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from common import Plans, grads, mlp, plans_of
 from torch import Tensor, nn
 
-from approx_compile import Backend, backward
+from approx_compile import Backend
 from approx_compile.backend import run_as_is
+from approx_compile.rows import row_backward
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_work_counts")
 
@@ -86,7 +87,7 @@ def test_lengths_change_and_caches_are_met(name: str, monkeypatch: pytest.Monkey
         assert k == 16
         return torch.arange(start[0], 32, 2), torch.full((16,), 2.0)
 
-    monkeypatch.setattr(backward, "choose", halves)
+    monkeypatch.setattr(row_backward, "choose", halves)
     for options in (ADAPTIVE, EVEN):
         for _ in range(2):
             torch._dynamo.reset()

@@ -14,8 +14,9 @@ from common import Buckets, Plans, grads, mlp, relative
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from approx_compile import Backend, backend, backward
+from approx_compile import Backend
 from approx_compile.backend import run_as_is
+from approx_compile.rows import row_backward
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HALF: dict[str, Any] = {"policy": "always", "grad": {"axis": "rows", "ratio": 0.5}}
@@ -136,8 +137,8 @@ class Chosen:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.found: list[tuple[Tensor, Tensor | None]] = []
-        self.plain = backward.choose
-        monkeypatch.setattr(backward, "choose", self)
+        self.plain = row_backward.choose
+        monkeypatch.setattr(row_backward, "choose", self)
 
     def __call__(self, method: str, norms_sq: Tensor, k: int, random: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
         idx, weight = self.plain(method, norms_sq, k, random)
@@ -582,14 +583,14 @@ def test_calls_of_a_stage_count_on_what_was_assumed_of_the_size() -> None:
     """A convolution's code may assume a batch of at least 16: fewer rows are then rounded up."""
     model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 5)), torch.randn(64, 3, 8, 8)
     counts = []
-    plain = backward.RowBackward.run
+    plain = row_backward.RowBackward.run
 
     def run(self: Any, values: Any, symbols: Any, kept: Any, *more: Any) -> Any:
         counts.append((list(kept), [g.subs(symbols | {self.found.batch: kept[0]}) for g in self.guards]))
         return plain(self, values, symbols, kept, *more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backward.RowBackward, "run", run)
+        patch.setattr(row_backward.RowBackward, "run", run)
         f, _ = rows_of(model, {"policy": "always", "grad": {"axis": "rows", "ratio": 0.05}})
         f(x).sum().backward()
     ((kept, guards),) = counts
@@ -610,7 +611,7 @@ def test_backends_differ_by_their_rows() -> None:
     seen = set()
     for method, ratio in itertools.product(["bernoulli", "topk"], [0.5, 0.25]):
         seen.add(Backend({"grad": {"axis": "rows", "method": method, "ratio": ratio}}))
-    assert len(seen) == 4 and backend.Backend({"policy": "adaptive"}) not in seen
+    assert len(seen) == 4 and Backend({"policy": "adaptive"}) not in seen
 
 
 class Body(nn.Module):

@@ -13,9 +13,10 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import approx_compile
-from approx_compile import ApproxConfig, ApproxWarning, Backend, ConfigError, schedule, set_phase, set_step
+from approx_compile import ApproxConfig, ApproxWarning, Backend, ConfigError, set_phase, set_step
 from approx_compile.backend import run_as_is
-from approx_compile.schedule import MOST, Schedule
+from approx_compile.backend.runtime import schedule
+from approx_compile.backend.runtime.schedule import MOST, Schedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,14 +12,14 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from approx_compile import ApproxConfig, ConfigError, explain, machine
-from approx_compile.candidates import Candidates
-from approx_compile.kernels import available
+from approx_compile.kernels import availability
 from approx_compile.kernels.estimators import estimator
-from approx_compile.kernels.products import Axis, norms_sq, sample
-from approx_compile.measure import Measurements
-from approx_compile.passes import cost
-from approx_compile.trials import Trials
-from approx_compile.tune import _shared as shared_ways
+from approx_compile.kernels.gather import Axis, norms_sq, sample
+from approx_compile.passes.cost import estimates
+from approx_compile.tools.tuning.measurements import Measurements
+from approx_compile.tools.tuning.search_space import Candidates
+from approx_compile.tools.tuning.trial import Trials
+from approx_compile.tools.tuning.tune import _shared as shared_ways
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -116,7 +116,7 @@ def test_both_convolutions_of_a_block(memory_format: torch.memory_format) -> Non
 @pytest.mark.parametrize("residual", [False, True])
 def test_kernels_of_ours_share_the_choice_alone(method: str, residual: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The choice is that of Inductor's lowering, and so is every gradient; nothing is put back that is written in one pass."""
-    monkeypatch.setattr(available, "missing", lambda lowering, device: None)
+    monkeypatch.setattr(availability, "missing", lambda lowering, device: None)
     model, x = Attention(128, residual), torch.randn(4, 8, 128, requires_grad=True)
     found = []
     for lowering in ("inductor", "triton"):
@@ -135,7 +135,7 @@ def test_kernels_of_ours_share_the_choice_alone(method: str, residual: bool, mon
 
 
 def test_convolutions_share_by_kernels_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(available, "missing", lambda lowering, device: None)
+    monkeypatch.setattr(availability, "missing", lambda lowering, device: None)
     model, x = Down().to(memory_format=torch.channels_last), torch.randn(4, 64, 8, 8).to(memory_format=torch.channels_last)
     found = []
     for lowering in ("inductor", "triton"):
@@ -150,7 +150,7 @@ def test_convolutions_share_by_kernels_of_ours(monkeypatch: pytest.MonkeyPatch) 
 
 def test_only_one_code_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     """`k` has no kernel; left alone, time may choose a way that all have."""
-    monkeypatch.setattr(available, "missing", lambda lowering, device: None)
+    monkeypatch.setattr(availability, "missing", lambda lowering, device: None)
 
     class Ragged(Attention):
         def __init__(self) -> None:
@@ -269,14 +269,14 @@ def scaled(table: machine.Table, by: float) -> machine.Table:
 
 def test_costs_of_a_shared_choice() -> None:
     """Counted by hand: what another site does, norms of the activation, selection, its gather, the un-gather of the summed gradient, is left out."""
-    own, shared = ({t.what: t for t in cost.terms(cost.Case("linear", "output", "sampled", shares=s))} for s in (False, True))
+    own, shared = ({t.what: t for t in estimates.terms(estimates.Case("linear", "output", "sampled", shares=s))} for s in (False, True))
     assert set(own) - set(shared) == {"selection", "take A", "new memory, A"}
-    assert sympy.expand(own["norms"].bytes - shared["norms"].bytes) == cost.e * cost.B * cost.I * cost.K
-    own, shared = ({t.what: t for t in cost.terms(cost.Case("linear", "grad_input", "coupled", shares=s))} for s in (False, True))
+    assert sympy.expand(own["norms"].bytes - shared["norms"].bytes) == estimates.e * estimates.B * estimates.I * estimates.K
+    own, shared = ({t.what: t for t in estimates.terms(estimates.Case("linear", "grad_input", "coupled", shares=s))} for s in (False, True))
     assert set(own) - set(shared) == {"untake", "launches", "new memory, result"} and own["product"] == shared["product"]
-    own, shared = ({t.what: t for t in cost.terms(cost.Case("linear", "output", "sampled", shares=s, lowering="triton"))} for s in (False, True))
+    own, shared = ({t.what: t for t in estimates.terms(estimates.Case("linear", "output", "sampled", shares=s, lowering="triton"))} for s in (False, True))
     assert set(own) - set(shared) == {"selection"} and own["product"] == shared["product"]  # nothing is gathered in the first place
-    assert sympy.expand(own["norms"].bytes - shared["norms"].bytes) == cost.e * cost.B * cost.I * cost.K
+    assert sympy.expand(own["norms"].bytes - shared["norms"].bytes) == estimates.e * estimates.B * estimates.I * estimates.K
 
 
 def test_the_key_is_checked_and_said() -> None:

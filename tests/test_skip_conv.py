@@ -10,8 +10,8 @@ from common import relative
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from approx_compile.kernels.skip import check_index
 from approx_compile.kernels.skip_conv import skip_conv, skip_conv_input, skip_conv_weight
+from approx_compile.kernels.skip_matmul import check_index
 
 IDX = torch.tensor([0, 2])
 GEOMETRY = {

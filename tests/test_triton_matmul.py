@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from triton_matmul_cases import CASES, NORMS, SCORES, largest
 
-from approx_compile.kernels import skip
+from approx_compile.kernels import skip_matmul
 
 pytest.importorskip("triton", reason="Triton is not installed (extra `triton`)")
 
 from gpu_code import Code, instead_of_running
 
-from approx_compile.kernels.triton import choose, matmul, tuning
-from approx_compile.kernels.triton.tuning import Config, Device
+from approx_compile.kernels.triton import autotune, matmul, topk
+from approx_compile.kernels.triton.autotune import Config, Device
 
 CHILD = Path(__file__).with_name("triton_matmul_cases.py")
 
@@ -150,12 +150,12 @@ def test_code_of_single_entries() -> None:
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_code_of_selection_and_norms(arch: int) -> None:
-    with instead_of_running(choose.choose_kernel, arch) as codes:
-        choose.choose(torch.empty(choose.MOST_UNITS), 16)
+    with instead_of_running(topk.choose_kernel, arch) as codes:
+        topk.choose(torch.empty(topk.MOST_UNITS), 16)
     assert not codes[0].spills
-    with instead_of_running(choose.norms_kernel, arch) as codes:
-        choose.norms_sq(torch.empty(256, 128), 0, 1)
-        choose.norms_sq(torch.empty(256, 128), 1, 64)
+    with instead_of_running(topk.norms_kernel, arch) as codes:
+        topk.norms_sq(torch.empty(256, 128), 0, 1)
+        topk.norms_sq(torch.empty(256, 128), 1, 64)
     assert len(codes) == 2 and not any(code.spills for code in codes)
 
 
@@ -165,12 +165,12 @@ H200 = Device("NVIDIA H200", 90, 132, SHARED[90])
 
 
 def test_configurations_fit() -> None:
-    large = tuning.fitting(matmul.configs(2, 64, 90), 8192, 4096, 2, H200)
-    assert len(large) == tuning.TRIED and large[0].block_m * large[0].block_n == 128 * 256
-    small = tuning.fitting(matmul.configs(2, 64, 90), 64, 64, 2, H200)
+    large = autotune.fitting(matmul.configs(2, 64, 90), 8192, 4096, 2, H200)
+    assert len(large) == autotune.TRIED and large[0].block_m * large[0].block_n == 128 * 256
+    small = autotune.fitting(matmul.configs(2, 64, 90), 64, 64, 2, H200)
     assert small == [c for c in matmul.configs(2, 64, 90) if (c.block_m, c.block_n) == (64, 64)]
     less = Device("less shared memory", 86, 46, 101_376)
-    assert len(tuning.fitting(matmul.configs(2, 64, 86), 4096, 4096, 2, less)) == len(matmul.configs(2, 64, 86))
+    assert len(autotune.fitting(matmul.configs(2, 64, 86), 4096, 4096, 2, less)) == len(matmul.configs(2, 64, 86))
     assert all(c.block_k == 32 for c in matmul.configs(2, 32, 90)) and all(c.block_k == 64 for c in matmul.configs(2, 1, 90))
     assert all(c.block_k == 32 for c in matmul.configs(4, 64, 90))
 
@@ -186,29 +186,29 @@ def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Config]:
         seen.append(config)
         return 1 / len(seen)
 
-    monkeypatch.setattr(tuning, "_time_ms", time_ms)
-    monkeypatch.setattr(tuning, "_memory", {})
+    monkeypatch.setattr(autotune, "_time_ms", time_ms)
+    monkeypatch.setattr(autotune, "_memory", {})
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return seen
 
 
 def pick(key: str = "key", device: Device = H200) -> Config:
-    return tuning.pick(matmul.skip_kernel, (key,), lambda: matmul.configs(2, 64, 90), device, lambda c: None)
+    return autotune.pick(matmul.skip_kernel, (key,), lambda: matmul.configs(2, 64, 90), device, lambda c: None)
 
 
 def test_choice_is_timed_once_and_stored(timed: list[Config], tmp_path: Path) -> None:
     every = matmul.configs(2, 64, 90)
     assert pick() == every[-1] and timed == every
     assert pick() == every[-1] and len(timed) == len(every)  # from memory
-    tuning._memory.clear()
+    autotune._memory.clear()
     assert pick() == every[-1] and len(timed) == len(every)  # from disk
     pick("another shape")
     pick(device=Device("NVIDIA H100", 90, 132, SHARED[90]))
     assert len(timed) == 3 * len(every)
     for path in tmp_path.rglob("*.json"):
         path.write_text("{")
-    tuning._memory.clear()
+    autotune._memory.clear()
     pick()
     assert len(timed) == 4 * len(every)
 
@@ -232,7 +232,7 @@ def test_choice_waits_for_the_end_of_a_capture(timed: list[Config], monkeypatch:
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_fp32_is_served_in_every_layout_where_it_may_be_tf32(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "device_of", lambda x: Device("none", arch, 4, SHARED[arch]))
+    monkeypatch.setattr(autotune, "device_of", lambda x: Device("none", arch, 4, SHARED[arch]))
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         for torch.backends.cuda.matmul.fp32_precision in ("tf32", "ieee"):
@@ -274,15 +274,17 @@ def test_ops(unit: int, scaled: bool, transposed: bool) -> None:
     given = scale if scaled else None
     weight = scale.repeat_interleave(unit) if scaled else torch.ones(len(entries))
     bias = torch.randn(8)
-    torch.testing.assert_close(skip.skip_matmul(a, b, idx, given, unit, bias), (a[:, entries] * weight) @ b[entries] + bias)
-    torch.testing.assert_close(skip.skip_matmul(a, b, idx, given, unit), (a[:, entries] * weight) @ b[entries])
+    torch.testing.assert_close(skip_matmul.skip_matmul(a, b, idx, given, unit, bias), (a[:, entries] * weight) @ b[entries] + bias)
+    torch.testing.assert_close(skip_matmul.skip_matmul(a, b, idx, given, unit), (a[:, entries] * weight) @ b[entries])
     inner = (torch.randn(16, 5), torch.randn(5, 16))
     product = inner[0] @ inner[1]
     for dim in (0, 1):
         want = torch.zeros(16, 16).index_copy_(dim, entries, product.index_select(dim, entries) * (weight[:, None] if dim == 0 else weight))
-        torch.testing.assert_close(skip.skip_matmul_into(*inner, idx, given, unit, dim), want)
+        torch.testing.assert_close(skip_matmul.skip_matmul_into(*inner, idx, given, unit, dim), want)
         torch.library.opcheck(torch.ops.approx_compile.skip_matmul_into.default, (*inner, idx, given, unit, dim))
-        torch.testing.assert_close(skip.axis_norms_sq(a, dim, unit), a.square().sum(1 - dim)[: a.shape[dim] // unit * unit].unflatten(0, (-1, unit)).sum(1))
+        torch.testing.assert_close(
+            skip_matmul.axis_norms_sq(a, dim, unit), a.square().sum(1 - dim)[: a.shape[dim] // unit * unit].unflatten(0, (-1, unit)).sum(1)
+        )
         torch.library.opcheck(torch.ops.approx_compile.axis_norms_sq.default, (a, dim, unit))
     for args in ((a, b, idx, given, unit), (a, b, idx, given, unit, bias)):
         torch.library.opcheck(torch.ops.approx_compile.skip_matmul.default, args)
@@ -293,28 +295,28 @@ def test_ops(unit: int, scaled: bool, transposed: bool) -> None:
 def test_choose_of_the_op(name: str) -> None:
     score = SCORES[name]
     for k in {0, 1, len(score) // 2, len(score)}:
-        assert skip.choose(torch.tensor(score), k).tolist() == largest(score, k)
+        assert skip_matmul.choose(torch.tensor(score), k).tolist() == largest(score, k)
 
 
 @pytest.mark.parametrize(("m", "size", "n", "kept"), [(0, 8, 3, 1), (3, 8, 0, 1), (3, 0, 4, 0), (3, 8, 4, 0), (1, 1, 1, 1), (1, 8, 1, 8)])
 def test_ops_on_empty_and_single_axes(m: int, size: int, n: int, kept: int) -> None:
     idx, bias = torch.arange(kept), torch.randn(n)
     a, b = torch.randn(m, size), torch.randn(size, n)
-    torch.testing.assert_close(skip.skip_matmul(a, b, idx, None, 1, bias), a[:, :kept] @ b[:kept] + bias)
+    torch.testing.assert_close(skip_matmul.skip_matmul(a, b, idx, None, 1, bias), a[:, :kept] @ b[:kept] + bias)
     x, z = torch.randn(m, n), torch.randn(n, size)
     want = x @ z
     want[:, kept:] = 0
-    torch.testing.assert_close(skip.skip_matmul_into(x, z, idx, None, 1, 1), want)
-    torch.testing.assert_close(skip.skip_matmul_into(z.T, x.T, idx, None, 1, 0), want.T.contiguous())
-    assert skip.axis_norms_sq(a, 1, 1).shape == (size,)
+    torch.testing.assert_close(skip_matmul.skip_matmul_into(x, z, idx, None, 1, 1), want)
+    torch.testing.assert_close(skip_matmul.skip_matmul_into(z.T, x.T, idx, None, 1, 0), want.T.contiguous())
+    assert skip_matmul.axis_norms_sq(a, 1, 1).shape == (size,)
 
 
 def test_ops_keep_the_dtype_and_sum_wide() -> None:
     a, b = torch.full((2, 4096), 1.0, dtype=torch.bfloat16), torch.full((4096, 2), 1.0, dtype=torch.bfloat16)
-    y = skip.skip_matmul(a, b, torch.arange(32), None, 64)
+    y = skip_matmul.skip_matmul(a, b, torch.arange(32), None, 64)
     assert y.dtype == torch.bfloat16 and (y == 2048).all()
-    assert skip.axis_norms_sq(a, 0, 1).tolist() == [4096, 4096]
-    assert skip.axis_norms_sq(a.double(), 0, 1).dtype == torch.float64
+    assert skip_matmul.axis_norms_sq(a, 0, 1).tolist() == [4096, 4096]
+    assert skip_matmul.axis_norms_sq(a.double(), 0, 1).dtype == torch.float64
 
 
 @pytest.mark.parametrize(
@@ -332,14 +334,14 @@ def test_ops_keep_the_dtype_and_sum_wide() -> None:
 def test_bad_arguments(change: dict[str, Any], message: str) -> None:
     a, b, idx, scale = made()
     with pytest.raises(ValueError, match=message):
-        skip.skip_matmul(**{"a": a, "b": b, "idx": idx, "scale": scale, "unit": 4} | change)
+        skip_matmul.skip_matmul(**{"a": a, "b": b, "idx": idx, "scale": scale, "unit": 4} | change)
 
 
 def test_bad_dims_and_counts() -> None:
     a, b, idx, _ = made()
     with pytest.raises(ValueError, match="dim is 2"):
-        skip.skip_matmul_into(a, b, idx, None, 1, 2)
+        skip_matmul.skip_matmul_into(a, b, idx, None, 1, 2)
     with pytest.raises(ValueError, match="7 of scores"):
-        skip.choose(torch.randn(6), 7)
+        skip_matmul.choose(torch.randn(6), 7)
     with pytest.raises(ValueError, match="group 0"):
-        skip.axis_norms_sq(a, 0, 0)
+        skip_matmul.axis_norms_sq(a, 0, 0)

@@ -21,14 +21,15 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from approx_compile import ApproxConfig, ConfigError, TunedPlan, explain, measure, tune
-from approx_compile.candidates import Candidates
-from approx_compile.knapsack import Option, choose
-from approx_compile.measure import Measurements
-from approx_compile.passes import cost
-from approx_compile.step_time import Measured, StepTime
-from approx_compile.trials import Times, Trials, kept
-from approx_compile.tune import _Choice, _nothing, _result
+from approx_compile import ApproxConfig, ConfigError, TunedPlan, explain, tune
+from approx_compile.passes.cost import estimates
+from approx_compile.tools.tuning import measurements
+from approx_compile.tools.tuning.knapsack import Option, choose
+from approx_compile.tools.tuning.measurements import Measurements
+from approx_compile.tools.tuning.search_space import Candidates
+from approx_compile.tools.tuning.step_time_model import Measured, StepTime
+from approx_compile.tools.tuning.trial import Times, Trials, kept
+from approx_compile.tools.tuning.tune import _Choice, _nothing, _result
 
 tune_module = sys.modules[tune.__module__]
 
@@ -319,7 +320,7 @@ def test_a_plan_from_beginning_to_end(tmp_path: Any) -> None:
 
 def test_reasons_are_those_of_the_plan_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the others do to an exact site is said as the plan chosen has it, whatever the survey, at the lowest ratio, had planned."""
-    monkeypatch.setattr(cost, "pays", lambda *anything: True)
+    monkeypatch.setattr(estimates, "pays", lambda *anything: True)
     candidates = Candidates.of({"method": "topk_weights", "group": 1, "policy": "always", "rules": [{"layers": "0", "method": "exact"}]})
     trials = Trials(mlp(64, 128, 64), (torch.randn(8, 64),), None, torch.sum, candidates.options({}))
     found = Measurements(trials, candidates, 10.0, (0.5, 0.25), 1e9, Progress(disable=True))
@@ -421,7 +422,7 @@ class Counted(Trials):
 def test_the_time_budget_is_kept(budget: float, rows: bool, monkeypatch: pytest.MonkeyPatch, small_work_counts: None) -> None:
     """To one trial, by a clock of its own; and what was not measured is said to be so."""
     monkeypatch.setattr(tune_module, "Trials", Counted)
-    monkeypatch.setattr(measure, "now", lambda: Counted.clock)
+    monkeypatch.setattr(measurements, "now", lambda: Counted.clock)
     monkeypatch.setattr(Counted, "clock", 0.0)
     monkeypatch.setattr(Counted, "compiled_for", [])
     model, x = mlp(32, 64, 64, 10), torch.randn(32, 32)
@@ -442,7 +443,7 @@ def test_the_time_budget_is_kept(budget: float, rows: bool, monkeypatch: pytest.
 
 def test_how_long_it_would_take_is_said_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune_module, "Trials", Counted)
-    monkeypatch.setattr(measure, "now", lambda: Counted.clock)
+    monkeypatch.setattr(measurements, "now", lambda: Counted.clock)
     console = Console(file=io.StringIO(), width=400)
     with Progress(console=console) as shown:
         tune(mlp(32, 64, 64, 10), torch.randn(32, 32), loss=torch.sum, time_budget_s=5.0, config={"group": 1}, ladder=[0.5], rows=False, progress=shown)

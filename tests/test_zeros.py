@@ -13,8 +13,10 @@ from common import compiled, grads, mlp, plans_of, relative
 from torch import Tensor, nn
 
 from approx_compile import machine
-from approx_compile.kernels import available
-from approx_compile.passes import cost, graph_pass, skips
+from approx_compile.kernels import availability
+from approx_compile.passes import joint_graph_pass
+from approx_compile.passes.cost import estimates
+from approx_compile.passes.planning import zero_skipping
 
 ALWAYS: dict[str, Any] = {"policy": "always", "ratio": 0.5, "group": 1}
 
@@ -82,7 +84,7 @@ CASES: dict[str, tuple[Any, tuple[int, ...], set[tuple[str, str, str]]]] = {
 @pytest.fixture
 def skip_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """The models here are too small for skipping to pay."""
-    monkeypatch.setattr(cost, "pays", lambda *anything: True)
+    monkeypatch.setattr(estimates, "pays", lambda *anything: True)
 
 
 def skipped(sites: list[Any]) -> set[tuple[str, str, str]]:
@@ -107,7 +109,7 @@ def test_gradients_are_the_same_with_and_without(name: str, method: str, skip_al
         with_skips, sites = run(model, options, x)
         assert skipped(sites) == want
         with monkeypatch.context() as m:
-            m.setattr(graph_pass, "skip_zeros", lambda sites, plan, machine: plan)
+            m.setattr(joint_graph_pass, "skip_zeros", lambda sites, plan, machine: plan)
             without, sites = run(model, options, x)
         assert not skipped(sites)
         assert max(relative(a, b) for a, b in zip(with_skips, without, strict=True)) < 2e-6
@@ -131,7 +133,7 @@ class Three(nn.Module):
 @pytest.fixture
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ops of our kernels are offered on this device as well."""
-    monkeypatch.setattr(available, "missing", lambda lowering, device: None)
+    monkeypatch.setattr(availability, "missing", lambda lowering, device: None)
 
 
 OWN: dict[str, tuple[dict[str, str], set[tuple[str, str]]]] = {
@@ -149,7 +151,7 @@ def test_kernels_step_over_zeros(name: str, method: str, monkeypatch: pytest.Mon
     """Every way to carry it out gives the gradients that do not skip; of the ways the fastest is taken."""
     rule, ways = OWN[name]
     options = ALWAYS | {"method": method, "group": 32, "lowering": "triton", "rules": [{"layers": "two"} | rule]}
-    model, x, offered = Three(), torch.randn(64, 128), skips._ways
+    model, x, offered = Three(), torch.randn(64, 128), zero_skipping._ways
 
     def one_way(way: tuple[str, str], site: Any, plan: Any, *others: Any) -> tuple[list[tuple[str, str]], str | None]:
         if site.name != "two":
@@ -162,12 +164,12 @@ def test_kernels_step_over_zeros(name: str, method: str, monkeypatch: pytest.Mon
         return plan
 
     with monkeypatch.context() as m:
-        m.setattr(graph_pass, "skip_zeros", off)
+        m.setattr(joint_graph_pass, "skip_zeros", off)
         want, sites = run(model, options, x)
         assert not skipped(sites)
     for way in ways:
         with monkeypatch.context() as m:
-            m.setattr(skips, "_ways", partial(one_way, way))
+            m.setattr(zero_skipping, "_ways", partial(one_way, way))
             torch._dynamo.reset()
             got, sites = run(model, options, x)
         products = sites[1].products[1:]
@@ -188,7 +190,7 @@ def test_convolutions_step_over_input_channels_and_gather_the_others(monkeypatch
         assert ("three dropped by inductor: of a convolution's gradients a kernel leaves out input channels" in two[0].reason) == bool(rule)
         torch._dynamo.reset()
         with monkeypatch.context() as m:
-            m.setattr(graph_pass, "skip_zeros", lambda sites, plan, machine: plan)
+            m.setattr(joint_graph_pass, "skip_zeros", lambda sites, plan, machine: plan)
             want, _ = run(model, options, x)
         assert max(relative(a, b) for a, b in zip(got, want, strict=True)) < 2e-6
 
@@ -217,19 +219,24 @@ def test_costs_of_zeros_by_a_kernel() -> None:
     """By hand: the products alone, one axis cut by the kernel; where the other is gathered, that."""
 
     def found(product: str, decision: str, **more: Any) -> dict[str, Any]:
-        return {t.what: t for t in cost.terms(cost.Case("linear", product, decision, skips=True, **more))}
+        return {t.what: t for t in estimates.terms(estimates.Case("linear", product, decision, skips=True, **more))}
 
     dx, dw = (found(p, "exact", skips_by="triton") for p in ("grad_input", "grad_weight"))
-    assert set(dx) == set(dw) == {"product"} and dx["product"].flops == dw["product"].flops == 2 * cost.B * cost.M * cost.K * cost.skip * cost.T
-    assert (dx["product"].rate, dx["product"].at) == ("triton.linear.output", (cost.M, cost.skip, cost.K))
-    assert (dw["product"].rate, dw["product"].at) == ("triton.linear.grad_weight", (cost.M, cost.skip, cost.K))
+    assert (
+        set(dx) == set(dw) == {"product"}
+        and dx["product"].flops == dw["product"].flops == 2 * estimates.B * estimates.M * estimates.K * estimates.skip * estimates.T
+    )
+    assert (dx["product"].rate, dx["product"].at) == ("triton.linear.output", (estimates.M, estimates.skip, estimates.K))
+    assert (dw["product"].rate, dw["product"].at) == ("triton.linear.grad_weight", (estimates.M, estimates.skip, estimates.K))
     kept = found("grad_input", "coupled", lowering="triton")
     assert set(kept) == {"take dY", "new memory, dY", "take W", "new memory, W", "launches", "product"}
-    assert kept["product"].rate == "triton.linear.grad_input" and kept["product"].at == (cost.M, cost.k, cost.skip)
-    assert kept["take W"].bytes == 2 * cost.e * cost.B * cost.K * cost.T * cost.skip  # of the whole weight
+    assert kept["product"].rate == "triton.linear.grad_input" and kept["product"].at == (estimates.M, estimates.k, estimates.skip)
+    assert kept["take W"].bytes == 2 * estimates.e * estimates.B * estimates.K * estimates.T * estimates.skip  # of the whole weight
     other = found("grad_weight", "coupled", skips_by="triton", alone=True)
     assert set(other) == {"take A", "new memory, A", "launches", "product", "new memory, narrow result", "untake", "new memory, result"}
-    assert other["product"].at == (cost.M, cost.skip, cost.k) and other["take A"].bytes == 2 * cost.e * cost.k * cost.B * cost.I
+    assert (
+        other["product"].at == (estimates.M, estimates.skip, estimates.k) and other["take A"].bytes == 2 * estimates.e * estimates.k * estimates.B * estimates.I
+    )
 
 
 def test_exact_sites_skip_too_and_say_so(skip_all: None) -> None:

@@ -141,7 +141,7 @@ def exact(case: Case, a: Tensor, b: Tensor, entries: Tensor, scale: Tensor | Non
 def error(case: Case) -> float:
     """|Y - Y in fp64| / |Y in fp64| of the finite entries; inf where the others are not the same."""
     from approx_compile.kernels.triton import matmul
-    from approx_compile.kernels.triton.tuning import Config
+    from approx_compile.kernels.triton.autotune import Config
 
     a, b, idx, entries = operands(case)
     scale = None if not case.scale else torch.full((), 1.5).expand(len(idx)) if case.kept == case.units else torch.linspace(0.5, 2, len(idx))
@@ -169,7 +169,7 @@ def largest(score: list[float], k: int) -> list[int]:
 
 def chosen(name: str) -> list[int]:
     """How many of the indices chosen are others, for k of 1, a third and all."""
-    from approx_compile.kernels.triton.choose import choose
+    from approx_compile.kernels.triton.topk import choose
 
     score = SCORES[name]
     found = [(choose(torch.tensor(score), k).tolist(), largest(score, k)) for k in {1, len(score) // 3 or 1, len(score)}]
@@ -177,7 +177,7 @@ def chosen(name: str) -> list[int]:
 
 
 def norm_error(rows: int, columns: int, dim: int, group: int, transposed: bool) -> float:
-    from approx_compile.kernels.triton.choose import norms_sq
+    from approx_compile.kernels.triton.topk import norms_sq
 
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
     units = x.shape[dim] // group

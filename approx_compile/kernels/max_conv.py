@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from approx_compile.kernels.cuda import launch
-from approx_compile.kernels.replacements import Geometry, Replacement
-from approx_compile.kernels.replacements import max_conv_weight as reference
+from approx_compile.kernels.gradient_replacements import Geometry, Replacement
+from approx_compile.kernels.gradient_replacements import max_conv_weight as reference
 
 
 @torch.library.custom_op("approx_compile::max_conv_weight", mutates_args=())

@@ -10,8 +10,8 @@
 `idx` (n,), int64, sorted and distinct, counts units of `unit` contiguous channels, of which C is a multiple; `scale` (n,), fp32, or None.
 What dropped channels hold is never read: a NaN there stays there.
 
-CPU tensors go to the functions `output`, `grad_input`, `grad_weight` below; CUDA tensors to the kernels of the same names in kernels/triton/conv.py where
-those take such shapes, dtypes and strides, else here as well.
+CPU tensors go to the functions `output`, `grad_input`, `grad_weight` below; CUDA tensors to the kernels of the same names in kernels/triton/conv_launch.py
+where those take such shapes, dtypes and strides, else here as well.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from approx_compile.kernels.products import Axis, take, untake
-from approx_compile.kernels.skip import check_index, kernels
+from approx_compile.kernels.gather import Axis, take, untake
+from approx_compile.kernels.skip_matmul import check_index, kernels
 
 _CHANNELS = Axis(1)
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import approx_compile
-from approx_compile import backward
+from approx_compile.rows import row_backward
 
 HALF: dict[str, Any] = {"policy": "always", "grad": {"axis": "rows", "ratio": 0.5}}
 OTHER_SIZES = (BATCH + 4, BATCH, 5)
@@ -98,10 +98,10 @@ class Chosen:
     """In place of `choose`: what it chose, or rows that are given to it."""
 
     def __init__(self) -> None:
-        self.plain = backward.choose
+        self.plain = row_backward.choose
         self.found: list[tuple[Tensor, Tensor | None, int]] = []
         self.given: Tensor | None = None
-        backward.choose = self
+        row_backward.choose = self
 
     def __call__(self, method: str, norms_sq: Tensor, k: int, random: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
         if self.given is None:
@@ -141,7 +141,7 @@ def default(entry: Model) -> dict[str, Any]:
             found |= {"default fp32": error(first, gradients(entry, model, model, data)), "other sizes": (0.0, "")}
         for n in OTHER_SIZES:
             data = batch(entry, n, dtype)
-            with backward.all_rows():
+            with row_backward.all_rows():
                 got = gradients(entry, model, f, data)
             if name == "ours":
                 found["other sizes"] = max(found["other sizes"], error(got, gradients(entry, model, model, data)))
@@ -173,7 +173,7 @@ def sampled(entry: Model, dtype: torch.dtype) -> dict[str, Any]:
             found["lin"] = found["mean"] = "no rows left out"
             found["exact"] = error(got, want)
             return found
-        with backward.all_rows():
+        with row_backward.all_rows():
             found["exact"] = error(gradients(entry, model, f, data), want)
         found["kept"] = f"{len(chosen.found[0][0])} of {chosen.found[0][2]}"
         found["lin"] = attempted(lambda: lin(entry, model, data, got, want, chosen.weights()))
@@ -184,7 +184,7 @@ def sampled(entry: Model, dtype: torch.dtype) -> dict[str, Any]:
             )
         return found
     finally:
-        backward.choose = chosen.plain
+        row_backward.choose = chosen.plain
 
 
 def attempted(check: Callable[[], Any]) -> Any:

@@ -14,10 +14,10 @@ import models
 import torch
 from torch import fx
 
-from approx_compile import Backend, backend, notices, row_compiler
-from approx_compile.backend import run_as_is
-from approx_compile.passes import row_cost, stages
-from approx_compile.passes.planned import Plan
+from approx_compile import Backend
+from approx_compile.backend import approx_backend, diagnostics, run_as_is
+from approx_compile.passes.planning.plan import Plan
+from approx_compile.rows import partition, row_compiler, row_cost
 
 BATCH = 12
 ON = 0.9
@@ -78,11 +78,13 @@ class Watched:
 def watching(once: bool = False) -> Iterator[Watched]:
     """Inside, whatever is compiled tells why it stops rows. `once`: a graph without rows is not traced again without a symbol, which would take a third
     of the time and decide nothing."""
-    watched, plain, symbol, ask = Watched(), stages._assign, backend.batch_symbols, row_compiler.RowCompiler.ask
+    watched, plain, symbol, ask = Watched(), partition._assign, approx_backend.batch_symbols, row_compiler.RowCompiler.ask
 
     def batch_symbols(gm: fx.GraphModule, *more: Any) -> Any:
         found = symbol(gm, *more)
-        sizes = {n.name: str(v.shape[0]) for n in gm.graph.nodes if n.op == "placeholder" and backend._is_data(n) and (v := n.meta["example_value"]).dim()}
+        sizes = {
+            n.name: str(v.shape[0]) for n in gm.graph.nodes if n.op == "placeholder" and approx_backend._is_data(n) and (v := n.meta["example_value"]).dim()
+        }
         watched.symbols = f"batch: {found}, inputs: {', '.join(f'{name} {size}' for name, size in sizes.items())}"
         return found
 
@@ -95,17 +97,17 @@ def watching(once: bool = False) -> Iterator[Watched]:
         try:
             ask(self, *more)
         except row_compiler.Declined:
-            self.default = stages.ALL
+            self.default = partition.ALL
             for n in more[2]:
-                n.meta[row_compiler.LEVEL] = stages.ALL
+                n.meta[row_compiler.LEVEL] = partition.ALL
 
-    stages._assign, backend.batch_symbols = assign, batch_symbols
+    partition._assign, approx_backend.batch_symbols = assign, batch_symbols
     if once:
         row_compiler.RowCompiler.ask = ask_once  # type: ignore[method-assign]
     try:
         yield watched
     finally:
-        stages._assign, backend.batch_symbols = plain, symbol
+        partition._assign, approx_backend.batch_symbols = plain, symbol
         row_compiler.RowCompiler.ask = ask  # type: ignore[method-assign]
 
 
@@ -167,7 +169,7 @@ def compiled(model: Callable[..., Any], config: Any, listener: Any) -> Callable[
 
 def fresh() -> None:
     torch._dynamo.reset()
-    notices.forget()
+    diagnostics.forget()
     torch.manual_seed(0)
 
 

@@ -31,7 +31,7 @@ import checks  # noqa: E402
 import decide  # noqa: E402
 import table  # noqa: E402
 
-from approx_compile.passes.graph_pass import code_version  # noqa: E402
+from approx_compile.passes.joint_graph_pass import code_version  # noqa: E402
 
 KEPT = ROOT / "out" / "conformance"
 

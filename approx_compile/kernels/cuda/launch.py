@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from approx_compile.kernels.cuda import build
-from approx_compile.kernels.cuda.build import Program
-from approx_compile.once import warn_once
+from approx_compile.kernels.cuda import nvrtc
+from approx_compile.kernels.cuda.nvrtc import Program
+from approx_compile.utils import warn_once
 
 Run = Callable[[Program, str, tuple[int, int, int], int, Sequence[Any], torch.device], None]
 """(program, kernel, grid, threads of a block, arguments, device): arguments are addresses as int, all else as ctypes numbers of the kernel's types."""
@@ -33,8 +33,8 @@ address, i32, i64, f32 = Tensor.data_ptr, ctypes.c_int, ctypes.c_longlong, ctype
 
 def unavailable(device: torch.device) -> str | None:
     """Why the kernels can't run on a CUDA device; None if they can."""
-    if build.missing() is not None:
-        return f"CUDA C++ can't be compiled ({build.missing()}): pip install 'approx-compile[cuda]'"
+    if nvrtc.missing() is not None:
+        return f"CUDA C++ can't be compiled ({nvrtc.missing()}): pip install 'approx-compile[cuda]'"
     capability = torch.cuda.get_device_capability(device)
     if capability < LEAST_CAPABILITY:
         return f"the device has compute capability {capability[0]}.{capability[1]}, and the kernels need {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]}"
@@ -71,7 +71,7 @@ def _loaded(program: Program, arch: int) -> Any:
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"{program.file} is first used while a CUDA graph is captured; run the same step once before the capture, to warm up")
     Device(torch.cuda.current_device()).set_current()  # the context that torch uses
-    return ObjectCode.from_cubin(build.cubin(program, arch), name=program.file)
+    return ObjectCode.from_cubin(nvrtc.cubin(program, arch), name=program.file)
 
 
 def on_device(program: Program, kernel: str, grid: tuple[int, int, int], threads: int, arguments: Sequence[Any], device: torch.device) -> None:

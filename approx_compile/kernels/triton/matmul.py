@@ -28,8 +28,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from approx_compile.kernels.triton import tuning
-from approx_compile.kernels.triton.tuning import Config, on_device
+from approx_compile.kernels.triton import autotune
+from approx_compile.kernels.triton.autotune import Config, on_device
 
 
 @triton.jit
@@ -230,7 +230,7 @@ def can_skip_into(a: Tensor, b: Tensor, unit: int, dim: int) -> bool:
 
 def _can(a: Tensor, b: Tensor) -> bool:
     """Lines of the result are written as operands are read."""
-    return tensor_cores(a.dtype) and min(*a.shape, *b.shape) > 0 and b.shape[1] % 16 == 0 and tuning.device_of(a).arch // 10 in HALF
+    return tensor_cores(a.dtype) and min(*a.shape, *b.shape) > 0 and b.shape[1] % 16 == 0 and autotune.device_of(a).arch // 10 in HALF
 
 
 def pack(b: Tensor, idx: Tensor, unit: int, dim: int) -> Tensor:
@@ -279,7 +279,7 @@ def skip(
 
     with on_device(a):
         a, b = (pack(a.T, idx, unit, 0).T, pack(b, idx, unit, 0)) if packed else (a, b)
-        what = ("skip", tuning.bucket(len(idx) * unit), unit, a.dtype, a.stride(1) == 1, b.stride(1) == 1, scale is None, bias is None)
+        what = ("skip", autotune.bucket(len(idx) * unit), unit, a.dtype, a.stride(1) == 1, b.stride(1) == 1, scale is None, bias is None)
         run(config or _config(skip_kernel, a, m, n, unit, what, run))
     return y
 
@@ -306,7 +306,7 @@ def skip_into(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: int
 
     with on_device(a):
         b = pack(b, idx, unit, 1) if packed else b
-        what = ("into", dim, tuning.bucket(n), tuning.bucket(length), unit, a.dtype, a.stride(1) == 1, b.stride(1) == 1, scale is None)
+        what = ("into", dim, autotune.bucket(n), autotune.bucket(length), unit, a.dtype, a.stride(1) == 1, b.stride(1) == 1, scale is None)
         run(config or _config(into_kernel, a, m, len(idx) * unit, 0, what, run))
     return y
 
@@ -316,10 +316,10 @@ def _packed(x: Tensor | None) -> Tensor | None:
 
 
 def _has_tma(x: Tensor, given: bool | None) -> bool:
-    return tuning.device_of(x).arch // 10 == 9 if given is None else given
+    return autotune.device_of(x).arch // 10 == 9 if given is None else given
 
 
 def _config(kernel: Any, a: Tensor, m: int, n: int, unit: int, what: tuple[Any, ...], run: Callable[[Config], None]) -> Config:
     """The configuration for sizes up to the next powers of two."""
-    device, size, m, n = tuning.device_of(a), a.element_size(), tuning.bucket(m), tuning.bucket(n)
-    return tuning.pick(kernel, (*what, m, n), lambda: tuning.fitting(configs(size, unit, device.arch), m, n, size, device), device, run)
+    device, size, m, n = autotune.device_of(a), a.element_size(), autotune.bucket(m), autotune.bucket(n)
+    return autotune.pick(kernel, (*what, m, n), lambda: autotune.fitting(configs(size, unit, device.arch), m, n, size, device), device, run)

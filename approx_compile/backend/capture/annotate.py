@@ -1,0 +1,96 @@
+"""Full layer names for models that are compiled block by block.
+
+`for block in model.layers: block.compile(backend="approx", ...)` shows the backend one block at a time, and equal blocks share one graph. After
+`annotate(model)` each module knows its name in the whole model, so rules by layer work there too; blocks of which the rules say the same
+go on sharing their code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+
+from torch import nn
+
+from approx_compile.config import ApproxConfig
+from approx_compile.config.selectors import Pattern
+
+_NAME = "_approx_compile_name"
+_MODEL = "_approx_compile_model"
+SIGNATURE = _NAME
+
+
+def annotate(model: nn.Module) -> nn.Module:
+    """Write every module's full name, and a weak link to `model`, on the module (plain attributes: no parameter, buffer or state_dict key).
+
+    Call once, before the blocks are compiled. A module that occurs twice keeps its first name. Returns the model.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"annotate: got {type(model).__name__}; the model (a torch.nn.Module) whose blocks are compiled is expected")
+    link = _Link(model)
+    for name, module in model.named_modules():
+        module.__dict__[_NAME] = name
+        module.__dict__[_MODEL] = link
+    return model
+
+
+class _Link:
+    """A weak reference that survives deepcopy and pickle (as an empty one: the copy is not part of this model)."""
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self.ref = weakref.ref(model) if model is not None else None
+
+    def __call__(self) -> nn.Module | None:
+        return self.ref() if self.ref is not None else None
+
+    def __reduce__(self) -> tuple[type[_Link], tuple[()]]:
+        return (_Link, ())
+
+    def __deepcopy__(self, memo: object) -> _Link:
+        return _Link()
+
+
+def full_name(module: nn.Module) -> str | None:
+    """The module's name in the annotated model, or None."""
+    name = module.__dict__.get(_NAME)
+    return name if isinstance(name, str) else None
+
+
+def whole_model(module: nn.Module) -> nn.Module | None:
+    """The annotated model a module belongs to, or None."""
+    link = module.__dict__.get(_MODEL)
+    return link() if isinstance(link, _Link) else None
+
+
+def last_module(root: nn.Module | None) -> str | None:
+    """The last module with a matrix for a parameter, by registration, if `root` is a part of an annotated model."""
+    model = whole_model(root) if root is not None else None
+    if model is None or model is root:
+        return None
+    names = [n for n, m in model.named_modules() if any(p.dim() >= 2 for p in m.parameters(recurse=False))]
+    return names[-1] if names else None
+
+
+def sign(root: nn.Module, config: ApproxConfig) -> str | None:
+    """Write on every module what the name patterns of `config` say of the modules below it; returns the attribute, None if not annotated.
+
+    The backend guards that attribute: equal signatures share compiled code.
+    """
+    model = whole_model(root)
+    if model is None:
+        return None if full_name(root) is None else _NAME
+    patterns = [[p for t in rule.layers if (p := Pattern.parse(t)).is_name] for rule in config.rules]
+    attribute = f"_approx_compile_rules_{config.digest()[:12]}"
+    last = last_module(root)
+    for name, module in model.named_modules():
+        said = []
+        for below, _ in module.named_modules():
+            whole = ".".join(p for p in (name, below) if p)
+            said.append((below, whole == last, [any(p.matches_name(whole) for p in rule) for rule in patterns]))
+        module.__dict__[attribute] = hashlib.sha256(repr(said).encode()).hexdigest()
+    return attribute
+
+
+def annotation_of(attribute: str) -> bool:
+    """Whether a module's attribute is one of ours."""
+    return attribute.startswith("_approx_compile_")

@@ -1,0 +1,269 @@
+"""What the user asks for: one schema for `options`, `ApproxConfig` and plan files, checked on construction.
+
+Rules are merged key by key, later wins; `settings` says what the merged keys ask of a site.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import pydantic
+from pydantic import Field, field_validator, model_validator
+
+from approx_compile import _torch
+from approx_compile.config.plan_file import Tuned, TunedPlan
+from approx_compile.config.resolve import LEAST_ROWS, SiteSettings, finds_output, interpret, own_keys, row_settings, samples_products, with_rule
+from approx_compile.config.schema import AdaptiveTable, ProductTable, Rule, Rules, nearest
+from approx_compile.config.selectors import Pattern, Steps, needs_total
+
+FINAL_EXACT = 0.2
+"""The last share of a run of known length in which no output is sampled: training ends on the network that is evaluated."""
+
+
+_HOW = ("ratio", "sampling", "group", "min_k", "share", "method")
+"""Keys that say how products are sampled."""
+
+
+class ConfigError(_torch.PassesThroughDynamo, ValueError):
+    """A wrong key, value, pattern or combination. Says the key, what it got, what is valid and the nearest match."""
+
+
+class ApproxConfig(Rules):
+    """The backend's settings; the same keys as `options` of `torch.compile(model, backend="approx", options=...)`.
+
+    Keys: `method` (one of `ESTIMATORS` or "exact"), `ratio` in (0, 1], `min_k` (shorter axes are exact), `group` (contiguous indices kept or
+    dropped together), `sampling` (forward | backward | blackbox), `output` / `grad_input` / `grad_weight` / `grad` (a method's name or a
+    table; `grad` with `axis: "rows"`: samples of the batch), `policy` (adaptive | cost | measure | always; without
+    it, adaptive if no other key asks for sampled products, else cost), `share` (whether sites that read the same activation keep the same entries of it; left
+    out: where that saves more than it loses), `adaptive` (see `AdaptiveTable`), `rules` (a list
+    of tables with `layers`, `steps`, `phase`: see `Rule`), `plan` (a plan file, a `TunedPlan` or a table like a plan file: its settings, under the keys given
+    beside it; the attribute then holds its record), `total_steps` (the optimizer steps of the whole run), `final_exact` (the last share of them in which
+    no output is sampled), `lowering` (the code that runs sampled products: auto | inductor | triton | cuda, the last two on GPUs), `huge_pages` (whether
+    large new buffers on CPUs ask for them: `pages`), `inductor` (Inductor's own options, `mode` included). Frozen, hashable, deep-copyable,
+    picklable. Raises `ConfigError`.
+    """
+
+    method: str = "topk"
+    ratio: float = 0.5
+    min_k: int = 16
+    group: int | Literal["auto"] = "auto"
+    sampling: str = "forward"
+    policy: str = "adaptive"
+    adaptive: AdaptiveTable = Field(default_factory=AdaptiveTable)
+    rules: tuple[Rule, ...] = ()
+    plan: Tuned | None = None
+    total_steps: int | None = Field(default=None, strict=True, ge=1)
+    final_exact: float = Field(default=FINAL_EXACT, strict=True, ge=0, lt=1)
+    lowering: str = "auto"
+    huge_pages: bool = True
+    inductor: Mapping[str, Any] = Field(default_factory=dict)
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**_with_plan(data))
+        except pydantic.ValidationError as e:
+            raise ConfigError(_message(e)) from None
+
+    @staticmethod
+    def of(config: ApproxConfig | Mapping[str, Any] | None) -> ApproxConfig:
+        """A config from a config, a mapping with the same keys, or None for the defaults."""
+        if isinstance(config, ApproxConfig):
+            return config
+        if config is None:
+            return ApproxConfig()
+        if not isinstance(config, Mapping):
+            raise ConfigError(f"options: got {config!r}; a dict or an ApproxConfig is expected")
+        return ApproxConfig(**{str(k): v for k, v in config.items()})
+
+    @field_validator("method", "ratio", "min_k", "group", "sampling", "policy", "lowering", mode="before")
+    @classmethod
+    def _not_none(cls, value: Any) -> Any:
+        if value is None:
+            raise ValueError("got None; leave the key out for its default")
+        return value
+
+    @model_validator(mode="after")
+    def _default_policy(self) -> ApproxConfig:
+        """ "adaptive", unless something asks for sampled products: then "cost". What makes something exact, or has no effect by itself, changes no policy, so
+        that asking for more exactness samples no output."""
+        if "policy" not in self.model_fields_set:
+            said = {"ratio", "sampling"} | ({"method"} if self.method != "exact" else set())
+            asked = bool(said & self.model_fields_set) or any(t.samples for t in self.tables.values()) or any(r.samples for r in self.rules)
+            object.__setattr__(self, "policy", "cost" if asked else "adaptive")  # frozen from here on
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> ApproxConfig:
+        """Under "adaptive" the forward pass is exact and the number of rows is found: keys that say otherwise would do nothing."""
+        idle = "has no effect under policy 'adaptive', which keeps the forward pass exact and finds the number of rows itself; "
+        products = "for sampled products set policy 'cost' or 'always' beside it"
+        for where, keys, others in (("", self, self.rules), *((f"rules[{i}]: ", r, self._near(r)) for i, r in enumerate(self.rules))):
+            said = [k for k in _HOW if k in keys.model_fields_set and getattr(keys, k) is not None and (k, getattr(keys, k)) != ("method", "exact")]
+            alone = with_rule(own_keys(self), keys)
+            if said and not any(samples_products(k) for k in (alone, *(with_rule(alone, r) for r in others))):
+                exact = "for exact products method='exact', " if said[0] == "ratio" and keys.ratio == 1 else ""
+                raise ValueError(f"{where}{said[0]} {idle}{exact}{products}, for a fixed share of rows grad={{'axis': 'rows', 'ratio': ...}}")
+            for name, table in keys.tables.items() if alone["policy"] == "adaptive" else ():
+                if (key := table.only_how) is not None:
+                    raise ValueError(f"{where}{name}: {key} {idle}{products}, or a method into {name}")
+        return self
+
+    def _near(self, rule: Rule) -> list[Rule]:
+        """The rules that hold for what this rule holds for, as far as their layers say so."""
+        return [r for r in self.rules if r.layers == rule.layers or ("site",) in (r.layers, rule.layers)]
+
+    @model_validator(mode="after")
+    def _shares_of_a_known_run(self) -> ApproxConfig:
+        for i, rule in enumerate(self.rules):
+            if rule.steps is not None and needs_total(rule.steps):
+                try:
+                    Steps.parse(rule.steps, self.total_steps)
+                except ValueError as e:
+                    raise ValueError(f"rules[{i}].{e}") from None
+        if "final_exact" in self.model_fields_set and self.total_steps is None:
+            raise ValueError("final_exact: a share of the run; set total_steps, the number of optimizer steps it will have")
+        return self
+
+    @field_validator("rules", mode="before")
+    @classmethod
+    def _rules_list(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) or not isinstance(value, (list, tuple)):
+            raise ValueError(f"got {value!r}; a list of rules (dicts with 'layers') is expected")
+        return tuple(value)
+
+    @field_validator("inductor", mode="before")
+    @classmethod
+    def _check_inductor(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"got {value!r}; a dict of Inductor's options is expected")
+        rest = dict(value)
+        mode = rest.pop("mode", None)
+        modes = _torch.inductor_modes()
+        if mode is not None and mode not in modes:
+            raise ValueError(f"mode: got {mode!r}; valid are {', '.join(modes)}.{nearest(str(mode), modes)}")
+        if "joint_custom_pre_pass" in rest:
+            raise ValueError("joint_custom_pre_pass is where this backend works; set torch._inductor.config.joint_custom_pre_pass to run yours before it")
+        known = _torch.inductor_options()
+        for key in rest:
+            if str(key).replace("-", "_") not in known:
+                raise ValueError(f"Inductor has no option {key!r}.{nearest(str(key), sorted(known))} torch._inductor.list_options() has them all")
+        return dict(value)
+
+    def __hash__(self) -> int:
+        return hash(self.digest())
+
+    def digest(self) -> str:
+        """A hash of everything that decides a rewrite (Inductor's own options are in Inductor's own key)."""
+        content = self.model_dump(mode="python", exclude={"inductor", "plan"}) | {"plan": self.plan.fingerprint() if self.plan is not None else None}
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=list).encode()).hexdigest()
+
+    def patterns(self) -> tuple[Pattern, ...]:
+        return tuple(Pattern.parse(t) for t in dict.fromkeys(t for rule in self.rules for t in rule.layers))
+
+    def all_rules(self) -> tuple[Rule, ...]:
+        """The rules, and the final exact phase of a run of known length that samples outputs."""
+        if self.total_steps is None or not self.final_exact or not self._samples_outputs():
+            return self.rules
+        begin = round((1 - self.final_exact) * self.total_steps)
+        return (*self.rules, Rule(steps=f"{begin}:", output=ProductTable(method="exact")))
+
+    def _samples_outputs(self) -> bool:
+        return any(interpret(keys, False).output.method != "exact" for keys in self.each_alone())
+
+    def each_alone(self) -> list[dict[str, Any]]:
+        """The keys at the top, and these with each rule by itself over them."""
+        return [own_keys(self), *(with_rule(own_keys(self), r) for r in self.rules)]
+
+    def at(self, step: int = 0, phase: str | None = None) -> ApproxConfig:
+        """The settings that hold after `step` optimizer steps in a phase: the same, with the rules that hold and without times."""
+        held = [r for r in self.all_rules() if r.when(self.total_steps).holds(step, phase)]
+        whole = [i for i, r in enumerate(held) if r.layers == ("site",) and r.method == "exact" and all(later.only_exact for later in held[i:])]
+        held = held[whole[-1] if whole else 0 :]  # what such a rule overrules makes no other assignment
+        bare = tuple(r.model_copy(update={"steps": None, "phase": None}) for r in held)
+        return self.model_copy(update={"rules": bare, "total_steps": None, "final_exact": FINAL_EXACT})
+
+    def rungs(self) -> tuple[tuple[float, ApproxConfig], ...]:
+        """The ratios of outputs to choose from, from the smallest to 1, and the settings with each; one if there is nothing to choose."""
+        places = [(), *(r.layers for r in self.rules)]
+        if not any(finds_output(keys) and not self._exact_later(i, layers) for i, (keys, layers) in enumerate(zip(self.each_alone(), places, strict=True))):
+            return ((1.0, self),)
+        return tuple((r, self._with_outputs(r)) for r in self.adaptive.outputs)
+
+    def _exact_later(self, place: int, layers: tuple[str, ...]) -> bool:
+        """Whether a rule from `place` on makes the outputs of these layers (empty: all), or of every site, exact."""
+        later = (r for r in self.rules[place:] if r.layers == ("site",) or r.layers == layers)
+        return any(r.method == "exact" or (r.output is not None and r.output.method == "exact") for r in later)
+
+    def _with_outputs(self, ratio: float) -> ApproxConfig:
+        """The same with a ratio at every output that has none."""
+
+        def filled(keys: Any) -> dict[str, Any]:
+            output = keys.output
+            return {} if output is None or output.ratio is not None else {"output": output.model_copy(update={"ratio": ratio})}
+
+        return self.model_copy(update={**filled(self), "rules": tuple(r.model_copy(update=filled(r)) for r in self.rules)})
+
+    def asks_for_rows(self) -> bool:
+        """Whether the top level or a rule may sample rows."""
+        return any(row_settings(keys) is not None for keys in self.each_alone())
+
+    def asks_for_products(self) -> bool:
+        """Whether a product may be sampled along its own axis: by the settings at the top, or by these and one rule (where rules combine, one of them or
+        the top names the method)."""
+        asked = [p for s in (interpret(keys, False) for keys in self.each_alone()) for p in (s.output, s.grad_input, s.grad_weight)]
+        return any(p.method != "exact" and not p.replaces for p in asked)
+
+    def measures(self) -> bool:
+        """Whether any site may be decided by timing it."""
+        return "measure" in [self.policy, *(rule.policy for rule in self.rules)]
+
+    def least_rows(self) -> int:
+        """The smallest `min_k` that row sampling may meet."""
+        return min(r.grad.min_k if r.grad is not None and r.grad.min_k is not None else LEAST_ROWS for r in (self, *self.rules))
+
+    def settings(self, matches: Sequence[bool]) -> SiteSettings:
+        """The settings of a site, given which of `rules` match it."""
+        return interpret(self.merged(matches), any(hit and rule.names for rule, hit in zip(self.rules, matches, strict=True)))
+
+    def merged(self, matches: Sequence[bool]) -> dict[str, Any]:
+        """The keys that hold for a site, given which of `rules` match it."""
+        keys = own_keys(self)
+        for rule, hit in zip(self.rules, matches, strict=True):
+            keys = with_rule(keys, rule) if hit else keys
+        return keys
+
+
+def _with_plan(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys with a plan's under them, and of the plan the record alone."""
+    own = {k: v for k, v in data.items() if k != "plan"}
+    given = data.get("plan")
+    if given is None or isinstance(given, Tuned):
+        return dict(data)
+    try:
+        plan, where = TunedPlan.given(given)
+    except ValueError as e:
+        raise ConfigError(str(e)) from None
+    products = {"policy": "cost"}  # what a plan without a policy means: it says what to sample
+    try:
+        ApproxConfig(**products | dict(plan.options))  # what is wrong with the file is the file's fault, not that of the keys beside it
+    except ConfigError as e:
+        raise ConfigError(f"{where}: {e}") from None
+    return products | plan.overridden(own) | {"plan": plan.tuned}
+
+
+def _message(error: pydantic.ValidationError) -> str:
+    """pydantic's report as one line per problem: `rules[1].ratio: got 3; ...`."""
+    lines = []
+    for item in error.errors(include_url=False, include_context=False):
+        where = ""
+        for part in item["loc"]:
+            where += f"[{part}]" if isinstance(part, int) else f".{part}" if where else str(part)
+        text = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "missing":
+            text = "this key is required"
+        text = text.removeprefix(f"{where.rpartition('.')[2]}: ") if where else text  # patterns and slices name their key themselves
+        lines.append(f"{where}: {text}" if where else text)
+    return "; ".join(dict.fromkeys(lines))

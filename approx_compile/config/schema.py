@@ -1,0 +1,419 @@
+"""The tables of keys that a config is made of, checked on construction: of a product, of gradients, of a rule. What they say together, of one site, is
+`settings`' business.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from approx_compile.config.selectors import Pattern, Steps, When
+
+ESTIMATORS = ("topk", "topk_weights", "crs", "bernoulli", "uniform", "wta")
+METHODS = (*ESTIMATORS, "exact")
+REPLACEMENTS = {"grad_input": ("max",), "grad_weight": ("zero", "random", "max")}
+"""What may stand in the place of a gradient product, where it is not sampled but made up (`kernels.replacements`)."""
+SAMPLINGS = ("forward", "backward", "blackbox")
+POLICIES = ("cost", "always", "adaptive", "measure")
+ROW_METHODS = ("bernoulli", "topk", "uniform", "wta")
+LOWERINGS = ("auto", "inductor", "triton", "cuda")
+PRODUCTS = ("output", "grad_input", "grad_weight")
+
+LADDER = (0.0625, 0.09, 0.125, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0)
+"""Shares of the batch, a factor of about the square root of 2 apart."""
+
+OUTPUT_LADDER = (0.25, 0.35, 0.5, 0.7, 1.0)
+"""Ratios of outputs under "adaptive": few, for each is a compilation."""
+
+# Named in the design and the papers, not in this version: refused by name, so that nobody waits for an effect.
+_NOT_BUILT: dict[str, tuple[str, ...]] = {
+    "method": ("dropout", "adaptive_dropout", "alsh"),
+}
+
+
+def nearest(word: str, valid: Sequence[str]) -> str:
+    match = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
+    return f" Did you mean {match[0]!r}?" if match else ""
+
+
+def choice(key: str, value: Any, valid: Sequence[str], kind: str) -> str:
+    if value in valid and isinstance(value, str):
+        return value
+    if isinstance(value, str) and value in _NOT_BUILT.get(kind, ()):
+        raise ValueError(f"{value!r} is not built yet; this version has {', '.join(valid)}")
+    hint = nearest(value, valid) if isinstance(value, str) else ""
+    raise ValueError(f"got {value!r}; valid are {', '.join(valid)}.{hint}")
+
+
+class _Keys(BaseModel):
+    """The keys that a product's table, a rule and the whole config share. None means: not set here."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    methods: ClassVar[tuple[str, ...]] = METHODS
+
+    method: str | None = None
+    ratio: float | None = None
+    min_k: int | None = None
+    group: int | Literal["auto"] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            raise ValueError(f"got {data!r}; a table (dict) is expected")
+        valid = tuple(cls.model_fields)
+        for key in data:
+            if key in valid:
+                continue
+            if key in ("axis", "batch_norm"):
+                raise ValueError(f"key {key!r} belongs under grad: one set of rows serves all gradients; valid keys here are {', '.join(valid)}")
+            if key in ("layers", "steps", "phase"):
+                raise ValueError(f"key {key!r} belongs in a rule: rules=[{{{key!r}: ...}}]; valid keys here are {', '.join(valid)}")
+            if key in _REPLACEMENT_KEYS:
+                raise ValueError(
+                    f"key {key!r} belongs in the table of a gradient that method {_REPLACEMENT_KEYS[key]!r} replaces; valid keys here are {', '.join(valid)}"
+                )
+            raise ValueError(f"unknown key {key!r}; valid keys here are {', '.join(valid)}.{nearest(str(key), valid)}")
+        return dict(data)
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _check_method(cls, value: Any) -> Any:
+        found = [product for product, methods in REPLACEMENTS.items() if isinstance(value, str) and value in methods]
+        if found and value not in cls.methods:
+            raise ValueError(f"{value!r} replaces a gradient and can be the method of {' and '.join(found)} only; valid here are {', '.join(cls.methods)}")
+        return value if value is None else choice("method", value, cls.methods, "method")
+
+    @field_validator("ratio", mode="before")
+    @classmethod
+    def _check_ratio(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+            raise ValueError(f"got {value!r}; a number in (0, 1] is expected, the share of the axis that is kept")
+        return float(value)
+
+    @field_validator("min_k", mode="before")
+    @classmethod
+    def _check_min_k(cls, value: Any) -> Any:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"got {value!r}; an integer of at least 1 is expected")
+        return value
+
+    @field_validator("group", mode="before")
+    @classmethod
+    def _check_group(cls, value: Any) -> Any:
+        if value in (None, "auto"):
+            return value
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"got {value!r}; 'auto' or an integer of at least 1 is expected")
+        return value
+
+
+_REPLACEMENT_KEYS = {"j": "max", "tile": "max", "scale": "max", "std": "random"}
+_SAMPLING_KEYS = ("ratio", "min_k", "group")
+
+
+class ProductTable(_Keys):
+    """Settings of one product: `{"method": ..., "ratio": ..., "min_k": ..., "group": ...}`, each optional."""
+
+    @property
+    def samples(self) -> bool:
+        """Whether it asks for the product to be sampled: by a method or a ratio. `min_k` and `group` only say how, if it is."""
+        return self.ratio != 1 and (self.method in ESTIMATORS or (self.method is None and self.ratio is not None))
+
+    @property
+    def replaces(self) -> bool:
+        return any(self.method in methods for methods in REPLACEMENTS.values())
+
+    @property
+    def only_how(self) -> str | None:
+        """The key that says how to sample, where none says that the product is to be sampled."""
+        if self.method is not None or self.ratio is not None:
+            return None
+        return next((k for k in ("min_k", "group") if getattr(self, k) is not None), None)
+
+
+class InputTable(ProductTable):
+    """Settings of `grad_input`. Method "max": through the `j` (1) entries of largest magnitude of every row of the output gradient, times `scale` (1)."""
+
+    methods = (*METHODS, *REPLACEMENTS["grad_input"])
+
+    j: int | None = None
+    scale: float | None = None
+
+    @field_validator("j", mode="before")
+    @classmethod
+    def _check_j(cls, value: Any) -> Any:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"got {value!r}; an integer of at least 1 is expected, the entries of the output gradient that count")
+        return value
+
+    @field_validator("tile", mode="before", check_fields=False)
+    @classmethod
+    def _check_tile(cls, value: Any) -> Any:
+        if value in (None, "auto") or (isinstance(value, float) and 0 < value < 1) or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+            return value
+        raise ValueError(
+            f"got {value!r}; 'auto', an integer of at least 1 or a share in (0, 1) is expected: the side of the tiles that have an entry each, in places or "
+            "as a share of the image's longest side"
+        )
+
+    @field_validator("scale", "std", mode="before", check_fields=False)
+    @classmethod
+    def _check_positive(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"got {value!r}; a finite number above 0 is expected")
+        return float(value)
+
+    @model_validator(mode="after")
+    def _keys_of_the_method(self) -> Self:
+        given = [k for k in type(self).model_fields if getattr(self, k) is not None]
+        for key in given:
+            owner = _REPLACEMENT_KEYS.get(key, self.method)
+            if owner != self.method:
+                raise ValueError(f"{key} belongs to method {owner!r}, which this table does not set (method: {self.method!r}); set it here, or drop {key}")
+            if key in _SAMPLING_KEYS and self.method not in (None, *METHODS):
+                raise ValueError(f"{key} has no effect with method {self.method!r}, which keeps no share of an axis; drop it")
+        return self
+
+
+class WeightTable(InputTable):
+    """Settings of `grad_weight`. Method "zero": zeros; "random": normal numbers with mean 0 and standard deviation `std` (1 / batch); "max": for a
+    convolution, of every sample's output channel only the `j` (1) entries of largest magnitude, which carry the channel's whole sum, for a linear
+    layer those of every row, times `scale` (1); with `tile`, of a convolution's output channels every tile of so many places by side has its own
+    largest entry, which carries the tile's sum ("auto": of 4 places, or of so many more that a channel has 16 tiles; 0.5: of half the longest side)."""
+
+    methods = (*METHODS, *REPLACEMENTS["grad_weight"])
+
+    tile: int | float | Literal["auto"] | None = None
+    std: float | None = None
+
+    @model_validator(mode="after")
+    def _entries_of_one_kind(self) -> Self:
+        if self.tile is not None and self.j is not None:
+            raise ValueError(
+                f"tile and j: got {self.tile} and {self.j}; either the j largest entries of a channel count, or the largest of every tile: drop one"
+            )
+        return self
+
+
+class GradTable(InputTable):
+    """Settings of both gradients. `axis`: "contraction" (each product along its own axis) or "rows": the backward pass runs on some samples of the
+    batch, chosen by the norm of their gradient; `method` is then one of `ROW_METHODS`. `batch_norm`: "exact" or "approximate"."""
+
+    axis: str | None = None
+    batch_norm: str | None = None
+
+    @field_validator("axis", mode="before")
+    @classmethod
+    def _check_axis(cls, value: Any) -> Any:
+        return value if value is None else choice("axis", value, ("contraction", "rows"), "axis")
+
+    @field_validator("batch_norm", mode="before")
+    @classmethod
+    def _check_batch_norm(cls, value: Any) -> Any:
+        return value if value is None else choice("batch_norm", value, ("exact", "approximate"), "batch_norm")
+
+    @property
+    def samples(self) -> bool:
+        return self.axis != "rows" and super().samples
+
+    @property
+    def only_how(self) -> str | None:
+        return None if self.axis == "rows" else super().only_how
+
+    @model_validator(mode="after")
+    def _rows(self) -> GradTable:
+        if self.axis == "rows":
+            if self.method is not None and self.method not in (*ROW_METHODS, "exact"):
+                raise ValueError(f"method: got {self.method!r}, which can't choose rows; valid with axis 'rows' are {', '.join(ROW_METHODS)}")
+            if self.group not in (None, 1, "auto"):
+                raise ValueError(f"group: got {self.group!r}; rows are chosen one by one, leave it out with axis 'rows'")
+        elif self.batch_norm is not None:
+            raise ValueError("batch_norm: only with axis 'rows'")
+        return self
+
+
+class AdaptiveTable(BaseModel):
+    """How `policy: "adaptive"` decides how many rows a step needs, and what share of outputs that a rule allows to be sampled.
+
+    `tau`: the variance that leaving out rows may add, as a share of the gradient's own; `ladder`: the shares of the batch to choose from. For outputs:
+    `error`, what sampling them may do to the gradient g of a batch, |g' - g|^2 / |g|^2; `outputs`, the ratios to choose from, each of which is compiled;
+    `every`, the steps from one measurement to the next.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tau: float = 0.025
+    ladder: tuple[float, ...] = LADDER
+    error: float = 0.025
+    outputs: tuple[float, ...] = OUTPUT_LADDER
+    every: int = Field(default=200, strict=True, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            raise ValueError(f"got {data!r}; a table (dict) is expected")
+        for key in data:
+            if key not in cls.model_fields:
+                raise ValueError(f"unknown key {key!r}; valid keys here are {', '.join(cls.model_fields)}.{nearest(str(key), tuple(cls.model_fields))}")
+        return dict(data)
+
+    @field_validator("tau", "error", mode="before")
+    @classmethod
+    def _check_share(cls, value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"got {value!r}; a number above 0 is expected, a share of the gradient's variance or square (0.025)")
+        return float(value)
+
+    @field_validator("ladder", "outputs", mode="before")
+    @classmethod
+    def _check_ladder(cls, value: Any) -> Any:
+        good = isinstance(value, (list, tuple)) and value and all(isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v <= 1 for v in value)
+        if not good:
+            raise ValueError(f"got {value!r}; a list of shares in (0, 1] is expected, such as {list(LADDER)}")
+        return tuple(sorted({float(v) for v in value} | {1.0}))
+
+
+class Rules(_Keys):
+    """Keys that may stand in a rule and at the top."""
+
+    sampling: str | None = None
+    policy: str | None = None
+    lowering: str | None = None
+    output: ProductTable | None = None
+    grad: GradTable | None = None
+    grad_input: InputTable | None = None
+    grad_weight: WeightTable | None = None
+    share: bool | None = None
+
+    @field_validator("share", mode="before")
+    @classmethod
+    def _check_share(cls, value: Any) -> Any:
+        if value is not None and not isinstance(value, bool):
+            raise ValueError(f"got {value!r}; true or false is expected: whether sites that read the same activation keep the same entries of it")
+        return value
+
+    @field_validator("sampling", mode="before")
+    @classmethod
+    def _check_sampling(cls, value: Any) -> Any:
+        return value if value is None else choice("sampling", value, SAMPLINGS, "sampling")
+
+    @field_validator("policy", mode="before")
+    @classmethod
+    def _check_policy(cls, value: Any) -> Any:
+        return value if value is None else choice("policy", value, POLICIES, "policy")
+
+    @field_validator("lowering", mode="before")
+    @classmethod
+    def _check_lowering(cls, value: Any) -> Any:
+        return value if value is None else choice("lowering", value, LOWERINGS, "lowering")
+
+    @field_validator("output", "grad", "grad_input", "grad_weight", mode="before")
+    @classmethod
+    def _name_or_table(cls, value: Any) -> Any:
+        return {"method": value} if isinstance(value, str) else value
+
+    @property
+    def tables(self) -> dict[str, ProductTable]:
+        """The tables of products that are set here."""
+        return {k: table for k in ("output", "grad", "grad_input", "grad_weight") if (table := getattr(self, k)) is not None}
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Rules:
+        if self.grad_weight is not None and self.grad_weight.method == "topk_weights":
+            raise ValueError(
+                "grad_weight: method 'topk_weights' ranks by the weight's norms, and the weight is no operand of grad_weight; "
+                "use topk, crs, bernoulli, uniform or wta"
+            )
+        if self.method == "exact":
+            for key, table in self.tables.items():
+                if table.method != "exact":
+                    raise ValueError(
+                        f"method 'exact' makes all three products exact, but {key} is set beside it; "
+                        f"drop {key}, or set output='exact' in place of method='exact'"
+                    )
+        return self
+
+
+class Rule(Rules):
+    """Settings for the sites that `layers` matches, while `steps` and `phase` hold.
+
+    `layers`: a kind (`conv`, `linear`, `matmul`, `site`), bare or with an index or slice in execution order (`conv[1::4]`); else a glob
+    on the module's name, `*` crossing dots, or `re:` and a regular expression; a list means any of them. May be left out beside `steps` or `phase`: then
+    every site. `steps`: a Python slice over completed optimizer steps, from 0 ("::2", "3::4", ":8000"), ends as shares of `total_steps` too ("80%:").
+    `phase`: the name, or names, under which the rule holds (`set_phase`).
+    """
+
+    layers: tuple[str, ...] = ("site",)
+    steps: str | None = None
+    phase: tuple[str, ...] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _says_where(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and not {"layers", "steps", "phase"} & set(data):
+            raise ValueError("layers: this key is required in a rule without steps or phase; 'site' means every site")
+        return data
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _check_layers(cls, value: Any) -> Any:
+        items = (value,) if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)) or not items or not all(isinstance(i, str) for i in items):
+            raise ValueError(f"got {value!r}; a pattern or a list of patterns (strings) is expected")
+        for item in items:
+            Pattern.parse(item)
+        return tuple(items)
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _check_steps(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            raise ValueError(f"got {value!r}; a slice over optimizer steps as a string is expected: '::2', '3::4', ':8000', '80%:'")
+        Steps.parse(value, 1_000_000)  # the syntax; what is a share is checked where total_steps is known
+        return value
+
+    @field_validator("phase", mode="before")
+    @classmethod
+    def _check_phase(cls, value: Any) -> Any:
+        items = (value,) if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)) or not items or not all(isinstance(i, str) and i for i in items):
+            raise ValueError(f"got {value!r}; the name of a phase or a list of names (strings) is expected")
+        return tuple(items)
+
+    @property
+    def timed(self) -> bool:
+        return self.steps is not None or self.phase is not None
+
+    def when(self, total: int | None) -> When:
+        return When(Steps.parse(self.steps, total) if self.steps is not None else None, self.phase)
+
+    @property
+    def samples(self) -> bool:
+        """Whether it asks for sampled products; not for exact or replaced ones, nor for rows of the batch."""
+        own = self.method != "exact" and self.ratio != 1 and any(v is not None for v in (self.method, self.ratio, self.sampling))
+        return own or any(t.samples for t in self.tables.values())
+
+    @property
+    def only_exact(self) -> bool:
+        """Whether all it says is that something is to be exact."""
+        return self._only_tables and all(t.method == "exact" for t in self.tables.values())
+
+    @property
+    def names(self) -> bool:
+        """Whether it is about sampling the sites that it matches: it does not only make some of their products exact, or put others in their place."""
+        return not (self._only_tables and all(t.method == "exact" or t.replaces for t in self.tables.values()))
+
+    @property
+    def _only_tables(self) -> bool:
+        said = any(v is not None for v in (self.ratio, self.sampling, self.group, self.min_k, self.lowering, self.share))
+        return not said and self.method in (None, "exact") and (self.method == "exact" or bool(self.tables))

@@ -1,0 +1,54 @@
+"""A site and the ways to sample it -> the question that `stopwatch` answers by timing it alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from approx_compile import _torch
+from approx_compile.kernels.availability import OWN
+from approx_compile.machine.site_timings import Layout, Product, Question
+from approx_compile.passes.cost.estimates import role
+from approx_compile.passes.fx_utils import BMM, CONV
+from approx_compile.passes.planning.plan import ProductPlan, Tries
+from approx_compile.passes.sites.find_sites import Site
+
+
+def question(site: Site, tries: Tries, huge_pages: bool) -> Question:
+    """The site with its sizes (symbolic ones as traced), strides and dtype, and each try as options of the backend; `huge_pages` as the user has it."""
+    node = site.node
+    conv = node.target in CONV
+    roles = {role(p) for p in site.products}
+    operands = [_torch.value(n) for n in site.products[0].operands]
+    product = Product(
+        op="convolution" if conv else "bmm" if node.target in BMM else "mm",
+        layouts=(_layout(operands[0], conv), _layout(operands[1], False)),
+        dtype=str(site.dtype).removeprefix("torch."),
+        device=operands[0].device.type,
+        weight=site.products[0].weight,
+        needs_grad=("grad_input" in roles, "grad_weight" in roles),
+        rest=tuple(tuple(a) if isinstance(a, (list, tuple)) else a for a in node.args[3:9]) if conv else (),
+    )
+    return Question(product, tuple(_options(t) for t in tries), huge_pages)
+
+
+def _layout(value: Any, conv: bool) -> Layout:
+    """Inductor lays the activations of 2-D convolutions out channels last on CPUs."""
+    shape = tuple(_torch.hint(s) for s in value.shape)
+    if conv and value.device.type == "cpu" and len(shape) == 4:
+        return shape, torch.empty(shape, device="meta").to(memory_format=torch.channels_last).stride()
+    return shape, tuple(_torch.hint(s) for s in value.stride())
+
+
+def _options(products: tuple[ProductPlan, ...]) -> dict[str, Any]:
+    """The options under which the backend does just this to a model of the one site. Both gradients of a product of two activations share settings."""
+    lowering = next((p.lowering for p in products if p.lowering in OWN), "inductor")
+    options: dict[str, Any] = {"policy": "always", "sampling": "forward", "lowering": lowering}
+    for p in products:
+        if p.how is not None and p.decision == "sampled":
+            table = {"method": p.method, "ratio": p.how.expected / p.size, "min_k": 1, "group": p.how.group}
+            options.setdefault(p.name.split("#")[0], table)
+        elif p.decision == "exact":
+            options.setdefault(p.name.split("#")[0], "exact")
+    return options

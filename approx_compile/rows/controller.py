@@ -1,0 +1,283 @@
+"""How many rows a step needs, and what share of sampled outputs: the policy "adaptive".
+
+Of the gradients that reach a cut the norms g are known anyway. `needed` says what share of the rows keeps the added variance under tau of the
+gradient's own; its running mean, rounded up on the ladder, is the share kept from the next step on. For outputs `probe.py` measures, every few
+hundred steps, what a ratio does to the gradient. A number is read one step after it was made, so the device never waits for it. The state is small
+and part of a checkpoint (`state.py`), or a resumed run would start exact again; so is the number of draws made, whatever the policy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from approx_compile import _torch
+from approx_compile.config.schema import AdaptiveTable
+from approx_compile.rows.row_sampling import needed
+
+log = logging.getLogger("approx_compile")
+
+MOMENTUM = 0.9
+"""Of the running mean: a batch says little about the next ten."""
+
+WATCH = 4
+"""Steps from one look at the norms to the next."""
+
+HISTORY = 100_000
+"""Changes of the ratio that are remembered."""
+
+
+class Late:
+    """A number on the device that is read a step after it was made."""
+
+    def __init__(self) -> None:
+        self._waiting: tuple[Tensor, Any] | None = None
+
+    def put(self, value: Tensor) -> None:
+        if value.device.type == "cuda":
+            host = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=True).copy_(value, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._waiting = (host, event)
+        else:
+            self._waiting = (value, None)
+
+    def take(self) -> Tensor | None:
+        if self._waiting is None:
+            return None
+        (value, event), self._waiting = self._waiting, None
+        if event is not None:
+            event.synchronize()  # of the step before: the device has the next forward pass to do meanwhile
+        return value
+
+
+class Kept:
+    """Something of a model that a run goes by, and that its checkpoint must have."""
+
+    def state_dict(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        raise NotImplementedError
+
+
+class Draws(Kept):
+    """The random numbers that choose the rows of one graph: a stream of their own, so that the user's is as in an exact run.
+
+    Every draw has a generator, seeded with torch's seed and the number of draws made: nothing more is needed to go on with a run. `torch.manual_seed`
+    begins the count anew, with the same seed, too; another stretch of torch's stream (`fork_rng`) does not. Ranks with one seed draw the same numbers,
+    for other data.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.count = 0
+        self._random = torch.Generator("cpu")
+        self._seeding = _torch.last_seeding()
+
+    def random(self, device: torch.device) -> torch.Generator | None:
+        """For the next draw; None: torch's own stream, where a CUDA graph is recorded."""
+        if _torch.capturing(device):
+            return None
+        if self._random.device != device:
+            self._random = torch.Generator(device)
+        self._settle()
+        self.count += 1
+        drawn = hashlib.blake2b(f"{_torch.seed_of(device)} {self.name} {self.count}".encode(), digest_size=8)
+        return self._random.manual_seed(int.from_bytes(drawn.digest(), "little"))
+
+    def _settle(self) -> None:
+        seeding = _torch.last_seeding()
+        if seeding != self._seeding:
+            self._seeding = seeding
+            if _torch.seed_of(self._random.device) in _torch.last_seed(seeding):
+                self.count = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        self._settle()
+        return {"draws": self.count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.count = int(state["draws"])
+        self._seeding = _torch.last_seeding()
+
+
+class Control(Kept):
+    """A share that is found over a run, on a ladder. `measured`: what it goes by; `ratio`: what holds now; `changes`: (step, ratio), the first (0, 1)."""
+
+    def __init__(self, settings: AdaptiveTable, name: str, measured: float) -> None:
+        self.settings = settings
+        self.name = name
+        self.step = 0
+        self.measured = measured
+        self.changes: deque[tuple[int, float]] = deque([(0, 1.0)], maxlen=HISTORY)
+        self._late = Late()
+
+    @property
+    def ratio(self) -> float:
+        return self.changes[-1][1]
+
+    @property
+    def kept(self) -> float:
+        """The mean share over all steps so far."""
+        ends = [*[s for s, _ in self.changes][1:], self.step + 1]
+        steps = [max(0, end - max(1, begin)) for (begin, _), end in zip(self.changes, ends, strict=True)]
+        return sum(n * r for n, (_, r) in zip(steps, self.changes, strict=True)) / sum(steps) if any(steps) else 1.0
+
+    def begin(self) -> float:
+        """Start a step: the share that holds in it."""
+        self._settle()
+        self.step += 1
+        return self.ratio
+
+    def _settle(self) -> None:
+        """Take in the number that the last look gave, if there is one."""
+        value = self._late.take()
+        if value is None:
+            return
+        ratio = self._decide(value)
+        if ratio != self.ratio:
+            log.info("%s: %g from step %d on (%.3g measured)", self.name, ratio, self.step + 1, self.measured)
+            self.changes.append((self.step, ratio))
+
+    def _decide(self, value: Tensor) -> float:
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        self._settle()
+        return {"step": self.step, "measured": self.measured, "changes": [list(c) for c in self.changes]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.step, self.measured = int(state["step"]), float(state["measured"])
+        self.changes = deque([(int(s), float(r)) for s, r in state["changes"]], maxlen=HISTORY)
+        self._late = Late()
+
+
+class RowControl(Control):
+    """Of one cut of one graph: the share of the rows that is kept. `measured`: the running mean of what was needed, 1 at first."""
+
+    def __init__(self, settings: AdaptiveTable, name: str) -> None:
+        super().__init__(settings, name, 1.0)
+
+    @property
+    def watches(self) -> bool:
+        """Whether this step looks at the norms."""
+        return self.step % WATCH == 1
+
+    def see(self, norms_sq: Tensor) -> None:
+        self._late.put(needed(norms_sq, self.settings.tau))
+
+    def _decide(self, value: Tensor) -> float:
+        self.measured = MOMENTUM * self.measured + (1 - MOMENTUM) * float(value)
+        return next(r for r in self.settings.ladder if r >= min(1.0, self.measured * (1 - 1e-9)))
+
+
+class OutputControl(Control):
+    """Of the sampled outputs of one graph: their ratio. `measured`: the last relative squared error |g' - g|^2 / |g|^2 of the gradient.
+
+    One rung down where that rung's error is small enough, one up where the present one's is not.
+    """
+
+    def __init__(self, settings: AdaptiveTable, name: str) -> None:
+        super().__init__(settings, name, 0.0)
+
+    @property
+    def watches(self) -> bool:
+        return self.step % self.settings.every == 1 % self.settings.every
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        if self.ratio not in self.settings.outputs:  # another ladder: the next rung up
+            self.changes.append((self.step, next((r for r in self.settings.outputs if r > self.ratio), 1.0)))
+
+    def candidates(self) -> list[float]:
+        """The rungs whose errors this step is to measure: the next one down and the present one (which has none if it is 1)."""
+        down = [r for r in self.settings.outputs if r < self.ratio][-1:]
+        return [*down, *([self.ratio] if self.ratio < 1 else [])]
+
+    def see(self, candidates: Sequence[float], errors: Tensor) -> None:
+        self._candidates = list(candidates)
+        self._late.put(errors)
+
+    def _decide(self, value: Tensor) -> float:
+        errors = dict(zip(self._candidates, value.tolist(), strict=True))
+        good = [r for r, e in errors.items() if e <= self.settings.error]
+        up = next((r for r in self.settings.outputs if r > self.ratio), 1.0)
+        ratio = min(good) if good else up
+        self.measured = errors.get(ratio, 0.0)
+        return ratio
+
+
+# Models of one class share compiled code, so a control belongs to a parameter that its backward pass reads: the first one saved for it. Where none
+# is saved (a single layer) it belongs to the module that was compiled.
+Owner = nn.Parameter | nn.Module
+_known = WeakIdKeyDictionary()
+"""{cut: its control, or graph: its draws, or the state loaded for it as long as it is not compiled}, by owner."""
+
+
+C = TypeVar("C", bound=Control)
+K = TypeVar("K", bound=Kept)
+
+
+def control_for(owner: Owner, settings: AdaptiveTable, key: str, kind: type[C]) -> C:
+    """The control of a cut, or of a graph's outputs: that of an earlier compilation of the same graph if there is one, or a new one, with loaded state if
+    some waits."""
+    found = _known.setdefault(owner, {}).get(key)
+    if isinstance(found, kind) and found.settings == settings:
+        return found
+    return _begin(owner, key, kind(settings, key))  # type: ignore[call-arg]
+
+
+def draws_for(owner: Owner, key: str) -> Draws:
+    """The draws of a graph, likewise."""
+    found = _known.setdefault(owner, {}).get(key)
+    return found if isinstance(found, Draws) else _begin(owner, key, Draws(key))
+
+
+def _begin(owner: Owner, key: str, new: K) -> K:
+    waiting = _known[owner].get(key)
+    _known[owner][key] = new
+    if isinstance(waiting, Mapping):
+        new.load_state_dict(waiting)
+    return new
+
+
+def _owners(model: nn.Module) -> dict[str, Owner]:
+    return {**dict(model.named_modules()), **dict(model.named_parameters())}
+
+
+def controls_state(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """{parameter or module: {cut: state}}."""
+    found = {name: _known.get(owner, {}) for name, owner in _owners(model).items()}
+    return {name: {key: c.state_dict() if isinstance(c, Kept) else dict(c) for key, c in own.items()} for name, own in found.items() if own}
+
+
+def load_controls(model: nn.Module, state: Mapping[str, Mapping[str, Any]]) -> None:
+    """At once where a cut is compiled, else when it is."""
+    owners = _owners(model)
+    for name, states in state.items():
+        known = _known.setdefault(owners[name], {})
+        for key, own in states.items():
+            if isinstance(kept := known.get(key), Kept):
+                kept.load_state_dict(own)
+            else:
+                known[key] = own
+
+
+def controls(model: nn.Module) -> dict[str, Control]:
+    """The controls of a model, compiled or not, by name: parameter or module, and cut."""
+    owned = ((name, key, c) for name, owner in _owners(plain(model)).items() for key, c in _known.get(owner, {}).items())
+    return {".".join(p for p in (name, key) if p): c for name, key, c in owned if isinstance(c, Control)}
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The module below torch.compile."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model

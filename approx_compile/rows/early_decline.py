@@ -1,0 +1,69 @@
+"""Whether rows can be worth it at all, told from Dynamo's graph: before it is traced again, with a symbol for the batch, and its joint graph after that.
+
+What comes out is no more than a bound: a graph that passes here may still be declined by `RowCompiler.ask`. One that does not pass would be, for sure.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from approx_compile import _torch, machine
+from approx_compile.config import ApproxConfig
+from approx_compile.config.resolve import RowSettings, row_settings
+from approx_compile.passes.planning.plan import Cut
+from approx_compile.rows import row_cost
+from approx_compile.rows.batch_dim import COUPLED
+from approx_compile.rows.row_compiler import LEAST_SHARE
+
+_MARGIN = 0.8
+"""A share is compared with so much of the bound: of a product's gradients one may be missing that is counted here, or the other way round."""
+
+
+def why_not(gm: fx.GraphModule, config: ApproxConfig, rows: int) -> tuple[str, tuple[Cut, ...]] | None:
+    """The reason why rows can't be worth it, if that is certain, and the cuts that might have been."""
+    asked = [s for keys in config.each_alone() if (s := row_settings(keys)) is not None]
+    flops = _torch.dynamo_flops(gm)
+    if flops is None or config.policy == "always":
+        return None
+    gradients = {n: round(f * _gradients(n)) for n, f in flops.items() if f}
+    device = next((v.device.type for n in gm.graph.find_nodes(op="placeholder") if isinstance(v := n.meta.get("example_value"), torch.Tensor)), "cpu")
+    coupled = set() if any(s.approximate_batch_norm for s in asked) else _above_batch_norm(gm)
+    total, on_rows = sum(gradients.values()), sum(f for n, f in gradients.items() if n not in coupled)
+    reason = None
+    if total and on_rows < _MARGIN * LEAST_SHARE * total:
+        reason = f"only {on_rows / total:.0%} of the backward pass's FLOPs could run on some of the rows: {COUPLED}" if on_rows else COUPLED
+    reason = reason or row_cost.too_few(on_rows, device, machine.stored(device))
+    if reason is None:
+        return None
+    return reason, tuple(_cut(s, rows, reason, total, i) for i, s in enumerate(dict.fromkeys(asked), 1))
+
+
+def _cut(asked: RowSettings, rows: int, reason: str, flops: int, level: int) -> Cut:
+    return Cut(asked.method, asked.ratio, rows, "exact", reason, flops, 0, (), level)
+
+
+def _gradients(n: fx.Node) -> float:
+    """How many times its own FLOPs the gradients of a product have: as many as operands need one. Attention has five products for two."""
+    if "attention" in str(n.target):
+        return 2.5
+    operands = [v for a in n.all_input_nodes if isinstance(v := a.meta.get("example_value"), torch.Tensor) and v.dim() > 1]
+    return 2 if len(operands) != 2 else sum(v.requires_grad for v in operands)
+
+
+def _above_batch_norm(gm: fx.GraphModule) -> set[fx.Node]:
+    """The nodes whose gradient comes, on some way, through a normalisation over the batch."""
+    found: set[fx.Node] = set()
+    for n in reversed(gm.graph.nodes):
+        if any(u in found or _is_batch_norm(u) for u in n.users):
+            found.add(n)
+    return found
+
+
+def _is_batch_norm(n: fx.Node) -> bool:
+    if n.op != "call_function" or n.target not in (torch.nn.functional.batch_norm, torch.batch_norm):
+        return False
+    training: Any = n.kwargs.get("training", n.args[5] if len(n.args) > 5 else False)
+    return training is True

@@ -1,0 +1,129 @@
+"""A backward pass on rows as one op of a graph.
+
+Compiled autograd does not call the backward pass that was compiled with a model: it copies the model's backward graph into a graph of its own. That graph
+holds the exact gradients; here it is replaced by one op that runs the `RowBackward`.
+"""
+
+from __future__ import annotations
+
+import operator
+import secrets
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from approx_compile import _torch
+from approx_compile.rows.row_backward import RowBackward
+from approx_compile.rows.row_sampling import copied, strided
+
+ROWS = "approx_compile_rows"
+"""Attribute of a compiled backward pass: the `RowBackward` that it calls."""
+
+
+@dataclass(frozen=True)
+class _Output:
+    """One tensor that the op gives: which of the backward pass's results, and what it looks like."""
+
+    place: int
+    size: tuple[Any, ...]
+    stride: tuple[Any, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True, eq=False)
+class _OneOp:
+    backward: RowBackward
+    symbols: Sequence[tuple[sympy.Symbol, int, int | None]]
+    outputs: Sequence[_Output]
+
+    def values(self, numbers: Sequence[Any], tensors: Sequence[Tensor]) -> dict[sympy.Symbol, Any]:
+        args = [*numbers, *tensors]
+        return {s: _torch.size_at(args, i, d) for s, i, d in self.symbols}
+
+
+_known: weakref.WeakValueDictionary[int, _OneOp] = weakref.WeakValueDictionary()
+"""By a random number: it stands in graphs, whose code is kept on disk for other processes."""
+
+_library = torch.library.Library("approx_compile_rows", "FRAGMENT")
+_library.define("backward(int key, SymInt[] numbers, Tensor[] tensors) -> Tensor[]", tags=(torch.Tag.nondeterministic_seeded,))
+
+
+@torch.library.impl(_library, "backward", "CompositeExplicitAutograd")
+def _backward(key: int, numbers: list[int], tensors: list[Tensor]) -> list[Tensor]:
+    op = _known[key]
+    values = op.values(numbers, tensors)
+    found = op.backward([*numbers, *tensors], keep=True)
+    seen = {t.untyped_storage().data_ptr() for t in tensors}
+    new = []
+    for o in op.outputs:  # an op's outputs share no memory with each other, nor with its inputs
+        value = strided(found[o.place], _numbers(o.stride, values))
+        value = copied(value) if value.untyped_storage().data_ptr() in seen else value
+        seen.add(value.untyped_storage().data_ptr())
+        new.append(value)
+    return new
+
+
+@torch.library.register_fake("approx_compile_rows::backward", lib=_library)  # type: ignore[untyped-decorator]
+def _fake(key: int, numbers: list[Any], tensors: list[Tensor]) -> list[Tensor]:
+    op = _known[key]
+    values = op.values(numbers, tensors)
+    return [torch.empty_strided(_numbers(o.size, values), _numbers(o.stride, values), dtype=o.dtype, device=o.device) for o in op.outputs]
+
+
+def _numbers(expressions: Sequence[Any], values: Mapping[sympy.Symbol, Any]) -> list[Any]:
+    return [_torch.evaluated(e, values) for e in expressions]
+
+
+def shown_as_one_op(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """The compiled model. When it has run once with gradients, compiled autograd finds the op in place of its backward graph."""
+    done = False
+
+    def call(*args: Any) -> Any:
+        nonlocal done
+        out = compiled(*args)
+        done = done or _show(out)
+        return out
+
+    return call
+
+
+def _show(out: Any) -> bool:
+    for value in _torch.leaves(out):
+        for run, gm in _torch.backward_passes(value) if isinstance(value, Tensor) else ():
+            backward = getattr(run, ROWS, None)
+            if backward is not None:
+                _replace(gm, backward)
+                return True
+    return False
+
+
+def _replace(gm: fx.GraphModule, backward: RowBackward) -> None:
+    """Put the op in the place of the nodes of a backward graph."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    values = [n.meta.get("val") for n in placeholders]
+    numbers = [n for n, v in zip(placeholders, values, strict=True) if isinstance(v, _torch.SYMBOLIC)]
+    if [*numbers, *(n for n, v in zip(placeholders, values, strict=True) if isinstance(v, Tensor))] != placeholders:
+        return  # something else among them, or in another order: as it was
+    graph = fx.Graph()
+    new = {n: graph.placeholder(n.name) for n in placeholders}
+    results = next(n for n in reversed(gm.graph.nodes) if n.op == "output").args[0]
+    made = {r: i for i, r in enumerate(results) if isinstance(r, fx.Node) and r not in new}
+    outputs = [
+        _Output(i, tuple(map(_torch.size_expr, v.shape)), tuple(map(_torch.size_expr, v.stride())), v.dtype, v.device)
+        for i, v in ((i, _torch.value(r)) for r, i in made.items())
+    ]
+    key = secrets.randbits(62)
+    backward.as_one_op = _known[key] = _OneOp(backward, _torch.symbol_sources(values), outputs)
+    tensors = [new[n] for n in placeholders if n not in numbers]
+    op = graph.call_function(torch.ops.approx_compile_rows.backward.default, (key, [new[n] for n in numbers], tensors))
+    for place, r in enumerate(made):
+        new[r] = graph.call_function(operator.getitem, (op, place))
+    graph.output(tuple(new[r] if isinstance(r, fx.Node) else r for r in results))
+    gm.graph = graph
+    gm.recompile()

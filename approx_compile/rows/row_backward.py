@@ -1,0 +1,386 @@
+"""A backward pass on some rows of the batch: compiled once, with a symbol for the batch, and called with fewer rows.
+
+`RowBackward` runs the compiled stages of a backward graph: chooses rows by the norm of their gradient, gathers what the stages need of them, and puts
+input gradients back in place. `Controls` finds the adaptive state of whatever model it is called for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import sympy
+import torch
+from torch import Tensor, nn
+
+from approx_compile import _torch
+from approx_compile.config import ApproxConfig
+from approx_compile.config.resolve import LEAST_ROWS, RowSettings
+from approx_compile.rows.batch_norm import WEIGHTS
+from approx_compile.rows.controller import Draws, Owner, RowControl, control_for, draws_for
+from approx_compile.rows.partition import ALL, SAVED, Entry, Result, Split
+from approx_compile.rows.row_sampling import Rows, choose, copied, gathered, row_norms_sq, scattered, strided
+
+MEMORY = 1024
+"""Sizes for which shapes and legal numbers of rows are remembered."""
+
+
+class Whole(NamedTuple):
+    """The backward pass on all rows, compiled for one size of each symbol."""
+
+    call: Callable[[list[Any]], list[Any]]
+    sizes: Mapping[sympy.Symbol, int]
+
+
+@dataclass
+class _Kept:
+    """The rows of one level: `idx` among the rows of the level before (sorted), `weight` on them (None: 1), `k` of them."""
+
+    idx: Tensor
+    weight: Tensor | None
+    k: int
+    before: Tensor | None = None
+    """The weights that these rows' gradients had already, where a graph further up chose them."""
+
+
+class RowBackward:
+    """The compiled backward pass of one graph, called as AOTAutograd calls it (boxed).
+
+    Rows of all levels are chosen on the device; how many is an integer known before the call, so no step waits for the device.
+    """
+
+    def __init__(
+        self,
+        found: Split,
+        calls: Sequence[Callable[..., Any]],
+        levels: Sequence[RowSettings],
+        names: Sequence[str],
+        example_inputs: Sequence[Any],
+        guards: Sequence[Any],
+        controls: Controls,
+        whole: Whole | None = None,
+        dense: Iterable[str] = (),
+        donated: Iterable[str] = (),
+    ) -> None:
+        """`dense`: the saved tensors that stages on rows were compiled to get with other strides than they have; `donated`: those that compiled code may
+        write to. Where the user keeps the graph it gets copies of them: what the forward pass saved may be needed once more."""
+        self.found = found
+        self.calls = tuple(calls)
+        self.levels = tuple(levels)
+        self.names = tuple(names)
+        self.controls = controls
+        self.whole = whole
+        self.as_one_op: Any = None
+        """Kept for as long as this is (`one_op`)."""
+        self._dense = frozenset(dense)
+        self._donated = frozenset(donated)
+        self.guards = tuple(guards)
+        placeholders = [n for s in found.stages for n in s.gm.graph.find_nodes(op="placeholder")]
+        self._weights: Any = next((n.meta["val"] for n in placeholders if n.name == WEIGHTS), None)
+        self._symbols = _torch.symbol_sources(example_inputs)
+        self._last_use = _last_use(found)
+        self._entering = [entering(found, level) for level in range(len(self.levels))]
+        self._legal_counts: dict[tuple[Any, ...], int] = {}
+        self._plans: dict[tuple[Any, ...], list[list[Any]]] = {}
+
+    def __call__(self, args: list[Any], keep: bool = False) -> list[Any]:
+        """`keep`: nothing that was saved may be written to, whatever the engine says of the graph."""
+        symbols = self._values(args)
+        values = dict(zip(self.names, args, strict=True))
+        args.clear()
+        spared = self._donated if self._donated and (keep or _torch.graph_is_kept()) else frozenset[str]()
+        if _all_rows[0]:
+            return self.run(values, symbols, [symbols[self.found.batch]] * len(self.levels), [None] * len(self.levels), None, spared)
+        owner = self.controls.owner(values.values())
+        controls = self.controls.of(owner)
+        followed, own = self._follow(values, symbols)
+        size = symbols[self.found.batch]
+        counts = self._counts(symbols, controls, followed) if own else [size] * len(self.levels)
+        whole = self.whole
+        if whole is not None and whole.sizes == symbols and followed is None and set(counts) == {size} and self._watched(values, counts, controls):
+            inputs = [copied(v) if name in spared else v for name, v in values.items()]
+            values.clear()
+            return whole.call(inputs)
+        return self.run(values, symbols, counts, controls, followed, spared, self.controls.draws(owner))
+
+    def _watched(self, values: Mapping[str, Any], counts: Sequence[int], controls: Sequence[RowControl | None]) -> bool:
+        """Show the controls that watch what they look at, if all of that has come into the graph; and whether it has. All rows are kept."""
+        watching = [level for level, c in enumerate(controls) if c is not None and c.watches and self._entering[level]]
+        if any(e.name not in values for level in watching for e in self._entering[level]):
+            return False
+        for level in watching:
+            self._choose(level, values, dict.fromkeys(values, ALL), [None] * level, counts[level], counts, controls[level])
+        return True
+
+    def _follow(self, values: Mapping[str, Any], symbols: Mapping[sympy.Symbol, int]) -> tuple[_Kept | None, bool]:
+        """The rows that a graph further up in this backward pass chose, if all gradients come from there; and whether this one may choose its own.
+
+        Rows that are zero already can be left out for nothing. Where other gradients have been added, all rows are needed; choosing among them anew
+        would add variance that nobody has accounted for.
+        """
+        entering = [e for s in self.found.stages if s.level != ALL for e in s.entries if e.gradient and e.source in (SAVED, ALL)]
+        size = symbols[self.found.batch]
+        marks = [_mark_of(values[e.name]) if e.source == SAVED and e.layout == Rows(0) and values[e.name].shape[0] == size else None for e in entering]
+        first = marks[0] if marks else None
+        if first is not None and all(m is not None and m[0] is first[0] for m in marks):
+            idx, before = first
+            if self._legal(len(idx), symbols) == len(idx):
+                return _Kept(idx, None, len(idx), before), True
+        task = _torch.backward_pass()
+        return None, task < 0 or task != _last_sampled[0]
+
+    def _values(self, args: Sequence[Any]) -> dict[sympy.Symbol, int]:
+        return {s: _torch.size_at(args, i, d) for s, i, d in self._symbols}
+
+    def _counts(self, symbols: Mapping[sympy.Symbol, int], controls: Sequence[RowControl | None], followed: _Kept | None) -> list[int]:
+        """Rows kept at each level, never more than at the level before. The first level's number may be given; its control then has no say."""
+        size = most = symbols[self.found.batch]
+        counts = []
+        for level, (asked, control) in enumerate(zip(self.levels, controls, strict=True)):
+            if level == 0 and followed is not None:
+                most = followed.k
+            elif self._entering[level]:
+                ratio = control.begin() if control is not None else asked.ratio
+                assert ratio is not None
+                most = min(most, self._legal(max(asked.min_k, LEAST_ROWS, int(ratio * size + 0.5)), symbols))
+            counts.append(most)
+        return counts
+
+    def _legal(self, k: int, symbols: Mapping[sympy.Symbol, int]) -> int:
+        """The smallest number of rows, k or more, of which everything is true that the compiled code assumed of the batch's size."""
+        key = (k, *symbols.values())
+        if len(self._legal_counts) > MEMORY:
+            self._legal_counts.clear()
+        if key not in self._legal_counts:
+            size = symbols[self.found.batch]
+            legal = (n for n in range(k, size) if all(g.subs(dict(symbols) | {self.found.batch: n}) == sympy.true for g in self.guards))
+            self._legal_counts[key] = next(legal, size)
+        return self._legal_counts[key]
+
+    def run(
+        self,
+        values: dict[str, Any],
+        symbols: Mapping[sympy.Symbol, int],
+        counts: Sequence[int],
+        controls: Sequence[RowControl | None],
+        followed: _Kept | None = None,
+        spared: frozenset[str] = frozenset(),
+        draws: Draws | None = None,
+    ) -> list[Any]:
+        """One backward pass with `counts` rows at each level; `followed`: the first level's rows, if they are given; `spared`: what nobody may write to;
+        `draws`: where the random numbers come from that choose rows."""
+        size = symbols[self.found.batch]
+        plan = self._plan(symbols, counts)
+        kept: list[_Kept | None] = [] if followed is None else [followed]
+        live = dict(values)
+        values.clear()
+        made: dict[str, int] = dict.fromkeys(live, ALL)
+        for s, (stage, call) in enumerate(zip(self.found.stages, self.calls, strict=True)):
+            while len(kept) < stage.level:
+                level = len(kept)
+                kept.append(self._choose(level, live, made, kept, size, counts, controls[level], draws))
+            inputs = []
+            for entry, shape in zip(stage.entries, plan[s], strict=True):
+                value = self._entry(entry, shape, stage.level, live, made, kept, size)
+                shared = entry.name in spared and value.data_ptr() == live[entry.name].data_ptr()
+                inputs.append(copied(value) if shared else value)
+                if self._last_use.get(entry.name) == s:
+                    live.pop(entry.name, None)
+            outputs = call(inputs)
+            for name, value in zip(stage.outputs, outputs, strict=True):
+                live[name] = value
+                made[name] = stage.level
+        if any(k is not None for k in kept):
+            _last_sampled[0] = _torch.backward_pass()
+        return [self._result(r, live, made, kept, size, symbols) for r in self.found.results]
+
+    # --- rows ---
+
+    def _choose(
+        self,
+        level: int,
+        live: Mapping[str, Any],
+        made: Mapping[str, int],
+        kept: Sequence[_Kept | None],
+        size: int,
+        counts: Sequence[int],
+        control: RowControl | None,
+        draws: Draws | None = None,
+    ) -> _Kept | None:
+        """The rows of level + 1, by the norms of the gradients that enter there. None: all that the level before has."""
+        before = counts[level - 1] if level else size
+        k = counts[level]
+        watched = control if control is not None and control.watches else None
+        if k >= before and watched is None:
+            return None
+        total: Tensor | None = None
+        for entry in self._entering[level]:
+            if entry.name not in made or made[entry.name] > level:
+                continue
+            own = row_norms_sq(live[entry.name], entry.layout, counts[made[entry.name] - 1] if made[entry.name] else size)
+            idx, weight = _path(kept, made[entry.name], level)
+            own = own if idx is None else own[idx]
+            own = own if weight is None else own * weight.square()
+            total = own if total is None else total + own
+        assert total is not None
+        if watched is not None:
+            watched.see(total)
+        if k >= before:
+            return None
+        method = self.levels[level].method
+        random = draws.random(total.device) if draws is not None and method != "topk" else None
+        idx, weight = choose(method, total, k, random)
+        return _Kept(idx, weight, k)
+
+    def _entry(self, entry: Entry, shape: Any, level: int, live: Mapping[str, Any], made: Mapping[str, int], kept: Sequence[_Kept | None], size: int) -> Any:
+        if entry.number is not None:
+            return shape
+        if entry.name == WEIGHTS:
+            weights, like = _weights(kept, level), self._weights
+            return torch.ones(shape[0], dtype=like.dtype, device=like.device) if weights is None else weights.to(like.dtype)
+        value = live[entry.name]
+        if entry.layout is None or made[entry.name] == level:
+            return value
+        if level == ALL:
+            return scattered(value, entry.layout, _path(kept, ALL, made[entry.name])[0], size, *shape)
+        idx, weight = _path(kept, made[entry.name], level)
+        if idx is None:
+            return strided(value, shape[1]) if entry.name in self._dense else value
+        return gathered(value, entry.layout, idx, weight if entry.gradient else None, *shape)
+
+    def _result(
+        self, result: Result, live: Mapping[str, Any], made: Mapping[str, int], kept: Sequence[_Kept | None], size: int, symbols: Mapping[Any, int]
+    ) -> Any:
+        if result.name is None:
+            return result.constant
+        value = live[result.name]
+        if result.layout is None:
+            return value
+        idx, _ = _path(kept, ALL, made[result.name])
+        full = scattered(value, result.layout, idx, size, [_number(e, symbols) for e in result.size])
+        if idx is not None and result.layout == Rows(0):
+            _mark(full, idx, _weights(kept, made[result.name]))
+        return full
+
+    def _plan(self, symbols: Mapping[sympy.Symbol, int], counts: Sequence[int]) -> list[list[Any]]:
+        """Shape and stride (or number) of every entry, for these symbols and counts."""
+        key = (*symbols.values(), *counts)
+        if len(self._plans) > MEMORY:
+            self._plans.clear()
+        if key not in self._plans:
+            plan = []
+            for stage in self.found.stages:
+                here = dict(symbols) | ({self.found.batch: counts[stage.level - 1]} if stage.level != ALL else {})
+                plan.append([_shape_of(e, here, symbols) for e in stage.entries])
+            self._plans[key] = plan
+        return self._plans[key]
+
+
+class Controls:
+    """Where the controls of a graph's cuts, and its draws, are found: with a parameter among what was saved, or else with the module that was compiled."""
+
+    def __init__(self, config: ApproxConfig, root: nn.Module | None, key: str, levels: Sequence[RowSettings]) -> None:
+        self.adaptive = config.adaptive
+        self.key = key
+        self.root = weakref.ref(root) if root is not None else None
+        self.asked = [s.ratio is None for s in levels]
+        self.own = [RowControl(config.adaptive, f"{key}{i}") for i, _ in enumerate(levels, 1)]
+        self.own_draws = Draws(f"{key}draws")
+
+    def owner(self, saved: Iterable[Any]) -> Owner | None:
+        """Whose controls those of a backward pass are, by what was saved for it."""
+        return next((v for v in saved if isinstance(v, nn.Parameter)), self.root() if self.root is not None else None)
+
+    def draws(self, owner: Owner | None) -> Draws:
+        return draws_for(owner, self.own_draws.name) if owner is not None else self.own_draws
+
+    def of(self, owner: Owner | None) -> list[RowControl | None]:
+        """One for every level whose ratio is to be found."""
+        if not any(self.asked):
+            return [None] * len(self.asked)
+        if owner is None:
+            return [c if a else None for a, c in zip(self.asked, self.own, strict=True)]
+        return [control_for(owner, self.adaptive, f"{self.key}{i}", RowControl) if a else None for i, a in enumerate(self.asked, 1)]
+
+
+_all_rows = [False]
+
+
+@contextlib.contextmanager
+def all_rows() -> Iterator[None]:
+    """Inside, backward passes run on all rows, and nobody takes notice of them."""
+    before, _all_rows[0] = _all_rows[0], True
+    try:
+        yield
+    finally:
+        _all_rows[0] = before
+
+
+_last_sampled = [-1]
+"""The backward pass (torch's number of it) in which rows were last left out."""
+
+_ROWS_MARK = "_approx_compile_rows"
+
+
+def _mark(gradient: Tensor, idx: Tensor, weight: Tensor | None) -> None:
+    """Tell the graph that gets this gradient next which of its rows are not zero. Whatever is added in place makes the mark invalid."""
+    setattr(gradient, _ROWS_MARK, (idx, weight, gradient._version))
+
+
+def _mark_of(gradient: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    mark = getattr(gradient, _ROWS_MARK, None)
+    return mark[:2] if mark is not None and mark[2] == gradient._version else None
+
+
+def _weights(kept: Sequence[_Kept | None], level: int) -> Tensor | None:
+    """All the weight that the rows of a level have; None: 1."""
+    _, weight = _path(kept, ALL, level)
+    first = next((k for k in kept[:level] if k is not None), None)
+    if first is None or first.before is None:
+        return weight
+    idx, _ = _path(kept, kept.index(first) + 1, level)
+    before = first.before if idx is None else first.before[idx]
+    return before if weight is None else before * weight
+
+
+def _shape_of(entry: Entry, here: Mapping[Any, int], whole: Mapping[Any, int]) -> Any:
+    if entry.number is not None:
+        if entry.dtype is not None:
+            return torch.tensor(_number(entry.number, whole), dtype=entry.dtype, device="cpu")
+        return _number(entry.number, here)
+    return [_number(e, here) for e in entry.size], [_number(e, here) for e in entry.stride]
+
+
+def _number(expression: Any, symbols: Mapping[Any, int]) -> Any:
+    value = expression.subs(symbols)
+    return int(value) if value.is_Integer else float(value)
+
+
+def entering(found: Split, level: int) -> list[Entry]:
+    """The gradients that come into any stage below a cut from above it: a row is worth keeping if one of them says so."""
+    below = [e for s in found.stages if s.level > level for e in s.entries if e.gradient]
+    return list({e.name: e for e in below if e.source <= level}.values())
+
+
+def _last_use(found: Split) -> dict[str, int]:
+    """The last stage that reads a value, for those that are no outputs of the graph."""
+    last = {e.name: s for s, stage in enumerate(found.stages) for e in stage.entries}
+    for r in found.results:
+        last.pop(r.name or "", None)
+    return last
+
+
+def _path(kept: Sequence[_Kept | None], start: int, end: int) -> tuple[Tensor | None, Tensor | None]:
+    """The rows of level `end` among those of level `start` (0: all), and the weights picked up on the way; None: all of them; 1."""
+    idx: Tensor | None = None
+    weight: Tensor | None = None
+    for step in kept[start:end]:
+        if step is None:
+            continue
+        idx = step.idx if idx is None else idx[step.idx]
+        carried = weight[step.idx] if weight is not None else None
+        weight = step.weight if carried is None else carried if step.weight is None else carried * step.weight
+    return idx, weight

@@ -1,0 +1,294 @@
+"""From a backward graph to code that runs on some rows of the batch: what stands between AOTAutograd and Inductor.
+
+`RowCompiler` splits the backward graph at its cuts (`passes.stages`), compiles the pieces once, with a symbol for the batch, and hands back a
+`RowBackward` that calls them with as many rows as a step needs. Where that may be all of them it compiles the whole graph, too, for the size at hand.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx, nn
+
+from approx_compile import _torch, machine
+from approx_compile.config import ApproxConfig
+from approx_compile.config.resolve import LEAST_ROWS, RowSettings
+from approx_compile.passes.planning.plan import Cut
+from approx_compile.rows import row_cost
+from approx_compile.rows.batch_dim import Layout
+from approx_compile.rows.opaque_backward import ROWS
+from approx_compile.rows.partition import ALL, SAVED, Entry, Outlook, Split, Stage, outlook, output_layouts, split, tangent_layouts
+from approx_compile.rows.row_backward import Controls, RowBackward, Whole, entering
+from approx_compile.rows.row_sampling import Rows, copied, overlap
+from approx_compile.rows.specialize import pinned
+
+LEAST_SHARE = 0.3
+"""Under the policies that look at the cost: the share of the backward pass's FLOPs that must run on the rows kept."""
+
+
+class Declined(Exception):
+    """Row sampling is not worth it in this graph; the message says why."""
+
+
+class RowCompiler:
+    """An `inner_compile` for one call of `compile_fx`. `symbols`: those that may be the batch's size, the likeliest first; `own`: they are there because this
+    package asked for them; `root`, `key`: the module and the graph of it that adaptive state belongs to."""
+
+    def __init__(
+        self,
+        symbols: Sequence[sympy.Symbol],
+        config: ApproxConfig,
+        inner: Callable[..., Any] | None,
+        root: nn.Module | None = None,
+        key: str = "",
+        own: bool = False,
+    ) -> None:
+        self.symbols = tuple(symbols)
+        self.batch = self.symbols[0]
+        self.own = own
+        self.config = config
+        self.root = root
+        self.key = key
+        self.inner = inner or _torch.compile_graph
+        self.levels: list[RowSettings] = []
+        self.default = ALL
+        self.cuts: list[Cut] = []
+        self._known: dict[str, Layout] = {}
+
+    def ask(self, graph: fx.Graph, top: RowSettings | None, sites: Mapping[fx.Node, RowSettings | None]) -> None:
+        """Levels for what is asked, the most rows first; written on the gradient products. Raises Declined if it will not be worth it."""
+        distinct = dict.fromkeys(s for s in (top, *sites.values()) if s is not None)
+        self.levels = sorted(distinct, key=lambda s: -1.0 if s.ratio is None else -s.ratio)
+        self.default = self._level(top)
+        for node, settings in sites.items():
+            node.meta[LEVEL] = self._level(settings)
+        if not _torch.has_backward(graph):
+            return
+        levels = {n.name: n.meta[LEVEL] for n in sites}
+        tried = [self._try(graph, batch, levels) for batch in self.symbols]
+        self.batch, found, reason = max(tried, key=lambda t: (t[2] is None, t[1].flops_on_rows))
+        partners = [s for s in self.symbols if s != self.batch and (reason is not None or _torch.compared(s, self.batch, graph))]
+        if partners and self.own:  # nothing in the graph says yet that they are one size
+            self.batch, found, reason = self._try(graph, _torch.make_equal([self.batch, *partners], graph), levels)
+        if reason is not None:
+            self._note(found, {}, graph, reason)
+            raise Declined(reason)
+
+    def _try(self, graph: fx.Graph, batch: sympy.Symbol, levels: Mapping[str, int]) -> tuple[sympy.Symbol, Outlook, str | None]:
+        """What is to be had with this symbol as the batch's, and why it is not worth it, if so."""
+        found = outlook(graph, batch, self.default, levels, self._approximate_batch_norm)
+        return batch, found, _fixed(graph, batch) or self._why_not(found, graph)
+
+    @property
+    def _approximate_batch_norm(self) -> bool:
+        return any(s.approximate_batch_norm for s in self.levels)
+
+    def _why_not(self, found: Outlook, graph: fx.Graph) -> str | None:
+        """Why it is not worth it, if so. By the machine's profile, where one is stored: what it says decides only whether rows are sampled at all, never
+        what is compiled for them, so that no cache's key has to name it."""
+        reason = found.why_not(self._least_share)
+        if reason is not None or self.config.policy == "always":
+            return reason
+        device = next((n.meta["val"].device.type for n in graph.nodes if isinstance(n.meta.get("val"), Tensor)), "cpu")
+        return row_cost.why_not(found.work, self.levels, machine.stored(device), device)
+
+    @property
+    def _least_share(self) -> float:
+        return 0.0 if self.config.policy == "always" else LEAST_SHARE
+
+    def _level(self, settings: RowSettings | None) -> int:
+        return self.levels.index(settings) + 1 if settings is not None else ALL
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, is_backward: bool = False, **kwargs: Any) -> Any:
+        if self.own:
+            _torch.leave_no_marks()
+        if not is_backward:
+            self._known |= output_layouts(gm.graph, self.batch)
+            return self.inner(gm, example_inputs, is_backward=False, **kwargs)
+        try:
+            return self._backward(gm, example_inputs, kwargs)
+        finally:
+            _torch.donate_nothing()  # so far: what `_backward` gives back sees to that itself
+
+    def _backward(self, gm: fx.GraphModule, example_inputs: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        names = [n.name for n in _placeholders(gm)]
+        donated = _torch.donated(gm)
+        known = self._known | tangent_layouts(gm.graph, self._known)
+        plain = copy.deepcopy(gm) if self._approximate_batch_norm else gm
+        found = split(gm, self.batch, known, self.default, _levels_of(gm), self._approximate_batch_norm)
+        exact = self._why_not(found.outlook, gm.graph)
+        self._note(found.outlook, found.products, gm.graph, exact)
+        if exact is not None:
+            return _sparing(self.inner(plain, example_inputs, is_backward=True, **kwargs), names, donated)
+        given = dict(zip(names, example_inputs, strict=True))
+        dense = _dense(found, given)
+        calls, found = self._stages(found, gm, given, dense, kwargs)
+        guards = _torch.guards_on(found.batch, gm) if found.batch.is_Symbol else []
+        hints = {s: _torch.known_hint(_torch.size_at(example_inputs, i, d)) for s, i, d in _torch.symbol_sources(example_inputs)}
+        sizes = {s: n for s, n in hints.items() if n is not None}
+        fixed = _why_fixed(found.batch, sizes, guards)
+        if fixed is not None:
+            self.cuts = [replace(c, decision="exact", reason=fixed, stops=True) for c in self.cuts]
+            return _sparing(self.inner(plain, example_inputs, is_backward=True, **kwargs), names, donated)
+        controls = Controls(self.config, self.root, self.key, self.levels)
+        asked = {s for level, s in enumerate(self.levels) if entering(found, level)}
+        whole = self._whole(plain, example_inputs, sizes, kwargs) if all(s.ratio is None for s in asked) else None
+        backward = RowBackward(found, calls, self.levels, names, example_inputs, guards, controls, whole, dense, donated)
+
+        call = _boxed(backward)
+        setattr(call, ROWS, backward)
+        return call
+
+    def _whole(self, gm: fx.GraphModule, example_inputs: Sequence[Any], sizes: Mapping[sympy.Symbol, int], kwargs: dict[str, Any]) -> Whole | None:
+        """The backward pass for batches of the size at hand with all rows kept, as it is without a symbol; None where some size is not known yet."""
+        fixed = pinned(gm, example_inputs, sizes)
+        return Whole(self.inner(*fixed, is_backward=True, **kwargs), sizes) if fixed is not None else None
+
+    def _note(self, found: Outlook, products: Mapping[str, int], graph: fx.Graph, exact: str | None) -> None:
+        rows = next((_torch.hint(s) for n in graph.nodes if n.op == "placeholder" for s in _sizes(n) if _torch.size_expr(s) == self.batch), 0)
+        for i, asked in enumerate(self.levels, 1):
+            mine = tuple(name for name, level in products.items() if level == i)
+            if exact is None and not mine:
+                continue
+            stops = "; ".join(found.blocked)
+            reason = exact or (f"rows end where {stops}" if stops else "the whole backward pass")
+            decision = "exact" if exact else "rows"
+            self.cuts.append(Cut(asked.method, asked.ratio, rows, decision, reason, found.flops_all, found.flops_on_rows, mine, i, bool(exact or stops)))
+
+    def _stages(
+        self, found: Split, gm: fx.GraphModule, given: Mapping[str, Any], dense: Mapping[str, Tensor], kwargs: dict[str, Any]
+    ) -> tuple[list[Any], Split]:
+        """The stages compiled, and what that has settled about them. `given`: the inputs, which may have other strides than the graph says; `dense`:
+        those that stages on rows get as tensors of their own."""
+        donated = _torch.donated(gm)
+        uses: dict[str, int] = {}
+        for stage in found.stages:
+            for entry in stage.entries:
+                uses[entry.name] = uses.get(entry.name, 0) + 1
+        found = _restrided(found, given, dense)
+        calls = []
+        for stage in found.stages:
+            here = _here(stage, given, dense)
+            inputs = [here.get(e.name, n.meta["val"]) for e, n in zip(stage.entries, _placeholders(stage.gm), strict=True)]
+            mine = [i for i, e in enumerate(stage.entries) if e.name in donated and uses[e.name] == 1]
+            static = [i for i, e in enumerate(stage.entries) if e.source == SAVED and e.layout is None and e.number is None and e.name not in donated]
+            with _torch.donating(mine):
+                calls.append(self.inner(stage.gm, inputs, is_backward=True, **(kwargs | {"static_input_idxs": static})))
+        return calls, _resolved(found, _torch.settled(gm.graph))
+
+
+def _fixed(graph: fx.Graph, batch: sympy.Symbol) -> str | None:
+    """Why there is but one number of rows, if tracing has found so."""
+    size = _torch.settled(graph)(batch)
+    return f"the model, or an op that is traced for known sizes alone, fixes the size of the batch to {size}" if size.is_Integer else None
+
+
+def _boxed(run: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+    """As a function that empties the list of its arguments. (Wrappers on the way keep a function's attributes, not an object's.)"""
+
+    def call(args: list[Any]) -> Any:
+        return run(args)
+
+    call._boxed_call = True  # type: ignore[attr-defined]
+    return call
+
+
+def _sparing(compiled: Callable[[list[Any]], Any], names: Sequence[str], donated: set[str]) -> Callable[[list[Any]], Any]:
+    """The compiled graph, which writes to copies of what was donated where the user keeps the graph."""
+    indices = [i for i, name in enumerate(names) if name in donated]
+    if not indices:
+        return compiled
+
+    def run(args: list[Any]) -> Any:
+        if _torch.graph_is_kept():
+            for i in indices:
+                args[i] = copied(args[i])
+        return compiled(args)
+
+    return _boxed(run)
+
+
+def _levels_of(gm: fx.GraphModule) -> dict[str, int]:
+    return {n.name: n.meta[LEVEL] for n in gm.graph.nodes if LEVEL in n.meta}
+
+
+LEVEL = "approx_compile_rows"
+"""Key in the meta of a gradient product's node: the level of rows that its site asks for."""
+
+
+def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
+    return [n for n in gm.graph.nodes if n.op == "placeholder"]
+
+
+def _sizes(n: fx.Node) -> Sequence[Any]:
+    value = n.meta.get("val")
+    return value.shape if n.op == "placeholder" and isinstance(value, Tensor) else (value,) if isinstance(value, torch.SymInt) else ()
+
+
+def _why_fixed(batch: Any, sizes: Mapping[sympy.Symbol, int], guards: Sequence[Any]) -> str | None:
+    """Why no number of rows but the whole batch's can run, if so: what the compiled code has assumed of it."""
+    if not batch.is_Symbol:
+        return f"its code is for a batch of {batch} alone"
+    size = sizes[batch]
+    known = [g for g in guards if g.free_symbols <= sizes.keys()]
+
+    def broken_by(n: int) -> list[Any]:
+        return [g for g in known if g.subs(dict(sizes) | {batch: n}) != sympy.true]
+
+    named = {int(c) + d for g in known for c in g.atoms(sympy.Integer) for d in (-1, 0, 1)}  # where a bound lies, or a multiple begins
+    tried = sorted({*named, *range(LEAST_ROWS, 65), *(size * i // 16 for i in range(1, 64)), *range(size - 64, size + 65)})
+    if any(not broken_by(n) for n in tried if LEAST_ROWS <= n < size):
+        return None
+    broken = broken_by(size - 1)
+    larger = all(g.free_symbols == {batch} for g in broken) and any(not broken_by(n) for n in tried if n > size)
+    return None if larger or not broken else f"its code assumes {broken[0]} of the batch's size {batch}"  # a larger batch may have rows to leave out
+
+
+def _resolved(found: Split, settled: Callable[[Any], Any]) -> Split:
+    """With what compiling the stages has found out about symbols: an image's size, say, that a convolution's code is for alone."""
+
+    def layout(rows: Rows | None) -> Rows | None:
+        return rows if rows is None or rows.uniform else replace(rows, outer=settled(rows.outer), inner=settled(rows.inner))
+
+    def entry(e: Entry) -> Entry:
+        number = None if e.number is None else settled(e.number)
+        return replace(e, layout=layout(e.layout), size=tuple(map(settled, e.size)), stride=tuple(map(settled, e.stride)), number=number)
+
+    stages = tuple(replace(s, entries=tuple(map(entry, s.entries))) for s in found.stages)
+    results = tuple(replace(r, layout=layout(r.layout), size=tuple(map(settled, r.size))) for r in found.results)
+    return replace(found, batch=settled(found.batch), stages=stages, results=results)
+
+
+def _restrided(found: Split, given: Mapping[str, Any], dense: Mapping[str, Tensor]) -> Split:
+    """Entries with the strides that the forward pass really gives its saved tensors, or that they have as tensors of their own."""
+
+    def of(e: Entry, here: Mapping[str, Any]) -> Entry:
+        value = here.get(e.name)
+        if e.source != SAVED or not isinstance(value, Tensor):
+            return e
+        return replace(e, stride=tuple(map(_torch.size_expr, value.stride())))
+
+    return replace(found, stages=tuple(replace(s, entries=tuple(of(e, _here(s, given, dense)) for e in s.entries)) for s in found.stages))
+
+
+def _here(stage: Stage, given: Mapping[str, Any], dense: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a stage gets of the backward graph's inputs."""
+    return dict(given) if stage.level == ALL else {**given, **{e.name: dense[e.name] for e in stage.entries if e.layout is not None and e.name in dense}}
+
+
+def _dense(found: Split, given: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The saved tensors whose rows can't be laid out as the tensor is: rows that overlap, or share one memory but not their weights."""
+    new = {}
+    for e in (e for s in found.stages if s.level != ALL for e in s.entries):
+        value = given.get(e.name)
+        if e.source != SAVED or e.layout is None or not isinstance(value, Tensor):
+            continue
+        size, stride = [_torch.hint(s) for s in value.shape], [_torch.hint(s) for s in value.stride()]
+        if overlap(size, stride) or (e.gradient and stride[e.layout.dim] == 0):
+            new[e.name] = _torch.fake_dense(value)
+    return new

@@ -1,0 +1,264 @@
+"""`approx-compile`: what the library does, on the command line.
+
+A new command is a function with `@app.command()` whose body stands in `with failures(debug):`. Exit codes: 0, 2 for wrong usage (options, config,
+factory), 1 for every other failure; the reason is one line on stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tomllib
+from collections.abc import Iterator
+from enum import StrEnum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from approx_compile import machine as machines
+from approx_compile.backend import DISABLE
+from approx_compile.config import ApproxConfig, ConfigError
+from approx_compile.tools import compare as timing
+from approx_compile.tools.model_loader import Example, FactoryError, load
+from approx_compile.tools.report.explain import Report
+from approx_compile.tools.report.explain import explain as explained
+from approx_compile.tools.report.report_data import si
+from approx_compile.tools.tuning.tune import tune as tuned
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Train PyTorch models with approximate matrix products and convolutions: look at a model, time it, tune it; measure this machine.",
+)
+
+_EXAMPLES = "\n\n".join(
+    (
+        "**The model**: `package.module:factory` or `path/to/file.py:factory`; the factory takes no arguments and returns `(model, example_inputs)`, "
+        "the inputs being a tensor, a tuple of arguments or a dict of keyword arguments.",
+        "**Examples**",
+        "`approx-compile {command} my_package.models:small`",
+        "`approx-compile {command} train.py:example --config approx.toml --set ratio=0.25`",
+        "`approx-compile {command} train.py:example {more}`",
+    )
+)
+
+_NO_PRODUCTS = (
+    "torch.compile shows the backend none of the model's products ({flops}FLOP forward; {graphs} graphs seen, none with a product): "
+    "each is behind a graph break, or compiling is off there; TORCH_LOGS=graph_breaks says where"
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODULE:FACTORY", help="What makes the model and its example inputs.", show_default=False)]
+Config = Annotated[Path | None, typer.Option("--config", help="A TOML file with the keys of the backend's `options`.", show_default=False)]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One key of the options, over the file's: `ratio=0.25`.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="torch's threads; its own choice by default.", show_default=False)]
+Float32 = StrEnum("Float32", ["highest", "high", "medium"])
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
+
+
+class Failure(Exception):
+    """What could not be done, in one line."""
+
+
+@contextlib.contextmanager
+def failures(debug: bool) -> Iterator[None]:
+    """Inside, exceptions become one line on stderr and an exit code; with `debug` they pass."""
+    try:
+        yield
+    except Exception as e:
+        if debug or isinstance(e, typer.Exit):
+            raise
+        own = isinstance(e, (ConfigError, FactoryError, Failure, ImportError, OSError))
+        lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [""]
+        text = " ".join(lines) if own else lines[0] + ("" if len(lines) == 1 else " (--debug shows all of it)")
+        typer.echo(f"approx-compile: {text if own else f'{type(e).__name__}: {text}'}", err=True)
+        raise typer.Exit(2 if isinstance(e, (ConfigError, FactoryError)) else 1) from e
+
+
+@app.callback(invoke_without_command=True)
+def main(show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if show_version:
+        typer.echo(version("approx-compile"))
+        raise typer.Exit
+
+
+@app.command(epilog=_EXAMPLES.format(command="explain", more="--html report.html"))
+def explain(
+    model: Model,
+    config: Config = None,
+    settings: Set = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write the report as a page.", show_default=False)] = None,
+    as_json: Json = False,
+    graphs: Annotated[bool, typer.Option("--graphs", help="Print the graphs before and after, too.")] = False,
+    costs: Annotated[bool, typer.Option("--costs", help="Print what the predicted times are made of, term by term.")] = False,
+    step: Annotated[int, typer.Option(min=0, help="Of settings that change over a run, those after this many optimizer steps.")] = 0,
+    phase: Annotated[str | None, typer.Option(help="And in this phase.", show_default=False)] = None,
+    debug: Debug = False,
+) -> None:
+    """What would be rewritten in a training step, why, and what it saves; nothing is compiled to machine code."""
+    with failures(debug):
+        options = read_options(config, settings or [])
+        if step or phase:
+            options = ApproxConfig.of(options).at(step, phase)
+        _check_folder("--html", html)
+        example = example_of(model)
+        report = _report(example, options)
+        if html is not None:
+            report.to_html(html, machines.current(_device(example)))
+        if as_json:
+            typer.echo(json.dumps(report.to_dict() | ({"before": report.before, "after": report.after} if graphs else {})))
+            return
+        typer.echo(str(report))
+        if costs:
+            typer.echo(report.costs())
+        for i, (before, after) in enumerate(zip(report.before, report.after, strict=True) if graphs else (), 1):
+            typer.echo(f"\n# --- graph {i}, before ---\n{before}\n# --- graph {i}, after ---\n{after}")
+        if html is not None:
+            typer.echo(f"written: {html}")
+
+
+@app.command(epilog=_EXAMPLES.format(command="bench", more="--threads 2 --repeats 30 --json"))
+def bench(
+    model: Model,
+    config: Config = None,
+    settings: Set = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed steps of each backend.")] = 15,
+    threads: Threads = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time a training step (forward and backward) under Inductor and under approx, in turn in one process."""
+    with failures(debug):
+        options, example = _prepared(model, config, settings, threads)
+        report = _report(example, options)
+        found = timing.compare(example.model, *example.args, config=options, repeats=repeats, **example.kwargs)
+        sampled = sum(s.decision == "sampled" for s in report.sites)
+        counts = {"sites": len(report.sites), "sampled": sampled, "flops_exact": report.flops_exact, "flops_sampled": report.flops_sampled}
+        typer.echo(json.dumps(found.to_dict() | counts) if as_json else f"{found}; {sampled} of {len(report.sites)} sites sampled")
+
+
+@app.command(epilog=_EXAMPLES.format(command="tune", more="--out plan.toml --max-error 0.3 --budget 300"))
+def tune(
+    model: Model,
+    config: Config = None,
+    settings: Set = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the plan as TOML, for `options={'plan': ...}`.", show_default=False)] = None,
+    max_error: Annotated[float, typer.Option(help="Relative error that the gradient may have.")] = 0.5,
+    budget: Annotated[float, typer.Option(help="Seconds it may take.")] = 600.0,
+    rows: Annotated[bool, typer.Option(help="Try the backward pass on some of the rows, too.")] = True,
+    threads: Threads = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure every site of the model on its example inputs and choose the plan that saves most time; Ctrl-C takes the best so far."""
+    with failures(debug):
+        _check_folder("--out", out)
+        options, example = _prepared(model, config, settings, threads, policy="cost")
+        if not isinstance(example.model, torch.nn.Module):
+            raise Failure(f"{model} makes a {type(example.model).__name__}; tune needs a torch.nn.Module")
+        if example.kwargs:
+            raise Failure(f"{model} gives its inputs by keyword; tune needs positional ones")
+        plan = tuned(example.model, *example.args, loss=timing.loss_of, config=options, max_error=max_error, time_budget_s=budget, rows=rows)
+        if out is not None:
+            plan.save(out)
+        typer.echo(json.dumps(plan.to_dict()) if as_json else str(plan))
+        if out is not None and not as_json:
+            typer.echo(f"written: {out}")
+
+
+@app.command()
+def calibrate(
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where there is one.", show_default=False)] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="The short measurement that first use makes.")] = False,
+    threads: Threads = None,
+    float32: Annotated[Float32 | None, typer.Option(help="What training gives `torch.set_float32_matmul_precision`.", show_default=False)] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure this machine (product rates, bandwidths, selection, launches) for the cost model, and store it."""
+    with failures(debug):
+        _set_threads(threads)
+        if float32 is not None:
+            torch.set_float32_matmul_precision(float32)
+        found = machines.calibrate(device, quick=quick, progress=not as_json)
+        if as_json:
+            typer.echo(found.model_dump_json())
+            return
+        Console().print(found)
+        typer.echo(f"stored: {machines.path_of(found.device)}")
+
+
+def _prepared(model: str, config: Path | None, settings: list[str] | None, threads: int | None, **defaults: Any) -> tuple[ApproxConfig | None, Example]:
+    """What a command that times things works on: checked options (over `defaults`, where any are given), then the model, under so many threads."""
+    options = read_options(config, settings or [], **defaults)
+    _set_threads(threads)
+    return options, example_of(model)
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _check_folder(option: str, path: Path | None) -> None:
+    if path is not None and not path.absolute().parent.is_dir():
+        raise Failure(f"{option}: there is no folder {path.parent}")
+
+
+def _device(example: Example) -> str:
+    """The device that the model's tensors are on."""
+    tensors = [*(example.model.parameters() if isinstance(example.model, torch.nn.Module) else ()), *example.args, *example.kwargs.values()]
+    return next((t.device.type for t in tensors if isinstance(t, torch.Tensor)), "cpu")
+
+
+def example_of(spec: str) -> Example:
+    """The model that `spec` names, the same weights and data at every call."""
+    torch.manual_seed(0)
+    return load(spec)
+
+
+def _report(example: Example, options: ApproxConfig | None) -> Report:
+    """What `explain` finds. A model without products is one thing; one whose products torch.compile never shows to a backend is another."""
+    if os.environ.get(DISABLE) == "1":
+        raise Failure(f"{DISABLE}=1 is set, with which nothing is rewritten; unset it")
+    flops = example.forward_flops()
+    report = explained(example.model, *example.args, config=options, **example.kwargs)
+    if flops and not report.sites:
+        raise Failure(_NO_PRODUCTS.format(flops=si(flops), graphs=len(report.before)))
+    return report
+
+
+def read_options(path: Path | None, settings: list[str], **defaults: Any) -> ApproxConfig | None:
+    """The file's keys with `settings` ("key=value", the value as in TOML or a bare word, the key dotted for tables) laid over; None if nothing is given."""
+    if path is None and not settings:
+        return None
+    options: dict[str, Any] = {}
+    if path is not None:
+        try:
+            options = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as e:
+            raise ConfigError(f"--config: {path} can't be read: {e}") from e
+        except tomllib.TOMLDecodeError as e:
+            raise ConfigError(f"--config: {path} is no TOML: {e}") from e
+    for text in settings:
+        options = _merged(options, _setting(text))
+    return ApproxConfig.of(defaults | options)
+
+
+def _setting(text: str) -> dict[str, Any]:
+    key, equals, value = (part.strip() for part in text.partition("="))
+    for written in (value, json.dumps(value)) if equals and value else ():
+        with contextlib.suppress(tomllib.TOMLDecodeError):
+            return tomllib.loads(f"{key} = {written}")
+    raise ConfigError(f"--set: got {text!r}; KEY=VALUE is expected, such as ratio=0.25, method=topk, grad.axis=rows")
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    both = {k: _merged(below[k], v) for k, v in above.items() if isinstance(v, dict) and isinstance(below.get(k), dict)}
+    return below | above | both

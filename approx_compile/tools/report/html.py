@@ -1,0 +1,172 @@
+"""A report as one HTML file that needs nothing else: jinja2 fills in the page, plotly draws, DataTables (as itables ships it) sorts, pygments marks lines."""
+
+from __future__ import annotations
+
+import base64
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from approx_compile.tools.report.plots import Roof
+    from approx_compile.tools.report.report_data import ReportData, SiteReport
+
+MEASURES = (("FLOPs", "flops_exact", "flops_sampled"), ("time, µs", "time_exact_us", "time_sampled_us"))
+"""What a site may cost, before and after; shown where the report has it."""
+
+NO_ROOFS = "The lines of the roof are left out: the machine's peaks were not given."
+HEIGHTS = {
+    "FLOPs": "No product's rate is known, so its height is its FLOPs.",
+    "GFLOP/s at most": "A product's height is the most that the machine allows at its intensity; no time was predicted or measured.",
+    "GFLOP/s, predicted": "A product's height is the rate predicted for the exact product.",
+}
+
+
+class Peaks(Protocol):
+    """What a roofline asks of a machine: the dtypes it knows ("float32", ...), the GFLOP/s (10^9) of large products in one, GB/s (10^9) of memory."""
+
+    def dtypes(self) -> list[str]: ...
+
+    def peak_gflops(self, dtype: str) -> float: ...
+
+    def bandwidth_gb_s(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One compiled graph as HTML: before and after with changed lines marked, the changes alone, and how many lines went and came."""
+
+    before: str
+    after: str
+    changes: str
+    removed: int
+    added: int
+
+
+def write(report: ReportData, path: str | Path, machine: Peaks | None = None) -> None:
+    """Write `report` to `path`. Raises ImportError where the extra `report` is missing, OSError where the file can't be written."""
+    try:
+        page = render(report, machine)
+    except ModuleNotFoundError as e:
+        if e.name is None or e.name.split(".")[0] not in ("plotly", "itables", "jinja2", "pygments"):
+            raise
+        raise ImportError(f"to_html needs {e.name}, which is not installed: pip install 'approx-compile[report]'") from None
+    Path(path).write_text(page, encoding="utf-8")
+
+
+def render(report: ReportData, machine: Peaks | None) -> str:
+    """The page's text."""
+    import jinja2
+    import pygments.formatters
+    from plotly.offline import get_plotlyjs
+
+    from approx_compile.passes.planning.candidates import OFF
+    from approx_compile.tools.report.plots import LABELS, Roof, kind_of
+    from approx_compile.tools.report.report_data import si
+
+    source = resources.files("approx_compile.tools.report").joinpath("report.html.j2").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    style = {name: pygments.formatters.HtmlFormatter(style=name).get_style_defs(".highlight") for name in ("default", "github-dark")}
+    roofs = {dtype: Roof(machine.peak_gflops(dtype), machine.bandwidth_gb_s()) for dtype in machine.dtypes()} if machine is not None else {}
+    return environment.from_string(source).render(
+        report=report,
+        sites=list(zip(report.keys, report.sites, strict=True)),
+        kind_of=kind_of,
+        labels=LABELS,
+        cost=_cost,
+        si=si,
+        graphs=[difference(b, a) for b, a in zip(report.before, report.after, strict=True)],
+        measures=_measures(report),
+        break_even=f"{OFF:g}" if any(s.break_even for s in report.sites) else "",
+        traced=report.traced(),
+        plotly=get_plotlyjs(),
+        templates=_templates(),
+        light=style["default"],
+        dark=style["github-dark"],
+        **_tables(),
+        **_figures(report, roofs),
+    )
+
+
+def _measures(report: ReportData) -> list[tuple[str, str, str]]:
+    return [m for m in MEASURES if any(getattr(s, m[1], None) is not None for s in report.sites)]
+
+
+def _cost(site: SiteReport, measure: str) -> float:
+    """0 where a site's cost is not known."""
+    return getattr(site, measure, None) or 0
+
+
+def _tables() -> dict[str, str]:
+    """DataTables' module (base64, loaded from memory) and style."""
+    import itables.options
+
+    bundle = Path(itables.options.dt_bundle)
+    return {"table_module": base64.b64encode(bundle.read_bytes()).decode("ascii"), "table_style": bundle.with_suffix(".css").read_text(encoding="utf-8")}
+
+
+def _templates() -> str:
+    """plotly's light and dark look, for the page to choose from."""
+    import plotly.io
+
+    clear = {"paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)"}
+    looks = {mode: plotly.io.templates[name].to_plotly_json() for mode, name in (("light", "plotly_white"), ("dark", "plotly_dark"))}
+    return json.dumps({mode: {"layout": look["layout"] | clear} for mode, look in looks.items()}, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    return value.to_plotly_json() if hasattr(value, "to_plotly_json") else list(value)
+
+
+def _figures(report: ReportData, roofs: Mapping[str, Roof]) -> dict[str, Any]:
+    """The figures as JSON, and what is to be said of the roofline."""
+    from approx_compile.tools.report import plots
+
+    if not report.sites:
+        return {"graph": "", "roofline": "", "roofline_notes": [], "bars": []}
+    roofline, what = plots.roofline(report, roofs)
+    missing = sorted({s.dtype for s in report.sites} - set(roofs))
+    notes = [HEIGHTS[what]] + ([NO_ROOFS if not roofs else f"No peaks were given for {', '.join(missing)}."] if missing else [])
+    bars = [
+        (title, plots.before_and_after(report.keys, [_cost(s, a) for s in report.sites], [_cost(s, b) for s in report.sites], title))
+        for title, a, b in _measures(report)
+    ]
+    return {
+        "graph": _data(plots.site_graph(report)),
+        "roofline": _data(roofline),
+        "roofline_notes": notes,
+        "bars": [(title, _data(figure)) for title, figure in bars],
+    }
+
+
+def _data(figure: Any) -> str:
+    """A figure as JSON that may stand in a script (plotly escapes `<`, `>` and `/`); without a template, which the page chooses."""
+    figure.update_layout(template=None)
+    return str(figure.to_json())
+
+
+def difference(before: str, after: str) -> Difference:
+    """Two texts of Python, line by line."""
+    a, b = before.splitlines(), after.splitlines()
+    removed: list[int] = []
+    added: list[int] = []
+    for tag, a0, a1, b0, b1 in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+        if tag != "equal":
+            removed += range(a0 + 1, a1 + 1)
+            added += range(b0 + 1, b1 + 1)
+    changes = "\n".join(difflib.unified_diff(a, b, "before", "after", lineterm=""))
+    return Difference(_marked(before, removed), _marked(after, added), _marked(changes, [], "diff"), len(removed), len(added))
+
+
+def _marked(text: str, lines: list[int], language: str = "text") -> str:
+    """Graphs have thousands of lines: as Python, coloured word by word, a page would take browsers half a minute."""
+    from pygments import highlight
+    from pygments.formatters import HtmlFormatter
+    from pygments.lexers import get_lexer_by_name
+
+    lexer = get_lexer_by_name(language, stripnl=False)  # line numbers must stay those of the text
+    return str(highlight(text, lexer, HtmlFormatter(hl_lines=lines, wrapcode=True)))

@@ -1,0 +1,183 @@
+"""What a report says of a model: its sites, where rows are chosen, FLOPs and times, as tables and as plain values."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import networkx as nx
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from approx_compile.passes.planning.candidates import OFF
+from approx_compile.passes.planning.plan import BreakEven, Cut, ProductPlan, SitePlan
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One site. `k` of `size` entries, `method` and `ratio` are the output product's, or the first approximated one's; FLOPs are summed over products. Symbols
+    in `shape`, such as that of a batch whose size is dynamic, were traced with the sizes in `traced`. `break_even`: the ratio at which sampling stops to
+    pay, and where it would be if sampling took 1.2 times as long as predicted, or 1 / 1.2 times."""
+
+    name: str
+    op: str
+    kind: str
+    shape: str
+    dtype: str
+    decision: str
+    reason: str
+    method: str
+    ratio: float
+    k: int
+    size: int
+    flops_exact: int
+    flops_sampled: int
+    time_exact_us: float | None
+    time_sampled_us: float | None
+    products: Mapping[str, ProductPlan]
+    reads: tuple[str, ...]
+    traced: tuple[tuple[str, int], ...]
+    break_even: BreakEven | None
+
+    @staticmethod
+    def of(plan: SitePlan) -> SiteReport:
+        own = {f.name: getattr(plan, f.name) for f in fields(SiteReport) if f.name not in (*_SHOWN, "products")}
+        shown = {name: getattr(plan.shown, name) for name in _SHOWN}
+        return SiteReport(**own, **shown, products={p.name: p for p in plan.products})
+
+
+_SHOWN = ("method", "ratio", "k", "size")
+"""What a site takes from the product that stands for it."""
+
+
+@dataclass
+class ReportData:
+    """What `explain` found. `sites` in execution order; `cuts`: where rows of the batch are chosen, or why not; `before` and `after`: readable joint
+    graphs, one per compiled graph; `unmatched`: rule patterns that match no site of any graph; `remarks`: layers for which no rule can hold, and where a tuned
+    plan was made for something else; `assignments`: how many the settings go through over a run, all but the first of which `explain(...,
+    config=config.at(step, phase))` shows. `str(report)` is a table. FLOPs are those of the sites' products in one training step (2 per multiply-add), the
+    sampling's own included in `flops_sampled`.
+    """
+
+    sites: list[SiteReport] = field(default_factory=list)
+    cuts: list[Cut] = field(default_factory=list)
+    before: list[str] = field(default_factory=list)
+    after: list[str] = field(default_factory=list)
+    unmatched: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    assignments: int = 1
+
+    @property
+    def flops_exact(self) -> int:
+        return sum(s.flops_exact for s in self.sites)
+
+    @property
+    def flops_sampled(self) -> int:
+        return sum(s.flops_sampled for s in self.sites)
+
+    @property
+    def keys(self) -> list[str]:
+        """A name for every site that no other has: its own, or `name (2)`, ... where several graphs have a site of that name."""
+        seen: Counter[str] = Counter()
+        found = []
+        for site in self.sites:
+            seen[site.name] += 1
+            found.append(site.name if seen[site.name] == 1 else f"{site.name} ({seen[site.name]})")
+        return found
+
+    def to_networkx(self) -> nx.DiGraph[str]:
+        """The graph of sites, named as in `keys`: an edge from a site to every site that reads its output through no other product; node attributes
+        as in `sites`."""
+        graph: nx.DiGraph[str] = nx.DiGraph()
+        latest: dict[str, str] = {}  # a site reads those of its own graph, and in a graph names are used once
+        for key, site in zip(self.keys, self.sites, strict=True):
+            graph.add_node(key, **{k: v for k, v in vars(site).items() if k not in ("name", "reads")})
+            graph.add_edges_from((latest[source], key) for source in site.reads)
+            latest[site.name] = key
+        return graph
+
+    def costs(self) -> str:
+        """Where the predicted times come from: for every product as planned its sizes and, term by term, an expression over them and its microseconds."""
+        table = Table()
+        for title in ("site", "product", "as planned", "term"):
+            table.add_column(title, overflow="fold")
+        for title in ("us", "exact: us"):
+            table.add_column(title, justify="right", no_wrap=True)
+        for site in self.sites:
+            if site.break_even is not None:
+                table.add_row(site.name, "", "", f"break-even ratio {site.break_even.range}, if sampling takes {OFF:g} or 1/{OFF:g} times as long as predicted")
+            for p in site.products.values():
+                exact = f"{p.time_exact_us:.3g}" if p.time_exact_us is not None else ""
+                sizes = ", ".join(f"{name} = {size:g}" for name, size in p.sizes)
+                table.add_row(site.name, p.name, p.decision, sizes, "" if p.time_sampled_us is None else f"{p.time_sampled_us:.3g}", exact)
+                for term, time in p.terms:
+                    table.add_row("", "", "", term, f"{time:.3g}", "")
+        out = io.StringIO()
+        Console(file=out, width=160).print(table, highlight=False)
+        return out.getvalue().rstrip()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Sites with their products, cuts, unmatched patterns, remarks and totals as plain values, for JSON; without the graphs' text."""
+        content = {f.name: [asdict(item) for item in getattr(self, f.name)] for f in fields(self) if f.name in ("sites", "cuts")}
+        totals = {"graphs": len(self.before), "flops_exact": self.flops_exact, "flops_sampled": self.flops_sampled}
+        return content | totals | {"unmatched": self.unmatched, "remarks": self.remarks, "assignments": self.assignments}
+
+    def __str__(self) -> str:
+        out = io.StringIO()
+        console = Console(file=out, width=160)
+        console.print(self._table() if self.sites else "no matrix product or convolution found", highlight=False)
+        sampled = sum(s.decision == "sampled" for s in self.sites)
+        if self.flops_exact:
+            share = self.flops_sampled / self.flops_exact
+            graphs = f" in {len(self.before)} graphs" if len(self.before) > 1 else ""
+            console.print(
+                f"{sampled} of {len(self.sites)} sites sampled{graphs}; FLOPs of a training step {si(self.flops_exact)} -> {si(self.flops_sampled)} "
+                f"({share:.0%}), the sampling included",
+                highlight=False,
+            )
+        if sizes := self.traced():
+            console.print(f"{sizes} as traced, which FLOPs and times are for", highlight=False)
+        for cut in self.cuts:
+            kept = f"{cut.ratio:g} of" if cut.ratio is not None else "as many as needed of"
+            what = f"{cut.method}, {kept} {cut.rows} rows, {cut.flops_on_rows / max(1, cut.flops_all):.0%} of the backward FLOPs"
+            console.print(f"rows, level {cut.level}: {what if cut.decision == 'rows' else 'all'}; {cut.reason}", highlight=False, markup=False)
+        if self.assignments > 1:
+            console.print(
+                f"the settings of step 0, the first of {self.assignments} assignments over the run; explain(..., config=config.at(step, phase)) shows another",
+                highlight=False,
+            )
+        for pattern in self.unmatched:
+            console.print(f"rule pattern {pattern!r} matches no site", highlight=False, markup=False)
+        for remark in self.remarks:
+            console.print(remark, highlight=False, markup=False)
+        return out.getvalue().rstrip()
+
+    def traced(self) -> str:
+        """ "s77 = 64, s12 = 128": the symbols in shapes and what they were traced with."""
+        return ", ".join(dict.fromkeys(f"{symbol} = {size}" for s in self.sites for symbol, size in s.traced))
+
+    def _table(self) -> Table:
+        table = Table()
+        for title in ("site", "op", "shape", "dtype", "decision"):
+            table.add_column(title, overflow="fold")
+        table.add_column("k of K", justify="right", no_wrap=True)
+        table.add_column("FLOPs before", justify="right", no_wrap=True)
+        table.add_column("after", justify="right", no_wrap=True)
+        table.add_column("reason", overflow="fold")
+        for s in self.sites:
+            kept = f"{s.k} of {s.size}"
+            table.add_row(escape(s.name), s.op, s.shape, s.dtype, s.decision, kept, si(s.flops_exact), si(s.flops_sampled), escape(s.reason))
+        return table
+
+
+def si(number: float) -> str:
+    """Three digits and a letter: 1.23M."""
+    for unit in ("", "k", "M", "G", "T"):
+        if abs(number) < 1000:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g}P"

@@ -1,0 +1,1 @@
+"""`tune`: the approximation of every layer that a time budget or an error budget buys."""

@@ -1,0 +1,119 @@
+"""The sites that `tune` may sample, and the settings that sample some of them: what a plan file will hold."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+from approx_compile.config import ApproxConfig, ConfigError
+from approx_compile.config.schema import Rule
+from approx_compile.config.selectors import Pattern
+from approx_compile.passes.planning.plan import SitePlan
+from approx_compile.passes.planning.planner import LAST, RAW, match_rules
+from approx_compile.tools.tuning.trial import Trials
+
+_DETERMINISTIC = ("topk", "topk_weights", "zero", "max", "exact")
+_DEFAULTS: dict[str, Any] = {"min_k": 16, "group": "auto", "sampling": "forward"}
+
+
+class Candidates:
+    """`sites`: all of the model, in execution order; `sampled`: those of them that may be sampled, planned at the lowest ratio; `excluded`: why
+    others may not."""
+
+    def __init__(self, base: ApproxConfig) -> None:
+        self.base = base
+        self.sites: tuple[SitePlan, ...] = ()
+        self.sampled: tuple[SitePlan, ...] = ()
+        self.excluded: dict[str, str] = {}
+        self._rules: dict[str, dict[str, Any]] = {}
+
+    @staticmethod
+    def of(config: ApproxConfig | Mapping[str, Any] | None) -> Candidates:
+        """Candidates under the user's settings. Raises ConfigError for settings that leave nothing to tune."""
+        if config is None or isinstance(config, Mapping):
+            config = ApproxConfig(**{"policy": "cost", **(config or {})})
+        if config.asks_for_rows() and config.policy != "adaptive":
+            raise ConfigError("tune: config: grad with axis 'rows' is tried by itself (rows=True); leave it out")
+        if any(r.timed for r in config.all_rules()):
+            raise ConfigError("tune: config: a plan is tuned for all steps alike; leave steps, phase and total_steps out, and set them beside the plan")
+        if config.method == "exact" and not config.rules:
+            raise ConfigError("tune: config: method 'exact' leaves nothing to tune; name the method to sample with, such as 'topk'")
+        policy = config.policy if config.policy == "always" else "cost"
+        return Candidates(config.model_copy(update={"policy": policy, "plan": None}))
+
+    def survey(self, trials: Trials, ratio: float) -> None:
+        """Find the sites, and which of them the settings, the rules and their shapes allow to be sampled at `ratio`."""
+        planned = trials.planned(self.base.model_copy(update={"policy": "always", "ratio": ratio}))
+        hurt: dict[str, str] = {}
+        if self.base.policy != "always":
+            everything = (*self.base.rules, Rule(layers=("site",)))
+            planned_by_cost = trials.planned(self.base.model_copy(update={"rules": everything}))
+            hurt = {s.name: s.own_reason for s in planned_by_cost if s.own_reason in (RAW, LAST)}
+        matches, _ = match_rules(planned, self.base)
+        self._rules = {s.name: self._rule(planned, s, self.base.merged(m)) for s, m in zip(planned, matches, strict=True)}
+        self.sites = planned
+        self.sampled = tuple({s.name: s for s in planned if s.decision == "sampled" and s.name not in hurt}.values())
+        self.excluded = {s.name: s.own_reason for s in planned if s.decision == "exact"} | hurt
+
+    @property
+    def random(self) -> bool:
+        """Whether any site draws random numbers."""
+        return any(p.method not in _DETERMINISTIC for s in self.sampled for p in s.products if p.decision != "exact")
+
+    def options(self, choices: Mapping[str, float]) -> dict[str, Any]:
+        """The settings under which the sites of `choices` keep that share, and all others are exact."""
+        options = self._top | {"method": "exact"}
+        rules = []
+        by_module: dict[str, list[SitePlan]] = {}
+        for s in self.sites:
+            by_module.setdefault(s.module or s.name, []).append(s)
+        for sites in by_module.values():
+            begun = False  # the first call's name is the module's, which matches its later calls, too: from there on they are spelt out
+            for name in dict.fromkeys(s.name for s in sites):
+                if name in choices:
+                    rules.append(self._rules[name] | {"ratio": choices[name]})
+                elif begun:
+                    rules.append({"layers": self._rules[name]["layers"], "method": "exact"})
+                begun = begun or name in choices
+        return options | ({"rules": rules} if rules else {})
+
+    def on_rows(self, ratio: float) -> dict[str, Any]:
+        """The settings under which the backward pass runs on a share of the rows, and nothing else is sampled."""
+        return self._top | {"ratio": ratio, "grad": {"axis": "rows"}}
+
+    def pattern(self, name: str) -> str:
+        return str(self._rules[name]["layers"])
+
+    def overlaps(self) -> dict[tuple[str, str], tuple[SitePlan, int]]:
+        """{(site, later site): (site, FLOPs)} of products that shrink with either: with the entries that the site keeps of its input, and with those that the
+        later one keeps of its output."""
+        found: dict[tuple[str, str], tuple[SitePlan, int]] = {}
+        for s in self.sampled:
+            for p in s.products:
+                if p.skips is not None and p.decision in ("sampled", "coupled"):
+                    found[s.name, p.skips] = (s, found.get((s.name, p.skips), (s, 0))[1] + p.flops_exact)
+        return found
+
+    @property
+    def _top(self) -> dict[str, Any]:
+        own: dict[str, Any] = {"policy": "always"} | ({"lowering": self.base.lowering} if self.base.lowering != "auto" else {})
+        own |= {} if self.base.huge_pages else {"huge_pages": False}
+        return own | ({"inductor": dict(self.base.inductor)} if self.base.inductor else {})
+
+    def _rule(self, planned: tuple[SitePlan, ...], site: SitePlan, keys: Mapping[str, Any]) -> dict[str, Any]:
+        rule: dict[str, Any] = {"layers": _pattern(site.name)}
+        for key in ("method", "ratio", "sampling", "min_k", "group", "lowering", "share", "output", "grad", "grad_input", "grad_weight"):
+            value = keys.get(key)
+            if value is not None and value != (self.base.lowering if key == "lowering" else _DEFAULTS.get(key)):
+                rule[key] = value.model_dump(exclude_none=True) if isinstance(value, BaseModel) else value
+        return rule
+
+
+def _pattern(name: str) -> str:
+    """A pattern of `layers` that matches this name: itself, unless it means something else there."""
+    parsed = Pattern.parse(name) if "[" not in name else None
+    plain = parsed is not None and parsed.is_name and parsed.regex is None and not set(name) & set("*?[")
+    return name if plain else "re:" + re.escape(name)

@@ -1,0 +1,171 @@
+"""One training step under trial settings: its gradients, what was planned for it, and its time beside the exact step's. Leaves the model as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from approx_compile import _torch
+from approx_compile.backend import Backend
+from approx_compile.config import ApproxConfig
+from approx_compile.machine.microbenchmarks import Clock
+from approx_compile.passes.planning.plan import Plan, SitePlan
+from approx_compile.tools.report.explain import untouched
+
+WARM_UP, LEAST_ROUNDS, MOST_ROUNDS, SECONDS = 2, 5, 41, 2.0
+"""A comparison takes pairs of steps for about so many seconds, but so many at least and at most."""
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The gradients of one step (None: the parameter takes no part), and the sites as planned."""
+
+    values: tuple[Tensor | None, ...]
+    sites: tuple[SitePlan, ...]
+
+    def error(self, exact: Gradients) -> float:
+        """|g - g_exact| / |g_exact| over all parameters together."""
+        pairs = [(a, b) for a, b in zip(self.values, exact.values, strict=True) if a is not None and b is not None]
+        off = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
+        size = sum(float(b.double().square().sum()) for _, b in pairs)
+        return (off / size) ** 0.5 if size > 0 else 0.0
+
+
+class Times(NamedTuple):
+    """Medians over pairs of steps: seconds of the exact step, seconds of the other, and its share of the exact step's time."""
+
+    exact_s: float
+    step_s: float
+    share: float
+
+
+Step = Callable[[], None]
+Settings = ApproxConfig | Mapping[str, Any]
+
+
+class Trials:
+    """Runs the step `loss(model(*inputs), target).backward()`, without the optimizer and without touching `.grad`, under one setting after the other.
+
+    `exact`: the options under which everything is exact.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Sequence[Any], target: Any, loss: Callable[..., Any] | None, exact: Settings) -> None:
+        self.model = model
+        self.inputs = tuple(inputs)
+        self.target = target
+        self.loss = loss
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self._exact_options = exact
+        self._exact: Step | None = None
+
+    def gradients(self, options: Settings, draw: int = 0) -> Gradients:
+        """Of one step run op by op; equal `draw`, equal random numbers."""
+        planned: list[SitePlan] = []
+        with untouched(self.model):
+            torch.manual_seed(draw)
+            run = self._compiled(options, planned, inner_compile=_torch.run_as_is)
+            found = self._backward(run)
+        return Gradients(found, tuple(planned))
+
+    def planned(self, options: Settings) -> tuple[SitePlan, ...]:
+        """The sites of a step, without its backward pass. (What Inductor brings from its cache is not planned again.)"""
+        planned: list[SitePlan] = []
+        with untouched(self.model), torch.enable_grad(), _torch.forgetting_shapes():
+            self._compiled(options, planned, inner_compile=_torch.run_as_is)(*self.inputs)
+        return tuple(planned)
+
+    def compiled(self, options: Settings) -> Step:
+        """The step as Inductor compiles it, compiled and run once."""
+        run = self._compiled(options, [])
+
+        def step() -> None:
+            self._backward(run)
+
+        with untouched(self.model):
+            step()
+        return step
+
+    def times(self, step: Step, late: Callable[[], bool]) -> Times:
+        """Of the exact step and this one, taken in turn; as few pairs as will do once it is `late`. On one CPU thread those of this process alone: what else
+        the machine does is no property of the model."""
+        exact = self.exact
+        clock = Clock("cuda" if any(p.device.type == "cuda" for p in self.parameters) else "cpu", SECONDS)
+        with untouched(self.model):
+            for _ in range(WARM_UP):
+                exact()
+                once = clock.sample(step, 1)
+            rounds = min(MOST_ROUNDS, max(LEAST_ROUNDS, int(SECONDS / max(once, 1e-6))))
+            pairs: list[tuple[float, float]] = []
+            while len(pairs) < rounds and not (len(pairs) >= LEAST_ROUNDS and late()):
+                pairs.append((clock.sample(exact, 1), clock.sample(step, 1)))
+        return Times(statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs), statistics.median(b / a for a, b in pairs))
+
+    @property
+    def exact_is_compiled(self) -> bool:
+        return self._exact is not None
+
+    @property
+    def exact(self) -> Step:
+        """The exact step, compiled when it is first asked for."""
+        if self._exact is None:
+            self._exact = self.compiled(self._exact_options)
+        return self._exact
+
+    def _compiled(self, options: Settings, planned: list[SitePlan], **kwargs: Any) -> Callable[..., Any]:
+        def listen(plan: Plan, before: fx.Graph | None, after: fx.Graph | None) -> None:
+            planned.extend(plan.sites)
+
+        run: Callable[..., Any] = _torch.compile_apart(self.model, Backend(ApproxConfig.of(options), on_plan=listen, **kwargs))
+        return run
+
+    def _backward(self, run: Callable[..., Any]) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad(), _torch.forgetting_shapes():
+            loss = self._loss(run(*self.inputs))
+            return torch.autograd.grad(loss, self.parameters, allow_unused=True)
+
+    def _loss(self, output: Any) -> Tensor:
+        if self.loss is not None:
+            value = self.loss(output) if self.target is None else self.loss(output, self.target)
+        elif self.target is not None and isinstance(output, Tensor) and isinstance(self.target, Tensor):
+            value = F.mse_loss(output, self.target) if self.target.is_floating_point() else F.cross_entropy(output, self.target)
+        else:
+            value = getattr(output, "loss", output)
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+            raise ValueError(
+                f"tune: the loss is {_described(value)}; one number with a gradient is expected. Give target=..., loss=a function of the "
+                "output (and of the target), or a model that returns its loss"
+            )
+        return value
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}" + ("" if value.requires_grad else " that needs no gradient")
+    return type(value).__name__
+
+
+@contextlib.contextmanager
+def kept(model: nn.Module) -> Iterator[None]:
+    """Put back parameters, their `.grad`, buffers, modules' attributes and the random states of torch, numpy and Python, whatever happens inside."""
+    parameters = [(p, p.detach().clone(), p.grad, p._version) for p in model.parameters()]
+    states = random.getstate(), np.random.get_state()
+    with untouched(model):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for p, content, grad, version in parameters:
+                    if p._version != version:
+                        p.copy_(content)
+                    p.grad = grad
+            random.setstate(states[0])
+            np.random.set_state(states[1])
