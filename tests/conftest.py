@@ -2,7 +2,7 @@ import os
 from pathlib import Path
 
 # decisions must not depend on the machine that tests: a stored calibration (one thread of an AMD EPYC), for child processes as well
-os.environ["APPROX_COMPILE_MACHINE"] = str(Path(__file__).with_name("machine.json"))
+os.environ["APPROX_COMPILE_MACHINE"] = str(Path(__file__).parent / "helpers" / "machine.json")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
 
 import pytest

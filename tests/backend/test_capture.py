@@ -1,0 +1,483 @@
+"""What the backend finds out at its call: whose forward a product stands in, which size is the batch's, and what it leaves behind."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from helpers.common import Plans, compiled, grads, mlp
+from torch import Tensor, nn
+
+from approx_compile import ApproxWarning, Backend, _torch
+from approx_compile.backend import run_as_is
+from approx_compile.rows import early_decline, row_backward, row_compiler
+
+ALWAYS: dict[str, Any] = {"policy": "always", "ratio": 0.5}
+
+
+class Self(nn.Module):
+    """Products of its own, which no stack of modules names, beside a layer's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.o = nn.Parameter(torch.randn(64, 64) / 8), nn.Linear(64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o((x @ self.w).relu() @ self.w)
+
+
+class Named(Self):
+    def forward(module, x: Tensor) -> Tensor:
+        return module.o((x @ module.w).relu() @ module.w)
+
+
+def wrapped(f: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(f)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return f(*args, **kwargs)
+
+    return wrapper
+
+
+class Decorated(Self):
+    forward = wrapped(Self.forward)
+
+
+class Args(Self):
+    def forward(*args: Any) -> Any:
+        return args[0].o((args[1] @ args[0].w).relu() @ args[0].w)
+
+
+class Broken(Self):
+    def forward(module, x: Tensor) -> Tensor:
+        h = (x @ module.w).relu()
+        torch._dynamo.graph_break()
+        return module.o(h @ module.w)
+
+
+class Forgotten(Self):
+    """Behind the graph break nothing leads to the module."""
+
+    def forward(module, x: Tensor) -> Tensor:
+        w = module.w
+        h = module.o((x @ w).relu())
+        torch._dynamo.graph_break()
+        return h @ h.t()
+
+
+def hooked() -> nn.Module:
+    """As accelerate's add_hook_to_module does it."""
+    module = Self()
+    old = module.forward
+
+    def new_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+        return module._old(*args, **kwargs)
+
+    module._old = old
+    module.forward = functools.update_wrapper(functools.partial(new_forward, module), old)
+    return module
+
+
+def replaced() -> nn.Module:
+    """A function on the instance that has the bound method in its closure."""
+    module = Self()
+    old = module.forward
+    module.forward = lambda *args: old(*args)
+    return module
+
+
+class Bare(nn.Module):
+    """No parameter leads to it."""
+
+    def forward(this, x: Tensor) -> Tensor:
+        return x @ x.relu()
+
+
+def bare_replaced() -> nn.Module:
+    module = Bare()
+    old = module.forward
+    module.forward = lambda *args: old(*args)
+    return module
+
+
+def closure(module: nn.Module) -> Callable[..., Any]:
+    return lambda x: module.forward(x)
+
+
+def deep_closure(module: nn.Module) -> Callable[..., Any]:
+    def inner(x: Tensor) -> Any:
+        return module.forward(x)
+
+    return lambda x: inner(x)
+
+
+def around(module: nn.Module) -> Callable[..., Any]:
+    """The last product is the function's own."""
+    weight = torch.randn(5, 64)
+    return lambda x: module(x) @ weight
+
+
+SPELLINGS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
+    **{c.__name__: lambda c=c: ((m := c()), m) for c in (Self, Named, Decorated, Args, Broken, Forgotten, Bare, hooked, replaced, bare_replaced)},  # type: ignore[misc]
+    "partial": lambda: ((m := Self()), functools.partial(Self.forward, m)),
+    "method": lambda: ((m := Self()), m.forward),
+    "function": lambda: ((m := Self()), lambda x: Named.forward(m, x)),
+    "closure": lambda: ((m := Self()), closure(m)),
+    "bare closure": lambda: ((m := Bare()), closure(m)),
+    "deep closure": lambda: ((m := Self()), deep_closure(m)),
+    "around": lambda: ((m := Self()), around(m)),
+    "argument": lambda: ((m := Self()), lambda x, module=m: module.o((x @ module.w).relu() @ module.w)),
+    "container": lambda: ((m := Self()), lambda x, held={"m": [m]}: held["m"][0].o(x @ held["m"][0].w)),
+}
+UNKNOWN = ("Forgotten",)
+"""Those of which nothing tells the mode: exact in any."""
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("trains_first", [False, True])
+@pytest.mark.parametrize("name", list(SPELLINGS))
+def test_the_mode_is_found_however_forward_is_spelled(name: str, trains_first: bool) -> None:
+    model, called = SPELLINGS[name]()
+    x = torch.randn(64, 64, requires_grad=True)
+    f, _, plans = compiled(called, ALWAYS)
+    for mode in (trains_first, not trains_first, trains_first, not trains_first):
+        model.train(mode)
+        before = len(plans)
+        found, expected = f(x), called(x)
+        if not mode:
+            assert torch.equal(found, expected)
+        else:
+            assert not torch.allclose(found, expected) or name in UNKNOWN
+        assert all(s.decision == "exact" for p in plans[before:] for s in p.sites) or mode
+    compiles = len(plans)
+    for mode in (True, False):
+        model.train(mode)
+        f(x)
+    assert len(plans) == compiles
+
+
+# --- a symbol for the batch, where it can't be had ---
+
+
+class Grid(nn.Module):
+    """An op that AOTAutograd can't trace with a symbolic size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.l, self.o = nn.Linear(192, 6), nn.Linear(192, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        theta = self.l(x.flatten(1)).view(-1, 2, 3)
+        return self.o(F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), align_corners=False).flatten(1))
+
+
+@torch.library.custom_op("approx_compile_tests::of_known_size", mutates_args=())
+def of_known_size(x: Tensor) -> Tensor:
+    return x * 2
+
+
+@of_known_size.register_fake
+def _(x: Tensor) -> Tensor:
+    if not isinstance(x.shape[0], int):
+        raise NotImplementedError("sizes must be numbers")
+    return torch.empty_like(x)
+
+
+of_known_size.register_autograd(lambda ctx, g: g * 2)
+
+
+class Known(nn.Module):
+    """An op that Dynamo can't trace with a symbolic size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(192, 32), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(of_known_size(self.a(x.flatten(1)).relu()))
+
+
+@pytest.mark.usefixtures("one_thread", "small_work_counts")
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("make", [Grid, Known])
+@pytest.mark.parametrize("inner", [run_as_is, None])
+@pytest.mark.filterwarnings("error:Error detected in")
+def test_what_fails_under_a_symbol_is_compiled_without(make: type[nn.Module], fullgraph: bool, inner: Any) -> None:
+    model, x, plans = make(), torch.randn(8, 3, 8, 8, requires_grad=True), Plans()
+    f = torch.compile(model, backend=Backend(None, inner_compile=inner, on_plan=plans), fullgraph=fullgraph)
+    with torch._inductor.config.patch(force_disable_caches=True):  # of a cached graph nothing is planned
+        y = f(x)
+    y.square().sum().backward()
+    found = [y, *grads(model, x)]
+    y = model(x)
+    y.square().sum().backward()
+    for a, b in zip(found, [y, *grads(model, x)], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert len(plans) == 1 and "symbol for the batch's size" in plans.sites[0].reason
+    assert not any("dynamic" in name for t in (x, y) for name in vars(t)) and not _torch._requests
+
+
+@pytest.mark.usefixtures("small_work_counts")
+def test_it_is_told_once(recwarn: pytest.WarningsRecorder) -> None:
+    f = torch.compile(Grid(), backend=Backend(None, inner_compile=run_as_is))
+    for _ in range(2):
+        f(torch.randn(8, 3, 8, 8)).sum().backward()
+    told = [w for w in recwarn if issubclass(w.category, ApproxWarning)]
+    assert all(w.filename == __file__ for w in told)  # the user's line, not one of ours
+    assert len(told) == 1 and "can't be compiled with a symbol" in str(told[0].message)
+
+
+@pytest.mark.usefixtures("one_thread", "small_work_counts")
+@pytest.mark.parametrize("where", ["outlook", "split"])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_defect_of_ours_is_told_and_exact(where: str, dynamic: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> Any:
+        raise KeyError("lost")
+
+    broken.__code__ = broken.__code__.replace(co_filename=row_compiler.__file__)
+    monkeypatch.setattr(row_compiler, where, broken)
+    model, x, plans = mlp(16, 64, 64, 8), torch.randn(32, 16), Plans()
+    f = torch.compile(model, backend=Backend(None, inner_compile=run_as_is, on_plan=plans), dynamic=dynamic)
+    with pytest.warns(ApproxWarning, match="a defect of approx_compile.*lost.*please report"):
+        f(x).square().sum().backward()
+    found = grads(model)
+    model(x).square().sum().backward()
+    for a, b in zip(found, grads(model), strict=True):
+        torch.testing.assert_close(a, b)
+    assert all(s.decision == "exact" for s in plans[-1].sites)
+
+
+@pytest.mark.usefixtures("one_thread", "small_work_counts")
+@pytest.mark.parametrize("inner", [run_as_is, None])
+def test_nested_tensors_are_exact(inner: Any) -> None:
+    model, plans = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)), Plans()
+    x = torch.nested.nested_tensor([torch.randn(n, 16) for n in (3, 5, 9, 2)], layout=torch.jagged)
+    torch.compile(model, backend=Backend(None, inner_compile=inner, on_plan=plans))(x).values().square().mean().backward()
+    found = grads(model)
+    model(x).values().square().mean().backward()
+    for a, b in zip(found, grads(model), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert all("NestedTensor" in s.reason for s in plans.sites)
+
+
+# --- nothing is left behind ---
+
+
+@pytest.mark.usefixtures("one_thread", "small_work_counts")
+@pytest.mark.parametrize("make", [lambda: mlp(16, 64, 8), lambda: nn.Sequential(nn.Linear(16, 64), nn.BatchNorm1d(64), nn.ReLU()), Known])
+@pytest.mark.parametrize("inner", [run_as_is, None])
+def test_other_compilations_see_sizes(make: Callable[[], nn.Module], inner: Any) -> None:
+    """With rows, declined, and failed: neither the input nor the output makes another graph dynamic."""
+    x, seen = torch.randn(32, *((3, 8, 8) if make is Known else (16,))), []
+
+    def spy(gm: Any, example_inputs: Any) -> Any:
+        seen.extend(v for p in gm.graph.find_nodes(op="placeholder") for v in p.meta["example_value"].shape)
+        return gm.forward
+
+    f = torch.compile(make(), backend=Backend(None, inner_compile=inner))
+    other = torch.compile(lambda a, b: a.sum() + b.sum(), backend=spy)
+    for _ in range(2):
+        y = f(x)
+        y.sum().backward()
+        other(x, y.detach())
+        other(x, y)
+        assert not vars(x) and not any("dynamic" in name for name in vars(y))
+    assert all(isinstance(v, int) for v in seen)
+
+
+@pytest.mark.usefixtures("one_thread", "small_work_counts")
+def test_other_graphs_of_the_same_variable_see_sizes() -> None:
+    """The request is for one compilation: a frame compiled afterwards, whose input has the same name, knows nothing of it."""
+    shapes: list[Any] = []
+
+    def spy(gm: Any, example_inputs: Any) -> Any:
+        values = [p.meta["example_value"] for p in gm.graph.find_nodes(op="placeholder")]
+        shapes.extend(v.shape[0] for v in values if not isinstance(v, nn.Parameter))
+        return gm.forward
+
+    x = torch.randn(32, 16)
+    torch.compile(nn.Linear(16, 64), backend=Backend(None, inner_compile=run_as_is))(x).sum().backward()
+    torch._dynamo.reset()
+    torch.compile(nn.Linear(16, 64), backend=spy)(x)
+    assert shapes == [32] and not _torch._requests
+
+
+# --- which symbol ---
+
+
+class Masked(nn.Module):
+    """A mask that is only indexed: no op says that its batch is the ids'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.f, self.h = nn.Embedding(50, 16), mlp(16, 64, 16), nn.Linear(16, 2)
+
+    def forward(self, mask: Tensor, ids: Tensor) -> Tensor:
+        kept = mask[torch.arange(ids.shape[0])[:, None], torch.arange(ids.shape[1])]
+        return self.h((self.f(self.e(ids)) * kept[..., None]).mean(1))
+
+
+class Loss(Masked):
+    """Of which only a number comes out."""
+
+    def forward(self, mask: Tensor, ids: Tensor) -> Tensor:
+        return super().forward(mask, ids).square().sum()
+
+
+class Table(Masked):
+    """The larger input has no batch, but as many rows."""
+
+    def forward(self, mask: Tensor, ids: Tensor) -> Tensor:
+        return self.h(self.f(self.e(ids)).mean(1) + mask.mean())
+
+
+class Gathered(nn.Module):
+    """Indices whose batch need only be no larger."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor, i: Tensor) -> Tensor:
+        return self.b(self.a(x).gather(1, i[:, None, None].expand(-1, 1, 16)).squeeze(1))
+
+
+@pytest.mark.usefixtures("one_thread", "small_work_counts")
+@pytest.mark.parametrize(
+    ("model", "inputs"),
+    [
+        (Masked, lambda: (torch.rand(48, 12), torch.randint(0, 50, (48, 12)))),
+        (Loss, lambda: (torch.rand(48, 12), torch.randint(0, 50, (48, 12)))),
+        (Table, lambda: (torch.rand(48, 500), torch.randint(0, 50, (48, 12)))),
+        (Table, lambda: (torch.rand(99, 500), torch.randint(0, 50, (48, 12)))),
+        (Gathered, lambda: (torch.randn(48, 5, 8), torch.randint(0, 5, (48,)))),
+    ],
+)
+@pytest.mark.parametrize("inner", [run_as_is, None])
+def test_the_batch_is_that_of_the_outputs(model: type[nn.Module], inputs: Any, inner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The even rows, then the odd ones, weigh 2: their mean is exact."""
+    start = [0]
+
+    def halves(method: str, norms_sq: Tensor, k: int, random: Any) -> tuple[Tensor, Tensor]:
+        assert k == 24
+        return torch.arange(start[0], 48, 2), torch.full((24,), 2.0)
+
+    monkeypatch.setattr(row_backward, "choose", halves)
+    made, given, plans = model(), inputs(), Plans()
+    f = torch.compile(made, backend=Backend({"policy": "always", "grad": {"axis": "rows", "ratio": 0.5}}, inner_compile=inner, on_plan=plans))
+    found = []
+    for start[0] in (0, 1):
+        f(*given).square().sum().backward()
+        found.append(grads(made))
+    made(*given).square().sum().backward()
+    for a, b, c in zip(*found, grads(made), strict=True):
+        torch.testing.assert_close((a + b) / 2, c, rtol=1e-4, atol=1e-5)
+    ((cut,),) = [p.cuts for p in plans]
+    assert (cut.decision, cut.rows) == ("rows", 48)
+
+
+# --- declined before anything is traced for it ---
+
+
+def images(*places: int) -> nn.Module:
+    """Six convolutions, with BatchNorm behind these."""
+    layers: list[nn.Module] = []
+    for i in range(6):
+        layers += [nn.Conv2d(3 if i == 0 else 8, 8, 3, padding=1), *([nn.BatchNorm2d(8)] if i in places else []), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+
+class Frozen(nn.Module):
+    """Statistics that are given, and a product of activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.norm = mlp(16, 32, 32), nn.BatchNorm1d(32).eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.inner(x))
+        return (h[:, :, None] @ h[:, None, :]).sum(2)
+
+
+WORTH = {
+    "plain": (lambda: images(), torch.randn(8, 3, 8, 8)),
+    "first": (lambda: images(0), torch.randn(8, 3, 8, 8)),
+    "middle": (lambda: images(2), torch.randn(8, 3, 8, 8)),
+    "late": (lambda: images(3), torch.randn(8, 3, 8, 8)),
+    "last": (lambda: images(5), torch.randn(8, 3, 8, 8)),
+    "all": (lambda: images(*range(6)), torch.randn(8, 3, 8, 8)),
+    "frozen": (Frozen, torch.randn(8, 16)),
+}
+
+
+@pytest.mark.usefixtures("one_thread", "small_work_counts")
+@pytest.mark.parametrize("name", list(WORTH))
+def test_what_is_declined_at_once_would_be_declined(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, x = WORTH[name]
+    found, asked = [], []
+    ask = _torch.ask_for_symbol
+    monkeypatch.setattr(_torch, "ask_for_symbol", lambda *a: (asked.append(a), ask(*a)))
+    for at_once in (True, False):
+        if not at_once:
+            monkeypatch.setattr(early_decline, "why_not", lambda *a: None)
+        torch._dynamo.reset()
+        plans = Plans()
+        torch.compile(make(), backend=Backend(None, inner_compile=run_as_is, on_plan=plans))(x).sum().backward()
+        found.append([(c.decision, c.method, c.ratio, c.rows, c.level) for p in plans for c in p.cuts])
+        if at_once:
+            certain = not asked
+    assert found[0] == found[1] and found[0]
+    assert certain == (name in ("last", "all"))
+    assert {c[0] for c in found[0]} == {"exact" if name in ("last", "all") else "rows"}
+
+
+def test_a_small_model_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_torch, "ask_for_symbol", lambda *a: pytest.fail("asked"))
+    plans = Plans()
+    torch.compile(mlp(16, 64, 8), backend=Backend(None, inner_compile=run_as_is, on_plan=plans))(torch.randn(32, 16)).sum().backward()
+    assert all("over before its rows would be chosen" in s.reason for s in plans.sites) and len(plans.sites) == 2
+
+
+class Doubled(torch.autograd.Function):
+    """Of which nothing tells what its backward pass costs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * 2
+
+
+@pytest.mark.parametrize("unknown", [Doubled.apply, lambda x: of_known_size(x)])
+def test_unknown_costs_are_not_guessed(unknown: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    count = _torch.dynamo_flops
+    monkeypatch.setattr(_torch, "dynamo_flops", lambda gm: seen.append(count(gm)) or seen[-1])
+    model = mlp(16, 64, 8)
+    torch.compile(lambda x: unknown(model(x)), backend=Backend(None, inner_compile=run_as_is))(torch.randn(32, 16)).sum().backward()
+    assert seen == [None]
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_flops_of_a_dynamo_graph_are_the_formulas(checkpointed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    count = _torch.dynamo_flops
+    monkeypatch.setattr(_torch, "dynamo_flops", lambda gm: (found := count(gm), seen.append(sum(found.values())))[0])
+    conv, linear = nn.Conv2d(3, 8, 3), nn.Linear(8 * 36, 4)
+
+    def body(x: Tensor) -> Tensor:
+        return linear(conv(x).flatten(1))
+
+    def call(x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(body, x, use_reentrant=False) if checkpointed else body(x)
+
+    torch.compile(call, backend=Backend(None, inner_compile=run_as_is))(torch.randn(4, 3, 8, 8).requires_grad_())
+    assert seen == [2 * 4 * 36 * 8 * 3 * 9 + 2 * 4 * 8 * 36 * 4]
+    assert torch.is_grad_enabled()

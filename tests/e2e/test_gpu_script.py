@@ -1,0 +1,98 @@
+"""`make gpu`, rehearsed where there is no GPU: the same script at tiny sizes, on the kernels' references."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from approx_compile.kernels.cuda import launch
+
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu.py"
+RESULTS = SCRIPT.parent / "results"
+
+
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(SCRIPT), *args], capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
+
+
+def test_every_kernel_is_compared_with_fp64() -> None:
+    done = run("check", "--device", "cpu", "--small")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "49 of 49 within their limits" in done.stdout
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script as a module."""
+    monkeypatch.setattr(sys, "path", [str(SCRIPT.parent), *sys.path])
+    spec = importlib.util.spec_from_file_location("gpu_script", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gpu_script", made)
+    spec.loader.exec_module(made)
+    return made
+
+
+@pytest.mark.parametrize("device", [("A100", 80, 108, 166912), ("H200", 90, 132, 232448)])
+def test_what_is_compared_is_what_a_kernel_takes(device: tuple[Any, ...], gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the reference would be compared with itself."""
+    pytest.importorskip("triton", reason="the extra `triton` is not installed")
+    from approx_compile.kernels.triton import autotune, matmul
+
+    monkeypatch.setattr(autotune, "device_of", lambda x: autotune.Device(*device))
+    served: list[bool] = []
+
+    def skip_matmul(a: torch.Tensor, b: torch.Tensor, idx: torch.Tensor, scale: Any, unit: int, bias: Any = None) -> torch.Tensor:
+        served.append(launch.supports_matmul(a, b, unit) if unit == 16 else matmul.can_skip(a, b, unit))
+        return a
+
+    def skip_matmul_into(a: torch.Tensor, b: torch.Tensor, idx: torch.Tensor, scale: Any, unit: int, dim: int) -> torch.Tensor:
+        served.append(launch.supports_matmul(a, b, unit) if unit == 16 else matmul.can_skip_into(a, b, unit, dim))
+        return a
+
+    monkeypatch.setattr(gpu.skip, "skip_matmul", skip_matmul)
+    monkeypatch.setattr(gpu.skip, "skip_matmul_into", skip_matmul_into)
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for _, _, run, tensors in gpu.matmul_cases(gpu.Bench("cpu", False)):
+            run(*tensors)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert len(served) == 54 and all(served)
+
+
+def test_a_kernel_that_is_off_is_found(gpu: Any) -> None:
+    a, b = torch.randn(4, 8), torch.randn(8, 4)
+
+    def off(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a @ b * (1.0 if a.dtype == torch.float64 else 1.01)
+
+    error, limit = gpu.error_of(off, a, b, at=torch.float32)
+    assert error > limit
+    error, limit = gpu.error_of(torch.mm, a, b, at=torch.float32)
+    assert error <= limit
+
+
+def test_tables_and_plots_need_a_gpu_or_a_rehearsal() -> None:
+    before = sorted(p.name for p in RESULTS.iterdir())
+    done = run("tables", "--part", "full", "--device", "cpu", "--small")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "inductor" in done.stdout and "skip" in done.stdout
+    assert sorted(p.name for p in RESULTS.iterdir()) == before  # a rehearsal stores nothing
+    refused = run("tables", "--part", "full", "--device", "cpu")
+    assert refused.returncode == 2 and "--small" in refused.stderr
+    wrong = run("tables", "--part", "fulll", "--device", "cpu", "--small")
+    assert wrong.returncode == 2 and "fulll" in wrong.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so() -> None:
+    refused = run("check")
+    assert refused.returncode == 2 and "sees no GPU" in refused.stderr

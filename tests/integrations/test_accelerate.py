@@ -1,0 +1,87 @@
+"""Other libraries take the backend: with the real ones, where they are installed."""
+
+from __future__ import annotations
+
+import enum
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers.common import mlp
+
+from approx_compile import explain
+from approx_compile.integrations.accelerate import register
+
+accelerate = pytest.importorskip("accelerate")
+from accelerate.state import AcceleratorState, PartialState  # noqa: E402
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin  # noqa: E402
+
+OPTIONS: dict[str, Any] = {"policy": "always", "ratio": 0.25, "group": 1}
+
+
+@pytest.fixture(autouse=True)
+def fresh_state() -> Iterator[None]:
+    """Accelerate keeps what the first Accelerator of a process was told."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+
+
+def test_nothing_of_accelerate_is_imported_before_it_is_asked_for() -> None:
+    code = "import sys, approx_compile, approx_compile.integrations.accelerate; assert 'accelerate' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_name_is_one_of_accelerates() -> None:
+    for _ in range(2):
+        register()
+    assert DynamoBackend("APPROX") is DynamoBackend["APPROX"] is DynamoBackend.APPROX
+    assert [b.value for b in DynamoBackend].count("APPROX") == 1 and "APPROX" in DynamoBackend and str(DynamoBackend.APPROX) == "APPROX"
+    assert pickle.loads(pickle.dumps(DynamoBackend.APPROX)) is DynamoBackend.APPROX and DynamoBackend("INDUCTOR") is DynamoBackend.INDUCTOR
+    count = len(DynamoBackend)
+    register("inductor")  # is there already
+    assert len(DynamoBackend) == count
+
+
+def test_a_step_with_an_accelerator() -> None:
+    """The gradients are those of the model compiled by hand, exact at ratio 1; options reach the backend."""
+    register()
+    x = torch.randn(32, 64)
+    by_name = accelerate.Accelerator(cpu=True, dynamo_backend="approx")
+    model = by_name.prepare(mlp(64, 64, 64))
+    by_name.backward(model(x).square().mean())
+    plain = mlp(64, 64, 64)
+    plain.load_state_dict(model._orig_mod.state_dict())
+    plain(x).square().mean().backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with_options = accelerate.Accelerator(cpu=True, dynamo_plugin=TorchDynamoPlugin(backend="approx", options=OPTIONS))
+    assert [s.k for s in explain(with_options.prepare(mlp(64, 64, 64)), x).sites] == [16, 16]
+
+
+@pytest.mark.parametrize("name", ["aproxx", "APPROX", 3])
+def test_names_that_torch_does_not_know(name: Any) -> None:
+    before = DynamoBackend.list()
+    with pytest.raises(ValueError, match=r"a backend that torch.compile knows is expected: .*approx"):
+        register(name)
+    assert DynamoBackend.list() == before
+
+
+def test_without_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ImportError, match=r"approx-compile\[integrations\].*prepare\(torch.compile"):
+        register()
+
+
+@pytest.mark.parametrize("changed", [frozenset({"INDUCTOR"}), enum.Enum("DynamoBackend", ["INDUCTOR"])])
+def test_an_accelerate_that_has_changed(changed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accelerate.utils, "DynamoBackend", changed)
+    before = list(changed)
+    with pytest.raises(RuntimeError, match="has changed its list of backends"):
+        register()
+    assert list(changed) == before

@@ -1,0 +1,563 @@
+"""Sampled products: unbiased with the variance of the formula, equal to sampling by hand, whatever the layout.
+
+Statistical tests take `DRAWS` independent draws (`torch.vmap` over a dummy axis) from a fixed seed, in double precision so that rounding is out
+of the picture, and compare a mean with its expectation in standard errors: about 15,000 comparisons, of which a normal variable passes 5.5
+standard errors once in 26 million. Operands have a positive mean, so that the terms in |A B|^2 count, and norms that fall like 1 / i in an
+order of their own, so that some units are sure (wta) or certain (bernoulli) and others rare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from helpers.common import relative
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from approx_compile.kernels.estimators import Estimator, estimator, water_fill
+from approx_compile.kernels.gather import Axis, norms_sq, sample, take, untake
+from approx_compile.passes.sites.find_sites import channel_axis, conv_weight_axes
+
+METHODS = ("topk", "topk_weights", "crs", "bernoulli", "uniform", "wta")
+UNBIASED = ("crs", "bernoulli", "uniform", "wta")
+GROUPS = {1: (24, 7), 4: (48, 3), 5: (49, 2)}  # group: size of the axis, units kept; 24, 12, 9 units and a tail of 0, 0, 4
+DRAWS = 8000
+Z = 5.5
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# --- products, described once for the kernels (axes) and once for the tests (dims) ---
+
+
+@dataclass(frozen=True)
+class Case:
+    """A product of operands `a` and `b`; `product` also takes them cut to the kept entries.
+
+    Per operand (lead_dim, dim): it consists of `leads` equal chunks along lead_dim that are independent products, each contracted along dim.
+    The chunks of the result lie along `y_lead_dim`.
+    """
+
+    a: Tensor
+    b: Tensor
+    product: Callable[[Tensor, Tensor], Tensor]
+    a_axis: Axis
+    b_axis: Axis
+    a_dims: tuple[int, int]
+    b_dims: tuple[int, int]
+    leads: int = 1
+    y_lead_dim: int = 0
+
+    @property
+    def size(self) -> int:
+        return self.a.shape[self.a_dims[1]] // (self.leads if self.a_dims[0] == self.a_dims[1] else 1)
+
+    def y_by_lead(self, y: Tensor) -> Tensor:
+        return by_lead(y, self.y_lead_dim, self.leads)
+
+
+def by_lead(x: Tensor, dim: int, leads: int) -> Tensor:
+    """(leads, everything else)."""
+    return torch.stack([chunk.flatten() for chunk in x.chunk(leads, dim)])
+
+
+def pick(x: Tensor, dims: tuple[int, int], entries: Tensor, scale: Tensor | None = None) -> Tensor:
+    """x[.., entries, ..] * scale, chunk by chunk; entries and scale are (leads, n)."""
+    lead_dim, dim = dims
+    chunks = []
+    for i, chunk in enumerate(x.chunk(entries.shape[0], lead_dim)):
+        chunk = chunk.index_select(dim, entries[i])
+        chunks.append(chunk if scale is None else chunk * scale[i].reshape([-1 if d == dim else 1 for d in range(x.dim())]))
+    return torch.cat(chunks, lead_dim)
+
+
+def entries_of(how: Estimator, idx: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The selection as entries of the axis, (leads, n)."""
+    idx = idx if idx.dim() == 2 else idx[None]
+    entries = (idx[..., None] * how.unit + torch.arange(how.unit)).flatten(-2)
+    return entries, None if scale is None else scale.reshape(idx.shape).repeat_interleave(how.unit, -1)
+
+
+def operand(shape: tuple[int, ...], dims: tuple[int, int], leads: int) -> Tensor:
+    """Positive entries; along the contraction axis the norms fall, in another order in every chunk."""
+    x = torch.rand(shape, dtype=torch.float64) + 0.25
+    lead_dim, dim = dims
+    for chunk in x.chunk(leads, lead_dim):
+        fall = torch.arange(1, chunk.shape[dim] + 1, dtype=torch.float64).reciprocal()
+        chunk *= fall[torch.randperm(len(fall))].reshape([-1 if d == dim else 1 for d in range(x.dim())])
+    return x
+
+
+def linear(which: str, k: int) -> Case:
+    """y = x W^T, dx = dy W, dW = dy^T x: three layouts of the operands."""
+    a_axis, b_axis, mm = Axis(1), Axis(0), torch.mm
+    if which == "output":
+        return Case(operand((3, k), (0, 1), 1), operand((4, k), (0, 1), 1).t(), mm, a_axis, b_axis, (0, 1), (0, 0))
+    if which == "grad_input":
+        return Case(operand((3, k), (0, 1), 1), operand((k, 4), (0, 0), 1), mm, a_axis, b_axis, (0, 1), (0, 0))
+    return Case(operand((k, 3), (0, 0), 1).t(), operand((k, 4), (0, 0), 1), mm, a_axis, b_axis, (0, 1), (0, 0))
+
+
+def bmm(which: str, k: int) -> Case:
+    """y = a b, da = dy b^T, db = a^T dy."""
+    axes, dims = (Axis(2, 0), Axis(1, 0)), ((0, 2), (0, 1))
+    if which == "output":
+        return Case(operand((3, 2, k), (0, 2), 3), operand((3, k, 4), (0, 1), 3), torch.bmm, *axes, *dims, 3)
+    if which == "grad_input":
+        return Case(operand((3, 2, k), (0, 2), 3), operand((3, 4, k), (0, 2), 3).transpose(1, 2), torch.bmm, *axes, *dims, 3)
+    return Case(operand((3, k, 2), (0, 1), 3).transpose(1, 2), operand((3, k, 4), (0, 1), 3), torch.bmm, *axes, *dims, 3)
+
+
+def conv(rank: int, groups: int, transposed: bool, which: str, k: int) -> Case:
+    """Kernel 3 with stride 2 and padding 1, 4 places per dim of the larger side and 2 of the smaller (rank 3: 3 and 2)."""
+    large, small = (4, 2) if rank < 3 else (3, 2)
+    kernel, large_at, small_at = (3,) * rank, (large,) * rank, (small,) * rank
+    in_at, out_at = (small_at, large_at) if transposed else (large_at, small_at)
+    output_padding = [large - 2 * small + 1] * rank if transposed else [0] * rank
+    settings = ([2] * rank, [1] * rank, [1] * rank, transposed, output_padding, groups)
+    backward = torch.ops.aten.convolution_backward.default
+
+    def weight(c_in: int, c_out: int) -> tuple[int, ...]:
+        return (groups * c_in, c_out, *kernel) if transposed else (groups * c_out, c_in, *kernel)
+
+    w_in, w_out = conv_weight_axes(transposed, groups)
+    w_in_dims, w_out_dims = ((0, 0), (0, 1)) if transposed else ((0, 1), (0, 0))
+    channels, channels_dims = channel_axis(groups), (1, 1)
+    if which == "output":
+        x, w = operand((2, groups * k, *in_at), channels_dims, groups), operand(weight(k, 2), w_in_dims, groups)
+        return Case(x, w, lambda a, b: torch.convolution(a, b, None, *settings), channels, w_in, channels_dims, w_in_dims, groups, 1)
+    if which == "grad_input":
+        dy, w = operand((2, groups * k, *out_at), channels_dims, groups), operand(weight(2, k), w_out_dims, groups)
+        x = torch.empty(2, groups * 2, *in_at, dtype=torch.float64)
+        f = lambda a, b: backward(a, x, b, None, *settings, [True, False, False])[0]  # noqa: E731
+        return Case(dy, w, f, channels, w_out, channels_dims, w_out_dims, groups, 1)
+    x, dy = operand((k, groups * 2, *in_at), (0, 0), 1), operand((k, groups * 1, *out_at), (0, 0), 1)
+    w = torch.empty(weight(2, 1), dtype=torch.float64)
+    return Case(x, dy, lambda a, b: backward(b, a, w, None, *settings, [False, True, False])[1], Axis(0), Axis(0), (0, 0), (0, 0))
+
+
+PRODUCTS = ("output", "grad_input", "grad_weight")
+MATMULS = {f"{f.__name__}-{which}": (lambda k, f=f, which=which: f(which, k)) for f in (linear, bmm) for which in PRODUCTS}
+CONVS = {
+    f"{name}-{which}": (lambda k, settings=settings, which=which: conv(*settings, which, k))
+    for name, settings in {
+        "conv1d": (1, 1, False),
+        "conv2d": (2, 1, False),
+        "conv3d": (3, 1, False),
+        "conv2d_grouped": (2, 3, False),
+        "conv_transpose2d": (2, 1, True),
+        "conv_transpose1d_grouped": (1, 2, True),
+    }.items()
+    for which in PRODUCTS
+}
+CASES = MATMULS | CONVS
+
+
+def case(name: str, group: int, dtype: torch.dtype = torch.float64) -> Case:
+    torch.manual_seed(len(name) + 100 * group)
+    made = CASES[name](GROUPS[group][0])
+    return Case(made.a.to(dtype), made.b.to(dtype), *(getattr(made, f) for f in Case.__dataclass_fields__ if f not in ("a", "b")))
+
+
+def bound(method: str, group: int, weight: int | None = 1) -> Estimator:
+    size, k = GROUPS[group]
+    how = estimator(method, size, (k * group + size % group) / size, 1, group, weight)
+    assert how is not None and how.k == k
+    return how
+
+
+def sampled(how: Estimator, c: Case) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    return sample(how, c.a, c.b, c.a_axis, c.b_axis)
+
+
+def contributions(c: Case) -> Tensor:
+    """What every entry of the axis adds to the product, by slicing it out: (size, leads, rest)."""
+    each = torch.arange(c.size).expand(c.leads, -1)
+    return torch.stack([c.y_by_lead(c.product(pick(c.a, c.a_dims, e), pick(c.b, c.b_dims, e))) for e in each.split(1, 1)])
+
+
+# --- mean and variance ---
+
+
+def scores(c: Case, how: Estimator) -> Tensor:
+    """|A_G| |B_G| for every unit, by slicing: (leads, units)."""
+    found = []
+    for unit in torch.arange(how.units * how.group).view(how.units, how.group):
+        e = unit.expand(c.leads, -1)
+        found.append(by_lead(pick(c.a, c.a_dims, e), c.a_dims[0], c.leads).norm(dim=1) * by_lead(pick(c.b, c.b_dims, e), c.b_dims[0], c.leads).norm(dim=1))
+    return torch.stack(found, 1)
+
+
+def wta_sure(s: Tensor, k: int) -> Tensor:
+    """Marks the c* units that are kept surely: c* = argmin of (1 - P_c) / (k - c), by brute force."""
+    order = s.argsort(descending=True)
+    cost = [s[order[c:]].sum().item() / (k - c) for c in range(k)]
+    sure = torch.zeros(len(s), dtype=torch.bool)
+    sure[order[: cost.index(min(cost))]] = True
+    return sure
+
+
+def variance(method: str, parts: Tensor, s: Tensor, k: int) -> Tensor:
+    """Var of every entry of the sampled product (their sum is E |Y' - Y|_F^2): parts (units, rest), s (units,) -> (rest,).
+
+    C_G = A_G B_G, Y = sum_G C_G over the whole groups (a tail is exact). With draws p_G = s_G / sum s, crs is (1/k) (sum_G C_G^2 / p_G - Y^2);
+    wta is crs with k - c* draws over what is not sure. For a matrix product and group 1, |C_i|_F = s_i, which gives the formulas of the notes.
+    """
+    sq, units = parts.square(), len(s)
+    if method == "uniform":
+        return (units / k) * (units - k) / (units - 1) * (sq.sum(0) - parts.sum(0).square() / units)
+    if method == "bernoulli":
+        p = water_fill(s, k)
+        return (((1 - p) / p)[:, None] * sq).sum(0)
+    rest = ~wta_sure(s, k) if method == "wta" else torch.ones(units, dtype=torch.bool)
+    n = k - int((~rest).sum())
+    return ((s[rest].sum() / s[rest])[:, None] * sq[rest]).sum(0) / n - parts[rest].sum(0).square() / n
+
+
+def unit_parts(c: Case, how: Estimator) -> Tensor:
+    """What every whole group adds: (units, leads, rest)."""
+    return contributions(c)[: how.units * how.group].unflatten(0, (how.units, how.group)).sum(1)
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=lambda g: f"group{g}")
+@pytest.mark.parametrize("method", UNBIASED)
+@pytest.mark.parametrize("name", CASES)
+def test_mean_and_variance(name, method, group):
+    c, how = case(name, group), bound(method, group)
+    parts, s = unit_parts(c, how), scores(c, how)
+    expected_variance = torch.stack([variance(method, parts[:, i], s[i], how.k) for i in range(c.leads)])
+    y = c.y_by_lead(c.product(c.a, c.b))
+    torch.testing.assert_close(contributions(c).sum(0), y)
+
+    def draw(_: Tensor) -> Tensor:
+        return c.y_by_lead(c.product(*sampled(how, c)[2:]))
+
+    torch.manual_seed(1)
+    drawn = torch.vmap(draw, randomness="different", chunk_size=1000)(torch.empty(DRAWS))
+    mean_z = (drawn.mean(0) - y) / (expected_variance / DRAWS).sqrt()
+    assert mean_z.abs().max() < Z, f"biased by {mean_z.abs().max():.1f} standard errors"
+    squared = (drawn - y).square().sum((1, 2))  # |Y' - Y|_F^2
+    z = (squared.mean() - expected_variance.sum()) / (squared.std() / DRAWS**0.5)
+    assert abs(z) < Z, f"squared error {squared.mean():.4g}, the formula says {expected_variance.sum():.4g}: {z:.1f} standard errors"
+
+
+@pytest.mark.parametrize("which", PRODUCTS)
+def test_variance_is_that_of_the_notes(which):
+    """notes/estimators.md gives E |Y' - Y|_F^2 of a matrix product with s_i = a_i b_i."""
+    c = case(f"linear-{which}", 1)
+    size, k = GROUPS[1]
+    parts, s, y_sq = unit_parts(c, bound("crs", 1))[:, 0], c.a.norm(dim=0) * c.b.norm(dim=1), (c.a @ c.b).square().sum()
+    p, sure = water_fill(s, k), wta_sure(s, k)
+    n, rest = k - int(sure.sum()), c.a[:, ~sure] @ c.b[~sure]
+    assert 0 < sure.sum() < k
+    notes = {
+        "crs": s.sum() ** 2 / k - y_sq / k,
+        "bernoulli": ((1 - p) / p * s**2).sum(),
+        "uniform": (size / k) * (size - k) / (size - 1) * ((s**2).sum() - y_sq / size),
+        "wta": s[~sure].sum() ** 2 / n - rest.square().sum() / n,
+    }
+    for method in UNBIASED:
+        torch.testing.assert_close(variance(method, parts, s, k).sum(), notes[method], msg=method)
+    assert notes["wta"] < notes["crs"] < notes["uniform"]
+
+
+@pytest.mark.parametrize("method", ["crs", "bernoulli", "uniform", "wta"])
+def test_topk_has_the_least_error_when_a_factor_has_zero_mean(method):
+    """Adelman et al. 2021, Theorem 2: paired differences of the squared error over 500 random products."""
+    torch.manual_seed(2)
+    a = torch.randn(500, 6, 24) * torch.randn(500, 1, 24).exp()
+    b = torch.rand(500, 24, 5)
+    errors = {}
+    for m in ("topk", method):
+        _, _, a_kept, b_kept = sample(Estimator(m, 24, 8), a, b, Axis(2, 0), Axis(1, 0))
+        errors[m] = (a_kept @ b_kept - a @ b).square().sum((1, 2)) / (a @ b).square().sum((1, 2))
+    worse = errors[method] - errors["topk"]
+    assert worse.mean() > Z * worse.std() / 500**0.5
+
+
+# --- against sampling by hand ---
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=lambda g: f"group{g}")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", CASES)
+def test_sample_is_the_sum_over_the_chosen_entries(name, method, group):
+    c, how = case(name, group), bound(method, group)
+    idx, scale, a, b = sampled(how, c)
+    entries, by_entry = entries_of(how, idx, scale)
+    assert entries.shape == (c.leads, how.kept)
+    assert torch.equal(a, pick(c.a, c.a_dims, entries))
+    assert torch.equal(b, pick(c.b, c.b_dims, entries, by_entry))
+    weights = torch.ones(c.leads, how.kept, dtype=torch.float64) if by_entry is None else by_entry
+    parts = contributions(c)
+    by_hand = torch.stack([(parts[entries[i], i] * weights[i, :, None]).sum(0) for i in range(c.leads)])
+    torch.testing.assert_close(c.y_by_lead(c.product(a, b)), by_hand)
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=lambda g: f"group{g}")
+@pytest.mark.parametrize("method", ["topk", "wta"])  # without and with a scale
+@pytest.mark.parametrize("name", CASES)
+def test_untake_is_the_adjoint_of_take(name, method, group):
+    """<take(x), y> = <x, untake(y)>, on both operands, and untake is what autograd makes of take."""
+    c, how = case(name, group), bound(method, group)
+    idx, scale, a, b = sampled(how, c)
+    for x, taken, axis, s in ((c.a, a, c.a_axis, None), (c.b, b, c.b_axis, scale)):
+        y = torch.randn_like(taken)
+        back = untake(y, axis, idx, s, how.unit, how.size)
+        assert back.shape == x.shape
+        torch.testing.assert_close((taken * y).sum(), (x * back).sum())
+        x = x.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(take(x, axis, idx, s, how.unit), x, y)
+        torch.testing.assert_close(back, grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("group", GROUPS, ids=lambda g: f"group{g}")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", [n for n in CASES if n.endswith("output")])
+def test_coupled_gradients_equal_sampling_by_hand(name, method, group, dtype):
+    """Gradients of the kept operands put back by `untake` against autograd through pick(a) and pick(b) * scale with the same indices.
+
+    Relative error under 1e-6 in fp32. In bf16 every rounding (scaled operand, product, scaled gradient) is at most 2^-9 = 0.2 % of an entry:
+    1e-2 against the same in fp32.
+    """
+    c, how = case(name, group, dtype), bound(method, group)
+    idx, scale, a, b = sampled(how, c)
+    assert a.dtype == b.dtype == dtype and (scale is None or scale.dtype == torch.float32)
+    a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
+    y = c.product(a, b)
+    dy = torch.randn(y.shape).to(dtype)
+    da, db = torch.autograd.grad(y, (a, b), dy)
+    da, db = untake(da, c.a_axis, idx, None, how.unit, how.size), untake(db, c.b_axis, idx, scale, how.unit, how.size)
+
+    entries, by_entry = entries_of(how, idx, scale)
+    a_full, b_full = c.a.float().requires_grad_(), c.b.float().requires_grad_()
+    y_hand = c.product(pick(a_full, c.a_dims, entries), pick(b_full, c.b_dims, entries, by_entry))
+    da_hand, db_hand = torch.autograd.grad(y_hand, (a_full, b_full), dy.float())
+    limit = 1e-6 if dtype == torch.float32 else 1e-2
+    assert da.dtype == db.dtype == dtype and da.shape == c.a.shape and db.shape == c.b.shape
+    assert relative(y, y_hand) < limit and relative(da, da_hand) < limit and relative(db, db_hand) < limit
+    assert torch.equal(da == 0, da_hand == 0) and (da == 0).any()  # dropped entries get exactly nothing
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=["nan", "inf"])
+@pytest.mark.parametrize("method", ["topk", "crs", "bernoulli", "wta"])
+def test_nan_and_inf_reach_the_output_as_in_exact_arithmetic(method, value):
+    torch.manual_seed(3)
+    a, b = torch.rand(50, 6, 24) * 0.1, torch.randn(50, 24, 5) * torch.arange(1, 25).view(24, 1)
+    a[:, 2, 0] = value  # the smallest score
+    _, _, a_kept, b_kept = sample(Estimator(method, 24, 7), a, b, Axis(2, 0), Axis(1, 0))
+    exact, y = a @ b, a_kept @ b_kept
+    assert torch.equal(exact.isnan(), y.isnan()) and torch.equal(exact == torch.inf, y == torch.inf) and torch.equal(exact == -torch.inf, y == -torch.inf)
+    assert (~y[:, 2].isfinite()).all() and y[:, [0, 1, 3, 4, 5]].isfinite().all()
+
+
+# --- layouts and types ---
+
+
+def channels_last(*shape: int) -> Tensor:
+    return torch.randn(shape).to(memory_format=torch.channels_last if len(shape) == 4 else torch.channels_last_3d)
+
+
+LAYOUTS = {  # tensor and the axes along which it is taken; every axis has 24 entries
+    "transposed": (lambda: torch.randn(24, 6).t(), [Axis(1)]),
+    "slices": (lambda: torch.randn(12, 72)[::2, 1::3], [Axis(1)]),
+    "slices-of-transposed": (lambda: torch.randn(72, 12).t()[1::2, ::3], [Axis(1)]),
+    "batch-inner": (lambda: torch.randn(24, 6, 3).permute(2, 1, 0), [Axis(2), Axis(2, 0)]),
+    "batch-between": (lambda: torch.randn(24, 3, 6).permute(1, 2, 0), [Axis(2, 0), Axis(2, 1)]),
+    "lead-behind": (lambda: torch.randn(24, 5, 3), [Axis(0), Axis(0, 2), Axis(0, 1)]),
+    "conv": (lambda: torch.randn(2, 24, 5, 4), [Axis(1)]),
+    "conv-groups": (lambda: torch.randn(2, 72, 5, 4), [channel_axis(3)]),
+    "channels_last": (lambda: channels_last(2, 24, 5, 4), [Axis(1)]),
+    "channels_last-groups": (lambda: channels_last(2, 72, 5, 4), [channel_axis(3)]),
+    "channels_last-samples": (lambda: channels_last(24, 2, 5, 4), [Axis(0)]),
+    "channels_last-weight-groups": (lambda: channels_last(6, 24, 3, 3), [conv_weight_axes(False, 3)[0]]),
+    "channels_last-weight-out": (lambda: channels_last(72, 6, 3, 3), [conv_weight_axes(False, 3)[1]]),
+    "channels_last_3d": (lambda: channels_last(2, 24, 3, 5, 4), [Axis(1)]),
+    "channels_last_3d-groups": (lambda: channels_last(2, 48, 3, 5, 4), [channel_axis(2)]),
+    "expanded-rows": (lambda: torch.randn(1, 24).expand(6, 24), [Axis(1)]),
+    "expanded-axis": (lambda: torch.randn(6, 1).expand(6, 24), [Axis(1)]),
+    "expanded-batch": (lambda: torch.randn(6, 24).expand(3, 6, 24), [Axis(2), Axis(2, 0)]),
+    "expanded-all": (lambda: torch.randn(()).expand(3, 6, 24), [Axis(2), Axis(2, 0)]),
+    "one-row": (lambda: torch.randn(1, 24), [Axis(1), Axis(1, 0)]),
+    "one-column": (lambda: torch.randn(24, 1), [Axis(0)]),
+    "one-batch": (lambda: torch.randn(1, 6, 24), [Axis(2, 0)]),
+    "one-place": (lambda: channels_last(1, 24, 1, 1), [Axis(1)]),
+    "one-place-groups": (lambda: channels_last(2, 48, 1, 1), [channel_axis(2)]),
+    "no-rows": (lambda: torch.randn(0, 24), [Axis(1)]),
+    "no-columns": (lambda: torch.randn(3, 24, 0), [Axis(1), Axis(1, 0)]),
+    "no-samples": (lambda: torch.randn(0, 48, 5, 4), [channel_axis(2)]),
+}
+
+
+def dims_in_memory_order(x: Tensor) -> list[int]:
+    return sorted((d for d in range(x.dim()) if x.shape[d] > 1), key=lambda d: -x.stride(d))
+
+
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, group):
+    """The values of indexing a contiguous copy, in the memory order of the operand."""
+    make, axes = LAYOUTS[layout]
+    for axis in axes:
+        torch.manual_seed(4)
+        x = make()
+        seen = axis.view(x)
+        leads, n = 1 if axis.lead is None else seen.shape[axis.lead], 24 // group
+        idx, scale = torch.rand(leads, n).argsort(1)[:, : n // 3].sort(1).values, torch.rand(leads, n // 3) + 0.5
+        entries, by_entry = (idx[..., None] * group + torch.arange(group)).flatten(1), scale.repeat_interleave(group, 1)
+        if axis.lead is None:
+            idx, scale = idx[0], scale[0]
+        plain = x.clone(memory_format=torch.contiguous_format).requires_grad_()
+        torch.testing.assert_close(norms_sq(x, axis, group), norms_sq(plain.detach(), axis, group))
+        for s, hand_scale in ((None, None), (scale, by_entry)):
+            y = take(x, axis, idx, s, group)
+            hand = axis.unview(pick(axis.view(plain), (axis.lead or 0, axis.dim), entries, hand_scale))
+            assert torch.equal(y, hand)
+            dy = torch.empty_like(y).normal_()  # in the layout of y
+            back = untake(dy, axis, idx, s, group, 24)
+            assert torch.equal(back, torch.autograd.grad(hand, plain, dy)[0])
+            if "expanded" in layout or not x.numel():
+                continue
+            assert dims_in_memory_order(y) == dims_in_memory_order(x)
+            dense = torch.empty_like(y)
+            assert all(a == b for a, b, size in zip(y.stride(), dense.stride(), y.shape, strict=True) if size > 1)  # no gaps
+            if axis.lead is None or seen.stride(axis.lead) >= seen.stride(axis.dim):
+                assert dims_in_memory_order(back) == dims_in_memory_order(x)
+    if layout.startswith("channels_last"):
+        form = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+        assert y.is_contiguous(memory_format=form) and back.is_contiguous(memory_format=form)
+
+
+def test_take_against_indexing():
+    """Plain indexing, written out."""
+    torch.manual_seed(5)
+    x, idx, scale = torch.randn(3, 24, 5), torch.tensor([1, 4, 5]), torch.tensor([0.5, 2.0, 4.0])
+    assert torch.equal(take(x, Axis(1), idx, scale, 1), x[:, idx] * scale[:, None])
+    blocks = torch.tensor([4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23])
+    assert torch.equal(take(x, Axis(1), idx, scale, 4), x[:, blocks] * scale.repeat_interleave(4)[:, None])
+    rows = torch.tensor([[0, 3], [7, 23], [5, 6]])
+    assert torch.equal(take(x, Axis(1, 0), rows, None, 1), torch.stack([x[i, rows[i]] for i in range(3)]))
+    columns = torch.tensor([[0, 3], [7, 23], [5, 6], [1, 2], [8, 9]])
+    assert torch.equal(take(x, Axis(1, 2), columns, None, 1), torch.stack([x[:, columns[i], i] for i in range(5)], 2))
+    y = torch.randn(3, 3, 5)
+    full = torch.zeros(3, 24, 5)
+    full[:, idx] = y * scale[:, None]
+    assert torch.equal(untake(y, Axis(1), idx, scale, 1, 24), full)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=["fp16", "bf16", "fp32", "fp64"])
+def test_types(dtype, method):
+    """Operands keep their type; norms and scales are fp32, fp64 for fp64; scaling rounds once."""
+    torch.manual_seed(6)
+    a, b = torch.randn(4, 24).to(dtype), torch.randn(24, 5).to(dtype)
+    how = Estimator(method, 24, 7, weight=1)
+    precise = torch.float64 if dtype == torch.float64 else torch.float32
+    for x, axis, dim in ((a, Axis(1), 0), (b, Axis(0), 1)):
+        v = norms_sq(x, axis)
+        assert v.dtype == precise
+        torch.testing.assert_close(v.double(), x.double().square().sum(dim), rtol=1e-12 if dtype == torch.float64 else 1e-6, atol=0.0)
+    idx, scale, a_kept, b_kept = sample(how, a, b, Axis(1), Axis(0))
+    assert a_kept.dtype == b_kept.dtype == dtype and (scale is None or scale.dtype == precise)
+    assert torch.equal(a_kept, a[:, idx])
+    assert torch.equal(b_kept, b[idx] if scale is None else (b[idx].to(precise) * scale[:, None]).to(dtype))
+    back = untake(b_kept, Axis(0), idx, scale, 1, 24)
+    assert back.dtype == dtype and torch.equal(back[idx], b_kept if scale is None else (b_kept.to(precise) * scale[:, None]).to(dtype))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_empty_batch_selects_and_multiplies(method):
+    how = Estimator(method, 24, 7, weight=1)
+    idx, scale, a, b = sample(how, torch.randn(0, 24), torch.randn(24, 5), Axis(1), Axis(0))  # no rows: no score, but a valid choice
+    assert (idx.diff() > 0).all() and idx[0] >= 0 and idx[-1] < 24
+    assert (a @ b).shape == (0, 5) and b.isfinite().all()
+    assert untake(a, Axis(1), idx, None, 1, 24).shape == (0, 24) and (untake(b, Axis(0), idx, scale, 1, 24) != 0).any()
+    idx, scale, a, b = sample(how, torch.randn(0, 4, 24), torch.randn(0, 24, 5), Axis(2, 0), Axis(1, 0))  # no products at all
+    assert idx.shape == (0, how.slots) and (a @ b).shape == (0, 4, 5)
+    assert untake(b, Axis(1, 0), idx, scale, 1, 24).shape == (0, 24, 5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_selection_carries_no_gradient(method):
+    """Only the gathers do: the gradient of A' is that of a gather with constant indices and scales."""
+    torch.manual_seed(7)
+    a, b = torch.randn(4, 24, requires_grad=True), torch.randn(24, 5, requires_grad=True)
+    idx, scale, a_kept, b_kept = sample(Estimator(method, 24, 7, weight=1), a, b, Axis(1), Axis(0))
+    assert not idx.requires_grad and (scale is None or not scale.requires_grad)
+    (b_kept.sum() + a_kept.sum()).backward()
+    kept = torch.zeros(24)
+    kept[idx] = 1 if scale is None else scale
+    assert torch.equal(b.grad, kept[:, None].expand(24, 5))
+    assert torch.equal(a.grad, (torch.zeros(24).index_fill(0, idx, 1)).expand(4, 24))
+
+
+# --- norms ---
+
+
+class Sums(TorchDispatchMode):
+    """Counts sums."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.sum.dim_IntList
+        return func(*args, **(kwargs or {}))
+
+
+NORMS = {  # tensor, axis, its einsum over squares, sums taken
+    "short-rows": (lambda: torch.randn(64, 24), Axis(1), "mk->k", 1),
+    "256-rows": (lambda: torch.randn(256, 24), Axis(1), "mk->k", 2),
+    "288-rows": (lambda: torch.randn(288, 24), Axis(1), "mk->k", 2),
+    "260-rows": (lambda: torch.randn(260, 24), Axis(1), "mk->k", 1),
+    "224-rows": (lambda: torch.randn(224, 24), Axis(1), "mk->k", 1),
+    "contiguous-sum": (lambda: torch.randn(24, 256), Axis(0), "km->k", 1),
+    "transposed": (lambda: torch.randn(24, 256).t(), Axis(1), "mk->k", 1),
+    "tokens": (lambda: torch.randn(256, 3, 24), Axis(2), "bmk->k", 2),
+    "inner-tokens": (lambda: torch.randn(3, 256, 24), Axis(2), "bmk->k", 1),
+    "bmm-left": (lambda: torch.randn(3, 320, 24), Axis(2, 0), "bmk->bk", 2),
+    "bmm-right": (lambda: torch.randn(3, 24, 320), Axis(1, 0), "bkn->bk", 1),
+    "lead-behind": (lambda: torch.randn(24, 512, 3), Axis(0, 2), "kml->lk", 2),
+    "lead-behind-outer": (lambda: torch.randn(256, 24, 3), Axis(1, 2), "mkl->lk", 2),
+    "conv": (lambda: torch.randn(256, 24, 3, 2), Axis(1), "nkhw->k", 2),
+    "conv-channels_last": (lambda: channels_last(256, 24, 3, 2), Axis(1), "nkhw->k", 2),
+    "conv-samples": (lambda: torch.randn(24, 256, 2, 2), Axis(0), "knhw->k", 2),
+    "conv-weight-out": (lambda: torch.randn(24, 6, 3, 3), Axis(0), "kihw->k", 1),
+    "expanded": (lambda: torch.randn(1, 24).expand(256, 24), Axis(1), "mk->k", 1),
+    "nothing-to-sum": (lambda: torch.randn(3, 24), Axis(1, 0), "lk->lk", 0),
+}
+
+
+@pytest.mark.parametrize("group", [1, 4, 5, 24, 7])
+@pytest.mark.parametrize("name", NORMS)
+def test_norms(name, group):
+    torch.manual_seed(8)
+    make, axis, formula, sums = NORMS[name]
+    x = make()
+    with Sums() as counted:
+        v = norms_sq(x, axis, group)
+    expected = torch.einsum(formula, x.double().square())
+    expected = torch.stack([e.sum(-1) for e in expected.split(group, -1) if e.shape[-1] == group], -1)  # a tail is left out
+    assert v.shape == expected.shape and v.dtype == torch.float32
+    torch.testing.assert_close(v.double(), expected, rtol=2e-6, atol=0.0)
+    assert counted.count == sums + (group > 1)  # long outermost sums in two steps
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "formula"),
+    [
+        pytest.param((256, 72, 3, 2), channel_axis(3), lambda x: x.view(256, 3, 24, 6).sum((0, 3)), id="channels"),
+        pytest.param((6, 24, 3, 3), conv_weight_axes(False, 3)[0], lambda w: w.view(3, 2, 24, 9).sum((1, 3)), id="weight-in"),
+        pytest.param((72, 2, 3, 3), conv_weight_axes(False, 3)[1], lambda w: w.view(3, 24, 18).sum(2), id="weight-out"),
+        pytest.param((72, 2, 3, 3), conv_weight_axes(True, 3)[0], lambda w: w.view(3, 24, 18).sum(2), id="transposed-weight-in"),
+        pytest.param((6, 24, 3, 3), conv_weight_axes(True, 3)[1], lambda w: w.view(3, 2, 24, 9).sum((1, 3)), id="transposed-weight-out"),
+    ],
+)
+def test_norms_of_grouped_convolutions(shape, axis, formula):
+    torch.manual_seed(9)
+    x = torch.randn(shape)
+    torch.testing.assert_close(norms_sq(x, axis).double(), formula(x.double().square()), rtol=2e-6, atol=0.0)

@@ -1,0 +1,427 @@
+"""What users write, and the sites the pass finds in it: names, kinds, products, and the reason where one stays exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.common import Plans, compiled, grads, mlp, plans_of, relative
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from approx_compile import Backend, annotate
+from approx_compile.backend import run_as_is
+
+ALWAYS: dict[str, Any] = {"policy": "always", "ratio": 0.5, "group": 1}
+BOTH = ["output", "grad_input", "grad_weight"]
+
+
+class Call(nn.Module):
+    """A module around a function of x and its own weight."""
+
+    def __init__(self, f: Callable[[Tensor, Tensor], Tensor], *shape: int) -> None:
+        super().__init__()
+        self.f, self.weight = f, nn.Parameter(torch.randn(*shape) / 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(x, self.weight)
+
+
+class Inner(nn.Module):
+    """Wraps, so that the module in question has a name."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any) -> Any:
+        return self.inner(*args)
+
+
+X = (4, 8, 32)
+SPELLINGS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
+    "linear_2d": (lambda: nn.Linear(32, 24), (8, 32), "addmm"),
+    "linear_3d": (lambda: nn.Linear(32, 24), X, "addmm"),
+    "linear_4d_no_bias": (lambda: nn.Linear(32, 24, bias=False), (2, 3, 4, 32), "mm"),
+    "F.linear": (lambda: Call(F.linear, 24, 32), X, "mm"),
+    "@": (lambda: Call(lambda x, w: x @ w, 32, 24), (8, 32), "mm"),
+    "@_3d": (lambda: Call(lambda x, w: x @ w, 32, 24), X, "mm"),
+    "matmul": (lambda: Call(torch.matmul, 32, 24), X, "mm"),
+    "weight_first": (lambda: Call(lambda x, w: w @ x.t(), 24, 32), (8, 32), "mm"),
+    "bmm": (lambda: Call(torch.bmm, 4, 32, 24), X, "bmm"),
+    "baddbmm": (lambda: Call(lambda x, w: torch.baddbmm(torch.ones(24), x, w), 4, 32, 24), X, "baddbmm"),
+    "einsum": (lambda: Call(lambda x, w: torch.einsum("bsd,ed->bse", x, w), 24, 32), X, "bmm"),
+    "addmm": (lambda: Call(lambda x, w: torch.addmm(torch.ones(24), x, w, beta=0.5), 32, 24), (8, 32), "addmm"),
+    "conv1d": (lambda: nn.Conv1d(32, 24, 3), (4, 32, 9), "conv1d"),
+    "conv2d": (lambda: nn.Conv2d(32, 24, 3, padding="same"), (4, 32, 6, 6), "conv2d"),
+    "conv2d_strided_dilated": (lambda: nn.Conv2d(32, 24, 3, stride=2, dilation=2), (4, 32, 9, 9), "conv2d"),
+    "conv2d_grouped": (lambda: nn.Conv2d(64, 24, 3, groups=2), (4, 64, 6, 6), "conv2d"),
+    "conv3d": (lambda: nn.Conv3d(32, 8, 3), (2, 32, 4, 4, 4), "conv3d"),
+    "conv_transpose2d": (lambda: nn.ConvTranspose2d(32, 24, 3, stride=2, output_padding=1), (4, 32, 5, 5), "conv_transpose2d"),
+    "weight_norm": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(32, 24)), (8, 32), "addmm"),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_spellings_with_a_weight(name: str) -> None:
+    make, shape, op = SPELLINGS[name]
+    model = Inner(make())
+    (site,) = plans_of(model, ALWAYS, torch.randn(shape, requires_grad=True))
+    assert (site.op, site.name, site.decision) == (op, "inner", "sampled")
+    assert site.kind == ("conv" if op.startswith("conv") else "linear")
+    assert [p.name for p in site.products] in (BOTH, ["output", "grad_weight", "grad_input"])
+    assert (site.products[0].k, site.products[0].size) == (16, 32)
+    assert [p.decision for p in site.products] == ["sampled", "coupled", "coupled"]
+
+
+@pytest.mark.parametrize(
+    ("options", "decision"),
+    [
+        ({}, "coupled"),
+        ({"sampling": "blackbox"}, "exact"),
+        ({"sampling": "backward"}, "exact"),
+        ({"grad_weight": "zero"}, "replaced"),
+        ({"grad_weight": {"method": "max", "j": 4}}, "replaced"),
+    ],
+)
+def test_one_row(options: dict[str, Any], decision: str) -> None:
+    """The gradient of its weight is an outer product, which Inductor makes op by op (on CPUs the smallest ones): no product, but rules hold for it alike."""
+    model, x = nn.Linear(12, 20, bias=False), torch.randn(1, 12, requires_grad=True)
+    f, choices, plans = compiled(model, ALWAYS | {"min_k": 1} | options)
+    y = f(x)
+    y.square().sum().backward()
+    dw, dx = grads(model, x)
+    assert [(p.name, p.decision) for p in plans.sites[0].products if p.name == "grad_weight"] == [("grad_weight", decision)]
+    w, dy = model.weight.detach(), 2 * y.detach()
+
+    def kept(product: str, size: int) -> Tensor:
+        return torch.zeros(size).index_fill(0, choices[f"mm.{product}.idx"], 1) if f"mm.{product}.idx" in choices else torch.ones(size)
+
+    mask, coupled = kept("output", 12), options.get("sampling") != "blackbox"
+    assert relative(y, (x * mask) @ w.t()) < 1e-6
+    assert relative(dx, ((dy * kept("grad_input", 20)) @ w) * (mask if coupled else 1)) < 1e-6
+    if decision != "replaced":
+        assert relative(dw, dy.t() @ (x.detach() * (mask if coupled else 1))) < 1e-6
+    else:
+        j = options["grad_weight"]["j"] if "max" in str(options) else 0
+        assert int(dw.any(1).sum()) == j and bool(dw[dy[0].abs().topk(j).indices].any(1).all())
+
+
+def test_two_activations_have_two_input_gradients() -> None:
+    sites = plans_of(lambda a, b: a @ b, ALWAYS, torch.randn(4, 8, 32, requires_grad=True), torch.randn(4, 32, 8, requires_grad=True))
+    assert [p.name for p in sites[0].products] == ["output", "grad_input", "grad_input#2"]
+    assert (sites[0].kind, sites[0].name, sites[0].decision) == ("matmul", "bmm", "sampled")
+
+
+def test_one_tensor_twice_stays_exact() -> None:
+    (site,) = plans_of(lambda a: a @ a.t(), ALWAYS, torch.randn(8, 32, requires_grad=True))
+    assert site.decision == "exact" and "one tensor" in site.reason
+
+
+def test_multihead_attention_and_encoder_layer() -> None:
+    layer = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, dropout=0.0), 2, enable_nested_tensor=False)
+    sites = plans_of(layer, ALWAYS, torch.randn(4, 8, 64))
+    names = [s.name for s in sites if s.kind == "linear"]
+    for i in (0, 1):
+        assert any(n.startswith(f"layers.{i}.self_attn") for n in names)
+        assert {f"layers.{i}.linear1", f"layers.{i}.linear2"} <= set(names)
+    assert all(s.decision == "sampled" for s in sites if s.kind == "linear")
+
+
+def test_a_module_called_twice_and_tied_weights() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(torch.relu(self.a(x))))
+
+    model = Tied()
+    x = torch.randn(8, 32, requires_grad=True)
+    options = ALWAYS | {"rules": [{"layers": "b", "method": "exact"}, {"layers": "a#2", "ratio": 0.75}]}
+    sites = plans_of(model, options, x)
+    assert [(s.name, s.decision, s.products[0].k) for s in sites] == [("a", "sampled", 16), ("a#2", "sampled", 24), ("b", "exact", 32)]
+    exact_first = ALWAYS | {"rules": [{"layers": "a", "method": "exact"}]}
+    assert [s.decision for s in plans_of(model, exact_first, x)] == ["exact", "exact", "sampled"]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_blocks_equal_plain_ones(reentrant: bool) -> None:
+    block = mlp(64, 64, 64)
+    block.append(nn.Tanh())
+
+    def run(checkpointed: bool, **options: Any) -> tuple[list[Tensor], list[Any]]:
+        def forward(x: Tensor) -> Tensor:
+            return checkpoint(block, x, use_reentrant=reentrant) if checkpointed else block(x)
+
+        f, _, plans = compiled(forward, ALWAYS | options)
+        x = torch.randn(16, 64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        f(x).square().sum().backward()
+        return grads(block, x), plans.sites
+
+    for options in ({}, {"sampling": "backward"}):
+        plain, sites = run(False, **options)
+        again, sites_again = run(True, **options)
+        assert [s.decision for s in sites] == [s.decision for s in sites_again] == ["sampled", "sampled"]
+        assert max(relative(a, b) for a, b in zip(again, plain, strict=True)) < 1e-6
+
+
+def test_random_choices_are_not_made_again_under_checkpoint() -> None:
+    weight = nn.Parameter(torch.randn(64, 64))
+    for method in ("uniform", "bernoulli", "crs", "wta"):
+        f, choices, _ = compiled(lambda x: checkpoint(lambda y: torch.tanh(y @ weight), x, use_reentrant=False), ALWAYS | {"method": method})
+        x = torch.randn(16, 64, requires_grad=True)
+        f(x).sum().backward()
+        idx, scale = choices["mm.output.idx"], choices["mm.output.scale"]
+        dropped = torch.ones(64, dtype=torch.bool)
+        dropped[idx[scale > 0]] = False
+        assert weight.grad is not None and x.grad is not None
+        # the gradients vanish exactly where the forward pass dropped
+        assert torch.equal(weight.grad.abs().sum(1) == 0, dropped) and torch.equal(x.grad.abs().sum(0) == 0, dropped)
+        weight.grad = None
+
+
+@pytest.mark.parametrize("where", ["ambient", "inside"])
+def test_autocast(where: str) -> None:
+    layer = nn.Linear(64, 64)
+
+    def inside(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return layer(x)
+
+    x = torch.randn(16, 64)
+    if where == "inside":
+        (site,) = plans_of(inside, ALWAYS, x)
+    else:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            (site,) = plans_of(layer, ALWAYS, x)
+    assert (site.dtype, site.kind, site.decision) == ("bfloat16", "linear", "sampled")
+
+
+def test_channels_last_keeps_its_layout() -> None:
+    model = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1)).to(memory_format=torch.channels_last)
+    x = torch.randn(4, 32, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
+    f, _, plans = compiled(model, ALWAYS)
+    y = f(x)
+    y.sum().backward()
+    assert plans[0].sampled == 2
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert x.grad is not None and x.grad.is_contiguous(memory_format=torch.channels_last)
+    assert model[0].weight.grad.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_dynamic_batch() -> None:
+    model = mlp(64, 64, 64)
+    f, _, plans = compiled(model, ALWAYS, dynamic=True)
+    reference, _, static = compiled(model, ALWAYS, dynamic=False)
+    for batch in (16, 24, 7):
+        x = torch.randn(batch, 64)
+        f(x).square().sum().backward()
+        got = grads(model)
+        reference(x).square().sum().backward()
+        assert max(relative(a, b) for a, b in zip(got, grads(model), strict=True)) < 1e-6
+    assert plans[0].sampled == 2 and (len(plans), len(static)) == (1, 3)
+
+
+def test_dynamic_contraction_axis_is_exact_with_the_reason() -> None:
+    model = nn.Linear(64, 64)
+    f, _, plans = compiled(model, ALWAYS | {"sampling": "backward"}, dynamic=True)
+    f(torch.randn(20, 64)).sum().backward()
+    weight = plans.sites[0].products[-1]
+    assert (weight.name, weight.decision, weight.reason) == ("grad_weight", "exact", "its contraction axis has a dynamic size")
+
+
+def test_graph_breaks_give_several_graphs() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            torch._dynamo.graph_break()
+            return self.b(h)
+
+    model = Broken()
+    f, _, plans = compiled(model, ALWAYS)
+    f(torch.randn(8, 64)).sum().backward()
+    assert [[s.name for s in p.sites] for p in plans] == [["a"], ["b"]]
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_frozen_weights_and_inputs_without_gradient() -> None:
+    model = mlp(64, 64, 64, 64)
+    model[2].weight.requires_grad_(False)
+    sites = plans_of(model, ALWAYS, torch.randn(8, 64))
+    assert [[p.name for p in s.products] for s in sites] == [["output", "grad_weight"], ["output", "grad_input"], BOTH]
+    assert all(s.decision == "sampled" for s in sites)
+    for p in model[0].parameters():
+        p.requires_grad_(False)
+    frozen = plans_of(model, ALWAYS, torch.randn(8, 64))[0]
+    assert (frozen.decision, frozen.reason) == ("exact", "no gradient flows through it")
+
+
+def test_no_grad_region_is_exact() -> None:
+    a, b = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            h = a(x)
+        return b(h)
+
+    sites = plans_of(forward, ALWAYS, torch.randn(8, 64))
+    assert [s.decision for s in sites] == ["exact", "sampled"]
+
+
+def test_transforms_and_custom_functions_are_exact_with_the_reason() -> None:
+    weight = nn.Parameter(torch.randn(64, 64))
+
+    class Straight(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+            ctx.save_for_backward(x, w)
+            return x @ w
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> Any:
+            x, w = ctx.saved_tensors
+            return dy @ w.t(), x.t() @ dy
+
+    def custom(x: Tensor) -> Tensor:
+        return Straight.apply(x, weight) @ weight
+
+    sites = plans_of(custom, ALWAYS, torch.randn(8, 64, requires_grad=True))
+    assert [s.decision for s in sites] == ["exact", "sampled"]
+    assert sites[0].reason == "inside a custom autograd.Function"
+
+    def mapped(x: Tensor) -> Tensor:
+        return torch.func.vmap(lambda row: torch.tanh(row @ weight))(x).sum() + (x @ weight).sum()
+
+    sites = plans_of(mapped, ALWAYS, torch.randn(8, 4, 64, requires_grad=True))
+    assert [s.decision for s in sites] == ["exact", "sampled"]
+    assert sites[0].reason == "inside a torch.func transform"
+
+
+def test_blocks_compiled_one_by_one_take_rules_by_layer() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.relu(self.a(x)))
+
+    model = nn.Sequential(*(Block() for _ in range(12)))
+    annotate(model)
+    keys = set(model.state_dict())
+    options = ALWAYS | {"rules": [{"layers": ["3.*", "7.a"], "ratio": 0.25}]}
+    plans = Plans()
+    for block in model:
+        block.compile(backend=Backend(options, inner_compile=run_as_is, on_plan=plans))
+    model(torch.randn(32, 64)).sum().backward()
+    # five compiles for twelve blocks, within Dynamo's limit of eight: the first (its input needs no gradient), the next ones, the two that the rules
+    # name, and the one with the model's last layer
+    assert [[s.products[0].k for s in p.sites] for p in plans] == [[32, 32], [32, 32], [16, 16], [16, 32], [32, 32]]
+    assert [s.name for s in plans[2].sites] == ["3.a", "3.b"]
+    assert set(model.state_dict()) == keys
+
+
+def test_annotate_refuses_what_is_no_module() -> None:
+    with pytest.raises(TypeError, match=r"got dict; the model"):
+        annotate({})  # type: ignore[arg-type]
+
+
+def test_rules_reach_unannotated_blocks_by_their_own_names() -> None:
+    block = mlp(64, 64, 64)
+    sites = plans_of(block, ALWAYS | {"rules": [{"layers": "2", "method": "exact"}]}, torch.randn(8, 64))
+    assert [(s.name, s.decision) for s in sites] == [("0", "sampled"), ("2", "exact")]
+
+
+def test_functions_around_modules() -> None:
+    encoder, decoder = mlp(64, 64), nn.Linear(64, 64)
+    one = plans_of(lambda x: F.relu(encoder(x)), ALWAYS, torch.randn(8, 64))
+    assert len(one) == 1 and one[0].name.endswith("0")
+
+    def both(encoder: nn.Module, decoder: nn.Module, x: Tensor) -> Tensor:
+        return decoder(F.relu(encoder(x)))
+
+    class Trainer:
+        """Holds the model as an attribute, and others in a list."""
+
+        def __init__(self) -> None:
+            self.model, self.heads = mlp(64, 64, 64), [nn.Linear(64, 64)]
+
+        def step(self, x: Tensor) -> Tensor:
+            return self.model(x)
+
+        def with_head(self, x: Tensor) -> Tensor:
+            return self.heads[0](self.model(x))
+
+    trainer = Trainer()
+    assert [(s.name, s.decision) for s in plans_of(trainer.step, ALWAYS, torch.randn(8, 64))] == [("0", "sampled"), ("2", "sampled")]
+    trainer.model.eval()
+    sites = plans_of(trainer.with_head, ALWAYS, torch.randn(8, 64))
+    assert [(s.name, s.decision) for s in sites] == [("self.model.0", "exact"), ("self.model.2", "exact"), ("self.heads[0]", "sampled")]
+
+    sites = plans_of(both, ALWAYS | {"rules": [{"layers": "decoder", "method": "exact"}]}, encoder, decoder, torch.randn(8, 64))
+    assert [(s.name, s.decision) for s in sites] == [("encoder.0", "sampled"), ("decoder", "exact")]
+
+
+def test_annotated_blocks_know_the_models_last_layer_without_rules() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(512, 512), nn.Linear(512, 512)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.b(torch.relu(self.a(x)))
+
+    model = nn.Sequential(*(Block() for _ in range(3)))
+    annotate(model)
+    plans = Plans()
+    for block in model:
+        block.compile(backend=Backend({"ratio": 0.25}, inner_compile=run_as_is, on_plan=plans))
+    model(torch.randn(4096, 512, requires_grad=True))
+    found = {s.name: s.decision for s in plans.sites}
+    assert found == {"0.a": "sampled", "0.b": "sampled", "2.a": "sampled", "2.b": "exact"}
+    assert plans.sites[-1].reason.startswith("the last layer")
+
+
+def test_a_mask_beside_an_activation_is_no_raw_data() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb, self.a, self.b, self.c = nn.Embedding(50, 512), nn.Linear(512, 512), nn.Linear(512, 512), nn.Linear(512, 50)
+
+        def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+            return self.c(F.gelu(self.b(F.gelu(self.a(self.emb(tokens))) * mask)))
+
+    sites = {s.name: s for s in plans_of(Masked(), {"ratio": 0.25}, torch.randint(50, (8, 512)), torch.rand(8, 512, 1))}
+    assert [sites[n].decision for n in "abc"] == ["sampled", "sampled", "exact"]
+
+
+def test_custom_functions_inside_checkpoint_give_their_own_reason() -> None:
+    weight = nn.Parameter(torch.randn(64, 64))
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+            ctx.save_for_backward(x, w)
+            return 2 * (x @ w)
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> Any:
+            x, w = ctx.saved_tensors
+            return 2 * dy @ w.t(), 2 * x.t() @ dy
+
+    def inside(x: Tensor) -> Tensor:
+        return checkpoint(lambda y: torch.tanh(Double.apply(y, weight)), x, use_reentrant=False) @ weight
+
+    sites = plans_of(inside, ALWAYS, torch.randn(8, 64, requires_grad=True))
+    assert (sites[0].decision, sites[0].reason) == ("exact", "inside a custom autograd.Function")
+    assert sites[-1].decision == "sampled"

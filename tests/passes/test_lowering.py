@@ -1,0 +1,401 @@
+"""Lowerings to kernels of ours: chosen by time where they fit, refused with a reason where they don't, and the same numbers as Inductor's gathers.
+
+On CPUs the kernels' ops run their readable references, so all of the pass runs here; it only has to be told that they are there (`everywhere`).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from helpers.common import compiled, grads, mlp, plans_of, relative
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from approx_compile import Backend, explain, machine
+from approx_compile.kernels import availability, skip_matmul
+from approx_compile.machine import microbenchmarks, site_timings
+from approx_compile.passes.joint_graph_pass import cache_key
+from approx_compile.passes.sites.find_sites import Context
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ops of our kernels are offered on this device as well."""
+    monkeypatch.setattr(availability, "missing", lambda lowering, device: None)
+
+
+def images() -> tuple[nn.Module, Tensor]:
+    model = nn.Sequential(
+        nn.Conv2d(3, 1024, 3, padding=1), nn.ReLU(), nn.Conv2d(1024, 40, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(40, 4, 1), nn.Flatten(), nn.Linear(36, 4)
+    )
+    return model.to(memory_format=torch.channels_last), torch.randn(2, 3, 6, 6).contiguous(memory_format=torch.channels_last)
+
+
+def trained(model: nn.Module, x: Tensor, options: dict[str, Any]) -> tuple[list[Tensor], Any, Any]:
+    f, choices, plans = compiled(model, {"policy": "always", "min_k": 1} | options)
+    torch.manual_seed(1)
+    f(x).square().sum().backward()
+    return grads(model, x), choices, plans
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("sampling", ["forward", "backward", "blackbox"])
+@pytest.mark.parametrize("method", ["topk", "topk_weights", "bernoulli", "wta"])
+def test_linear_layers_get_the_numbers_of_gathers(method: str, sampling: str) -> None:
+    if method == "topk_weights" and sampling == "backward":
+        method = "crs"  # a weight gradient has no weight to rank by
+    model, x = mlp(1024, 1024, 16), torch.randn(64, 1024, requires_grad=True)
+    settings = {
+        "method": method,
+        "sampling": sampling,
+        "group": 32,
+        "rules": [{"layers": "linear", "grad_weight": {"group": 1}}] if sampling == "backward" else [],
+    }
+    want, chosen, _ = trained(model, x, settings | {"lowering": "inductor"})
+    got, chosen_too, plans = trained(model, x, settings | {"lowering": "triton"})
+    lowered = {(p.lowering, p.skips_by) for s in plans.sites for p in s.products if p.decision in ("sampled", "coupled") and p.size >= 64}
+    assert lowered <= {("triton", "inductor"), ("inductor", "triton")}
+    assert chosen.keys() == chosen_too.keys() and all(torch.equal(chosen[n], chosen_too[n]) for n in chosen if n.endswith("idx"))
+    assert max(relative(a, b) for a, b in zip(got, want, strict=True)) < 1e-5
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("sampling", ["forward", "blackbox"])
+@pytest.mark.parametrize("method", ["topk", "bernoulli"])
+def test_convolutions_get_the_numbers_of_gathers(method: str, sampling: str) -> None:
+    model, x = images()
+    settings = {"method": method, "sampling": sampling, "rules": [{"layers": ["conv[0]", "conv[2]", "linear"], "method": "exact"}]}
+    want, _, _ = trained(model, x, settings | {"lowering": "inductor", "group": 32})
+    got, _, plans = trained(model, x, settings | {"lowering": "triton", "group": 32})
+    assert plans.sites[1].products[0].lowering == "triton"
+    assert max(relative(a, b) for a, b in zip(got, want, strict=True)) < 1e-5
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_a_stride_that_is_one_number_for_both_dims() -> None:
+    class Conv(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 128, 3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.ops.aten.convolution(x, self.weight, None, [2], [1], [1], False, [0], 1)
+
+    model, x = Conv(), torch.randn(2, 128, 6, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
+    found = [trained(model, x, {"lowering": lowering, "group": 32}) for lowering in ("inductor", "triton")]
+    assert [plans.sites[0].products[0].lowering for _, _, plans in found] == ["inductor", "triton"]
+    assert max(relative(a, b) for a, b in zip(found[0][0], found[1][0], strict=True)) < 1e-5
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_convolutions_with_nothing_between_them() -> None:
+    """The second reads an output that another node gives since the first is an op of ours."""
+    model = nn.Sequential(nn.Conv2d(3, 64, 1), nn.Conv2d(64, 64, 1), nn.Conv2d(64, 8, 1)).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 6, 6).contiguous(memory_format=torch.channels_last)
+    want, _, _ = trained(model, x, {"lowering": "inductor", "group": 32})
+    got, _, plans = trained(model, x, {"lowering": "triton", "group": 32, "rules": [{"layers": "2", "lowering": "inductor"}]})
+    assert [s.products[0].lowering for s in plans.sites] == ["inductor", "triton", "inductor"]
+    assert max(relative(a, b) for a, b in zip(got, want, strict=True)) < 1e-5
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_one_op_takes_the_place_of_product_and_gathers() -> None:
+    report = explain(
+        mlp(256, 256, 8), torch.randn(32, 256), config={"policy": "always", "lowering": "triton", "rules": [{"layers": "linear[-1]", "method": "exact"}]}
+    )
+    site = report.sites[0]
+    assert site.products["output"].lowering == "triton" and "by triton" in site.reason and "groups of 64" in site.reason
+    after = "".join(report.after)
+    assert "approx_compile.skip_matmul.default" in after and "approx_compile.skip_matmul_into.default" in after
+    assert "_unsafe_index" not in after and "gather" not in after
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_inductor_compiles_the_ops_and_checkpoints_keep_the_choice() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp(128, 256, 128)  # 4 and 8 groups, of which wta keeps just half
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.inner, x, use_reentrant=False)
+
+    model, x = Twice(), torch.randn(32, 128, requires_grad=True)
+    found = []
+    for lowering in ("inductor", "triton"):
+        torch._dynamo.reset()
+        torch.manual_seed(1)
+        torch.compile(model, backend=Backend({"policy": "always", "method": "wta", "group": 32, "lowering": lowering}))(x).square().sum().backward()
+        found.append(grads(model, x))
+    assert max(relative(a, b) for a, b in zip(*found, strict=True)) < 1e-5
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_mixed_precision_runs_sixteen_wide_groups_in_cuda() -> None:
+    model, x = mlp(128, 128, 8), torch.randn(32, 128)
+    f, _, plans = compiled(model, {"policy": "always", "lowering": "cuda", "min_k": 1})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        f(x).float().square().sum().backward()
+    output = plans.sites[0].products[0]
+    assert (output.lowering, output.how.group) == ("cuda", 16)
+    plan = plans_of(mlp(128, 128, 8), {"policy": "always", "lowering": "cuda"}, x)
+    assert plan[0].products[0].lowering == "inductor" and "cuda has no kernel for float32" in plan[0].reason
+
+
+def test_every_device_is_asked_for_its_own_capability(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: {0: (9, 0), 1: (7, 5)}[getattr(device, "index", None) or 0])
+    pytest.importorskip("triton", reason="the extra `triton` is not installed")
+    missing = availability.missing.__wrapped__
+    assert missing("triton", torch.device("cuda", 0)) is None and "has 7.5" in missing("triton", torch.device("cuda", 1))
+    monkeypatch.setattr(torch.version, "hip", "6.4")  # where capabilities look alike
+    assert "NVIDIA" in missing("triton", torch.device("cuda", 0)) and "NVIDIA" in missing("cuda", torch.device("cuda", 0))
+
+
+def test_without_a_gpu_the_reason_is_said_and_inductor_runs_it() -> None:
+    x = torch.randn(32, 256)
+    for lowering in ("triton", "cuda"):
+        torch._dynamo.reset()
+        site = plans_of(mlp(256, 256, 8), {"policy": "always", "lowering": lowering}, x)[0]
+        assert site.products[0].lowering == "inductor" and f"by inductor: {lowering} needs a CUDA device, the site is on cpu" in site.reason
+    torch._dynamo.reset()
+    site = plans_of(mlp(256, 256, 8), {"policy": "always"}, x)[0]
+    assert site.products[0].lowering == "inductor" and "by" not in site.reason
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize(
+    ("make", "options", "why"),
+    [
+        (lambda: mlp(256, 256, 8), {"group": 24}, "skips whole groups of a multiple of 32, not 24"),
+        (lambda: mlp(272, 256, 8), {"group": 32}, "with a tail"),
+        (lambda: mlp(256, 256, 8).double(), {}, "no kernel for float64"),
+    ],
+)
+def test_what_no_kernel_fits_is_refused_with_the_reason(make: Any, options: dict[str, Any], why: str) -> None:
+    model = make()
+    weight = next(model.parameters())
+    site = plans_of(model, {"policy": "always", "lowering": "triton", "min_k": 1} | options, torch.randn(32, weight.shape[1], dtype=weight.dtype))[0]
+    assert site.products[0].lowering == "inductor" and why in site.reason
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_convolutions_that_no_kernel_fits() -> None:
+    model = nn.Sequential(nn.Conv2d(256, 8, 3), nn.Conv2d(8, 256, 3, groups=8), nn.Conv2d(256, 8, 3, groups=2))
+    sites = plans_of(model, {"policy": "always", "lowering": "triton", "min_k": 1, "group": 32}, torch.randn(2, 256, 9, 9))
+    assert "not channels-last" in sites[0].reason and "without groups" in sites[2].reason
+    torch._dynamo.reset()
+    x = torch.randn(2, 256, 9, 9).contiguous(memory_format=torch.channels_last)
+    for dilation, says in ((1, " by triton"), (2, "stride and dilation are both above 1, for which the gradient has no kernel")):
+        (site,) = plans_of(nn.Conv2d(256, 8, 3, stride=2, dilation=dilation), {"policy": "always", "lowering": "triton", "group": 32}, x)
+        assert site.reason.endswith(says)
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize(("lowering", "group"), [("triton", 96), ("triton", 128), ("triton", 160), ("cuda", 48), ("cuda", 80)])
+def test_groups_of_the_users_choice(lowering: str, group: int) -> None:
+    model, x = mlp(960, 480, 8), torch.randn(32, 960)
+    found = []
+    for named in ("inductor", lowering):
+        torch._dynamo.reset()
+        f, _, plans = compiled(model, {"policy": "always", "lowering": named, "group": group, "rules": [{"layers": "linear[1:]", "method": "exact"}]})
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=lowering == "cuda"):
+            f(x).float().square().sum().backward()
+        assert (plans.sites[0].products[0].lowering, plans.sites[0].products[0].how.unit) == (
+            named if 960 % group == 0 else "inductor",
+            group if 960 % group == 0 else 1,
+        )
+        found.append(grads(model))
+    assert max(relative(a, b) for a, b in zip(*found, strict=True)) < (1e-2 if lowering == "cuda" else 1e-5)
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_groups_of_convolutions_that_are_not_what_was_measured() -> None:
+    """Of 16 channels by name; `auto`, which would go by the rates of longer steps, leaves them to Inductor."""
+    x = torch.randn(2, 256, 9, 9).contiguous(memory_format=torch.channels_last)
+    profile = machine.current()
+    tables = {f"triton.{n}": t.model_copy(update={"values": tuple(v * 20 for v in t.values)}) for n, t in profile.tables.items() if n.startswith("conv.")}
+    found = {}
+    with machine.use(profile.model_copy(update={"tables": profile.tables | tables})):
+        for lowering, group in itertools.product(("triton", "auto"), (16, 24, 32, 128)):
+            torch._dynamo.reset()
+            (site,) = plans_of(nn.Conv2d(256, 8, 3), {"policy": "always", "lowering": lowering, "group": group}, x)
+            found[lowering, group] = site.products[0].lowering
+    assert [found["triton", g] for g in (16, 24, 32, 128)] == ["triton", "inductor", "triton", "triton"]
+    assert [found["auto", g] for g in (16, 24, 32, 128)] == ["inductor", "inductor", "triton", "triton"]
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_a_bias_that_is_not_one_for_every_output() -> None:
+    """A kernel would read beyond one that is broadcast; the op says so, too."""
+
+    class Added(nn.Module):
+        def __init__(self, *bias: int) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(256, 32)), nn.Parameter(torch.randn(bias))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmm(self.bias, x, self.weight)
+
+    for shape in ((1,), (), (1, 32)):
+        torch._dynamo.reset()
+        (site,) = plans_of(Added(*shape), {"policy": "always", "lowering": "triton"}, torch.randn(32, 256))
+        assert site.products[0].lowering == "inductor" and "adds no plain bias" in site.reason
+    torch._dynamo.reset()
+    (site,) = plans_of(Added(32), {"policy": "always", "lowering": "triton"}, torch.randn(32, 256))
+    assert site.products[0].lowering == "triton"
+    for bias in (torch.randn(1), torch.randn(32).double()):
+        with pytest.raises(ValueError, match=r"expected \(32,\) torch.float32, one for every column"):
+            skip_matmul.skip_matmul(torch.randn(8, 64), torch.randn(64, 32), torch.arange(1), None, 32, bias)
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_time_decides_between_the_lowerings() -> None:
+    """The profile's tables for a kernel, 20 times as fast as the products or as slow, make it the choice or not."""
+    profile = machine.current()
+    model, x = nn.Sequential(nn.Linear(8, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 8)), torch.randn(1024, 8)
+    for by, want in ((20.0, "triton"), (0.05, "inductor")):
+        tables = {f"triton.{n}": t.model_copy(update={"values": tuple(v * by for v in t.values)}) for n, t in profile.tables.items() if n.startswith("linear.")}
+        with machine.use(profile.model_copy(update={"tables": profile.tables | tables})):
+            torch._dynamo.reset()
+            site = plans_of(model, {"policy": "cost", "rules": [{"layers": "2", "ratio": 0.5}]}, x)[1]
+        assert (site.decision, site.products[0].lowering) == ("sampled", want)
+        assert any(term.startswith("product") and ("triton." in term) == (want == "triton") for term, _ in site.products[0].terms)
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("policy", ["always", "cost"])
+def test_auto_takes_no_kernel_that_was_not_measured(policy: str) -> None:
+    """At the exact product's rate, which stands for an unknown one, a kernel without gathers would always win."""
+    model, x = nn.Sequential(nn.Linear(8, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 8)), torch.randn(1024, 8)
+    sites = plans_of(model, {"policy": policy, "ratio": 0.25}, x)
+    assert sites[1].decision == "sampled" and {p.lowering for s in sites for p in s.products} == {"inductor"}
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize("fastest", ["inductor", "triton"])
+def test_a_measured_time_is_that_of_the_lowering_it_decides_for(fastest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way is asked for by its lowering, and the one that was measured to be fastest is the one that runs."""
+    profile = machine.current()
+    tables = {f"triton.{n}": t for n, t in profile.tables.items() if n.startswith("linear.")}
+    asked: list[list[str]] = []
+
+    def answers(questions: Any, profile: Any, say: Any) -> list[list[float]]:
+        asked.extend([o["lowering"] for o in q.options] for q in questions)
+        return [[100.0, *(50.0 if o["lowering"] == fastest else 60.0 for o in q.options)] for q in questions]
+
+    monkeypatch.setattr(site_timings, "answers", answers)
+    model, x = nn.Sequential(nn.Linear(8, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 8)), torch.randn(1024, 8)
+    with machine.use(profile.model_copy(update={"tables": profile.tables | tables})):
+        site = plans_of(model, {"policy": "measure"}, x)[1]
+    assert [set(a) for a in asked] == [{"inductor", "triton"}]
+    assert (site.decision, site.products[0].lowering) == ("sampled", fastest)
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_kernels_are_measured_where_they_run() -> None:
+    grid = microbenchmarks.Grid(
+        linear={"M": (1, 8), "K": (16, 64), "N": (1, 8)},
+        bmm={"M": (4,), "K": (4,), "N": (4,)},
+        conv={"places": (1, 256), "C": (64,), "O": (1, 8), "taps": (9,)},
+        sizes=(2**14,),
+        runs=(1,),
+        allocated=(2**14,),
+        select={"units": (16,), "lead": (1,)},
+    )
+    clock = microbenchmarks.Clock("cpu", 1e-4)
+    found = [step() for _, step in microbenchmarks._own_steps("triton", "cpu", torch.float32, grid, clock)]
+    found += [step() for _, step in microbenchmarks._own_steps("cuda", "cpu", torch.bfloat16, grid, clock)]
+    tables = {name: machine.Table(unit=unit, axes=axes, values=values) for name, unit, axes, values in found}
+    kinds = [f"triton.{k}.{p}.float32" for k in ("linear", "conv") for p in microbenchmarks.PRODUCTS] + [
+        f"cuda.linear.{p}.bfloat16" for p in microbenchmarks.PRODUCTS
+    ]
+    assert sorted(tables) == sorted(kinds) and tables["triton.linear.output.float32"].axes["K"] == (64,)
+
+
+def test_fp32_is_measured_where_it_has_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table named after a kernel that holds the reference's rates would be believed once TF32 is allowed."""
+    clock = microbenchmarks.Clock("cpu", 1e-4)
+    for conv, matmul, steps in ((True, False, 3), (False, True, 3), (True, True, 6), (False, False, 0)):
+        monkeypatch.setattr(availability, "tf32", lambda conv, of={True: conv, False: matmul}: of[conv])
+        assert len(list(microbenchmarks._own_steps("triton", "cuda", torch.float32, microbenchmarks.GPU, clock))) == steps
+        assert len(list(microbenchmarks._own_steps("triton", "cuda", torch.bfloat16, microbenchmarks.GPU, clock))) == 6
+
+
+def test_what_decisions_about_lowerings_read_is_in_the_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packages, and whether their compiler is there."""
+    config = Backend({"policy": "always"}).config
+    keys = [cache_key(config, Context(), ())]
+    monkeypatch.setattr(availability, "_installed", availability._installed.__wrapped__)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for why in (None, "no NVRTC"):
+        monkeypatch.setattr(availability, "missing", lambda lowering, device, why=why: why)
+        keys.append(cache_key(config, Context(), ()))
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "0")
+    keys.append(cache_key(config, Context(), ()))
+    assert keys[0] == keys[1] and len(set(keys)) == 3
+
+
+@pytest.mark.parametrize("backend", [torch.backends.cuda.matmul, torch.backends.cudnn.conv])
+def test_another_precision_is_another_cache_key(backend: Any) -> None:
+    """Whether TF32 is allowed decides what kernels of ours may run."""
+    found, own = set(), backend.fp32_precision
+    try:
+        for backend.fp32_precision in ("ieee", "tf32"):
+            found.add(cache_key(Backend({"policy": "always"}).config, Context(), ()))
+    finally:
+        backend.fp32_precision = own
+    assert len(found) == 2
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_patches_of_max_are_added_up_by_an_op_of_ours() -> None:
+    """The same gradient as by Inductor's lowering, of plain 2-D convolutions; others, and more entries than the kernel takes, stay Inductor's."""
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 6, 3, padding=1, groups=2)), torch.randn(4, 3, 9, 9)
+    exact = {"policy": "always", "method": "exact"}
+    rules = [{"layers": "conv", "grad_weight": {"method": "max", "j": 2}}]
+    found = []
+    for lowering in ("inductor", "auto"):
+        torch._dynamo.reset()
+        got, _, plans = trained(model, x, exact | {"rules": rules, "lowering": lowering})
+        assert [s.products[-1].replacement.lowering for s in plans.sites] == [{"inductor": "inductor", "auto": "cuda"}[lowering]] * 2
+        found.append(got)
+    assert max(relative(a, b) for a, b in zip(*found, strict=True)) < 1e-6
+    torch._dynamo.reset()
+    _, _, plans = trained(model, x, exact | {"rules": [{"layers": "conv", "grad_weight": {"method": "max", "j": 9}}]})
+    assert [s.products[-1].replacement.lowering for s in plans.sites] == ["inductor"] * 2
+
+
+def test_max_says_why_it_is_not_run_by_the_lowering_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 4)), torch.randn(4, 3, 8, 8)
+
+    def reasons(lowering: str, **replaced: Any) -> list[str]:
+        torch._dynamo.reset()
+        options = {"policy": "always", "method": "exact", "lowering": lowering, "rules": [{"layers": "site", "grad_weight": {"method": "max"} | replaced}]}
+        return [s.reason for s in plans_of(model, options, x)]
+
+    assert all(s.endswith(": max, 1 of 36 entries of the output gradient") for s in (reasons("auto")[0], reasons("inductor")[0]))
+    assert reasons("cuda")[0].endswith("by inductor: cuda needs a CUDA device, the site is on cpu")
+    assert "by inductor: triton has no kernel for max" in reasons("triton")[0]
+    assert "by inductor: cuda has no kernel for max but that of convolutions" in reasons("cuda")[1]
+    monkeypatch.setattr(availability, "missing", lambda lowering, device: None)
+    assert reasons("cuda")[0].endswith(", by cuda")
+    assert reasons("cuda", j=9)[0].endswith("by inductor: the kernel for max keeps 1 to 8 entries")
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_what_a_kernel_of_ours_runs_is_not_narrowed_for_its_consumer() -> None:
+    """A choice by the weight alone lets the layer before make fewer channels, but where a kernel reads whole operands."""
+    model, x = mlp(256, 512, 512, 16), torch.randn(64, 256, requires_grad=True)
+    options = {"method": "topk_weights", "group": 64}
+    want, _, _ = trained(model, x, options | {"lowering": "inductor"})
+    for rules in ([], [{"layers": "linear[1]", "lowering": "inductor"}], [{"layers": "linear[0]", "lowering": "inductor"}]):
+        torch._dynamo.reset()
+        got, _, plans = trained(model, x, options | {"lowering": "triton", "rules": rules})
+        assert not any(s.shrinks for s in plans.sites if s.products[0].lowering == "triton")
+        assert max(relative(a, b) for a, b in zip(got, want, strict=True)) < 1e-5

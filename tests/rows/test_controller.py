@@ -1,0 +1,170 @@
+"""The policy "adaptive": starts exact, follows what the gradients allow, and is part of a checkpoint."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.common import mlp
+from torch import Tensor, nn
+
+import approx_compile
+from approx_compile import Backend
+from approx_compile.backend import run_as_is
+from approx_compile.config.schema import LADDER, AdaptiveTable
+from approx_compile.rows import controller
+from approx_compile.rows.controller import WATCH, RowControl, controls
+
+pytestmark = pytest.mark.usefixtures("one_thread", "small_work_counts")
+ADAPTIVE: dict[str, Any] = {"policy": "adaptive", "adaptive": {"tau": 0.1}}
+
+
+def heavy(size: int, share: float) -> Tensor:
+    """Squared norms of which a share is large and the rest nothing."""
+    return torch.cat([torch.ones(round(share * size)), torch.full((size - round(share * size),), 1e-12)])
+
+
+def steps(c: RowControl, norms_sq: Tensor, count: int) -> list[float]:
+    found = []
+    for _ in range(count):
+        found.append(c.begin())
+        if c.watches:
+            c.see(norms_sq)
+    return found
+
+
+def test_a_control_starts_exact_relaxes_and_goes_back() -> None:
+    c = RowControl(AdaptiveTable(), "cut")
+    assert steps(c, heavy(1000, 0.2), WATCH + 1)[0] == 1
+    found = steps(c, heavy(1000, 0.2), 60 * WATCH)
+    assert found[-1] == 0.25 and sorted(found, reverse=True) == found
+    assert c.measured == pytest.approx(0.2, abs=0.03)
+    back = steps(c, torch.ones(1000), 60 * WATCH)
+    assert back[-1] == 1 and sorted(back) == back
+    assert c.changes[0] == (0, 1.0) and set(r for _, r in c.changes) <= set(LADDER)
+    assert c.kept == pytest.approx(sum([1.0] * (WATCH + 1) + found + back) / (WATCH + 1 + len(found) + len(back)), abs=1e-9)
+
+
+def test_a_number_is_used_in_the_step_after_it_was_made() -> None:
+    c = RowControl(AdaptiveTable(), "cut")
+    c.begin()
+    c.see(heavy(1000, 0.01))
+    before = c.measured
+    c.begin()
+    assert before == 1 and c.measured == pytest.approx(0.9 + 0.1 * 0.01, abs=1e-3)
+
+
+def test_even_gradients_are_declined() -> None:
+    c = RowControl(AdaptiveTable(), "cut")
+    assert set(steps(c, torch.rand(256) * 0.1 + 1, 200)) == {1.0}
+
+
+def training(model: nn.Module, options: dict[str, Any] = ADAPTIVE, lr: float = 0.01) -> tuple[Any, torch.optim.Optimizer]:
+    return torch.compile(model, backend=Backend(options, inner_compile=run_as_is)), torch.optim.Adam(model.parameters(), lr)
+
+
+def train(f: Any, optimizer: torch.optim.Optimizer, count: int, first: int = 0) -> list[float]:
+    """Two far apart clouds: after some steps few samples have a gradient to speak of."""
+    losses = []
+    for i in range(first, first + count):
+        g = torch.Generator().manual_seed(i)
+        y = torch.randint(0, 2, (128,), generator=g)
+        x = torch.randn(128, 20, generator=g) + 1.5 * (2 * y[:, None] - 1)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(f(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_training_relaxes_and_learns() -> None:
+    model = mlp(20, 64, 2)
+    f, optimizer = training(model)
+    losses = train(f, optimizer, 200)
+    (c,) = controls(f).values()
+    assert c.step == 200 and c.ratio < 0.3 and c.kept < 0.7
+    assert losses[-1] < 0.05 * losses[0]
+
+
+def test_decisions_are_shown(tmp_path: Path) -> None:
+    model = mlp(20, 64, 2)
+    assert "no cut has run yet" in str(approx_compile.decisions(model))
+    f, optimizer = training(model)
+    train(f, optimizer, 120)
+    (c,) = controls(f).values()
+    shown = approx_compile.decisions(f)
+    assert "120" in str(shown) and f"{c.ratio:g}" in str(shown)
+    shown.plot(tmp_path / "shares.png")
+    assert (tmp_path / "shares.png").stat().st_size > 5000
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one() -> None:
+    model = mlp(20, 64, 2)
+    f, optimizer = training(model)
+    train(f, optimizer, 90)
+    saved = copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "approx": approx_compile.state_dict(f)})
+    rng = torch.get_rng_state()
+    want = train(f, optimizer, 60, first=90)
+    assert [set(state) for cuts in saved["approx"]["controls"].values() for state in cuts.values()] == [{"step", "measured", "changes"}, {"draws"}]
+
+    for compiled_before in (False, True):
+        torch._dynamo.reset()
+        twin = mlp(20, 64, 2)
+        twin.load_state_dict(saved["model"])
+        g, again = training(twin)
+        again.load_state_dict(copy.deepcopy(saved["optimizer"]))  # it would go on with these very tensors
+        if compiled_before:
+            g(torch.randn(128, 20)).sum().backward()
+        approx_compile.load_state_dict(g, saved["approx"])
+        assert approx_compile.state_dict(g) == saved["approx"]
+        torch.set_rng_state(rng)
+        assert train(g, again, 60, first=90) == want
+
+
+def test_state_of_another_model_is_refused() -> None:
+    with pytest.raises(KeyError, match="does not have"):
+        approx_compile.load_state_dict(nn.Linear(2, 2), {"controls": {"layers.0": {"cut": {"step": 1, "measured": 1.0, "changes": [[0, 1.0]]}}}, "clocks": []})
+
+
+def test_two_models_of_a_class_have_controls_of_their_own() -> None:
+    one, two = mlp(20, 64, 2), mlp(20, 64, 2)
+    f, optimizer = training(one)
+    g, other = training(two)
+    train(f, optimizer, 40)
+    train(g, other, 8)
+    assert [c.step for c in controls(one).values()] == [40]
+    assert [c.step for c in controls(two).values()] == [8]
+
+
+def test_evaluation_and_other_sizes_keep_the_state() -> None:
+    model = mlp(20, 64, 2)
+    f, optimizer = training(model)
+    train(f, optimizer, 40)
+    model.eval()
+    with torch.no_grad():
+        f(torch.randn(50, 20))
+    model.train()
+    f(torch.randn(77, 20)).sum().backward()
+    train(f, optimizer, 2, first=40)
+    assert [c.step for c in controls(model).values()] == [43]
+
+
+def test_the_random_state_is_untouched_while_all_rows_run() -> None:
+    model = mlp(20, 64, 2)
+    f, optimizer = training(model)
+    before = torch.get_rng_state()
+    train(f, optimizer, 3)
+    assert controls(f) and torch.equal(torch.get_rng_state(), before)
+
+
+def test_history_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller, "HISTORY", 4)
+    c = RowControl(AdaptiveTable(), "cut")
+    for i in range(20):
+        steps(c, heavy(1000, 0.05 if i % 2 else 1.0), 30 * WATCH)
+    assert len(c.changes) <= max(4, controller.HISTORY) or c.changes.maxlen is not None

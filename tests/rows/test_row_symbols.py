@@ -1,0 +1,161 @@
+"""Sizes that are made of symbols, in rows' stages: compiled by Inductor, from its cache too, against Inductor alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.common import Plans, grads, mlp, plans_of
+from torch import Tensor, nn
+
+from approx_compile import Backend
+from approx_compile.backend import run_as_is
+from approx_compile.rows import row_backward
+
+pytestmark = pytest.mark.usefixtures("one_thread", "small_work_counts")
+
+
+class Tokens(nn.Module):
+    """The batch is merged with the length at once: no tensor has it by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mlp(8, 32, 32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.flatten(0, 1))
+
+
+class Language(nn.Module):
+    """The loss inside, on a length one shorter than the input's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.inner = nn.Embedding(50, 16), mlp(16, 32, 50)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.cross_entropy(self.inner(self.embedding(x[:, :-1])).flatten(0, 1), x[:, 1:].flatten())
+
+
+class Sound(nn.Module):
+    """A length that strides have halved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv1d(4, 8, 5, stride=2), nn.Conv1d(8, 8, 5), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.second(torch.relu(self.first(x)))).mean(2))
+
+
+def pictures() -> nn.Module:
+    """Of which Inductor makes convolutions for one size alone, after the stages were cut."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.GroupNorm(4, 8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+    )
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor], tuple[int, ...]]] = {
+    "tokens": (Tokens, lambda t: torch.randn(32, t, 8), (5, 6, 7)),
+    "language": (Language, lambda t: torch.randint(0, 50, (32, t)), (10, 12, 13)),
+    "sound": (Sound, lambda t: torch.randn(32, 4, t), (30, 36, 41)),
+    "pictures": (pictures, lambda t: torch.randn(32, 3, t, t), (12, 14, 16)),
+}
+ADAPTIVE: dict[str, Any] = {"policy": "adaptive", "adaptive": {"tau": 1e-9}}
+EVEN: dict[str, Any] = {"policy": "always", "grad": {"axis": "rows", "ratio": 0.5}}
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_lengths_change_and_caches_are_met(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default keeps all rows here, so gradients are exact; and the even rows, then the odd ones, weigh 2: their mean is exact. Twice, the second time
+    from Inductor's cache."""
+    make, data, sizes = MODELS[name]
+    model = make()
+    inputs = [data(t) for t in sizes]
+    expected = []
+    for x in inputs:
+        copied = copy.deepcopy(model)
+        copied(x).square().sum().backward()
+        expected.append(grads(copied))
+    start = [0]
+
+    def halves(method: str, norms_sq: Tensor, k: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        assert k == 16
+        return torch.arange(start[0], 32, 2), torch.full((16,), 2.0)
+
+    monkeypatch.setattr(row_backward, "choose", halves)
+    for options in (ADAPTIVE, EVEN):
+        for _ in range(2):
+            torch._dynamo.reset()
+            f = torch.compile(model, backend=Backend(options))
+            for x, exact in zip(inputs, expected, strict=True):
+                found = []
+                for start[0] in (0, 1):
+                    f(x).square().sum().backward()
+                    found.append(grads(model))
+                for a, b, c in zip(*found, exact, strict=True):
+                    torch.testing.assert_close((a + b) / 2, c, rtol=1e-4, atol=1e-4)
+
+
+class Gathered(nn.Module):
+    """Indices with a batch of their own, which need only be no larger. (Where the user makes them symbols, nothing is added to what is assumed of them.)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor, i: Tensor) -> Tensor:
+        return self.b(self.a(x).gather(1, i[:, None, None].expand(-1, 1, 16)).squeeze(1))
+
+
+def test_a_batch_that_no_fewer_rows_may_stand_for_is_exact_and_says_so() -> None:
+    plans, model = Plans(), Gathered()
+    f = torch.compile(model, backend=Backend(EVEN, inner_compile=run_as_is, on_plan=plans))
+    x, i = torch.randn(48, 5, 8), torch.randint(0, 5, (48,))
+    torch._dynamo.mark_dynamic(x, 0)
+    torch._dynamo.mark_dynamic(i, 0)
+    f(x, i).sum().backward()
+    found = grads(model)
+    model(x, i).sum().backward()
+    for a, b in zip(found, grads(model), strict=True):
+        torch.testing.assert_close(a, b)
+    ((cut,),) = [p.cuts for p in plans]
+    assert cut.decision == "exact" and "of the batch's size" in cut.reason
+
+
+class Modulated(nn.Module):
+    """A kernel for every sample, as in StyleGAN2: as many groups as samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.style = nn.Parameter(torch.randn(4, 3, 3, 3)), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        b = x.shape[0]
+        w = self.weight[None] * self.style(z)[:, None, :, None, None]
+        return F.conv2d(x.reshape(1, -1, 6, 6), w.flatten(0, 1), groups=b).view(b, 4, 4, 4)
+
+
+@pytest.mark.parametrize("options", [{}, {"policy": "cost"}, {"policy": "always"}, EVEN, {"rules": [{"layers": "conv", "grad_weight": "max"}]}])
+def test_as_many_groups_as_samples_are_exact(options: dict[str, Any]) -> None:
+    model, x, z = Modulated(), torch.randn(16, 3, 6, 6), torch.randn(16, 5)
+    f = torch.compile(model, backend=Backend({"policy": "adaptive"} | options, inner_compile=run_as_is), dynamic=True)
+    for n in (16, 9, 5):
+        f(x[:n], z[:n]).square().sum().backward()
+        found = grads(model)
+        model(x[:n], z[:n]).square().sum().backward()
+        for a, b in zip(found, grads(model), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_groups_that_are_a_symbol_are_a_reason() -> None:
+    model, x, z = Modulated(), torch.randn(16, 3, 6, 6), torch.randn(16, 5)
+    x.requires_grad_()
+    torch._dynamo.mark_dynamic(x, 0)
+    torch._dynamo.mark_dynamic(z, 0)
+    (site,) = [s for s in plans_of(model, {"policy": "always", "min_k": 1}, x, z) if s.kind == "conv"]
+    assert (site.decision, site.reason) == ("exact", "the number of its groups is a symbol")

@@ -1,0 +1,264 @@
+"""explain: what it says, and that it leaves no trace."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from typing import Any
+
+import networkx as nx
+import pytest
+import torch
+from helpers.common import compiled, mlp
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from approx_compile import ApproxWarning, Backend, ConfigError, decisions, explain, load_state_dict, set_phase, set_step, state_dict
+from approx_compile.backend import run_as_is
+
+ALWAYS: dict[str, Any] = {"policy": "always", "ratio": 0.5, "group": 1}
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.drop, self.fc = nn.Conv2d(16, 64, 3), nn.BatchNorm2d(64), nn.Dropout(0.5), nn.Linear(64, 10)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.fc(self.drop(torch.relu(self.bn(self.conv(x))).mean((2, 3))))
+
+
+def test_table_totals_and_reasons() -> None:
+    report = explain(Net(), torch.randn(64, 16, 6, 6), config=ALWAYS)
+    conv, fc = report.sites
+    assert (conv.name, conv.op, conv.shape, conv.dtype) == ("conv", "conv2d", "64x16x6x6 * 64x16x3x3", "float32")
+    assert (conv.decision, conv.reason) == ("exact", "axis of 16, min_k is 16; its gradients skip what later sites dropped")
+    assert (fc.decision, fc.method, fc.ratio, fc.k, fc.size) == ("sampled", "topk", 0.5, 32, 64)
+    flops = 2 * 64 * 16 * (64 * 16 * 9)
+    assert conv.flops_exact == 2 * flops  # the input needs no gradient: two products
+    assert fc.flops_exact == 3 * (2 * 64 * 64 * 10)
+    norms, selection = 2 * (64 * 64 + 64 * 10), 10 * 64 * 6
+    assert fc.products["output"].flops_sampled == fc.flops_exact // 3 // 2 + norms + selection
+    assert report.flops_exact == conv.flops_exact + fc.flops_exact
+    text = str(report)
+    for piece in ("conv2d", "axis of 16, min_k is 16", "32 of 64", "1 of 2 sites sampled", "FLOPs of a training step"):
+        assert piece in text
+
+
+def test_bytes_of_operands_and_results() -> None:
+    model = nn.Sequential(nn.Linear(32, 64), nn.Unflatten(1, (16, 2, 2)), nn.Conv2d(16, 8, 2))
+    linear, conv = explain(model, torch.randn(5, 32), config=ALWAYS).sites
+    assert {p.bytes_exact for p in linear.products.values()} == {4 * (5 * 32 + 32 * 64 + 5 * 64)}
+    x, w, y = 5 * 16 * 2 * 2, 8 * 16 * 2 * 2, 5 * 8
+    assert {n: p.bytes_exact for n, p in conv.products.items()} == dict.fromkeys(("output", "grad_input", "grad_weight"), 4 * (x + w + y))
+    with torch.autocast("cpu", torch.bfloat16):
+        (half,) = explain(nn.Linear(32, 64), torch.randn(5, 32), config=ALWAYS).sites
+    assert half.products["output"].bytes_exact == 2 * (5 * 32 + 32 * 64 + 5 * 64)
+    (bmm,) = explain(torch.bmm, torch.randn(2, 3, 64, requires_grad=True), torch.randn(2, 64, 5, requires_grad=True), config=ALWAYS).sites
+    assert {p.bytes_exact for p in bmm.products.values()} == {4 * 2 * (3 * 64 + 64 * 5 + 3 * 5)} and len(bmm.products) == 3
+
+
+def test_as_plain_values() -> None:
+    report = explain(mlp(64, 64, 64), torch.randn(8, 64), config=ALWAYS)
+    content = json.loads(json.dumps(report.to_dict()))
+    assert [s["name"] for s in content["sites"]] == ["0", "2"] and content["sites"][0]["products"]["output"]["k"] == 32
+    assert (content["flops_exact"], content["flops_sampled"], content["graphs"]) == (report.flops_exact, report.flops_sampled, 1)
+
+
+def test_names_with_brackets_are_printed_as_they_are() -> None:
+    model = nn.Sequential(OrderedDict([("[red]x[/b]", nn.Linear(64, 64))]))
+    assert "[red]x[/b]" in str(explain(model, torch.randn(8, 64), config=ALWAYS))
+
+
+def test_graphs_before_and_after() -> None:
+    report = explain(mlp(64, 64, 64), torch.randn(8, 64), config=ALWAYS)
+    (before,), (after,) = report.before, report.after
+    assert before.count("aten.mm.") == after.count("aten.mm.") == 3
+    assert "topk" not in before and after.count("aten.topk.") == 2 and "f32[8, 32]" in after
+
+
+def test_graph_of_sites() -> None:
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Linear(64, 64) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.relu(self.a(x))
+            return self.d(self.b(h) * self.c(h))
+
+    graph = explain(Branch(), torch.randn(8, 64), config=ALWAYS).to_networkx()
+    assert isinstance(graph, nx.DiGraph)
+    assert set(graph.edges) == {("a", "b"), ("a", "c"), ("b", "d"), ("c", "d")}
+    assert graph.nodes["b"]["decision"] == "sampled" and graph.nodes["b"]["k"] == 32
+
+
+def test_it_changes_nothing() -> None:
+    model = Net()
+    x = torch.randn(8, 16, 6, 6)
+    model(x).sum().backward()
+    hooks: list[int] = []
+    model.fc.register_forward_hook(lambda *a: hooks.append(1))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    keys, parameters = set(model.__dict__), list(model.parameters())
+    gradients = [p.grad.clone() for p in parameters]
+    rng, calls, count = torch.get_rng_state(), model.calls, len(hooks)
+    explain(model, x, config=ALWAYS)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p is q for p, q in zip(parameters, model.parameters(), strict=True))
+    assert all(torch.equal(p.grad, g) for p, g in zip(parameters, gradients, strict=True))
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert (model.calls, set(model.__dict__), model.training) == (calls, keys, True)
+    assert len(model.fc._forward_hooks) == 1 and len(hooks) >= count
+    assert not x.requires_grad
+
+
+def test_it_spends_no_recompiles_of_the_user() -> None:
+    model = nn.Sequential(nn.Conv2d(16, 64, 3), nn.Conv2d(64, 64, 3))
+    f, _, plans = compiled(model, ALWAYS)
+    x = torch.randn(8, 16, 6, 6)
+    f(x)
+    for batch in range(2, 14):  # more calls than Dynamo's limit of variants, with as many sizes
+        report = explain(model, torch.randn(batch, 16, 6, 6), config=ALWAYS)
+        assert report.sites[0].shape.startswith(f"{batch}x16")  # static: nothing was learnt from the other sizes
+    f(x)
+    assert len(plans) == 1
+    with torch.compiler.set_stance("fail_on_recompile"):
+        f(x)
+
+
+def test_config_of_a_compiled_model() -> None:
+    x = torch.randn(8, 64)
+    by_name = torch.compile(mlp(64, 64, 64), backend="approx", options=ALWAYS | {"ratio": 0.25})
+    assert [s.k for s in explain(by_name, x).sites] == [16, 16]
+    by_object, _, _ = compiled(mlp(64, 64, 64), ALWAYS | {"ratio": 0.75})
+    assert [s.k for s in explain(by_object, x).sites] == [48, 48]
+    assert [s.k for s in explain(by_object, x, config=ALWAYS).sites] == [32, 32]
+
+
+class Held(nn.Module):
+    """A module with a forward of the user's own: torch compiles none of its own modules in place."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def test_config_of_a_model_compiled_in_place() -> None:
+    """By name and with a Backend; the code compiled in place goes on being used, and another backend's says nothing of ours."""
+    x, quarter = torch.randn(8, 64), ALWAYS | {"ratio": 0.25}
+    by_name, by_object, other = Held(mlp(64, 64, 64)), Held(mlp(64, 64, 64)), Held(mlp(64, 64, 64))
+    by_name.compile(backend="approx", options=quarter)
+    plans: list[Any] = []
+    by_object.compile(backend=Backend(quarter, inner_compile=run_as_is, on_plan=lambda plan, before, after: plans.append(plan)))
+    for model in (by_name, by_object):
+        assert [s.k for s in explain(model, x).sites] == [16, 16]
+        assert [s.k for s in explain(model, x, config=ALWAYS).sites] == [32, 32]
+    by_object(x)
+    assert [s.k for s in explain(by_object, x).sites] == [16, 16]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        by_object(x)
+    assert len(plans) == 1
+    block, whole = Held(mlp(64, 64, 64)), nn.Sequential()
+    block.compile(backend="eager")  # a block of a model is looked at, too
+    whole.append(block)
+    assert [s.k for s in explain(whole, x, config=quarter).sites] == [16, 16]
+    other.compile(backend="eager")
+    assert explain(other, x).sites == explain(Held(mlp(64, 64, 64)), x).sites
+
+
+def test_config_of_a_compiled_function() -> None:
+    w = torch.randn(64, 64, requires_grad=True)
+    f = torch.compile(lambda x: x @ w, backend=Backend(ALWAYS | {"ratio": 0.25}, inner_compile=run_as_is))
+    assert [s.k for s in explain(f, torch.randn(8, 64)).sites] == [16]
+
+
+def test_what_else_is_asked_of_a_model_compiled_in_place(small_work_counts: None) -> None:
+    """Controls belong to parameters, clocks too: the model is the same one, however it is compiled."""
+    model, x = Held(mlp(64, 64, 64)), torch.randn(32, 64)
+    model.compile(backend=Backend(None, inner_compile=run_as_is))
+    model(x).square().mean().backward()
+    assert len(decisions(model).cuts) == 1 == len(state_dict(model)["controls"])
+    set_step(model, 3)
+    set_phase(model, "late")
+    saved = state_dict(model)
+    assert [(c["step"], c["phase"]) for c in saved["clocks"]] == [(3, "late")]
+    again = Held(mlp(64, 64, 64))
+    again.compile(backend=Backend(None, inner_compile=run_as_is))
+    load_state_dict(again, saved)
+    again(x).square().mean().backward()
+    assert list(decisions(again).cuts) == list(decisions(model).cuts)
+
+
+def test_eval_and_no_grad() -> None:
+    model = mlp(64, 64, 64)
+    with torch.no_grad():
+        assert [s.decision for s in explain(model, torch.randn(8, 64), config=ALWAYS).sites] == ["sampled"] * 2
+    report = explain(model.eval(), torch.randn(8, 64), config=ALWAYS)
+    assert {s.reason for s in report.sites} == {"the module is in eval mode"}
+
+
+def test_several_graphs_and_unmatched_patterns() -> None:
+    a, b = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def broken(x: Tensor) -> Tensor:
+        h = a(x)
+        torch._dynamo.graph_break()
+        return b(h)
+
+    report = explain(broken, torch.randn(8, 64), config=ALWAYS | {"rules": [{"layers": "b", "ratio": 0.25}, {"layers": "c", "ratio": 0.1}]})
+    assert [s.k for s in report.sites] == [32, 16] and len(report.before) == 2
+    assert report.unmatched == ["c"] and "'c' matches no site" in str(report)
+
+
+class Regression(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.eyes = nn.Linear(32, 32), nn.Linear(32, 1), nn.Linear(32, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = checkpoint(self.body, x, use_reentrant=False).relu()
+        return self.head(h) + self.eyes(h)
+
+
+def test_a_layer_without_a_product_is_named_where_a_rule_asks_for_it() -> None:
+    """Of one row a layer with one output is no matrix product to Inductor."""
+    model, x = Regression(), torch.randn(1, 32)
+    model.eyes.eval()
+    says = "no rule holds for head, which is exact: of one row or one input Inductor makes its product without a matrix product"
+    for layers, found in (("head", [says]), (["body", "eyes"], []), ("*", [says]), ("linear", [says])):
+        config = {"policy": "always", "rules": [{"layers": layers, "grad_weight": "zero"}]}
+        report = explain(model, x, config=config)
+        assert [s.name for s in report.sites] == ["body"] and report.remarks == found
+        assert (says in str(report)) == bool(found) and report.to_dict()["remarks"] == found
+    assert not explain(model, x, config=config | {"rules": [{"layers": "*", "method": "exact"}]}).remarks
+    assert not explain(model, torch.randn(2, 32), config=config).remarks
+    alone = nn.Sequential(nn.Linear(32, 1))
+    with pytest.warns(ApproxWarning, match="no rule holds for 0, which is exact"):
+        torch.compile(alone, backend=Backend({"rules": [{"layers": "0", "grad_weight": "zero"}]}, inner_compile=run_as_is))(x)
+
+
+def test_nothing_to_explain_and_bad_input() -> None:
+    assert "no matrix product" in str(explain(torch.relu, torch.randn(4)))
+    with pytest.raises(TypeError, match="got int"):
+        explain(3)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="ratio"):
+        explain(nn.Linear(4, 4), torch.randn(2, 4), config={"ratio": 2})
+
+
+def test_dynamic_sizes_are_shown_as_symbols() -> None:
+    x = torch.randn(48, 64)
+    torch._dynamo.mark_dynamic(x, 0)
+    report = explain(mlp(64, 32, 8), x, config={"policy": "always", "ratio": 0.5})
+    (symbol, size), *_ = report.sites[0].traced
+    assert size == 48 and not symbol.isdigit()
+    assert [s.shape for s in report.sites] == [f"{symbol}x64x32", f"{symbol}x32x8"]
+    assert f"{symbol}x64x32" in str(report) and f"{symbol} = 48 as traced" in str(report)
+    assert report.sites[0].flops_exact == 2 * 2 * 48 * 64 * 32  # the input needs no gradient
+    static = explain(mlp(64, 32, 8), torch.randn(48, 64), config={"policy": "always", "ratio": 0.5})
+    assert [s.shape for s in static.sites] == ["48x64x32", "48x32x8"] and static.sites[0].traced == () and "as traced" not in str(static)
