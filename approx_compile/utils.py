@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -17,6 +19,27 @@ said: set[str] = set()
 
 class ApproxWarning(UserWarning):
     """A model in which nothing was approximated; a pattern that matches nothing; slices over several graphs; a lowering that is not to be had."""
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that a reader sees either its old or its new text, never a part; several processes may write at once.
+
+    Args:
+        path: The file; missing folders are made.
+        text: Its new text.
+
+    Raises:
+        OSError: The file cannot be written. No temporary file is left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(fd, "w") as f:
+            f.write(text)
+        os.replace(temporary, path)
+    except OSError:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def say_once(text: str) -> None:

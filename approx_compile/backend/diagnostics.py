@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from approx_compile.config import ApproxConfig
 from approx_compile.config.selectors import Pattern
 from approx_compile.passes.planning.plan import Plan
 from approx_compile.passes.sites.find_sites import Context
-from approx_compile.utils import said, say_once, warn_once
+from approx_compile.utils import said, say_once, warn_once, write_atomically
 
 log = logging.getLogger("approx_compile")
 
@@ -149,13 +147,9 @@ def _shapes_key(uuid: str, text: str, example_inputs: Sequence[Any]) -> str:
 
 
 def _store(path: Any, summary: dict[str, Any]) -> None:
-    """Atomically, so that several processes may write at once; a folder that can't be written only costs the notice after a warm start."""
+    """Store the summary for warm starts; a folder that can't be written only costs the notice after a warm start."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd, temporary = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(fd, "w") as f:
-            json.dump(summary, f)
-        os.replace(temporary, path)
+        write_atomically(path, json.dumps(summary))
     except OSError as e:
         log.debug("summary not stored: %s", e)
 

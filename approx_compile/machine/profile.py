@@ -17,7 +17,6 @@ import math
 import os
 import platform
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from rich.table import Table as RichTable
 from approx_compile import _torch
 from approx_compile.config import ConfigError
 from approx_compile.machine import float32_precision, huge_pages, microbenchmarks
+from approx_compile.utils import write_atomically
 
 FILE = "APPROX_COMPILE_MACHINE"
 """Environment variable: the profile to use, whatever this machine is."""
@@ -142,7 +142,7 @@ class Machine(BaseModel):
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
     def save(self, path: Path) -> None:
-        write(path, self.model_dump_json(indent=1))
+        write_atomically(path, self.model_dump_json(indent=1))
 
     def __rich__(self) -> RichTable:
         kind = "quick measurement" if self.quick else "calibrated"
@@ -153,19 +153,6 @@ class Machine(BaseModel):
             over = ", ".join(f"{axis} {sizes[0]:g}..{sizes[-1]:g}" for axis, sizes in t.axes.items())
             table.add_row(name, over, f"{min(t.values):.3g}", f"{max(t.values):.3g}", t.unit)
         return table
-
-
-def write(path: Path, text: str) -> None:
-    """Atomically: several processes may write at once, and a reader sees one whole file or another."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(fd, "w") as f:
-            f.write(text)
-        os.replace(temporary, path)
-    except OSError:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def load(path: str | os.PathLike[str]) -> Machine:

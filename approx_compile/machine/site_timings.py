@@ -25,6 +25,7 @@ from pydantic import BaseModel
 
 from approx_compile import machine
 from approx_compile.machine import float32_precision
+from approx_compile.utils import write_atomically
 
 _LONGEST_S = 3600
 
@@ -68,7 +69,7 @@ class Times(BaseModel):
     us: dict[str, list[float]] = {}
 
     def save(self, path: Path) -> None:
-        machine.write(path, self.model_dump_json())
+        write_atomically(path, self.model_dump_json())
 
 
 def path_of(profile: machine.Machine) -> Path:
