@@ -31,7 +31,7 @@ from approx_compile.backend.runtime.schedule import Dispatch, Schedule, count_st
 from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.machine import huge_pages
 from approx_compile.passes.joint_graph_pass import ApproxPass, Listener
-from approx_compile.passes.planning.plan import Cut, Plan
+from approx_compile.passes.planning.plan import Plan, RowCut
 from approx_compile.passes.planning.plan_validation import check_modules
 from approx_compile.passes.sites.find_sites import Context, Input, Module
 from approx_compile.rows import early_decline
@@ -138,7 +138,7 @@ class NoRows:
     """Why the rows of a graph are not sampled, and the cuts that might have been."""
 
     reason: str
-    cuts: tuple[Cut, ...] = ()
+    cuts: tuple[RowCut, ...] = ()
 
 
 @dataclass

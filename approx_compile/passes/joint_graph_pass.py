@@ -18,10 +18,11 @@ from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.config.resolve import RowSettings
 from approx_compile.kernels import availability
 from approx_compile.machine import Machine, site_timings
-from approx_compile.passes.planning.plan import Plan, Tries
-from approx_compile.passes.planning.planner import make_plan, needs_random_numbers, row_requests, unheard
+from approx_compile.passes.planning.plan import Candidates, Plan
+from approx_compile.passes.planning.planner import make_plan, needs_random_numbers
 from approx_compile.passes.planning.producer_narrowing import Producers
-from approx_compile.passes.planning.timing_request import question
+from approx_compile.passes.planning.rule_matching import row_requests, unmatched_layers
+from approx_compile.passes.planning.timing_request import timing_request
 from approx_compile.passes.planning.zero_skipping import skip_zeros
 from approx_compile.passes.rewrite.apply_plan import rewrite
 from approx_compile.passes.rewrite.relu_max_pool import mask_pooled
@@ -61,10 +62,10 @@ class ApproxPass(_torch.CustomGraphPass):
         self.ask_rows = ask_rows
         self._uuid = cache_key(config, context, layers, machine)
 
-    def _ask(self, asked: Sequence[tuple[Site, Tries]]) -> list[list[float]]:
+    def _ask(self, asked: Sequence[tuple[Site, Candidates]]) -> list[list[float]]:
         assert self.machine is not None
         with _torch.no_modes():
-            return site_timings.answers([question(site, tries, self.config.huge_pages) for site, tries in asked], self.machine, log.warning)
+            return site_timings.answers([timing_request(site, tries, self.config.huge_pages) for site, tries in asked], self.machine, log.warning)
 
     def __call__(self, graph: fx.Graph) -> None:
         before = _copy(graph) if self.keep_graphs else None
@@ -72,7 +73,7 @@ class ApproxPass(_torch.CustomGraphPass):
         sites = find_sites(graph, self.context)
         producers = Producers(sites, self.machine)
         plan = make_plan(sites, self.config, self.machine, self._ask if self.machine is not None else None, producers.beside)
-        plan = replace(plan, remarks=(*plan.remarks, *unheard(without_product(graph, sites, self.context), self.config)))
+        plan = replace(plan, remarks=(*plan.remarks, *unmatched_layers(without_product(graph, sites, self.context), self.config)))
         if self.machine is not None:
             plan = skip_zeros(sites, producers.shrink(plan), self.machine)
         if self.ask_rows is not None:

@@ -13,7 +13,7 @@ from torch import fx
 from approx_compile import _torch, machine
 from approx_compile.config import ApproxConfig
 from approx_compile.config.resolve import RowSettings, row_settings
-from approx_compile.passes.planning.plan import Cut
+from approx_compile.passes.planning.plan import RowCut
 from approx_compile.rows import row_cost
 from approx_compile.rows.batch_dim import COUPLED
 from approx_compile.rows.row_compiler import LEAST_SHARE
@@ -22,7 +22,7 @@ _MARGIN = 0.8
 """A share is compared with so much of the bound: of a product's gradients one may be missing that is counted here, or the other way round."""
 
 
-def why_not(gm: fx.GraphModule, config: ApproxConfig, rows: int) -> tuple[str, tuple[Cut, ...]] | None:
+def why_not(gm: fx.GraphModule, config: ApproxConfig, rows: int) -> tuple[str, tuple[RowCut, ...]] | None:
     """The reason why rows can't be worth it, if that is certain, and the cuts that might have been."""
     asked = [s for keys in config.each_alone() if (s := row_settings(keys)) is not None]
     flops = _torch.dynamo_flops(gm)
@@ -41,8 +41,8 @@ def why_not(gm: fx.GraphModule, config: ApproxConfig, rows: int) -> tuple[str, t
     return reason, tuple(_cut(s, rows, reason, total, i) for i, s in enumerate(dict.fromkeys(asked), 1))
 
 
-def _cut(asked: RowSettings, rows: int, reason: str, flops: int, level: int) -> Cut:
-    return Cut(asked.method, asked.ratio, rows, "exact", reason, flops, 0, (), level)
+def _cut(asked: RowSettings, rows: int, reason: str, flops: int, level: int) -> RowCut:
+    return RowCut(asked.method, asked.ratio, rows, "exact", reason, flops, 0, (), level)
 
 
 def _gradients(n: fx.Node) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from approx_compile import _torch, machine
 from approx_compile.config import ApproxConfig
 from approx_compile.config.resolve import LEAST_ROWS, RowSettings
-from approx_compile.passes.planning.plan import Cut
+from approx_compile.passes.planning.plan import RowCut
 from approx_compile.rows import row_cost
 from approx_compile.rows.batch_dim import Layout
 from approx_compile.rows.opaque_backward import ROWS
@@ -57,7 +57,7 @@ class RowCompiler:
         self.inner = inner or _torch.compile_graph
         self.levels: list[RowSettings] = []
         self.default = ALL
-        self.cuts: list[Cut] = []
+        self.cuts: list[RowCut] = []
         self._known: dict[str, Layout] = {}
 
     def ask(self, graph: fx.Graph, top: RowSettings | None, sites: Mapping[fx.Node, RowSettings | None]) -> None:
@@ -158,7 +158,7 @@ class RowCompiler:
             stops = "; ".join(found.blocked)
             reason = exact or (f"rows end where {stops}" if stops else "the whole backward pass")
             decision = "exact" if exact else "rows"
-            self.cuts.append(Cut(asked.method, asked.ratio, rows, decision, reason, found.flops_all, found.flops_on_rows, mine, i, bool(exact or stops)))
+            self.cuts.append(RowCut(asked.method, asked.ratio, rows, decision, reason, found.flops_all, found.flops_on_rows, mine, i, bool(exact or stops)))
 
     def _stages(
         self, found: Split, gm: fx.GraphModule, given: Mapping[str, Any], dense: Mapping[str, Tensor], kwargs: dict[str, Any]

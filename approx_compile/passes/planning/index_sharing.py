@@ -27,7 +27,7 @@ from approx_compile.machine import Machine
 from approx_compile.passes.cost import estimates
 from approx_compile.passes.fx_utils import CASTS, PRODUCTS, VIEWS
 from approx_compile.passes.planning import candidates
-from approx_compile.passes.planning.plan import Plan, ProductPlan, SitePlan, Tries, total
+from approx_compile.passes.planning.plan import Candidates, Plan, ProductPlan, SitePlan, total
 from approx_compile.passes.sites.find_sites import Product, Site
 
 aten = torch.ops.aten
@@ -38,7 +38,7 @@ Sum = int | tuple["Sum", "Sum"]
 
 
 def share(
-    sites: Sequence[Site], settings: Sequence[SiteSettings], tried: Sequence[SitePlan | Tries], judged: Sequence[SitePlan], machine: Machine | None
+    sites: Sequence[Site], settings: Sequence[SiteSettings], tried: Sequence[SitePlan | Candidates], judged: Sequence[SitePlan], machine: Machine | None
 ) -> list[SitePlan]:
     """The sites as `judged` each by itself, but those that had better share, and be sampled, together. Without a `machine`, and so without times, those share
     that were told to and are sampled anyway."""
@@ -71,7 +71,7 @@ def _origin(n: Any) -> Any:
 
 
 def _ways(
-    sites: Sequence[Site], settings: Sequence[SiteSettings], tried: Sequence[SitePlan | Tries], judged: Sequence[SitePlan], readers: Sequence[int]
+    sites: Sequence[Site], settings: Sequence[SiteSettings], tried: Sequence[SitePlan | Candidates], judged: Sequence[SitePlan], readers: Sequence[int]
 ) -> list[tuple[list[int], list[list[tuple[ProductPlan, ...]]]]]:
     """Of the readers of an activation those that choose alike by the first of their ways, and the ways that all of them have, by one and the same code: of all
     that are tried where predicted time decides, else of what each came to by itself."""

@@ -110,7 +110,7 @@ class Plan:
 
     sites: tuple[SitePlan, ...]
     unmatched: tuple[str, ...] = ()
-    cuts: tuple[Cut, ...] = ()
+    cuts: tuple[RowCut, ...] = ()
     remarks: tuple[str, ...] = ()
 
     @property
@@ -125,14 +125,14 @@ class Plan:
         unmatched = tuple(p for p in self.unmatched if p in other.unmatched)
         return Plan(self.sites + other.sites, unmatched, self.cuts + other.cuts, remarks)
 
-    def with_cuts(self, cuts: Sequence[Cut]) -> Plan:
+    def with_cuts(self, cuts: Sequence[RowCut]) -> Plan:
         """The plan once it is known which gradient products run on rows kept."""
         on_rows = {name: cut for cut in cuts for name in cut.products if cut.decision == "rows"}
         sites = tuple(_on_rows(s, on_rows) for s in self.sites)
         stops = "; ".join(dict.fromkeys(c.reason for c in cuts if c.stops))
         return replace(self, sites=sites).without_rows(stops or BY_SETTINGS, cuts)
 
-    def without_rows(self, reason: str, cuts: Sequence[Cut] = ()) -> Plan:
+    def without_rows(self, reason: str, cuts: Sequence[RowCut] = ()) -> Plan:
         """The plan with the reason at every site that would have had sampled rows, and the cuts there are or might have been."""
         sites = tuple(replace(s, reason="; ".join((reason, *s.notes))) if s.decision == "exact" and s.own_reason == BY_SETTINGS else s for s in self.sites)
         return replace(self, sites=sites, cuts=tuple(cuts))
@@ -141,7 +141,7 @@ class Plan:
         return asdict(self)
 
 
-def _on_rows(site: SitePlan, cuts: Mapping[str, Cut]) -> SitePlan:
+def _on_rows(site: SitePlan, cuts: Mapping[str, RowCut]) -> SitePlan:
     products = list(site.products)
     for i, p in enumerate(products):
         cut = cuts.get(p.node) if p.name != "output" and p.decision == "exact" else None
@@ -167,12 +167,12 @@ def _on_rows(site: SitePlan, cuts: Mapping[str, Cut]) -> SitePlan:
     return replace(site, products=tuple(products), decision="sampled", reason=reason)
 
 
-Tries = list[tuple[ProductPlan, ...]]
+Candidates = list[tuple[ProductPlan, ...]]
 """Ways to carry out a site's products."""
 
 
 @dataclass(frozen=True)
-class Cut:
+class RowCut:
     """Where rows are chosen, and what became of it. `level` counts from the loss; `reason` says why nothing is cut, or what stops it further down
     (`stops`: whether anything does)."""
 

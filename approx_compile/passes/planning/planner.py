@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from torch import fx
-
 from approx_compile import _torch
 from approx_compile.config import ApproxConfig
-from approx_compile.config.resolve import ProductSettings, RowSettings, SiteSettings
-from approx_compile.config.selectors import Pattern
+from approx_compile.config.resolve import ProductSettings, SiteSettings
 from approx_compile.kernels.availability import OWN
 from approx_compile.kernels.estimators import Estimator, estimator
 from approx_compile.machine import Machine
@@ -20,8 +16,9 @@ from approx_compile.passes.cost import estimates
 from approx_compile.passes.planning import candidates, index_sharing
 from approx_compile.passes.planning import lowering as lowerings
 from approx_compile.passes.planning import plan as planned
-from approx_compile.passes.planning.plan import BY_SETTINGS, Plan, ProductPlan, SitePlan, Tries
+from approx_compile.passes.planning.plan import BY_SETTINGS, Candidates, Plan, ProductPlan, SitePlan
 from approx_compile.passes.planning.plan_validation import check_shapes
+from approx_compile.passes.planning.rule_matching import match_rules
 from approx_compile.passes.rewrite import replace_gradient
 from approx_compile.passes.sites.find_sites import Product, Site
 
@@ -32,20 +29,22 @@ WIDE = 512
 """Contraction channels that a linear site needs before the one line's default samples it (narrow layers lose accuracy for little time)."""
 
 
-Ask = Callable[[Sequence[tuple[Site, Tries]]], Sequence[Sequence[float]]]
+TimeSites = Callable[[Sequence[tuple[Site, Candidates]]], Sequence[Sequence[float]]]
 """Measured times of sites, us: exact, then each of the tries."""
 
-Others = Callable[[int, Sequence[ProductPlan], Sequence[SitePlan]], tuple[float, float]]
+NeighborCost = Callable[[int, Sequence[ProductPlan], Sequence[SitePlan]], tuple[float, float]]
 """Of a site's number, its products as planned, and the sites before it: predicted us of what else changes with them in those, before and after."""
 
 
-def make_plan(sites: Sequence[Site], config: ApproxConfig, machine: Machine | None = None, ask: Ask | None = None, others: Others | None = None) -> Plan:
+def make_plan(
+    sites: Sequence[Site], config: ApproxConfig, machine: Machine | None = None, ask: TimeSites | None = None, others: NeighborCost | None = None
+) -> Plan:
     """The decisions by the settings and, where they ask for it, by what the machine is predicted to take, or was measured to (`ask`), with what a site changes
     in `others`."""
     matches, unmatched = match_rules(sites, config)
     remarks = check_shapes(config.plan, sites) if config.plan is not None else ()
     settings = [config.settings(m) for m in matches]
-    tried = [_tried(s, w, machine) for s, w in zip(sites, settings, strict=True)]
+    tried = [enumerate_candidates(s, w, machine) for s, w in zip(sites, settings, strict=True)]
     asked = [i for i, t in enumerate(tried) if settings[i].policy == "measure" and not isinstance(t, SitePlan)]
     times: dict[int, Sequence[float]] = {}
     if asked and ask is not None:
@@ -57,18 +56,11 @@ def make_plan(sites: Sequence[Site], config: ApproxConfig, machine: Machine | No
         return others(len(judged), products, judged) if others is not None else (0.0, 0.0)
 
     for i, t in enumerate(tried):
-        plan = t if isinstance(t, SitePlan) else _judged(sites[i], settings[i], t, machine, times.get(i), beside)
+        plan = t if isinstance(t, SitePlan) else select_best(sites[i], settings[i], t, machine, times.get(i), beside)
         judged.append(replace(plan, lowerings=candidates.known_lowerings(sites[i], settings[i].output.lowering, machine)))
     judged = index_sharing.share(sites, settings, tried, judged, machine)
     decided = [_with_replacements(s, p, w) for s, p, w in zip(sites, judged, settings, strict=True)]
     return Plan(tuple(_with_nodes(s, p) for s, p in zip(sites, decided, strict=True)), unmatched, remarks=tuple(remarks))
-
-
-def unheard(names: Sequence[str], config: ApproxConfig) -> tuple[str, ...]:
-    """A remark on each of the layers without a product that a rule asks to approximate."""
-    patterns = [Pattern.parse(text) for rule in config.rules if not rule.only_exact for text in rule.layers]
-    asked = [n for n in names if any(p.matches_name(n) if p.is_name else p.kind in ("linear", "site") and p.index is None for p in patterns)]
-    return tuple(f"no rule holds for {n}, which is exact: of one row or one input Inductor makes its product without a matrix product" for n in asked)
 
 
 def _with_nodes(site: Site, plan: SitePlan) -> SitePlan:
@@ -76,43 +68,11 @@ def _with_nodes(site: Site, plan: SitePlan) -> SitePlan:
     return replace(plan, products=tuple(products))
 
 
-def match_rules(sites: Sequence[Site | SitePlan], config: ApproxConfig) -> tuple[list[list[bool]], tuple[str, ...]]:
-    """For every site which rules match it; and the patterns that match none."""
-    positions: list[dict[str, int]] = []
-    counts: dict[str, int] = defaultdict(int)
-    for site in sites:
-        positions.append({kind: counts[kind] for kind in (site.kind, "site")})
-        counts[site.kind] += 1
-        counts["site"] += 1
-
-    def hit(pattern: Pattern, i: int) -> bool:
-        if pattern.is_name:
-            return pattern.matches_name(sites[i].module, sites[i].name)
-        kind = pattern.kind or ""
-        return kind in positions[i] and pattern.matches_position(positions[i][kind], counts[kind])
-
-    rules = [[Pattern.parse(text) for text in rule.layers] for rule in config.rules]
-    matches = [[any(hit(p, i) for p in patterns) for patterns in rules] for i in range(len(sites))]
-    unmatched = tuple(p.text for p in config.patterns() if not any(hit(p, i) for i in range(len(sites))))
-    return matches, unmatched
-
-
-def row_requests(sites: Sequence[Site], config: ApproxConfig) -> tuple[RowSettings | None, dict[fx.Node, RowSettings | None]]:
-    """What is asked of the rows where no site is (of rules, those for every site count), and at the gradients of every site; a site that must be exact asks
-    for all rows."""
-    matches, _ = match_rules(sites, config)
-    asked: dict[fx.Node, RowSettings | None] = {}
-    for site, hits in zip(sites, matches, strict=True):
-        for p in site.products[1:]:
-            asked[p.node] = config.settings(hits).rows if site.blocked is None else None
-    return config.settings([rule.layers == ("site",) for rule in config.rules]).rows, asked
-
-
-def _tried(site: Site, settings: SiteSettings, machine: Machine | None) -> SitePlan | Tries:
+def enumerate_candidates(site: Site, settings: SiteSettings, machine: Machine | None) -> SitePlan | Candidates:
     """Legal first, then wanted: the site left exact, or the ways to sample it among which time decides."""
     reason = site.blocked
     if reason is None and settings.policy in candidates.TIMED and (settings.rows is None or settings.output.method != "exact"):
-        reason = _unwise(site, settings)
+        reason = default_exclusion_reason(site, settings)
     if reason is not None:
         return _all_exact(site, reason, machine)
     tries = [_products(site, s, machine) for s in candidates.candidates(site, settings, machine)]
@@ -121,10 +81,10 @@ def _tried(site: Site, settings: SiteSettings, machine: Machine | None) -> SiteP
     return tries
 
 
-def _judged(
+def select_best(
     site: Site,
     settings: SiteSettings,
-    tries: Tries,
+    tries: Candidates,
     machine: Machine | None,
     times: Sequence[float] | None,
     beside: Callable[[Sequence[ProductPlan]], tuple[float, float]],
@@ -158,7 +118,7 @@ def _judged(
     return replace(decided, break_even=at)
 
 
-def _fastest(tries: Tries, beside: Callable[[Sequence[ProductPlan]], tuple[float, float]]) -> tuple[ProductPlan, ...]:
+def _fastest(tries: Candidates, beside: Callable[[Sequence[ProductPlan]], tuple[float, float]]) -> tuple[ProductPlan, ...]:
     """Of ways to sample a site the one that is best for it and for what else changes with it."""
     changed = [beside(t) for t in tries]
     most = max(before for before, _ in changed)
@@ -171,7 +131,7 @@ def _products(site: Site, settings: SiteSettings, machine: Machine | None) -> tu
     return (output, *(_gradient(site, p, settings, output, machine) for p in site.products[1:]))
 
 
-def _unwise(site: Site, settings: SiteSettings) -> str | None:
+def default_exclusion_reason(site: Site, settings: SiteSettings) -> str | None:
     """Where sampling is known to hurt, and, unless a rule names the site, all but what the default is sure of."""
     if "raw data" in site.fed_by:
         return RAW

@@ -34,17 +34,17 @@ from approx_compile.passes.sites.find_sites import NO_GRADIENT, Product, Site, o
 
 aten = torch.ops.aten
 
-METHOD = "topk_weights"
+WEIGHTS_ONLY = "topk_weights"
 """The one choice that needs no activation."""
 
 
-Reach = dict[fx.Node, int]
+NarrowedRegion = dict[fx.Node, int]
 """What lies between a producer and the consumer, forward and backward: every node that is narrowed with its channel dim."""
 
 # --- legal ---
 
 
-def reach(producer: Site, consumer: Site) -> Reach | str:
+def narrowed_region(producer: Site, consumer: Site) -> NarrowedRegion | str:
     """What is narrowed with `producer` when it makes only what `consumer` keeps, or why it can't be."""
     why = _can_produce(producer) or _can_consume(consumer)
     if why is not None:
@@ -88,9 +88,9 @@ def _ancestors(n: fx.Node) -> set[fx.Node]:
     return found
 
 
-def _closure(producer: fx.Node, start: tuple[fx.Node, int] | None, consumer: fx.Node, gradients: set[fx.Node]) -> Reach | str:
+def _closure(producer: fx.Node, start: tuple[fx.Node, int] | None, consumer: fx.Node, gradients: set[fx.Node]) -> NarrowedRegion | str:
     """Everything elementwise behind the channels (dim 1) of the producer. `start`: the consumer's gradient of the activation, of its `gradients`."""
-    zero = zero_propagation.follow(dict([start])) if start is not None else {}
+    zero = zero_propagation.propagate_zeros(dict([start])) if start is not None else {}
     dims, behind, others = {producer: 1}, {consumer}, list[fx.Node]()
     n = producer.next
     while n.op != "root":
@@ -101,7 +101,7 @@ def _closure(producer: fx.Node, start: tuple[fx.Node, int] | None, consumer: fx.
         if start is not None and n is start[0]:
             dims[n] = start[1]
         elif read and n is not consumer and n not in gradients and (n in zero or not all(i in zero for i in read)):
-            found = carried(n, dims, n in zero) if not (n in behind and forward) else None
+            found = narrowed_dim(n, dims, n in zero) if not (n in behind and forward) else None
             if found is not None and zero.get(n, found) == found:
                 dims[n] = found
             elif not all(i in zero for i in read):
@@ -112,13 +112,13 @@ def _closure(producer: fx.Node, start: tuple[fx.Node, int] | None, consumer: fx.
     return dims
 
 
-def carried(n: fx.Node, dims: dict[fx.Node, int], zero: bool) -> int | None:
+def narrowed_dim(n: fx.Node, dims: dict[fx.Node, int], zero: bool) -> int | None:
     """The channel dim of an elementwise op or a view of nodes with one, or None. Sums over other dims keep it, too, but what is unknown must not be summed."""
     value = n.meta.get("val")
     if n.op != "call_function" or not isinstance(value, Tensor) or any(isinstance(a, fx.Node) for a in n.kwargs.values()):
         return None
     if n.target in VIEWS or n.target is aten.permute.default or (zero and n.target in zero_propagation.SUMS):
-        return zero_propagation.carry(n, dims)
+        return zero_propagation.propagate_through(n, dims)
     if not (_torch.is_pointwise(n) or n.target in zero_propagation.UNARY):
         return None
     if any(isinstance(a, (list, tuple)) and any(isinstance(i, fx.Node) for i in a) for a in n.args):
@@ -127,7 +127,7 @@ def carried(n: fx.Node, dims: dict[fx.Node, int], zero: bool) -> int | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _reader(n: fx.Node, dims: Reach) -> str:
+def _reader(n: fx.Node, dims: NarrowedRegion) -> str:
     if n.op == "output":
         return "its activation is an output of the graph"
     if n.target is aten.var_mean.correction:
@@ -148,12 +148,12 @@ class Producers:
         self.sites = sites
         self.machine = machine
         self._index = {s.name: i for i, s in enumerate(sites)}
-        self._found: dict[int, dict[int, Reach | str]] = {}
+        self._found: dict[int, dict[int, NarrowedRegion | str]] = {}
 
-    def of(self, i: int) -> dict[int, Reach | str]:
+    def of(self, i: int) -> dict[int, NarrowedRegion | str]:
         """The producers of site `i`'s activation, each with what is narrowed with it or why it can't be."""
         if i not in self._found:
-            self._found[i] = {self._index[name]: reach(self.sites[self._index[name]], self.sites[i]) for name in self.sites[i].reads}
+            self._found[i] = {self._index[name]: narrowed_region(self.sites[self._index[name]], self.sites[i]) for name in self.sites[i].reads}
         return self._found[i]
 
     def beside(self, i: int, products: Sequence[ProductPlan], earlier: Sequence[SitePlan]) -> tuple[float, float]:
@@ -280,7 +280,7 @@ def _own(products: Sequence[ProductPlan]) -> str | None:
 def _asks(products: Sequence[ProductPlan]) -> bool:
     """Whether a site's choice is known before its activation, and nothing of the site needs the channels that are not kept."""
     output = products[0]
-    if output.decision != "sampled" or output.how is None or output.how.method != METHOD:
+    if output.decision != "sampled" or output.how is None or output.how.method != WEIGHTS_ONLY:
         return False
     return all(p.decision == "coupled" or (p.replacement is not None and p.replacement.method in ("zero", "random")) for p in products[1:])
 

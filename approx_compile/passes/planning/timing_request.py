@@ -11,11 +11,11 @@ from approx_compile.kernels.availability import OWN
 from approx_compile.machine.site_timings import Layout, Product, Question
 from approx_compile.passes.cost.estimates import role
 from approx_compile.passes.fx_utils import BMM, CONV
-from approx_compile.passes.planning.plan import ProductPlan, Tries
+from approx_compile.passes.planning.plan import Candidates, ProductPlan
 from approx_compile.passes.sites.find_sites import Site
 
 
-def question(site: Site, tries: Tries, huge_pages: bool) -> Question:
+def timing_request(site: Site, candidates: Candidates, huge_pages: bool) -> Question:
     """The site with its sizes (symbolic ones as traced), strides and dtype, and each try as options of the backend; `huge_pages` as the user has it."""
     node = site.node
     conv = node.target in CONV
@@ -30,7 +30,7 @@ def question(site: Site, tries: Tries, huge_pages: bool) -> Question:
         needs_grad=("grad_input" in roles, "grad_weight" in roles),
         rest=tuple(tuple(a) if isinstance(a, (list, tuple)) else a for a in node.args[3:9]) if conv else (),
     )
-    return Question(product, tuple(_options(t) for t in tries), huge_pages)
+    return Question(product, tuple(_options(t) for t in candidates), huge_pages)
 
 
 def _layout(value: Any, conv: bool) -> Layout:

@@ -24,20 +24,20 @@ UNARY = {aten.neg.default, aten.clone.default, aten._to_copy.default, prims.conv
 SUMS = {aten.sum.dim_IntList, aten.mean.dim}
 
 
-def follow(starts: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
+def propagate_zeros(starts: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
     """Nodes that are zero along a dim wherever all of `starts` are along theirs: {node: its dim}. A factor that is inf or NaN there is not considered."""
     zero = dict(starts)
     n = min(starts).next
     while n.op != "root":
         if n.op == "call_function" and n not in starts and any(i in zero for i in n.all_input_nodes):
-            found = carry(n, zero)
+            found = propagate_through(n, zero)
             if found is not None:
                 zero[n] = found
         n = n.next
     return zero
 
 
-def carry(n: fx.Node, zero: dict[fx.Node, int]) -> int | None:
+def propagate_through(n: fx.Node, zero: dict[fx.Node, int]) -> int | None:
     """The dim along which `n` has its input's zeros, or None."""
     value = n.meta.get("val")
     if not isinstance(value, torch.Tensor):

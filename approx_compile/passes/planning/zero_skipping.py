@@ -42,7 +42,7 @@ def skip_zeros(sites: Sequence[Site], plan: Plan, machine: Machine) -> Plan:
             if d.decision != "coupled" or d.shares is not None or not one_contraction(source) or p.result is None:
                 continue
             together = dict([p.result, *(shared.get(source.name, ()) if p.name == "grad_input" else ())])
-            for zero in zero_propagation.follow(together).items():
+            for zero in zero_propagation.propagate_zeros(together).items():
                 for i, j in users.get(zero, ()):
                     new[i] = _with_skip(sites[i], new[i], j, source.name, d, machine)
     return replace(plan, sites=tuple(new))

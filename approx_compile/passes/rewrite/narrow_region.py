@@ -18,7 +18,7 @@ from approx_compile.kernels.gather import Axis, choose_by_weight, take, untake
 from approx_compile.passes.fx_utils import CONV, VIEWS
 from approx_compile.passes.planning import zero_propagation
 from approx_compile.passes.planning.plan import Plan
-from approx_compile.passes.planning.producer_narrowing import Reach, reach
+from approx_compile.passes.planning.producer_narrowing import NarrowedRegion, narrowed_region
 from approx_compile.passes.rewrite.graph_edit import Layout, Sampled, hoist, inline, keep_choice, like, refresh
 from approx_compile.passes.sites.find_sites import Site, conv_weight_axes
 
@@ -31,7 +31,7 @@ class Region:
     consumer: Site
     how: Estimator
     producers: tuple[Site, ...]
-    dims: Reach
+    dims: NarrowedRegion
     late: frozenset[fx.Node]
 
 
@@ -43,9 +43,9 @@ def regions(sites: Sequence[Site], plan: Plan) -> dict[str, Region]:
         how = planned.products[0].how
         if not planned.shrinks or how is None:
             continue
-        dims: Reach = {}
+        dims: NarrowedRegion = {}
         for name in planned.shrinks:
-            one = reach(by_name[name], site)
+            one = narrowed_region(by_name[name], site)
             assert not isinstance(one, str), f"{name} can't be narrowed for {site.name}: {one}"
             dims |= one
         late = {p.node for p in site.products[1:]}

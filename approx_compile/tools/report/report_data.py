@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from approx_compile.passes.planning.candidates import OFF
-from approx_compile.passes.planning.plan import BreakEven, Cut, ProductPlan, SitePlan
+from approx_compile.passes.planning.plan import BreakEven, ProductPlan, RowCut, SitePlan
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class ReportData:
     """
 
     sites: list[SiteReport] = field(default_factory=list)
-    cuts: list[Cut] = field(default_factory=list)
+    cuts: list[RowCut] = field(default_factory=list)
     before: list[str] = field(default_factory=list)
     after: list[str] = field(default_factory=list)
     unmatched: list[str] = field(default_factory=list)

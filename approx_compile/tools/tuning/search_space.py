@@ -12,7 +12,8 @@ from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.config.schema import Rule
 from approx_compile.config.selectors import Pattern
 from approx_compile.passes.planning.plan import SitePlan
-from approx_compile.passes.planning.planner import LAST, RAW, match_rules
+from approx_compile.passes.planning.planner import LAST, RAW
+from approx_compile.passes.planning.rule_matching import match_rules
 from approx_compile.tools.tuning.trial import Trials
 
 _DETERMINISTIC = ("topk", "topk_weights", "zero", "max", "exact")

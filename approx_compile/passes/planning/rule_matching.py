@@ -1,0 +1,53 @@
+"""Match the rules of a config to the sites of a graph, and report the layers and patterns that match nothing."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from torch import fx
+
+from approx_compile.config import ApproxConfig
+from approx_compile.config.resolve import RowSettings
+from approx_compile.config.selectors import Pattern
+from approx_compile.passes.planning.plan import SitePlan
+from approx_compile.passes.sites.find_sites import Site
+
+
+def unmatched_layers(names: Sequence[str], config: ApproxConfig) -> tuple[str, ...]:
+    """A remark on each of the layers without a product that a rule asks to approximate."""
+    patterns = [Pattern.parse(text) for rule in config.rules if not rule.only_exact for text in rule.layers]
+    asked = [n for n in names if any(p.matches_name(n) if p.is_name else p.kind in ("linear", "site") and p.index is None for p in patterns)]
+    return tuple(f"no rule holds for {n}, which is exact: of one row or one input Inductor makes its product without a matrix product" for n in asked)
+
+
+def match_rules(sites: Sequence[Site | SitePlan], config: ApproxConfig) -> tuple[list[list[bool]], tuple[str, ...]]:
+    """For every site which rules match it; and the patterns that match none."""
+    positions: list[dict[str, int]] = []
+    counts: dict[str, int] = defaultdict(int)
+    for site in sites:
+        positions.append({kind: counts[kind] for kind in (site.kind, "site")})
+        counts[site.kind] += 1
+        counts["site"] += 1
+
+    def hit(pattern: Pattern, i: int) -> bool:
+        if pattern.is_name:
+            return pattern.matches_name(sites[i].module, sites[i].name)
+        kind = pattern.kind or ""
+        return kind in positions[i] and pattern.matches_position(positions[i][kind], counts[kind])
+
+    rules = [[Pattern.parse(text) for text in rule.layers] for rule in config.rules]
+    matches = [[any(hit(p, i) for p in patterns) for patterns in rules] for i in range(len(sites))]
+    unmatched = tuple(p.text for p in config.patterns() if not any(hit(p, i) for i in range(len(sites))))
+    return matches, unmatched
+
+
+def row_requests(sites: Sequence[Site], config: ApproxConfig) -> tuple[RowSettings | None, dict[fx.Node, RowSettings | None]]:
+    """What is asked of the rows where no site is (of rules, those for every site count), and at the gradients of every site; a site that must be exact asks
+    for all rows."""
+    matches, _ = match_rules(sites, config)
+    asked: dict[fx.Node, RowSettings | None] = {}
+    for site, hits in zip(sites, matches, strict=True):
+        for p in site.products[1:]:
+            asked[p.node] = config.settings(hits).rows if site.blocked is None else None
+    return config.settings([rule.layers == ("site",) for rule in config.rules]).rows, asked
