@@ -13,7 +13,6 @@ import torch
 from torch import fx
 
 from approx_compile import _torch
-from approx_compile.rows.row_sampling import Rows
 
 
 class Blocked(Exception):
@@ -28,7 +27,31 @@ COUPLED = "a sum over the batch goes back to its rows, as in BatchNorm"
 DECOUPLED = "approx_compile_decoupled"
 """Key in the meta of a node that combines rows with a sum over the batch and may."""
 
-Layout = Rows | None | tuple["Rows | None", ...]
+
+@dataclass(frozen=True)
+class SampleLayout:
+    """Where a tensor holds the samples of the batch: in dim `dim`, whose size is outer * batch * inner, in that order.
+
+    With `outer` None the tensor is constant along that dim (it is uniform), so that any position of the samples within the dim is correct.
+    """
+
+    dim: int
+    outer: Any = sympy.S.One
+    inner: Any = sympy.S.One
+    index: bool = field(default=False, compare=False)
+    """Whether the entries are the numbers of the samples they belong to, as in `arange(batch)`."""
+
+    @property
+    def uniform(self) -> bool:
+        """Whether the tensor is constant along `dim`."""
+        return self.outer is None
+
+    def at_dim(self, dim: int) -> SampleLayout:
+        """Return the same layout in another dim, without the mark `index`."""
+        return SampleLayout(dim, self.outer, self.inner)
+
+
+Layout = SampleLayout | None | tuple["SampleLayout | None", ...]
 
 
 @dataclass
@@ -51,9 +74,9 @@ class Followed:
     numbers: set[fx.Node] = field(default_factory=set)
     """Nodes that use the batch's size as a number, which must stay that of the whole batch."""
 
-    def rows(self, n: Any) -> Rows | None:
+    def rows(self, n: Any) -> SampleLayout | None:
         found = self.layout.get(n)
-        return found if isinstance(found, Rows) else None
+        return found if isinstance(found, SampleLayout) else None
 
 
 def numel_of(sizes: Sequence[Any]) -> Any:
@@ -104,18 +127,18 @@ def dense(geometry: Geometry) -> bool:
     return True
 
 
-def place_in_memory(geometry: Geometry, place: Rows) -> Any:
+def place_in_memory(geometry: Geometry, place: SampleLayout) -> Any:
     """The steps in memory from one sample to the next."""
     return _torch.size_expr(geometry[1][place.dim]) * place.inner
 
 
-def place_at(geometry: Geometry, step: Any, batch: sympy.Symbol) -> Rows | None:
+def place_at(geometry: Geometry, step: Any, batch: sympy.Symbol) -> SampleLayout | None:
     """Where a tensor has the samples that lie `step` apart in its memory."""
     for d, (size, stride) in enumerate(zip(geometry[0], geometry[1], strict=True)):
         if _torch.has_symbol(size, batch):
             inner = sympy.cancel(step / _torch.size_expr(stride))
             outer = sympy.cancel(_torch.size_expr(size) / (batch * inner))
-            return Rows(d, outer, inner) if whole_number(inner) and whole_number(outer) else None
+            return SampleLayout(d, outer, inner) if whole_number(inner) and whole_number(outer) else None
     return None
 
 

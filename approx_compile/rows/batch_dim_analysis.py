@@ -20,10 +20,9 @@ from torch import fx
 from approx_compile import _torch
 from approx_compile.passes.fx_utils import BMM, MM, op_name
 from approx_compile.passes.rewrite.graph_edit import BY_SAMPLE
-from approx_compile.rows.batch_dim import CONST, COUPLED, DECOUPLED, FORWARD, HEAD, ROWS, TOTAL, Blocked, Followed, Layout, holds
+from approx_compile.rows.batch_dim import CONST, COUPLED, DECOUPLED, FORWARD, HEAD, ROWS, TOTAL, Blocked, Followed, Layout, SampleLayout, holds
 from approx_compile.rows.batching_rules import ARITHMETIC, COUNTS, FACTORIES, MOVES, SPREADS, rule_of
 from approx_compile.rows.linearity import is_linear
-from approx_compile.rows.row_sampling import Rows
 
 aten = torch.ops.aten
 
@@ -99,7 +98,7 @@ def _layout(n: fx.Node, value: Any, operands: list[fx.Node], out: Followed) -> L
         return None
     if n.target in COUNTS and _is_count(n, value, out.batch):
         out.whole.add(n)
-        return Rows(0, index=True)
+        return SampleLayout(0, index=True)
     if n.target in FACTORIES:
         return _repeated(value, out.batch) if holds(value, out.batch) else None
     if not any(out.layout.get(a) is not None for a in operands):
@@ -112,7 +111,7 @@ def _layout(n: fx.Node, value: Any, operands: list[fx.Node], out: Followed) -> L
     if rule is None:
         raise Blocked(f"{op_name(n)} is not known to keep samples apart")
     found = rule(n, value, out)
-    if n.target in MOVES and isinstance(found, Rows) and (own := out.rows(n.args[0])) is not None and own.index and not value.dtype.is_floating_point:
+    if n.target in MOVES and isinstance(found, SampleLayout) and (own := out.rows(n.args[0])) is not None and own.index and not value.dtype.is_floating_point:
         return replace(found, index=True)
     return found
 
@@ -134,7 +133,7 @@ def _adopted(n: fx.Node, value: Any, operands: list[fx.Node], out: Followed) -> 
     return True
 
 
-def _place_beside(n: fx.Node, unknown: fx.Node, value: Any, operands: list[fx.Node], out: Followed) -> Rows | None:
+def _place_beside(n: fx.Node, unknown: fx.Node, value: Any, operands: list[fx.Node], out: Followed) -> SampleLayout | None:
     """Where an operand would have to have its samples to meet those of the others."""
     rank = _torch.value(unknown).dim()
     others = [(a, place) for a in operands if (place := out.rows(a)) is not None and not place.uniform]
@@ -144,12 +143,12 @@ def _place_beside(n: fx.Node, unknown: fx.Node, value: Any, operands: list[fx.No
             if {a, unknown} == {left, right} and unknown is not a:
                 contracted = (rank - 1, rank - 2) if a is left else (rank - 2, rank - 1)
                 if place.dim == contracted[0]:
-                    return place.moved(contracted[1])
+                    return place.at_dim(contracted[1])
                 return place if rank == 3 and place.dim == 0 else None
         return None
     if not _torch.is_pointwise(n) and any(_torch.value(a).dim() != rank for a, _ in others):
         return None
-    return next((place.moved(place.dim + rank - _torch.value(a).dim()) for a, place in others), None)
+    return next((place.at_dim(place.dim + rank - _torch.value(a).dim()) for a, place in others), None)
 
 
 def _is_count(n: fx.Node, value: Any, batch: sympy.Symbol) -> bool:
@@ -185,7 +184,7 @@ def _checked(n: fx.Node, value: Any, layout: Layout, out: Followed) -> Layout:
 
 def _fits(layout: Layout, value: Any, out: Followed) -> bool:
     """Whether a tensor may have its samples at a place, as far as its sizes tell."""
-    if not isinstance(layout, Rows) or not isinstance(value, torch.Tensor):
+    if not isinstance(layout, SampleLayout) or not isinstance(value, torch.Tensor):
         return layout is None and not holds(value, out.batch)
     if [d for d, s in enumerate(value.shape) if _torch.has_symbol(s, out.batch)] != [layout.dim]:
         return False
@@ -194,7 +193,7 @@ def _fits(layout: Layout, value: Any, out: Followed) -> bool:
 
 def _placed(n: fx.Node, value: Any, layout: Layout, out: Followed) -> Layout:
     """A gradient that is the same for every row will not be once rows have weights: it needs a definite place."""
-    if not isinstance(layout, Rows) or not layout.uniform or out.kind[n] != ROWS:
+    if not isinstance(layout, SampleLayout) or not layout.uniform or out.kind[n] != ROWS:
         return layout
     definite = by_size(value, out.batch)
     if definite is None:
@@ -237,16 +236,16 @@ def _check_numbers(n: fx.Node, out: Followed) -> None:
 # --- sizes ---
 
 
-def by_size(value: Any, batch: sympy.Symbol) -> Rows | None:
+def by_size(value: Any, batch: sympy.Symbol) -> SampleLayout | None:
     """The only dim that holds the batch, if it is the batch and nothing else."""
     if not isinstance(value, torch.Tensor):
         return None
     dims = [d for d, s in enumerate(value.shape) if _torch.has_symbol(s, batch)]
-    return Rows(dims[0]) if len(dims) == 1 and _torch.size_expr(value.shape[dims[0]]) == batch else None
+    return SampleLayout(dims[0]) if len(dims) == 1 and _torch.size_expr(value.shape[dims[0]]) == batch else None
 
 
-def _repeated(value: Any, batch: sympy.Symbol) -> Rows:
+def _repeated(value: Any, batch: sympy.Symbol) -> SampleLayout:
     """The place of the batch in a tensor that is filled, or expanded from one without samples. A dim that is the batch and nothing else is a place as any
     other: merged with a second axis later, its entries differ. A dim of several times the batch's size is constant throughout."""
     dims = [d for d, s in enumerate(value.shape) if _torch.has_symbol(s, batch)]
-    return by_size(value, batch) or Rows(dims[0], None, None)
+    return by_size(value, batch) or SampleLayout(dims[0], None, None)

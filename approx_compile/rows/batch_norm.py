@@ -15,8 +15,7 @@ from torch import fx
 
 from approx_compile import _torch
 from approx_compile.passes.fx_utils import VIEWS
-from approx_compile.rows.batch_dim import COUPLED, DECOUPLED, TOTAL, Followed
-from approx_compile.rows.row_sampling import Rows
+from approx_compile.rows.batch_dim import COUPLED, DECOUPLED, TOTAL, Followed, SampleLayout
 
 aten = torch.ops.aten
 
@@ -27,7 +26,7 @@ WEIGHTS = "row_weights"
 def decouple(gm: fx.GraphModule, known: Followed) -> bool:
     """Replace what can be; says whether anything was. `known`: `gm`'s graph followed."""
     todo = [n for n in gm.graph.nodes if known.blocked.get(n) == COUPLED]
-    rows = next((n for n in gm.graph.nodes if known.rows(n) == Rows(0)), None)
+    rows = next((n for n in gm.graph.nodes if known.rows(n) == SampleLayout(0)), None)
     if not todo or rows is None:
         return False
     work = _Rewriter(gm.graph, known, _torch.value(rows).shape[0])
@@ -91,7 +90,7 @@ class _Rewriter:
     def _terms(self, t: fx.Node) -> fx.Node | None:
         shape = [self.size, *_torch.value(t).shape]
         source = t.args[0]
-        if t.target is aten.sum.dim_IntList and isinstance(source, fx.Node) and self.known.rows(source) == Rows(0):
+        if t.target is aten.sum.dim_IntList and isinstance(source, fx.Node) and self.known.rows(source) == SampleLayout(0):
             rest = [d for d in t.args[1] if int(d) % _torch.value(source).dim() != 0]  # type: ignore[union-attr,arg-type]
             return self._view(self._emit(aten.sum.dim_IntList, source, rest) if rest else source, shape)
         inner = [a for a in t.all_input_nodes if self.known.kind.get(a) == TOTAL]

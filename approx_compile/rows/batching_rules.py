@@ -19,6 +19,7 @@ from approx_compile.rows.batch_dim import (
     Followed,
     Geometry,
     Layout,
+    SampleLayout,
     geometry_of,
     holds,
     numbers_of,
@@ -29,7 +30,6 @@ from approx_compile.rows.batch_dim import (
     strided_geometry,
     whole_number,
 )
-from approx_compile.rows.row_sampling import Rows
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -40,9 +40,9 @@ prims = torch.ops.prims
 Rule = Callable[[fx.Node, Any, Followed], Layout]
 
 
-def _agree(*places: Rows | None) -> Rows | None:
+def _agree(*places: SampleLayout | None) -> SampleLayout | None:
     """One place for all that hold rows; None where none does."""
-    found: Rows | None = None
+    found: SampleLayout | None = None
     for p in places:
         if p is None:
             continue
@@ -59,14 +59,14 @@ def _pointwise(n: fx.Node, value: Any, out: Followed) -> Layout:
     for a in n.all_input_nodes:
         own = out.rows(a)
         if own is not None:
-            places.append(own.moved(own.dim + len(shape) - _torch.value(a).dim()))
+            places.append(own.at_dim(own.dim + len(shape) - _torch.value(a).dim()))
     return _agree(*places)
 
 
 def _copy(n: fx.Node, value: Any, out: Followed) -> Layout:
     """copy(to, source): `source`, broadcast to the shape of `to`, whose values nobody reads."""
     own = out.rows(n.args[1])
-    return own.moved(own.dim + value.dim() - _torch.value(n.args[1]).dim()) if own is not None else None
+    return own.at_dim(own.dim + value.dim() - _torch.value(n.args[1]).dim()) if own is not None else None
 
 
 def _same(n: fx.Node, value: Any, out: Followed) -> Layout:
@@ -90,16 +90,16 @@ def _view(n: fx.Node, value: Any, out: Followed) -> Layout:
         raise Blocked("a view mixes the batch with other axes")
     if not (outer.is_Integer or inner.is_Integer):
         raise Blocked("the batch is merged between two axes of dynamic size")
-    return Rows(dim, outer, inner)
+    return SampleLayout(dim, outer, inner)
 
 
-def _part_of_constant(own: Rows, old: Sequence[Any], new: Sequence[Any], dim: int) -> Rows:
+def _part_of_constant(own: SampleLayout, old: Sequence[Any], new: Sequence[Any], dim: int) -> SampleLayout:
     """A view of a tensor that is constant along its dim `own.dim`. The new dim `dim` is constant, too, as long as it is made of no other old dim: along
     those the tensor may differ, and where the samples then are is not known."""
     splits = (numel_of(new[:dim]) / numel_of(old[: own.dim]), numel_of(new[dim + 1 :]) / numel_of(old[own.dim + 1 :]))
     if not all(whole_number(sympy.cancel(e)) for e in splits):
         raise Blocked("a view merges an axis that is the same for every sample with others")
-    return own.moved(dim)
+    return own.at_dim(dim)
 
 
 def _permute(n: fx.Node, value: Any, out: Followed) -> Layout:
@@ -114,18 +114,18 @@ def _permute(n: fx.Node, value: Any, out: Followed) -> Layout:
         j: Any = n.args[2] if n.target is aten.transpose.int else len(dims) - 1
         if dims:
             dims[i], dims[j] = dims[j], dims[i]
-    return own.moved(dims.index(own.dim))
+    return own.at_dim(dims.index(own.dim))
 
 
 def _expand(n: fx.Node, value: Any, out: Followed) -> Layout:
     own = out.rows(n.args[0])
-    return own.moved(own.dim + value.dim() - _torch.value(n.args[0]).dim()) if own is not None else None
+    return own.at_dim(own.dim + value.dim() - _torch.value(n.args[0]).dim()) if own is not None else None
 
 
 def _unsqueeze(n: fx.Node, value: Any, out: Followed) -> Layout:
     own = out.rows(n.args[0])
     at = int(n.args[1]) % value.dim()  # type: ignore[arg-type]
-    return own.moved(own.dim + (at <= own.dim)) if own is not None else None
+    return own.at_dim(own.dim + (at <= own.dim)) if own is not None else None
 
 
 def _squeeze(n: fx.Node, value: Any, out: Followed) -> Layout:
@@ -133,7 +133,7 @@ def _squeeze(n: fx.Node, value: Any, out: Followed) -> Layout:
     rank = _torch.value(n.args[0]).dim()
     given = n.args[1] if len(n.args) > 1 else [d for d in range(rank) if _torch.value(n.args[0]).shape[d] == 1]
     gone = {int(d) % rank for d in (given if isinstance(given, list | tuple) else [given])}  # type: ignore[arg-type]
-    return own.moved(own.dim - sum(d < own.dim for d in gone)) if own is not None else None
+    return own.at_dim(own.dim - sum(d < own.dim for d in gone)) if own is not None else None
 
 
 def _reduction(n: fx.Node, value: Any, out: Followed) -> Layout:
@@ -145,7 +145,7 @@ def _reduction(n: fx.Node, value: Any, out: Followed) -> Layout:
     if own is None or own.dim in gone:
         return None
     keep = (n.args[2] if len(n.args) > 2 else n.kwargs.get("keepdim", False)) if n.target not in (aten.sum.default, aten.mean.default) else False
-    return own if keep else own.moved(own.dim - sum(d < own.dim for d in gone))
+    return own if keep else own.at_dim(own.dim - sum(d < own.dim for d in gone))
 
 
 def _along(position: int) -> Rule:
@@ -176,10 +176,10 @@ def _select(n: fx.Node, value: Any, out: Followed) -> Layout:
     dim = int(n.args[1]) % _torch.value(n.args[0]).dim()  # type: ignore[arg-type]
     if own is not None and dim == own.dim:
         raise Blocked("one sample is taken out of the batch")
-    return own.moved(own.dim - (dim < own.dim)) if own is not None else None
+    return own.at_dim(own.dim - (dim < own.dim)) if own is not None else None
 
 
-def _times(length: Any, own: Rows, out: Followed) -> Any:
+def _times(length: Any, own: SampleLayout, out: Followed) -> Any:
     """How often the samples of an axis fit into a part of it: where some views of the batch are concatenated, a part may be one of them."""
     times = sympy.cancel(_torch.size_expr(length) / (out.batch * own.inner))
     if not times.is_Integer:
@@ -207,7 +207,7 @@ def _slice(n: fx.Node, value: Any, out: Followed) -> Layout:
     if _torch.known_equal(value.shape[own.dim], _torch.value(n.args[0]).shape[own.dim]):
         return own
     _times(_start(n, 2), own, out)
-    return Rows(own.dim, _times(value.shape[own.dim], own, out), own.inner)
+    return SampleLayout(own.dim, _times(value.shape[own.dim], own, out), own.inner)
 
 
 def _slice_scatter(n: fx.Node, value: Any, out: Followed) -> Layout:
@@ -220,7 +220,7 @@ def _slice_scatter(n: fx.Node, value: Any, out: Followed) -> Layout:
     if _torch.known_equal(value.shape[dim], _torch.value(n.args[1]).shape[dim]):
         return _agree(to, own)
     _times(_start(n, 3), own, out)
-    return _agree(to, Rows(dim, _times(value.shape[dim], own, out), own.inner))
+    return _agree(to, SampleLayout(dim, _times(value.shape[dim], own, out), own.inner))
 
 
 def _select_scatter(n: fx.Node, value: Any, out: Followed) -> Layout:
@@ -246,30 +246,30 @@ def _as_strided_scatter(n: fx.Node, value: Any, out: Followed) -> Layout:
     return _at(x, place_in_memory(view, own), out)
 
 
-def _at(geometry: Geometry, step: Any, out: Followed) -> Rows:
+def _at(geometry: Geometry, step: Any, out: Followed) -> SampleLayout:
     place = place_at(geometry, step, out.batch)
     if place is None:
         raise Blocked("a view mixes the batch with other axes")
     return place
 
 
-def _into(n: fx.Node, out: Followed) -> Rows | None:
+def _into(n: fx.Node, out: Followed) -> SampleLayout | None:
     """The place of a select_scatter's source, counted in the result."""
     own = out.rows(n.args[1])
     dim = int(n.args[2]) % _torch.value(n.args[0]).dim()  # type: ignore[arg-type]
-    return own.moved(own.dim + (dim <= own.dim)) if own is not None else None
+    return own.at_dim(own.dim + (dim <= own.dim)) if own is not None else None
 
 
 def _cat(n: fx.Node, value: Any, out: Followed) -> Layout:
     parts: Any = n.args[0]
     dim = (int(n.args[1]) if len(n.args) > 1 else 0) % value.dim()  # type: ignore[arg-type]
     places = [out.rows(a) for a in parts]
-    own = _agree(*(Rows(p.dim, sympy.S.One, p.inner) if p is not None and p.dim == dim and not p.uniform else p for p in places))
+    own = _agree(*(SampleLayout(p.dim, sympy.S.One, p.inner) if p is not None and p.dim == dim and not p.uniform else p for p in places))
     if own is None or own.dim != dim or own.uniform:
         return own
     if any(p is None for p in places):
         raise Blocked("something without samples is concatenated with the batch")
-    return Rows(dim, sum(_times(_torch.value(a).shape[dim], own, out) for a in parts), own.inner)
+    return SampleLayout(dim, sum(_times(_torch.value(a).shape[dim], own, out) for a in parts), own.inner)
 
 
 def _pieces(n: fx.Node, value: Any, out: Followed) -> Layout:
@@ -279,10 +279,10 @@ def _pieces(n: fx.Node, value: Any, out: Followed) -> Layout:
     position = 1 if unbind else 2
     dim = int(n.args[position]) % _torch.value(n.args[0]).dim() if len(n.args) > position else 0  # type: ignore[arg-type]
     if own is None or dim != own.dim:
-        return own.moved(own.dim - (unbind and dim < own.dim)) if own is not None else None
+        return own.at_dim(own.dim - (unbind and dim < own.dim)) if own is not None else None
     if unbind or own.uniform:
         raise Blocked("the batch is split")
-    return tuple(Rows(dim, _times(v.shape[dim], own, out), own.inner) for v in value)
+    return tuple(SampleLayout(dim, _times(v.shape[dim], own, out), own.inner) for v in value)
 
 
 def _pad(n: fx.Node, value: Any, out: Followed) -> Layout:
@@ -301,12 +301,12 @@ def _mm(n: fx.Node, value: Any, out: Followed) -> Layout:
     if n.target is skip_matmul and ((a is not None and a.dim == 1) or (b is not None and b.dim == 0)):
         raise Blocked("a kernel chooses among the rows")
     rank = value.dim()
-    found: Rows | None
+    found: SampleLayout | None
     if a is not None and b is not None:
         lead = rank == 3 and a.dim == 0 and b.dim == 0
         if not lead and (a.dim, b.dim) != (rank - 1, rank - 2):
             raise Blocked(f"{op_name(n)} multiplies rows with rows")
-        together = _agree(a, b if lead else b.moved(a.dim))
+        together = _agree(a, b if lead else b.at_dim(a.dim))
         found = together if lead else None
     elif a is not None:
         if a.dim == rank - 1 or (rank == 3 and a.dim == 0):
@@ -322,14 +322,14 @@ def _mm(n: fx.Node, value: Any, out: Followed) -> Layout:
     if len(n.args) == 3 and (bias := out.rows(n.args[0])) is not None:
         if found is None:
             raise Blocked(f"{op_name(n)} adds rows to a sum over rows")
-        found = _agree(found, bias.moved(bias.dim + rank - _torch.value(n.args[0]).dim()))
+        found = _agree(found, bias.at_dim(bias.dim + rank - _torch.value(n.args[0]).dim()))
     return found
 
 
 def _first(n: fx.Node, value: Any, out: Followed) -> Layout:
     """Ops whose tensors all have samples first, or no samples."""
     own = _agree(*(out.rows(a) for a in n.all_input_nodes))
-    if own is None or own.dim != 0 or not (own.uniform or own == Rows(0)):
+    if own is None or own.dim != 0 or not (own.uniform or own == SampleLayout(0)):
         raise Blocked(f"{op_name(n)}: the batch is not the first axis")
     if isinstance(value, tuple | list):
         return tuple(own if holds(v, out.batch) else None for v in value)
@@ -367,7 +367,7 @@ def _conv_backward(n: fx.Node, value: Any, out: Followed) -> Layout:
     if out.rows(w) is not None:
         raise Blocked("the convolution's weight depends on the sample")
     own = _agree(out.rows(dy), out.rows(x))
-    if own != Rows(0):
+    if own != SampleLayout(0):
         raise Blocked(f"{op_name(n)}: the batch is not the first axis")
     return (own if value[0] is not None else None, None, None)
 
@@ -375,7 +375,7 @@ def _conv_backward(n: fx.Node, value: Any, out: Followed) -> Layout:
 def _by_kernel(n: fx.Node, value: Any, out: Followed) -> Layout:
     """A convolution's gradient in its chosen input channels: of x, from dY and W, or of W, from x and dY."""
     own = _agree(*(out.rows(a) for a in n.args[:2]))
-    if own != Rows(0) or (n.target is skip_conv_input and out.rows(n.args[1]) is not None):
+    if own != SampleLayout(0) or (n.target is skip_conv_input and out.rows(n.args[1]) is not None):
         raise Blocked(f"{op_name(n)}: the batch is not the first axis")
     return own if n.target is skip_conv_input else None
 
@@ -389,25 +389,25 @@ def _take(n: fx.Node, value: Any, out: Followed) -> Layout:
     first, width = given[0][0], max(_torch.value(i).dim() for _, i in given)
     adjacent = [d for d, _ in given] == list(range(first, first + len(given)))
     if own is not None and (place := _counted(n, own, given, width, out)) is not None:
-        return place.moved(place.dim + (first if adjacent else 0))
+        return place.at_dim(place.dim + (first if adjacent else 0))
     if not adjacent:
         raise Blocked("indices of several axes apart")
     if own is None:  # a table looked up by the sample's entries
         found = _place_of_indices(places, given, width)
-        return found.moved(found.dim + first) if found is not None else None
+        return found.at_dim(found.dim + first) if found is not None else None
     if any(p is not None for p in places) or first <= own.dim < first + len(given):
         raise Blocked("samples are picked by index")
-    return own if own.dim < first else own.moved(own.dim - len(given) + width)
+    return own if own.dim < first else own.at_dim(own.dim - len(given) + width)
 
 
-def _place_of_indices(places: Sequence[Rows | None], given: Sequence[tuple[int, fx.Node]], width: int) -> Rows | None:
+def _place_of_indices(places: Sequence[SampleLayout | None], given: Sequence[tuple[int, fx.Node]], width: int) -> SampleLayout | None:
     """Where the samples are in what the indices, broadcast to `width` dims, are together."""
-    return _agree(*(p.moved(p.dim + width - _torch.value(i).dim()) for p, (_, i) in zip(places, given, strict=True) if p is not None))
+    return _agree(*(p.at_dim(p.dim + width - _torch.value(i).dim()) for p, (_, i) in zip(places, given, strict=True) if p is not None))
 
 
-def _counted(n: fx.Node, own: Rows, given: Sequence[tuple[int, fx.Node]], width: int, out: Followed) -> Rows | None:
+def _counted(n: fx.Node, own: SampleLayout, given: Sequence[tuple[int, fx.Node]], width: int, out: Followed) -> SampleLayout | None:
     """x[arange(batch), i]: every sample's own entries, where its number stands for the sample. On some of the samples the number is another one."""
-    if own != Rows(own.dim):
+    if own != SampleLayout(own.dim):
         return None
     numbers = [(d, i) for d, i in given if d == own.dim and (p := out.rows(i)) is not None and p.index]
     if len(numbers) != 1:
@@ -442,9 +442,9 @@ def _put(n: fx.Node, value: Any, out: Followed) -> Layout:
     adjacent = [d for d, _ in given] == list(range(first, first + len(given)))
     rank = width + _torch.value(x).dim() - len(given)
     held = out.rows(values)
-    held = held.moved(held.dim + rank - _torch.value(values).dim()) if held is not None else None
+    held = held.at_dim(held.dim + rank - _torch.value(values).dim()) if held is not None else None
     if own is not None and (place := _counted(n, own, given, width, out)) is not None:
-        _agree(place.moved(place.dim + (first if adjacent else 0)), held)
+        _agree(place.at_dim(place.dim + (first if adjacent else 0)), held)
         return own
     if own is not None:
         if any(p is not None for p in places) or own.dim in [d for d, _ in given] or first < own.dim:

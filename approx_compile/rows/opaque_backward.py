@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, fx
 
 from approx_compile import _torch
+from approx_compile.rows.gather_rows import copied, strided
 from approx_compile.rows.row_backward import RowBackward
-from approx_compile.rows.row_sampling import copied, strided
 
 ROWS = "approx_compile_rows"
 """Attribute of a compiled backward pass: the `RowBackward` that it calls."""

@@ -19,12 +19,11 @@ from torch import fx
 from approx_compile import _torch
 from approx_compile.passes.fx_utils import BMM, CONV, MM
 from approx_compile.passes.rewrite.custom_ops import OWN_CONV, OWN_MM
-from approx_compile.rows.batch_dim import COUPLED, FORWARD, HEAD, ROWS, TOTAL, Followed, Layout
+from approx_compile.rows.batch_dim import COUPLED, FORWARD, HEAD, ROWS, TOTAL, Followed, Layout, SampleLayout
 from approx_compile.rows.batch_dim_analysis import follow
 from approx_compile.rows.batch_norm import decouple
 from approx_compile.rows.reasons import told
 from approx_compile.rows.row_cost import Moved, RowWork, Timed, moved, timed
-from approx_compile.rows.row_sampling import Rows
 
 aten = torch.ops.aten
 
@@ -40,7 +39,7 @@ class Entry:
 
     name: str
     source: int
-    layout: Rows | None
+    layout: SampleLayout | None
     gradient: bool
     size: tuple[Any, ...] = ()
     stride: tuple[Any, ...] = ()
@@ -69,7 +68,7 @@ class Result:
 
     name: str | None
     source: int
-    layout: Rows | None
+    layout: SampleLayout | None
     size: tuple[Any, ...] = ()
     constant: Any = None
 

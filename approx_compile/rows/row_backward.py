@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from approx_compile import _torch
 from approx_compile.config import ApproxConfig
 from approx_compile.config.resolve import LEAST_ROWS, RowSettings
+from approx_compile.rows.batch_dim import SampleLayout
 from approx_compile.rows.batch_norm import WEIGHTS
 from approx_compile.rows.controller import Draws, Owner, RowControl, control_for, draws_for
+from approx_compile.rows.gather_rows import copied, gathered, row_norms_sq, scattered, strided
 from approx_compile.rows.partition import ALL, SAVED, Entry, Result, Split
-from approx_compile.rows.row_sampling import Rows, choose, copied, gathered, row_norms_sq, scattered, strided
+from approx_compile.rows.row_sampling import choose
 
 MEMORY = 1024
 """Sizes for which shapes and legal numbers of rows are remembered."""
@@ -123,7 +125,7 @@ class RowBackward:
         """
         entering = [e for s in self.found.stages if s.level != ALL for e in s.entries if e.gradient and e.source in (SAVED, ALL)]
         size = symbols[self.found.batch]
-        marks = [_mark_of(values[e.name]) if e.source == SAVED and e.layout == Rows(0) and values[e.name].shape[0] == size else None for e in entering]
+        marks = [_mark_of(values[e.name]) if e.source == SAVED and e.layout == SampleLayout(0) and values[e.name].shape[0] == size else None for e in entering]
         first = marks[0] if marks else None
         if first is not None and all(m is not None and m[0] is first[0] for m in marks):
             idx, before = first
@@ -261,7 +263,7 @@ class RowBackward:
             return value
         idx, _ = _path(kept, ALL, made[result.name])
         full = scattered(value, result.layout, idx, size, [_number(e, symbols) for e in result.size])
-        if idx is not None and result.layout == Rows(0):
+        if idx is not None and result.layout == SampleLayout(0):
             _mark(full, idx, _weights(kept, made[result.name]))
         return full
 

@@ -20,11 +20,11 @@ from approx_compile.config import ApproxConfig
 from approx_compile.config.resolve import LEAST_ROWS, RowSettings
 from approx_compile.passes.planning.plan import RowCut
 from approx_compile.rows import row_cost
-from approx_compile.rows.batch_dim import Layout
+from approx_compile.rows.batch_dim import Layout, SampleLayout
+from approx_compile.rows.gather_rows import copied, overlap
 from approx_compile.rows.opaque_backward import ROWS
 from approx_compile.rows.partition import ALL, SAVED, Entry, Outlook, Split, Stage, outlook, output_layouts, split, tangent_layouts
 from approx_compile.rows.row_backward import Controls, RowBackward, Whole, entering
-from approx_compile.rows.row_sampling import Rows, copied, overlap
 from approx_compile.rows.specialize import pinned
 
 LEAST_SHARE = 0.3
@@ -252,7 +252,7 @@ def _why_fixed(batch: Any, sizes: Mapping[sympy.Symbol, int], guards: Sequence[A
 def _resolved(found: Split, settled: Callable[[Any], Any]) -> Split:
     """With what compiling the stages has found out about symbols: an image's size, say, that a convolution's code is for alone."""
 
-    def layout(rows: Rows | None) -> Rows | None:
+    def layout(rows: SampleLayout | None) -> SampleLayout | None:
         return rows if rows is None or rows.uniform else replace(rows, outer=settled(rows.outer), inner=settled(rows.inner))
 
     def entry(e: Entry) -> Entry:

@@ -28,7 +28,7 @@ from approx_compile.config.resolve import RowSettings
 from approx_compile.machine import Machine
 from approx_compile.passes.cost import estimates
 from approx_compile.passes.fx_utils import BMM, MM
-from approx_compile.rows.row_sampling import Rows
+from approx_compile.rows.batch_dim import SampleLayout
 
 ANY_SIZE = False
 """Tests set this: rows are worth it in models that are too small for it to pay."""
@@ -182,7 +182,7 @@ def _rate(n: fx.Node, operands: Sequence[Tensor], batch: sympy.Symbol) -> tuple[
     return "", []
 
 
-def moved(value: Any, layout: Rows | None, level: int) -> list[Moved]:
+def moved(value: Any, layout: SampleLayout | None, level: int) -> list[Moved]:
     """A tensor with rows; none if it has none, or all of them the same."""
     if not isinstance(value, Tensor) or layout is None or layout.uniform:
         return []

@@ -21,8 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import approx_compile
 from approx_compile import Backend, _torch
 from approx_compile.backend import run_as_is
-from approx_compile.rows import row_backward, row_compiler
-from approx_compile.rows import row_sampling as rows_kernels
+from approx_compile.rows import gather_rows, row_backward, row_compiler
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_work_counts")
 
@@ -210,7 +209,7 @@ class Copies:
 
     def __call__(self, x: Tensor) -> Tensor:
         self.count += 1
-        return rows_kernels.copied(x)
+        return gather_rows.copied(x)
 
 
 def generator() -> nn.Module:

@@ -10,8 +10,10 @@ import sympy
 import torch
 from torch import Tensor
 
+from approx_compile.rows.batch_dim import SampleLayout
 from approx_compile.rows.controller import Draws
-from approx_compile.rows.row_sampling import Rows, choose, copied, gathered, inclusion, needed, overlap, row_norms_sq, scattered, strided, systematic
+from approx_compile.rows.gather_rows import copied, gathered, overlap, row_norms_sq, scattered, strided
+from approx_compile.rows.row_sampling import choose, inclusion, needed, systematic
 
 NORMS = {
     "even": torch.ones(40),
@@ -131,21 +133,21 @@ def test_nothing_is_saved_where_nothing_is_known() -> None:
         assert needed(norms_sq, 0.1).item() == 1
 
 
-LAYOUTS: dict[str, tuple[tuple[int, ...], Rows]] = {
-    "first": ((6, 3, 4), Rows(0)),
-    "middle": ((3, 6, 4), Rows(1)),
-    "last": ((3, 6), Rows(1)),
-    "outer": ((24, 3), Rows(0, 1, 4)),
-    "inner": ((24, 3), Rows(0, 4, 1)),
-    "between": ((2 * 6 * 3, 5), Rows(0, 2, 3)),
-    "uniform": ((12, 3), Rows(0, None, None)),
+LAYOUTS: dict[str, tuple[tuple[int, ...], SampleLayout]] = {
+    "first": ((6, 3, 4), SampleLayout(0)),
+    "middle": ((3, 6, 4), SampleLayout(1)),
+    "last": ((3, 6), SampleLayout(1)),
+    "outer": ((24, 3), SampleLayout(0, 1, 4)),
+    "inner": ((24, 3), SampleLayout(0, 4, 1)),
+    "between": ((2 * 6 * 3, 5), SampleLayout(0, 2, 3)),
+    "uniform": ((12, 3), SampleLayout(0, None, None)),
 }
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_gather_norms_and_scatter(name: str) -> None:
     shape, place = LAYOUTS[name]
-    layout = place if place.uniform else Rows(place.dim, sympy.Integer(place.outer), sympy.Integer(place.inner))
+    layout = place if place.uniform else SampleLayout(place.dim, sympy.Integer(place.outer), sympy.Integer(place.inner))
     x, idx, weight = torch.randn(shape), torch.tensor([0, 2, 5]), torch.tensor([2.0, 1.0, 3.0])
     split = (1, 6, shape[0] // 6) if place.uniform else (place.outer, 6, place.inner)
     parts = x.unflatten(place.dim, split).movedim(place.dim + 1, 0)
@@ -166,12 +168,12 @@ def test_gather_keeps_channels_last_and_half_precision() -> None:
     one = sympy.Integer(1)
     x = torch.randn(6, 3, 4, 4, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
     idx, weight = torch.tensor([1, 4]), torch.tensor([1.5, 2.0])
-    got = gathered(x, Rows(0, one, one), idx, weight, [2, 3, 4, 4], [48, 1, 12, 3])
+    got = gathered(x, SampleLayout(0, one, one), idx, weight, [2, 3, 4, 4], [48, 1, 12, 3])
     assert got.stride() == (48, 1, 12, 3)
     assert torch.equal(got, (x[idx] * weight.view(-1, 1, 1, 1)).to(torch.bfloat16))
 
 
-def drawn_layout(g: random.Random) -> tuple[Tensor, Rows, int]:
+def drawn_layout(g: random.Random) -> tuple[Tensor, SampleLayout, int]:
     """A tensor with 6 rows somewhere in it, in memory as views, expansions and permutations leave one."""
     split = (g.choice([1, 1, 2, 3]), 6, g.choice([1, 1, 2]))
     shape = [g.choice([0, 1, 1, 2, 3, 3]) for _ in range(g.randrange(4))]
@@ -185,7 +187,7 @@ def drawn_layout(g: random.Random) -> tuple[Tensor, Rows, int]:
             x = x.narrow(at, g.choice([0, made[at] - shape[d]]), shape[d]) if g.random() < 0.5 else x.unfold(at, shape[d], 1).select(at, 0).movedim(-1, at)
     x = x.permute([order.index(d) for d in range(len(shape))]).expand(shape)
     assert list(x.shape) == shape
-    return x, Rows(dim, sympy.Integer(split[0]), sympy.Integer(split[2])), split[2]
+    return x, SampleLayout(dim, sympy.Integer(split[0]), sympy.Integer(split[2])), split[2]
 
 
 def test_rows_of_any_layout_are_those_of_plain_indexing() -> None:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from approx_compile import _torch
 from approx_compile.config.schema import AdaptiveTable
 from approx_compile.rows.controller import OutputControl, control_for
+from approx_compile.rows.gather_rows import copied
 from approx_compile.rows.row_backward import all_rows
-from approx_compile.rows.row_sampling import copied
 from approx_compile.utils import warn_once
 
 
