@@ -171,7 +171,7 @@ def choose(score: Tensor, k: int) -> Tensor:
 @choose.register_kernel("cuda")
 def _(score: Tensor, k: int) -> Tensor:
     _check_k(score, k)
-    fast = kernels("choose")
+    fast = kernels("topk")
     if fast and score.dtype == torch.float32 and k > 0 and score.shape[0] <= fast.MOST_UNITS:
         return fast.choose(score, k)  # type: ignore[no-any-return]
     return choose_reference(score, k)
@@ -200,7 +200,7 @@ def axis_norms_sq(x: Tensor, dim: int, group: int) -> Tensor:
 @axis_norms_sq.register_kernel("cuda")
 def _(x: Tensor, dim: int, group: int) -> Tensor:
     _check_norms(x, dim, group)
-    fast = kernels("choose")
+    fast = kernels("topk")
     if not fast or x.dtype not in (torch.float16, torch.bfloat16, torch.float32) or not x.numel():
         return norms_sq(x, Axis(dim), group)
     return fast.norms_sq(x, dim, group)  # type: ignore[no-any-return]
