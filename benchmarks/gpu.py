@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from approx_compile import machine
 from approx_compile.kernels import availability, skip_conv, skip_matmul
-from approx_compile.kernels.availability import CONV_UNITS, UNITS
-from approx_compile.kernels.gradient_replacements import Geometry, Replacement, max_conv_weight
+from approx_compile.kernels.availability import CONV_UNITS, DEFAULT_UNITS
+from approx_compile.kernels.gradient_replacements import ConvGeometry, Replacement, max_conv_weight
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
@@ -88,7 +88,7 @@ def matmul_cases(b: Bench) -> Iterator[tuple[str, torch.dtype, Callable[..., Ten
     sizes = ((256, 512, 256), (1000, 1024, 144)) if not b.small else ((24, 256, 40),)  # multiples of 16: for others there is no kernel
     torch.backends.cuda.matmul.fp32_precision = "tf32"  # nor is there one for fp32 without
     for dtype in LIMITS:
-        units = (*UNITS["triton"], *(UNITS["cuda"] if dtype != torch.float32 else ()), 1)
+        units = (*DEFAULT_UNITS["triton"], *(DEFAULT_UNITS["cuda"] if dtype != torch.float32 else ()), 1)
         for (m, k, n), unit in ((s, u) for s in sizes for u in units):
             x, w, dy = b.rand(m, k, dtype=dtype), b.rand(n, k, dtype=dtype), b.rand(m, n, dtype=dtype)
             idx = torch.randperm(k // unit, device=b.device)[: max(1, k // unit // 2)].sort().values
@@ -106,7 +106,7 @@ def matmul_cases(b: Bench) -> Iterator[tuple[str, torch.dtype, Callable[..., Ten
                     lambda dy, x, i, s: skip_matmul.skip_matmul(dy.t(), x, i, f32(s), 1),
                     (dy, x, rows, scale[: len(rows)]),
                 )
-            if unit == UNITS["triton"][0]:
+            if unit == DEFAULT_UNITS["triton"][0]:
                 yield f"norms, {at}", dtype, lambda x, u=unit: skip_matmul.axis_norms_sq(x, 1, u), (x,)
     score = torch.randperm(1000 if not b.small else 100, device=b.device).float()
     yield "choose", torch.float32, lambda s: skip_matmul.choose(s, len(s) // 3), (score,)
@@ -203,10 +203,10 @@ def at_ratio_one(b: Bench) -> list[dict[str, Any]]:
     for m, k, n in ((8192, 4096, 4096), (32768, 4096, 16384)):
         m, k, n = b.of(m, 32), b.of(k, 256), b.of(n, 64)
         x, w = b.rand(m, k), b.rand(n, k)
-        idx = torch.arange(k // UNITS["triton"][0], device=b.device)
+        idx = torch.arange(k // DEFAULT_UNITS["triton"][0], device=b.device)
         contest: dict[str, Callable[[], Any]] = {
             "inductor": lambda x=x, w=w: x @ w.t(),
-            "skip": lambda x=x, w=w, i=idx: skip_matmul.skip_matmul(x, w.t(), i, None, UNITS["triton"][0]),
+            "skip": lambda x=x, w=w, i=idx: skip_matmul.skip_matmul(x, w.t(), i, None, DEFAULT_UNITS["triton"][0]),
         }  # type: ignore[misc]
         found += raced(f"every group kept, {m} x {k} x {n}, against cuBLAS", contest, b.rounds(50), {"skip": 0.9})
     return found
@@ -215,7 +215,7 @@ def at_ratio_one(b: Bench) -> list[dict[str, Any]]:
 def replaced(b: Bench) -> list[dict[str, Any]]:
     """`max` against cuDNN's weight gradient."""
     found = []
-    geometry = Geometry((3, 3), (1, 1), (1, 1), (1, 1))
+    geometry = ConvGeometry((3, 3), (1, 1), (1, 1), (1, 1))
     for inputs, outputs, size in PAPER:
         x, dy, w = b.image(b.of(128, 4), inputs, size, size), b.image(b.of(128, 4), outputs, size, size), b.image(outputs, inputs, 3, 3)
         rest = (None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False])
@@ -224,7 +224,7 @@ def replaced(b: Bench) -> list[dict[str, Any]]:
             "inductor": lambda x=x, dy=dy, w=w, r=rest: torch.ops.aten.convolution_backward(dy, x, w, *r),  # type: ignore[misc]
             "max, inductor": lambda x=x, dy=dy, f=largest: f(x, dy),  # type: ignore[misc]
         }
-        if availability.missing("cuda", torch.device(b.device)) is None:
+        if availability.unavailable_reason("cuda", torch.device(b.device)) is None:
             contest["max, cuda"] = lambda x=x, dy=dy: own_max(x, dy)  # type: ignore[misc]
         found += raced(
             f"grad_weight {inputs} -> {outputs}, {size} x {size}, batch {len(x)}, against cuDNN", contest, b.rounds(30), dict.fromkeys(list(contest)[1:], 1.0)

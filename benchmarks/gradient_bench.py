@@ -14,13 +14,13 @@ import typer
 from bench import raced, show, store
 from torch import Tensor
 
-from approx_compile.kernels.gradient_replacements import Geometry, Replacement, max_conv_weight
+from approx_compile.kernels.gradient_replacements import ConvGeometry, Replacement, max_conv_weight
 from approx_compile.passes.rewrite.replace_gradient import small_tile
 
 SHAPES = ((256, 256, 8), (128, 128, 16), (512, 512, 4), (512, 512, 2), (64, 64, 32), (16, 16, 32), (32, 32, 16), (64, 64, 8))
 """Input channels, output channels, height and width, in the order of Table 1."""
 BATCH = 128
-CONV = Geometry(kernel=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1))
+CONV = ConvGeometry(kernel=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1))
 app = typer.Typer(help=__doc__, no_args_is_help=False)
 
 

@@ -82,7 +82,7 @@ class Estimator:
         return self.method not in ("topk", "topk_weights")
 
 
-def estimator(method: str, size: int, ratio: float, min_k: int, group: int, weight: int | None = None) -> Estimator | None:
+def make_estimator(method: str, size: int, ratio: float, min_k: int, group: int, weight: int | None = None) -> Estimator | None:
     """The estimator for an axis, or None where it would keep everything (the product is then exact, bit for bit).
 
     k = clamp(round(ratio size), min_k, size), rounded up to whole groups.
@@ -96,7 +96,7 @@ def estimator(method: str, size: int, ratio: float, min_k: int, group: int, weig
     return None if made.slots >= made.units else made
 
 
-def score(how: Estimator, a_sq: Tensor, b_sq: Tensor) -> Tensor:
+def unit_scores(how: Estimator, a_sq: Tensor, b_sq: Tensor) -> Tensor:
     """What units are ranked or drawn by, from their squared norms: |a_i| |b_i|, or the weight's norm alone."""
     a, b = a_sq.detach().sqrt(), b_sq.detach().sqrt()
     if how.method == "topk_weights":
@@ -111,7 +111,7 @@ def select(how: Estimator, a_sq: Tensor, b_sq: Tensor, random: torch.Generator |
     With a tail (`size` no multiple of `group`) the indices are those of entries, else of units. `random`: what is drawn from in place of torch's own
     stream (not in a graph, which takes no generators).
     """
-    idx, scale = _METHODS[how.method](score(how, a_sq, b_sq), how, random)
+    idx, scale = _METHODS[how.method](unit_scores(how, a_sq, b_sq), how, random)
     if not how.tail:
         return idx, scale
     entry = torch.arange(how.group, device=idx.device)
@@ -123,7 +123,7 @@ def select(how: Estimator, a_sq: Tensor, b_sq: Tensor, random: torch.Generator |
     return idx, scale
 
 
-def inverse(idx: Tensor, size: int) -> Tensor:
+def inverse_index(idx: Tensor, size: int) -> Tensor:
     """Position of every unit among the kept ones, -1 where it was dropped: (.., k) -> (.., size)."""
     place = torch.arange(idx.shape[-1], device=idx.device).expand(idx.shape)
     return torch.full((*idx.shape[:-1], size), -1, dtype=torch.int64, device=idx.device).scatter(-1, idx, place)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from approx_compile import _torch
-from approx_compile.kernels.estimators import Estimator, inverse, select
+from approx_compile.kernels.estimators import Estimator, inverse_index, select
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def untake(y: Tensor, axis: Axis, idx: Tensor, scale: Tensor | None, unit: int, 
     y = axis.view(y)
     if scale is not None:
         y = (y * _along(scale, y, axis, unit)).to(y.dtype)
-    at = inverse(idx, size // unit)
+    at = inverse_index(idx, size // unit)
     full = _pick(y, axis, at.clamp_min(0), unit)
     full = torch.where(_along(at >= 0, full, axis, unit), full, 0)
     return axis.unview(full)
@@ -151,7 +151,7 @@ def sample(
     return idx, scale, take(a, a_axis, idx, None, how.unit), take(b, b_axis, idx, scale, how.unit)
 
 
-def choose_by_weight(how: Estimator, weight: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
+def sample_by_weight(how: Estimator, weight: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
     """Indices of `topk_weights`, which need no activation, and the weight cut to the kept entries: what `sample` chooses, without its other operand."""
     sq = norms_sq(weight, axis, how.group)
     idx, _ = select(how, sq, sq)

@@ -3,7 +3,7 @@
 Wang and Nelaturu, *Accelerated CNN Training Through Gradient Approximation*, 2019 (zero, random, and max for convolutions: Algorithm 1);
 Sun et al., *meProp*, ICML 2017 (max for linear layers).
 
-The product with few entries is a weighted sum of rows of a table, `bags`: of the input's pixels, all channels of one a row, for the weight
+The product with few entries is a weighted sum of rows of a table, `weighted_row_sums`: of the input's pixels, all channels of one a row, for the weight
 gradient of a convolution; of samples, or of the weight's rows, for linear layers. No sparse gradient is ever written out, and the only change of
 layout is that which puts a pixel's channels side by side (none for channels-last). Shapes never depend on data.
 
@@ -42,7 +42,7 @@ class Replacement:
 
 
 @dataclass(frozen=True)
-class Geometry:
+class ConvGeometry:
     """A convolution's kernel size, stride, padding and dilation by spatial dim, its groups, and whether it is transposed."""
 
     kernel: tuple[int, ...]
@@ -53,7 +53,7 @@ class Geometry:
     transposed: bool = False
 
 
-def bags(table: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+def weighted_row_sums(table: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     """out[i] = sum of weights[e] table[rows[e]] over the entries e of bag i, which begin at offsets[i]; (R, D), (E,), (E,), (B,) -> (B, D).
 
     Sums are fp32 (fp64 for fp64), weights in the table's dtype.
@@ -62,14 +62,14 @@ def bags(table: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor) -> Tenso
     return out
 
 
-_EXACT = 2**22
+EXACT_IN_FLOAT32 = 2**22
 """Up to here fp32 has every place p, and floor((p + 1/2) / n) is p // n."""
 
 _UNROLLED = 8
 """Up to here Inductor writes the comparisons out, in every place that reads the result, and so again for every tap."""
 
 
-def stored(dy: Tensor, order: Sequence[int] | None = None) -> Tensor:
+def materialized(dy: Tensor, order: Sequence[int] | None = None) -> Tensor:
     """The same values in fp32 (fp64 for fp64) as a buffer, with the dims in this order in memory (None: in their own). What is compared with its own
     largest entry must be the same numbers on both sides: what is no buffer Inductor computes anew in each, here rounded and there not, here in vectors
     and there not."""
@@ -77,19 +77,19 @@ def stored(dy: Tensor, order: Sequence[int] | None = None) -> Tensor:
     return _torch.laid_out(dy.to(torch.float64 if dy.dtype == torch.float64 else torch.float32), own if order is None else order)
 
 
-def largest(dy: Tensor, j: int) -> Tensor:
+def largest_entries(dy: Tensor, j: int) -> Tensor:
     """Indices of the j entries of largest magnitude along the last dim, (.., L) -> (.., j); NaN counts as the largest, of equal ones (j = 1) the first."""
     if j > 1:
         return dy.abs().topk(j, dim=-1, sorted=False).indices
-    if dy.device.type != "cpu" or not _UNROLLED < dy.shape[-1] <= _EXACT:
+    if dy.device.type != "cpu" or not _UNROLLED < dy.shape[-1] <= EXACT_IN_FLOAT32:
         return dy.abs().argmax(-1, keepdim=True)
-    size = stored(dy).abs()
+    size = materialized(dy).abs()
     # in what Inductor's C++ code does in vectors: largest and smallest values, and places as floats
     found = (size == size.amax(-1, keepdim=True)) | (size != size)
     return torch.where(found, torch.arange(size.shape[-1], dtype=torch.float32, device=dy.device), torch.inf).amin(-1, keepdim=True).long()
 
 
-def max_conv_weight(x: Tensor, dy: Tensor, how: Replacement, conv: Geometry) -> Tensor:
+def max_conv_weight(x: Tensor, dy: Tensor, how: Replacement, conv: ConvGeometry) -> Tensor:
     """The weight gradient from the j largest entries of every sample's output channel: x (N, C, *in), dy (N, O, *out) -> the weight's shape.
 
     df[o] = scale * sum over n and the chosen places p of v[n, o, p] patch(x[n], p), where the values v of a channel always have the channel's sum S: with
@@ -99,7 +99,7 @@ def max_conv_weight(x: Tensor, dy: Tensor, how: Replacement, conv: Geometry) -> 
 
     Taps outside the image have weight 0 at the nearest pixel (a NaN or inf there makes a NaN).
     """
-    place, value = _entries(dy, how)
+    place, value = select_entries(dy, how)
     samples, inputs, outputs = x.shape[0], x.shape[1] // conv.groups, dy.shape[1]
     taps, size, each = math.prod(conv.kernel), math.prod(x.shape[2:]), place.shape[-1]
     whole = _index_dtype(samples, size * conv.groups, outputs * taps * each)
@@ -113,25 +113,25 @@ def max_conv_weight(x: Tensor, dy: Tensor, how: Replacement, conv: Geometry) -> 
     weight = torch.where(inside, value.reshape(outputs, 1, -1), 0)
     table = x.movedim(1, -1).reshape(-1, inputs)
     offsets = torch.arange(outputs * taps, dtype=whole, device=x.device) * (samples * each)
-    df = bags(table, row.flatten(), weight.flatten(), offsets).reshape(outputs, *conv.kernel, inputs)
+    df = weighted_row_sums(table, row.flatten(), weight.flatten(), offsets).reshape(outputs, *conv.kernel, inputs)
     if not conv.transposed:
         return df.movedim(-1, 1)
     by_group = df.reshape(conv.groups, outputs // conv.groups, *conv.kernel, inputs)
     return by_group.movedim(-1, 1).flatten(0, 1)
 
 
-def _entries(dy: Tensor, how: Replacement) -> tuple[Tensor, Tensor]:
+def select_entries(dy: Tensor, how: Replacement) -> tuple[Tensor, Tensor]:
     """Where the chosen entries of dy (N, O, *out) are, as flat places (whole numbers, of tiles in floats), and their values in the accumulator's precision:
     (O, N, J) each."""
     on_cpu = dy.device.type == "cpu"
     if how.tile is not None or (how.j == 1 and on_cpu):
         # Inductor's C++ code has convolutions' tensors in channels-last, whatever strides they were traced with; comparisons then run across channels
-        own = stored(dy, (0, *range(2, dy.dim()), 1) if on_cpu else None)
+        own = materialized(dy, (0, *range(2, dy.dim()), 1) if on_cpu else None)
         found = _largest_of_tiles(own, [min(how.tile or s, s) for s in dy.shape[2:]])
         place, value = (_torch.laid_out(t.transpose(0, 1), range(3)) for t in found)
         return place, value * how.scale
     flat = dy.flatten(2).transpose(0, 1)
-    place = largest(flat, how.j)
+    place = largest_entries(flat, how.j)
     value = flat.sum(-1, keepdim=True, dtype=torch.float64 if dy.dtype == torch.float64 else torch.float32)
     if how.j > 1:
         own = flat.gather(-1, place).to(value.dtype)
@@ -140,14 +140,14 @@ def _entries(dy: Tensor, how: Replacement) -> tuple[Tensor, Tensor]:
 
 
 def _largest_of_tiles(dy: Tensor, sides: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Where the largest entry of every tile of dy (N, O, *out) is, of equal ones the first, and the tile's sum: (N, O, J) each. dy is `stored`; `sides`: a
+    """Where the largest entry of every tile of dy (N, O, *out) is, of equal ones the first, and the tile's sum: (N, O, J) each. dy is `materialized`; `sides`: a
     tile's places by dim.
 
     Places are floats, which compare in vectors. A few neighbours in a row come first, then all the rest of a tile at once: comparisons in one chain wait
     for each other, and so there are fewer of them.
     """
     last, count = dy.dim() - 1, math.prod(dy.shape[2:])
-    place = torch.arange(count, dtype=torch.float32 if count <= _EXACT else torch.float64, device=dy.device).reshape(dy.shape[2:]).expand(dy.shape)
+    place = torch.arange(count, dtype=torch.float32 if count <= EXACT_IN_FLOAT32 else torch.float64, device=dy.device).reshape(dy.shape[2:]).expand(dy.shape)
     room = [r for size, side in zip(reversed(dy.shape[2:]), reversed(sides), strict=True) for r in (0, -size % side)]
     of = [torch.nn.functional.pad(t, room, value=v) if any(room) else t for t, v in ((dy.abs(), -1.0), (dy, 0.0), (place, 0.0))]
     few = _few(sides[-1], dy.shape[-1])
@@ -179,21 +179,21 @@ def _index_dtype(samples: int, *each: int) -> torch.dtype:
     return torch.int32 if isinstance(samples, int) and samples * max(each) < 2**31 else torch.int64
 
 
-def _taps(place: Tensor, size: tuple[int, ...], out: tuple[int, ...], conv: Geometry, whole: torch.dtype) -> tuple[Tensor, Tensor]:
+def _taps(place: Tensor, size: tuple[int, ...], out: tuple[int, ...], conv: ConvGeometry, whole: torch.dtype) -> tuple[Tensor, Tensor]:
     """The input pixel that every tap of the kernel has at an output place: place (O, 1, E) -> pixels (O, T, E), and which lie in the image.
 
     Per dim: at = place stride + tap dilation - padding; transposed: at = (place + padding - tap dilation) / stride where that is whole.
     In floats, which are exact here: C++ code divides integers one by one.
     """
-    place = place.to(torch.float32 if max(math.prod(size), math.prod(out)) <= _EXACT else torch.float64)
+    place = place.to(torch.float32 if max(math.prod(size), math.prod(out)) <= EXACT_IN_FLOAT32 else torch.float64)
     tap = torch.arange(math.prod(conv.kernel), device=place.device).reshape(-1, 1)
     pixel, inside = torch.zeros_like(place), torch.ones_like(place, dtype=torch.bool)
     step = 1
     for d in reversed(range(len(size))):
         k, tap = tap % conv.kernel[d], tap // conv.kernel[d]
-        q, place = _divided(place, out[d]) if d else (place, place)
+        q, place = divide_whole_floats(place, out[d]) if d else (place, place)
         if conv.transposed:
-            rest, at = _divided(q + (conv.padding[d] - k * conv.dilation[d]), conv.stride[d])
+            rest, at = divide_whole_floats(q + (conv.padding[d] - k * conv.dilation[d]), conv.stride[d])
             inside = inside & (rest == 0)
         else:
             at = q * conv.stride[d] + (k * conv.dilation[d] - conv.padding[d])
@@ -204,7 +204,7 @@ def _taps(place: Tensor, size: tuple[int, ...], out: tuple[int, ...], conv: Geom
     return pixel.to(whole), inside
 
 
-def _divided(n: Tensor, by: int) -> tuple[Tensor, Tensor]:
+def divide_whole_floats(n: Tensor, by: int) -> tuple[Tensor, Tensor]:
     """n modulo `by` and n // by, of whole numbers in floats."""
     quotient = ((n + 0.5) / by).floor()
     return n - quotient * by, quotient
@@ -215,15 +215,15 @@ def max_linear_weight(x: Tensor, dy: Tensor, how: Replacement) -> Tensor:
 
     Entries are put in the order of their output, so that each has one run of them, however long.
     """
-    at = largest(dy, how.j)
+    at = largest_entries(dy, how.j)
     value = (dy.gather(-1, at) * how.scale).flatten()
     output, order = at.flatten().sort(stable=True)
     offsets = torch.searchsorted(output, torch.arange(dy.shape[1], device=dy.device))
-    return bags(x, order // how.j, value.gather(0, order), offsets)
+    return weighted_row_sums(x, order // how.j, value.gather(0, order), offsets)
 
 
 def max_linear_input(dy: Tensor, w: Tensor, how: Replacement) -> Tensor:
     """dX[m] = scale * sum of dy[m, n] w[n] over the j largest entries n of the row; dy (M, N), w (N, K) -> (M, K)."""
-    at = largest(dy, how.j)
+    at = largest_entries(dy, how.j)
     value = dy.gather(-1, at) * how.scale
-    return bags(w, at.flatten(), value.flatten(), torch.arange(dy.shape[0], device=dy.device) * how.j)
+    return weighted_row_sums(w, at.flatten(), value.flatten(), torch.arange(dy.shape[0], device=dy.device) * how.j)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from approx_compile.kernels.cuda import launch
-from approx_compile.kernels.gradient_replacements import Geometry, Replacement
+from approx_compile.kernels.gradient_replacements import ConvGeometry, Replacement
 from approx_compile.kernels.gradient_replacements import max_conv_weight as reference
 
 
@@ -22,7 +22,7 @@ def max_conv_weight(
     """
     if x.is_cuda and launch.supports_max_conv(x, dy, j) and launch.available(x.device, "the weight gradient by `max`"):
         return launch.max_conv_weight(x, dy, j, scale, launch.Window(_pair(kernel), _pair(stride), _pair(padding), _pair(dilation), groups))
-    conv = Geometry(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), groups)
+    conv = ConvGeometry(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), groups)
     return reference(x, dy, Replacement("max", j, scale), conv)
 
 

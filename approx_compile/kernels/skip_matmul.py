@@ -30,7 +30,7 @@ from approx_compile.kernels.gather import Axis, norms_sq, take, untake
 
 
 @functools.cache
-def kernels(name: str) -> Any:
+def triton_module(name: str) -> Any:
     """A module of the Triton kernels, None where Triton is not installed."""
     return importlib.import_module(f"approx_compile.kernels.triton.{name}") if importlib.util.find_spec("triton") else None
 
@@ -65,7 +65,7 @@ def _(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: int, bias: 
     _check(a, b, idx, scale, unit, a.shape[1], bias)
     if _in_cuda(a, b, unit):
         return launch.skip_matmul(a, b, idx, scale, unit, bias)
-    fast = kernels("matmul")
+    fast = triton_module("matmul")
     if fast and len(idx) and fast.can_skip(a, b, unit):
         return fast.skip(a, b, idx, scale, unit, bias)  # type: ignore[no-any-return]
     return skip_matmul_reference(a, b, idx, scale, unit, bias)
@@ -103,7 +103,7 @@ def _(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: int, dim: i
     _check_into(a, b, idx, scale, unit, dim)
     if _in_cuda(a, b, unit):
         return launch.skip_matmul_into(a, b, idx, scale, unit, dim)
-    fast = kernels("matmul")
+    fast = triton_module("matmul")
     if fast and len(idx) and fast.can_skip_into(a, b, unit, dim):
         return fast.skip_into(a, b, idx, scale, unit, dim)  # type: ignore[no-any-return]
     return skip_matmul_into_reference(a, b, idx, scale, unit, dim)
@@ -171,7 +171,7 @@ def choose(score: Tensor, k: int) -> Tensor:
 @choose.register_kernel("cuda")
 def _(score: Tensor, k: int) -> Tensor:
     _check_k(score, k)
-    fast = kernels("topk")
+    fast = triton_module("topk")
     if fast and score.dtype == torch.float32 and k > 0 and score.shape[0] <= fast.MOST_UNITS:
         return fast.choose(score, k)  # type: ignore[no-any-return]
     return choose_reference(score, k)
@@ -200,7 +200,7 @@ def axis_norms_sq(x: Tensor, dim: int, group: int) -> Tensor:
 @axis_norms_sq.register_kernel("cuda")
 def _(x: Tensor, dim: int, group: int) -> Tensor:
     _check_norms(x, dim, group)
-    fast = kernels("topk")
+    fast = triton_module("topk")
     if not fast or x.dtype not in (torch.float16, torch.bfloat16, torch.float32) or not x.numel():
         return norms_sq(x, Axis(dim), group)
     return fast.norms_sq(x, dim, group)  # type: ignore[no-any-return]

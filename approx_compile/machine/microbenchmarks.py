@@ -34,7 +34,7 @@ from torch import Tensor
 
 from approx_compile import _torch
 from approx_compile.kernels import availability, skip_conv, skip_matmul
-from approx_compile.kernels.availability import OWN, UNITS
+from approx_compile.kernels.availability import CUSTOM_KERNELS, DEFAULT_UNITS
 from approx_compile.kernels.estimators import Estimator, select
 from approx_compile.kernels.gather import Axis, norms_sq, take, untake
 from approx_compile.machine import huge_pages
@@ -120,7 +120,9 @@ def _steps(device: str, dtypes: list[torch.dtype], grid: Grid, quick: bool, cloc
         for product in PRODUCTS:
             yield f"linear {name}", partial(_rates, f"linear.{product}", dtype, grid.linear, partial(_linear, product, device, dtype), clock)
             yield f"conv {name}", partial(_rates, f"conv.{product}", dtype, grid.conv, partial(_conv, product, device, dtype), clock)
-        for lowering in (n for n in OWN if not quick and availability.missing(n, torch.device(device)) is None):  # compiled and tuned first: no quick matter
+        for lowering in (
+            n for n in CUSTOM_KERNELS if not quick and availability.unavailable_reason(n, torch.device(device)) is None
+        ):  # compiled and tuned first: no quick matter
             yield from _own_steps(lowering, device, dtype, grid, clock)
         yield f"bmm {name}", partial(_rates, "bmm", dtype, grid.bmm, partial(_bmm, device, dtype), clock)
         for kind in ("norms", "take", "untake"):
@@ -245,7 +247,7 @@ def _in_turn(made: Callable[[], Run], size: int) -> Run:
 def _own_steps(lowering: str, device: str, dtype: torch.dtype, grid: Grid, clock: Clock) -> Iterator[tuple[str, Callable[[], Found]]]:
     """Where a lowering has kernels for a dtype (on GPUs for fp32 where TF32 is allowed): of sizes that its groups divide, and not the smallest, where no
     kernel pays. In groups of `UNITS[lowering][0]`; those of other sizes are predicted from that (`available.as_measured`)."""
-    unit = UNITS[lowering][0]
+    unit = DEFAULT_UNITS[lowering][0]
     if lowering == "cuda" and dtype == torch.float32:
         return
     title = f"{lowering} {str(dtype).removeprefix('torch.')}"
@@ -253,9 +255,9 @@ def _own_steps(lowering: str, device: str, dtype: torch.dtype, grid: Grid, clock
     conv = grid.conv | {"places": grid.conv["places"][1:], "C": tuple(c for c in grid.conv["C"] if c % unit == 0), "O": grid.conv["O"][1:]}
     free = dtype != torch.float32 or device != "cuda"
     for product in PRODUCTS:
-        if free or availability.tf32(conv=False):
+        if free or availability.allows_tf32(conv=False):
             yield title, partial(_rates, f"{lowering}.linear.{product}", dtype, linear, partial(_own_linear, unit, product, device, dtype), clock)
-        if lowering == "triton" and (free or availability.tf32(conv=True)):
+        if lowering == "triton" and (free or availability.allows_tf32(conv=True)):
             yield title, partial(_rates, f"{lowering}.conv.{product}", dtype, conv, partial(_own_conv, unit, product, device, dtype), clock)
 
 

@@ -93,7 +93,7 @@ def cache_key(config: ApproxConfig, context: Context, layers: tuple[str, ...], m
     first_seen: dict[str, int] = {}
     order = [(first_seen.setdefault(m[0], len(first_seen)), asdict(m[1])) if m else None for m in modules]
     profile = (machine.digest, site_timings.name(machine) if config.measures() else None) if machine is not None else None
-    here = (profile, code_version(), availability.conditions())
+    here = (profile, code_version(), availability.environment_key())
     parts = (config.digest(), order, asdict(context.root), [asdict(i) for i in context.inputs], context.exact, context.last_module, here)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from approx_compile.kernels.cuda import launch
 from approx_compile.kernels.cuda.launch import TILES, How, Window
-from approx_compile.kernels.gradient_replacements import Geometry, Replacement
+from approx_compile.kernels.gradient_replacements import ConvGeometry, Replacement
 from approx_compile.kernels.gradient_replacements import max_conv_weight as reference
 
 pytestmark = [
@@ -207,7 +207,7 @@ def test_max_conv(case: str, j: int) -> None:
         assert launch.supports_max_conv(x, dy, j)
         df = in_both_orders(lambda run, x=x, dy=dy: launch.max_conv_weight(x, dy, j, 0.5, w, run))
         close(df, max64(x, dy, j, 0.5, w), terms=30)
-        how, conv = Replacement("max", j, 0.5), Geometry(w.kernel, w.stride, w.padding, w.dilation, w.groups)
+        how, conv = Replacement("max", j, 0.5), ConvGeometry(w.kernel, w.stride, w.padding, w.dilation, w.groups)
         assert df.stride() == reference(x, dy, how, conv).stride() and df.shape[1] == inputs // w.groups
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from approx_compile.kernels.estimators import FLOOR, Estimator, estimator, inverse, select, water_fill
+from approx_compile.kernels.estimators import FLOOR, Estimator, inverse_index, make_estimator, select, water_fill
 
 METHODS = ("topk", "topk_weights", "crs", "bernoulli", "uniform", "wta")
 RANDOM = ("crs", "bernoulli", "uniform", "wta")
@@ -104,7 +104,7 @@ def z_score(mean: Tensor, expected: Tensor, variance: Tensor, n: int) -> Tensor:
 )
 def test_counts(size, ratio, min_k, group, expected):
     for method in set(METHODS) - {"bernoulli"}:
-        how = estimator(method, size, ratio, min_k, group)
+        how = make_estimator(method, size, ratio, min_k, group)
         assert (how and (how.k, how.units, how.tail, how.kept)) == expected, method
         if how is not None:
             assert how.slots == how.k and how.expected == how.kept
@@ -119,7 +119,7 @@ def test_counts_are_the_smallest_that_keep_enough():
         keep = min(max(round(ratio * size), min_k), size)
         units, tail = divmod(size, group)
         enough = [k for k in range(1, units + 1) if k * group + tail >= keep]
-        how = estimator("topk", size, ratio, min_k, group)
+        how = make_estimator("topk", size, ratio, min_k, group)
         if keep == size or not enough or enough[0] == units:
             assert how is None
             nones += 1
@@ -129,12 +129,12 @@ def test_counts_are_the_smallest_that_keep_enough():
 
 
 def test_bernoulli_capacity():
-    how = estimator("bernoulli", 1000, 0.1, 1, 1)
+    how = make_estimator("bernoulli", 1000, 0.1, 1, 1)
     assert how is not None and (how.k, how.slots, how.expected) == (100, 138, 100)  # 100 + 4 sqrt(90) = 137.9
-    how = estimator("bernoulli", 403, 0.25, 1, 4)
+    how = make_estimator("bernoulli", 403, 0.25, 1, 4)
     assert how is not None and (how.k, how.slots, how.tail) == (25, 43, 3)  # 25 + 4 sqrt(18.75) = 42.3
     assert (how.kept, how.expected) == (43 * 4 + 3, 25 * 4 + 3)
-    assert estimator("crs", 8, 0.5, 1, 1) is not None and estimator("bernoulli", 8, 0.5, 1, 1) is None  # 4 + 4 sqrt(2) > 8: saves nothing
+    assert make_estimator("crs", 8, 0.5, 1, 1) is not None and make_estimator("bernoulli", 8, 0.5, 1, 1) is None  # 4 + 4 sqrt(2) > 8: saves nothing
 
 
 # --- water-filling ---
@@ -460,7 +460,7 @@ def test_selection_carries_no_gradient_and_keeps_the_precision(method):
 def test_inverse(shape):
     torch.manual_seed(13)
     idx = torch.rand(*shape[:-1], 30).argsort(-1)[..., :9].sort(-1).values
-    at = inverse(idx, 30)
+    at = inverse_index(idx, 30)
     assert at.shape == (*shape[:-1], 30) and at.dtype == torch.int64
     assert torch.equal(at.gather(-1, idx), torch.arange(9).expand(shape))
     assert ((at == -1).sum(-1) == 21).all()

@@ -17,7 +17,7 @@ from helpers.common import relative
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from approx_compile.kernels.estimators import Estimator, estimator, water_fill
+from approx_compile.kernels.estimators import Estimator, make_estimator, water_fill
 from approx_compile.kernels.gather import Axis, norms_sq, sample, take, untake
 from approx_compile.passes.sites.find_sites import channel_axis, conv_weight_axes
 
@@ -165,7 +165,7 @@ def case(name: str, group: int, dtype: torch.dtype = torch.float64) -> Case:
 
 def bound(method: str, group: int, weight: int | None = 1) -> Estimator:
     size, k = GROUPS[group]
-    how = estimator(method, size, (k * group + size % group) / size, 1, group, weight)
+    how = make_estimator(method, size, (k * group + size % group) / size, 1, group, weight)
     assert how is not None and how.k == k
     return how
 

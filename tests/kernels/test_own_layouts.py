@@ -25,7 +25,7 @@ ALWAYS: dict[str, Any] = {"policy": "always", "min_k": 1, "group": 32, "lowering
 @pytest.fixture(autouse=True)
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ops of our kernels are offered on this device as well."""
-    monkeypatch.setattr(availability, "missing", lambda lowering, device: None)
+    monkeypatch.setattr(availability, "unavailable_reason", lambda lowering, device: None)
 
 
 def ops_of(model: nn.Module, options: dict[str, Any], x: Tensor) -> dict[str, list[tuple[Tensor, ...]]]:

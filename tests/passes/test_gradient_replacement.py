@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from approx_compile import Backend, explain
 from approx_compile.backend import run_as_is
-from approx_compile.kernels.gradient_replacements import _EXACT, Replacement, _divided, _entries
+from approx_compile.kernels.gradient_replacements import EXACT_IN_FLOAT32, Replacement, divide_whole_floats, select_entries
 from approx_compile.passes.rewrite.replace_gradient import small_tile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -207,7 +207,7 @@ def test_ties_and_nan_however_long(length: int) -> None:
     dy[0, 1] = 0
     dy[1, 2, length // 2 :: length // 4] = math.nan
     dy[2, 3, -1], dy[2, 4, 1:3] = math.inf, -math.inf
-    place, value = _entries(dy, Replacement("max"))
+    place, value = select_entries(dy, Replacement("max"))
     size = dy.abs().transpose(0, 1)
     assert torch.equal(place.squeeze(-1), torch.where(size.isnan(), torch.inf, size).argmax(-1).where(~size.isnan().any(-1), size.isnan().int().argmax(-1)))
     torch.testing.assert_close(value.squeeze(-1), dy.sum(-1).transpose(0, 1), equal_nan=True)
@@ -215,9 +215,9 @@ def test_ties_and_nan_however_long(length: int) -> None:
 
 def test_division_in_floats_is_exact() -> None:
     for by in (1, 2, 3, 7, 224, 1000, 2047, 2**21 + 1):
-        near = torch.arange(_EXACT // by - 300, _EXACT // by + 1).clamp(min=0) * by
-        n = torch.cat([torch.arange(-5000, 5000), (near + torch.arange(-2, 3).reshape(-1, 1)).flatten()]).clamp(max=_EXACT)
-        rest, quotient = _divided(n.float(), by)
+        near = torch.arange(EXACT_IN_FLOAT32 // by - 300, EXACT_IN_FLOAT32 // by + 1).clamp(min=0) * by
+        n = torch.cat([torch.arange(-5000, 5000), (near + torch.arange(-2, 3).reshape(-1, 1)).flatten()]).clamp(max=EXACT_IN_FLOAT32)
+        rest, quotient = divide_whole_floats(n.float(), by)
         assert torch.equal(quotient.long(), n // by) and torch.equal(rest.long(), n % by)
 
 
@@ -284,7 +284,7 @@ def test_ties_and_nan_in_tiles(shape: tuple[int, ...], tile: int, channels_last:
     dy[1, 2, shape[2] // 2] = math.nan
     dy[2 % shape[0], 0, -1], dy[0, 0, 0] = math.inf, -math.inf
     dy = dy.contiguous(memory_format=LAYOUTS[dy.dim()]) if channels_last else dy
-    place, value = _entries(dy, Replacement("max", tile=tile))
+    place, value = select_entries(dy, Replacement("max", tile=tile))
     flat = dy.flatten(2)
     size = torch.where(flat.isnan(), math.nan, flat.abs())
     masks = list(tiles(shape[2:], tile))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from approx_compile import ApproxConfig, ConfigError, explain, machine
 from approx_compile.kernels import availability
-from approx_compile.kernels.estimators import estimator
+from approx_compile.kernels.estimators import make_estimator
 from approx_compile.kernels.gather import Axis, norms_sq, sample
 from approx_compile.passes.cost import estimates
 from approx_compile.tools.tuning.measurements import Measurements
@@ -116,7 +116,7 @@ def test_both_convolutions_of_a_block(memory_format: torch.memory_format) -> Non
 @pytest.mark.parametrize("residual", [False, True])
 def test_kernels_of_ours_share_the_choice_alone(method: str, residual: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The choice is that of Inductor's lowering, and so is every gradient; nothing is put back that is written in one pass."""
-    monkeypatch.setattr(availability, "missing", lambda lowering, device: None)
+    monkeypatch.setattr(availability, "unavailable_reason", lambda lowering, device: None)
     model, x = Attention(128, residual), torch.randn(4, 8, 128, requires_grad=True)
     found = []
     for lowering in ("inductor", "triton"):
@@ -135,7 +135,7 @@ def test_kernels_of_ours_share_the_choice_alone(method: str, residual: bool, mon
 
 
 def test_convolutions_share_by_kernels_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(availability, "missing", lambda lowering, device: None)
+    monkeypatch.setattr(availability, "unavailable_reason", lambda lowering, device: None)
     model, x = Down().to(memory_format=torch.channels_last), torch.randn(4, 64, 8, 8).to(memory_format=torch.channels_last)
     found = []
     for lowering in ("inductor", "triton"):
@@ -150,7 +150,7 @@ def test_convolutions_share_by_kernels_of_ours(monkeypatch: pytest.MonkeyPatch) 
 
 def test_only_one_code_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     """`k` has no kernel; left alone, time may choose a way that all have."""
-    monkeypatch.setattr(availability, "missing", lambda lowering, device: None)
+    monkeypatch.setattr(availability, "unavailable_reason", lambda lowering, device: None)
 
     class Ragged(Attention):
         def __init__(self) -> None:
@@ -175,7 +175,7 @@ def test_only_one_code_shares(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("method", ["bernoulli", "crs", "wta", "uniform"])
 def test_every_product_stays_unbiased(method: str) -> None:
     """Mean of X W' over draws = X W for both weights, and E |X W' - X W|^2 of bernoulli = sum (1 - p) / p a^2 w^2, w of each weight alone."""
-    how = estimator(method, 24, 0.3, 1, 1)
+    how = make_estimator(method, 24, 0.3, 1, 1)
     assert how is not None
     x, w, v = torch.rand(3, 24).double() / torch.arange(1, 25), torch.rand(24, 4).double(), torch.rand(24, 2).double()
 

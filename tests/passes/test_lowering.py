@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ops of our kernels are offered on this device as well."""
-    monkeypatch.setattr(availability, "missing", lambda lowering, device: None)
+    monkeypatch.setattr(availability, "unavailable_reason", lambda lowering, device: None)
 
 
 def images() -> tuple[nn.Module, Tensor]:
@@ -151,7 +151,7 @@ def test_mixed_precision_runs_sixteen_wide_groups_in_cuda() -> None:
 def test_every_device_is_asked_for_its_own_capability(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: {0: (9, 0), 1: (7, 5)}[getattr(device, "index", None) or 0])
     pytest.importorskip("triton", reason="the extra `triton` is not installed")
-    missing = availability.missing.__wrapped__
+    missing = availability.unavailable_reason.__wrapped__
     assert missing("triton", torch.device("cuda", 0)) is None and "has 7.5" in missing("triton", torch.device("cuda", 1))
     monkeypatch.setattr(torch.version, "hip", "6.4")  # where capabilities look alike
     assert "NVIDIA" in missing("triton", torch.device("cuda", 0)) and "NVIDIA" in missing("cuda", torch.device("cuda", 0))
@@ -322,7 +322,7 @@ def test_fp32_is_measured_where_it_has_kernels(monkeypatch: pytest.MonkeyPatch) 
     """A table named after a kernel that holds the reference's rates would be believed once TF32 is allowed."""
     clock = microbenchmarks.Clock("cpu", 1e-4)
     for conv, matmul, steps in ((True, False, 3), (False, True, 3), (True, True, 6), (False, False, 0)):
-        monkeypatch.setattr(availability, "tf32", lambda conv, of={True: conv, False: matmul}: of[conv])
+        monkeypatch.setattr(availability, "allows_tf32", lambda conv, of={True: conv, False: matmul}: of[conv])
         assert len(list(microbenchmarks._own_steps("triton", "cuda", torch.float32, microbenchmarks.GPU, clock))) == steps
         assert len(list(microbenchmarks._own_steps("triton", "cuda", torch.bfloat16, microbenchmarks.GPU, clock))) == 6
 
@@ -334,7 +334,7 @@ def test_what_decisions_about_lowerings_read_is_in_the_cache_key(monkeypatch: py
     monkeypatch.setattr(availability, "_installed", availability._installed.__wrapped__)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for why in (None, "no NVRTC"):
-        monkeypatch.setattr(availability, "missing", lambda lowering, device, why=why: why)
+        monkeypatch.setattr(availability, "unavailable_reason", lambda lowering, device, why=why: why)
         keys.append(cache_key(config, Context(), ()))
     monkeypatch.setattr(importlib.metadata, "version", lambda package: "0")
     keys.append(cache_key(config, Context(), ()))
@@ -383,7 +383,7 @@ def test_max_says_why_it_is_not_run_by_the_lowering_asked_for(monkeypatch: pytes
     assert reasons("cuda")[0].endswith("by inductor: cuda needs a CUDA device, the site is on cpu")
     assert "by inductor: triton has no kernel for max" in reasons("triton")[0]
     assert "by inductor: cuda has no kernel for max but that of convolutions" in reasons("cuda")[1]
-    monkeypatch.setattr(availability, "missing", lambda lowering, device: None)
+    monkeypatch.setattr(availability, "unavailable_reason", lambda lowering, device: None)
     assert reasons("cuda")[0].endswith(", by cuda")
     assert reasons("cuda", j=9)[0].endswith("by inductor: the kernel for max keeps 1 to 8 entries")
 

@@ -155,7 +155,7 @@ def test_whoever_reads_the_activation_forbids_it(name: str) -> None:
 
 
 def test_kernels_of_ours_read_whole_operands(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(availability, "missing", lambda lowering, device: None)
+    monkeypatch.setattr(availability, "unavailable_reason", lambda lowering, device: None)
     for layer in ("0", "2"):
         torch._dynamo.reset()
         rules = [{"layers": layer, "lowering": "triton", "group": 32}]
@@ -175,7 +175,7 @@ def with_kernels(by: float) -> Any:
 def test_kernels_of_ours_or_narrow_producers_whichever_is_faster(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Left to `auto`, both sites are a kernel's where it gains more than making half of the channels does; a lowering that is named stays."""
     monkeypatch.undo()  # by the model's own margins
-    monkeypatch.setattr(availability, "missing", lambda lowering, device: None)
+    monkeypatch.setattr(availability, "unavailable_reason", lambda lowering, device: None)
     options = ALWAYS | {"policy": policy, "group": 32, "rules": [{"layers": "linear"}]}
     model, x = mlp(64, 512, 512, 512, 16), torch.randn(512, 64)
 
@@ -192,7 +192,7 @@ def test_kernels_of_ours_or_narrow_producers_whichever_is_faster(policy: str, mo
 
 def test_sites_that_share_a_choice_change_their_code_together(whole: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gate has another reader, so `up` alone is narrowed; both keep the same entries of x, which Inductor gathers once."""
-    monkeypatch.setattr(availability, "missing", lambda lowering, device: None)
+    monkeypatch.setattr(availability, "unavailable_reason", lambda lowering, device: None)
 
     class Wide(nn.Module):
         def __init__(self) -> None:

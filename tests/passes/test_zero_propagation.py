@@ -133,7 +133,7 @@ class Three(nn.Module):
 @pytest.fixture
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ops of our kernels are offered on this device as well."""
-    monkeypatch.setattr(availability, "missing", lambda lowering, device: None)
+    monkeypatch.setattr(availability, "unavailable_reason", lambda lowering, device: None)
 
 
 OWN: dict[str, tuple[dict[str, str], set[tuple[str, str]]]] = {

@@ -43,7 +43,7 @@ from typing import Any, NamedTuple
 import sympy
 
 from approx_compile import _torch
-from approx_compile.kernels.availability import OWN
+from approx_compile.kernels.availability import CUSTOM_KERNELS
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.kernels.gradient_replacements import Replacement
 from approx_compile.machine import Machine
@@ -259,7 +259,7 @@ def evaluate(case: Case, sizes: Mapping[sympy.Symbol, float], dtype: Any, machin
 def _table(machine: Machine, rate: str, dtype: Any) -> Any:
     """A profile's table; for a kernel that it was made without, that of the exact product."""
     lowering, _, exact = rate.partition(".")
-    return machine.table(exact if lowering in OWN and not machine.has(rate, dtype) else rate, dtype)
+    return machine.table(exact if lowering in CUSTOM_KERNELS and not machine.has(rate, dtype) else rate, dtype)
 
 
 # --- sites ---

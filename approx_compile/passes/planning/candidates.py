@@ -10,7 +10,7 @@ from typing import Any
 
 from approx_compile import _torch
 from approx_compile.config.resolve import ProductSettings, SiteSettings
-from approx_compile.kernels.availability import OWN
+from approx_compile.kernels.availability import CUSTOM_KERNELS
 from approx_compile.machine import Machine
 from approx_compile.passes.cost import estimates
 from approx_compile.passes.planning import lowering as lowerings
@@ -38,7 +38,7 @@ def candidates(site: Site, settings: SiteSettings, machine: Machine | None) -> l
     """The ways among which time decides: lowerings (left to "auto", those that the machine's profile knows), and what `group: "auto"` may come to."""
     found = []
     for lowering in known_lowerings(site, settings.output.lowering, machine):
-        if settings.output.lowering == "auto" and lowering in OWN and lowerings.guessed(site, settings.output.group):
+        if settings.output.lowering == "auto" and lowering in CUSTOM_KERNELS and lowerings.guessed(site, settings.output.group):
             continue
         for group in _groups(site, settings, lowering):
             tried: dict[str, Any] = {name: _as_tried(name, wanted, settings.policy, lowering, group) for name, wanted in _products(settings).items()}
@@ -50,7 +50,7 @@ def known_lowerings(site: Site, wanted: str, machine: Machine | None) -> tuple[s
     """The code that may run a site's products: what is asked for; left to "auto", what fits, kernels of ours where the machine's profile has their rates."""
 
     def known(lowering: str) -> bool:
-        return lowering not in OWN or (machine is not None and machine.has(f"{lowering}.{estimates.kind_of(site)}.output", site.dtype))
+        return lowering not in CUSTOM_KERNELS or (machine is not None and machine.has(f"{lowering}.{estimates.kind_of(site)}.output", site.dtype))
 
     return tuple(n for n in lowerings.offered(site, wanted) if wanted != "auto" or known(n))
 
@@ -71,7 +71,7 @@ def _as_tried(name: str, wanted: ProductSettings, policy: str, lowering: str, gr
     whole = GRANULE if policy in TIMED and group is not None else wanted.whole
     if group is None or wanted.group != "auto":
         return replace(wanted, whole=whole, lowering=lowering)
-    return replace(wanted, group=1 if name == "grad_weight" and lowering in OWN else group, whole=whole, lowering=lowering)
+    return replace(wanted, group=1 if name == "grad_weight" and lowering in CUSTOM_KERNELS else group, whole=whole, lowering=lowering)
 
 
 def rank(products: Sequence[ProductPlan], more_us: float = 0.0) -> float:

@@ -22,7 +22,7 @@ from torch import fx
 
 from approx_compile import _torch
 from approx_compile.config.resolve import SiteSettings
-from approx_compile.kernels.availability import OWN
+from approx_compile.kernels.availability import CUSTOM_KERNELS
 from approx_compile.machine import Machine
 from approx_compile.passes.cost import estimates
 from approx_compile.passes.fx_utils import CASTS, PRODUCTS, VIEWS
@@ -148,7 +148,7 @@ def _shared(sites: Sequence[Site], way: Sequence[tuple[ProductPlan, ...]], machi
     for site, products in zip(sites[1:], way[1:], strict=True):
         new = list(products)
         for j, (product, p) in enumerate(zip(site.products, products, strict=True)):
-            if j == 0 or (one_sum and p.name == "grad_input" and p.decision == "coupled" and p.lowering not in OWN):
+            if j == 0 or (one_sum and p.name == "grad_input" and p.decision == "coupled" and p.lowering not in CUSTOM_KERNELS):
                 assert p.how is not None
                 estimate = (estimates.coupled if j else estimates.sampled)(site, product, p.how, machine, lowering=p.lowering, shares=True)
                 new[j] = replace(

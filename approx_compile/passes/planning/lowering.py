@@ -10,7 +10,7 @@ import torch
 
 from approx_compile import _torch
 from approx_compile.kernels import availability
-from approx_compile.kernels.availability import OWN, UNITS
+from approx_compile.kernels.availability import CUSTOM_KERNELS, DEFAULT_UNITS
 from approx_compile.kernels.cuda import launch
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.kernels.gradient_replacements import Replacement
@@ -26,15 +26,15 @@ def offered(site: Site, wanted: str) -> tuple[str, ...]:
     """The lowerings to choose from for a site; "auto" means all that might run it."""
     if wanted != "auto":
         return (wanted,)
-    return ("inductor", *(n for n in OWN if _unfit(site, n) is None))
+    return ("inductor", *(n for n in CUSTOM_KERNELS if _unfit(site, n) is None))
 
 
 def units(site: Site, lowering: str) -> tuple[int, ...]:
     """Groups in which a kernel of ours can skip along the axis of a site's output, the best first; none where no kernel fits."""
     size = site.products[0].size
-    if lowering not in OWN or not isinstance(size, int) or _unfit(site, lowering) is not None:
+    if lowering not in CUSTOM_KERNELS or not isinstance(size, int) or _unfit(site, lowering) is not None:
         return ()
-    return tuple(u for u in UNITS[lowering] if size % u == 0 and size >= 4 * u)
+    return tuple(u for u in DEFAULT_UNITS[lowering] if size % u == 0 and size >= 4 * u)
 
 
 def refused(site: Site, product: Product, how: Estimator, lowering: str) -> str | None:
@@ -52,11 +52,11 @@ def refused(site: Site, product: Product, how: Estimator, lowering: str) -> str 
 def guessed(site: Site, group: int | str) -> bool:
     """Whether rates of Triton's kernel in other groups say little of its time in these."""
     conv = site.node.target in CONV
-    return isinstance(group, int) and availability.takes("triton", conv, group) and not availability.as_measured("triton", conv, group)
+    return isinstance(group, int) and availability.supports_unit("triton", conv, group) and not availability.runs_at_measured_rate("triton", conv, group)
 
 
 def _other_unit(how: Estimator, lowering: str, conv: bool) -> str | None:
-    if not how.tail and availability.takes(lowering, conv, how.unit):
+    if not how.tail and availability.supports_unit(lowering, conv, how.unit):
         return None
     known = ", ".join(map(str, availability.CONV_UNITS)) if conv else "a multiple of 32" if lowering == "triton" else "an odd multiple of 16"
     return f"{lowering} skips whole groups of {known}, not {how.group}" + (" with a tail" if how.tail else "")
@@ -78,12 +78,12 @@ def lines(kept: int) -> bool:
 
 def _unfit(site: Site, lowering: str) -> str | None:
     value = _torch.value(site.products[0].operands[0])
-    if (why := availability.missing(lowering, value.device)) is not None:
+    if (why := availability.unavailable_reason(lowering, value.device)) is not None:
         return why
     if site.dtype not in (_DTYPES if lowering == "triton" else _DTYPES[1:]):
         return f"{lowering} has no kernel for {str(site.dtype).removeprefix('torch.')}"
     node = site.node
-    if site.dtype == torch.float32 and value.device.type == "cuda" and not availability.tf32(node.target in CONV):
+    if site.dtype == torch.float32 and value.device.type == "cuda" and not availability.allows_tf32(node.target in CONV):
         return f"{lowering} multiplies float32 as TF32, which torch's fp32_precision does not allow"
     if node.target in CONV:
         return _unfit_conv(site, lowering, value)
@@ -116,7 +116,7 @@ def no_max_kernel(site: Site, lowering: str, how: Replacement) -> str | None:
     x = _torch.value(site.products[0].operands[0])
     if lowering != "cuda" or site.node.target not in CONV:
         return f"{lowering} has no kernel for max" + (" but that of convolutions" if lowering == "cuda" else "")
-    if (why := availability.missing(lowering, x.device)) is not None:
+    if (why := availability.unavailable_reason(lowering, x.device)) is not None:
         return why
     if x.dim() != 4 or site.node.args[6]:
         return "of convolutions, plain 2-D ones have a kernel for max"

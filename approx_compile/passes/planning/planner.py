@@ -9,8 +9,8 @@ from dataclasses import replace
 from approx_compile import _torch
 from approx_compile.config import ApproxConfig
 from approx_compile.config.resolve import ProductSettings, SiteSettings
-from approx_compile.kernels.availability import OWN
-from approx_compile.kernels.estimators import Estimator, estimator
+from approx_compile.kernels.availability import CUSTOM_KERNELS
+from approx_compile.kernels.estimators import Estimator, make_estimator
 from approx_compile.machine import Machine
 from approx_compile.passes.cost import estimates
 from approx_compile.passes.planning import candidates, index_sharing
@@ -171,7 +171,7 @@ def _own_axis(site: Site, product: Product, wanted: ProductSettings, machine: Ma
         return _exact(site, product, "topk_weights needs a weight, and neither operand is one", machine)
     group = candidates.auto_group(site, product) if wanted.group == "auto" else wanted.group
     ratio = wanted.ratio if size < 4 * wanted.whole else math.ceil(math.floor(wanted.ratio * size + 0.5) / wanted.whole) * wanted.whole / size
-    how = estimator(wanted.method, size, ratio, wanted.min_k, group, product.weight)
+    how = make_estimator(wanted.method, size, ratio, wanted.min_k, group, product.weight)
     if how is None:
         short = size <= wanted.min_k
         reason = f"axis of {size}, min_k is {wanted.min_k}" if short else f"keeps all {size} at ratio {wanted.ratio:g}, group {group}"
@@ -186,7 +186,7 @@ def _own_axis(site: Site, product: Product, wanted: ProductSettings, machine: Ma
 
 def _lowered(site: Site, product: Product, how: Estimator, wanted: str) -> tuple[str, str]:
     """The code that runs a sampled product, and the words for it."""
-    if wanted not in OWN:
+    if wanted not in CUSTOM_KERNELS:
         return "inductor", ""
     why = lowerings.refused(site, product, how, wanted)
     return (wanted, f" by {wanted}") if why is None else ("inductor", f" by inductor: {why}")

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from approx_compile import _torch
-from approx_compile.kernels.availability import OWN
+from approx_compile.kernels.availability import CUSTOM_KERNELS
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.machine import Machine
 from approx_compile.passes.cost import estimates
@@ -214,7 +214,7 @@ class Producers:
     def _by_inductor(self, members: Sequence[int], sites: Sequence[SitePlan]) -> list[SitePlan] | None:
         """The sites with these, and those that share a choice with one of them, run by Inductor; None where none would change or one must not."""
         leaders = {sites[i].products[0].shares or sites[i].name for i in members}
-        mine = [i for i, s in enumerate(sites) if (s.products[0].shares or s.name) in leaders and any(p.lowering in OWN for p in s.products)]
+        mine = [i for i, s in enumerate(sites) if (s.products[0].shares or s.name) in leaders and any(p.lowering in CUSTOM_KERNELS for p in s.products)]
         if not mine or any("inductor" not in sites[i].lowerings for i in mine):
             return None
         new = list(sites)
@@ -224,7 +224,7 @@ class Producers:
         return new
 
     def _gathering(self, site: Site, product: Product, plan: ProductPlan) -> ProductPlan:
-        if plan.lowering not in OWN or plan.how is None:
+        if plan.lowering not in CUSTOM_KERNELS or plan.how is None:
             return plan
         estimate = estimates.coupled if plan.decision == "coupled" else estimates.sampled
         new = estimate(site, product, plan.how, self.machine, shares=plan.shares is not None)
@@ -274,7 +274,7 @@ def _by_a_kernel(*plans: SitePlan) -> str | None:
 
 
 def _own(products: Sequence[ProductPlan]) -> str | None:
-    return next((p.lowering for p in products if p.lowering in OWN), None)
+    return next((p.lowering for p in products if p.lowering in CUSTOM_KERNELS), None)
 
 
 def _asks(products: Sequence[ProductPlan]) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from approx_compile import _torch
-from approx_compile.kernels.availability import OWN
+from approx_compile.kernels.availability import CUSTOM_KERNELS
 from approx_compile.machine.site_timings import Layout, Product, Question
 from approx_compile.passes.cost.estimates import role
 from approx_compile.passes.fx_utils import BMM, CONV
@@ -43,7 +43,7 @@ def _layout(value: Any, conv: bool) -> Layout:
 
 def _options(products: tuple[ProductPlan, ...]) -> dict[str, Any]:
     """The options under which the backend does just this to a model of the one site. Both gradients of a product of two activations share settings."""
-    lowering = next((p.lowering for p in products if p.lowering in OWN), "inductor")
+    lowering = next((p.lowering for p in products if p.lowering in CUSTOM_KERNELS), "inductor")
     options: dict[str, Any] = {"policy": "always", "sampling": "forward", "lowering": lowering}
     for p in products:
         if p.how is not None and p.decision == "sampled":

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from approx_compile.kernels.availability import OWN
+from approx_compile.kernels.availability import CUSTOM_KERNELS
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.machine import Machine
 from approx_compile.passes.cost import estimates
@@ -60,7 +60,7 @@ def _with_skip(site: Site, plan: SitePlan, j: int, source: str, dropped: Product
     assert decision.time_sampled_us is not None and best.time_sampled_us is not None
     if not estimates.pays(decision.time_sampled_us, best.time_sampled_us, estimates.SKIP_MARGIN):
         return plan
-    by = f" by {best.skips_by}" if best.skips_by in OWN else f" by inductor: {why}" if why is not None else ""
+    by = f" by {best.skips_by}" if best.skips_by in CUSTOM_KERNELS else f" by inductor: {why}" if why is not None else ""
     products = list(plan.products)
     products[j] = replace(best, reason=f"{decision.reason}; skips what {source} dropped{by}", skips=source)
     note = "its gradients skip what later sites dropped"
@@ -70,11 +70,11 @@ def _with_skip(site: Site, plan: SitePlan, j: int, source: str, dropped: Product
 
 def _ways(site: Site, plan: SitePlan, decision: ProductPlan, dropped: Estimator) -> tuple[list[tuple[str, str]], str | None]:
     """(lowering, skips_by) to choose from, and why a kernel that was asked for is not among them."""
-    asked = [n for n in plan.lowerings if n in OWN]
+    asked = [n for n in plan.lowerings if n in CUSTOM_KERNELS]
     refused = {n: lowerings.no_zeros_kernel(site, dropped, n) for n in asked}
     fit = [n for n in asked if refused[n] is None and (decision.how is None or lowerings.lines(decision.how.kept))]
     ways = [("inductor", n) for n in fit]
-    if decision.lowering in OWN:
+    if decision.lowering in CUSTOM_KERNELS:
         return ([(decision.lowering, "inductor")] if lowerings.lines(dropped.kept) else []) + ways, None
     if "inductor" in plan.lowerings or not fit:
         ways.insert(0, ("inductor", "inductor"))
@@ -83,6 +83,6 @@ def _ways(site: Site, plan: SitePlan, decision: ProductPlan, dropped: Estimator)
 
 def _tried(site: Site, product: Product, plan: SitePlan, decision: ProductPlan, dropped: Estimator, way: tuple[str, str], machine: Machine) -> ProductPlan:
     lowering, skips_by = way
-    alone = decision.decision == "coupled" and plan.products[0].lowering in OWN and lowering not in OWN
+    alone = decision.decision == "coupled" and plan.products[0].lowering in CUSTOM_KERNELS and lowering not in CUSTOM_KERNELS
     new = estimates.skipped(site, product, decision.how, dropped, machine, lowering, skips_by, decision.shares is not None, alone)
     return replace(decision, lowering=lowering, skips_by=skips_by, flops_sampled=new.flops, time_sampled_us=new.time_us, terms=new.terms, sizes=new.sizes)

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from approx_compile import _torch
-from approx_compile.kernels.availability import OWN
+from approx_compile.kernels.availability import CUSTOM_KERNELS
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.kernels.gather import Axis, sample, take, untake
 from approx_compile.passes.fx_utils import CONV
@@ -125,7 +125,7 @@ def _sample_in_place(
     node, how = product.node, decision.how
     for other in readers:
         hoist(other.operands[1], node)
-    if decision.lowering in OWN:
+    if decision.lowering in CUSTOM_KERNELS:
         idx, scale = custom_ops.choice(graph, node, product, how, readers) if leader is None else (leader.idx, leader.scale)
         if leader is None:
             _mark_choice(site, product, idx, scale)
@@ -172,8 +172,8 @@ def _narrow_matmul(graph: fx.Graph, forward: tuple[fx.Node, fx.Node], work: _Gra
     stays whole."""
     p = work.product
     m, position = p.node, p.position
-    coupled = work.coupled if work.decision.lowering not in OWN else None
-    skipped = work.skipped if work.decision.skips_by not in OWN else None
+    coupled = work.coupled if work.decision.lowering not in CUSTOM_KERNELS else None
+    skipped = work.skipped if work.decision.skips_by not in CUSTOM_KERNELS else None
     operand, dy = m.args[position], m.args[1 - position]
     assert isinstance(operand, fx.Node) and isinstance(dy, fx.Node)
     lead = 0 if _torch.value(m).dim() == 3 else None
@@ -298,7 +298,7 @@ def _conv_gradients(graph: fx.Graph, site: Site, todo: Sequence[_Gradient]) -> N
     alike: dict[tuple[bool, str | None], list[_Gradient]] = {}
     calls = [m]
     for work in todo:
-        if work.coupled is not None and work.decision.lowering in OWN:
+        if work.coupled is not None and work.decision.lowering in CUSTOM_KERNELS:
             _step_over_conv(graph, m, work.product, work.coupled, work.skipped)
         elif work.decision.replacement is not None:
             replace_conv_weight(graph, work.product, work.decision.replacement)

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from approx_compile import _torch
 from approx_compile.kernels import skip_conv
 from approx_compile.kernels import skip_matmul as skip
-from approx_compile.kernels.estimators import Estimator, score, select
+from approx_compile.kernels.estimators import Estimator, select, unit_scores
 from approx_compile.kernels.gather import Axis, norms_sq
 from approx_compile.passes.fx_utils import CONV, PRODUCTS, window_of
 from approx_compile.passes.planning.lowering import LINE
@@ -38,7 +38,7 @@ def choice(graph: fx.Graph, before: fx.Node, product: Product, how: Estimator, r
             b_sq = b_sq + more
         if how.scaled:
             return select(how, a_sq, b_sq)
-        return skip.choose(score(how, a_sq, b_sq), how.k), None
+        return skip.choose(unit_scores(how, a_sq, b_sq), how.k), None
 
     idx, scale = inline(graph, before, run, operands)
     return idx, scale

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from approx_compile import _torch
 from approx_compile.kernels.estimators import Estimator
-from approx_compile.kernels.gather import Axis, choose_by_weight, take, untake
+from approx_compile.kernels.gather import Axis, sample_by_weight, take, untake
 from approx_compile.passes.fx_utils import CONV, VIEWS
 from approx_compile.passes.planning import zero_propagation
 from approx_compile.passes.planning.plan import Plan
@@ -66,7 +66,7 @@ class Narrowing:
         assert output.weight is not None
         weight = output.operands[output.weight]
         hoist(weight, self.first)
-        self.idx, taken = inline(graph, self.first, lambda w: choose_by_weight(region.how, w, output.axes[output.weight or 0]), (weight,), region.consumer.node)
+        self.idx, taken = inline(graph, self.first, lambda w: sample_by_weight(region.how, w, output.axes[output.weight or 0]), (weight,), region.consumer.node)
         keep_choice(self.idx, f"{region.consumer.name}.output.idx")
         operands = (output.operands[0], taken) if output.weight == 1 else (taken, output.operands[1])
         self.narrow: dict[fx.Node, fx.Node] = {}

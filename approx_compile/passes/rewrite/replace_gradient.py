@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from approx_compile import _torch
 from approx_compile.config.resolve import ProductSettings
 from approx_compile.kernels import max_conv
-from approx_compile.kernels.gradient_replacements import Geometry, Replacement, max_conv_weight, max_linear_input, max_linear_weight
+from approx_compile.kernels.gradient_replacements import ConvGeometry, Replacement, max_conv_weight, max_linear_input, max_linear_weight
 from approx_compile.passes.fx_utils import CONV, MM, VIEWS, window_of
 from approx_compile.passes.planning import lowering
 from approx_compile.passes.rewrite.graph_edit import inline, replace_output
@@ -145,14 +145,14 @@ def replace_conv_weight(graph: fx.Graph, product: Product, how: Replacement) -> 
         stride, padding, dilation = (tuple(int(v) for v in each) for each in window_of(m.args[4:7], len(kernel)))
         groups, transposed = m.args[9], bool(m.args[7])
         assert isinstance(groups, int)
-        conv = Geometry(kernel, stride, padding, dilation, groups, transposed)
+        conv = ConvGeometry(kernel, stride, padding, dilation, groups, transposed)
         new = inline(graph, m, lambda x, dy: _laid_out(_max(x, dy, how, conv), old), product.operands, by_sample=True)
     else:
         new = _made_up(graph, m, product, how, old)
     replace_output(graph, m, product.mask, new)
 
 
-def _max(x: Tensor, dy: Tensor, how: Replacement, conv: Geometry) -> Tensor:
+def _max(x: Tensor, dy: Tensor, how: Replacement, conv: ConvGeometry) -> Tensor:
     if how.lowering == "inductor":
         return max_conv_weight(x, dy, how, conv)
     sizes = [list(v) for v in (conv.kernel, conv.stride, conv.padding, conv.dilation)]
