@@ -140,8 +140,8 @@ def select_entries(dy: Tensor, how: Replacement) -> tuple[Tensor, Tensor]:
 
 
 def _largest_of_tiles(dy: Tensor, sides: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Where the largest entry of every tile of dy (N, O, *out) is, of equal ones the first, and the tile's sum: (N, O, J) each. dy is `materialized`; `sides`: a
-    tile's places by dim.
+    """Where the largest entry of every tile of dy (N, O, *out) is, of equal ones the first, and the tile's sum: (N, O, J) each. dy is materialized;
+    `sides`: a tile's places by dim.
 
     Places are floats, which compare in vectors. A few neighbours in a row come first, then all the rest of a tile at once: comparisons in one chain wait
     for each other, and so there are fewer of them.
