@@ -33,7 +33,7 @@ from approx_compile.machine import huge_pages
 from approx_compile.passes.joint_graph_pass import ApproxPass, Listener
 from approx_compile.passes.planning.plan import Plan, RowCut
 from approx_compile.passes.planning.plan_validation import check_modules
-from approx_compile.passes.sites.find_sites import Context, Input, Module
+from approx_compile.passes.sites.site import Context, Input, Module
 from approx_compile.rows import early_decline
 from approx_compile.rows.opaque_backward import shown_as_one_op
 from approx_compile.rows.row_compiler import Declined, RowCompiler

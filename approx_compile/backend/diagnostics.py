@@ -18,7 +18,7 @@ from approx_compile.backend.capture.annotate import full_name, whole_model
 from approx_compile.config import ApproxConfig
 from approx_compile.config.selectors import Pattern
 from approx_compile.passes.planning.plan import Plan
-from approx_compile.passes.sites.find_sites import Context
+from approx_compile.passes.sites.site import Context
 from approx_compile.utils import said, say_once, warn_once, write_atomically
 
 log = logging.getLogger("approx_compile")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -48,3 +49,13 @@ def op_name(n: fx.Node) -> str:
 def window_of(arguments: Sequence[Any], dims: int) -> list[list[int]]:
     """Stride, padding and dilation of a convolution, each by spatial dim: torch takes one number for all of them, too."""
     return [list(v) * dims if len(v) == 1 else list(v) for v in arguments]
+
+
+PERMUTES = {aten.permute.default, aten.t.default, aten.transpose.int}
+
+
+def users_of_output(m: fx.Node, index: int) -> Iterator[fx.Node]:
+    """The getitem nodes that take one output of a node with several."""
+    for u in m.users:
+        if u.target is operator.getitem and u.args[1] == index:
+            yield u

@@ -26,7 +26,8 @@ from approx_compile.passes.planning.timing_request import timing_request
 from approx_compile.passes.planning.zero_skipping import skip_zeros
 from approx_compile.passes.rewrite.apply_plan import rewrite
 from approx_compile.passes.rewrite.relu_max_pool import mask_pooled
-from approx_compile.passes.sites.find_sites import Context, Site, find_sites, without_product
+from approx_compile.passes.sites.find_sites import find_sites, without_product
+from approx_compile.passes.sites.site import Context, Site
 
 log = logging.getLogger("approx_compile")
 

@@ -301,7 +301,7 @@ def test_the_compiled_modules_own_products_follow_its_mode(broken: bool, trains_
 def test_a_root_of_its_own_is_in_the_cache_key() -> None:
     from approx_compile.config import ApproxConfig
     from approx_compile.passes.joint_graph_pass import cache_key
-    from approx_compile.passes.sites.find_sites import Context, Module
+    from approx_compile.passes.sites.site import Context, Module
 
     keys = {cache_key(ApproxConfig(), Context(root=Module("", reason)), ("",)) for reason in (None, "the module is in eval mode")}
     assert len(keys) == 2

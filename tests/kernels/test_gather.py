@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from approx_compile.kernels.estimators import Estimator, make_estimator, water_fill
 from approx_compile.kernels.gather import Axis, norms_sq, sample, take, untake
-from approx_compile.passes.sites.find_sites import channel_axis, conv_weight_axes
+from approx_compile.passes.sites.conv_gradients import channel_axis, conv_weight_axes
 
 METHODS = ("topk", "topk_weights", "crs", "bernoulli", "uniform", "wta")
 UNBIASED = ("crs", "bernoulli", "uniform", "wta")

@@ -20,7 +20,7 @@ from approx_compile.backend import site_benchmark
 from approx_compile.config import ApproxConfig
 from approx_compile.machine import float32_precision, site_timings
 from approx_compile.passes.joint_graph_pass import cache_key
-from approx_compile.passes.sites.find_sites import Context
+from approx_compile.passes.sites.site import Context
 
 MEASURE: dict[str, Any] = {"policy": "measure", "ratio": 0.5, "rules": [{"layers": "site"}]}
 

@@ -19,7 +19,7 @@ from approx_compile import Backend, explain, machine
 from approx_compile.kernels import availability, skip_matmul
 from approx_compile.machine import microbenchmarks, site_timings
 from approx_compile.passes.joint_graph_pass import cache_key
-from approx_compile.passes.sites.find_sites import Context
+from approx_compile.passes.sites.site import Context
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

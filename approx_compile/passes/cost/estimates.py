@@ -48,7 +48,8 @@ from approx_compile.kernels.estimators import Estimator
 from approx_compile.kernels.gradient_replacements import Replacement
 from approx_compile.machine import Machine
 from approx_compile.passes.fx_utils import BMM, CONV
-from approx_compile.passes.sites.find_sites import Product, Site, conv_groups
+from approx_compile.passes.sites.conv_gradients import conv_groups
+from approx_compile.passes.sites.site import Product, Site
 
 MARGIN = 1.2
 """Predicted exact time over sampled time that sampling must reach (benchmarks/predict.py has how far expressions are off)."""

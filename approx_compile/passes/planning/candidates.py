@@ -15,7 +15,7 @@ from approx_compile.machine import Machine
 from approx_compile.passes.cost import estimates
 from approx_compile.passes.planning import lowering as lowerings
 from approx_compile.passes.planning.plan import BreakEven, ProductPlan, total
-from approx_compile.passes.sites.find_sites import Product, Site
+from approx_compile.passes.sites.site import Product, Site
 
 TIMED = ("cost", "measure")
 """The policies under which a site must be worth its time."""

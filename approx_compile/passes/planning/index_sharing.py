@@ -28,7 +28,7 @@ from approx_compile.passes.cost import estimates
 from approx_compile.passes.fx_utils import CASTS, PRODUCTS, VIEWS
 from approx_compile.passes.planning import candidates
 from approx_compile.passes.planning.plan import Candidates, Plan, ProductPlan, SitePlan, total
-from approx_compile.passes.sites.find_sites import Product, Site
+from approx_compile.passes.sites.site import Product, Site
 
 aten = torch.ops.aten
 prims = torch.ops.prims

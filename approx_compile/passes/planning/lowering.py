@@ -15,7 +15,7 @@ from approx_compile.kernels.cuda import launch
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.kernels.gradient_replacements import Replacement
 from approx_compile.passes.fx_utils import CONV, MM, window_of
-from approx_compile.passes.sites.find_sites import Product, Site
+from approx_compile.passes.sites.site import Product, Site
 
 LINE = 16
 """Entries that lines of operands and results are whole multiples of."""

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from approx_compile.config import ConfigError
 from approx_compile.config.plan_file import Tuned
 from approx_compile.passes.fx_utils import CONV
-from approx_compile.passes.sites.find_sites import Site
+from approx_compile.passes.sites.site import Site
 
 SHOWN = 8
 """Sites that a message lists."""

@@ -20,7 +20,7 @@ from approx_compile.passes.planning.plan import BY_SETTINGS, Candidates, Plan, P
 from approx_compile.passes.planning.plan_validation import check_shapes
 from approx_compile.passes.planning.rule_matching import match_rules
 from approx_compile.passes.rewrite import replace_gradient
-from approx_compile.passes.sites.find_sites import Product, Site
+from approx_compile.passes.sites.site import Product, Site
 
 RAW, LAST = "fed with raw data", "the last layer"
 """Reasons for which a site is better left exact, whatever it would save."""
@@ -133,7 +133,7 @@ def _products(site: Site, settings: SiteSettings, machine: Machine | None) -> tu
 
 def default_exclusion_reason(site: Site, settings: SiteSettings) -> str | None:
     """Where sampling is known to hurt, and, unless a rule names the site, all but what the default is sure of."""
-    if "raw data" in site.fed_by:
+    if "raw data" in site.hazards:
         return RAW
     if site.last:
         return LAST
@@ -141,7 +141,7 @@ def default_exclusion_reason(site: Site, settings: SiteSettings) -> str | None:
         return None
     if site.kind != "linear":
         return f"{site.kind}s are exact by default; a rule whose layers match it samples it"
-    if "BatchNorm" in site.fed_by:
+    if "BatchNorm" in site.hazards:
         return "fed by BatchNorm: exact by default; a rule whose layers match it samples it"
     size = site.products[0].size
     if isinstance(size, int) and size < WIDE:

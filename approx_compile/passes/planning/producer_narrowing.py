@@ -30,7 +30,7 @@ from approx_compile.passes.cost import estimates
 from approx_compile.passes.fx_utils import VIEWS, op_name
 from approx_compile.passes.planning import zero_propagation
 from approx_compile.passes.planning.plan import Plan, ProductPlan, SitePlan
-from approx_compile.passes.sites.find_sites import NO_GRADIENT, Product, Site, one_contraction
+from approx_compile.passes.sites.site import NO_GRADIENT, Product, Site, one_contraction
 
 aten = torch.ops.aten
 

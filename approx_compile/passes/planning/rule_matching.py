@@ -11,7 +11,7 @@ from approx_compile.config import ApproxConfig
 from approx_compile.config.resolve import RowSettings
 from approx_compile.config.selectors import Pattern
 from approx_compile.passes.planning.plan import SitePlan
-from approx_compile.passes.sites.find_sites import Site
+from approx_compile.passes.sites.site import Site
 
 
 def unmatched_layers(names: Sequence[str], config: ApproxConfig) -> tuple[str, ...]:

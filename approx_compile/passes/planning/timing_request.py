@@ -12,7 +12,7 @@ from approx_compile.machine.site_timings import Layout, Product, Question
 from approx_compile.passes.cost.estimates import role
 from approx_compile.passes.fx_utils import BMM, CONV
 from approx_compile.passes.planning.plan import Candidates, ProductPlan
-from approx_compile.passes.sites.find_sites import Site
+from approx_compile.passes.sites.site import Site
 
 
 def timing_request(site: Site, candidates: Candidates, huge_pages: bool) -> Question:

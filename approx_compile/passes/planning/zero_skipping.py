@@ -20,7 +20,7 @@ from approx_compile.passes.cost import estimates
 from approx_compile.passes.planning import lowering as lowerings
 from approx_compile.passes.planning import zero_propagation
 from approx_compile.passes.planning.plan import Plan, ProductPlan, SitePlan
-from approx_compile.passes.sites.find_sites import Product, Site, one_contraction
+from approx_compile.passes.sites.site import Product, Site, one_contraction
 
 
 def skip_zeros(sites: Sequence[Site], plan: Plan, machine: Machine) -> Plan:

@@ -18,7 +18,7 @@ from approx_compile import _torch
 from approx_compile.kernels.availability import CUSTOM_KERNELS
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.kernels.gather import Axis, sample, take, untake
-from approx_compile.passes.fx_utils import CONV
+from approx_compile.passes.fx_utils import CONV, users_of_output
 from approx_compile.passes.planning import index_sharing
 from approx_compile.passes.planning.index_sharing import Sum
 from approx_compile.passes.planning.plan import Plan, ProductPlan
@@ -27,7 +27,9 @@ from approx_compile.passes.rewrite import custom_ops
 from approx_compile.passes.rewrite.graph_edit import Layout, Sampled, as_it_is, hoist, inline, keep_choice, like, output_of, refresh, replace_output
 from approx_compile.passes.rewrite.narrow_region import Narrowing, regions
 from approx_compile.passes.rewrite.replace_gradient import let_go_of_activation, replace_conv_weight, replace_matmul
-from approx_compile.passes.sites.find_sites import Product, Site, channel_axis, conv_weight_axes, permutation_between, users_of_output
+from approx_compile.passes.sites.conv_gradients import channel_axis, conv_weight_axes
+from approx_compile.passes.sites.matmul_gradients import permutation_between
+from approx_compile.passes.sites.site import Product, Site
 
 aten = torch.ops.aten
 

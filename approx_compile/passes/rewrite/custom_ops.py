@@ -17,7 +17,7 @@ from approx_compile.kernels.gather import Axis, norms_sq
 from approx_compile.passes.fx_utils import CONV, PRODUCTS, window_of
 from approx_compile.passes.planning.lowering import LINE
 from approx_compile.passes.rewrite.graph_edit import Layout, Sampled, inline, like, refresh
-from approx_compile.passes.sites.find_sites import Product
+from approx_compile.passes.sites.site import Product
 
 skip_matmul, skip_matmul_into = torch.ops.approx_compile.skip_matmul.default, torch.ops.approx_compile.skip_matmul_into.default
 skip_conv_input, skip_conv_weight = torch.ops.approx_compile.skip_conv_input.default, torch.ops.approx_compile.skip_conv_weight.default

@@ -14,8 +14,8 @@ from torch import fx
 
 from approx_compile import _torch
 from approx_compile.kernels.estimators import Estimator
-from approx_compile.passes.fx_utils import CONV
-from approx_compile.passes.sites.find_sites import Product, users_of_output
+from approx_compile.passes.fx_utils import CONV, users_of_output
+from approx_compile.passes.sites.site import Product
 
 CHOICE = "approx_compile_choice"
 """Key in the meta of the nodes that hold a selection's indices and scale: `site.product.idx`, `site.product.scale`."""

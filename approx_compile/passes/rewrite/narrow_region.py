@@ -20,7 +20,8 @@ from approx_compile.passes.planning import zero_propagation
 from approx_compile.passes.planning.plan import Plan
 from approx_compile.passes.planning.producer_narrowing import NarrowedRegion, narrowed_region
 from approx_compile.passes.rewrite.graph_edit import Layout, Sampled, hoist, inline, keep_choice, like, refresh
-from approx_compile.passes.sites.find_sites import Site, conv_weight_axes
+from approx_compile.passes.sites.conv_gradients import conv_weight_axes
+from approx_compile.passes.sites.site import Site
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from approx_compile.kernels.gradient_replacements import ConvGeometry, Replaceme
 from approx_compile.passes.fx_utils import CONV, MM, VIEWS, window_of
 from approx_compile.passes.planning import lowering
 from approx_compile.passes.rewrite.graph_edit import inline, replace_output
-from approx_compile.passes.sites.find_sites import Product, Site
+from approx_compile.passes.sites.site import Product, Site
 
 aten = torch.ops.aten
 
