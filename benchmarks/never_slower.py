@@ -21,7 +21,7 @@ from zoo import Work, works
 
 from approx_compile import Backend, machine
 from approx_compile._torch.known_faults import inductor
-from approx_compile.machine.microbenchmarks import Clock
+from approx_compile.machine.timer import BenchmarkTimer
 from approx_compile.passes.planning.plan import Plan
 from approx_compile.tools.compare import race
 
@@ -49,7 +49,7 @@ def row(name: str, make: Callable[[], Work], policy: str, rounds: int) -> dict[s
     torch.compiler.reset()
     plans: list[Plan] = []
     ours = Backend(POLICIES[policy], on_plan=lambda plan, before, after: plans.append(plan))
-    clock = Clock("cpu", 0.0)
+    clock = BenchmarkTimer("cpu", 0.0)
     with torch._inductor.config.patch(force_disable_caches=True):  # of a cached graph nothing is planned
         times = race({"inductor": stepper(make, inductor), "ours": stepper(make, ours)}, rounds, now=clock.now)
     base, found = (statistics.median(times[s]) for s in ("inductor", "ours"))

@@ -19,7 +19,7 @@ from bench import conditions, show, store
 from torch import Tensor, nn
 
 from approx_compile import Backend
-from approx_compile.machine.microbenchmarks import Clock
+from approx_compile.machine.timer import BenchmarkTimer
 from approx_compile.tools.tuning.trial import Trials
 
 WIDTH, LENGTH, BATCH = 128, 64, 32
@@ -116,7 +116,7 @@ def times(width: int, out: int, tokens: int, ratio: float, rounds: int = 9) -> d
 
         step()
         steps.append(step)
-    clock = Clock("cpu", 0.05)
+    clock = BenchmarkTimer("cpu", 0.05)
     calls = [clock.calls(s) for s in steps]
     found = [[clock.sample(s, n) * 1e3 for s, n in zip(steps, calls, strict=True)] for _ in range(rounds)]
     exact, own, shared = (statistics.median(column) for column in zip(*found, strict=True))

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from approx_compile.machine import float32_precision
-from approx_compile.machine.microbenchmarks import Clock
 from approx_compile.machine.site_timings import Product
+from approx_compile.machine.timer import BenchmarkTimer
 
 
 class Alone(nn.Module):
@@ -77,7 +77,7 @@ def times_us(product: Product, backends: Sequence[Backend], rounds: int = 7, lea
     steps = [step_of(product, b) for b in backends]
     for step in steps:
         step()
-    clock = Clock(product.device, least_s)
+    clock = BenchmarkTimer(product.device, least_s)
     calls = [clock.calls(step) for step in steps]
     found = [[clock.sample(step, n) * 1e6 for step, n in zip(steps, calls, strict=True)] for _ in range(rounds)]
     return [statistics.median(times) for times in zip(*found, strict=True)]

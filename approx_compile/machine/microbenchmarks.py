@@ -22,11 +22,9 @@ that do, and those leave the generator's state as it was.
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from rich.progress import Progress
@@ -38,10 +36,10 @@ from approx_compile.kernels.availability import CUSTOM_KERNELS, DEFAULT_UNITS
 from approx_compile.kernels.estimators import Estimator, select
 from approx_compile.kernels.gather import Axis, norms_sq, take, untake
 from approx_compile.machine import huge_pages
+from approx_compile.machine.timer import BenchmarkTimer, Run
 
 Axes = dict[str, tuple[float, ...]]
 Found = tuple[str, str, Axes, tuple[float, ...]]
-Run = Callable[[], Any]
 
 PRODUCTS = ("output", "grad_input", "grad_weight")
 SELECTIONS = ("topk", "topk_weights", "crs", "bernoulli", "uniform", "wta")
@@ -104,7 +102,7 @@ def measure(device: str, quick: bool, progress: bool) -> list[Found]:
     bar = Progress(disable=not progress)
     found: list[Found] = []
     with bar, torch.no_grad(), torch.random.fork_rng(devices=[torch.cuda.current_device()] if device == "cuda" else []):
-        clock = Clock(device, 1e-3 if quick else 3e-3)
+        clock = BenchmarkTimer(device, 1e-3 if quick else 3e-3)
         steps = list(_steps(device, dtypes, grid, quick, clock))
         task = bar.add_task("measuring", total=len(steps))
         for title, step in steps:
@@ -114,7 +112,7 @@ def measure(device: str, quick: bool, progress: bool) -> list[Found]:
     return found
 
 
-def _steps(device: str, dtypes: list[torch.dtype], grid: Grid, quick: bool, clock: Clock) -> Iterator[tuple[str, Callable[[], Found]]]:
+def _steps(device: str, dtypes: list[torch.dtype], grid: Grid, quick: bool, clock: BenchmarkTimer) -> Iterator[tuple[str, Callable[[], Found]]]:
     for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")
         for product in PRODUCTS:
@@ -135,42 +133,10 @@ def _steps(device: str, dtypes: list[torch.dtype], grid: Grid, quick: bool, cloc
         yield "launches", partial(_launch, kind, device, quick, clock)
 
 
-class Clock:
-    """Seconds of a call: the fastest of at least three samples of at least `least` seconds in all."""
-
-    def __init__(self, device: str, least: float) -> None:
-        self.least = least
-        self.wait: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
-        alone = device == "cpu" and torch.get_num_threads() == 1
-        self.now = time.process_time if alone else time.perf_counter
-
-    def __call__(self, run: Run) -> float:
-        run()
-        calls = self.calls(run, self.least / 6)
-        samples: list[float] = []
-        spent = 0.0
-        while len(samples) < 3 or spent < self.least:
-            samples.append(self.sample(run, calls))
-            spent += samples[-1] * calls
-        return min(samples)
-
-    def calls(self, run: Run, seconds: float | None = None) -> int:
-        """How many calls take about so long, by default `least`; at least one."""
-        return max(1, int((self.least if seconds is None else seconds) / max(self.sample(run, 1), 1e-7)))
-
-    def sample(self, run: Run, calls: int) -> float:
-        self.wait()
-        start = self.now()
-        for _ in range(calls):
-            run()
-        self.wait()
-        return (self.now() - start) / calls
-
-
 # --- products ---
 
 
-def _rates(name: str, dtype: torch.dtype, axes: Axes, make: Callable[..., tuple[float, Run]], clock: Clock) -> Found:
+def _rates(name: str, dtype: torch.dtype, axes: Axes, make: Callable[..., tuple[float, Run]], clock: BenchmarkTimer) -> Found:
     """GFLOP/s at every point, in order of work; where a call would take too long it is not made and the rate of its next smaller neighbour holds."""
     rates: dict[tuple[float, ...], float] = {}
     for point in itertools.product(*axes.values()):
@@ -244,7 +210,7 @@ def _in_turn(made: Callable[[], Run], size: int) -> Run:
 # --- the same by kernels of ours ---
 
 
-def _own_steps(lowering: str, device: str, dtype: torch.dtype, grid: Grid, clock: Clock) -> Iterator[tuple[str, Callable[[], Found]]]:
+def _own_steps(lowering: str, device: str, dtype: torch.dtype, grid: Grid, clock: BenchmarkTimer) -> Iterator[tuple[str, Callable[[], Found]]]:
     """Where a lowering has kernels for a dtype (on GPUs for fp32 where TF32 is allowed): of sizes that its groups divide, and not the smallest, where no
     kernel pays. In groups of `UNITS[lowering][0]`; those of other sizes are predicted from that (`available.as_measured`)."""
     unit = DEFAULT_UNITS[lowering][0]
@@ -300,7 +266,7 @@ def _own_conv(unit: int, product: str, device: str, dtype: torch.dtype, places: 
 _GENERATED_AT = 2**20
 
 
-def _moves(kind: str, device: str, dtype: torch.dtype, grid: Grid, quick: bool, clock: Clock) -> Found:
+def _moves(kind: str, device: str, dtype: torch.dtype, grid: Grid, quick: bool, clock: BenchmarkTimer) -> Found:
     """Bandwidths of reading norms, of gathering half of the units and of putting them back, for runs of contiguous entries per index.
 
     With t(run, bytes) the seconds per byte of eager ops and g(run) those of the generated kernel at a size that caches hold, the rate is
@@ -349,7 +315,7 @@ def _eager(kind: str, run: int, x: Tensor, idx: Tensor) -> Run:
     return runs[kind]
 
 
-def _read(device: str, grid: Grid, clock: Clock) -> Found:
+def _read(device: str, grid: Grid, clock: BenchmarkTimer) -> Found:
     values = [size / clock(_filled(device, torch.float32, int(size) // 4).sum) / 1e9 for size in grid.sizes]
     return "read", "GB/s", {"bytes": grid.sizes}, tuple(values)
 
@@ -357,7 +323,7 @@ def _read(device: str, grid: Grid, clock: Clock) -> Found:
 _LEAST_SHARE = 0.01
 
 
-def _fresh(device: str, grid: Grid, clock: Clock) -> Found:
+def _fresh(device: str, grid: Grid, clock: BenchmarkTimer) -> Found:
     """A difference, which for memory that is not new is noise: at least a hundredth of the write counts."""
     values = []
     for size in grid.allocated:
@@ -373,7 +339,7 @@ def _made(x: Tensor) -> Tensor:
     return new.fill_(0.5)
 
 
-def _selection(method: str, device: str, grid: Grid, clock: Clock) -> Found:
+def _selection(method: str, device: str, grid: Grid, clock: BenchmarkTimer) -> Found:
     values = []
     for units, lead in itertools.product(*grid.select.values()):
         how = Estimator(method, int(units), int(units) // 2, weight=1 if method == "topk_weights" else None)
@@ -383,7 +349,7 @@ def _selection(method: str, device: str, grid: Grid, clock: Clock) -> Found:
     return f"select.{method}", "us", grid.select, tuple(values)
 
 
-def _launch(kind: str, device: str, quick: bool, clock: Clock) -> Found:
+def _launch(kind: str, device: str, quick: bool, clock: BenchmarkTimer) -> Found:
     """A library call is timed by itself; a generated kernel, where there is time to compile, as what ten more links add to a chain of kernel and call."""
     x = _filled(device, torch.float32, 16, 16)  # Inductor writes products of vectors as loops
     extern = clock(partial(torch.mm, x, x))

@@ -13,7 +13,7 @@ import rich
 import torch
 
 from approx_compile import ConfigError, machine
-from approx_compile.machine import Machine, Table, microbenchmarks, profile
+from approx_compile.machine import Machine, Table, microbenchmarks, profile, timer
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def test_what_is_compiled_is_measured_too() -> None:
     """The full measurement's generated kernels, at one size."""
     grid = microbenchmarks.Grid(linear={}, bmm={}, conv={}, sizes=(2**16,), runs=(16.0,), allocated=(), select={})
     for kind in ("norms", "take", "untake"):
-        name, unit, axes, rates = microbenchmarks._moves(kind, "cpu", torch.float32, grid, False, microbenchmarks.Clock("cpu", 1e-3))
+        name, unit, axes, rates = microbenchmarks._moves(kind, "cpu", torch.float32, grid, False, timer.BenchmarkTimer("cpu", 1e-3))
         assert (name, unit) == (f"{kind}.float32", "GB/s") and len(rates) == 1 and rates[0] > 0
         assert axes["bytes"] == grid.sizes
 

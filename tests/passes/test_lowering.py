@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from approx_compile import Backend, explain, machine
 from approx_compile.kernels import availability, skip_matmul
-from approx_compile.machine import microbenchmarks, site_timings
+from approx_compile.machine import microbenchmarks, site_timings, timer
 from approx_compile.passes.joint_graph_pass import cache_key
 from approx_compile.passes.sites.site import Context
 
@@ -308,7 +308,7 @@ def test_kernels_are_measured_where_they_run() -> None:
         allocated=(2**14,),
         select={"units": (16,), "lead": (1,)},
     )
-    clock = microbenchmarks.Clock("cpu", 1e-4)
+    clock = timer.BenchmarkTimer("cpu", 1e-4)
     found = [step() for _, step in microbenchmarks._own_steps("triton", "cpu", torch.float32, grid, clock)]
     found += [step() for _, step in microbenchmarks._own_steps("cuda", "cpu", torch.bfloat16, grid, clock)]
     tables = {name: machine.Table(unit=unit, axes=axes, values=values) for name, unit, axes, values in found}
@@ -320,7 +320,7 @@ def test_kernels_are_measured_where_they_run() -> None:
 
 def test_fp32_is_measured_where_it_has_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """A table named after a kernel that holds the reference's rates would be believed once TF32 is allowed."""
-    clock = microbenchmarks.Clock("cpu", 1e-4)
+    clock = timer.BenchmarkTimer("cpu", 1e-4)
     for conv, matmul, steps in ((True, False, 3), (False, True, 3), (True, True, 6), (False, False, 0)):
         monkeypatch.setattr(availability, "allows_tf32", lambda conv, of={True: conv, False: matmul}: of[conv])
         assert len(list(microbenchmarks._own_steps("triton", "cuda", torch.float32, microbenchmarks.GPU, clock))) == steps

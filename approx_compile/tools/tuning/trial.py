@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from approx_compile import _torch
 from approx_compile.backend import Backend
 from approx_compile.config import ApproxConfig
-from approx_compile.machine.microbenchmarks import Clock
+from approx_compile.machine.timer import BenchmarkTimer
 from approx_compile.passes.planning.plan import Plan, SitePlan
 from approx_compile.tools.report.explain import untouched
 
@@ -98,7 +98,7 @@ class Trials:
         """Of the exact step and this one, taken in turn; as few pairs as will do once it is `late`. On one CPU thread those of this process alone: what else
         the machine does is no property of the model."""
         exact = self.exact
-        clock = Clock("cuda" if any(p.device.type == "cuda" for p in self.parameters) else "cpu", SECONDS)
+        clock = BenchmarkTimer("cuda" if any(p.device.type == "cuda" for p in self.parameters) else "cpu", SECONDS)
         with untouched(self.model):
             for _ in range(WARM_UP):
                 exact()
