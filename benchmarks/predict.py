@@ -24,7 +24,7 @@ from rich.progress import track
 from approx_compile import Backend, machine
 from approx_compile.backend import run_as_is
 from approx_compile.backend.site_benchmark import Alone, times_us
-from approx_compile.machine.site_timings import Layout, Product
+from approx_compile.machine.site_timings import OperandLayout, TimedProduct
 from approx_compile.passes.cost import estimates
 from approx_compile.passes.planning.plan import Plan, SitePlan
 
@@ -35,11 +35,11 @@ LARGEST_FLOP = 1e10
 KEY = ("profile", "kind", "dtype", "shape", "ratio")
 
 
-def contiguous(*shape: int) -> Layout:
+def contiguous(*shape: int) -> OperandLayout:
     return shape, torch.empty(shape, device="meta").stride()
 
 
-def channels_last(*shape: int) -> Layout:
+def channels_last(*shape: int) -> OperandLayout:
     return shape, torch.empty(shape, device="meta").to(memory_format=torch.channels_last).stride()
 
 
@@ -59,19 +59,19 @@ def conv(pick: random.Random) -> tuple[float, Any]:
     return 2 * n * side**2 * c * o * kernel**2, dict(op="convolution", layouts=(channels_last(n, c, side, side), contiguous(o, c, kernel, kernel)), rest=rest)
 
 
-def grid() -> list[tuple[str, Product, float]]:
+def grid() -> list[tuple[str, TimedProduct, float]]:
     """Drawn once and for all: sizes that are too large to time many of are drawn again."""
     pick, found = random.Random(0), []
     for kind, make, count in (("linear", linear, 44), ("bmm", bmm, 20), ("conv", conv, 26)):
         while sum(f[0] == kind for f in found) < count:
             flops, given = make(pick)
             if 1e4 < flops < LARGEST_FLOP:
-                found.append((kind, Product(dtype=pick.choice(("float32", "bfloat16")), device="cpu", **given), pick.choice(RATIOS)))
+                found.append((kind, TimedProduct(dtype=pick.choice(("float32", "bfloat16")), device="cpu", **given), pick.choice(RATIOS)))
     pick.shuffle(found)  # so that a part of them is a fair sample
     return found
 
 
-def planned(product: Product, ratio: float, rounds: int) -> tuple[SitePlan, list[float]]:
+def planned(product: TimedProduct, ratio: float, rounds: int) -> tuple[SitePlan, list[float]]:
     """The plan of the site with every product sampled, and the times of an exact and of a sampled step."""
     plans: list[Plan] = []
     options = {"policy": "always", "ratio": ratio, "min_k": 1}
@@ -82,18 +82,18 @@ def planned(product: Product, ratio: float, rounds: int) -> tuple[SitePlan, list
 @functools.cache
 def overhead_us(dtype: str) -> float:
     """A step's time outside of its products, from a small site."""
-    site, (exact, _) = planned(Product("mm", (contiguous(4, 128), ((128, 16), (1, 128))), dtype, "cpu"), 0.5, 15)
+    site, (exact, _) = planned(TimedProduct("mm", (contiguous(4, 128), ((128, 16), (1, 128))), dtype, "cpu"), 0.5, 15)
     assert site.time_exact_us is not None
     return max(0.0, exact - site.time_exact_us)
 
 
-def row(kind: str, product: Product, ratio: float, rounds: int) -> dict[str, Any]:
+def row(kind: str, product: TimedProduct, ratio: float, rounds: int) -> dict[str, Any]:
     outside = overhead_us(product.dtype)
     site, (exact, sampled) = planned(product, ratio, rounds)
     return compared(site, identity(kind, product, ratio), exact, sampled, outside, conditions()["commit"])
 
 
-def row_again(old: dict[str, Any], kind: str, product: Product, ratio: float) -> dict[str, Any]:
+def row_again(old: dict[str, Any], kind: str, product: TimedProduct, ratio: float) -> dict[str, Any]:
     """A stored row's times, predicted anew."""
     torch.compiler.reset()
     plans: list[Plan] = []
@@ -116,7 +116,7 @@ def compared(site: SitePlan, what: dict[str, Any], exact: float, sampled: float,
     )
 
 
-def identity(kind: str, product: Product, ratio: float) -> dict[str, Any]:
+def identity(kind: str, product: TimedProduct, ratio: float) -> dict[str, Any]:
     shape = " x ".join("x".join(map(str, shape)) for shape, _ in product.layouts)
     return {"profile": machine.current().digest[:12], "kind": kind, "dtype": product.dtype, "shape": shape, "ratio": ratio}
 

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from approx_compile.machine import float32_precision
-from approx_compile.machine.site_timings import Product
+from approx_compile.machine.site_timings import TimedProduct
 from approx_compile.machine.timer import BenchmarkTimer
 
 
 class Alone(nn.Module):
     """The product as a model: operands that are weights are parameters, the others are given."""
 
-    def __init__(self, product: Product) -> None:
+    def __init__(self, product: TimedProduct) -> None:
         super().__init__()
         self.product = product
         if product.weight is not None:
@@ -38,7 +38,7 @@ class Alone(nn.Module):
         return torch.mm(*operands) if self.product.op == "mm" else torch.bmm(*operands)
 
 
-def _operand(product: Product, i: int) -> Tensor:
+def _operand(product: TimedProduct, i: int) -> Tensor:
     shape, strides = product.layouts[i]
     made = torch.empty_strided(shape, strides, dtype=getattr(torch, product.dtype), device=product.device)
     return made.normal_(generator=torch.Generator(product.device).manual_seed(i))
@@ -54,7 +54,7 @@ def sampled(options: dict[str, Any]) -> Backend:
     return Approx(options, on_plan=lambda plan, before, after: None)
 
 
-def step_of(product: Product, backend: Backend) -> Callable[[], None]:
+def step_of(product: TimedProduct, backend: Backend) -> Callable[[], None]:
     """A forward and backward pass of the product alone, compiled; gradients are dropped before each."""
     model = Alone(product)
     given = model.given()
@@ -71,7 +71,7 @@ def step_of(product: Product, backend: Backend) -> Callable[[], None]:
     return step
 
 
-def times_us(product: Product, backends: Sequence[Backend], rounds: int = 7, least_s: float = 0.02) -> list[float]:
+def times_us(product: TimedProduct, backends: Sequence[Backend], rounds: int = 7, least_s: float = 0.02) -> list[float]:
     """Microseconds of a step under each backend: the median of `rounds` rounds in which they take turns, for `least_s` each."""
     torch.compiler.reset()
     steps = [step_of(product, b) for b in backends]
@@ -94,7 +94,7 @@ def main() -> None:
     found = []
     for q in asked["questions"]:
         given = q["product"]
-        product = Product(**given | {k: _tuples(given[k]) for k in ("layouts", "needs_grad", "rest")})
+        product = TimedProduct(**given | {k: _tuples(given[k]) for k in ("layouts", "needs_grad", "rest")})
         options = [_EXACT, *q["options"]]  # by the same backend, which allocates in its own way
         found.append(times_us(product, [sampled(o | {"huge_pages": q["huge_pages"]}) for o in options]))
     print(json.dumps(found))

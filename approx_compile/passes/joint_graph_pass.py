@@ -66,7 +66,7 @@ class ApproxPass(_torch.CustomGraphPass):
     def _ask(self, asked: Sequence[tuple[Site, Candidates]]) -> list[list[float]]:
         assert self.machine is not None
         with _torch.no_modes():
-            return site_timings.answers([timing_request(site, tries, self.config.huge_pages) for site, tries in asked], self.machine, log.warning)
+            return site_timings.step_times_us([timing_request(site, tries, self.config.huge_pages) for site, tries in asked], self.machine, log.warning)
 
     def __call__(self, graph: fx.Graph) -> None:
         before = _copy(graph) if self.keep_graphs else None
@@ -93,7 +93,7 @@ def cache_key(config: ApproxConfig, context: Context, layers: tuple[str, ...], m
     modules = [(key, context.modules[key.split("@")[0]]) if key else None for key in layers]
     first_seen: dict[str, int] = {}
     order = [(first_seen.setdefault(m[0], len(first_seen)), asdict(m[1])) if m else None for m in modules]
-    profile = (machine.digest, site_timings.name(machine) if config.measures() else None) if machine is not None else None
+    profile = (machine.digest, site_timings.store_id(machine) if config.measures() else None) if machine is not None else None
     here = (profile, code_version(), availability.environment_key())
     parts = (config.digest(), order, asdict(context.root), [asdict(i) for i in context.inputs], context.exact, context.last_module, here)
     return hashlib.sha256(repr(parts).encode()).hexdigest()

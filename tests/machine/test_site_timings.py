@@ -57,7 +57,7 @@ def test_measured_once_then_remembered(times: Path, monkeypatch: pytest.MonkeyPa
     ((question, us),) = stored["us"].items()  # the two in the middle are alike; raw data feeds the first, and the last layer is exact
     assert len(us) == 3 and min(us) > 0  # exact, single entries, runs
     assert ["measured" in s.reason for s in sites] == [False, True, True, False]
-    monkeypatch.setattr(site_timings, "_measured", lambda questions, profile: pytest.fail("asked again"))
+    monkeypatch.setattr(site_timings, "_run_benchmark", lambda questions, profile: pytest.fail("asked again"))
     assert decisions(plans_of(model, MEASURE, x)) == decisions(sites)
 
     for us, decision, says in (
@@ -79,7 +79,7 @@ def test_what_is_timed_is_what_is_planned(times: Path, monkeypatch: pytest.Monke
         asked.extend(questions)
         return [[100.0, 50.0, 60.0] for _ in questions]
 
-    monkeypatch.setattr(site_timings, "_measured", note)
+    monkeypatch.setattr(site_timings, "_run_benchmark", note)
     for options in ({}, {"sampling": "backward"}, {"sampling": "blackbox", "method": "crs"}, {"grad_weight": {"method": "bernoulli", "ratio": 0.25}}):
         asked.clear()
         times.unlink(missing_ok=True)
@@ -112,7 +112,7 @@ def test_sites_are_timed_on_the_pages_that_they_will_have(
         built.extend(b.config for b in backends)
         return [100.0, *(50.0 for _ in backends[1:])]
 
-    monkeypatch.setattr(site_timings, "_measured", child)
+    monkeypatch.setattr(site_timings, "_run_benchmark", child)
     monkeypatch.setattr(site_benchmark, "times_us", timed)
     x = torch.randn(512, 64)
     for _ in range(2):
@@ -164,7 +164,7 @@ def test_the_child_multiplies_as_precisely(precisions: None, tmp_path: Path, mon
     (tmp_path / "sitecustomize.py").write_text(NOTE)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     act()
-    assert site_timings._measured([], machine.current()) == []
+    assert site_timings._run_benchmark([], machine.current()) == []
     assert (tmp_path / "sitecustomize.py.txt").read_text() == repr(float32_precision.settings())
 
 
@@ -173,16 +173,16 @@ def test_another_precision_is_another_file(precisions: None, times: Path) -> Non
     assert float32_precision.label("cpu") == float32_precision.label("cuda") == ""
     torch.set_float32_matmul_precision("highest")
     assert site_timings.path_of(profile) == times
-    first = site_timings.name(profile)
+    first = site_timings.store_id(profile)
     older_one()
     assert (float32_precision.label("cpu"), float32_precision.label("cuda")) == ("-matmul-bf16", "-matmul-tf32")
-    assert site_timings.path_of(profile) != times and site_timings.name(profile) != first
+    assert site_timings.path_of(profile) != times and site_timings.store_id(profile) != first
     torch.set_float32_matmul_precision("highest")
     convolutions_in_ieee()
     assert (float32_precision.label("cpu"), float32_precision.label("cuda")) == ("", "-conv-ieee")
 
 
 def test_a_child_that_fails_says_so(times: Path) -> None:
-    product = site_timings.Product("mm", (((4, 8), (8, 1)), ((9, 4), (4, 1))), "float32", "cpu")
+    product = site_timings.TimedProduct("mm", (((4, 8), (8, 1)), ((9, 4), (4, 1))), "float32", "cpu")
     with pytest.raises(RuntimeError, match="policy 'measure': the process that times sites failed"):
-        site_timings.answers([site_timings.Question(product, ())], machine.current())
+        site_timings.step_times_us([site_timings.TimingRequest(product, ())], machine.current())

@@ -289,7 +289,7 @@ def test_a_measured_time_is_that_of_the_lowering_it_decides_for(fastest: str, mo
         asked.extend([o["lowering"] for o in q.options] for q in questions)
         return [[100.0, *(50.0 if o["lowering"] == fastest else 60.0 for o in q.options)] for q in questions]
 
-    monkeypatch.setattr(site_timings, "answers", answers)
+    monkeypatch.setattr(site_timings, "step_times_us", answers)
     model, x = nn.Sequential(nn.Linear(8, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 8)), torch.randn(1024, 8)
     with machine.use(profile.model_copy(update={"tables": profile.tables | tables})):
         site = plans_of(model, {"policy": "measure"}, x)[1]

@@ -8,20 +8,20 @@ import torch
 
 from approx_compile import _torch
 from approx_compile.kernels.availability import CUSTOM_KERNELS
-from approx_compile.machine.site_timings import Layout, Product, Question
+from approx_compile.machine.site_timings import OperandLayout, TimedProduct, TimingRequest
 from approx_compile.passes.cost.estimates import role
 from approx_compile.passes.fx_utils import BMM, CONV
 from approx_compile.passes.planning.plan import Candidates, ProductPlan
 from approx_compile.passes.sites.site import Site
 
 
-def timing_request(site: Site, candidates: Candidates, huge_pages: bool) -> Question:
+def timing_request(site: Site, candidates: Candidates, huge_pages: bool) -> TimingRequest:
     """The site with its sizes (symbolic ones as traced), strides and dtype, and each try as options of the backend; `huge_pages` as the user has it."""
     node = site.node
     conv = node.target in CONV
     roles = {role(p) for p in site.products}
     operands = [_torch.value(n) for n in site.products[0].operands]
-    product = Product(
+    product = TimedProduct(
         op="convolution" if conv else "bmm" if node.target in BMM else "mm",
         layouts=(_layout(operands[0], conv), _layout(operands[1], False)),
         dtype=str(site.dtype).removeprefix("torch."),
@@ -30,10 +30,10 @@ def timing_request(site: Site, candidates: Candidates, huge_pages: bool) -> Ques
         needs_grad=("grad_input" in roles, "grad_weight" in roles),
         rest=tuple(tuple(a) if isinstance(a, (list, tuple)) else a for a in node.args[3:9]) if conv else (),
     )
-    return Question(product, tuple(_options(t) for t in candidates), huge_pages)
+    return TimingRequest(product, tuple(_options(t) for t in candidates), huge_pages)
 
 
-def _layout(value: Any, conv: bool) -> Layout:
+def _layout(value: Any, conv: bool) -> OperandLayout:
     """Inductor lays the activations of 2-D convolutions out channels last on CPUs."""
     shape = tuple(_torch.hint(s) for s in value.shape)
     if conv and value.device.type == "cpu" and len(shape) == 4:
