@@ -14,6 +14,7 @@ from helpers.common import Plans, compiled, grads, mlp
 from torch import Tensor, nn
 
 from approx_compile import ApproxWarning, Backend, _torch
+from approx_compile._torch import symbol_requests
 from approx_compile.backend import run_as_is
 from approx_compile.rows import early_decline, row_backward, row_compiler
 
@@ -219,7 +220,7 @@ def test_what_fails_under_a_symbol_is_compiled_without(make: type[nn.Module], fu
     for a, b in zip(found, [y, *grads(model, x)], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert len(plans) == 1 and "symbol for the batch's size" in plans.sites[0].reason
-    assert not any("dynamic" in name for t in (x, y) for name in vars(t)) and not _torch._requests
+    assert not any("dynamic" in name for t in (x, y) for name in vars(t)) and not symbol_requests.pending_requests
 
 
 @pytest.mark.usefixtures("small_work_counts")
@@ -304,7 +305,7 @@ def test_other_graphs_of_the_same_variable_see_sizes() -> None:
     torch.compile(nn.Linear(16, 64), backend=Backend(None, inner_compile=run_as_is))(x).sum().backward()
     torch._dynamo.reset()
     torch.compile(nn.Linear(16, 64), backend=spy)(x)
-    assert shapes == [32] and not _torch._requests
+    assert shapes == [32] and not symbol_requests.pending_requests
 
 
 # --- which symbol ---

@@ -19,7 +19,8 @@ from torch._dynamo import compiled_autograd
 from torch.utils.checkpoint import checkpoint
 
 import approx_compile
-from approx_compile import Backend, _torch
+from approx_compile import Backend
+from approx_compile._torch import random_state
 from approx_compile.backend import run_as_is
 from approx_compile.rows import gather_rows, row_backward, row_compiler
 
@@ -379,7 +380,7 @@ def test_a_stretch_of_random_numbers_of_its_own_disturbs_no_draws(monkeypatch: p
 
 def test_torch_may_not_tell_that_it_was_seeded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Then the count of draws goes on; another seed still tells."""
-    monkeypatch.setattr(_torch, "_SEED_TRACKERS", [])
+    monkeypatch.setattr(random_state, "_SEED_TRACKERS", [])
     chosen = Chosen(monkeypatch)
     f = torch.compile(generator(), backend=Backend(rows(), inner_compile=run_as_is))
     found = []

@@ -1,0 +1,241 @@
+"""Dynamo: the frame being compiled, the sources of its variables, guards on them, and functions that are compiled already."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+try:
+    from torch._dynamo.exc import ShortenTraceback
+
+    class PassesThroughDynamo(ShortenTraceback):
+        """Dynamo hands this on to the user as it is, where it wraps any other exception of a backend."""
+
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args, first_useful_frame=None)
+
+except ImportError:  # then errors arrive wrapped in BackendCompilerFailed, with the same text
+
+    class PassesThroughDynamo(RuntimeError):  # type: ignore[no-redef]
+        pass
+
+
+def dynamo_frame() -> Any:
+    """Dynamo's translator of the frame being compiled, or None outside of Dynamo."""
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        return InstructionTranslator.current_tx()
+    except (ImportError, AttributeError):
+        return None
+
+
+def frame_scope(frame: Any) -> dict[str, dict[str, Any]]:
+    """The compiled frame's variables, by the names Dynamo's sources use: L for locals (closures included), G for globals."""
+    root = frame.output.root_tx if frame is not None else None
+    return {"L": dict(getattr(root, "f_locals", None) or {}), "G": getattr(root, "f_globals", None) or {}}
+
+
+def frame_code(frame: Any) -> Any:
+    """The code object of the frame being compiled; behind a graph break that of the function that was broken, as the user wrote it."""
+    code = getattr(frame.output.root_tx, "f_code", None)
+    try:
+        from torch._dynamo.resume_execution import ContinueExecutionCache
+
+        return getattr(ContinueExecutionCache.generated_code_metadata.get(code), "code", code)
+    except (ImportError, AttributeError):  # then the rest of a function is taken for a function
+        return code
+
+
+def is_rest(frame: Any) -> bool:
+    """Whether the frame is the rest of some function behind a graph break: variables that are not read any more are gone there."""
+    return getattr(getattr(frame.output.root_tx, "f_code", None), "co_name", "").startswith("torch_dynamo_resume_in_")
+
+
+def held_modules(held: Any, source: Any) -> Iterator[tuple[torch.nn.Module, Any]]:
+    """The modules that a variable holds, and Dynamo's source for each: itself, what a method is bound to, what stands in a partial or a container. None for
+    one that is in a function's closure, to which no guard leads."""
+    from torch._dynamo.source import AttrSource, DictGetItemSource, GetItemSource, UnspecializedNNModuleSource
+
+    def below(held: Any, source: Any, depth: int) -> Iterator[tuple[torch.nn.Module, Any]]:
+        def attribute(name: str) -> tuple[Any, Any]:
+            return getattr(held, name), AttrSource(source, name) if source is not None else None
+
+        inner: list[tuple[Any, Any]] = []
+        if isinstance(held, torch.nn.Module):
+            yield held, source if source is None or isinstance(source, UnspecializedNNModuleSource) else UnspecializedNNModuleSource(source)
+        elif isinstance(held, types.MethodType):
+            inner = [attribute("__self__"), (held.__func__, None)]
+        elif isinstance(held, functools.partial):
+            inner = [attribute("func"), attribute("args"), attribute("keywords")]
+        elif isinstance(held, types.FunctionType):
+            inner = [(c.cell_contents, None) for c in held.__closure__ or () if _is_filled(c)]
+        elif type(held) in (tuple, list):
+            inner = [(v, GetItemSource(source, i) if source is not None else None) for i, v in enumerate(held)]
+        elif type(held) is dict:
+            inner = [(v, DictGetItemSource(source, k) if source is not None and isinstance(k, str) else None) for k, v in held.items()]
+        if depth:
+            for value, own in inner:
+                yield from below(value, own, depth - 1)
+
+    return below(held, source, 4)
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+def module_sources(placeholder: fx.Node) -> Iterator[tuple[str, Any]]:
+    """(expression, source) of every module on the way to a parameter or buffer in Dynamo's graph."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    while source is not None:
+        if "NNModuleSource" in type(source).__name__:
+            yield (source.name() if callable(source.name) else source.name), source
+        source = getattr(source, "base", None)
+
+
+def is_module_state(placeholder: fx.Node) -> bool:
+    """Whether a placeholder of Dynamo's graph is a parameter or buffer that a module owns."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    while source is not None:
+        if "ParamBuffer" in type(source).__name__:
+            return True
+        source = getattr(source, "base", None)
+    return False
+
+
+def variable_source(scope: str, name: str) -> Any:
+    """Dynamo's source of a module held by a local or global variable."""
+    from torch._dynamo.source import UnspecializedNNModuleSource
+
+    return UnspecializedNNModuleSource(plain_source(scope, name))
+
+
+def plain_source(scope: str, name: str) -> Any:
+    """Dynamo's source of a local or global variable."""
+    from torch._dynamo.source import GlobalSource, LocalSource
+
+    return LocalSource(name, is_input=True) if scope == "L" else GlobalSource(name)
+
+
+def child_source(source: Any, path: list[str]) -> Any:
+    """The source of the module at `path` below another one, as Dynamo itself builds it."""
+    from torch._dynamo.source import AttrSource, DictGetItemSource, UnspecializedNNModuleSource
+
+    for name in path:
+        source = UnspecializedNNModuleSource(DictGetItemSource(AttrSource(source, "_modules"), name))
+    return source
+
+
+def guard_attribute(source: Any, name: str) -> None:
+    """Recompile when the attribute's value changes."""
+    from torch._dynamo.guards import GuardBuilder, install_guard
+    from torch._dynamo.source import AttrSource
+
+    install_guard(AttrSource(source, name).make_guard(GuardBuilder.EQUALS_MATCH))
+
+
+def guard_absent(source: Any, name: str) -> None:
+    """Recompile when the attribute, absent now, appears in the object's own dictionary."""
+    from torch._dynamo.guards import GuardBuilder, install_guard
+
+    install_guard(source.make_guard(functools.partial(GuardBuilder.NOT_PRESENT_IN_GENERIC_DICT, attr=name)))
+
+
+def not_traced(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Dynamo calls the function as it is, where it meets it in code that it compiles."""
+    disabled: Callable[..., Any] = torch.compiler.disable(f)
+    return disabled
+
+
+def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
+    """A Dynamo graph to compile once more: passes before autograd edit it in place, and a copy alone would lose where its inputs come from."""
+    new = copy.deepcopy(gm)
+    for a, b in zip(gm.graph.find_nodes(op="placeholder"), new.graph.find_nodes(op="placeholder"), strict=True):
+        if hasattr(a, "_dynamo_source"):
+            b._dynamo_source = a._dynamo_source  # type: ignore[attr-defined]
+    return new
+
+
+def compile_apart(model: Any, backend: Any) -> Any:
+    """torch.compile with entries of its own, which don't count against the user's recompile limit (where torch can: 2.13 and later), and without the code that
+    the user has compiled in place."""
+    import inspect
+
+    compile_any: Any = torch.compile
+    apart = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+    compiled = compile_any(model, backend=backend, **apart)
+    in_place = [m for m in model.modules() if call_compiled_in_place(m) is not None] if isinstance(model, torch.nn.Module) else []
+    if not in_place:
+        return compiled
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        before = [m._compiled_call_impl for m in in_place]
+        try:
+            for m in in_place:
+                m._compiled_call_impl = None
+            return compiled(*args, **kwargs)
+        finally:
+            for m, own in zip(in_place, before, strict=True):
+                m._compiled_call_impl = own
+
+    return call
+
+
+def compiler_of(compiled: Any) -> tuple[str | None, Any, dict[str, Any]]:
+    """(name, backend, its keyword arguments) of something torch.compile returned, a module or a function; (None, None, {}) where Dynamo no longer shows
+    them."""
+    context = getattr(compiled, "dynamo_ctx", None) or _enclosed(compiled, getattr(torch._dynamo.eval_frame, "_TorchDynamoContext", ()))
+    layer = getattr(context, "callback", None)
+    while (inner := getattr(layer, "_torchdynamo_orig_backend", None)) is not None:
+        layer = inner
+    return getattr(layer, "compiler_name", None), getattr(layer, "compiler_fn", None), dict(getattr(layer, "kwargs", None) or {})
+
+
+def backend_names() -> list[str]:
+    """The names that torch.compile takes for a backend."""
+    names: list[str] = torch._dynamo.list_backends(exclude_tags=())
+    return names
+
+
+def _enclosed(f: Any, kind: type | tuple[()]) -> Any:
+    """The first variable of such a kind that a function closes over, None without one."""
+    found = []
+    for cell in getattr(f, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # an empty cell
+            found.append(cell.cell_contents)
+    return next((v for v in found if isinstance(v, kind)), None)
+
+
+def call_compiled_in_place(model: Any) -> Any:
+    """What `model.compile(...)` put in the place of the module's call, None if nothing."""
+    return model._compiled_call_impl if isinstance(model, torch.nn.Module) else None
+
+
+@contextlib.contextmanager
+def forgetting_shapes() -> Iterator[None]:
+    """Inside, sizes are taken as static, and Dynamo's memory of sizes seen (which makes later ones dynamic) is put back afterwards."""
+    try:
+        from torch._dynamo.pgo import get_code_state
+
+        state: Any = get_code_state()
+        saved = copy.deepcopy(state)
+    except (ImportError, AttributeError):  # then a later call with another size may compile for dynamic sizes at once
+        state = saved = None
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        try:
+            yield
+        finally:
+            if state is not None and saved is not None:
+                state.clear()
+                state.update(saved)

@@ -1,0 +1,98 @@
+"""Fake tensors: the values that graphs carry in place of data, the mode they belong to, and tracing with them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+
+def value(n: Any) -> Any:
+    """The fake tensor of a node."""
+    return n.meta["val"]
+
+
+def fake_mode_of(*nodes: fx.Node) -> Any:
+    """The fake mode the graph was traced under."""
+    from torch._guards import detect_fake_mode
+
+    values = [t for n in nodes for t in torch.utils._pytree.tree_leaves((n.meta.get("val"), [m.meta.get("val") for m in n.all_input_nodes]))]
+    mode = detect_fake_mode([v for v in values if isinstance(v, torch.Tensor)])
+    assert mode is not None, f"{nodes} have no fake values"
+    return mode
+
+
+def graph_fake_mode(graph: fx.Graph) -> Any:
+    from torch._guards import detect_fake_mode
+
+    mode = detect_fake_mode([v for m in graph.nodes if isinstance(v := m.meta.get("val"), torch.Tensor)])
+    assert mode is not None
+    return mode
+
+
+def fake_scalar(n: fx.Node, dtype: torch.dtype) -> Any:
+    """A fake tensor without dims on the CPU, of the fake mode of the graph that `n` is in."""
+    with graph_fake_mode(n.graph):
+        return torch.empty((), dtype=dtype, device="cpu")
+
+
+def fake_like(value: torch.Tensor, size: Sequence[int], stride: Sequence[int], offset: int) -> torch.Tensor:
+    """A tensor with this layout and `value`'s dtype and device, fake if that is."""
+    from torch._guards import detect_fake_mode
+
+    with torch.no_grad(), detect_fake_mode([value]) or contextlib.nullcontext():
+        if not offset:
+            return torch.empty_strided(size, stride, dtype=value.dtype, device=value.device)
+        last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if all(size) else offset
+        return torch.empty(last + 1, dtype=value.dtype, device=value.device).as_strided(size, stride, offset)
+
+
+def fake_dense(value: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor of the same size, dtype and device, fake if that is."""
+    from torch._guards import detect_fake_mode
+
+    with torch.no_grad(), detect_fake_mode([value]) or contextlib.nullcontext():
+        return torch.empty(value.shape, dtype=value.dtype, device=value.device)
+
+
+def is_wrapper_subclass(value: Any) -> bool:
+    """DTensor and its like."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    return isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value)
+
+
+def no_modes() -> contextlib.AbstractContextManager[Any]:
+    """Real tensors inside the block, whatever is traced outside; where the name is gone measuring there fails, and says so."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
+def leaves(tree: Any) -> list[Any]:
+    """What is in nested tuples, lists, dicts and registered classes."""
+    return torch.utils._pytree.tree_leaves(tree)
+
+
+@functools.cache
+def inductor_decompositions() -> Any:
+    from torch._inductor.decomposition import select_decomp_table
+
+    return select_decomp_table()
+
+
+def trace(run: Callable[..., Any], values: Sequence[Any]) -> fx.Graph:
+    """`run` on fake values as a graph of aten ops, decomposed by Inductor's table (without it some ops reach Inductor whole and it asserts)."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    apart = [v.detach() if isinstance(v, torch.Tensor) else v for v in values]  # make_fx takes one value that is given twice for one input
+    return make_fx(run, decomposition_table=inductor_decompositions())(*apart).graph
+
+
+def readable(graph: fx.Graph) -> str:
+    """A graph as Python with shapes in comments."""
+    return graph.python_code("self", verbose=True, include_stride=False, include_device=False).src
