@@ -37,6 +37,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from approx_compile._torch.known_faults import inductor
+from approx_compile.backend.capture import graph_context
 from approx_compile.machine import device_name
 from approx_compile.tools.compare import race
 
@@ -46,7 +47,6 @@ sys.path.insert(0, str(ROOT / "examples"))
 from models import build  # noqa: E402
 
 from approx_compile import ApproxConfig, set_step  # noqa: E402
-from approx_compile.backend import approx_backend  # noqa: E402
 from approx_compile.backend.runtime.schedule import Dispatch, Schedule, _stepped  # noqa: E402
 from approx_compile.config import presets  # noqa: E402
 from approx_compile.passes.joint_graph_pass import ApproxPass  # noqa: E402
@@ -384,7 +384,7 @@ def deciding(work: Annotated[list[str] | None, typer.Option(help="mlp, block, wr
 
         with (
             mock.patch.object(ApproxPass, "__call__", timed(ApproxPass.__call__)),
-            mock.patch.object(approx_backend, "read_graph", timed(approx_backend.read_graph)),
+            mock.patch.object(graph_context, "read_graph", timed(graph_context.read_graph)),
             torch._inductor.config.patch(force_disable_caches=True),
         ):
             step = stepper(name, {"policy": "cost"})

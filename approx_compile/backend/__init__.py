@@ -1,5 +1,10 @@
-"""What `torch.compile` calls, and what it gets back: a graph captured and compiled with the joint-graph pass, and what runs between the steps."""
+"""The backend that `torch.compile` calls: it captures a graph, compiles it with the joint-graph pass, and steers what runs between the steps.
 
-from approx_compile.backend.approx_backend import DISABLE, Backend, approx, inductor_patches, run_as_is
+The entry point `approx` of `torch.compile(model, backend="approx")` is `approx_compile.backend:approx`.
+"""
+
+from approx_compile._torch import run_as_is
+from approx_compile.backend.approx_backend import DISABLE, Backend, approx
+from approx_compile.backend.inductor_options import inductor_patches
 
 __all__ = ["DISABLE", "Backend", "approx", "inductor_patches", "run_as_is"]

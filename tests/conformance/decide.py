@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from approx_compile import Backend
-from approx_compile.backend import approx_backend, diagnostics, run_as_is
+from approx_compile.backend import diagnostics, dynamic_batch, run_as_is
 from approx_compile.passes.planning.plan import Plan
 from approx_compile.rows import partition, row_compiler, row_cost
 
@@ -78,13 +78,11 @@ class Watched:
 def watching(once: bool = False) -> Iterator[Watched]:
     """Inside, whatever is compiled tells why it stops rows. `once`: a graph without rows is not traced again without a symbol, which would take a third
     of the time and decide nothing."""
-    watched, plain, symbol, ask = Watched(), partition._assign, approx_backend.batch_symbols, row_compiler.RowCompiler.ask
+    watched, plain, symbol, ask = Watched(), partition._assign, dynamic_batch.batch_symbols, row_compiler.RowCompiler.ask
 
     def batch_symbols(gm: fx.GraphModule, *more: Any) -> Any:
         found = symbol(gm, *more)
-        sizes = {
-            n.name: str(v.shape[0]) for n in gm.graph.nodes if n.op == "placeholder" and approx_backend._is_data(n) and (v := n.meta["example_value"]).dim()
-        }
+        sizes = {n.name: str(v.shape[0]) for n in gm.graph.nodes if n.op == "placeholder" and dynamic_batch.is_data(n) and (v := n.meta["example_value"]).dim()}
         watched.symbols = f"batch: {found}, inputs: {', '.join(f'{name} {size}' for name, size in sizes.items())}"
         return found
 
@@ -101,13 +99,13 @@ def watching(once: bool = False) -> Iterator[Watched]:
             for n in more[2]:
                 n.meta[row_compiler.LEVEL] = partition.ALL
 
-    partition._assign, approx_backend.batch_symbols = assign, batch_symbols
+    partition._assign, dynamic_batch.batch_symbols = assign, batch_symbols
     if once:
         row_compiler.RowCompiler.ask = ask_once  # type: ignore[method-assign]
     try:
         yield watched
     finally:
-        partition._assign, approx_backend.batch_symbols = plain, symbol
+        partition._assign, dynamic_batch.batch_symbols = plain, symbol
         row_compiler.RowCompiler.ask = ask  # type: ignore[method-assign]
 
 

@@ -1,0 +1,211 @@
+"""Compile one Dynamo graph with each of several settings: the assignments of a schedule, and the ratios that an adaptive output may take.
+
+A variant whose backward pass may run on sampled rows is compiled first. If rows turn out not to pay, or compiling with them fails, the graph is compiled
+without rows, and the plan says why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import sympy
+import torch
+from torch import fx, nn
+
+from approx_compile import _torch, machine
+from approx_compile._torch.known_faults import guarded
+from approx_compile.backend import dynamic_batch
+from approx_compile.backend.dynamic_batch import NoRows
+from approx_compile.backend.inductor_options import after_user_passes
+from approx_compile.config import ApproxConfig, ConfigError
+from approx_compile.machine import huge_pages
+from approx_compile.passes.joint_graph_pass import ApproxPass, Listener
+from approx_compile.passes.planning.plan import Plan
+from approx_compile.passes.sites.site import Context
+from approx_compile.rows.opaque_backward import shown_as_one_op
+from approx_compile.rows.row_compiler import Declined, RowCompiler
+from approx_compile.utils import say_once, warn_once
+
+log = logging.getLogger("approx_compile")
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """The settings of a `Backend`. Backends with equal options share compiled code."""
+
+    config: ApproxConfig
+    inner_compile: Callable[..., Any] | None = None
+    """Receives the partitioned forward and backward graphs in place of Inductor's code generation."""
+    on_plan: Listener | None = None
+    """Called with every plan and, with `keep_graphs`, the joint graph before and after the rewrite."""
+    keep_graphs: bool = False
+
+
+class Variant(NamedTuple):
+    """A graph compiled with settings that hold at some steps."""
+
+    call: Any
+    """The compiled function."""
+    uuid: str
+    """The part of the cache key that comes from the joint-graph pass."""
+    plan: Plan | None
+    """None after a hit in Inductor's cache, because the pass did not run then."""
+
+
+@dataclass
+class GraphCompiler:
+    """Compiles the Dynamo graph of one call of the backend, once or with several settings."""
+
+    options: BackendOptions
+    gm: fx.GraphModule
+    example_inputs: Sequence[Any]
+    patches: dict[str, Any]
+    """Options of Inductor."""
+    context: Context
+    layers: tuple[str, ...]
+    """The key of the innermost module of every call, in graph order."""
+    root: nn.Module | None
+    """The module that the graph belongs to, if there is exactly one."""
+    several: bool
+    """Whether the graph is compiled with more than one setting."""
+
+    def compile(self, configs: Sequence[ApproxConfig]) -> list[Variant]:
+        """Compile the graph with each of the settings.
+
+        Settings with sampled rows are compiled first. If Dynamo was asked for a symbol for the batch's size and rows pay under none of the settings, Dynamo
+        is made to trace the graph again without the symbol; this method does not return then.
+
+        Args:
+            configs: Settings without a schedule, one for each variant.
+
+        Returns:
+            The variants, in the order of `configs`.
+
+        Raises:
+            ConfigError: If a setting cannot be applied to this graph.
+        """
+        with_rows = [i for i, c in enumerate(configs) if c.asks_for_rows()]
+        if not with_rows:
+            return [self._compile_one(c, None) for c in configs]
+        request, is_first = _torch.request(), False
+        if request is not None:
+            is_first, request.answered = not request.answered, True
+        symbols = self._batch_symbols(request if is_first else None)
+        declined: dict[int, NoRows] = {}
+        compiled: dict[int, Variant] = {}
+        for i in with_rows:
+            result = symbols if isinstance(symbols, NoRows) else self._compile_with_rows(configs[i], symbols, request is not None)
+            if isinstance(result, NoRows):
+                declined[i] = result
+            else:
+                compiled[i] = result
+        if request is not None and is_first and len(declined) == len(with_rows) and _torch.has_symbols(self.gm):
+            _torch.trace_without(request, NoRows(declined[with_rows[0]].reason, tuple(cut for no_rows in declined.values() for cut in no_rows.cuts)))
+        return [compiled[i] if i in compiled else self._compile_one(c, None, declined.get(i)) for i, c in enumerate(configs)]
+
+    def key(self) -> str:
+        """Name the graph by the modules of its calls.
+
+        Returns:
+            A short digest, the same in every process and for all sizes of the inputs.
+        """
+        names = repr([self.context.modules[k.split("@")[0]].name if k else "" for k in self.layers])
+        return hashlib.sha256(names.encode()).hexdigest()[:12] + ":"
+
+    def _compile_with_rows(self, config: ApproxConfig, symbols: Sequence[sympy.Symbol], symbol_was_requested: bool) -> Variant | NoRows:
+        """Compile the graph with a backward pass on sampled rows, or say why that is not done. Any failure but the user's counts as such a reason."""
+        rows = RowCompiler(symbols, config, self.options.inner_compile, self.root, self.key(), symbol_was_requested)
+        try:
+            with _warnings_if_successful():
+                return self._compile_one(config, rows, may_compile_again=not symbol_was_requested)
+        except Declined as e:
+            return NoRows(str(e), tuple(rows.cuts))
+        except (ConfigError, _torch.PassesThroughDynamo):
+            raise
+        except Exception as e:
+            log.debug("approx: the graph does not compile with rows", exc_info=True)
+            return NoRows(_internal_defect(e) or _torch.failed_with_symbol(e))
+
+    def _compile_one(self, config: ApproxConfig, rows: RowCompiler | None, no_rows: NoRows | None = None, may_compile_again: bool = False) -> Variant:
+        """Compile the graph with one setting: with `rows`; or with `no_rows`, the reason against them, in the plan; or, with neither, without sampled rows."""
+        options, planned = self.options, list[tuple[Plan, fx.Graph | None, fx.Graph | None]]()
+        profile = _device_profile(self.example_inputs) if config.asks_for_products() else None
+        approx = ApproxPass(config, self.context, self.layers, lambda *plan: planned.append(plan), options.keep_graphs, rows.ask if rows else None, profile)
+        inner = rows if rows is not None else options.inner_compile
+        gm = _torch.copy_of(self.gm) if self.several or may_compile_again else self.gm
+        patches = huge_pages.patches(config, self.patches) | self.patches | {"joint_custom_pre_pass": after_user_passes(approx)}
+        compiled = _torch.compile_fx(gm, self.example_inputs, guarded(patches), inner, options.inner_compile is None, self.several)
+        compiled = shown_as_one_op(compiled) if rows is not None else compiled
+        whole: Plan | None = None
+        for plan, before, after in planned:  # the pass also runs on graphs inside the graph
+            plan = plan.without_rows(no_rows.reason, no_rows.cuts) if no_rows is not None else plan.with_cuts(rows.cuts) if rows is not None else plan
+            whole = plan if whole is None else whole.joined(plan)
+            if options.on_plan is not None:
+                options.on_plan(plan, before, after)
+        return Variant(compiled, approx.uuid(), whole)
+
+    def _batch_symbols(self, request: _torch.Request | None) -> Sequence[sympy.Symbol] | NoRows:
+        """The symbols that may be the batch's size, or why rows cannot be sampled. May make Dynamo trace again, with a symbol or without one."""
+        if self.context.nothing_trains():
+            return NoRows("no module is in training mode")
+        if self.context.exact is not None:
+            return NoRows(self.context.exact)
+        if request is not None and request.why_not is not None:
+            return request.why_not if isinstance(request.why_not, NoRows) else NoRows(request.why_not)
+        if request is not None and _torch.tensors_in(self.gm) < request.size:
+            _torch.trace_without(request, NoRows("with a symbol for the batch's size Dynamo can't trace all of it"))
+        return dynamic_batch.batch_symbols(self.gm, self.options.config)
+
+
+def representative_plan(variants: Sequence[Variant], configs: Sequence[ApproxConfig], config: ApproxConfig) -> Plan | None:
+    """Choose the plan that notices to the user describe: the one that samples most.
+
+    Args:
+        variants: All variants of a graph.
+        configs: The settings of each variant.
+        config: The user's settings.
+
+    Returns:
+        The plan, whose `unmatched` holds the patterns that match no site in any variant whose settings have them; None if a variant comes from a cache.
+    """
+    plans = [v.plan for v in variants if v.plan is not None]
+    if len(plans) < len(variants):
+        return None
+    if len(plans) == 1:
+        return plans[0]
+    matched = {p.text for plan, c in zip(plans, configs, strict=True) for p in c.patterns() if p.text not in plan.unmatched}
+    return replace(max(plans, key=lambda p: p.sampled), unmatched=tuple(p.text for p in config.patterns() if p.text not in matched))
+
+
+@contextlib.contextmanager
+def _warnings_if_successful() -> Iterator[None]:
+    """Show the warnings raised inside only if nothing fails there: after a failure the graph is compiled in another way, and they do not concern the user."""
+    with warnings.catch_warnings(record=True) as caught:
+        yield
+    for w in caught:
+        warnings.warn_explicit(w.message, w.category, w.filename, w.lineno, source=w.source)
+
+
+def _internal_defect(error: Exception) -> str | None:
+    """Describe, and warn of, an error that this package's own code has raised; None for any other error."""
+    *_, last = traceback.extract_tb(error.__traceback__)
+    if not Path(last.filename).is_relative_to(Path(__file__).parent.parent):
+        return None
+    text = f"a defect of approx_compile ({type(error).__name__}: {str(error)[:200]}, {Path(last.filename).name}:{last.lineno}); please report it"
+    warn_once(f"approx: rows are not sampled: {text}")
+    return text
+
+
+def _device_profile(example_inputs: Sequence[Any]) -> machine.Machine | None:
+    """The profile of the device that the model is on, if that device can be measured."""
+    devices = {v.device.type for v in example_inputs if isinstance(v, torch.Tensor)}
+    device = next(iter(devices - {"cpu"}), "cpu")
+    return machine.current(device, say_once) if device in machine.DEVICES else None
