@@ -47,7 +47,9 @@ sys.path.insert(0, str(ROOT / "examples"))
 from models import build  # noqa: E402
 
 from approx_compile import ApproxConfig, set_step  # noqa: E402
-from approx_compile.backend.runtime.schedule import Dispatch, Schedule, _stepped  # noqa: E402
+from approx_compile.backend.runtime.dispatch import Dispatch  # noqa: E402
+from approx_compile.backend.runtime.schedule import Schedule  # noqa: E402
+from approx_compile.backend.runtime.step_counter import after_step  # noqa: E402
 from approx_compile.config import presets  # noqa: E402
 from approx_compile.passes.joint_graph_pass import ApproxPass  # noqa: E402
 
@@ -262,7 +264,7 @@ def _switch_us() -> dict[str, float]:
     set_step(model, 1)
     parameters = list(model.parameters())
     optimizer = torch.optim.SGD(parameters)
-    counted = {"dispatch_us": lambda: pick(*parameters), "count_us": lambda: _stepped(optimizer, (), {})}
+    counted = {"dispatch_us": lambda: pick(*parameters), "count_us": lambda: after_step(optimizer, (), {})}
     return {name: round(statistics.median(times) * 1e3, 2) for name, times in race(counted, 2000).items()}
 
 

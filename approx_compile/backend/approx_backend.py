@@ -18,8 +18,10 @@ from approx_compile._torch.known_faults import guarded
 from approx_compile.backend import diagnostics
 from approx_compile.backend.capture import graph_context
 from approx_compile.backend.inductor_options import inductor_patches
+from approx_compile.backend.runtime.dispatch import Dispatch
 from approx_compile.backend.runtime.output_probe import Outputs
-from approx_compile.backend.runtime.schedule import Dispatch, Schedule, count_steps
+from approx_compile.backend.runtime.schedule import Schedule
+from approx_compile.backend.runtime.step_counter import count_optimizer_steps
 from approx_compile.backend.variants import BackendOptions, GraphCompiler, Variant, representative_plan
 from approx_compile.config import ApproxConfig
 from approx_compile.passes.joint_graph_pass import Listener
@@ -116,7 +118,7 @@ class Backend:
         if len(by_assignment) > 1:
             if (reason := _uncounted_reason(root, parameters)) is not None:
                 warn_once(f"approx: {name} {reason}: the settings of step 0, without a phase, go on holding there")
-            count_steps()
+            count_optimizer_steps()
             run = Dispatch(self.schedule, by_assignment, index, parameters, name)
         first_is_fake = _torch.first_call_is_fake()
 

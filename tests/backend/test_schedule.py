@@ -15,8 +15,8 @@ from torch._dynamo.utils import counters
 import approx_compile
 from approx_compile import ApproxConfig, ApproxWarning, Backend, ConfigError, set_phase, set_step
 from approx_compile.backend import run_as_is
-from approx_compile.backend.runtime import schedule
-from approx_compile.backend.runtime.schedule import MOST, Schedule
+from approx_compile.backend.runtime import dispatch, step_counter
+from approx_compile.backend.runtime.schedule import MAX_ASSIGNMENTS, Schedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -124,7 +124,7 @@ def test_the_optimizer_that_owns_the_parameters_counts() -> None:
 
 
 def steps_of(model: nn.Module) -> set[int]:
-    return {c.step for p in model.parameters() if (c := schedule._clocks.get(p)) is not None and c.owned}
+    return {c.step for p in model.parameters() if (c := step_counter._step_counts.get(p)) is not None and c.owned}
 
 
 def test_frozen_layers_have_no_say() -> None:
@@ -348,7 +348,7 @@ def test_evaluation_is_one_graph() -> None:
 
 
 def test_nobody_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schedule, "PATIENCE", 3)
+    monkeypatch.setattr(dispatch, "UNCOUNTED_CALLS", 3)
     w = Watched(EVERY_OTHER)
     w.kept()
     w.kept()
@@ -393,7 +393,7 @@ def test_every_combination_that_ever_holds_is_known() -> None:
         ([{"phase": 3, "method": "exact"}], {}, "the name of a phase"),
         ([], {"total_steps": 0}, "total_steps"),
         ([], {"final_exact": 0.1}, "final_exact: a share of the run; set total_steps"),
-        ([{"steps": f"{i}:{i + 1}", "ratio": 0.1 + i / 100} for i in range(MOST + 1)], {}, f"more than {MOST} different assignments"),
+        ([{"steps": f"{i}:{i + 1}", "ratio": 0.1 + i / 100} for i in range(MAX_ASSIGNMENTS + 1)], {}, f"more than {MAX_ASSIGNMENTS} different assignments"),
         ([{"steps": "::997", "ratio": 0.1}, {"steps": "::991", "ratio": 0.2}], {}, "repeat only after 988027 steps"),
     ],
 )
@@ -407,13 +407,13 @@ def test_a_switch_costs_little() -> None:
     found = Schedule.of(ApproxConfig(**EVERY_OTHER))
     parameters = list(model.parameters())
     set_step(model, 1)
-    clock = schedule.clock_of(parameters)
+    clock = step_counter.step_count_of(parameters)
     assert clock is not None and found.at(clock.step, clock.phase) == 1
     calls = []
-    dispatch = schedule.Dispatch(found, [lambda *a: calls.append(0), lambda *a: calls.append(1)], [0, 1], [0], "it")
+    select = dispatch.Dispatch(found, [lambda *a: calls.append(0), lambda *a: calls.append(1)], [0, 1], [0], "it")
     for step in (0, 1, 1, 2):
         set_step(model, step)
-        dispatch(parameters[0])
+        select(parameters[0])
     assert calls == [0, 1, 1, 0]
     for wrong in (-1, 1.5, True):
         with pytest.raises(ValueError, match="set_step"):

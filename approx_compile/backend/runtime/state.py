@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from approx_compile.backend.runtime.schedule import clocks_state, load_clocks
+from approx_compile.backend.runtime.step_counter import load_step_counts, step_counts_state
 from approx_compile.rows.controller import controls_state, load_controls, plain
 
 
@@ -19,7 +19,7 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
     model's and the optimizer's; a run that loads all of them and the random state repeats the uninterrupted one bit for bit.
     """
     model = plain(model)
-    return {"controls": controls_state(model), "clocks": clocks_state(dict(model.named_parameters()))}
+    return {"controls": controls_state(model), "clocks": step_counts_state(dict(model.named_parameters()))}
 
 
 def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -35,4 +35,4 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
         if name not in among:
             raise KeyError(f"state for {name!r}, which {type(model).__name__} does not have; it has {', '.join(list(parameters)[:8])}, ...")
     load_controls(model, state["controls"])
-    load_clocks(parameters, state["clocks"])
+    load_step_counts(parameters, state["clocks"])

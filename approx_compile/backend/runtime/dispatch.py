@@ -1,0 +1,59 @@
+"""Run, at each call of a compiled graph, the assignment of settings that holds at the current step and phase.
+
+Every assignment of a graph is compiled when the graph is. A switch costs a few dictionary lookups, and never recompiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from approx_compile.backend.runtime.schedule import Schedule
+from approx_compile.backend.runtime.step_counter import StepCount, step_count_of
+from approx_compile.utils import warn_once
+
+UNCOUNTED_CALLS = 200
+"""The number of training calls without an optimizer's step after which the user is warned that no steps are counted."""
+
+
+class Dispatch:
+    """The compiled assignments of one graph as one function: each call runs the one that holds at the step of the graph's parameters.
+
+    Args:
+        schedule: The schedule.
+        compiled: The compiled assignments, those that are equal for this graph once.
+        index: For every assignment of the schedule its place in `compiled`.
+        parameters: The places of the graph's parameters among its arguments.
+        name: The model's name, for warnings.
+    """
+
+    def __init__(self, schedule: Schedule, compiled: Sequence[Callable[..., Any]], index: Sequence[int], parameters: Sequence[int], name: str) -> None:
+        self.schedule = schedule
+        self.compiled = tuple(compiled)
+        self.index = tuple(index)
+        self.parameters = tuple(parameters)
+        self.name = name
+        self._uncounted_calls = 0
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the assignment that holds now."""
+        count = step_count_of(args[i] for i in self.parameters)
+        if count is None:
+            self._note_uncounted_call()
+            count = StepCount()
+        if count.phase not in self.schedule.phases:
+            self._warn_of_unknown_phase(count.phase)
+            count = StepCount(count.step)
+        return self.compiled[self.index[self.schedule.at(count.step, count.phase)]](*args)
+
+    def _note_uncounted_call(self) -> None:
+        self._uncounted_calls += 1
+        if self._uncounted_calls == UNCOUNTED_CALLS:
+            warn_once(
+                f"approx: {UNCOUNTED_CALLS} training calls of {self.name} and no step of a torch.optim optimizer over its parameters: the settings of step 0 "
+                "go on holding; count with approx_compile.set_step(model, step)"
+            )
+
+    def _warn_of_unknown_phase(self, phase: str | None) -> None:
+        known = ", ".join(repr(p) for p in self.schedule.phases[1:])
+        warn_once(f"approx: phase {phase!r} is set for {self.name}, which no rule asks for; " + (f"rules name {known}" if known else "no rule names one"))
