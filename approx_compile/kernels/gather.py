@@ -1,7 +1,8 @@
-"""Sampled products in readable torch, which is also what Inductor lowers.
+"""Sampled products in readable torch: gather the kept entries of both operands, and scatter the gradient of a gathered operand back.
 
-An operand's contraction axis is an `Axis`; `sample` gathers both operands of a product, `untake` puts the gradient of a gathered operand
-back. Gathers run in memory order (a gather that is also a transpose is not vectorised on CPUs) and keep the layout, channels-last included.
+This code is traced into the graph, so it is also what Inductor lowers. An `Axis` says where the contraction axis lies in an operand. `sample` gathers both
+operands of a product; `untake` is the gradient of the gather `take`. Gathers run in the order of memory, because Inductor does not vectorise a gather that
+is also a transpose on CPUs, and keep the operand's memory format, channels-last included.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from approx_compile.kernels.estimators import Estimator, inverse_index, select
 class Axis:
     """Where a contraction axis lies in an operand.
 
-    `split` = (dim, groups): first view that dim as (groups, rest), as grouped convolutions need; `dim` and `lead` then count in the view.
-    `lead`: the dim over which contractions are independent (the batch of a bmm, the groups of a convolution), None when there is one.
+    Attributes:
+        dim: The contracted dim, counted in the view that `split` gives.
+        lead: The dim over which contractions are independent (the batch of a bmm, the groups of a convolution), counted in that view; None if there is none.
+        split: (dim, groups): the operand is first viewed with this dim as (groups, rest), as grouped convolutions need. None: it is not viewed.
     """
 
     dim: int
@@ -29,16 +32,24 @@ class Axis:
     split: tuple[int, int] | None = None
 
     def view(self, x: Tensor) -> Tensor:
+        """View an operand as `dim` and `lead` count its dims."""
         return x if self.split is None else x.unflatten(self.split[0], (self.split[1], -1))
 
     def unview(self, x: Tensor) -> Tensor:
+        """Undo `view`."""
         return x if self.split is None else x.flatten(self.split[0], self.split[0] + 1)
 
 
 def norms_sq(x: Tensor, axis: Axis, group: int = 1) -> Tensor:
-    """Squared Euclidean norms along `axis`: (units,), or (batch, units) with a lead; fp32 (fp64 for fp64). A tail is left out.
+    """Return the squared Euclidean norm of every unit along an axis: v_i = sum of x^2 over all other dims and over the unit's entries.
 
-    v_i = sum over every other dim (and the group) of x^2.
+    Args:
+        x: The operand.
+        axis: Its contraction axis.
+        group: Contiguous entries of a unit; entries at the end that fill no unit are left out.
+
+    Returns:
+        (units,), or (batch, units) if the axis has a lead; fp32 (fp64 for fp64).
     """
     x = axis.view(x)
     x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
@@ -54,10 +65,11 @@ def norms_sq(x: Tensor, axis: Axis, group: int = 1) -> Tensor:
 
 
 _OUTER = 32
+"""Entries that the second step of a long sum adds up."""
 
 
 def _sum_sq(x: Tensor, dims: list[int]) -> Tensor:
-    """sum of x^2 over `dims`. A long outermost sum is done in two steps: one long column per thread would miss the cache on CPUs."""
+    """Return the sum of x^2 over `dims`. On CPUs a long sum over the outermost dim takes two steps, since one long column per thread misses the cache."""
     if dims and x.device.type == "cpu":
         outer = max(dims, key=lambda d: _torch.hint(x.stride(d)))
         size = x.shape[outer]
@@ -71,21 +83,21 @@ def _sum_sq(x: Tensor, dims: list[int]) -> Tensor:
 
 
 def _memory_order(x: Tensor) -> list[int]:
-    """Dims from the slowest to the fastest in memory."""
+    """Return the dims from the slowest to the fastest in memory."""
     return sorted(range(x.dim()), key=lambda d: -_torch.hint(x.stride(d)))
 
 
 def _pick(x: Tensor, axis: Axis, idx: Tensor, unit: int) -> Tensor:
-    """x[.., idx, ..] along axis.dim in units, for a viewed x; the same memory order as x."""
+    """Gather x[.., idx, ..] along axis.dim in units, for an x from `axis.view`; the result has the memory order of x."""
     order = _memory_order(x)
-    if any(not isinstance(s, int) for s in x.stride()):  # Inductor can't put the strides of a saved view in order, where they hold symbols
+    if any(not isinstance(s, int) for s in x.stride()):  # Inductor cannot sort the strides of a saved view that hold symbols
         order = sorted(order)
     straight = order == sorted(order)
     y = x if straight else x.permute(order)
     dim = order.index(axis.dim)
     y = y.unflatten(dim, (-1, unit)) if unit > 1 else y
     if axis.lead is None:
-        y = torch.ops.aten._unsafe_index.Tensor(y, [None] * dim + [idx])  # the indices are ours: no bounds check in every loop
+        y = torch.ops.aten._unsafe_index.Tensor(y, [None] * dim + [idx])  # the indices are known to be valid: no bounds checks in the loops
     else:
         lead = order.index(axis.lead)
         lead += lead > dim and unit > 1
@@ -100,7 +112,7 @@ def _pick(x: Tensor, axis: Axis, idx: Tensor, unit: int) -> Tensor:
 
 
 def _along(v: Tensor, x: Tensor, axis: Axis, unit: int) -> Tensor:
-    """A vector over units, (n,) or (batch, n), shaped to multiply a viewed x along its axis."""
+    """Shape a vector over units, (n,) or (batch, n), so that it multiplies an x from `axis.view` along its axis."""
     if unit > 1:
         v = v.unsqueeze(-1).expand(*v.shape, unit).flatten(-2)
     shape = [1] * x.dim()
@@ -112,7 +124,18 @@ def _along(v: Tensor, x: Tensor, axis: Axis, unit: int) -> Tensor:
 
 
 def take(x: Tensor, axis: Axis, idx: Tensor, scale: Tensor | None, unit: int) -> Tensor:
-    """The kept entries of an operand, times their scale (multiplied in the scale's precision): K -> n * unit along `axis`."""
+    """Gather the kept entries of an operand and multiply them by their scale.
+
+    Args:
+        x: The operand, with K entries along `axis`.
+        axis: Its contraction axis.
+        idx: Indices of kept units, (n,), or (batch, n) if the axis has a lead.
+        scale: Their scale, of idx's shape, or None for 1; multiplied in its own precision, then rounded to x's dtype.
+        unit: Contiguous entries that one index stands for.
+
+    Returns:
+        x with n * unit entries along `axis`, in its dtype and memory order.
+    """
     x = axis.view(x)
     y = _pick(x, axis, idx, unit)
     if scale is not None:
@@ -121,9 +144,20 @@ def take(x: Tensor, axis: Axis, idx: Tensor, scale: Tensor | None, unit: int) ->
 
 
 def untake(y: Tensor, axis: Axis, idx: Tensor, scale: Tensor | None, unit: int, size: int) -> Tensor:
-    """The gradient of `take`: the kept entries at their places, zeros elsewhere; n * unit -> size along `axis`.
+    """Compute the gradient of `take`: put the kept entries, times their scale, in their places, with zeros elsewhere.
 
-    The indices are distinct, so a gather by the inverse index does it: one pointwise loop, no zero-fill, no atomics.
+    The indices are distinct, so this is a gather by the inverse index: one pointwise loop without a zero fill and without atomics.
+
+    Args:
+        y: Gradient of the gathered operand, with n * unit entries along `axis`.
+        axis: The contraction axis.
+        idx: Indices of kept units, (n,), or (batch, n) if the axis has a lead.
+        scale: Their scale, of idx's shape, or None for 1.
+        unit: Contiguous entries that one index stands for.
+        size: Entries of the whole axis.
+
+    Returns:
+        y with `size` entries along `axis`.
     """
     y = axis.view(y)
     if scale is not None:
@@ -135,24 +169,45 @@ def untake(y: Tensor, axis: Axis, idx: Tensor, scale: Tensor | None, unit: int, 
 
 
 def sample(
-    how: Estimator, a: Tensor, b: Tensor, a_axis: Axis, b_axis: Axis, others: Sequence[tuple[Tensor, Axis]] = ()
+    estimator: Estimator, a: Tensor, b: Tensor, a_axis: Axis, b_axis: Axis, others: Sequence[tuple[Tensor, Axis]] = ()
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Indices, scale, and both operands of a product cut to the kept entries; the scale is on `b`.
+    """Select the kept units of a product and gather both operands: Y' = A[:, idx] (diag(scale) B[idx, :]).
 
-    Y' = A[:, idx] (diag(scale) B[idx, :]). `others`: what else A is multiplied with under the same indices, each with its axis. The norms b_i are then those
-    of [B, C, ..] side by side, b_i^2 = |B[i, :]|^2 + |C[i, :]|^2 + .., so the choice is the one for that product as a whole: for A [B, C, ..] the best k, or
-    the probabilities of least variance; each product by itself stays unbiased under an unbiased estimator.
+    With `others`, the selection is the one for the product A [B, C, ..] with all those operands side by side: b_i^2 = |B[i, :]|^2 + |C[i, :]|^2 + .. gives
+    the best k units of it, or the probabilities of least variance. Each product by itself remains unbiased if the estimator is.
+
+    Args:
+        estimator: The estimator.
+        a: First operand.
+        b: Second operand.
+        a_axis: Contraction axis of a.
+        b_axis: Contraction axis of b.
+        others: Other operands that a is multiplied with under the same indices, each with its axis.
+
+    Returns:
+        The indices, their scale or None, a cut to the kept entries, and b cut to the kept entries and multiplied by the scale.
     """
-    a_sq = norms_sq(a, a_axis, how.group)
-    b_sq = norms_sq(b, b_axis, how.group)
+    a_sq = norms_sq(a, a_axis, estimator.group)
+    b_sq = norms_sq(b, b_axis, estimator.group)
     for other, axis in others:
-        b_sq = b_sq + norms_sq(other, axis, how.group)
-    idx, scale = select(how, a_sq, b_sq)
-    return idx, scale, take(a, a_axis, idx, None, how.unit), take(b, b_axis, idx, scale, how.unit)
+        b_sq = b_sq + norms_sq(other, axis, estimator.group)
+    idx, scale = select(estimator, a_sq, b_sq)
+    return idx, scale, take(a, a_axis, idx, None, estimator.unit), take(b, b_axis, idx, scale, estimator.unit)
 
 
-def sample_by_weight(how: Estimator, weight: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
-    """Indices of `topk_weights`, which need no activation, and the weight cut to the kept entries: what `sample` chooses, without its other operand."""
-    sq = norms_sq(weight, axis, how.group)
-    idx, _ = select(how, sq, sq)
-    return idx, take(weight, axis, idx, None, how.unit)
+def sample_by_weight(estimator: Estimator, weight: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
+    """Select units by the norms of the weight alone (`topk_weights`), before the other operand is known.
+
+    The selection is the one that `sample` makes for this method.
+
+    Args:
+        estimator: An estimator of the method `topk_weights`.
+        weight: The weight.
+        axis: Its contraction axis.
+
+    Returns:
+        The indices, and the weight cut to the kept entries.
+    """
+    sq = norms_sq(weight, axis, estimator.group)
+    idx, _ = select(estimator, sq, sq)
+    return idx, take(weight, axis, idx, None, estimator.unit)

@@ -61,16 +61,16 @@ def grad_weight(
     return _channels_last(untake(dw, _CHANNELS, idx, scale, unit, x.shape[1]))
 
 
-def output_like(x: Tensor, w: Tensor, idx: Tensor, scale: Any, unit: int, stride: Any, padding: Any, dilation: Any) -> Tensor:
+def empty_output(x: Tensor, w: Tensor, idx: Tensor, scale: Any, unit: int, stride: Any, padding: Any, dilation: Any) -> Tensor:
     taps = zip(x.shape[2:], w.shape[2:], stride, padding, dilation, strict=True)
     return _empty(x, x.shape[0], w.shape[0], *((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in taps))
 
 
-def grad_input_like(dy: Tensor, w: Tensor, idx: Tensor, scale: Any, unit: int, size: Any, *geometry: Any) -> Tensor:
+def empty_grad_input(dy: Tensor, w: Tensor, idx: Tensor, scale: Any, unit: int, size: Any, *geometry: Any) -> Tensor:
     return _empty(dy, dy.shape[0], w.shape[1], *size)
 
 
-def grad_weight_like(x: Tensor, dy: Tensor, idx: Tensor, scale: Any, unit: int, kernel: Any, *geometry: Any) -> Tensor:
+def empty_grad_weight(x: Tensor, dy: Tensor, idx: Tensor, scale: Any, unit: int, kernel: Any, *geometry: Any) -> Tensor:
     return _empty(x, dy.shape[1], x.shape[1], *kernel)
 
 
@@ -102,7 +102,7 @@ def _checked(function: Callable[..., Tensor], product: str) -> Callable[..., Ten
     return run
 
 
-def fastest(reference: Callable[..., Tensor], like: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def triton_or_reference(reference: Callable[..., Tensor], like: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The Triton kernel of the reference's name where it takes the operands, else the reference."""
 
     def run(*args: Any) -> Tensor:
@@ -128,12 +128,12 @@ def _flops(product: str) -> Callable[..., int]:
 def _op(name: str, reference: Callable[..., Tensor], like: Callable[..., Tensor]) -> Any:
     product = reference.__name__
     op = torch.library.custom_op(f"approx_compile::{name}", _checked(reference, product), mutates_args=())
-    op.register_kernel("cuda", _checked(fastest(reference, like), product))
+    op.register_kernel("cuda", _checked(triton_or_reference(reference, like), product))
     op.register_fake(_checked(like, product))
     register_flop_formula(getattr(torch.ops.approx_compile, name))(_flops(product))
     return op
 
 
-skip_conv = _op("skip_conv", output, output_like)
-skip_conv_input = _op("skip_conv_input", grad_input, grad_input_like)
-skip_conv_weight = _op("skip_conv_weight", grad_weight, grad_weight_like)
+skip_conv = _op("skip_conv", output, empty_output)
+skip_conv_input = _op("skip_conv_input", grad_input, empty_grad_input)
+skip_conv_weight = _op("skip_conv_weight", grad_weight, empty_grad_weight)

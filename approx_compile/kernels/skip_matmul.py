@@ -37,7 +37,7 @@ def triton_module(name: str) -> Any:
 
 def _in_cuda(a: Tensor, b: Tensor, unit: int) -> bool:
     """Groups of 16, 48, .. are CUDA C++'s: Triton would read them in pieces."""
-    return unit % 32 == 16 and launch.supports_matmul(a, b, unit) and launch.available(a.device, f"a product in groups of {unit}")
+    return unit % 32 == 16 and launch.supports_matmul(a, b, unit) and launch.available_or_warn(a.device, f"a product in groups of {unit}")
 
 
 # --- Y = A[:, idx] diag(scale) B[idx, :] + bias ---
@@ -172,8 +172,8 @@ def choose(score: Tensor, k: int) -> Tensor:
 def _(score: Tensor, k: int) -> Tensor:
     _check_k(score, k)
     fast = triton_module("topk")
-    if fast and score.dtype == torch.float32 and k > 0 and score.shape[0] <= fast.MOST_UNITS:
-        return fast.choose(score, k)  # type: ignore[no-any-return]
+    if fast and score.dtype == torch.float32 and k > 0 and score.shape[0] <= fast.MAX_UNITS:
+        return fast.largest_indices(score, k)  # type: ignore[no-any-return]
     return choose_reference(score, k)
 
 

@@ -46,7 +46,7 @@ def test_what_is_compared_is_what_a_kernel_takes(device: tuple[Any, ...], gpu: A
     pytest.importorskip("triton", reason="the extra `triton` is not installed")
     from approx_compile.kernels.triton import autotune, matmul
 
-    monkeypatch.setattr(autotune, "device_of", lambda x: autotune.Device(*device))
+    monkeypatch.setattr(autotune, "device_limits", lambda x: autotune.DeviceLimits(*device))
     served: list[bool] = []
 
     def skip_matmul(a: torch.Tensor, b: torch.Tensor, idx: torch.Tensor, scale: Any, unit: int, bias: Any = None) -> torch.Tensor:
@@ -57,8 +57,8 @@ def test_what_is_compared_is_what_a_kernel_takes(device: tuple[Any, ...], gpu: A
         served.append(launch.supports_matmul(a, b, unit) if unit == 16 else matmul.can_skip_into(a, b, unit, dim))
         return a
 
-    monkeypatch.setattr(gpu.skip, "skip_matmul", skip_matmul)
-    monkeypatch.setattr(gpu.skip, "skip_matmul_into", skip_matmul_into)
+    monkeypatch.setattr(gpu.skip_matmul, "skip_matmul", skip_matmul)
+    monkeypatch.setattr(gpu.skip_matmul, "skip_matmul_into", skip_matmul_into)
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         for _, _, run, tensors in gpu.matmul_cases(gpu.Bench("cpu", False)):

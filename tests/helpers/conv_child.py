@@ -17,9 +17,9 @@ from torch import Tensor
 
 from approx_compile.kernels import skip_conv as reference
 from approx_compile.kernels.triton import conv_launch
-from approx_compile.kernels.triton.autotune import Config, Device
+from approx_compile.kernels.triton.autotune import DeviceLimits, TileConfig
 
-SMALL = Config(32, 32, 16, 4, 3)
+SMALL = TileConfig(32, 32, 16, 4, 3)
 
 
 def errors(
@@ -53,22 +53,22 @@ def errors(
 
         args = (a, b, idx, scale, unit, *rest, *geometry)
         if shipped:
-            result = reference.fastest(refused, like)(*args)
+            result = reference.triton_or_reference(refused, like)(*args)
         else:
             result = like(*args)
             assert getattr(conv_launch, function.__name__)(result, *args, config=SMALL, **how), "refused"
         return relative(result, function(a.double(), b.double(), *args[2:]))
 
     return {
-        "output": error(reference.output, reference.output_like, x, w),
-        "grad_input": error(reference.grad_input, reference.grad_input_like, dy, w, list(image)),
-        "grad_weight": error(reference.grad_weight, reference.grad_weight_like, x, dy, list(kernel), splits=3),
+        "output": error(reference.output, reference.empty_output, x, w),
+        "grad_input": error(reference.grad_input, reference.empty_grad_input, dy, w, list(image)),
+        "grad_weight": error(reference.grad_weight, reference.empty_grad_weight, x, dy, list(kernel), splits=3),
     }
 
 
 if __name__ == "__main__":
     torch.backends.cudnn.conv.fp32_precision = "tf32"
     torch.use_deterministic_algorithms(True)  # no configuration is timed, and what `torch.empty` returns is NaN
-    conv_launch.device_of = lambda _: Device("interpreter", 80, 4, 163 * 1024)
+    conv_launch.device_limits = lambda _: DeviceLimits("interpreter", 80, 4, 163 * 1024)
     for name, case in json.load(sys.stdin).items():
         print(json.dumps({name: errors(**case)}), flush=True)

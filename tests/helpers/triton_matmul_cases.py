@@ -141,14 +141,14 @@ def exact(case: Case, a: Tensor, b: Tensor, entries: Tensor, scale: Tensor | Non
 def error(case: Case) -> float:
     """|Y - Y in fp64| / |Y in fp64| of the finite entries; inf where the others are not the same."""
     from approx_compile.kernels.triton import matmul
-    from approx_compile.kernels.triton.autotune import Config
+    from approx_compile.kernels.triton.autotune import TileConfig
 
     a, b, idx, entries = operands(case)
     scale = None if not case.scale else torch.full((), 1.5).expand(len(idx)) if case.kept == case.units else torch.linspace(0.5, 2, len(idx))
     bias = torch.linspace(-1, 1, case.n).to(a.dtype) if case.bias else None
     want = exact(case, a, b, entries, scale, bias)
     a, b = laid(a, case.transposed[0]), laid(b, case.transposed[1])
-    config = Config(case.block, case.block, 32, 4, 2)
+    config = TileConfig(case.block, case.block, 32, 4, 2)
     if case.op == "skip":
         y = matmul.skip(a, b, idx, scale, case.unit, bias, config=config, tma=case.tma)
     else:
@@ -169,10 +169,10 @@ def largest(score: list[float], k: int) -> list[int]:
 
 def chosen(name: str) -> list[int]:
     """How many of the indices chosen are others, for k of 1, a third and all."""
-    from approx_compile.kernels.triton.topk import choose
+    from approx_compile.kernels.triton.topk import largest_indices
 
     score = SCORES[name]
-    found = [(choose(torch.tensor(score), k).tolist(), largest(score, k)) for k in {1, len(score) // 3 or 1, len(score)}]
+    found = [(largest_indices(torch.tensor(score), k).tolist(), largest(score, k)) for k in {1, len(score) // 3 or 1, len(score)}]
     return [sum(a != b for a, b in zip(got, want, strict=True)) for got, want in found]
 
 

@@ -14,7 +14,7 @@ from helpers.cuda_on_cpu import COMPILER, runs
 from torch import Tensor
 
 from approx_compile.kernels.cuda import launch
-from approx_compile.kernels.cuda.launch import TILES, How, Window
+from approx_compile.kernels.cuda.launch import TILES, LaunchOptions
 from approx_compile.kernels.gradient_replacements import ConvGeometry, Replacement
 from approx_compile.kernels.gradient_replacements import max_conv_weight as reference
 
@@ -92,7 +92,7 @@ def test_skip(at: int, scaled: bool) -> None:
     assert launch.supports_matmul(a, b, 16)
     scale, bias = (torch.tensor([0.5, 3.0, 0.0]) if scaled else None), torch.randn(n).to(dtype)
     idx = torch.tensor([0, 3, 6])
-    y = in_both_orders(lambda run: launch.skip_matmul(a, b, idx, scale, 16, bias, How(run, tile)))
+    y = in_both_orders(lambda run: launch.skip_matmul(a, b, idx, scale, 16, bias, LaunchOptions(run, tile)))
     close(y, product64(a, b, idx, scale, 16, bias), terms=30)
 
 
@@ -105,34 +105,34 @@ def test_skip_into(at: int, dim: int) -> None:
     a, b = guarded(m, contracted, dtype, a_t), guarded(contracted, n, dtype, b_t)
     idx = torch.tensor([1, 2, 5, 6, 7, 9, 10, 11, 13])  # gaps before, between and after, more units than a tile has
     scale = torch.rand(9) + 0.5 if at % 2 else None
-    y = in_both_orders(lambda run: launch.skip_matmul_into(a, b, idx, scale, 16, dim, How(run, tile)))
+    y = in_both_orders(lambda run: launch.skip_matmul_into(a, b, idx, scale, 16, dim, LaunchOptions(run, tile)))
     close(y, into64(a, b, idx, scale, 16, dim), terms=10)
 
 
 def test_longer_units_and_bands() -> None:
     a, b, idx = guarded(64 * 10, 144, torch.float16), guarded(144, 70, torch.float16), torch.tensor([0, 2])
-    y = in_both_orders(lambda run: launch.skip_matmul(a, b, idx, None, 48, None, How(run, LEAST)))
+    y = in_both_orders(lambda run: launch.skip_matmul(a, b, idx, None, 48, None, LaunchOptions(run, LEAST)))
     close(y, product64(a, b, idx, None, 48, None), terms=30)
     b = guarded(144, 4 * 48, torch.float16)
-    y = in_both_orders(lambda run: launch.skip_matmul_into(a, b, idx, None, 48, 1, How(run, LEAST)))  # tiles begin inside units
+    y = in_both_orders(lambda run: launch.skip_matmul_into(a, b, idx, None, 48, 1, LaunchOptions(run, LEAST)))  # tiles begin inside units
     close(y, into64(a, b, idx, None, 48, 1), terms=30)
     a, b, scale = guarded(24, 240, torch.bfloat16), guarded(240, 40, torch.bfloat16), torch.tensor([0.5, 2.0])
-    close(launch.skip_matmul(a, b, idx, scale, 80, None, How(runs(False), LEAST)), product64(a, b, idx, scale, 80, None), terms=30)
+    close(launch.skip_matmul(a, b, idx, scale, 80, None, LaunchOptions(runs(False), LEAST)), product64(a, b, idx, scale, 80, None), terms=30)
     a = guarded(40, 24, torch.bfloat16)
-    close(launch.skip_matmul_into(b, a, idx, scale, 80, 0, How(runs(False), LEAST)), into64(b, a, idx, scale, 80, 0), terms=30)
+    close(launch.skip_matmul_into(b, a, idx, scale, 80, 0, LaunchOptions(runs(False), LEAST)), into64(b, a, idx, scale, 80, 0), terms=30)
 
 
 def test_one_unit_all_units_none() -> None:
     a, b = guarded(20, 96, torch.float16), guarded(96, 24, torch.float16)
     bias = torch.randn(24).half()
     for idx in (torch.tensor([4]), torch.arange(6), torch.arange(0)):
-        how = How(runs(False))
-        close(launch.skip_matmul(a, b, idx, None, 16, bias, how), product64(a, b, idx, None, 16, bias), terms=30)
+        options = LaunchOptions(runs(False))
+        close(launch.skip_matmul(a, b, idx, None, 16, bias, options), product64(a, b, idx, None, 16, bias), terms=30)
         narrow = b[:, :16]
         for dim, (p, q) in ((0, (b[:, :16].t(), b[:, 8:])), (1, (a, guarded(96, 96, torch.float16)))):
             units = idx[idx < p.shape[0] // 16] if dim == 0 else idx
             assert launch.supports_matmul(p, q, 16) and narrow.shape == (96, 16)
-            close(launch.skip_matmul_into(p, q, units, None, 16, dim, how), into64(p, q, units, None, 16, dim), terms=30)
+            close(launch.skip_matmul_into(p, q, units, None, 16, dim, options), into64(p, q, units, None, 16, dim), terms=30)
 
 
 def test_only_kept_entries_are_read() -> None:
@@ -140,9 +140,9 @@ def test_only_kept_entries_are_read() -> None:
     idx = torch.tensor([1, 4])
     expected = product64(a, b, idx, None, 16, None)
     a[:, :16], b[32:64] = NAN, INF
-    close(launch.skip_matmul(a, b, idx, None, 16, None, How(runs(False))), expected, terms=30)
+    close(launch.skip_matmul(a, b, idx, None, 16, None, LaunchOptions(runs(False))), expected, terms=30)
     a[3, 20] = INF
-    y = launch.skip_matmul(a, b, idx, None, 16, None, How(runs(False)))
+    y = launch.skip_matmul(a, b, idx, None, 16, None, LaunchOptions(runs(False)))
     assert not y[3].isfinite().any() and y[:3].isfinite().all() and y[4:].isfinite().all()
     assert launch.skip_matmul(a[:0], b, idx, None, 16).shape == (0, 24)
 
@@ -176,23 +176,23 @@ def sparse(dy: Tensor, j: int) -> Tensor:
     return torch.zeros_like(flat).scatter(-1, at, value).reshape(dy.shape)
 
 
-def max64(x: Tensor, dy: Tensor, j: int, scale: float, w: Window) -> Tensor:
+def max64(x: Tensor, dy: Tensor, j: int, scale: float, w: ConvGeometry) -> Tensor:
     shape = dy.shape[1], x.shape[1] // w.groups, *w.kernel
     return scale * torch.nn.grad.conv2d_weight(x.double(), shape, sparse(dy, j), w.stride, w.padding, w.dilation, w.groups)
 
 
-SQUARE = Window((3, 3), (1, 1), (1, 1), (1, 1), 1)
+SQUARE = ConvGeometry((3, 3), (1, 1), (1, 1), (1, 1), 1)
 CASES = {
     "3x3": (3, 16, 8, (9, 7), SQUARE),
-    "5x5, stride, batch 1": (1, 8, 40, (5, 6), Window((5, 5), (2, 1), (2, 0), (1, 1), 1)),
-    "1x1, groups": (4, 6, 4, (8, 8), Window((1, 1), (1, 1), (0, 0), (1, 1), 2)),
-    "3x2, dilated, groups": (5, 16, 6, (9, 9), Window((3, 2), (1, 2), (2, 1), (2, 3), 2)),
+    "5x5, stride, batch 1": (1, 8, 40, (5, 6), ConvGeometry((5, 5), (2, 1), (2, 0), (1, 1), 1)),
+    "1x1, groups": (4, 6, 4, (8, 8), ConvGeometry((1, 1), (1, 1), (0, 0), (1, 1), 2)),
+    "3x2, dilated, groups": (5, 16, 6, (9, 9), ConvGeometry((3, 2), (1, 2), (2, 1), (2, 3), 2)),
     "many samples": (300, 3, 2, (4, 4), SQUARE),
     "many channels": (2, 300, 3, (3, 3), SQUARE),
 }
 
 
-def outputs_of(x: Tensor, channels: int, w: Window) -> Tensor:
+def outputs_of(x: Tensor, channels: int, w: ConvGeometry) -> Tensor:
     return torch.randn(F.conv2d(x.float(), torch.zeros(channels, x.shape[1] // w.groups, *w.kernel), None, w.stride, w.padding, w.dilation, w.groups).shape)
 
 
@@ -207,8 +207,7 @@ def test_max_conv(case: str, j: int) -> None:
         assert launch.supports_max_conv(x, dy, j)
         df = in_both_orders(lambda run, x=x, dy=dy: launch.max_conv_weight(x, dy, j, 0.5, w, run))
         close(df, max64(x, dy, j, 0.5, w), terms=30)
-        how, conv = Replacement("max", j, 0.5), ConvGeometry(w.kernel, w.stride, w.padding, w.dilation, w.groups)
-        assert df.stride() == reference(x, dy, how, conv).stride() and df.shape[1] == inputs // w.groups
+        assert df.stride() == reference(x, dy, Replacement("max", j, 0.5), w).stride() and df.shape[1] == inputs // w.groups
 
 
 def test_max_conv_of_more_entries_than_threads() -> None:
@@ -260,16 +259,16 @@ def test_on_a_gpu(at: int) -> None:
     a, b, bias = guarded(135, 112, dtype, a_t, "cuda"), guarded(112, 96, dtype, b_t, "cuda"), torch.randn(96, device="cuda", dtype=dtype)
     given = (a, b, idx.cuda(), scale.cuda(), 16)
     expected = product64(a.cpu(), b.cpu(), idx, scale, 16, bias.cpu())
-    y = launch.skip_matmul(*given, bias, How(tile=tile))
+    y = launch.skip_matmul(*given, bias, LaunchOptions(tile=tile))
     close(y.cpu(), expected, terms=30)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        again = launch.skip_matmul(*given, bias, How(tile=tile))
+        again = launch.skip_matmul(*given, bias, LaunchOptions(tile=tile))
     graph.replay()
     assert torch.equal(again, y)
 
     units = idx[:2]
-    into = launch.skip_matmul_into(a, b, units.cuda(), None, 16, 1, How(tile=tile))
+    into = launch.skip_matmul_into(a, b, units.cuda(), None, 16, 1, LaunchOptions(tile=tile))
     close(into.cpu(), into64(a.cpu(), b.cpu(), units, None, 16, 1), terms=30)
 
     _samples, inputs, outputs, size, w = list(CASES.values())[at]

@@ -17,14 +17,15 @@ import pytest
 import torch
 
 from approx_compile.kernels.cuda import launch, nvrtc
-from approx_compile.kernels.cuda.launch import TILES, How, Window, matmul_program, max_conv_program
+from approx_compile.kernels.cuda.launch import TILES, LaunchOptions, matmul_program, max_conv_program
 from approx_compile.kernels.cuda.nvrtc import FOLDER, Program
+from approx_compile.kernels.gradient_replacements import ConvGeometry
 from approx_compile.kernels.max_conv import max_conv_weight
 
 ARCHS = (80, 90)
 PARAMETERS_AT = {80: 352, 90: 528}
 """Bytes of the constant bank before a kernel's parameters."""
-needs_nvrtc = pytest.mark.skipif(nvrtc.missing() is not None, reason=f"no CUDA C++ compiler: {nvrtc.missing()}")
+needs_nvrtc = pytest.mark.skipif(nvrtc.unavailable_reason() is not None, reason=f"no CUDA C++ compiler: {nvrtc.unavailable_reason()}")
 
 
 def max_conv_variants() -> list[Program]:
@@ -88,10 +89,10 @@ def recorded() -> list[tuple[Program, str, list[Any]]]:
         calls.append((program, kernel, list(arguments)))
 
     x, dy = torch.randn(64, 8, 4, 4), torch.randn(64, 2, 4, 4)
-    launch.max_conv_weight(x, dy, 1, 1.0, Window((3, 3), (1, 1), (1, 1), (1, 1), 1), run)
+    launch.max_conv_weight(x, dy, 1, 1.0, ConvGeometry((3, 3), (1, 1), (1, 1), (1, 1), 1), run)
     a = torch.randn(32, 32).half()
-    launch.skip_matmul(a, a, torch.tensor([1]), torch.ones(1), 16, a[0], How(run))
-    launch.skip_matmul_into(a, a, torch.tensor([1]), None, 16, 1, How(run))
+    launch.skip_matmul(a, a, torch.tensor([1]), torch.ones(1), 16, a[0], LaunchOptions(run))
+    launch.skip_matmul_into(a, a, torch.tensor([1]), None, 16, 1, LaunchOptions(run))
     return calls
 
 
@@ -200,7 +201,7 @@ from approx_compile.kernels.cuda import launch, nvrtc
 from approx_compile.kernels.max_conv import max_conv_weight
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
-    assert not launch.available(torch.device("cuda"), "this") and not launch.available(torch.device("cuda"), "this")
+    assert not launch.available_or_warn(torch.device("cuda"), "this") and not launch.available_or_warn(torch.device("cuda"), "this")
 print(*(f"{w.category.__name__}: {w.message}" for w in said), sep="\\n")
 max_conv_weight(torch.randn(2, 3, 4, 4), torch.randn(2, 5, 4, 4), 1, 1.0, [3, 3], [1, 1], [1, 1], [1, 1], 1)
 """

@@ -21,7 +21,7 @@ pytest.importorskip("triton", reason="the extra `triton` is not installed")
 from helpers.gpu_code import Code, compile_for
 
 from approx_compile.kernels.triton import conv_kernels, conv_launch
-from approx_compile.kernels.triton.autotune import Config, Device
+from approx_compile.kernels.triton.autotune import DeviceLimits, TileConfig
 
 CASES: dict[str, dict[str, Any]] = {
     "3x3": {},
@@ -87,10 +87,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_refusals(name: str) -> None:
     case, reason = REFUSED[name]
     made = {"samples": 8, "unit": 16, "dtype": torch.float16, "layout": torch.channels_last, "dilation": 1} | case
-    g = conv_launch.geometry((8, 64, 9, 9), (24, 64, 3, 3), (8, 24, 4, 4), (2, 2), (0, 0), (made["dilation"],) * 2)
+    g = conv_launch.conv_constants((8, 64, 9, 9), (24, 64, 3, 3), (8, 24, 4, 4), (2, 2), (0, 0), (made["dilation"],) * 2)
     dy = torch.empty((made["samples"], 24, 4, 4), dtype=made["dtype"], device="meta").to(memory_format=made["layout"])
     w = torch.empty((24, 64, 3, 3), dtype=made["dtype"], device="meta")
-    assert reason in str(conv_launch.refusal("grad_input", g, made["unit"], torch.arange(2), dy, w))
+    assert reason in str(conv_launch.unsupported_reason("grad_input", g, made["unit"], torch.arange(2), dy, w))
 
 
 @pytest.fixture
@@ -106,21 +106,21 @@ def tf32() -> Iterator[None]:
 def test_fp32_without_tf32_is_refused() -> None:
     g = wide(channels=64)
     x, w = torch.empty(8, 64, 32, 32).to(memory_format=torch.channels_last), torch.empty(64, 64, 3, 3)
-    assert conv_launch.refusal("output", g, 16, torch.arange(2), x, w) is None
+    assert conv_launch.unsupported_reason("output", g, 16, torch.arange(2), x, w) is None
     torch.backends.cudnn.conv.fp32_precision = "ieee"
-    assert "without tf32" in str(conv_launch.refusal("output", g, 16, torch.arange(2), x, w))
+    assert "without tf32" in str(conv_launch.unsupported_reason("output", g, 16, torch.arange(2), x, w))
 
 
 def test_candidates_depend_on_what_the_choice_is_kept_by(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches that share a choice are offered the same tiles: under deterministic algorithms the first is taken, whichever batch comes first."""
-    offered: dict[Any, set[tuple[Config, ...]]] = {}
+    offered: dict[Any, set[tuple[TileConfig, ...]]] = {}
 
-    def pick(kernel: Any, key: Any, candidates: Any, device: Any, launch: Any) -> Config:
+    def pick(kernel: Any, key: Any, candidates: Any, device: Any, launch: Any) -> TileConfig:
         offered.setdefault(key, set()).add(tuple(candidates()))
         raise InterruptedError
 
-    monkeypatch.setattr(conv_launch, "pick", pick)
-    monkeypatch.setattr(conv_launch, "device_of", lambda _: Device("none", 80, 4, 163 * 1024))
+    monkeypatch.setattr(conv_launch, "fastest_config", pick)
+    monkeypatch.setattr(conv_launch, "device_limits", lambda _: DeviceLimits("none", 80, 4, 163 * 1024))
     for samples in (11, 13, 16, 20):
         x, dy = (torch.empty(samples, c, 3, 8, dtype=torch.float16).to(memory_format=torch.channels_last) for c in (64, 24))
         dw = torch.empty(24, 64, 1, 1, dtype=torch.float16)
@@ -134,15 +134,15 @@ def test_candidates_depend_on_what_the_choice_is_kept_by(monkeypatch: pytest.Mon
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 
 
-def wide(stride: int = 1, channels: int = 640) -> conv_launch.Geometry:
+def wide(stride: int = 1, channels: int = 640) -> conv_launch.ConvConstants:
     out = (32 - 1) // stride + 1
-    return conv_launch.geometry((8, channels, 32, 32), (channels, channels, 3, 3), (8, channels, out, out), (stride,) * 2, (1, 1), (1, 1))
+    return conv_launch.conv_constants((8, channels, 32, 32), (channels, channels, 3, 3), (8, channels, out, out), (stride,) * 2, (1, 1), (1, 1))
 
 
-def code(product: str, arch: int, dtype: torch.dtype, config: Config, g: conv_launch.Geometry, unit: int = 64) -> Code:
+def code(product: str, arch: int, dtype: torch.dtype, config: TileConfig, g: conv_launch.ConvConstants, unit: int = 64) -> Code:
     """What the launcher would have compiled for a weight in channels-last without a scale (fp32: packed for grad_input)."""
     kernel = getattr(conv_kernels, product)
-    constants: dict[str, Any] = {n: v for n, v in conv_launch.blocks(config).items() if n.startswith("BLOCK")} | g._asdict() | {"UNIT": unit}
+    constants: dict[str, Any] = {n: v for n, v in conv_launch.launch_constants(config).items() if n.startswith("BLOCK")} | g._asdict() | {"UNIT": unit}
     if product != "grad_weight":
         packed = product == "grad_input" and dtype == torch.float32
         constants |= {"PACKED": packed, "w_n" if product == "grad_input" and not packed else "w_k": 1}
@@ -156,37 +156,37 @@ def shipped() -> list[Any]:
     """Every configuration there is, by product, architecture and dtype, with a length of the axis (or a unit) that it is taken for."""
     return [
         pytest.param(product, arch, dtype, config, run, id=f"{product}-sm_{arch}-{str(dtype)[6:]}-{config.block_m}x{config.block_n}x{config.block_k}")
-        for product, runs in conv_launch.RUNS.items()
+        for product, runs in conv_launch.BLOCK_K_CHOICES.items()
         for arch in (80, 90)
         for dtype in TYPES
         for run in (runs if product != "grad_weight" else runs[:1])
         if run <= 128 // dtype.itemsize
-        for config in conv_launch.configs(product, dtype.itemsize, run, arch // 10)
+        for config in conv_launch.candidate_configs(product, dtype.itemsize, run, arch // 10)
     ]
 
 
 @pytest.mark.parametrize(("product", "arch", "dtype", "config", "length"), shipped())
-def test_machine_code(product: str, arch: int, dtype: torch.dtype, config: Config, length: int) -> None:
+def test_machine_code(product: str, arch: int, dtype: torch.dtype, config: TileConfig, length: int) -> None:
     """Tensor cores, asynchronous copies of 16 bytes, no spills."""
     check(product, arch, dtype, config, wide(channels=10 * length), unit=length if product == "output" else 32)
 
 
-@pytest.mark.parametrize("product", conv_launch.RUNS)
+@pytest.mark.parametrize("product", conv_launch.BLOCK_K_CHOICES)
 def test_machine_code_of_another_shape(product: str) -> None:
     """A strided convolution whose channels fill no tile."""
-    check(product, 90, torch.bfloat16, conv_launch.configs(product, 2, 64, 9)[0], wide(stride=2, channels=192), unit=64)
+    check(product, 90, torch.bfloat16, conv_launch.candidate_configs(product, 2, 64, 9)[0], wide(stride=2, channels=192), unit=64)
 
 
 @pytest.mark.parametrize("unit", [16, 128])
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("product", conv_launch.RUNS)
+@pytest.mark.parametrize("product", conv_launch.BLOCK_K_CHOICES)
 def test_machine_code_of_other_groups(product: str, arch: int, unit: int) -> None:
     """The largest tile; with 16 channels the gradients' zeros are written in short pieces."""
     g, length = wide(channels=5 * unit), min(unit, 64) if product == "output" else 64
-    check(product, arch, torch.bfloat16, conv_launch.configs(product, 2, length, arch // 10)[0], g, unit)
+    check(product, arch, torch.bfloat16, conv_launch.candidate_configs(product, 2, length, arch // 10)[0], g, unit)
 
 
-def check(product: str, arch: int, dtype: torch.dtype, config: Config, g: conv_launch.Geometry, unit: int) -> None:
+def check(product: str, arch: int, dtype: torch.dtype, config: TileConfig, g: conv_launch.ConvConstants, unit: int) -> None:
     made = code(product, arch, dtype, config, g, unit)
     assert (made.spills, made.stack) == (0, 0)
     assert {"HGMMA" if arch == 90 else "HMMA", "LDGSTS"} <= made.opcodes

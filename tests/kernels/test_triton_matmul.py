@@ -22,7 +22,7 @@ pytest.importorskip("triton", reason="Triton is not installed (extra `triton`)")
 from helpers.gpu_code import Code, instead_of_running
 
 from approx_compile.kernels.triton import autotune, matmul, topk
-from approx_compile.kernels.triton.autotune import Config, Device
+from approx_compile.kernels.triton.autotune import DeviceLimits, TileConfig
 
 CHILD = Path(__file__).parents[1] / "helpers" / "triton_matmul_cases.py"
 
@@ -60,18 +60,18 @@ SHARED = {80: 166_912, 90: 232_448}
 """Bytes of shared memory that a program may have (CUDA C++ Programming Guide, technical specifications: 163 and 227 KB)."""
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SHIPPED = [(arch, dtype, c) for arch, dtype in itertools.product((80, 90), DTYPES) for c in matmul.configs(dtype.itemsize, 64, arch)]
+SHIPPED = [(arch, dtype, c) for arch, dtype in itertools.product((80, 90), DTYPES) for c in matmul.candidate_configs(dtype.itemsize, 64, arch)]
 
 
 def named(value: Any) -> str:
-    return f"{value.block_m}x{value.block_n}x{value.block_k}-warps{value.warps}-stages{value.stages}" if isinstance(value, Config) else str(value)
+    return f"{value.block_m}x{value.block_n}x{value.block_k}-warps{value.warps}-stages{value.stages}" if isinstance(value, TileConfig) else str(value)
 
 
 def matrix(dtype: torch.dtype, rows: int, columns: int, transposed: bool) -> Tensor:
     return torch.empty(columns, rows, dtype=dtype).T if transposed else torch.empty(rows, columns, dtype=dtype)
 
 
-def skip_code(arch: int, dtype: torch.dtype, c: Config, unit: int, layout: str, scale: bool = False, m: int = 200, kept: int = 6) -> Code:
+def skip_code(arch: int, dtype: torch.dtype, c: TileConfig, unit: int, layout: str, scale: bool = False, m: int = 200, kept: int = 6) -> Code:
     """`layout`: of both operands, N for rows, T for columns that are contiguous. With a bias."""
     a, b = matrix(dtype, m, unit * 16, layout[0] == "T"), matrix(dtype, unit * 16, 224, layout[1] == "T")
     idx, bias = torch.arange(kept), torch.empty(224, dtype=dtype)
@@ -81,7 +81,7 @@ def skip_code(arch: int, dtype: torch.dtype, c: Config, unit: int, layout: str, 
     return codes[0]
 
 
-def into_code(arch: int, dtype: torch.dtype, c: Config, unit: int, layout: str, dim: int, length: int = 208, kept: int = 6) -> Code:
+def into_code(arch: int, dtype: torch.dtype, c: TileConfig, unit: int, layout: str, dim: int, length: int = 208, kept: int = 6) -> Code:
     size = (224, unit * 16) if dim == 1 else (unit * 16, 224)
     a, b = matrix(dtype, size[0], length, layout[0] == "T"), matrix(dtype, length, size[1], layout[1] == "T")
     with instead_of_running(matmul.into_kernel, arch) as codes, instead_of_running(matmul.pack_kernel, arch) as packing:
@@ -90,7 +90,7 @@ def into_code(arch: int, dtype: torch.dtype, c: Config, unit: int, layout: str, 
     return codes[0]
 
 
-def check(code: Code, arch: int, dtype: torch.dtype, c: Config, tma: bool, scaled: bool = False) -> None:
+def check(code: Code, arch: int, dtype: torch.dtype, c: TileConfig, tma: bool, scaled: bool = False) -> None:
     assert not code.spills and not code.stack
     assert code.shared <= c.shared_bytes(dtype.itemsize) <= SHARED[arch]
     assert code.shared > (c.stages - 2) * (c.block_m + c.block_n) * c.block_k * dtype.itemsize  # the pipeline is as deep as was asked for, or one less
@@ -100,29 +100,29 @@ def check(code: Code, arch: int, dtype: torch.dtype, c: Config, tma: bool, scale
 
 
 @pytest.mark.parametrize(("arch", "dtype", "c"), SHIPPED, ids=named)
-def test_code_of_skip(arch: int, dtype: torch.dtype, c: Config) -> None:
+def test_code_of_skip(arch: int, dtype: torch.dtype, c: TileConfig) -> None:
     """Every configuration with units of 64, scaled in bf16 (which takes most registers), in the layout of a linear layer's output: X W^T."""
     scale = dtype == torch.bfloat16
     check(skip_code(arch, dtype, c, 64, "NT", scale), arch, dtype, c, arch == 90, scale)
 
 
 @pytest.mark.parametrize(("arch", "dtype", "c"), [s for s in SHIPPED if s[1] != torch.float16], ids=named)
-def test_code_of_skip_into(arch: int, dtype: torch.dtype, c: Config) -> None:
+def test_code_of_skip_into(arch: int, dtype: torch.dtype, c: TileConfig) -> None:
     """In the layout of grad_input, columns of dY W. Both ways of reading, TMA for the whole operand and copies for the chosen columns, are in the code."""
     code = into_code(arch, dtype, c, 64, "NN", dim=1)
     check(code, arch, dtype, c, tma=arch == 90)
     assert "LDGSTS" in code.opcodes
 
 
-@pytest.mark.parametrize("c", matmul.configs(4, 0, 90)[:2], ids=named)
+@pytest.mark.parametrize("c", matmul.candidate_configs(4, 0, 90)[:2], ids=named)
 @pytest.mark.parametrize(("layout", "dim"), [("TN", 1), ("TN", 0)])
-def test_code_of_transposed_fp32_on_hopper(layout: str, dim: int, c: Config) -> None:
+def test_code_of_transposed_fp32_on_hopper(layout: str, dim: int, c: TileConfig) -> None:
     """A weight's gradient, dY^T X: TF32 is multiplied there with the contraction axis contiguous only."""
     check(into_code(90, torch.float32, c, 64, layout, dim), 90, torch.float32, c, tma=True)
 
 
 @pytest.mark.parametrize(("arch", "dtype", "c"), [s for s in SHIPPED if s[1] != torch.float16], ids=named)
-def test_code_of_rows(arch: int, dtype: torch.dtype, c: Config) -> None:
+def test_code_of_rows(arch: int, dtype: torch.dtype, c: TileConfig) -> None:
     """Rows that lie apart, as sampled tokens do: X^T dY."""
     check(skip_code(arch, dtype, c, 1, "TN", m=208), arch, dtype, c, tma=False)
 
@@ -130,15 +130,15 @@ def test_code_of_rows(arch: int, dtype: torch.dtype, c: Config) -> None:
 @pytest.mark.parametrize(("arch", "unit"), [*itertools.product((80, 90), (128, 96, 64, 32)), (90, 16)])
 def test_code_of_other_layouts_and_units(arch: int, unit: int) -> None:
     dtype = torch.bfloat16
-    c = matmul.configs(2, unit, arch)[0]
+    c = matmul.candidate_configs(2, unit, arch)[0]
     check(skip_code(arch, dtype, c, unit, "TN", m=208), arch, dtype, c, tma=arch == 90 and unit % c.block_k == 0)
-    whole = matmul.configs(2, 0, arch)[0]
+    whole = matmul.candidate_configs(2, 0, arch)[0]
     check(into_code(arch, dtype, whole, unit, "NN", dim=0), arch, dtype, whole, tma=arch == 90)
 
 
 def test_code_of_single_entries() -> None:
     """Triton makes a constant of a size that is 1."""
-    c, dtype = matmul.configs(2, 64, 90)[-1], torch.bfloat16
+    c, dtype = matmul.candidate_configs(2, 64, 90)[-1], torch.bfloat16
     for code in (
         skip_code(90, dtype, c, 64, "NT", m=1),
         skip_code(90, dtype, c, 64, "NT", kept=1),
@@ -150,10 +150,10 @@ def test_code_of_single_entries() -> None:
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_code_of_selection_and_norms(arch: int) -> None:
-    with instead_of_running(topk.choose_kernel, arch) as codes:
-        topk.choose(torch.empty(topk.MOST_UNITS), 16)
+    with instead_of_running(topk.topk_kernel, arch) as codes:
+        topk.largest_indices(torch.empty(topk.MAX_UNITS), 16)
     assert not codes[0].spills
-    with instead_of_running(topk.norms_kernel, arch) as codes:
+    with instead_of_running(topk.norms_sq_kernel, arch) as codes:
         topk.norms_sq(torch.empty(256, 128), 0, 1)
         topk.norms_sq(torch.empty(256, 128), 1, 64)
     assert len(codes) == 2 and not any(code.spills for code in codes)
@@ -161,28 +161,28 @@ def test_code_of_selection_and_norms(arch: int) -> None:
 
 # --- which configuration, and which operands ---
 
-H200 = Device("NVIDIA H200", 90, 132, SHARED[90])
+H200 = DeviceLimits("NVIDIA H200", 90, 132, SHARED[90])
 
 
 def test_configurations_fit() -> None:
-    large = autotune.fitting(matmul.configs(2, 64, 90), 8192, 4096, 2, H200)
-    assert len(large) == autotune.TRIED and large[0].block_m * large[0].block_n == 128 * 256
-    small = autotune.fitting(matmul.configs(2, 64, 90), 64, 64, 2, H200)
-    assert small == [c for c in matmul.configs(2, 64, 90) if (c.block_m, c.block_n) == (64, 64)]
-    less = Device("less shared memory", 86, 46, 101_376)
-    assert len(autotune.fitting(matmul.configs(2, 64, 86), 4096, 4096, 2, less)) == len(matmul.configs(2, 64, 86))
-    assert all(c.block_k == 32 for c in matmul.configs(2, 32, 90)) and all(c.block_k == 64 for c in matmul.configs(2, 1, 90))
-    assert all(c.block_k == 32 for c in matmul.configs(4, 64, 90))
+    large = autotune.promising_configs(matmul.candidate_configs(2, 64, 90), 8192, 4096, 2, H200)
+    assert len(large) == autotune.MAX_CANDIDATES and large[0].block_m * large[0].block_n == 128 * 256
+    small = autotune.promising_configs(matmul.candidate_configs(2, 64, 90), 64, 64, 2, H200)
+    assert small == [c for c in matmul.candidate_configs(2, 64, 90) if (c.block_m, c.block_n) == (64, 64)]
+    less = DeviceLimits("less shared memory", 86, 46, 101_376)
+    assert len(autotune.promising_configs(matmul.candidate_configs(2, 64, 86), 4096, 4096, 2, less)) == len(matmul.candidate_configs(2, 64, 86))
+    assert all(c.block_k == 32 for c in matmul.candidate_configs(2, 32, 90)) and all(c.block_k == 64 for c in matmul.candidate_configs(2, 1, 90))
+    assert all(c.block_k == 32 for c in matmul.candidate_configs(4, 64, 90))
 
 
 @pytest.fixture
-def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Config]:
+def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[TileConfig]:
     """Cold caches, and times that stand in for a GPU's: the last configuration is the fastest."""
     import triton
 
-    seen: list[Config] = []
+    seen: list[TileConfig] = []
 
-    def time_ms(config: Config, run: Any) -> float:
+    def time_ms(config: TileConfig, run: Any) -> float:
         seen.append(config)
         return 1 / len(seen)
 
@@ -193,18 +193,18 @@ def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Config]:
     return seen
 
 
-def pick(key: str = "key", device: Device = H200) -> Config:
-    return autotune.pick(matmul.skip_kernel, (key,), lambda: matmul.configs(2, 64, 90), device, lambda c: None)
+def pick(key: str = "key", device: DeviceLimits = H200) -> TileConfig:
+    return autotune.fastest_config(matmul.skip_kernel, (key,), lambda: matmul.candidate_configs(2, 64, 90), device, lambda c: None)
 
 
-def test_choice_is_timed_once_and_stored(timed: list[Config], tmp_path: Path) -> None:
-    every = matmul.configs(2, 64, 90)
+def test_choice_is_timed_once_and_stored(timed: list[TileConfig], tmp_path: Path) -> None:
+    every = matmul.candidate_configs(2, 64, 90)
     assert pick() == every[-1] and timed == every
     assert pick() == every[-1] and len(timed) == len(every)  # from memory
     autotune._memory.clear()
     assert pick() == every[-1] and len(timed) == len(every)  # from disk
     pick("another shape")
-    pick(device=Device("NVIDIA H100", 90, 132, SHARED[90]))
+    pick(device=DeviceLimits("NVIDIA H100", 90, 132, SHARED[90]))
     assert len(timed) == 3 * len(every)
     for path in tmp_path.rglob("*.json"):
         path.write_text("{")
@@ -213,17 +213,17 @@ def test_choice_is_timed_once_and_stored(timed: list[Config], tmp_path: Path) ->
     assert len(timed) == 4 * len(every)
 
 
-def test_choice_is_the_first_where_results_must_repeat(timed: list[Config]) -> None:
+def test_choice_is_the_first_where_results_must_repeat(timed: list[TileConfig]) -> None:
     torch.use_deterministic_algorithms(True)
     try:
-        assert pick() == matmul.configs(2, 64, 90)[0]
+        assert pick() == matmul.candidate_configs(2, 64, 90)[0]
     finally:
         torch.use_deterministic_algorithms(False)
     assert not timed
 
 
-def test_choice_waits_for_the_end_of_a_capture(timed: list[Config], monkeypatch: pytest.MonkeyPatch) -> None:
-    every = matmul.configs(2, 64, 90)
+def test_choice_waits_for_the_end_of_a_capture(timed: list[TileConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    every = matmul.candidate_configs(2, 64, 90)
     with monkeypatch.context() as capture:
         capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         assert pick() == every[0] and not timed
@@ -232,7 +232,7 @@ def test_choice_waits_for_the_end_of_a_capture(timed: list[Config], monkeypatch:
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_fp32_is_served_in_every_layout_where_it_may_be_tf32(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autotune, "device_of", lambda x: Device("none", arch, 4, SHARED[arch]))
+    monkeypatch.setattr(autotune, "device_limits", lambda x: DeviceLimits("none", arch, 4, SHARED[arch]))
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         for torch.backends.cuda.matmul.fp32_precision in ("tf32", "ieee"):
@@ -247,11 +247,13 @@ def test_fp32_is_served_in_every_layout_where_it_may_be_tf32(arch: int, monkeypa
 
 def test_operands_that_are_read_in_wide_pieces() -> None:
     x = torch.empty(64, 128, dtype=torch.bfloat16)
-    assert matmul.reads_well(x, 1, 8) and matmul.reads_well(x.T, 0, 8) and matmul.reads_well(x, 0, 1) and matmul.reads_well(x, 1, None)
-    assert not matmul.reads_well(x, 1, 4) and not matmul.reads_well(x.T, 0, 1)  # 8 and 2 bytes at a time
-    assert not matmul.reads_well(x[:, ::2], 0, 64) and not matmul.reads_well(torch.empty(64, 100), 0, 64)  # no stride of 1; lines not aligned
-    assert not matmul.reads_well(x[:, :100], 0, 64) and matmul.reads_well(x[:50], 0, 1) and not matmul.reads_well(x[:50].T[:, :40], 0, 1)
-    assert not matmul.reads_well(torch.empty(1, 64).expand(8, 64), 0, 64)
+    assert (
+        matmul.reads_in_16_bytes(x, 1, 8) and matmul.reads_in_16_bytes(x.T, 0, 8) and matmul.reads_in_16_bytes(x, 0, 1) and matmul.reads_in_16_bytes(x, 1, None)
+    )
+    assert not matmul.reads_in_16_bytes(x, 1, 4) and not matmul.reads_in_16_bytes(x.T, 0, 1)  # 8 and 2 bytes at a time
+    assert not matmul.reads_in_16_bytes(x[:, ::2], 0, 64) and not matmul.reads_in_16_bytes(torch.empty(64, 100), 0, 64)  # no stride of 1; lines not aligned
+    assert not matmul.reads_in_16_bytes(x[:, :100], 0, 64) and matmul.reads_in_16_bytes(x[:50], 0, 1) and not matmul.reads_in_16_bytes(x[:50].T[:, :40], 0, 1)
+    assert not matmul.reads_in_16_bytes(torch.empty(1, 64).expand(8, 64), 0, 64)
 
 
 # --- the ops ---

@@ -22,19 +22,19 @@ import triton
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.errors import OutOfResources
 
-TRIED = 4
+MAX_CANDIDATES = 4
 """Candidates that are timed: each costs a compilation."""
 
 _FILE = "config.json"
 _RESERVED = 2048
 """Bytes of shared memory that a kernel may need beside its tiles: barriers, scales, reductions."""
 
-_memory: dict[Hashable, Config] = {}
+_memory: dict[Hashable, TileConfig] = {}
 _lock = threading.Lock()
 
 
 @dataclass(frozen=True)
-class Config:
+class TileConfig:
     """Rows and columns of the result that one program computes, the run of the contraction axis that it reads at a time, warps, and runs in flight."""
 
     block_m: int
@@ -54,7 +54,7 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Device:
+class DeviceLimits:
     """What the choice depends on. `shared`: bytes of shared memory that a program may have."""
 
     name: str
@@ -63,35 +63,37 @@ class Device:
     shared: int
 
 
-def device_of(x: torch.Tensor) -> Device:
+def device_limits(x: torch.Tensor) -> DeviceLimits:
     """`arch` is 0 for what is no NVIDIA GPU."""
     return _device(x.device)
 
 
 @functools.cache
-def _device(device: torch.device) -> Device:
+def _device(device: torch.device) -> DeviceLimits:
     p: Any = torch.cuda.get_device_properties(device)
-    return Device(p.name, 0 if torch.version.hip else p.major * 10 + p.minor, p.multi_processor_count, p.shared_memory_per_block_optin)
+    return DeviceLimits(p.name, 0 if torch.version.hip else p.major * 10 + p.minor, p.multi_processor_count, p.shared_memory_per_block_optin)
 
 
-def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+def device_context(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device: the tensor's, inside."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def fitting(configs: Sequence[Config], m: int, n: int, itemsize: int, device: Device) -> list[Config]:
-    """The configurations for an m x n result, the most promising first: those that fit into shared memory, at most `TRIED`, no tile mostly empty."""
+def promising_configs(configs: Sequence[TileConfig], m: int, n: int, itemsize: int, device: DeviceLimits) -> list[TileConfig]:
+    """The configurations for an m x n result, the most promising first: those that fit into shared memory, at most `MAX_CANDIDATES`, no tile mostly empty."""
     fit = [c for c in configs if c.shared_bytes(itemsize) <= device.shared]
     small = [c for c in fit if c.block_m < 2 * max(m, 64) and c.block_n < 2 * max(n, 64)]
-    return sorted(small or fit, key=lambda c: c.cost(m, n, device.processors))[:TRIED]
+    return sorted(small or fit, key=lambda c: c.cost(m, n, device.processors))[:MAX_CANDIDATES]
 
 
-def bucket(size: int) -> int:
+def next_power_of_two(size: int) -> int:
     """Sizes up to the next power of two share a choice: a batch of another size is not tuned again."""
     return 1 << max(size - 1, 0).bit_length()
 
 
-def pick(kernel: Any, key: tuple[Hashable, ...], candidates: Callable[[], Sequence[Config]], device: Device, run: Callable[[Config], None]) -> Config:
+def fastest_config(
+    kernel: Any, key: tuple[Hashable, ...], candidates: Callable[[], Sequence[TileConfig]], device: DeviceLimits, run: Callable[[TileConfig], None]
+) -> TileConfig:
     """The fastest of `candidates` (which depend on `key` and `device` alone) for `run`, which launches the kernel: by an earlier call, an earlier process, or
     timing.
 
@@ -117,17 +119,17 @@ def _folder(full: tuple[Any, ...]) -> Any:
     return get_cache_manager(hashlib.sha256(repr(full).encode()).hexdigest())
 
 
-def _stored(full: tuple[Any, ...], configs: Sequence[Config]) -> Config | None:
+def _stored(full: tuple[Any, ...], configs: Sequence[TileConfig]) -> TileConfig | None:
     """The choice on disk; a damaged or foreign file is none."""
     path = _folder(full).get_file(_FILE)
     try:
-        found = Config(**json.loads(Path(path).read_text())) if path else None
+        found = TileConfig(**json.loads(Path(path).read_text())) if path else None
     except (OSError, ValueError, TypeError):
         return None
     return found if found in configs else None
 
 
-def _fastest(full: tuple[Any, ...], configs: Sequence[Config], run: Callable[[Config], None]) -> Config:
+def _fastest(full: tuple[Any, ...], configs: Sequence[TileConfig], run: Callable[[TileConfig], None]) -> TileConfig:
     times_ms = {c: _time_ms(c, run) for c in configs}
     best = min(times_ms, key=times_ms.__getitem__)
     if math.isinf(times_ms[best]):
@@ -136,7 +138,7 @@ def _fastest(full: tuple[Any, ...], configs: Sequence[Config], run: Callable[[Co
     return best
 
 
-def _time_ms(config: Config, run: Callable[[Config], None]) -> float:
+def _time_ms(config: TileConfig, run: Callable[[TileConfig], None]) -> float:
     """The median time, inf where the device has too little of something."""
     try:
         return float(triton.testing.do_bench(lambda: run(config), warmup=5, rep=20, return_mode="median"))

@@ -8,14 +8,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from approx_compile.kernels.triton.autotune import on_device
+from approx_compile.kernels.triton.autotune import device_context
 
-MOST_UNITS = 8192
+MAX_UNITS = 8192
 """Scores that one program ranks; of more, sorting is faster."""
 
 
 @triton.jit
-def choose_kernel(score, idx, units, k, BLOCK: tl.constexpr):
+def topk_kernel(score, idx, units, k, BLOCK: tl.constexpr):
     """idx = the k largest of `units` scores, in ascending order of place; NaN above inf, of equal ones the first.
 
     Scores become integers in the same order; the k-th largest of those, t, is found bit by bit: t keeps a bit if at least k are not below it. What lies above
@@ -40,7 +40,7 @@ def choose_kernel(score, idx, units, k, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def norms_kernel(x, part, kept, summed, chunk, sx_kept, sx_summed, BLOCK_KEPT: tl.constexpr, BLOCK_SUMMED: tl.constexpr):
+def norms_sq_kernel(x, part, kept, summed, chunk, sx_kept, sx_summed, BLOCK_KEPT: tl.constexpr, BLOCK_SUMMED: tl.constexpr):
     """part[c, i] = sum of x[i, j]^2 over the j of chunk c."""
     i = tl.program_id(0) * BLOCK_KEPT + tl.arange(0, BLOCK_KEPT)
     first = tl.program_id(1) * chunk
@@ -53,13 +53,13 @@ def norms_kernel(x, part, kept, summed, chunk, sx_kept, sx_summed, BLOCK_KEPT: t
     tl.store(part + tl.program_id(1).to(tl.int64) * kept + i, tl.sum(acc, 1), mask=i < kept)
 
 
-def choose(score: Tensor, k: int) -> Tensor:
+def largest_indices(score: Tensor, k: int) -> Tensor:
     """fp32 scores (units,), at most MOST_UNITS of them -> the k largest, (k,) int64, sorted."""
     idx = torch.empty(k, dtype=torch.int64, device=score.device)
     units = score.shape[0]
-    with on_device(score):
+    with device_context(score):
         block = max(triton.next_power_of_2(units), 128)
-        choose_kernel[(1,)](score.contiguous(), idx, units, k, block, num_warps=min(max(block // 256, 1), 16))
+        topk_kernel[(1,)](score.contiguous(), idx, units, k, block, num_warps=min(max(block // 256, 1), 16))
     return idx
 
 
@@ -74,8 +74,8 @@ def norms_sq(x: Tensor, dim: int, group: int, programs: int = 1024) -> Tensor:
     chunk = triton.cdiv(triton.cdiv(summed, triton.cdiv(programs, tiles)), block_summed) * block_summed
     parts = triton.cdiv(summed, chunk)
     part = torch.empty((parts, kept), dtype=torch.float32, device=x.device)
-    with on_device(x):
-        norms_kernel[(tiles, parts)](x, part, kept, summed, chunk, x.stride(dim), x.stride(1 - dim), block_kept, block_summed, num_warps=8)
+    with device_context(x):
+        norms_sq_kernel[(tiles, parts)](x, part, kept, summed, chunk, x.stride(dim), x.stride(1 - dim), block_kept, block_summed, num_warps=8)
     if parts == group == 1:
         return part[0]
     units = kept // group

@@ -124,6 +124,6 @@ def no_max_kernel(site: Site, lowering: str, how: Replacement) -> str | None:
         return f"{lowering} has no kernel for {str(x.dtype).removeprefix('torch.')}"
     if how.tile is not None:
         return "the kernel for max takes no tiles"
-    if how.j > launch.MOST_ENTRIES or _torch.numel(site.node) == 0:
-        return f"the kernel for max keeps 1 to {launch.MOST_ENTRIES} entries"
+    if how.j > launch.MAX_ENTRIES or _torch.numel(site.node) == 0:
+        return f"the kernel for max keeps 1 to {launch.MAX_ENTRIES} entries"
     return None
