@@ -15,7 +15,7 @@ from bench import raced, show, store
 from torch import Tensor
 
 from approx_compile.kernels.gradient_replacements import ConvGeometry, Replacement, max_conv_weight
-from approx_compile.passes.rewrite.replace_gradient import small_tile
+from approx_compile.passes.planning.gradient_replacement import smallest_useful_tile
 
 SHAPES = ((256, 256, 8), (128, 128, 16), (512, 512, 4), (512, 512, 2), (64, 64, 32), (16, 16, 32), (32, 32, 16), (64, 64, 8))
 """Input channels, output channels, height and width, in the order of Table 1."""
@@ -50,7 +50,7 @@ def speed(
             shapes = (BATCH, inputs, size, size), (BATCH, outputs, size, size), (outputs, inputs, 3, 3)
             tensors = [torch.randn(s).contiguous(memory_format=form) for s in shapes]
             products: dict[str, Callable[..., Tensor]] = {"inductor": exact, "max": largest}
-            tile = small_tile((size, size))
+            tile = smallest_useful_tile((size, size))
             if tile < size:
                 products[f"max, tile {tile}"] = functools.partial(largest, tile=tile)
             contest = {name: functools.partial(torch.compile(f, backend="inductor", dynamic=False), *tensors) for name, f in products.items()}

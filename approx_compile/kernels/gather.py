@@ -82,14 +82,14 @@ def _sum_sq(x: Tensor, dims: list[int]) -> Tensor:
     return x.square().sum(dims) if dims else x.square()
 
 
-def _memory_order(x: Tensor) -> list[int]:
+def memory_order(x: Tensor) -> list[int]:
     """Return the dims from the slowest to the fastest in memory."""
     return sorted(range(x.dim()), key=lambda d: -_torch.hint(x.stride(d)))
 
 
 def _pick(x: Tensor, axis: Axis, idx: Tensor, unit: int) -> Tensor:
     """Gather x[.., idx, ..] along axis.dim in units, for an x from `axis.view`; the result has the memory order of x."""
-    order = _memory_order(x)
+    order = memory_order(x)
     if any(not isinstance(s, int) for s in x.stride()):  # Inductor cannot sort the strides of a saved view that hold symbols
         order = sorted(order)
     straight = order == sorted(order)

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from approx_compile import _torch
-from approx_compile.passes.fx_utils import VIEWS, is_torchs_own, is_zero, op_name
+from approx_compile.passes.fx_utils import VIEWS, is_torch_op, is_zero, op_name
 from approx_compile.passes.rewrite.custom_ops import OWN_CONV, OWN_MM
 from approx_compile.rows.batch_dim import Followed, geometry_of, same_memory, strided_geometry
 
@@ -52,7 +52,7 @@ def is_linear(n: fx.Node, linear: set[fx.Node], out: Followed) -> bool:
         return True
     if n.target in _CASTS:
         return bool(_torch.value(n).dtype.is_floating_point)
-    if is_torchs_own(n) and op_name(n) in _SOLVED:
+    if is_torch_op(n) and op_name(n) in _SOLVED:
         return [i for i, a in enumerate(n.args) if isinstance(a, fx.Node) and a in linear] == [_SOLVED[op_name(n)]]
     if n.target is aten.copy.default:
         return n.args[1] in linear or is_zero(n.args[1])
@@ -69,7 +69,7 @@ def is_linear(n: fx.Node, linear: set[fx.Node], out: Followed) -> bool:
         return (n.args[1] in linear or is_zero(n.args[1])) and (whole or n.args[0] in linear or is_zero(n.args[0]))
     if n.target in _FACTORS:
         return sum(hits) == 1
-    if n.target in (aten.div.Tensor, aten.div.Scalar) or n.target in _INDEXED or (is_torchs_own(n) and op_name(n).endswith(("_backward", "_backward_data"))):
+    if n.target in (aten.div.Tensor, aten.div.Scalar) or n.target in _INDEXED or (is_torch_op(n) and op_name(n).endswith(("_backward", "_backward_data"))):
         return first_alone
     if n.target is aten.where.self:
         return n.args[0] not in linear and all(a in linear or is_zero(a) for a in n.args[1:3])

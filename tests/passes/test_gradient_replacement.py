@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from approx_compile import Backend, explain
 from approx_compile.backend import run_as_is
 from approx_compile.kernels.gradient_replacements import EXACT_IN_FLOAT32, Replacement, divide_whole_floats, select_entries
-from approx_compile.passes.rewrite.replace_gradient import small_tile
+from approx_compile.passes.planning.gradient_replacement import smallest_useful_tile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 aten = torch.ops.aten
@@ -255,8 +255,8 @@ def test_tiles_between_the_image_and_its_places() -> None:
         ((0, 8), 4, 0),
     ],
 )
-def testsmall_tiles(sizes: tuple[int, ...], tile: int, entries: int) -> None:
-    assert small_tile(sizes) == tile
+def test_smallest_useful_tile(sizes: tuple[int, ...], tile: int, entries: int) -> None:
+    assert smallest_useful_tile(sizes) == tile
     assert Replacement("max", tile=tile).entries(sizes) == entries
 
 

@@ -25,7 +25,7 @@ from approx_compile.config.resolve import SiteSettings
 from approx_compile.kernels.availability import CUSTOM_KERNELS
 from approx_compile.machine import Machine
 from approx_compile.passes.cost import estimates
-from approx_compile.passes.fx_utils import CASTS, PRODUCTS, VIEWS
+from approx_compile.passes.fx_utils import CASTS, PRODUCTS, last_view, source_behind
 from approx_compile.passes.planning import candidates
 from approx_compile.passes.planning.plan import Candidates, Plan, ProductPlan, SitePlan, total
 from approx_compile.passes.sites.site import Product, Site
@@ -63,8 +63,7 @@ def _activation(site: Site) -> Any:
 
 
 def _origin(n: Any) -> Any:
-    if isinstance(n, fx.Node) and n.target in VIEWS:
-        return _origin(n.args[0])
+    n = source_behind(n)
     if isinstance(n, fx.Node) and n.target in CASTS:
         return _torch.value(n).dtype, _origin(n.args[0])
     return n
@@ -193,7 +192,7 @@ def summed(results: Sequence[tuple[fx.Node, int] | None]) -> tuple[fx.Node, Sum]
     known = [r for r in results if r is not None]
     if len(known) < len(results) or len({(dim, tuple(map(str, _torch.value(n).shape))) for n, dim in known}) > 1:
         return None
-    parts: dict[fx.Node, Sum] = {_top(n): i for i, (n, _) in enumerate(known)}
+    parts: dict[fx.Node, Sum] = {last_view(n): i for i, (n, _) in enumerate(known)}
     while len(parts) > 1:
         node = next((u for n in parts for u in n.users if len(n.users) == 1 and _adds(u, parts)), None)
         if node is None:
@@ -201,16 +200,9 @@ def summed(results: Sequence[tuple[fx.Node, int] | None]) -> tuple[fx.Node, Sum]
         first, second = node.args[:2]
         assert isinstance(first, fx.Node) and isinstance(second, fx.Node)
         order = (parts.pop(first), parts.pop(second))
-        parts[node if len(parts) == 0 else _top(node)] = order
+        parts[node if len(parts) == 0 else last_view(node)] = order
     total, added = next(iter(parts.items()))
     return (total, added) if sum(not isinstance(s, int) for s in _torch.value(total).shape) <= 1 else None
-
-
-def _top(n: fx.Node) -> fx.Node:
-    """The last of the views of a node that nothing else reads."""
-    while len(n.users) == 1 and (user := next(iter(n.users))).target in VIEWS:
-        n = user
-    return n
 
 
 def _adds(n: fx.Node, parts: Mapping[fx.Node, Sum]) -> bool:

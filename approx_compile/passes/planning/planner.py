@@ -13,13 +13,12 @@ from approx_compile.kernels.availability import CUSTOM_KERNELS
 from approx_compile.kernels.estimators import Estimator, make_estimator
 from approx_compile.machine import Machine
 from approx_compile.passes.cost import estimates
-from approx_compile.passes.planning import candidates, index_sharing
+from approx_compile.passes.planning import candidates, gradient_replacement, index_sharing
 from approx_compile.passes.planning import lowering as lowerings
 from approx_compile.passes.planning import plan as planned
 from approx_compile.passes.planning.plan import BY_SETTINGS, Candidates, Plan, ProductPlan, SitePlan
 from approx_compile.passes.planning.plan_validation import check_shapes
 from approx_compile.passes.planning.rule_matching import match_rules
-from approx_compile.passes.rewrite import replace_gradient
 from approx_compile.passes.sites.site import Product, Site
 
 RAW, LAST = "fed with raw data", "the last layer"
@@ -219,20 +218,20 @@ def _with_replacements(site: Site, plan: SitePlan, settings: SiteSettings) -> Si
 
 
 def _replaced(site: Site, product: Product, exact: ProductPlan, wanted: ProductSettings) -> ProductPlan:
-    how, kept, size, reason = replace_gradient.choose(site, product, wanted)
-    if how is None:
+    replacement, kept, size, reason = gradient_replacement.choose_replacement(site, product, wanted)
+    if replacement is None:
         return replace(exact, reason=reason)
-    flops = estimates.replaced(site, product, how)
+    flops = estimates.replaced(site, product, replacement)
     return replace(
         exact,
         decision="replaced",
         reason=reason,
-        method=how.method,
+        method=replacement.method,
         ratio=kept / size,
         k=kept,
         size=size,
         flops_sampled=flops,
-        replacement=how,
+        replacement=replacement,
         time_sampled_us=None,
     )
 

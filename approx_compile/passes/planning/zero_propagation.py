@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from approx_compile import _torch
-from approx_compile.passes.fx_utils import VIEWS, is_zero
+from approx_compile.passes.fx_utils import VIEWS, is_zero, last_view, source_behind
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -104,23 +104,14 @@ def _summed(n: fx.Node, dim: int) -> int | None:
 
 def relu_backward(grad: fx.Node, activation: fx.Node) -> fx.Node | None:
     """The node where(activation <= 0, 0, grad) that alone reads a gradient, all through views: the activation is a ReLU's output, or pooled from one."""
-    v = grad
-    while len(v.users) == 1:
-        user = next(iter(v.users))
-        if user.target in VIEWS:
-            v = user
-            continue
-        if user.target is not aten.where.self or user.args[2] is not v:
-            return None
-        le, zero = user.args[0], user.args[1]
-        is_zero = isinstance(zero, fx.Node) and zero.target in (aten.scalar_tensor.default, aten.full.default) and 0 in zero.args
-        if not (is_zero and isinstance(le, fx.Node) and le.target is aten.le.Scalar and le.args[1] == 0):
-            return None
-        return user if _behind_views(le.args[0]) is _behind_views(activation) else None
-    return None
-
-
-def _behind_views(n: Any) -> Any:
-    while isinstance(n, fx.Node) and n.target in VIEWS:
-        n = n.args[0]
-    return n
+    v = last_view(grad)
+    if len(v.users) != 1:
+        return None
+    user = next(iter(v.users))
+    if user.target is not aten.where.self or user.args[2] is not v:
+        return None
+    le, zero = user.args[0], user.args[1]
+    is_zero = isinstance(zero, fx.Node) and zero.target in (aten.scalar_tensor.default, aten.full.default) and 0 in zero.args
+    if not (is_zero and isinstance(le, fx.Node) and le.target is aten.le.Scalar and le.args[1] == 0):
+        return None
+    return user if source_behind(le.args[0]) is source_behind(activation) else None

@@ -18,15 +18,15 @@ from approx_compile import _torch
 from approx_compile.kernels.availability import CUSTOM_KERNELS
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.kernels.gather import Axis, sample, take, untake
-from approx_compile.passes.fx_utils import CONV, users_of_output
+from approx_compile.passes.fx_utils import CONV, update_fake_value, users_of_output
 from approx_compile.passes.planning import index_sharing
 from approx_compile.passes.planning.index_sharing import Sum
 from approx_compile.passes.planning.plan import Plan, ProductPlan
 from approx_compile.passes.planning.zero_propagation import relu_backward
 from approx_compile.passes.rewrite import custom_ops
-from approx_compile.passes.rewrite.graph_edit import Layout, Sampled, as_it_is, hoist, inline, keep_choice, like, output_of, refresh, replace_output
+from approx_compile.passes.rewrite.graph_edit import Layout, Sampled, as_it_is, hoist, inline, keep_choice, like, output_of, replace_output
 from approx_compile.passes.rewrite.narrow_region import Narrowing, regions
-from approx_compile.passes.rewrite.replace_gradient import let_go_of_activation, replace_conv_weight, replace_matmul
+from approx_compile.passes.rewrite.replace_gradient import release_activation, replace_conv_weight, replace_matmul
 from approx_compile.passes.sites.conv_gradients import channel_axis, conv_weight_axes
 from approx_compile.passes.sites.matmul_gradients import permutation_between
 from approx_compile.passes.sites.site import Product, Site
@@ -229,11 +229,11 @@ def _put_back(graph: fx.Graph, m: fx.Node, holes: Sequence[_Hole], activation: t
     if into is not None:
         into.narrow.insert(0, m)  # gradients come in reverse order
         into.holes, into.activation, into.layout = tuple(holes), into.activation or activation, layout
-        refresh(m)
+        update_fake_value(m)
         return
     users = list(m.users)
     masked = relu_backward(m, activation[0]) if activation is not None else None
-    refresh(m)
+    update_fake_value(m)
     if not holes:
         return
     full = _filled(graph, m.next, m, holes, activation[1] if masked and activation else None, layout)
@@ -320,9 +320,9 @@ def _conv_gradients(graph: fx.Graph, site: Site, todo: Sequence[_Gradient]) -> N
         left[2] = False
     if any(left):
         m.args = (*m.args[:10], left)
-        refresh(m)
+        update_fake_value(m)
     for call in calls:
-        let_go_of_activation(graph, call)
+        release_activation(graph, call)
 
 
 def _step_over_conv(graph: fx.Graph, m: fx.Node, p: Product, coupled: Sampled, skipped: Sampled | None) -> None:
@@ -372,7 +372,7 @@ def _come_from(m: fx.Node, call: fx.Node, index: int) -> None:
     """Let the node that takes an output of `m` take that of `call`."""
     for item in list(users_of_output(m, index)):
         item.args = (call, index)
-        refresh(item)
+        update_fake_value(item)
 
 
 def _own_axis_conv(graph: fx.Graph, m: fx.Node, site: Site, p: Product, how: Estimator) -> fx.Node:
@@ -398,5 +398,5 @@ def _conv_backward(graph: fx.Graph, m: fx.Node, dy: Any, operands: tuple[Any, An
     with graph.inserting_before(m):
         call = graph.call_function(m.target, (dy, *operands, *m.args[3:10], mask))  # type: ignore[arg-type]
     _torch.copy_provenance(m, call)
-    refresh(call)
+    update_fake_value(call)
     return call

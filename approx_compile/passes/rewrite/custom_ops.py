@@ -14,9 +14,9 @@ from approx_compile.kernels import skip_conv
 from approx_compile.kernels import skip_matmul as skip
 from approx_compile.kernels.estimators import Estimator, select, unit_scores
 from approx_compile.kernels.gather import Axis, norms_sq
-from approx_compile.passes.fx_utils import CONV, PRODUCTS, window_of
+from approx_compile.passes.fx_utils import CONV, PRODUCTS, update_fake_value, window_of
 from approx_compile.passes.planning.lowering import LINE
-from approx_compile.passes.rewrite.graph_edit import Layout, Sampled, inline, like, refresh
+from approx_compile.passes.rewrite.graph_edit import Layout, Sampled, inline, like
 from approx_compile.passes.sites.site import Product
 
 skip_matmul, skip_matmul_into = torch.ops.approx_compile.skip_matmul.default, torch.ops.approx_compile.skip_matmul_into.default
@@ -62,7 +62,7 @@ def sample_output(graph: fx.Graph, product: Product, how: Estimator, idx: fx.Nod
         bias = node.args[0] if len(node.args) == 3 else None
         node.target = skip_matmul
         node.args = (_in_lines(a, node), _in_lines(b, node), idx, scale, how.unit, bias)
-        refresh(node)
+        update_fake_value(node)
         return
     bias, geometry, layout = node.args[2], window_of(node.args[3:6], 2), Layout.of(_torch.value(node))
 

@@ -92,13 +92,6 @@ def hoist(n: fx.Node, before: fx.Node) -> None:
         before.prepend(n)
 
 
-def refresh(node: fx.Node) -> None:
-    """Recompute a node's fake value after its arguments changed."""
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])  # type: ignore[misc]
-    with _torch.fake_mode_of(node):
-        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
-
-
 _pieces: weakref.WeakKeyDictionary[fx.Graph, dict[Any, fx.Graph]] = weakref.WeakKeyDictionary()
 """What has been traced for a graph."""
 

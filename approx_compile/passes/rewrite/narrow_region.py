@@ -15,11 +15,11 @@ from torch import Tensor, fx
 from approx_compile import _torch
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.kernels.gather import Axis, sample_by_weight, take, untake
-from approx_compile.passes.fx_utils import CONV, VIEWS
+from approx_compile.passes.fx_utils import CONV, VIEWS, update_fake_value
 from approx_compile.passes.planning import zero_propagation
 from approx_compile.passes.planning.plan import Plan
 from approx_compile.passes.planning.producer_narrowing import NarrowedRegion, narrowed_region
-from approx_compile.passes.rewrite.graph_edit import Layout, Sampled, hoist, inline, keep_choice, like, refresh
+from approx_compile.passes.rewrite.graph_edit import Layout, Sampled, hoist, inline, keep_choice, like
 from approx_compile.passes.sites.conv_gradients import conv_weight_axes
 from approx_compile.passes.sites.site import Site
 
@@ -102,7 +102,7 @@ class Narrowing:
         if bias is not None and isinstance(b := args[bias], fx.Node) and _torch.value(b).shape[-1] != 1:
             args[bias] = inline(self.graph, node, lambda b, idx: take(b, Axis(b.dim() - 1), idx, None, unit), (b, self.idx))
         node.args = tuple(args)
-        refresh(node)
+        update_fake_value(node)
         activation = args[at - 1]
         narrow = args[at]
         assert isinstance(activation, fx.Node) and isinstance(narrow, fx.Node)
@@ -117,7 +117,7 @@ class Narrowing:
             n.args = (n.args[0], shape)
         elif n.target not in zero_propagation.SUMS:
             n.args = tuple(self._operand(a, dim - value.dim()) if isinstance(a, fx.Node) else a for a in n.args)
-        refresh(n)
+        update_fake_value(n)
 
     def _operand(self, x: fx.Node, behind: int) -> fx.Node:
         """The kept entries of an operand, on its dim `behind` (counted from the last)."""
@@ -135,7 +135,7 @@ class Narrowing:
         with self.graph.inserting_after(x):
             new = self.graph.call_function(x.target, tuple(args))  # type: ignore[arg-type]
         _torch.copy_provenance(x, new)
-        refresh(new)
+        update_fake_value(new)
         return new
 
     def _take(self, x: fx.Node, dim: int) -> fx.Node:
