@@ -1,22 +1,24 @@
-"""How each of a machine's quantities is measured. `measure` yields them table by table; `machine` rounds and stores.
+"""Measure each quantity of a device's profile: rates of products and kernels, bandwidths of memory, times of selections and launches.
+
+`measure` returns the tables; `calibration` rounds and stores them.
 
 | table | over | unit | what runs |
 |---|---|---|---|
 | `linear.output`, `.grad_input`, `.grad_weight` | M, K, N | GFLOP/s | X W^T, dY W, dY^T X of X (M, K), W (N, K), dY (M, N) |
 | `bmm` | M, K, N | GFLOP/s | (B, M, K) (B, K, N) for a B of some work |
 | `conv.output`, `.grad_input`, `.grad_weight` | places, C, O, taps | GFLOP/s | a convolution and its backward, channels last; places: pixels of all samples |
-| `LOWERING.linear.PRODUCT`, `.conv.` | as above | GFLOP/s | on GPUs, kernels of ours by the sizes kept, half of the axis; coupled gradients with their zeros |
-| `norms` | bytes | GB/s | squared norms along the last axis of a matrix, of the bytes read |
-| `take`, `untake` | run, bytes | GB/s | half of the entries gathered, and put back, into memory in use: contiguous entries per index, bytes of all |
+| `LOWERING.linear.PRODUCT`, `.conv.` | as above | GFLOP/s | on GPUs, custom kernels, by kept sizes: half of the axis; coupled gradients with their zeros |
+| `norms` | bytes | GB/s | squared norms along the last axis of a matrix, per byte read |
+| `take`, `untake` | run, bytes | GB/s | gather half of the entries, or put them back, in memory in use; run: entries per index, bytes: of all |
 | `read` | bytes | GB/s | a sum |
 | `fresh` | allocated | GB/s | what allocating a tensor adds to writing it: on CPUs the C library maps large ones anew each time, page by page |
-| `select.METHOD` | units, lead | us | norms to indices, `lead` independent ones at once |
-| `kernel`, `extern` | | us | a launch of a generated kernel and of a library call on next to no data |
+| `select.METHOD` | units, lead | us | norms to indices, `lead` independent selections at once |
+| `kernel`, `extern` | | us | a launch of a generated kernel, and of a library call, on next to no data |
 
-Full measurements run `norms`, `take` and `untake` as Inductor compiles them (what training runs); quick ones have no time to compile and run eager
-ops that move the same bytes. Operands of products take turns, so that none is in a nearer cache than in a training step. On CPUs with one thread the clock
-counts CPU time, so that a busy machine does not disturb it. Of several runs the fastest counts. Nothing here draws random numbers, but for the selections
-that do, and those leave the generator's state as it was.
+Full measurements run `norms`, `take` and `untake` as Inductor compiles them, because that is what training runs. Quick ones have no time to compile and
+run eager ops that move the same bytes. Products cycle through several sets of operands, so that no operand is in a faster cache than in a training step.
+The fastest of several runs counts (`BenchmarkTimer`). Nothing here draws random numbers, except the selections that are random, and these leave the state
+of the generator as it was.
 """
 
 from __future__ import annotations
@@ -25,12 +27,14 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from rich.progress import Progress
 from torch import Tensor
 
 from approx_compile import _torch
+from approx_compile.config.schema import ESTIMATORS, PRODUCTS
 from approx_compile.kernels import availability, skip_conv, skip_matmul
 from approx_compile.kernels.availability import CUSTOM_KERNELS, DEFAULT_UNITS
 from approx_compile.kernels.estimators import Estimator, select
@@ -39,17 +43,36 @@ from approx_compile.machine import huge_pages
 from approx_compile.machine.timer import BenchmarkTimer, Run
 
 Axes = dict[str, tuple[float, ...]]
-Found = tuple[str, str, Axes, tuple[float, ...]]
 
-PRODUCTS = ("output", "grad_input", "grad_weight")
-SELECTIONS = ("topk", "topk_weights", "crs", "bernoulli", "uniform", "wta")
-_LONGEST_S = 0.3
+_MAX_CALL_S = 0.3
+"""Products that are predicted to take longer are not run."""
+
 _WIDTH = 1024
+"""Entries per row of the matrices whose entries are gathered."""
+
+
+class Measurement(NamedTuple):
+    """One measured table: its name and unit, the sizes along its axes, the values at every combination of sizes (the last axis fastest)."""
+
+    name: str
+    unit: str
+    axes: Axes
+    values: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The sizes at which a measurement looks."""
+    """The sizes at which quantities are measured.
+
+    Attributes:
+        linear: Sizes of matrix products: M, K, N.
+        bmm: Sizes of batched matrix products: M, K, N.
+        conv: Sizes of convolutions: places (pixels of all samples), C, O (channels), taps (of the kernel).
+        sizes: Bytes of the tensors that are read, gathered from or put back into.
+        runs: Contiguous entries per index of a gather.
+        allocated: Bytes of new tensors.
+        select: Sizes of selections: units to choose from, independent selections at once (lead).
+    """
 
     linear: Axes
     bmm: Axes
@@ -89,64 +112,72 @@ QUICK = Grid(
 )
 
 
-def names(dtypes: list[str]) -> list[str]:
-    """Every table that a profile of these dtypes has."""
-    by_dtype = [*(f"linear.{p}" for p in PRODUCTS), "bmm", *(f"conv.{p}" for p in PRODUCTS), "norms", "take", "untake"]
-    return [f"{n}.{d}" for n in by_dtype for d in dtypes] + [f"select.{m}" for m in SELECTIONS] + ["read", "fresh", "kernel", "extern"]
+def measure(device: str, quick: bool, progress: bool) -> list[Measurement]:
+    """Measure every table of a profile.
 
+    Args:
+        device: "cpu" or "cuda".
+        quick: Whether to measure at few sizes and without compiling anything.
+        progress: Whether to show a bar on the terminal.
 
-def measure(device: str, quick: bool, progress: bool) -> list[Found]:
-    """Every table of `names`, in some order."""
+    Returns:
+        The tables of `profile.required_tables` and those of the custom kernels that run here, in some order.
+    """
     grid = QUICK if quick else GPU if device == "cuda" else FULL
     dtypes = [torch.float32, torch.bfloat16] + ([torch.float16] if device == "cuda" else [])
     bar = Progress(disable=not progress)
-    found: list[Found] = []
+    measured: list[Measurement] = []
     with bar, torch.no_grad(), torch.random.fork_rng(devices=[torch.cuda.current_device()] if device == "cuda" else []):
-        clock = BenchmarkTimer(device, 1e-3 if quick else 3e-3)
-        steps = list(_steps(device, dtypes, grid, quick, clock))
+        timer = BenchmarkTimer(device, 1e-3 if quick else 3e-3)
+        steps = list(_steps(device, dtypes, grid, quick, timer))
         task = bar.add_task("measuring", total=len(steps))
         for title, step in steps:
             bar.update(task, description=f"measuring {title}")
-            found.append(step())
+            measured.append(step())
             bar.advance(task)
-    return found
+    return measured
 
 
-def _steps(device: str, dtypes: list[torch.dtype], grid: Grid, quick: bool, clock: BenchmarkTimer) -> Iterator[tuple[str, Callable[[], Found]]]:
+def _steps(device: str, dtypes: list[torch.dtype], grid: Grid, quick: bool, timer: BenchmarkTimer) -> Iterator[tuple[str, Callable[[], Measurement]]]:
+    """Yield a title and a function that measures one table, for every table."""
     for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")
         for product in PRODUCTS:
-            yield f"linear {name}", partial(_rates, f"linear.{product}", dtype, grid.linear, partial(_linear, product, device, dtype), clock)
-            yield f"conv {name}", partial(_rates, f"conv.{product}", dtype, grid.conv, partial(_conv, product, device, dtype), clock)
-        for lowering in (
-            n for n in CUSTOM_KERNELS if not quick and availability.unavailable_reason(n, torch.device(device)) is None
-        ):  # compiled and tuned first: no quick matter
-            yield from _own_steps(lowering, device, dtype, grid, clock)
-        yield f"bmm {name}", partial(_rates, "bmm", dtype, grid.bmm, partial(_bmm, device, dtype), clock)
+            yield f"linear {name}", partial(_rates, f"linear.{product}", dtype, grid.linear, partial(_linear, product, device, dtype), timer)
+            yield f"conv {name}", partial(_rates, f"conv.{product}", dtype, grid.conv, partial(_conv, product, device, dtype), timer)
+        if not quick:  # custom kernels are compiled and tuned first, which takes long
+            for lowering in CUSTOM_KERNELS:
+                if availability.unavailable_reason(lowering, torch.device(device)) is None:
+                    yield from custom_kernel_steps(lowering, device, dtype, grid, timer)
+        yield f"bmm {name}", partial(_rates, "bmm", dtype, grid.bmm, partial(_bmm, device, dtype), timer)
         for kind in ("norms", "take", "untake"):
-            yield f"{kind} {name}", partial(_moves, kind, device, dtype, grid, quick, clock)
-    yield "memory", partial(_read, device, grid, clock)
-    yield "memory", partial(_fresh, device, grid, clock)
-    for method in SELECTIONS:
-        yield "selection", partial(_selection, method, device, grid, clock)
+            yield f"{kind} {name}", partial(measure_moves, kind, device, dtype, grid, quick, timer)
+    yield "memory", partial(_read, device, grid, timer)
+    yield "memory", partial(_fresh, device, grid, timer)
+    for method in ESTIMATORS:
+        yield "selection", partial(_selection, method, device, grid, timer)
     for kind in ("kernel", "extern"):
-        yield "launches", partial(_launch, kind, device, quick, clock)
+        yield "launches", partial(_launch, kind, device, quick, timer)
 
 
 # --- products ---
 
 
-def _rates(name: str, dtype: torch.dtype, axes: Axes, make: Callable[..., tuple[float, Run]], clock: BenchmarkTimer) -> Found:
-    """GFLOP/s at every point, in order of work; where a call would take too long it is not made and the rate of its next smaller neighbour holds."""
+def _rates(name: str, dtype: torch.dtype, axes: Axes, make: Callable[..., tuple[float, Run]], timer: BenchmarkTimer) -> Measurement:
+    """Measure GFLOP/s at every point of a grid, from less work to more.
+
+    `make` returns the FLOPs and the call for a point. A call that is predicted to take too long is not made; the best rate among the neighbours that are
+    one size smaller along one axis stands in for it.
+    """
     rates: dict[tuple[float, ...], float] = {}
     for point in itertools.product(*axes.values()):
         near = [rates[s] for i, axis in enumerate(axes.values()) if (s := _smaller(point, i, axis)) is not None]
         flops, run = make(*(int(p) for p in point))
-        if near and flops / (max(near) * 1e9) > _LONGEST_S:
+        if near and flops / (max(near) * 1e9) > _MAX_CALL_S:
             rates[point] = max(near)
         else:
-            rates[point] = flops / clock(run) / 1e9
-    return f"{name}.{str(dtype).removeprefix('torch.')}", "GFLOP/s", axes, tuple(rates.values())
+            rates[point] = flops / timer(run) / 1e9
+    return Measurement(f"{name}.{str(dtype).removeprefix('torch.')}", "GFLOP/s", axes, tuple(rates.values()))
 
 
 def _smaller(point: tuple[float, ...], i: int, axis: tuple[float, ...]) -> tuple[float, ...] | None:
@@ -159,60 +190,78 @@ def _filled(device: str, dtype: torch.dtype, *shape: int) -> Tensor:
 
 
 def _linear(product: str, device: str, dtype: torch.dtype, m: int, k: int, n: int) -> tuple[float, Run]:
-    def made() -> Run:
+    def make() -> Run:
         x, w, dy = (_filled(device, dtype, *s) for s in ((m, k), (n, k), (m, n)))
         a, b = {"output": (x, w.t()), "grad_input": (dy, w), "grad_weight": (dy.t(), x)}[product]
         return partial(torch.mm, a, b)
 
-    return 2.0 * m * k * n, _in_turn(made, (m * k + k * n + m * n) * dtype.itemsize)
+    return 2.0 * m * k * n, _in_turn(make, (m * k + k * n + m * n) * dtype.itemsize)
 
 
 def _bmm(device: str, dtype: torch.dtype, m: int, k: int, n: int) -> tuple[float, Run]:
     batch = max(1, min(16, 2**27 // (m * k * n)))
 
-    def made() -> Run:
+    def make() -> Run:
         return partial(torch.bmm, _filled(device, dtype, batch, m, k), _filled(device, dtype, batch, k, n))
 
-    return 2.0 * batch * m * k * n, _in_turn(made, batch * (m * k + k * n) * dtype.itemsize)
+    return 2.0 * batch * m * k * n, _in_turn(make, batch * (m * k + k * n) * dtype.itemsize)
 
 
-_SAMPLES = 16
-"""Of convolutions: with fewer and one thread torch runs those of one tap by another, slower, library."""
+_MIN_SAMPLES = 16
+"""Samples of a convolution. With fewer and one thread torch runs convolutions of one tap by another, slower library."""
 
 
 def _conv(product: str, device: str, dtype: torch.dtype, places: int, c: int, o: int, taps: int) -> tuple[float, Run]:
-    side, kernel = min(32, round((places / _SAMPLES) ** 0.5)), round(taps**0.5)
-    samples = max(_SAMPLES, places // side**2)
+    side, kernel = min(32, round((places / _MIN_SAMPLES) ** 0.5)), round(taps**0.5)
+    samples = max(_MIN_SAMPLES, places // side**2)
     places = samples * side**2
     rest = ([1, 1], [kernel // 2] * 2, [1, 1], False, [0, 0], 1)
     mask = [product == "grad_input", product == "grad_weight", False]
 
-    def made() -> Run:
+    def make() -> Run:
         x, dy = (_filled(device, dtype, samples, n, side, side).to(memory_format=torch.channels_last) for n in (c, o))
         w = _filled(device, dtype, o, c, kernel, kernel).to(memory_format=torch.channels_last)
         if product == "output":
             return partial(torch.ops.aten.convolution, x, w, None, *rest)
         return partial(torch.ops.aten.convolution_backward, dy, x, w, None, *rest, mask)
 
-    return 2.0 * places * c * o * taps, _in_turn(made, places * (c + o) * dtype.itemsize)
+    return 2.0 * places * c * o * taps, _in_turn(make, places * (c + o) * dtype.itemsize)
 
 
-_COLD = 2**23
+_COLD_BYTES = 2**23
+"""The sets of operands take this much together, more than the fastest caches hold."""
 
 
-def _in_turn(made: Callable[[], Run], size: int) -> Run:
-    """Calls on several sets of operands of `size` bytes in turn, so that none is still in the fastest caches: in training it would not be. At least two sets:
-    a step of one site goes through six tensors (operands, output, gradients), twice those of one product, before it meets the first again."""
-    turns = itertools.cycle([made() for _ in range(max(2, min(64, _COLD // size)))])
-    return lambda: next(turns)()
+def _in_turn(make: Callable[[], Run], size: int) -> Run:
+    """Return a call that cycles through several sets of operands of `size` bytes each.
+
+    The operands have left the fastest caches when they are used again, as in training. There are at least two sets: a training step of one site goes
+    through six tensors (operands, output, gradients), twice those of one product, before it meets the first again.
+    """
+    calls = itertools.cycle([make() for _ in range(max(2, min(64, _COLD_BYTES // size)))])
+    return lambda: next(calls)()
 
 
-# --- the same by kernels of ours ---
+# --- sampled products by custom kernels ---
 
 
-def _own_steps(lowering: str, device: str, dtype: torch.dtype, grid: Grid, clock: BenchmarkTimer) -> Iterator[tuple[str, Callable[[], Found]]]:
-    """Where a lowering has kernels for a dtype (on GPUs for fp32 where TF32 is allowed): of sizes that its groups divide, and not the smallest, where no
-    kernel pays. In groups of `UNITS[lowering][0]`; those of other sizes are predicted from that (`available.as_measured`)."""
+def custom_kernel_steps(lowering: str, device: str, dtype: torch.dtype, grid: Grid, timer: BenchmarkTimer) -> Iterator[tuple[str, Callable[[], Measurement]]]:
+    """Yield the measurements of a lowering's custom kernels for one dtype.
+
+    The sizes are those that the kernels' groups divide, without the smallest, where no kernel pays. The groups have `DEFAULT_UNITS[lowering][0]` entries;
+    the rates of other groups are predicted from these (`availability.runs_at_measured_rate`).
+
+    Args:
+        lowering: "triton" or "cuda".
+        device: "cpu" or "cuda".
+        dtype: The dtype of the operands.
+        grid: The sizes of the library's products, of which some are taken.
+        timer: Times each call.
+
+    Yields:
+        A title and a function that measures one table. Nothing if the lowering has no kernels for the dtype; for float32 on GPUs there are some only
+        where TF32 is allowed.
+    """
     unit = DEFAULT_UNITS[lowering][0]
     if lowering == "cuda" and dtype == torch.float32:
         return
@@ -222,15 +271,15 @@ def _own_steps(lowering: str, device: str, dtype: torch.dtype, grid: Grid, clock
     free = dtype != torch.float32 or device != "cuda"
     for product in PRODUCTS:
         if free or availability.allows_tf32(conv=False):
-            yield title, partial(_rates, f"{lowering}.linear.{product}", dtype, linear, partial(_own_linear, unit, product, device, dtype), clock)
+            yield title, partial(_rates, f"{lowering}.linear.{product}", dtype, linear, partial(_skip_linear, unit, product, device, dtype), timer)
         if lowering == "triton" and (free or availability.allows_tf32(conv=True)):
-            yield title, partial(_rates, f"{lowering}.conv.{product}", dtype, conv, partial(_own_conv, unit, product, device, dtype), clock)
+            yield title, partial(_rates, f"{lowering}.conv.{product}", dtype, conv, partial(_skip_conv, unit, product, device, dtype), timer)
 
 
-def _own_linear(unit: int, product: str, device: str, dtype: torch.dtype, m: int, k: int, n: int) -> tuple[float, Run]:
-    """k entries kept of 2 k."""
+def _skip_linear(unit: int, product: str, device: str, dtype: torch.dtype, m: int, k: int, n: int) -> tuple[float, Run]:
+    """Make products that keep k of 2 k entries of the contraction axis."""
 
-    def made() -> Run:
+    def make() -> Run:
         x, w, dy = (_filled(device, dtype, *s) for s in ((m, 2 * k), (n, 2 * k), (m, n)))
         idx = torch.arange(0, 2 * k // unit, 2, device=device)
         return {
@@ -239,15 +288,15 @@ def _own_linear(unit: int, product: str, device: str, dtype: torch.dtype, m: int
             "grad_weight": partial(skip_matmul.skip_matmul_into, dy.t(), x, idx, None, unit, 1),
         }[product]
 
-    return 2.0 * m * k * n, _in_turn(made, 2 * (m * k + k * n + m * n) * dtype.itemsize)
+    return 2.0 * m * k * n, _in_turn(make, 2 * (m * k + k * n + m * n) * dtype.itemsize)
 
 
-def _own_conv(unit: int, product: str, device: str, dtype: torch.dtype, places: int, c: int, o: int, taps: int) -> tuple[float, Run]:
-    """c input channels kept of 2 c."""
+def _skip_conv(unit: int, product: str, device: str, dtype: torch.dtype, places: int, c: int, o: int, taps: int) -> tuple[float, Run]:
+    """Make convolutions that keep c of 2 c input channels."""
     side, kernel = 16, round(taps**0.5)
     rest = ([1, 1], [kernel // 2] * 2, [1, 1])
 
-    def made() -> Run:
+    def make() -> Run:
         x, dy = (_filled(device, dtype, max(1, places // side**2), n, side, side).to(memory_format=torch.channels_last) for n in (2 * c, o))
         w = _filled(device, dtype, o, 2 * c, kernel, kernel).to(memory_format=torch.channels_last)
         idx = torch.arange(0, 2 * c // unit, 2, device=device)
@@ -257,20 +306,32 @@ def _own_conv(unit: int, product: str, device: str, dtype: torch.dtype, places: 
             "grad_weight": partial(skip_conv.skip_conv_weight, x, dy, idx, None, unit, [kernel, kernel], *rest),
         }[product]
 
-    return 2.0 * places * c * o * taps, _in_turn(made, places * (2 * c + o) * dtype.itemsize)
+    return 2.0 * places * c * o * taps, _in_turn(make, places * (2 * c + o) * dtype.itemsize)
 
 
 # --- what sampling adds ---
 
 
-_GENERATED_AT = 2**20
+_GENERATED_BYTES = 2**20
+"""The size at which generated kernels are timed: caches hold it."""
 
 
-def _moves(kind: str, device: str, dtype: torch.dtype, grid: Grid, quick: bool, clock: BenchmarkTimer) -> Found:
-    """Bandwidths of reading norms, of gathering half of the units and of putting them back, for runs of contiguous entries per index.
+def measure_moves(kind: str, device: str, dtype: torch.dtype, grid: Grid, quick: bool, timer: BenchmarkTimer) -> Measurement:
+    """Measure the bandwidth of computing norms, of gathering half of the units, or of putting them back.
 
     With t(run, bytes) the seconds per byte of eager ops and g(run) those of the generated kernel at a size that caches hold, the rate is
-    1 / (g(run) + max(0, t(run, bytes) - t(run, 1 MiB))): what another size costs is the memory's doing, not the kernel's.
+    1 / (g(run) + max(0, t(run, bytes) - t(run, 1 MiB))). This assumes that a change of size affects the memory only, so that eager ops show it as well.
+
+    Args:
+        kind: "norms", "take" (gather) or "untake" (put back).
+        device: "cpu" or "cuda".
+        dtype: The dtype of the entries.
+        grid: The sizes in bytes, and the runs of contiguous entries per index.
+        quick: Whether to leave out the generated kernel, so that the rates are those of eager ops.
+        timer: Times each call.
+
+    Returns:
+        The table, in GB/s of all entries (not only those that are gathered).
     """
     rates = []
     runs = (1.0,) if kind == "norms" else grid.runs
@@ -279,19 +340,19 @@ def _moves(kind: str, device: str, dtype: torch.dtype, grid: Grid, quick: bool, 
         def per_byte(size: float, make: Callable[..., Run], run: int = int(run)) -> float:
             rows = max(32, int(size) // (_WIDTH * dtype.itemsize))
             x = _filled(device, dtype, rows, _WIDTH // 2 if kind == "untake" else _WIDTH)
-            return clock(make(kind, run, x, torch.arange(0, _WIDTH // run, 2, device=device))) / (rows * _WIDTH * dtype.itemsize)
+            return timer(make(kind, run, x, torch.arange(0, _WIDTH // run, 2, device=device))) / (rows * _WIDTH * dtype.itemsize)
 
         eager = [per_byte(size, _eager) for size in grid.sizes]
         if not quick:
-            here, generated = per_byte(_GENERATED_AT, _eager), per_byte(_GENERATED_AT, _generated)
+            here, generated = per_byte(_GENERATED_BYTES, _eager), per_byte(_GENERATED_BYTES, _generated)
             eager = [generated + max(0.0, t - here) for t in eager]
         rates += [1e-9 / t for t in eager]
     axes: Axes = {"bytes": grid.sizes} if kind == "norms" else {"run": runs, "bytes": grid.sizes}
-    return f"{kind}.{str(dtype).removeprefix('torch.')}", "GB/s", axes, tuple(rates)
+    return Measurement(f"{kind}.{str(dtype).removeprefix('torch.')}", "GB/s", axes, tuple(rates))
 
 
 def _generated(kind: str, run: int, x: Tensor, idx: Tensor) -> Run:
-    """The kernel that the pass inserts, as Inductor compiles it."""
+    """Return a call of the kernel that the pass inserts, as Inductor compiles it."""
     axis = Axis(1)
     whole: Callable[[Tensor, Tensor], Tensor] = {
         "norms": lambda x, idx: norms_sq(x, axis, run),
@@ -303,63 +364,65 @@ def _generated(kind: str, run: int, x: Tensor, idx: Tensor) -> Run:
 
 
 def _eager(kind: str, run: int, x: Tensor, idx: Tensor) -> Run:
-    """Eager ops that move the same bytes, into memory that is already theirs (new memory has a table of its own)."""
-
+    """Return eager ops that move the same bytes, into memory allocated before (new memory has a table of its own)."""
     part = x.unflatten(1, (-1, run))
-    made = torch.zeros(x.shape[0], _WIDTH // run if kind == "untake" else len(idx), run, dtype=x.dtype, device=x.device)
+    out = torch.zeros(x.shape[0], _WIDTH // run if kind == "untake" else len(idx), run, dtype=x.dtype, device=x.device)
 
     def put_back() -> Tensor:
-        return made.zero_().index_copy_(1, idx, part)
+        return out.zero_().index_copy_(1, idx, part)
 
-    runs: dict[str, Run] = {"norms": partial(torch.sum, x), "take": partial(torch.index_select, part, 1, idx, out=made), "untake": put_back}
+    runs: dict[str, Run] = {"norms": partial(torch.sum, x), "take": partial(torch.index_select, part, 1, idx, out=out), "untake": put_back}
     return runs[kind]
 
 
-def _read(device: str, grid: Grid, clock: BenchmarkTimer) -> Found:
-    values = [size / clock(_filled(device, torch.float32, int(size) // 4).sum) / 1e9 for size in grid.sizes]
-    return "read", "GB/s", {"bytes": grid.sizes}, tuple(values)
+def _read(device: str, grid: Grid, timer: BenchmarkTimer) -> Measurement:
+    values = [size / timer(_filled(device, torch.float32, int(size) // 4).sum) / 1e9 for size in grid.sizes]
+    return Measurement("read", "GB/s", {"bytes": grid.sizes}, tuple(values))
 
 
-_LEAST_SHARE = 0.01
+_MIN_SHARE_OF_WRITE = 0.01
 
 
-def _fresh(device: str, grid: Grid, clock: BenchmarkTimer) -> Found:
-    """A difference, which for memory that is not new is noise: at least a hundredth of the write counts."""
+def _fresh(device: str, grid: Grid, timer: BenchmarkTimer) -> Measurement:
+    """Measure what allocating adds to writing. Where memory is reused the difference is noise, so at least a hundredth of the write counts."""
     values = []
     for size in grid.allocated:
         x = _filled(device, torch.float32, int(size) // 4)
-        written, fresh = clock(partial(x.fill_, 0.5)), clock(partial(_made, x))
-        values.append(size / max(fresh - written, _LEAST_SHARE * written) / 1e9)
-    return "fresh", "GB/s", {"allocated": grid.allocated}, tuple(values)
+        written, fresh = timer(partial(x.fill_, 0.5)), timer(partial(_new_like, x))
+        values.append(size / max(fresh - written, _MIN_SHARE_OF_WRITE * written) / 1e9)
+    return Measurement("fresh", "GB/s", {"allocated": grid.allocated}, tuple(values))
 
 
-def _made(x: Tensor) -> Tensor:
-    """A new tensor like x, written once; on CPUs where compiled code gets its own (`pages`)."""
+def _new_like(x: Tensor) -> Tensor:
+    """Allocate a tensor like x and write it once; on CPUs it is allocated as compiled code allocates (`huge_pages`)."""
     new = huge_pages.empty_strided_cpu(tuple(x.shape), x.stride(), x.dtype) if x.device.type == "cpu" else torch.empty_like(x)
     return new.fill_(0.5)
 
 
-def _selection(method: str, device: str, grid: Grid, clock: BenchmarkTimer) -> Found:
+def _selection(method: str, device: str, grid: Grid, timer: BenchmarkTimer) -> Measurement:
     values = []
     for units, lead in itertools.product(*grid.select.values()):
-        how = Estimator(method, int(units), int(units) // 2, weight=1 if method == "topk_weights" else None)
+        estimator = Estimator(method, int(units), int(units) // 2, weight=1 if method == "topk_weights" else None)
         norms = torch.linspace(1, 2, int(units * lead), device=device).view(int(lead), int(units))
         given = norms[0] if lead == 1 else norms
-        values.append(clock(partial(select, how, given, given)) * 1e6)
-    return f"select.{method}", "us", grid.select, tuple(values)
+        values.append(timer(partial(select, estimator, given, given)) * 1e6)
+    return Measurement(f"select.{method}", "us", grid.select, tuple(values))
 
 
-def _launch(kind: str, device: str, quick: bool, clock: BenchmarkTimer) -> Found:
-    """A library call is timed by itself; a generated kernel, where there is time to compile, as what ten more links add to a chain of kernel and call."""
+def _launch(kind: str, device: str, quick: bool, timer: BenchmarkTimer) -> Measurement:
+    """Measure the launch of a library call ("extern") or of a generated kernel ("kernel").
+
+    The kernel's launch is, where there is time to compile, what ten more links add to a chain of kernels and library calls, less the library calls.
+    """
     x = _filled(device, torch.float32, 16, 16)  # Inductor writes products of vectors as loops
-    extern = clock(partial(torch.mm, x, x))
+    extern = timer(partial(torch.mm, x, x))
     if kind == "extern":
-        return kind, "us", {}, (extern * 1e6,)
-    kernel = clock(partial(torch.mul, x, 2))
+        return Measurement(kind, "us", {}, (extern * 1e6,))
+    kernel = timer(partial(torch.mul, x, 2))
     if not quick:
-        short, long = (clock(partial(_torch.compile_kernel(partial(_chain, links), [x]), x)) for links in (2, 12))
+        short, long = (timer(partial(_torch.compile_kernel(partial(_chain, links), [x]), x)) for links in (2, 12))
         kernel = max(kernel, (long - short) / 10 - extern)
-    return kind, "us", {}, (kernel * 1e6,)
+    return Measurement(kind, "us", {}, (kernel * 1e6,))
 
 
 def _chain(links: int, x: Tensor) -> Tensor:

@@ -1,7 +1,10 @@
-"""Times of sites alone, measured once per site and machine by a process of its own (`alone`), and remembered on disk beside the machine's profile.
+"""Measure how long single sites take, once per site and machine, and keep the times on disk beside the machine's profile.
 
-A process of its own, because this is asked in the middle of a compilation. What is stored never changes: the file's `store_id`, which is new whenever
-the file is, therefore stands for its contents, those still to come included, and is all that a cache key needs.
+A child process (`approx_compile.backend.site_benchmark`) compiles and times the sites, because the times are asked for in the middle of a compilation.
+This module is the parent's side: it writes the requests, runs the child and stores the answers.
+
+Stored times never change. The `name` in the file is new whenever the file is; it therefore stands for all contents of the file, also for those that will
+be added, and is all that a cache key needs (`store_id`).
 """
 
 from __future__ import annotations
@@ -29,16 +32,22 @@ from approx_compile.utils import write_atomically
 
 _CHILD_TIMEOUT_S = 3600
 
-
 OperandLayout = tuple[tuple[int, ...], tuple[int, ...]]
-"""Shape and strides of an operand."""
+"""Shape and strides of an operand, in elements."""
 
 
 @dataclass(frozen=True)
 class TimedProduct:
-    """What of a site decides its time: "mm", "bmm" or "convolution" of two operands; which of them is a weight, and which need a gradient.
+    """The part of a site that decides its time.
 
-    `rest`: the convolution's arguments behind the bias (stride, padding, dilation, transposed, output_padding, groups).
+    Attributes:
+        op: "mm", "bmm" or "convolution".
+        layouts: Shape and strides of the two operands.
+        dtype: The dtype of the operands, such as "float32".
+        device: "cpu" or "cuda".
+        weight: Which operand is a weight, 0 or 1; None if neither is.
+        needs_grad: Which operands need a gradient.
+        rest: The arguments of a convolution after the bias: stride, padding, dilation, transposed, output_padding, groups.
     """
 
     op: str
@@ -52,53 +61,88 @@ class TimedProduct:
 
 @dataclass(frozen=True)
 class TimingRequest:
-    """How long does a step of this product take, exactly and under each of these options, new buffers on huge pages or not?"""
+    """A request to time a step (forward and backward pass) of a product, exactly and under some options.
+
+    Attributes:
+        product: The product.
+        options: Options of the backend, one dict for every way to sample the product.
+        huge_pages: Whether large new buffers ask for huge pages in all of these steps.
+    """
 
     product: TimedProduct
     options: tuple[dict[str, Any], ...]
     huge_pages: bool = True
 
     def key(self) -> str:
+        """Return the key under which the times of this request are stored: its fields as JSON."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
 
 class StoredTimes(BaseModel):
-    """The file: its name, and microseconds by question (exact, then each of its options)."""
+    """The contents of the file.
+
+    Attributes:
+        name: A random name, new whenever the file is begun anew.
+        us: Microseconds of a step by the request's key: first the exact step, then one for each of the request's options.
+    """
 
     name: str
     us: dict[str, list[float]] = {}
 
     def save(self, path: Path) -> None:
+        """Write the times to a file as JSON, atomically. Raises OSError if the file cannot be written."""
         write_atomically(path, self.model_dump_json())
 
 
 def path_of(profile: machine.Machine) -> Path:
-    """Another profile, or another precision of float32, another file: the times belong to them."""
+    """Return the file of times for a profile and the present precision of float32."""
     return machine.path_of(profile.device).parent / f"times-{profile.digest[:16]}{float32_precision.label(profile.device)}.json"
 
 
 def store_id(profile: machine.Machine) -> str:
-    """The name of the file of times, made here if there is none."""
+    """Return the name that stands for the contents of the file of times; the file is made if there is none.
+
+    Args:
+        profile: The profile of the machine that the times belong to.
+
+    Returns:
+        The name, for a cache key.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
     return _update_file(path_of(profile), lambda times: times).name
 
 
-def step_times_us(questions: Sequence[TimingRequest], profile: machine.Machine, say: machine.Notice = lambda text: None) -> list[list[float]]:
-    """Microseconds of each question's steps. Raises RuntimeError with the child's last words if it fails to measure."""
+def step_times_us(requests: Sequence[TimingRequest], profile: machine.Machine, notify: machine.Notify = lambda text: None) -> list[list[float]]:
+    """Return the times of requested steps: stored ones, and new ones that a child process measures and that are then stored.
+
+    Args:
+        requests: The steps to time.
+        profile: The profile of the machine that the times belong to.
+        notify: Is told when something has to be measured.
+
+    Returns:
+        For every request the microseconds of the exact step and of the step under each of its options.
+
+    Raises:
+        RuntimeError: The child fails to measure; the message has its last line of output.
+    """
 
     def complete(times: StoredTimes) -> StoredTimes:
-        missing = list({q.key(): q for q in questions if q.key() not in times.us}.values())
+        missing = list({r.key(): r for r in requests if r.key() not in times.us}.values())
         if missing:
-            say(f"measuring {len(missing)} kinds of sites, some seconds each; the times are kept in {path_of(profile)}")
-            found = _run_benchmark(missing, profile)
-            times = times.model_copy(update={"us": times.us | {q.key(): us for q, us in zip(missing, found, strict=True)}})
+            notify(f"measuring {len(missing)} kinds of sites, some seconds each; the times are kept in {path_of(profile)}")
+            measured = _run_benchmark(missing, profile)
+            times = times.model_copy(update={"us": times.us | {r.key(): us for r, us in zip(missing, measured, strict=True)}})
         return times
 
     times = _update_file(path_of(profile), complete)
-    return [times.us[q.key()] for q in questions]
+    return [times.us[r.key()] for r in requests]
 
 
 def _update_file(path: Path, change: Callable[[StoredTimes], StoredTimes]) -> StoredTimes:
-    """The file's contents, changed under a lock; a damaged file is begun anew, under a new name."""
+    """Apply `change` to the contents of the file under a lock and return them; a damaged file is begun anew, under a new name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         try:
@@ -112,10 +156,10 @@ def _update_file(path: Path, change: Callable[[StoredTimes], StoredTimes]) -> St
         return after
 
 
-def _run_benchmark(questions: Sequence[TimingRequest], profile: machine.Machine) -> list[list[float]]:
+def _run_benchmark(requests: Sequence[TimingRequest], profile: machine.Machine) -> list[list[float]]:
     with tempfile.TemporaryDirectory() as folder:
         profile.save(Path(folder) / "machine.json")
-        asked = {"threads": torch.get_num_threads(), "precision": float32_precision.settings(), "questions": [dataclasses.asdict(q) for q in questions]}
+        asked = {"threads": torch.get_num_threads(), "precision": float32_precision.settings(), "questions": [dataclasses.asdict(r) for r in requests]}
         paths = os.pathsep.join(p for p in sys.path if p)
         env = {k: v for k, v in os.environ.items() if k != "APPROX_COMPILE_DISABLE"} | {machine.FILE: f"{folder}/machine.json", "PYTHONPATH": paths}
         child = [sys.executable, "-m", "approx_compile.backend.site_benchmark"]
@@ -123,5 +167,5 @@ def _run_benchmark(questions: Sequence[TimingRequest], profile: machine.Machine)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise RuntimeError(f"policy 'measure': the process that times sites failed ({last}); policy 'cost' needs no measurement of sites")
-    found: list[list[float]] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    times: list[list[float]] = json.loads(done.stdout.splitlines()[-1])
+    return times

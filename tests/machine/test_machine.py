@@ -13,15 +13,15 @@ import rich
 import torch
 
 from approx_compile import ConfigError, machine
-from approx_compile.machine import Machine, Table, microbenchmarks, profile, timer
+from approx_compile.machine import Machine, Table, microbenchmarks, profile, store, timer
 
 
 @pytest.fixture
 def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No profile anywhere."""
     monkeypatch.delenv(machine.FILE)
-    monkeypatch.setattr(profile, "_known", {})
-    monkeypatch.setattr(profile.platformdirs, "user_cache_path", lambda name: tmp_path / name)
+    monkeypatch.setattr(store, "loaded", {})
+    monkeypatch.setattr(store.platformdirs, "user_cache_path", lambda name: tmp_path / name)
     return machine.path_of("cpu")
 
 
@@ -64,22 +64,22 @@ def test_measured_stored_and_read_again(empty: Path) -> None:
     state = torch.random.get_rng_state()
     found = machine.current("cpu", said.append)
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert found.quick and set(found.tables) == set(microbenchmarks.names(["float32", "bfloat16"])) and len(said) == 1
+    assert found.quick and set(found.tables) == set(profile.required_tables(["float32", "bfloat16"])) and len(said) == 1
     assert machine.load(empty) == found and machine.load(empty).digest == found.digest
     assert found.peak_gflops("float32") >= found.table("linear.output").at(512, 1024, 1024) > found.table("linear.output").at(1, 32, 32)
     assert found.bandwidth_gb_s() > 0 and found.table("bmm", torch.float64) == found.tables["bmm.float32"]
-    profile._known.clear()
+    store.loaded.clear()
     assert machine.current("cpu", said.append) == found and len(said) == 1
     rich.print(found)
 
     empty.write_text(empty.read_text()[:500])
-    profile._known.clear()
+    store.loaded.clear()
     assert machine.current("cpu", said.append).quick and "measured anew" in said[1]
     assert machine.load(empty)
 
     old = json.loads(empty.read_text()) | {"torch_version": "1.0"}
     empty.write_text(json.dumps(old))
-    profile._known.clear()
+    store.loaded.clear()
     machine.current("cpu", said.append)
     assert "another version" in said[3] and machine.load(empty).torch_version == torch.__version__
 
@@ -101,7 +101,7 @@ def test_processes_that_start_at_once_measure_once(tmp_path: Path) -> None:
 
 def test_what_new_memory_costs_belongs_to_the_machine(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uncached = machine.device_name.__wrapped__
-    monkeypatch.setattr(profile, "device_name", uncached)
+    monkeypatch.setattr(store, "device_name", uncached)
     for variable in ("THP_MEM_ALLOC_ENABLE", "LD_PRELOAD", "MALLOC_ARENA_MAX"):
         monkeypatch.delenv(variable, raising=False)
     plain, path = uncached("cpu"), machine.path_of("cpu")
@@ -139,7 +139,7 @@ def test_what_is_compiled_is_measured_too() -> None:
     """The full measurement's generated kernels, at one size."""
     grid = microbenchmarks.Grid(linear={}, bmm={}, conv={}, sizes=(2**16,), runs=(16.0,), allocated=(), select={})
     for kind in ("norms", "take", "untake"):
-        name, unit, axes, rates = microbenchmarks._moves(kind, "cpu", torch.float32, grid, False, timer.BenchmarkTimer("cpu", 1e-3))
+        name, unit, axes, rates = microbenchmarks.measure_moves(kind, "cpu", torch.float32, grid, False, timer.BenchmarkTimer("cpu", 1e-3))
         assert (name, unit) == (f"{kind}.float32", "GB/s") and len(rates) == 1 and rates[0] > 0
         assert axes["bytes"] == grid.sizes
 

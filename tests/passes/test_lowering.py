@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from approx_compile import Backend, explain, machine
+from approx_compile.config.schema import PRODUCTS
 from approx_compile.kernels import availability, skip_matmul
 from approx_compile.machine import microbenchmarks, site_timings, timer
 from approx_compile.passes.joint_graph_pass import cache_key
@@ -309,12 +310,10 @@ def test_kernels_are_measured_where_they_run() -> None:
         select={"units": (16,), "lead": (1,)},
     )
     clock = timer.BenchmarkTimer("cpu", 1e-4)
-    found = [step() for _, step in microbenchmarks._own_steps("triton", "cpu", torch.float32, grid, clock)]
-    found += [step() for _, step in microbenchmarks._own_steps("cuda", "cpu", torch.bfloat16, grid, clock)]
+    found = [step() for _, step in microbenchmarks.custom_kernel_steps("triton", "cpu", torch.float32, grid, clock)]
+    found += [step() for _, step in microbenchmarks.custom_kernel_steps("cuda", "cpu", torch.bfloat16, grid, clock)]
     tables = {name: machine.Table(unit=unit, axes=axes, values=values) for name, unit, axes, values in found}
-    kinds = [f"triton.{k}.{p}.float32" for k in ("linear", "conv") for p in microbenchmarks.PRODUCTS] + [
-        f"cuda.linear.{p}.bfloat16" for p in microbenchmarks.PRODUCTS
-    ]
+    kinds = [f"triton.{k}.{p}.float32" for k in ("linear", "conv") for p in PRODUCTS] + [f"cuda.linear.{p}.bfloat16" for p in PRODUCTS]
     assert sorted(tables) == sorted(kinds) and tables["triton.linear.output.float32"].axes["K"] == (64,)
 
 
@@ -323,8 +322,8 @@ def test_fp32_is_measured_where_it_has_kernels(monkeypatch: pytest.MonkeyPatch) 
     clock = timer.BenchmarkTimer("cpu", 1e-4)
     for conv, matmul, steps in ((True, False, 3), (False, True, 3), (True, True, 6), (False, False, 0)):
         monkeypatch.setattr(availability, "allows_tf32", lambda conv, of={True: conv, False: matmul}: of[conv])
-        assert len(list(microbenchmarks._own_steps("triton", "cuda", torch.float32, microbenchmarks.GPU, clock))) == steps
-        assert len(list(microbenchmarks._own_steps("triton", "cuda", torch.bfloat16, microbenchmarks.GPU, clock))) == 6
+        assert len(list(microbenchmarks.custom_kernel_steps("triton", "cuda", torch.float32, microbenchmarks.GPU, clock))) == steps
+        assert len(list(microbenchmarks.custom_kernel_steps("triton", "cuda", torch.bfloat16, microbenchmarks.GPU, clock))) == 6
 
 
 def test_what_decisions_about_lowerings_read_is_in_the_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from approx_compile import Backend, machine
 from approx_compile.backend import run_as_is
 from approx_compile.config.resolve import RowSettings
-from approx_compile.machine import Machine, profile
+from approx_compile.machine import Machine, calibration, store
 from approx_compile.rows import early_decline, row_cost
 from approx_compile.rows.row_cost import Moved, Prediction, RowWork, Timed, predict
 
@@ -176,9 +176,9 @@ def test_nothing_is_measured_for_this(monkeypatch: pytest.MonkeyPatch, tmp_path:
         raise AssertionError("measured")
 
     monkeypatch.delenv(machine.FILE)
-    monkeypatch.setattr(profile, "_measured", measured)
-    monkeypatch.setattr(profile, "_known", {})
-    monkeypatch.setattr(profile.platformdirs, "user_cache_path", lambda name: tmp_path)
+    monkeypatch.setattr(calibration, "_measure_profile", measured)
+    monkeypatch.setattr(store, "loaded", {})
+    monkeypatch.setattr(store.platformdirs, "user_cache_path", lambda name: tmp_path)
     assert machine.stored() is None and machine.stored("xpu") is None
     kept = machine.load(__file__.replace("rows/test_row_cost.py", "helpers/machine.json"))
     kept = kept.model_copy(update={"name": machine.device_name("cpu"), "threads": torch.get_num_threads(), "torch_version": torch.__version__})
