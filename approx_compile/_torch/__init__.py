@@ -47,6 +47,7 @@ from approx_compile._torch.dynamo import (
     module_sources,
     not_traced,
     plain_source,
+    uncompiled,
     variable_source,
 )
 from approx_compile._torch.fake_tensors import fake_dense, fake_like, fake_mode_of, fake_scalar, is_wrapper_subclass, leaves, no_modes, readable, trace, value

@@ -217,6 +217,21 @@ def _enclosed(f: Any, kind: type | tuple[()]) -> Any:
     return next((v for v in found if isinstance(v, kind)), None)
 
 
+def uncompiled(model: Any) -> Any:
+    """Find what `torch.compile` was given.
+
+    Args:
+        model: A module or a function, compiled or not.
+
+    Returns:
+        The module or function below `torch.compile`; `model` itself if it is none of its results, or was compiled in place (`model.compile()`).
+    """
+    for name in ("_orig_mod", "_torchdynamo_orig_callable"):
+        if (inner := getattr(model, name, None)) is not None:
+            return inner
+    return model
+
+
 def call_compiled_in_place(model: Any) -> Any:
     """What `model.compile(...)` put in the place of the module's call, None if nothing."""
     return model._compiled_call_impl if isinstance(model, torch.nn.Module) else None

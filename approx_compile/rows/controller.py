@@ -273,11 +273,5 @@ def load_controls(model: nn.Module, state: Mapping[str, Mapping[str, Any]]) -> N
 
 def controls(model: nn.Module) -> dict[str, Control]:
     """The controls of a model, compiled or not, by name: parameter or module, and cut."""
-    owned = ((name, key, c) for name, owner in _owners(plain(model)).items() for key, c in _known.get(owner, {}).items())
+    owned = ((name, key, c) for name, owner in _owners(_torch.uncompiled(model)).items() for key, c in _known.get(owner, {}).items())
     return {".".join(p for p in (name, key) if p): c for name, key, c in owned if isinstance(c, Control)}
-
-
-def plain(model: nn.Module) -> nn.Module:
-    """The module below torch.compile."""
-    inner = getattr(model, "_orig_mod", model)
-    return inner if isinstance(inner, nn.Module) else model

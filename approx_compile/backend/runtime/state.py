@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from approx_compile import _torch
 from approx_compile.backend.runtime.step_counter import load_step_counts, step_counts_state
-from approx_compile.rows.controller import controls_state, load_controls, plain
+from approx_compile.rows.controller import controls_state, load_controls
 
 
 def state_dict(model: nn.Module) -> dict[str, Any]:
@@ -18,14 +19,14 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
     `controls`: {parameter or module: {cut or draws of a graph: state}}; `clocks`: [{step, phase, parameters}], one for every optimizer. Save it beside the
     model's and the optimizer's; a run that loads all of them and the random state repeats the uninterrupted one bit for bit.
     """
-    model = plain(model)
+    model = _torch.uncompiled(model)
     return {"controls": controls_state(model), "clocks": step_counts_state(dict(model.named_parameters()))}
 
 
 def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Take up the state that `state_dict` gave, before or after the model is compiled. Raises KeyError for a name the model lacks, and for anything that
     is no such state; nothing is changed then."""
-    model = plain(model)
+    model = _torch.uncompiled(model)
     if set(state) != {"controls", "clocks"}:
         raise KeyError(f"load_state_dict: got a dict with keys {sorted(map(str, state))}; approx_compile.state_dict(model) gives 'clocks' and 'controls'")
     parameters = dict(model.named_parameters())

@@ -69,10 +69,8 @@ def _unwrap(model: Any) -> tuple[Any, ApproxConfig | None]:
     """The model below torch.compile, and the config it was compiled with, in place or not, if this is its backend."""
     if not callable(model):
         raise TypeError(f"explain: got {type(model).__name__}; a torch.nn.Module or a function is expected")
-    inner = getattr(model, "_orig_mod", None) or getattr(model, "_torchdynamo_orig_callable", None)
-    compiled = model
-    if inner is None:
-        inner, compiled = model, _torch.call_compiled_in_place(model)
+    inner = _torch.uncompiled(model)
+    compiled = model if inner is not model else _torch.call_compiled_in_place(model)
     name, backend, arguments = _torch.compiler_of(compiled)
     if isinstance(backend, Backend):
         return inner, backend.config

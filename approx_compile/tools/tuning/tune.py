@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
+from approx_compile import _torch
 from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.config.plan_file import NOT_MEASURED, Tuned, TunedPlan, TunedSite
 from approx_compile.passes.planning.plan import SitePlan
@@ -74,7 +75,7 @@ def tune(
 
 
 def _check(model: Any, max_error: float, time_budget_s: float, ladder: Sequence[float]) -> None:
-    if not isinstance(model, nn.Module) or hasattr(model, "_orig_mod"):
+    if not isinstance(model, nn.Module) or _torch.uncompiled(model) is not model:
         raise ConfigError(f"tune: model: got {type(model).__name__}; the torch.nn.Module itself is expected, before torch.compile")
     if not model.training:
         raise ConfigError("tune: model: it is in eval mode, where nothing is approximated; call model.train() first")
