@@ -197,6 +197,7 @@ __all__ = [
     "trace",
     "trace_artifact",
     "trace_without",
+    "uncompiled",
     "user_joint_passes",
     "user_scheduler_pass",
     "value",

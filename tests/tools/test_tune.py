@@ -23,12 +23,13 @@ from torch import Tensor, nn
 
 from approx_compile import ApproxConfig, ConfigError, TunedPlan, explain, tune
 from approx_compile.passes.cost import estimates
+from approx_compile.tools.model_state import training_state_preserved
 from approx_compile.tools.tuning import measurements
 from approx_compile.tools.tuning.knapsack import Option, choose
 from approx_compile.tools.tuning.measurements import Measurements
 from approx_compile.tools.tuning.search_space import Candidates
 from approx_compile.tools.tuning.step_time_model import Measured, StepTime
-from approx_compile.tools.tuning.trial import Times, Trials, kept
+from approx_compile.tools.tuning.trial import Times, Trials
 from approx_compile.tools.tuning.tune import _Choice, _nothing, _result
 
 tune_module = sys.modules[tune.__module__]
@@ -375,7 +376,7 @@ def test_an_exception_leaves_no_trace() -> None:
 def test_kept_puts_everything_back() -> None:
     model, x, y = net_and_batch()
     before = trained(model, x, y)
-    with kept(model), torch.no_grad():
+    with training_state_preserved(model), torch.no_grad():
         model.conv.weight.mul_(2)
         model.conv.weight.grad = None
         model.bn(torch.randn(4, 32, 2, 2))

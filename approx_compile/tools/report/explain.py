@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from approx_compile import _torch
 from approx_compile.backend import Backend
-from approx_compile.backend.capture.annotate import annotation_of
 from approx_compile.backend.runtime.schedule import Schedule
 from approx_compile.config import ApproxConfig
 from approx_compile.passes.planning.plan import Plan
+from approx_compile.tools.model_state import model_state_preserved
 from approx_compile.tools.report import html
 from approx_compile.tools.report.report_data import ReportData, SiteReport
 
@@ -56,7 +55,7 @@ def explain(model: Callable[..., Any], *args: Any, config: ApproxConfig | Mappin
     schedule = Schedule.of(ApproxConfig.of(config if config is not None else own))
     report.assignments = len(schedule.assignments)
     backend = Backend(schedule.assignments[0].rungs()[0][1], inner_compile=_torch.run_as_is, on_plan=listen, keep_graphs=True)
-    with torch.enable_grad(), untouched(model), _torch.forgetting_shapes():
+    with torch.enable_grad(), model_state_preserved(model), _torch.forgetting_shapes():
         _torch.compile_apart(model, backend)(*args, **kwargs)
     if plans:
         whole = functools.reduce(Plan.joined, plans)
@@ -75,26 +74,3 @@ def _unwrap(model: Any) -> tuple[Any, ApproxConfig | None]:
     if isinstance(backend, Backend):
         return inner, backend.config
     return inner, ApproxConfig.of(arguments.get("options")) if name == "approx" else None
-
-
-@contextlib.contextmanager
-def untouched(model: Any) -> Iterator[None]:
-    """Put modules' attributes and buffers' contents, and torch's random state, back as they were."""
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    plain = [{k: v for k, v in m.__dict__.items() if not annotation_of(k)} for m in modules]
-    registered = [dict(m._buffers) for m in modules]
-    contents = [(b, b.detach().clone()) for own in registered for b in own.values() if b is not None]
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            for m, attributes, own in zip(modules, plain, registered, strict=True):
-                for key in [k for k in m.__dict__ if k not in attributes and not annotation_of(k)]:
-                    del m.__dict__[key]
-                m.__dict__.update(attributes)
-                m._buffers.clear()
-                m._buffers.update(own)
-            with torch.no_grad():
-                for b, content in contents:
-                    b.copy_(content)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import random
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -19,7 +16,7 @@ from approx_compile.backend import Backend
 from approx_compile.config import ApproxConfig
 from approx_compile.machine.timer import BenchmarkTimer
 from approx_compile.passes.planning.plan import Plan, SitePlan
-from approx_compile.tools.report.explain import untouched
+from approx_compile.tools.model_state import model_state_preserved
 
 WARM_UP, LEAST_ROUNDS, MOST_ROUNDS, SECONDS = 2, 5, 41, 2.0
 """A comparison takes pairs of steps for about so many seconds, but so many at least and at most."""
@@ -70,7 +67,7 @@ class Trials:
     def gradients(self, options: Settings, draw: int = 0) -> Gradients:
         """Of one step run op by op; equal `draw`, equal random numbers."""
         planned: list[SitePlan] = []
-        with untouched(self.model):
+        with model_state_preserved(self.model):
             torch.manual_seed(draw)
             run = self._compiled(options, planned, inner_compile=_torch.run_as_is)
             found = self._backward(run)
@@ -79,7 +76,7 @@ class Trials:
     def planned(self, options: Settings) -> tuple[SitePlan, ...]:
         """The sites of a step, without its backward pass. (What Inductor brings from its cache is not planned again.)"""
         planned: list[SitePlan] = []
-        with untouched(self.model), torch.enable_grad(), _torch.forgetting_shapes():
+        with model_state_preserved(self.model), torch.enable_grad(), _torch.forgetting_shapes():
             self._compiled(options, planned, inner_compile=_torch.run_as_is)(*self.inputs)
         return tuple(planned)
 
@@ -90,7 +87,7 @@ class Trials:
         def step() -> None:
             self._backward(run)
 
-        with untouched(self.model):
+        with model_state_preserved(self.model):
             step()
         return step
 
@@ -99,7 +96,7 @@ class Trials:
         the machine does is no property of the model."""
         exact = self.exact
         clock = BenchmarkTimer("cuda" if any(p.device.type == "cuda" for p in self.parameters) else "cpu", SECONDS)
-        with untouched(self.model):
+        with model_state_preserved(self.model):
             for _ in range(WARM_UP):
                 exact()
                 once = clock.sample(step, 1)
@@ -151,21 +148,3 @@ def _described(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}" + ("" if value.requires_grad else " that needs no gradient")
     return type(value).__name__
-
-
-@contextlib.contextmanager
-def kept(model: nn.Module) -> Iterator[None]:
-    """Put back parameters, their `.grad`, buffers, modules' attributes and the random states of torch, numpy and Python, whatever happens inside."""
-    parameters = [(p, p.detach().clone(), p.grad, p._version) for p in model.parameters()]
-    states = random.getstate(), np.random.get_state()
-    with untouched(model):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for p, content, grad, version in parameters:
-                    if p._version != version:
-                        p.copy_(content)
-                    p.grad = grad
-            random.setstate(states[0])
-            np.random.set_state(states[1])

@@ -17,11 +17,12 @@ from approx_compile import _torch
 from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.config.plan_file import NOT_MEASURED, Tuned, TunedPlan, TunedSite
 from approx_compile.passes.planning.plan import SitePlan
+from approx_compile.tools.model_state import training_state_preserved
 from approx_compile.tools.tuning.knapsack import Option, choose
 from approx_compile.tools.tuning.measurements import REVISIONS, Measurements, OutOfTime, Tried
 from approx_compile.tools.tuning.search_space import Candidates
 from approx_compile.tools.tuning.step_time_model import StepTime, shape_of
-from approx_compile.tools.tuning.trial import Times, Trials, kept
+from approx_compile.tools.tuning.trial import Times, Trials
 
 LADDER = (0.7, 0.5, 0.35, 0.25)
 
@@ -58,7 +59,7 @@ def tune(
     _check(model, max_error, time_budget_s, ladder)
     candidates = Candidates.of(config)
     trials = Trials(model, inputs, target, loss, candidates.options({}))
-    with kept(model), _bar(progress) as bar:
+    with training_state_preserved(model), _bar(progress) as bar:
         found = Measurements(trials, candidates, max_error, sorted(set(ladder), reverse=True), time_budget_s, bar)
         stopped = None
         try:
