@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.common import grads, relative
+from helpers.oracles import grads, relative
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomSchedulerPass

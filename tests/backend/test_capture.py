@@ -10,7 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from helpers.common import Plans, compiled, grads, mlp
+from helpers.compile import Plans, compiled
+from helpers.models import Gathered, mlp
+from helpers.oracles import grads
 from torch import Tensor, nn
 
 from approx_compile import ApproxWarning, Backend, _torch
@@ -335,17 +337,6 @@ class Table(Masked):
 
     def forward(self, mask: Tensor, ids: Tensor) -> Tensor:
         return self.h(self.f(self.e(ids)).mean(1) + mask.mean())
-
-
-class Gathered(nn.Module):
-    """Indices whose batch need only be no larger."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
-
-    def forward(self, x: Tensor, i: Tensor) -> Tensor:
-        return self.b(self.a(x).gather(1, i[:, None, None].expand(-1, 1, 16)).squeeze(1))
 
 
 @pytest.mark.usefixtures("one_thread", "small_work_counts")

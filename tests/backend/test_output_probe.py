@@ -6,7 +6,9 @@ import copy
 
 import pytest
 import torch
-from helpers.common import Choices, Plans, grads, mlp, relative
+from helpers.compile import Choices, Plans
+from helpers.models import mlp
+from helpers.oracles import grads, relative
 from torch import nn
 
 import approx_compile

@@ -8,7 +8,9 @@ import random
 
 import pytest
 import torch
-from helpers.common import Buckets, Choices, Plans, grads, mlp
+from helpers.compile import Choices, Plans
+from helpers.models import Buckets, mlp
+from helpers.oracles import grads
 from torch import nn
 from torch._dynamo.utils import counters
 

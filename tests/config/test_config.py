@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.common import mlp, plans_of
+from helpers.compile import plans_of
+from helpers.models import mlp
 from torch import nn
 
 from approx_compile import ApproxConfig, Backend, ConfigError, explain

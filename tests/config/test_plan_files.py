@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.common import compiled, mlp, plans_of
+from helpers.compile import compiled, plans_of
+from helpers.models import mlp
 from torch import nn
 
 from approx_compile import ApproxConfig, ApproxWarning, Backend, ConfigError, TunedPlan, annotate

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.common import Plans
+from helpers.compile import Plans
 from torch import nn
 
 from approx_compile import ApproxConfig, Backend

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.common import Plans, compiled, mlp, plans_of
+from helpers.compile import Plans, compiled, plans_of
+from helpers.models import mlp
 from torch import Tensor, nn
 
 from approx_compile import ApproxWarning, Backend

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.common import Buckets, Plans, compiled, grads, mlp, relative
+from helpers.compile import Plans, compiled
+from helpers.models import Buckets, mlp
+from helpers.oracles import grads, relative
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

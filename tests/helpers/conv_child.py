@@ -12,7 +12,7 @@ from functools import wraps
 from typing import Any
 
 import torch
-from common import relative
+from oracles import relative
 from torch import Tensor
 
 from approx_compile.kernels import skip_conv as reference

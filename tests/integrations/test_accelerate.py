@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.common import mlp
+from helpers.models import mlp
 
 from approx_compile import explain
 from approx_compile.integrations.accelerate import register

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.common import compiled, grads, mlp, relative
+from helpers.compile import compiled
+from helpers.models import mlp
+from helpers.oracles import grads, relative
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 

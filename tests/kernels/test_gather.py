@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers.common import relative
+from helpers.oracles import relative
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.common import relative
+from helpers.oracles import relative
 from torch import Tensor
 from torch.nn.functional import conv2d
 

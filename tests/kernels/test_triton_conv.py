@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.common import relative
+from helpers.oracles import relative
 
 from approx_compile.kernels.skip_conv import skip_conv, skip_conv_input, skip_conv_weight
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.common import grads, mlp
+from helpers.models import mlp
+from helpers.oracles import grads
 from torch import Tensor, nn
 from torch._inductor.custom_graph_pass import CustomSchedulerPass
 from torch._inductor.utils import fresh_cache, run_and_get_code

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.common import mlp, plans_of
+from helpers.compile import plans_of
+from helpers.models import mlp
 from torch import Tensor, nn
 
 from approx_compile import machine

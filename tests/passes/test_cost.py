@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import sympy
 import torch
-from helpers.common import mlp, plans_of
+from helpers.compile import plans_of
+from helpers.models import mlp
 from torch import nn
 
 from approx_compile import Backend, explain, machine

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.common import Plans, compiled, grads, mlp, relative
-from test_rows import Chosen, rows_of, spread
+from helpers.compile import Plans, compiled, rows_of
+from helpers.models import mlp
+from helpers.oracles import ChosenRows, grads, relative, spread
 from torch import Tensor, fx, nn
 
 from approx_compile import Backend, explain
@@ -484,7 +485,7 @@ def test_beside_rows_of_the_batch(method: str, images: bool, monkeypatch: pytest
     """Rows go on past a replaced gradient, which is that of the output gradient with the dropped rows at zero."""
     model, x = (cnn(), torch.randn(36, 3, 12, 12)) if images else (mlp(12, 20, 20, 5), torch.randn(36, 12))
     layers = ["2", "3"] if images else ["2"]
-    chosen = Chosen(monkeypatch)
+    chosen = ChosenRows(monkeypatch)
     tables = {"max": {"method": "max", "j": 2}, "tile": {"method": "max", "tile": 4}}
     rules = [{"layers": layers, "grad_weight": tables.get(method, method)}]
     f, plans = rows_of(model, {"policy": "always", "grad": {"axis": "rows", "ratio": 0.5, "method": "topk"}, "rules": rules})

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.common import Choices, compiled, relative
+from helpers.compile import Choices, compiled
+from helpers.oracles import relative
 from torch import Tensor
 
 aten = torch.ops.aten

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import sympy
 import torch
-from helpers.common import compiled, grads, plans_of, relative
+from helpers.compile import compiled, plans_of
+from helpers.oracles import grads, relative
 from rich.progress import Progress
 from torch import Tensor, nn
 

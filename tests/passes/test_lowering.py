@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.common import compiled, grads, mlp, plans_of, relative
+from helpers.compile import compiled, plans_of
+from helpers.models import mlp
+from helpers.oracles import grads, relative
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.common import compiled, grads, relative
+from helpers.compile import compiled
+from helpers.oracles import grads, relative
 from torch import Tensor, fx, nn
 
 from approx_compile import Backend, _torch

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.common import compiled, grads, mlp, plans_of, relative
+from helpers.compile import compiled, plans_of
+from helpers.models import mlp
+from helpers.oracles import grads, relative
 from torch import Tensor, nn
 
 from approx_compile import machine

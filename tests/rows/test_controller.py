@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.common import mlp
+from helpers.compile import ADAPTIVE
+from helpers.models import mlp
 from torch import Tensor, nn
 
 import approx_compile
@@ -20,7 +21,6 @@ from approx_compile.rows import controller
 from approx_compile.rows.controller import WATCH, RowControl, controls
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_work_counts")
-ADAPTIVE: dict[str, Any] = {"policy": "adaptive", "adaptive": {"tau": 0.1}}
 
 
 def heavy(size: int, share: float) -> Tensor:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.common import Plans, grads, relative
-from test_rows import Chosen
+from helpers.compile import Plans
+from helpers.oracles import ChosenRows, grads, relative
 from torch import Tensor, nn
 
 from approx_compile import Backend
@@ -69,7 +69,7 @@ def grads_of(module: nn.Module) -> list[Tensor]:
 @pytest.mark.parametrize("inner", [run_as_is, None], ids=["op by op", "inductor"])
 @pytest.mark.parametrize("images", [False, True])
 def test_gradients_are_those_of_the_formula(images: bool, inner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = Chosen(monkeypatch)
+    chosen = ChosenRows(monkeypatch)
     model = Net(images)
     x = torch.randn(24, 3, 6, 6) if images else torch.randn(24, 20)
     plans = Plans()

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.common import Plans, grads, mlp
+from helpers.compile import Plans
+from helpers.models import mlp
+from helpers.oracles import grads
 from torch import Tensor, nn
 
 from approx_compile import Backend, machine

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.common import grads
-from test_rows import HALF, Chosen, rows_of
+from helpers.compile import HALF, rows_of
+from helpers.oracles import ChosenRows, grads
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -135,14 +135,14 @@ class Net(nn.Module):
 
 
 def against_masked_tangents(op: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> Any:
-    chosen = Chosen(monkeypatch)
+    chosen = ChosenRows(monkeypatch)
     model, x = Net(op), torch.randn(B, 8).requires_grad_()
     f, plans = rows_of(model, HALF)
     out = f(x)
     tangent = torch.randn_like(out)
     out.backward(tangent)
     got = grads(model, x)
-    mask = chosen.mask(B) if chosen.found else torch.ones(B)
+    mask = chosen.mask(B) if chosen.choices else torch.ones(B)
     model(x).backward(tangent * mask[:, None])
     for a, b in zip(got, grads(model, x), strict=True):
         assert (a - b).norm() <= 2e-5 * (1 + b.norm())
@@ -207,7 +207,7 @@ class Hooked(nn.Module):
 @pytest.mark.parametrize("name", NONLINEAR)
 def test_what_is_not_linear_below_a_cut_gets_exact_gradients(name: str, hook: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """No row is left out above it. Below it rows may be, of what it has made: that is where the weights of the rows come in."""
-    chosen = Chosen(monkeypatch)
+    chosen = ChosenRows(monkeypatch)
     model, x = Hooked(NONLINEAR[name], hook), torch.randn(16, 6)
     f, plans = rows_of(model, HALF)
     out = f(x)
@@ -284,7 +284,7 @@ class Pooled(nn.Module):
 @pytest.mark.parametrize("way", ["permuted", "channels_last", "contiguous"])
 def test_pooling_of_images_in_any_layout(way: str, places: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pooling to one place writes its gradient by strides (as_strided_scatter) where channels are innermost."""
-    chosen, x = Chosen(monkeypatch), torch.randn(12, 3, 6, 6)
+    chosen, x = ChosenRows(monkeypatch), torch.randn(12, 3, 6, 6)
     model: Any = Pooled(places, 10, way == "contiguous")
     if way == "channels_last":
         model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.common import grads, relative
-from test_rows import Block2, Chosen
+from helpers.models import ResidualLayer
+from helpers.oracles import ChosenRows, grads, relative
 from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
 from torch.utils.checkpoint import checkpoint
@@ -167,7 +167,7 @@ IMAGES: dict[str, Any] = {
 @pytest.mark.parametrize("wants", [False, True])
 def test_expanded_and_overlapping_inputs(name: str, inner: Any, wants: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Saved tensors of any layout: gradients against masked tangents, with rows left out and with all of them; `wants`: the input's own, too."""
-    chosen = Chosen(monkeypatch)
+    chosen = ChosenRows(monkeypatch)
     model, x, scale = Images(), IMAGES[name](), torch.rand(24, 1, 1, 1).expand(-1, 3, 6, 6)
     scale = scale.requires_grad_() if wants else scale
     f = torch.compile(model, backend=Backend(rows(), inner_compile=inner))
@@ -180,14 +180,14 @@ def test_expanded_and_overlapping_inputs(name: str, inner: Any, wants: bool, mon
         mask = torch.ones(24) if all_of_them else chosen.mask(24)
         model(x, scale).backward(tangent * mask[:, None])
         assert max(relative(a, b) for a, b in zip(got, grads(model, *([scale] if wants else [])), strict=True)) < 1e-5
-    assert len(chosen.found) == 1
+    assert len(chosen.choices) == 1
     with torch.compiler.set_stance("fail_on_recompile"):
         f(IMAGES[name](), scale).sum().backward()
 
 
 def test_an_expanded_output(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its gradient is a tensor of its own."""
-    chosen = Chosen(monkeypatch)
+    chosen = ChosenRows(monkeypatch)
     model, x = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1)), torch.randn(24, 8)
     f = torch.compile(lambda x: model(x).expand(-1, 5), backend=Backend(rows(), inner_compile=run_as_is))
     tangent = torch.randn(24, 5)
@@ -231,24 +231,24 @@ def test_graphs_may_be_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through Inductor, whose code writes to saved tensors when it may. The first backward pass of all keeps its graph, and so do some in a row."""
     if name == "fixed":
         monkeypatch.setattr(row_compiler, "_why_fixed", lambda *args: "a reason")
-    chosen, copies = Chosen(monkeypatch), Copies(monkeypatch)
+    chosen, copies = ChosenRows(monkeypatch), Copies(monkeypatch)
     model, x = generator(), torch.randn(64, 8)
     f = torch.compile(model, backend="approx", options=KEPT[name])
     few = torch.randn(64, 4) * (torch.arange(64) < 4)[:, None]
     if name == "adaptive, rows left out":
         for _ in range(60):
             f(x).backward(few)
-        assert copies.count == 0 and len(chosen.found[-1][0]) < 32
+        assert copies.count == 0 and len(chosen.choices[-1][0]) < 32
         model.zero_grad()
     out, plain = f(x), model(x)
     for i in range(4):
-        seen, before = len(chosen.found), copies.count
+        seen, before = len(chosen.choices), copies.count
         tangent = few * (i + 1)
         out.backward(tangent, retain_graph=i < 3)
         got = grads(model)
-        assert (len(chosen.found) > seen) == (name in ("rows", "adaptive, rows left out"))
+        assert (len(chosen.choices) > seen) == (name in ("rows", "adaptive, rows left out"))
         assert (copies.count > before) == (i < 3 and name in ("adaptive, all rows", "fixed"))  # rows gathered are copies already
-        weight = chosen.mask(64).float()[:, None] if len(chosen.found) > seen else 1
+        weight = chosen.mask(64).float()[:, None] if len(chosen.choices) > seen else 1
         plain.backward(tangent * weight, retain_graph=True)
         want = grads(model)
         assert max(relative(a, b) for a, b in zip(got[-1:] if name == "schedule" else got, want[-1:] if name == "schedule" else want, strict=True)) < 1e-5
@@ -307,7 +307,7 @@ class Dropped(nn.Module):
 @pytest.mark.parametrize("name", LEFT_OUT)
 @pytest.mark.parametrize("make", [generator, Dropped])
 def test_the_users_random_stream_is_that_of_an_exact_run(name: str, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = Chosen(monkeypatch)
+    chosen = ChosenRows(monkeypatch)
     model = make()
     torch.manual_seed(5)
     _, want = trained(model, EXACT, 40)
@@ -317,7 +317,7 @@ def test_the_users_random_stream_is_that_of_an_exact_run(name: str, make: Any, m
     _, got = trained(model, LEFT_OUT[name], 40)
     assert torch.equal(torch.rand(5), after)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))  # the same masks
-    assert (chosen.found == []) == (name == "all rows")
+    assert (chosen.choices == []) == (name == "all rows")
 
 
 def test_dropout_masks_are_those_of_inductor() -> None:
@@ -334,19 +334,19 @@ def test_dropout_masks_are_those_of_inductor() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found[:3], found[3:], strict=True)) and not torch.equal(found[0], found[1])
 
 
-def drawn(chosen: Chosen, f: Any, count: int) -> list[list[int]]:
-    seen = len(chosen.found)
+def drawn(chosen: ChosenRows, f: Any, count: int) -> list[list[int]]:
+    seen = len(chosen.choices)
     g = torch.Generator().manual_seed(2)
     x, tangent = torch.randn(64, 8, generator=g), torch.rand(64, 4, generator=g)
     for _ in range(count):
         f(x).backward(tangent)
-    return [idx.tolist() for idx, _ in chosen.found[seen:]]
+    return [idx.tolist() for idx, _ in chosen.choices[seen:]]
 
 
 @pytest.mark.parametrize("method", ["bernoulli", "uniform", "wta"])
 def test_a_seed_tells_which_rows_are_drawn(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same call draws other rows every time, and the same ones after the same seed: in this model or in another one of its kind."""
-    chosen = Chosen(monkeypatch)
+    chosen = ChosenRows(monkeypatch)
     f = torch.compile(generator(), backend=Backend(rows(method), inner_compile=run_as_is))
     torch.manual_seed(3)
     first = drawn(chosen, f, 4)
@@ -366,7 +366,7 @@ def test_a_seed_tells_which_rows_are_drawn(method: str, monkeypatch: pytest.Monk
 
 
 def test_a_stretch_of_random_numbers_of_its_own_disturbs_no_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = Chosen(monkeypatch)
+    chosen = ChosenRows(monkeypatch)
     f = torch.compile(generator(), backend=Backend(rows(), inner_compile=run_as_is))
     torch.manual_seed(3)
     want = drawn(chosen, f, 4)
@@ -381,7 +381,7 @@ def test_a_stretch_of_random_numbers_of_its_own_disturbs_no_draws(monkeypatch: p
 def test_torch_may_not_tell_that_it_was_seeded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Then the count of draws goes on; another seed still tells."""
     monkeypatch.setattr(random_state, "_SEED_TRACKERS", [])
-    chosen = Chosen(monkeypatch)
+    chosen = ChosenRows(monkeypatch)
     f = torch.compile(generator(), backend=Backend(rows(), inner_compile=run_as_is))
     found = []
     for seed in (3, 3, 4):
@@ -393,7 +393,7 @@ def test_torch_may_not_tell_that_it_was_seeded_anew(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("before", [False, True])
 def test_a_resumed_run_draws_the_rows_of_the_uninterrupted_one(before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The state is a number; what was saved without it can be loaded, too."""
-    chosen = Chosen(monkeypatch)
+    chosen = ChosenRows(monkeypatch)
     model = generator()
     f = torch.compile(model, backend=Backend(rows(), inner_compile=run_as_is))
     torch.manual_seed(3)
@@ -433,7 +433,7 @@ class Convolutions(nn.Module):
 @pytest.mark.parametrize("outer", ["eager", "inductor"])
 def test_compiled_autograd_runs_on_rows(name: str, outer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It copies backward graphs into one of its own, where a backward pass on rows is one op; batches of other sizes, graphs that are kept."""
-    chosen = Chosen(monkeypatch)
+    chosen = ChosenRows(monkeypatch)
     model = Convolutions() if name == "images" else generator()
     f = torch.compile(model, backend=Backend({"adaptive": {"tau": 0.5}} if name == "adaptive" else rows()))
     compiler = torch.compile(backend=outer, fullgraph=True)
@@ -443,12 +443,12 @@ def test_compiled_autograd_runs_on_rows(name: str, outer: str, monkeypatch: pyte
         out, plain = f(x), model(x)
         tangent = torch.randn(size, 4) * (torch.arange(size) < size // 8)[:, None]
         for again in (keep, False) if keep else (False,):
-            seen = len(chosen.found)
+            seen = len(chosen.choices)
             with compiled_autograd._enable(compiler):
                 out.backward(tangent, retain_graph=again)
             got = grads(model)
-            assert len(chosen.found) == seen + (name != "adaptive" or seen > 0)
-            mask = chosen.mask(size) if len(chosen.found) > seen else torch.ones(size)
+            assert len(chosen.choices) == seen + (name != "adaptive" or seen > 0)
+            mask = chosen.mask(size) if len(chosen.choices) > seen else torch.ones(size)
             plain.backward(tangent * mask.to(tangent.dtype)[:, None], retain_graph=again)
             worst = max(relative(a, b) for a, b in zip(got, grads(model), strict=True))
         return worst
@@ -457,21 +457,21 @@ def test_compiled_autograd_runs_on_rows(name: str, outer: str, monkeypatch: pyte
         assert off(64) < 1e-5
         for _ in range(60):
             f(torch.randn(64, 8)).backward(torch.randn(64, 4) * (torch.arange(64) < 8)[:, None])
-        assert len(chosen.found[-1][0]) < 32
+        assert len(chosen.choices[-1][0]) < 32
         model.zero_grad()
     assert max(off(64), off(64), off(48), off(64, keep=True)) < 1e-5
 
 
 def test_graphs_share_one_set_of_rows_in_compiled_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = Chosen(monkeypatch)
-    model, x, tangent = nn.Sequential(*[Block2(8) for _ in range(3)]), torch.randn(64, 8), torch.randn(64, 8)
+    chosen = ChosenRows(monkeypatch)
+    model, x, tangent = nn.Sequential(*[ResidualLayer(8) for _ in range(3)]), torch.randn(64, 8), torch.randn(64, 8)
     for part in model:
         part.compile(backend=Backend(rows(), inner_compile=run_as_is))
     out = model(x)
     with compiled_autograd._enable(torch.compile(backend="eager")):
         out.backward(tangent)
     got = grads(model)
-    assert len(chosen.found) == 1
+    assert len(chosen.choices) == 1
     with torch.compiler.set_stance("force_eager"):
         model(x).backward(tangent * chosen.mask(64)[:, None])
     assert max(relative(a, b) for a, b in zip(got, grads(model), strict=True)) < 1e-5
@@ -479,7 +479,7 @@ def test_graphs_share_one_set_of_rows_in_compiled_autograd(monkeypatch: pytest.M
 
 def test_a_whole_step_with_compiled_autograd_turned_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Then the backend gets the graph of the backward pass, too."""
-    chosen = Chosen(monkeypatch)
+    chosen = ChosenRows(monkeypatch)
     model, x = generator(), torch.randn(64, 8)
 
     def step(x: Tensor) -> None:
@@ -490,7 +490,7 @@ def test_a_whole_step_with_compiled_autograd_turned_on(monkeypatch: pytest.Monke
         for i in range(2):
             model.zero_grad()
             f(x)
-            assert len(chosen.found) == i + 1
+            assert len(chosen.choices) == i + 1
     got = grads(model)
     out = model(x)
     out.backward(2 * out.detach() * chosen.mask(64)[:, None])

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.common import Plans, grads, mlp, plans_of
+from helpers.compile import Plans, plans_of
+from helpers.models import Gathered, mlp
+from helpers.oracles import grads
 from torch import Tensor, nn
 
 from approx_compile import Backend
@@ -99,17 +101,6 @@ def test_lengths_change_and_caches_are_met(name: str, monkeypatch: pytest.Monkey
                     found.append(grads(model))
                 for a, b, c in zip(*found, exact, strict=True):
                     torch.testing.assert_close((a + b) / 2, c, rtol=1e-4, atol=1e-4)
-
-
-class Gathered(nn.Module):
-    """Indices with a batch of their own, which need only be no larger. (Where the user makes them symbols, nothing is added to what is assumed of them.)"""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
-
-    def forward(self, x: Tensor, i: Tensor) -> Tensor:
-        return self.b(self.a(x).gather(1, i[:, None, None].expand(-1, 1, 16)).squeeze(1))
 
 
 def test_a_batch_that_no_fewer_rows_may_stand_for_is_exact_and_says_so() -> None:

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.common import Plans, grads, relative
-from test_rows import HALF, Chosen, rows_of
+from helpers.compile import HALF, Plans, rows_of
+from helpers.oracles import ChosenRows, grads, relative
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -226,13 +226,13 @@ def check(seed: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> Pla
     torch.manual_seed(seed)
     model, x = Drawn(seed, dtype), torch.randn(BATCH, 4, dtype=dtype).requires_grad_()
     with monkeypatch.context() as patch:
-        chosen = Chosen(patch)
+        chosen = ChosenRows(patch)
         f, plans = rows_of(model, HALF)
         out = f(x)
         tangent = torch.randn_like(out) * torch.rand(BATCH, 1, dtype=dtype)
         out.backward(tangent)
     got = grads(model, x)
-    mask = chosen.mask(BATCH).to(dtype) if chosen.found else torch.ones(BATCH, dtype=dtype)
+    mask = chosen.mask(BATCH).to(dtype) if chosen.choices else torch.ones(BATCH, dtype=dtype)
     model(x).backward(tangent * mask[:, None])
     off = max(relative(a, b) for a, b in zip(got, grads(model, x), strict=True))
     assert off < BOUND[dtype], (seed, off, [c.reason for c in plans[0].cuts], [name for name, _ in model.ops])

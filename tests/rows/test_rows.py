@@ -10,164 +10,23 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.common import Buckets, Plans, grads, mlp, relative
+from helpers.compile import HALF, Plans, rows_of
+from helpers.models import ZOO, Buckets, ResidualLayer, mlp
+from helpers.oracles import ChosenRows, grads, relative, spread
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from approx_compile import Backend
 from approx_compile.backend import run_as_is
 from approx_compile.rows import row_backward
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-HALF: dict[str, Any] = {"policy": "always", "grad": {"axis": "rows", "ratio": 0.5}}
-
-
-class Block(nn.Module):
-    def __init__(self, width: int, heads: int = 2) -> None:
-        super().__init__()
-        self.n1, self.n2, self.heads = nn.LayerNorm(width), nn.LayerNorm(width), heads
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, t, d = x.shape
-        q, k, v = self.qkv(self.n1(x)).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, t, d))
-        return x + self.down(F.gelu(self.up(self.n2(x))))
-
-
-class Flat(nn.Module):
-    """Logits of all tokens in one axis: the batch is merged with the length."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.inner(x)
-        return out.reshape(-1, out.shape[-1])
-
-
-class BuiltAttention(nn.Module):
-    """Attention written out, heads in the batch axis of a bmm, the scale by the batch's own size."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.o = nn.Linear(16, 48), nn.Linear(16, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, t, d = x.shape
-        q, k, v = self.q(x).view(b, t, 3, 4, 4).permute(2, 0, 3, 1, 4)
-        att = torch.bmm(q.reshape(b * 4, t, 4), k.reshape(b * 4, t, 4).transpose(1, 2)) / b
-        return self.o(torch.bmm(att.softmax(-1), v.reshape(b * 4, t, 4)).view(b, 4, t, 4).transpose(1, 2).reshape(b, t, d))
-
-
-class Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.cell, self.head = nn.GRUCell(8, 12), nn.Linear(12, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = x.new_zeros(x.shape[0], 12)
-        for t in range(x.shape[1]):
-            h = self.cell(x[:, t], h)
-        return self.head(h)
-
-
-class TwoHeads(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.one, self.two = nn.Linear(20, 24), nn.Linear(24, 5), nn.Linear(24, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = torch.tanh(self.body(x))
-        return torch.cat([self.one(h), 3 * self.two(h)], 1)
-
-
-class Checkpointed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.head = mlp(20, 32, 20), mlp(20, 32, 20), nn.Linear(20, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for part in (self.a, self.b):
-            x = checkpoint(part, x, use_reentrant=False)  # type: ignore[assignment]
-        return self.head(x)
-
-
-def cnn(channels_last: bool = False) -> nn.Module:
-    net = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1),
-        nn.GroupNorm(2, 8),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(8, 8, 3, padding=1, groups=2),
-        nn.SiLU(),
-        nn.AvgPool2d(2),
-        nn.ConvTranspose2d(8, 6, 2, stride=2),
-        nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(24, 5),
-    )
-    return net.to(memory_format=torch.channels_last) if channels_last else net
-
-
-IMAGES = (36, 3, 8, 8)
-ZOO: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
-    "mlp": (lambda: nn.Sequential(nn.Linear(20, 32), nn.LayerNorm(32), nn.ReLU(), nn.Linear(32, 5)), lambda: torch.randn(48, 20)),
-    "equal_sizes": (lambda: mlp(16, 16, 16, 16), lambda: torch.randn(16, 16)),
-    "cnn": (cnn, lambda: torch.randn(IMAGES)),
-    "channels_last": (lambda: cnn(True), lambda: torch.randn(IMAGES).contiguous(memory_format=torch.channels_last)),
-    "conv1d": (lambda: nn.Sequential(nn.Conv1d(4, 6, 3), nn.Hardswish(), nn.Conv1d(6, 3, 3), nn.Flatten()), lambda: torch.randn(32, 4, 9)),
-    "transformer": (lambda: nn.Sequential(nn.Embedding(11, 16), Block(16), Block(16), nn.Linear(16, 11)), lambda: torch.randint(0, 11, (12, 6))),
-    "length_is_batch": (lambda: nn.Sequential(nn.Embedding(11, 16), Block(16), nn.Linear(16, 11)), lambda: torch.randint(0, 11, (12, 12))),
-    "flat_logits": (lambda: Flat(nn.Sequential(nn.Embedding(11, 16), Block(16), nn.Linear(16, 11))), lambda: torch.randint(0, 11, (12, 6))),
-    "built_attention": (BuiltAttention, lambda: torch.randn(12, 6, 16)),
-    "encoder_layer": (lambda: nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0), lambda: torch.randn(12, 6, 16)),
-    "dropout": (lambda: nn.Sequential(nn.Linear(20, 64), nn.Dropout(0.5), nn.ReLU(), nn.Linear(64, 5)), lambda: torch.randn(48, 20)),
-    "recurrent": (Recurrent, lambda: torch.randn(24, 4, 8)),
-    "two_heads": (TwoHeads, lambda: torch.randn(48, 20)),
-    "checkpointed": (Checkpointed, lambda: torch.randn(48, 20)),
-    "weight_norm": (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(20, 16)), nn.Tanh(), nn.Linear(16, 5)), lambda: torch.randn(48, 20)),
-}
-
-
-class Chosen:
-    """`choose`, with what it chose kept."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.found: list[tuple[Tensor, Tensor | None]] = []
-        self.plain = row_backward.choose
-        monkeypatch.setattr(row_backward, "choose", self)
-
-    def __call__(self, method: str, norms_sq: Tensor, k: int, random: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
-        idx, weight = self.plain(method, norms_sq, k, random)
-        self.found.append((idx, weight))
-        return idx, weight
-
-    def mask(self, size: int) -> Tensor:
-        """The weight of every row, 0 for those left out."""
-        idx, weight = self.found[-1]
-        weight = torch.ones(len(idx)) if weight is None else weight
-        return torch.zeros(size, dtype=weight.dtype).index_copy_(0, idx, weight)
-
-
-def rows_of(model: Any, options: dict[str, Any] = HALF, **more: Any) -> tuple[Any, Plans]:
-    plans = Plans()
-    return torch.compile(model, backend=Backend(options, inner_compile=run_as_is, on_plan=plans), **more), plans
-
-
-def spread(mask: Tensor, like: Tensor) -> Tensor:
-    """A weight per sample for every entry of a tensor whose first axis holds samples, tokens perhaps with them."""
-    each = mask.repeat_interleave(like.shape[0] // len(mask))
-    return each.view(-1, *[1] * (like.dim() - 1)).to(like.dtype)
 
 
 @pytest.mark.parametrize("method", ["bernoulli", "topk"])
 @pytest.mark.parametrize("name", [n for n in ZOO if n != "dropout"])  # whose masks only Inductor draws like Inductor
 def test_gradients_are_those_of_masked_tangents(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make, data = ZOO[name]
-    chosen = Chosen(monkeypatch)
+    chosen = ChosenRows(monkeypatch)
     model, x = make(), data()
     x = x.requires_grad_() if x.is_floating_point() else x
     f, plans = rows_of(model, {"policy": "always", "grad": {"axis": "rows", "ratio": 0.5, "method": method}})
@@ -177,7 +36,7 @@ def test_gradients_are_those_of_masked_tangents(name: str, method: str, monkeypa
     out.backward(tangent)
     got = grads(model, x)
     assert [c.decision for c in plans[0].cuts] == ["rows"] and plans[0].cuts[0].reason == "the whole backward pass"
-    assert len(chosen.found) == 1 and len(chosen.found[0][0]) == x.shape[0] // 2
+    assert len(chosen.choices) == 1 and len(chosen.choices[0][0]) == x.shape[0] // 2
     torch.manual_seed(3)
     model(x).backward(tangent * spread(chosen.mask(x.shape[0]), tangent))
     want = grads(model, x)
@@ -187,7 +46,7 @@ def test_gradients_are_those_of_masked_tangents(name: str, method: str, monkeypa
 @pytest.mark.parametrize("name", ["mlp", "cnn", "transformer", "flat_logits", "built_attention", "dropout"])
 def test_through_inductor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make, data = ZOO[name]
-    chosen = Chosen(monkeypatch)
+    chosen = ChosenRows(monkeypatch)
     model, x = make(), data()
     f = torch.compile(model, backend="approx", options=HALF)
     torch.manual_seed(3)
@@ -200,21 +59,21 @@ def test_through_inductor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(3)
     exact(x).backward(tangent * spread(mask, tangent))
     assert max(relative(a, b) for a, b in zip(got, grads(model), strict=True)) < 1e-5
-    seen = len(chosen.found)
+    seen = len(chosen.choices)
     for size in (x.shape[0], x.shape[0] + 6):  # other data, and another batch size: no recompile
         with torch.compiler.set_stance("fail_on_recompile"):
             fresh = data()
             fresh = torch.cat([fresh, fresh[:6]])[:size]
             f(fresh).sum().backward()
         model.zero_grad()
-    assert [len(i) for i, _ in chosen.found[seen:]] == [x.shape[0] // 2, (x.shape[0] + 6) // 2]
+    assert [len(i) for i, _ in chosen.choices[seen:]] == [x.shape[0] // 2, (x.shape[0] + 6) // 2]
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "transformer"])
 def test_a_loss_inside_the_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cut is where the loss's gradient reaches the last product; the last bias, above it, has its exact gradient."""
     make, data = ZOO[name]
-    chosen = Chosen(monkeypatch)
+    chosen = ChosenRows(monkeypatch)
     model, x = make(), data()
     y = torch.randint(0, 5, x.shape if name == "transformer" else (x.shape[0],))
 
@@ -235,7 +94,7 @@ def test_a_loss_inside_the_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_lower_blocks_keep_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = Chosen(monkeypatch)
+    chosen = ChosenRows(monkeypatch)
     model, x = nn.Sequential(mlp(20, 32, 24), nn.Tanh(), mlp(24, 32, 5)), torch.randn(48, 20)
     f, plans = rows_of(model, HALF | {"rules": [{"layers": "0.*", "grad": {"axis": "rows", "ratio": 0.25}}]})
     out = f(x)
@@ -243,7 +102,7 @@ def test_lower_blocks_keep_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
     out.backward(tangent)
     got = grads(model)
     assert [(c.level, c.ratio) for c in plans[0].cuts] == [(1, 0.5), (2, 0.25)]
-    (idx1, w1), (idx2, w2) = chosen.found
+    (idx1, w1), (idx2, w2) = chosen.choices
     assert (len(idx1), len(idx2)) == (24, 12) and w1 is not None and w2 is not None
     upper, lower = torch.zeros(48), torch.zeros(48)
     upper[idx1] = w1.float()
@@ -260,7 +119,7 @@ def test_lower_blocks_keep_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rows_by_rule_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The layers above the rule's keep all rows: the cut is where its gradient comes in."""
-    chosen = Chosen(monkeypatch)
+    chosen = ChosenRows(monkeypatch)
     model, x = nn.Sequential(mlp(20, 32, 24), nn.Tanh(), mlp(24, 32, 5)), torch.randn(48, 20)
     options = {"policy": "always", "sampling": "backward", "grad": "exact", "rules": [{"layers": "0.*", "grad": {"axis": "rows", "ratio": 0.25}}]}
     f, plans = rows_of(model, options)
@@ -328,7 +187,7 @@ class Means(Slices):
 @pytest.mark.parametrize("make", [Shifts, Similarity, Cumulates, Picks, Norms, Means])
 def test_rows_stop_where_samples_mix(make: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind the op all rows run, with zeros for those left out: the gradient is still that of the masked tangents."""
-    chosen = Chosen(monkeypatch)
+    chosen = ChosenRows(monkeypatch)
     model, x = make(), torch.randn(24, 20).requires_grad_()
     f, plans = rows_of(model)
     out = f(x)
@@ -424,7 +283,7 @@ def test_ratio_one_is_exact_and_evaluation_is_untouched() -> None:
 
 @pytest.mark.parametrize("cut", ["breaks", "blocks"])
 def test_several_graphs_share_one_set_of_rows(cut: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = Chosen(monkeypatch)
+    chosen = ChosenRows(monkeypatch)
 
     class Broken(nn.Module):
         def __init__(self) -> None:
@@ -444,53 +303,44 @@ def test_several_graphs_share_one_set_of_rows(cut: str, monkeypatch: pytest.Monk
         f, plans = rows_of(model)
         assert len(plans) == 0
     else:
-        model = f = nn.Sequential(*[Block2(20) for _ in range(3)])
+        model = f = nn.Sequential(*[ResidualLayer(20) for _ in range(3)])
         for part in model:
             part.compile(backend=Backend(HALF, inner_compile=run_as_is))
     out = f(x)
     tangent = torch.randn(48, 20)
     head(F.pad(out, (0, 20 - out.shape[1]))).backward(tangent)
     got = grads(model)
-    assert len(chosen.found) == 1
+    assert len(chosen.choices) == 1
     with torch.compiler.set_stance("force_eager"):
         out = model(x)
     out.backward((tangent @ head.weight.detach())[:, : out.shape[1]] * chosen.mask(48)[:, None])
     assert max(relative(a, b) for a, b in zip(got, grads(model), strict=True)) < 1e-5
 
 
-class Block2(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.inner = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + torch.tanh(self.inner(x))
-
-
 @pytest.mark.usefixtures("one_rank")
 def test_the_buckets_of_ddp_share_one_set_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = Chosen(monkeypatch)
+    chosen = ChosenRows(monkeypatch)
     net, x = Buckets(), torch.randn(32, 512)
     f, plans = rows_of(nn.parallel.DistributedDataParallel(net, bucket_cap_mb=1))
     out = f(x)
     tangent = torch.randn_like(out)
     out.backward(tangent)
-    assert len(plans) > 1 and {s.decision for s in plans.sites} == {"sampled"} and len(chosen.found) == 1
+    assert len(plans) > 1 and {s.decision for s in plans.sites} == {"sampled"} and len(chosen.choices) == 1
     got = grads(net)
     net(x).backward(tangent * chosen.mask(32)[:, None])
     assert max(relative(a, b) for a, b in zip(got, grads(net), strict=True)) < 1e-5
 
 
 def test_gradients_added_on_the_way_make_the_lower_graph_run_on_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = Chosen(monkeypatch)
-    lower, upper, x = Block2(20), nn.Linear(20, 5), torch.randn(48, 20)
+    chosen = ChosenRows(monkeypatch)
+    lower, upper, x = ResidualLayer(20), nn.Linear(20, 5), torch.randn(48, 20)
     f, g = rows_of(lower)[0], rows_of(upper)[0]
     hidden = f(x)
     out = g(hidden)
     tangent = torch.randn_like(out)
     (hidden.square().sum() + (out * tangent).sum()).backward()
     got = grads(lower) + grads(upper)
-    assert len(chosen.found) == 1
+    assert len(chosen.choices) == 1
     hidden = lower(x)
     out = upper(hidden)
     (hidden.square().sum() + (out * tangent * chosen.mask(48)[:, None]).sum()).backward()
@@ -499,7 +349,7 @@ def test_gradients_added_on_the_way_make_the_lower_graph_run_on_all_rows(monkeyp
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_dtypes_and_autocast(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = Chosen(monkeypatch)
+    chosen = ChosenRows(monkeypatch)
     model, x = mlp(20, 32, 5), torch.randn(48, 20)
     cast = dtype == torch.bfloat16
     if not cast:
@@ -519,13 +369,13 @@ def test_dtypes_and_autocast(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 
 
 def test_accumulation_and_retained_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = Chosen(monkeypatch)
+    chosen = ChosenRows(monkeypatch)
     model, x, y = mlp(20, 32, 5), torch.randn(48, 20), torch.randn(48, 20)
     f, _ = rows_of(model)
     f(x).square().sum().backward()
     f(y).square().sum().backward()
     got = grads(model)
-    masks = [torch.zeros(48).index_copy_(0, i, w.float()) for i, w in chosen.found if w is not None]
+    masks = [torch.zeros(48).index_copy_(0, i, w.float()) for i, w in chosen.choices if w is not None]
     assert len(masks) == 2
     for data, mask in ((x, masks[0]), (y, masks[1])):
         out = model(data)
@@ -537,7 +387,7 @@ def test_accumulation_and_retained_graphs(monkeypatch: pytest.MonkeyPatch) -> No
         loss = f(x).square().sum()
         loss.backward(retain_graph=True)
         first = [g.clone() for g in grads(model)]
-        chosen.plain = lambda *args: chosen.found[-1]
+        chosen.original = lambda *args: chosen.choices[-1]
         loss.backward()
     assert max(relative(a, b) for a, b in zip(first, grads(model), strict=True)) < 1e-6
 
@@ -625,7 +475,7 @@ class Body(nn.Module):
 
 def test_rows_of_another_axis_are_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The upper graph's first axis is the lower one's second: what it marks are no samples there."""
-    chosen = Chosen(monkeypatch)
+    chosen = ChosenRows(monkeypatch)
     lower, upper, x = Body(lambda h: torch.tanh(h).transpose(0, 1)), Body(), torch.randn(16, 12, 8)
     f, g = rows_of(lower)[0], rows_of(upper)[0]
     out = g(f(x))
@@ -637,7 +487,7 @@ def test_rows_of_another_axis_are_not_followed(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_graph_with_a_loss_of_its_own_does_not_follow(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = Chosen(monkeypatch)
+    chosen = ChosenRows(monkeypatch)
     lower, upper, x = Body(lambda h: (torch.tanh(h), h.square().sum())), Body(), torch.randn(16, 8)
     f, g = rows_of(lower)[0], rows_of(upper)[0]
     hidden, own = f(x)
@@ -681,7 +531,7 @@ def test_a_sum_inside_the_graph_spreads_an_expanded_gradient() -> None:
 
 
 def test_an_exact_last_layer_has_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = Chosen(monkeypatch)
+    chosen = ChosenRows(monkeypatch)
     model, x = mlp(20, 32, 32, 5), torch.randn(32, 20)
     f, plans = rows_of(model, HALF | {"rules": [{"layers": "4", "method": "exact"}]})
     out = f(x)
@@ -700,7 +550,7 @@ def test_an_exact_last_layer_has_all_rows(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_channels_last_below_the_rows_through_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients put back among all rows have the strides that the code below was compiled for."""
-    chosen = Chosen(monkeypatch)
+    chosen = ChosenRows(monkeypatch)
     layers = [nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.Flatten(), nn.Linear(288, 5)]
     model = nn.Sequential(*layers).to(memory_format=torch.channels_last)
     x = torch.randn(24, 3, 6, 6).contiguous(memory_format=torch.channels_last)

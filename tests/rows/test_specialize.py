@@ -11,9 +11,9 @@ import pytest
 import sympy
 import torch
 import torch.nn.functional as F
-from helpers.common import grads, mlp
-from test_controller import ADAPTIVE
-from test_rows import ZOO, Block
+from helpers.compile import ADAPTIVE
+from helpers.models import ZOO, TransformerBlock, mlp
+from helpers.oracles import grads
 from torch import Tensor, fx, nn
 
 from approx_compile import Backend, _torch
@@ -90,7 +90,7 @@ def sizes(value: Any) -> list[Any]:
 
 def test_through_inductor_it_is_inductors_own_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = Passes(monkeypatch)
-    model = nn.Sequential(nn.Embedding(11, 16), Block(16), nn.Linear(16, 11))
+    model = nn.Sequential(nn.Embedding(11, 16), TransformerBlock(16), nn.Linear(16, 11))
     x = torch.randint(0, 11, (24, 6))
     found = []
     for f in (compiled(model, inner=None), torch.compile(model, backend="inductor")):

@@ -9,7 +9,8 @@ from typing import Any
 import networkx as nx
 import pytest
 import torch
-from helpers.common import compiled, mlp
+from helpers.compile import compiled
+from helpers.models import mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

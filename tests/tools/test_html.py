@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.common import mlp
+from helpers.models import mlp
 from torch import Tensor, nn
 
 from approx_compile import Report, explain

@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.common import compiled, mlp, plans_of, relative
+from helpers.compile import compiled, plans_of
+from helpers.models import mlp
+from helpers.oracles import relative
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn

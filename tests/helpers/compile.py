@@ -1,22 +1,27 @@
-"""What the tests share: running the rewritten graphs op by op while noting which indices were chosen, and small models."""
+"""Compile a model under the backend without Inductor, and record what was planned and which indices were chosen; options that several tests share."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from approx_compile import Backend
 from approx_compile.backend import run_as_is
 from approx_compile.passes.planning.plan import Plan
 from approx_compile.passes.rewrite.graph_edit import CHOICE
 
+HALF: dict[str, Any] = {"policy": "always", "grad": {"axis": "rows", "ratio": 0.5}}
+"""Every backward pass runs on half the rows of its batch, also where that does not pay."""
+
+ADAPTIVE: dict[str, Any] = {"policy": "adaptive", "adaptive": {"tau": 0.1}}
+"""The share of rows follows the gradients' norms."""
+
 
 class Choices(dict[str, Tensor]):
-    """An `inner_compile` that interprets the graphs and keeps the indices and scales by name (`site.product.idx`)."""
+    """An `inner_compile` that interprets the graphs op by op and records the chosen indices and scales by name (`site.product.idx`)."""
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Any, **kwargs: Any) -> Callable[[list[Any]], Any]:
         choices = self
@@ -44,7 +49,7 @@ class Choices(dict[str, Tensor]):
 
 
 class Plans(list[Plan]):
-    """An `on_plan` that keeps the plans."""
+    """An `on_plan` callback that records the plans."""
 
     def __call__(self, plan: Plan, before: Any, after: Any) -> None:
         self.append(plan)
@@ -61,7 +66,7 @@ class Plans(list[Plan]):
 
 
 def compiled(model: Any, options: dict[str, Any], **kwargs: Any) -> tuple[Any, Choices, Plans]:
-    """The model under the backend, run op by op, with what it chose and planned."""
+    """The model under the backend, its graphs interpreted op by op, with the recorded choices and plans."""
     choices, plans = Choices(), Plans()
     return torch.compile(model, backend=Backend(options, inner_compile=choices, on_plan=plans), **kwargs), choices, plans
 
@@ -73,38 +78,7 @@ def plans_of(model: Any, options: dict[str, Any], *args: Any, **kwargs: Any) -> 
     return plans.sites
 
 
-def grads(model: nn.Module, *inputs: Tensor) -> list[Tensor]:
-    """Gradients of the parameters and of the inputs that need one, which are cleared."""
-    found = []
-    for t in [*model.parameters(), *inputs]:
-        if t.requires_grad:
-            assert t.grad is not None
-            found.append(t.grad)
-            t.grad = None
-    return found
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    """|a - b| / |b| in double precision."""
-    a, b = a.double(), b.double()
-    return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
-
-
-def mlp(*widths: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for a, b in itertools.pairwise(widths[:-1]):
-        layers += [nn.Linear(a, b), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
-
-
-class Buckets(nn.Module):
-    """Four layers of 1 MiB, which DDP with `bucket_cap_mb=1` puts in buckets of their own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.ModuleList(nn.Linear(512, 512) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.body:
-            x = torch.relu(layer(x))
-        return x
+def rows_of(model: Any, options: dict[str, Any] = HALF, **more: Any) -> tuple[Any, Plans]:
+    """The model under the backend, its graphs interpreted by torch, with the plans that were made."""
+    plans = Plans()
+    return torch.compile(model, backend=Backend(options, inner_compile=run_as_is, on_plan=plans), **more), plans
