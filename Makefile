@@ -25,7 +25,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/python benchmarks/bench.py $(ARGS)
+	$(BIN)/python -m benchmarks.speed.bench $(ARGS)
 
 $(LIBRARIES): $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[conformance]'
@@ -36,7 +36,7 @@ conformance: $(LIBRARIES)
 
 gpu: $(READY)
 	$(BIN)/python -m pytest tests -k on_a_gpu
-	$(BIN)/python benchmarks/gpu.py $(ARGS)
+	$(BIN)/python -m benchmarks.kernels.gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache out

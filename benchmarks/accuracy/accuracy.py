@@ -1,4 +1,4 @@
-"""Accuracy against seconds: `python benchmarks/accuracy_study.py run --data DIR [--work NAME ..]`, then `table` and `plot`.
+"""Accuracy against seconds: `python -m benchmarks.accuracy.accuracy run --data DIR [--work NAME ..]`, then `table` and `plot`.
 
 Every work is trained with several settings: exact training; the two controls of about the approximation's cost (exact with fewer steps, a narrower
 exact model); and approximations. All settings of a seed run in one process and take turns, an epoch each, so they meet the same machine; every one
@@ -16,11 +16,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from study import Setting, Study, Work
 from torch import Tensor, nn
 
-import models  # isort: skip (study puts the examples on the path)
-from bench import Block
+from benchmarks.accuracy.study import Setting, Study, Work
+from benchmarks.common.works import Block
+from examples import models
 
 EXACT = {"exact": Setting()}
 

@@ -1,19 +1,20 @@
-"""Gradient approximation by schedules, after Wang and Nelaturu: `python benchmarks/gradient_study.py run --data DIR [--work NAME ..]`, then `table`, `plot`.
+"""Gradient approximation by schedules: `python -m benchmarks.accuracy.gradients run --data DIR [--work NAME ..]`, then `table`, `plot`.
 
-CIFAR-10; full gradients against zero, random and max (approximated) weight gradients under the paper's schedules, and ResNet-14 as the smaller
-exact model beside ResNet-20. Conditions that differ from the paper's: fewer images and epochs (each work's `limit` and `epochs`; all 50,000 images
-and hundreds of epochs want a GPU: the works that end in -full), no augmentation, cosine decay of the learning rate. Rows in results/gradients.jsonl.
+After Wang and Nelaturu, on CIFAR-10: full gradients against zero, random and max (approximated) weight gradients under the paper's schedules, and
+ResNet-14 as the smaller exact model beside ResNet-20. Conditions that differ from the paper's: fewer images and epochs (each work's `limit` and
+`epochs`; all 50,000 images and hundreds of epochs want a GPU: the works that end in -full), no augmentation, cosine decay of the learning rate. Rows
+in results/gradients.jsonl.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from study import Setting, Study, Work
 from torch import nn
 
-import models  # isort: skip (study puts the examples on the path)
 from approx_compile.config import presets
+from benchmarks.accuracy.study import Setting, Study, Work
+from examples import models
 
 METHODS = ("zero", "random", "max")
 

@@ -1,4 +1,4 @@
-"""What rows through BatchNorm do to the gradient: `python benchmarks/row_bias.py`. Rows go to results/row_bias.csv.
+"""What rows through BatchNorm do to the gradient: `python -m benchmarks.accuracy.row_bias`. Rows go to results/row_bias.csv.
 
 Networks of some 3 x 3 convolutions, each with BatchNorm and ReLU, as initialised, on noise; half the rows, `batch_norm: "approximate"`. g is the exact gradient
 of all parameters, e a draw's error. Columns:
@@ -12,8 +12,6 @@ of all parameters, e a draw's error. Columns:
 from __future__ import annotations
 
 import statistics
-import sys
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -21,10 +19,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from bench import conditions, show, store  # noqa: E402
+from benchmarks.common.rows import conditions, show, store
 
 BLOCKS = 10
 COLUMNS = ("layers", "norm", "batch", "ratio", "draws", "bias", "error", "noise", "smaller_batch")

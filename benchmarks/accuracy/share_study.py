@@ -1,4 +1,4 @@
-"""What sharing indices loses and saves: `python benchmarks/share_study.py`.
+"""What sharing indices loses and saves: `python -m benchmarks.accuracy.share_study`.
 
 A language model of three blocks of width 128 (causal attention, gated MLP) is trained on characters of the standard library's sources. At some steps, on the
 same batches, the gradient's relative error is measured with query, key and value (or gate and up) of all blocks sampled at entries of their own, and at
@@ -15,12 +15,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import typer
-from bench import conditions, show, store
 from torch import Tensor, nn
 
 from approx_compile import Backend
 from approx_compile.machine.timer import BenchmarkTimer
 from approx_compile.tools.tuning.trial import Trials
+from benchmarks.common.rows import conditions, show, store
 
 WIDTH, LENGTH, BATCH = 128, 64, 32
 STEPS = (0, 50, 150, 300)

@@ -1,4 +1,4 @@
-"""Forward sampling trains one network and evaluates another: which remedy helps? `python benchmarks/shift_study.py run --data DIR`, then `table`.
+"""Forward sampling trains one network and evaluates another: which remedy helps? `python -m benchmarks.accuracy.shift run --data DIR`, then `table`.
 
 Hand-written sampling in eager torch (the product on the kept channels of both operands, gradients through the same channels), so that
 choices that the product does not have can be tried: indices renewed only now and then, noisy ones, a scale that keeps the norm. Scores of the
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,11 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from accuracy_study import WORKS
-from bench import conditions
-from study import RESULTS, Work, load, loss, score
+from benchmarks.accuracy.accuracy import WORKS
+from benchmarks.accuracy.study import RESULTS, Work, load, loss, score
+from benchmarks.common.rows import conditions
 
 ROWS = RESULTS / "shift.jsonl"
 app = typer.Typer(help=__doc__)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -16,22 +15,15 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
-import data  # noqa: E402
-from bench import conditions  # noqa: E402
-
-from approx_compile._torch.known_faults import inductor  # noqa: E402
-from approx_compile.machine import device_name  # noqa: E402
-from approx_compile.rows.controller import controls  # noqa: E402
-
-RESULTS = ROOT / "benchmarks" / "results"
-console = Console()
+from approx_compile._torch.known_faults import inductor
+from approx_compile.machine import device_name
+from approx_compile.rows.controller import controls
+from benchmarks.common.plots import score_over_seconds
+from benchmarks.common.rows import RESULTS, conditions, console
+from examples import data
 
 
 @dataclass(frozen=True)
@@ -246,26 +238,8 @@ class Study:
 
     def plot(self, works: list[str] | None) -> None:
         """Score over seconds, mean over seeds, one PNG per work beside the rows."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
         for name, settings in self.groups(works).items():
-            figure, axes = plt.subplots(figsize=(8, 5))
-            for s, found in settings.items():
-                length = min(len(r["curve"]) for r in found)
-                seconds = [statistics.mean(r["curve"][i][1] for r in found) for i in range(length)]
-                values = [statistics.mean(r["curve"][i][2] for r in found) for i in range(length)]
-                axes.plot(seconds, values, marker=".", label=f"{s} ({len(found)})", linewidth=2.5 if s == "exact" else 1.2)
-            ends = [r["final"] for found in settings.values() for r in found]
-            accuracy = self.works[name].score == "accuracy"
-            axes.set(xlabel="seconds of training steps", ylabel="test accuracy %" if accuracy else "test loss", title=name)
-            if accuracy:
-                axes.set_ylim(min(ends) - 2, max(ends) + 0.5)
-            axes.legend(title="setting (seeds)")
-            figure.savefig(RESULTS / f"{self.name}-{name}.png", dpi=110, bbox_inches="tight")
-            plt.close(figure)
+            score_over_seconds(settings, name, self.works[name].score == "accuracy", RESULTS / f"{self.name}-{name}.png")
 
     def app(self, help: str | None) -> typer.Typer:
         """The study's command line: run, table, plot."""

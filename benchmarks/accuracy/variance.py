@@ -1,4 +1,4 @@
-"""Is the tangent rule right? `python benchmarks/variance.py --data DIR`: its choice against what every sample's own gradient says.
+"""Is the tangent rule right? `python -m benchmarks.accuracy.variance --data DIR`: its choice against what every sample's own gradient says.
 
 At some steps of exact training, for one batch: all gradients G_i of single samples are computed. They give the variance of the batch's gradient,
 V = sum |G_i - mean G|^2, and what sampling rows adds, A(p) = sum (1 - p_i) / p_i |G_i|^2, without an estimate. Columns:
@@ -14,7 +14,6 @@ Rows go to results/variance.csv.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,13 +22,10 @@ import typer
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import accuracy_study as study  # noqa: E402
-from bench import conditions, show, store  # noqa: E402
-
-from approx_compile.rows.row_sampling import needed  # noqa: E402
+from approx_compile.rows.row_sampling import needed
+from benchmarks.accuracy.accuracy import WORKS
+from benchmarks.accuracy.study import load, loss
+from benchmarks.common.rows import conditions, show, store
 
 COLUMNS = ("work", "step", "tau", "rule", "added", "by_variance", "ideal", "correlation")
 CHUNK = 16
@@ -40,7 +36,7 @@ def norms(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float
     parameters = {n: p.detach() for n, p in model.named_parameters()}
 
     def one(p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return study.loss(functional_call(model, p, (x[None],)), y[None])
+        return loss(functional_call(model, p, (x[None],)), y[None])
 
     squares, total = [], torch.zeros(sum(p.numel() for p in parameters.values()))
     for a, b in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
@@ -50,7 +46,7 @@ def norms(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float
         total += rows.sum(0)
     own = torch.cat(squares).double()
     out = model(x)
-    (tangent,) = torch.autograd.grad(study.loss(out, y), out)
+    (tangent,) = torch.autograd.grad(loss(out, y), out)
     g = tangent.flatten(1).double().norm(dim=1)
     return g, own.sqrt(), (own.sum() - total.double().square().sum() / len(x)).item()
 
@@ -79,7 +75,7 @@ def rule_probabilities(g: Tensor, tau: float) -> Tensor:
 
 def main(
     directory: Annotated[Path, typer.Option("--data", help="where the data sets lie")],
-    work: Annotated[list[str] | None, typer.Option(help="works of accuracy_study.py without BatchNorm")] = None,
+    work: Annotated[list[str] | None, typer.Option(help="works of accuracy.py without BatchNorm")] = None,
     tau: Annotated[list[float] | None, typer.Option(help="0.025 and 0.1 by default")] = None,
     threads: Annotated[int | None, typer.Option(help="torch's threads")] = None,
 ) -> None:
@@ -88,8 +84,8 @@ def main(
         torch.set_num_threads(threads)
     rows: list[dict[str, Any]] = []
     for name in work or ["mnist-mlp", "fashion-mlp", "char-transformer"]:
-        w = study.WORKS[name]
-        x, y, _, _ = study.load(w, directory)
+        w = WORKS[name]
+        x, y, _, _ = load(w, directory)
         steps = min(1300, w.epochs * (len(x) // w.batch))
         torch.manual_seed(0)
         model = w.make(1.0)
@@ -106,7 +102,7 @@ def main(
                     found |= {"ideal": smallest(own, own, t * variance), "correlation": torch.corrcoef(torch.stack([g, own]))[0, 1].item()}
                     rows.append(conditions() | {"work": name, "step": step, "tau": t} | {k: round(v, 4) for k, v in found.items()})
             optimizer.zero_grad()
-            study.loss(model(x[batch]), y[batch]).backward()
+            loss(model(x[batch]), y[batch]).backward()
             optimizer.step()
     show("the tangent rule against measured variances", rows, COLUMNS)
     store("variance", rows)

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench import Block, mlp
-from models import build
 from torch import Tensor, nn
+
+from benchmarks.common.works import Block, mlp
+from examples.models import build
 
 Work = tuple[nn.Module, dict[str, Tensor] | tuple[Tensor, ...]]
 IMAGES = (3, 32, 32)

@@ -1,4 +1,4 @@
-"""Unmodified models against Inductor: `python benchmarks/never_slower.py`, with `--policy`, `--threads`, `--limit`, `--fresh`.
+"""Unmodified models against Inductor: `python -m benchmarks.cost_model.never_slower`, with `--policy`, `--threads`, `--limit`, `--fresh`.
 
 Policies: "adaptive", what the one line without options means, at its worst: no row may be left out (tau 1e-9), so that whatever it costs is a loss; and
 "cost" with its defaults. Each model of `zoo` takes training steps without the optimizer, Inductor's and ours in turn in one process; one row a model in
@@ -14,16 +14,16 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from bench import conditions, console, show, store, stored
 from rich.progress import track
 from torch import Tensor
-from zoo import Work, works
 
 from approx_compile import Backend, machine
 from approx_compile._torch.known_faults import inductor
 from approx_compile.machine.timer import BenchmarkTimer
 from approx_compile.passes.planning.plan import Plan
 from approx_compile.tools.compare import race
+from benchmarks.common.rows import conditions, console, show, store, stored
+from benchmarks.common.zoo import Work, works
 
 KEY = ("device", "threads", "torch", "profile", "policy")
 POLICIES: dict[str, dict[str, Any]] = {"cost": {"policy": "cost"}, "adaptive": {"policy": "adaptive", "adaptive": {"tau": 1e-9}}}

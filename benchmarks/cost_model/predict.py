@@ -1,4 +1,4 @@
-"""Predicted against measured time of sites alone: `python benchmarks/predict.py`, with `--threads`, `--limit`, `--fresh`, `--again COMMIT`.
+"""Predicted against measured time of sites alone: `python -m benchmarks.cost_model.predict`, with `--threads`, `--limit`, `--fresh`, `--again COMMIT`.
 
 Each of some 90 sites (linear, bmm, conv; fp32 and bf16) is a model of its own, whose forward and backward pass is timed as Inductor compiles it and
 with every product sampled (top-k, forward), in turn. A step is predicted as its products' times (`approx_compile.passes.cost.estimates`) and the time of a step
@@ -18,7 +18,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from bench import conditions, console, show, store, stored
 from rich.progress import track
 
 from approx_compile import Backend, machine
@@ -27,6 +26,7 @@ from approx_compile.backend.site_benchmark import Alone, times_us
 from approx_compile.machine.site_timings import OperandLayout, TimedProduct
 from approx_compile.passes.cost import estimates
 from approx_compile.passes.planning.plan import Plan, SitePlan
+from benchmarks.common.rows import conditions, console, show, store, stored
 
 BATCHES = (1, 4, 16, 64, 256, 1024)
 WIDTHS = (16, 64, 128, 256, 512, 1024, 2048, 4096)

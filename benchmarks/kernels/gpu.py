@@ -1,9 +1,9 @@
-"""Kernels and training steps on a GPU: `make gpu`, or `python benchmarks/gpu.py check|tables|plot|train`.
+"""Kernels and training steps on a GPU: `make gpu`, or `python -m benchmarks.kernels.gpu check|tables|plot|train`.
 
 - `check`: every kernel of ours against the same product in fp64, over shapes, dtypes and groups; ends with status 1 if one is off.
 - `tables`: bf16, against Inductor's max-autotune in the same process: linear layers forward and backward, group skipping at ratio 1 against cuBLAS, the
   weight gradient `max` against cuDNN's, a GPT-like block, WRN-28-10 channels-last, and both with their backward pass on rows. Rows in results/gpu.csv.
-- `train`: the studies' long works (accuracy_study.py, gradient_study.py) on the GPU; rows where these keep theirs.
+- `train`: the studies' long works (benchmarks/accuracy: accuracy.py, gradients.py) on the GPU; rows where these keep theirs.
 
 `make gpu` is check, tables and plot, meant to take under ten minutes. `--device cpu --small` rehearses all of it, at sizes that mean nothing and
 without storing a row.
@@ -12,7 +12,6 @@ without storing a row.
 from __future__ import annotations
 
 import csv
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,18 +21,17 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
-from bench import RESULTS, Block, conditions, console, raced, show, store
 from torch import Tensor, nn
 
 from approx_compile import machine
 from approx_compile.kernels import availability, skip_conv, skip_matmul
 from approx_compile.kernels.availability import CONV_UNITS, DEFAULT_UNITS
 from approx_compile.kernels.gradient_replacements import ConvGeometry, Replacement, max_conv_weight
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
-from models import build  # noqa: E402
+from benchmarks.common.plots import speedup_bars
+from benchmarks.common.races import raced
+from benchmarks.common.rows import RESULTS, conditions, console, show, store
+from benchmarks.common.works import Block
+from examples.models import build
 
 app = typer.Typer(help=__doc__, no_args_is_help=False)
 COLUMNS = ("work", "setting", "median_ms", "p20_ms", "p80_ms", "speedup", "speedup_p20", "speedup_p80", "bar")
@@ -286,33 +284,24 @@ def tables(
 @app.command()
 def plot() -> None:
     """results/gpu.png: the newest speed-ups, beside their bars."""
-    import matplotlib.pyplot as plt
-
     path = RESULTS / "gpu.csv"
     if not path.exists():
         raise typer.BadParameter(f"{path} is not there yet: run `tables` on a GPU first")
     with path.open(newline="") as f:
         newest = {f"{r['work']}, {r['setting']}": r for r in csv.DictReader(f) if r["setting"] != "inductor"}
-    figure, axes = plt.subplots(figsize=(9, 0.32 * len(newest) + 1), layout="constrained")
-    axes.barh(list(newest), [float(r["speedup"]) for r in newest.values()], color="tab:blue")
-    bars = [(i, float(r["bar"])) for i, r in enumerate(newest.values()) if r["bar"]]
-    axes.plot([bar for _, bar in bars], [i for i, _ in bars], "k|", markersize=12)
-    axes.axvline(1, color="grey", linewidth=0.8)
-    axes.set_xlabel("speed-up over Inductor max-autotune, bf16 (mark: the bar)")
-    axes.invert_yaxis()
-    figure.savefig(RESULTS / "gpu.png", dpi=120)
+    speedup_bars(newest, "speed-up over Inductor max-autotune, bf16 (mark: the bar)", RESULTS / "gpu.png")
     console.print(f"{len(newest)} bars in {RESULTS / 'gpu.png'}")
 
 
 @app.command()
 def train(
     directory: Annotated[Path, typer.Option("--data", help="where the data sets lie")],
-    work: Annotated[list[str] | None, typer.Option(help="of gradient_study.py (those that end in -full) or accuracy_study.py")] = None,
+    work: Annotated[list[str] | None, typer.Option(help="of gradients.py (those that end in -full) or accuracy.py")] = None,
     seeds: Annotated[int, typer.Option(help="trainings of each setting")] = 3,
 ) -> None:
     """The studies' works that want a GPU."""
-    from accuracy_study import study as accuracy
-    from gradient_study import study as gradients
+    from benchmarks.accuracy.accuracy import study as accuracy
+    from benchmarks.accuracy.gradients import study as gradients
 
     for study in (gradients, accuracy):
         wanted = [w for w in study.works if (w in work if work else w.endswith("-full"))]

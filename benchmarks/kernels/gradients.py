@@ -1,4 +1,4 @@
-"""`max` for `grad_weight` against the exact product: `python benchmarks/gradient_bench.py`; rows in benchmarks/results/gradients.csv.
+"""`max` for `grad_weight` against the exact product: `python -m benchmarks.kernels.gradients`; rows in benchmarks/results/gradients.csv.
 
 The eight convolutions of Table 1 of Wang and Nelaturu (3 x 3, padding 1, batch 128), NCHW and channels-last, each compiled by Inductor, in turn in one process.
 """
@@ -11,11 +11,12 @@ from typing import Annotated
 
 import torch
 import typer
-from bench import raced, show, store
 from torch import Tensor
 
 from approx_compile.kernels.gradient_replacements import ConvGeometry, Replacement, max_conv_weight
 from approx_compile.passes.planning.gradient_replacement import smallest_useful_tile
+from benchmarks.common.races import raced
+from benchmarks.common.rows import show, store
 
 SHAPES = ((256, 256, 8), (128, 128, 16), (512, 512, 4), (512, 512, 2), (64, 64, 32), (16, 16, 32), (32, 32, 16), (64, 64, 8))
 """Input channels, output channels, height and width, in the order of Table 1."""

@@ -1,4 +1,4 @@
-"""Speed against Inductor: `make bench`, or `python benchmarks/bench.py speed|rows|schedule|share|compile|deciding` with `--work`, `--ratio`, `--rounds`.
+"""Speed against Inductor: `make bench`, or `python -m benchmarks.speed.bench speed|rows|schedule|share|compile|deciding` with `--work`, `--ratio`, `--rounds`.
 
 - `speed`: a training step without the optimizer (fp32, policy always, sampling forward, top-k), Inductor and approx in turn in one process; of the MLP also
   with choices by the weight alone (`topk_weights`), which the layers before know.
@@ -13,171 +13,42 @@ Every result is a row in benchmarks/results/*.csv with device, threads, versions
 
 from __future__ import annotations
 
-import csv
-import itertools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
-from datetime import date
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 import typer
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
-from approx_compile._torch.known_faults import inductor
+from approx_compile import ApproxConfig, set_step
 from approx_compile.backend.capture import graph_context
-from approx_compile.machine import device_name
+from approx_compile.backend.runtime.dispatch import Dispatch
+from approx_compile.backend.runtime.schedule import Schedule
+from approx_compile.backend.runtime.step_counter import after_step
+from approx_compile.config import presets
+from approx_compile.passes.joint_graph_pass import ApproxPass
 from approx_compile.tools.compare import race
+from benchmarks.common.races import SPEED_COLUMNS, raced
+from benchmarks.common.rows import ROOT, conditions, show, store
+from benchmarks.common.works import ROW_WORKS, WORKS, stepper
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
-from models import build  # noqa: E402
-
-from approx_compile import ApproxConfig, set_step  # noqa: E402
-from approx_compile.backend.runtime.dispatch import Dispatch  # noqa: E402
-from approx_compile.backend.runtime.schedule import Schedule  # noqa: E402
-from approx_compile.backend.runtime.step_counter import after_step  # noqa: E402
-from approx_compile.config import presets  # noqa: E402
-from approx_compile.passes.joint_graph_pass import ApproxPass  # noqa: E402
-
-RESULTS = ROOT / "benchmarks" / "results"
 BARS = {("wrn", "0.5"): 1.85, ("wrn", "0.25"): 3.0, ("mlp", "0.5"): 1.65, ("mlp", "0.25"): 2.8, ("block", "0.5"): 1.55, ("block", "0.25"): 2.3}
 BARS |= {("mlp", "0.5 by weight"): 2.8}
 ALWAYS = {"policy": "always"}
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "convolution", "scaled_dot_product")
 app = typer.Typer(help=__doc__, no_args_is_help=False)
-console = Console()
 
 
-class Block(nn.Module):
-    """A transformer block: pre-norm, causal attention, GELU MLP four times as wide."""
-
-    def __init__(self, width: int, heads: int = 8) -> None:
-        super().__init__()
-        self.norm1, self.norm2, self.heads = nn.LayerNorm(width), nn.LayerNorm(width), heads
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, t, d = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, t, d))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
-def mlp(*widths: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for inputs, outputs in itertools.pairwise(widths[:-1]):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
-
-
-WORKS: dict[str, tuple[str, Callable[[], nn.Module], Callable[[], Tensor], Callable[[], Tensor] | None]] = {
-    "wrn": ("WRN-10-8, 64 x 3 x 32 x 32", lambda: build("wrn-10-8", (3, 32, 32), 10), lambda: torch.randn(64, 3, 32, 32), lambda: torch.randint(10, (64,))),
-    "mlp": ("MLP 1024-4096-4096-10, batch 1024", lambda: mlp(1024, 4096, 4096, 10), lambda: torch.randn(1024, 1024), lambda: torch.randint(10, (1024,))),
-    "block": ("transformer block, width 1024, 8 x 256 tokens", lambda: Block(1024), lambda: torch.randn(8, 256, 1024), None),
-}
-
-ROW_WORKS: dict[str, tuple[str, Callable[[], nn.Module], Callable[[], Tensor], Callable[[], Tensor] | None]] = {
-    "mlp1000": ("MLP 1024-4096-4096-10, batch 1000", lambda: mlp(1024, 4096, 4096, 10), lambda: torch.randn(1000, 1024), lambda: torch.randint(10, (1000,))),
-    "mlp1024": ("MLP 1024-4096-4096-10, batch 1024", WORKS["mlp"][1], WORKS["mlp"][2], WORKS["mlp"][3]),
-    "blocks": (
-        "four transformer blocks, width 512, 16 x 128 tokens",
-        lambda: nn.Sequential(*[Block(512) for _ in range(4)]),
-        lambda: torch.randn(16, 128, 512),
-        None,
-    ),
-    "cnn": (
-        "CNN of Adelman et al., 128 x 28 x 28",
-        lambda: build("cnn", (1, 28, 28), 10),
-        lambda: torch.randn(128, 1, 28, 28),
-        lambda: torch.randint(10, (128,)),
-    ),
-    "resnet": (
-        "ResNet-20, 128 x 3 x 32 x 32",
-        lambda: build("resnet-20", (3, 32, 32), 10),
-        lambda: torch.randn(128, 3, 32, 32),
-        lambda: torch.randint(10, (128,)),
-    ),
-    "wrn": ("WRN-10-2, 128 x 3 x 32 x 32", lambda: build("wrn-10-2", (3, 32, 32), 10), lambda: torch.randn(128, 3, 32, 32), lambda: torch.randint(10, (128,))),
-}
 ROW_BARS = {(w, r): bar for w in ("mlp1000", "mlp1024") for r, bar in ((0.5, 1.43), (0.25, 1.88), (0.1, 2.28))}
 ROW_BARS |= {("blocks", 0.5): 1.46, ("blocks", 0.25): 1.94, ("blocks", 0.1): 2.5}
-
-
-def stepper(work: str, options: dict[str, Any] | None) -> Callable[[], None]:
-    """A training step without the optimizer, compiled by Inductor (options None) or approx; same weights and data for all."""
-    _, make, data, target = (WORKS | ROW_WORKS)[work]
-    torch.manual_seed(0)
-    model = make()
-    x, y = data(), target() if target is not None else None
-    compiled = torch.compile(model, backend=inductor) if options is None else torch.compile(model, backend="approx", options=options)
-
-    def step() -> None:
-        for p in model.parameters():
-            p.grad = None
-        out = compiled(x)
-        loss = F.cross_entropy(out, y) if y is not None else out.square().mean()
-        loss.backward()
-
-    step.model = model  # type: ignore[attr-defined]
-    return step
-
-
-def conditions() -> dict[str, Any]:
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    dirty = subprocess.run(["git", "-C", str(ROOT), "status", "--porcelain", "approx_compile"], capture_output=True, text=True).stdout.strip()
-    return {
-        "date": date.today().isoformat(),
-        "commit": commit + ("+" if dirty else ""),
-        "device": device_name("cuda" if torch.cuda.is_available() else "cpu"),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "dtype": "float32",
-    }
-
-
-def store(name: str, rows: list[dict[str, Any]]) -> None:
-    """Append rows to results/<name>.csv (its header is the first row's keys)."""
-    path = RESULTS / f"{name}.csv"
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as f:
-        writer = csv.DictWriter(f, fieldnames=list(rows[0]))
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-    console.print(f"{len(rows)} rows appended to {path.relative_to(ROOT)}")
-
-
-def stored(name: str, where: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of results/<name>.csv that have these values."""
-    path = RESULTS / f"{name}.csv"
-    if not path.exists():
-        return []
-    with path.open(newline="") as f:
-        return [r for r in csv.DictReader(f) if all(r[k] == str(v) for k, v in where.items())]
-
-
-def show(title: str, rows: Iterable[dict[str, Any]], columns: Iterable[str]) -> None:
-    table = Table(*columns, title=title)
-    for row in rows:
-        table.add_row(*(f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in columns))
-    console.print(table)
 
 
 @app.command()
@@ -280,26 +151,6 @@ def cycle(work: str, options: dict[str, Any] | None, steps: Sequence[int]) -> Ca
     return run
 
 
-SPEED_COLUMNS = ("work", "setting", "median_ms", "p20_ms", "p80_ms", "speedup", "speedup_p20", "speedup_p80", "bar")
-
-
-def raced(title: str, contest: dict[str, Callable[[], None]], rounds: int, bars: dict[str, float]) -> list[dict[str, Any]]:
-    """A row for every contestant; the one called inductor is what the others are compared with."""
-    rows = []
-    times = race(contest, rounds)
-    base = statistics.median(times["inductor"])
-    for setting, found in times.items():
-        low, median, high = (round(statistics.quantiles(found, n=10)[i], 1) for i in (1, 4, 7))
-        pairs = sorted(a / b for a, b in zip(times["inductor"], found, strict=True))
-        rows.append(
-            conditions()
-            | {"work": title, "setting": setting, "rounds": rounds, "median_ms": median, "p20_ms": low, "p80_ms": high}
-            | {"speedup": round(base / statistics.median(found), 3)}
-            | {"speedup_p20": round(pairs[len(pairs) // 5], 3), "speedup_p80": round(pairs[-1 - len(pairs) // 5], 3), "bar": bars.get(setting, "")}
-        )
-    return rows
-
-
 @app.command()
 def share(ratio: Annotated[float, typer.Option(help="kept share")] = 0.5, steps: Annotated[int, typer.Option(help="profiled steps")] = 8) -> None:
     """The sampling's own share of a step: what runs outside the products, less what runs there in the exact step."""
@@ -361,8 +212,9 @@ def compile_times(
 
 
 def _first_step(work: str, options: dict[str, Any] | None, folder: str) -> float:
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench; bench.first_step({work!r}, {options!r})"
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder}, capture_output=True, text=True, check=True)
+    code = f"from benchmarks.speed import bench; bench.first_step({work!r}, {options!r})"
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": folder}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 

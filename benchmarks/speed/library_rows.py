@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-_SPEC = importlib.util.spec_from_file_location("conformance_models", Path(__file__).resolve().parent.parent / "tests" / "conformance" / "models.py")
+_SPEC = importlib.util.spec_from_file_location("conformance_models", Path(__file__).resolve().parents[2] / "tests" / "conformance" / "models.py")
 assert _SPEC is not None and _SPEC.loader is not None
 sys.modules["conformance_models"] = conformance = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(conformance)
@@ -23,13 +23,13 @@ conformance.offline()  # no library asks a hub
 
 import torch  # noqa: E402
 import typer  # noqa: E402
-from bench import conditions, console, show, store  # noqa: E402
 from torch import nn  # noqa: E402
 
 from approx_compile import Backend  # noqa: E402
 from approx_compile._torch import known_faults  # noqa: E402
 from approx_compile.passes.planning.plan import Plan  # noqa: E402
 from approx_compile.tools.compare import loss_of, race  # noqa: E402
+from benchmarks.common.rows import conditions, console, show, store  # noqa: E402
 
 BAR = 1.5
 WIDTH, LAYERS, HEADS, VOCABULARY = 256, 4, 4, 2000
@@ -152,7 +152,9 @@ def main(
         raise typer.BadParameter(f"--work: got {', '.join(sorted(unknown))}; valid are {', '.join(WORKS)}")
     if work is None or len(work) > 1:  # a process for each: models of one process take each other's caches and memory
         for name in work or WORKS:
-            if os.spawnv(os.P_WAIT, sys.executable, [sys.executable, __file__, "--work", name, *_same(batch, ratio, rounds, threads)]):
+            if os.spawnv(
+                os.P_WAIT, sys.executable, [sys.executable, "-m", "benchmarks.speed.library_rows", "--work", name, *_same(batch, ratio, rounds, threads)]
+            ):
                 console.print(f"{name}: not measured, see above")
         return
     found = row(work[0], batch, ratio=ratio, rounds=rounds)

@@ -1,4 +1,4 @@
-"""The most memory that a training step holds, each in a process of its own: `python benchmarks/memory.py rows|zero`, both by default.
+"""The most memory that a training step holds, each in a process of its own: `python -m benchmarks.speed.memory rows|zero`, both by default.
 
 - `rows`: the backward pass on some rows of the batch, and on all of them under the policy "adaptive" (row_memory.csv).
 - `zero`: with `zero` in every other or in every convolution (gradient_memory.csv).
@@ -13,19 +13,18 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 import typer
-from bench import ROW_WORKS, conditions, show, store
 from torch import nn
 
 from approx_compile._torch.known_faults import inductor
-
-from models import build  # isort: skip (bench puts the examples on the path)
-from train import peak_bytes, reset_peak  # isort: skip
+from benchmarks.common.rows import ROOT, conditions, show, store
+from benchmarks.common.works import ROW_WORKS
+from examples.models import build
+from examples.peak_memory import peak_bytes, reset_peak
 
 BATCH, IMAGE = 128, (3, 32, 32)
 ZERO_WORKS = ("resnet-20", "vgg-11", "vgg-11 with GELU")
@@ -42,7 +41,7 @@ def rows(
     settings |= {f"{r:g}": {"grad": {"axis": "rows", "ratio": r}} for r in (0.5, 0.25, 0.1)}
     found = []
     for name in work or ("mlp1024", "blocks", "cnn"):
-        found += _compared(ROW_WORKS[name][0], {s: f"bench.stepper({name!r}, {o!r})" for s, o in settings.items()}, threads)
+        found += _compared(ROW_WORKS[name][0], {s: f"works.stepper({name!r}, {o!r})" for s, o in settings.items()}, threads)
     show("memory of a training step", found, ("work", "setting", "peak_mb", "share"))
     store("row_memory", found)
 
@@ -99,8 +98,9 @@ def _compared(work: str, steps: Mapping[str, str], threads: int | None) -> list[
 
 def _in_child(step: str, threads: int | None) -> int:
     """Bytes of a step, which an expression makes. Large tensors are mapped one by one there, so that what is freed is gone."""
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench, memory; memory.report(lambda: {step}, {threads!r})"
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}, stdout=subprocess.PIPE, text=True, check=True)
+    code = f"from benchmarks.common import works; from benchmarks.speed import memory; memory.report(lambda: {step}, {threads!r})"
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return int(json.loads(done.stdout.splitlines()[-1]))
 
 

@@ -1,4 +1,4 @@
-"""`tune` on whole models: predicted speed-up against achieved. `python benchmarks/tune_bench.py --threads 1 --work blocks`; rows go to results/tune.csv.
+"""`tune` on whole models: predicted speed-up against achieved. `python -m benchmarks.speed.tune --threads 1 --work blocks`; rows go to results/tune.csv.
 
 Resumable: a work that has a row of this commit, device and number of threads is skipped unless `--again`. The plan's own figures are in the row (the time of
 the plan, taken by `tune` in turn with the exact step once the plan is chosen), and the two of a race afterwards, model and loss compiled as a user would.
@@ -15,12 +15,14 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
-from bench import RESULTS, Block, conditions, console, mlp, race, show, store
-from models import build
 from torch import Tensor, nn
 
 import approx_compile
 from approx_compile._torch.known_faults import inductor
+from approx_compile.tools.compare import race
+from benchmarks.common.rows import RESULTS, conditions, console, show, store
+from benchmarks.common.works import Block, mlp
+from examples.models import build
 
 BAR = 0.1
 """How far predicted and achieved speed-up may be apart, relatively."""

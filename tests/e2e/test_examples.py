@@ -14,10 +14,12 @@ from pathlib import Path
 import data
 import models
 import numpy as np
+import plots
 import pytest
 import torch
 import torch.nn.functional as F
 import train
+import trainer
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -336,8 +338,8 @@ def test_demo_errors(tmp_path: Path, arguments: str, message: str) -> None:
 
 
 def test_lost_process(tmp_path: Path) -> None:
-    settings = train.Settings("digits", None, "mlp", 16, 1, 128, 1e-3, 256, "cpu", {})
-    worker = train.Worker("exact", 0, settings, tmp_path, lambda news: None)
+    settings = trainer.Settings("digits", None, "mlp", 16, 1, 128, 1e-3, 256, "cpu", {})
+    worker = trainer.Worker("exact", 0, settings, tmp_path, lambda news: None)
     try:
         worker.until_ready()
         os.kill(worker.process.pid or 0, signal.SIGKILL)
@@ -349,14 +351,14 @@ def test_lost_process(tmp_path: Path) -> None:
 
 
 def test_conclusions_say_what_was_measured() -> None:
-    def run(name: str, seed: int, accuracy: float, step_s: float) -> train.Run:
-        return train.Run(name, seed, 1.0 + step_s, (step_s,) * 9 + (3 * step_s,) * 3, 2**20, (train.Point(13, 1.0, 0.1, accuracy),))
+    def run(name: str, seed: int, accuracy: float, step_s: float) -> trainer.Run:
+        return trainer.Run(name, seed, 1.0 + step_s, (step_s,) * 9 + (3 * step_s,) * 3, 2**20, (trainer.Point(13, 1.0, 0.1, accuracy),))
 
     runs = [run("exact", 0, 0.96, 0.1), run("exact", 1, 0.98, 0.1), run("approx", 0, 0.95, 0.2), run("approx", 1, 0.95, 0.2)]
-    exact, approx = train.summarise("exact", runs, train.StepFlops(10, 5, 0)), train.summarise("approx", runs, train.StepFlops(10, 5, 0))
+    exact, approx = plots.summarise("exact", runs, plots.StepFlops(10, 5, 0)), plots.summarise("approx", runs, plots.StepFlops(10, 5, 0))
     assert exact.accuracy == pytest.approx(97) and exact.spread == pytest.approx(2**0.5) and approx.spread == 0
     assert (exact.step_s, exact.train_s, exact.compile_s) == pytest.approx((0.1, 1.8, 1.0))
-    text = "\n".join(train.conclusions(exact, approx, 2))
+    text = "\n".join(plots.conclusions(exact, approx, 2))
     assert "Speed-up: 0.50x per step (medians), 0.61x for training and compiling together." in text  # slower, and said so
     assert "approx less exact: -2.00 points" in text and "below the spread over the 2 seeds" in text
     assert "Step times vary 3.0-fold" in text
@@ -364,18 +366,18 @@ def test_conclusions_say_what_was_measured() -> None:
 
 def test_same_seed_same_start() -> None:
     """What makes the two runs comparable: with the same seed the same weights and batches, whatever the backend."""
-    settings = train.Settings("digits", None, "mlp", 16, 1, 128, 0.0, 256, "cpu", {"policy": "always", "ratio": 1.0})
-    news: list[train.Point | None] = []
-    first, second = (train.train_once(name, 3, settings, lambda: None, news.append) for name in ("exact", "approx"))
+    settings = trainer.Settings("digits", None, "mlp", 16, 1, 128, 0.0, 256, "cpu", {"policy": "always", "ratio": 1.0})
+    news: list[trainer.Point | None] = []
+    first, second = (trainer.train_once(name, 3, settings, lambda: None, news.append) for name in ("exact", "approx"))
     # at ratio 1 approx is Inductor to the bit, and at a learning rate of 0 any other seed would give another loss
     assert first.curve[0].loss == second.curve[0].loss and first.accuracy == second.accuracy
-    other = train.train_once("approx", 4, settings, lambda: None, news.append)
+    other = trainer.train_once("approx", 4, settings, lambda: None, news.append)
     assert other.curve[0].loss != first.curve[0].loss
     assert [n is None for n in news] == [True, True, False] * 3
 
 
 def test_flops_of_an_adaptive_run_count_the_rows_kept() -> None:
-    flops = train.StepFlops(exact=30, approx=30, on_rows=20)
-    point = (train.Point(1, 1.0, 0.1, 0.9),)
-    assert flops.of(train.Run("exact", 0, 1.0, (1.0,), 1, point)) == 30
-    assert flops.of(train.Run("approx", 0, 1.0, (1.0,), 1, point, kept=0.25)) == 15
+    flops = plots.StepFlops(exact=30, approx=30, on_rows=20)
+    point = (trainer.Point(1, 1.0, 0.1, 0.9),)
+    assert flops.of(trainer.Run("exact", 0, 1.0, (1.0,), 1, point)) == 30
+    assert flops.of(trainer.Run("approx", 0, 1.0, (1.0,), 1, point, kept=0.25)) == 15

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -13,13 +12,15 @@ import pytest
 import torch
 
 from approx_compile.kernels.cuda import launch
+from benchmarks.kernels import gpu
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu.py"
-RESULTS = SCRIPT.parent / "results"
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(SCRIPT), *args], capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
+    command = [sys.executable, "-m", "benchmarks.kernels.gpu", *args]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
 
 
 def test_every_kernel_is_compared_with_fp64() -> None:
@@ -28,20 +29,8 @@ def test_every_kernel_is_compared_with_fp64() -> None:
     assert "49 of 49 within their limits" in done.stdout
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The script as a module."""
-    monkeypatch.setattr(sys, "path", [str(SCRIPT.parent), *sys.path])
-    spec = importlib.util.spec_from_file_location("gpu_script", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "gpu_script", made)
-    spec.loader.exec_module(made)
-    return made
-
-
 @pytest.mark.parametrize("device", [("A100", 80, 108, 166912), ("H200", 90, 132, 232448)])
-def test_what_is_compared_is_what_a_kernel_takes(device: tuple[Any, ...], gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_compared_is_what_a_kernel_takes(device: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the reference would be compared with itself."""
     pytest.importorskip("triton", reason="the extra `triton` is not installed")
     from approx_compile.kernels.triton import autotune, matmul
@@ -68,7 +57,7 @@ def test_what_is_compared_is_what_a_kernel_takes(device: tuple[Any, ...], gpu: A
     assert len(served) == 54 and all(served)
 
 
-def test_a_kernel_that_is_off_is_found(gpu: Any) -> None:
+def test_a_kernel_that_is_off_is_found() -> None:
     a, b = torch.randn(4, 8), torch.randn(8, 4)
 
     def off(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

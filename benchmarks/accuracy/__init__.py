@@ -1,0 +1,1 @@
+"""What sampling costs in accuracy, and how well the estimators estimate."""
