@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 log = logging.getLogger("approx_compile")
-said: set[str] = set()
+emitted: set[str] = set()
 
 
 class ApproxWarning(UserWarning):
@@ -42,15 +42,15 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def say_once(text: str) -> None:
-    if text not in said:
-        said.add(text)
+def log_once(text: str) -> None:
+    if text not in emitted:
+        emitted.add(text)
         log.warning(text)
 
 
 def warn_once(text: str) -> None:
-    if text not in said:
-        said.add(text)
+    if text not in emitted:
+        emitted.add(text)
         warnings.warn(text, ApproxWarning, stacklevel=_users_level())
 
 

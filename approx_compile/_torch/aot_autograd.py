@@ -30,12 +30,12 @@ def must_save(node: fx.Node) -> None:
     node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
-_PROVENANCE = ("partitioner_tag", "seq_nr", "nn_module_stack", "fwd_nn_module_stack", "stack_trace", "recompute", "ac_graph_id")
+_PROVENANCE_KEYS = ("partitioner_tag", "seq_nr", "nn_module_stack", "fwd_nn_module_stack", "stack_trace", "recompute", "ac_graph_id")
 
 
 def copy_provenance(source: fx.Node, target: fx.Node) -> None:
     """Tag, layer, stack trace and checkpoint policy of an inserted node are those of the node it serves."""
-    for key in _PROVENANCE:
+    for key in _PROVENANCE_KEYS:
         if key in source.meta:
             target.meta[key] = source.meta[key]
         else:
@@ -49,7 +49,7 @@ def input_index(n: fx.Node) -> int | None:
     return index if isinstance(index, int) and type(desc).__name__ == "PlainAOTInput" else None
 
 
-def is_own_state(n: fx.Node) -> bool:
+def is_graph_module_state(n: fx.Node) -> bool:
     """Whether a placeholder is a parameter or buffer of the graph module itself (Dynamo without inlined modules)."""
     return type(n.meta.get("desc")).__name__ in ("ParamAOTInput", "BufferAOTInput")
 
@@ -59,28 +59,28 @@ def is_tangent(n: fx.Node) -> bool:
     return n.op == "placeholder" and "tangents" in n.name
 
 
-def described_outputs(output: fx.Node) -> dict[str, fx.Node]:
+def outputs_by_description(output: fx.Node) -> dict[str, fx.Node]:
     """A graph's outputs by AOTAutograd's description of each."""
     described = output.meta.get("desc") or ()
     return {repr(d): n for d, n in zip(described, output.args[0], strict=False) if isinstance(n, fx.Node)}  # type: ignore[arg-type]
 
 
-def output_of_tangent(n: fx.Node) -> str | None:
+def tangent_output_description(n: fx.Node) -> str | None:
     """The description of the output that a backward graph's placeholder is the gradient of."""
     output = getattr(n.meta.get("desc"), "output", None)
     return repr(output) if output is not None else None
 
 
-CUSTOM = "approx_compile"
+EXACT_MARK_KEY = "approx_compile"
 
 
 def mark_exact(node: fx.Node, reason: str) -> None:
     """Leave a note on a node of Dynamo's graph that AOTAutograd carries into the joint graph."""
-    node.meta["custom"] = {**(node.meta.get("custom") or {}), CUSTOM: reason}
+    node.meta["custom"] = {**(node.meta.get("custom") or {}), EXACT_MARK_KEY: reason}
 
 
 def exact_mark(node: fx.Node) -> str | None:
-    reason = (node.meta.get("custom") or {}).get(CUSTOM)
+    reason = (node.meta.get("custom") or {}).get(EXACT_MARK_KEY)
     return reason if isinstance(reason, str) else None
 
 
@@ -89,14 +89,14 @@ def _forward_metadata() -> Any:
     return getattr(context, "fw_metadata", None)
 
 
-def donated(gm: fx.GraphModule) -> set[str]:
+def donated_placeholders(gm: fx.GraphModule) -> set[str]:
     """The placeholders of a backward graph whose memory the compiled code may write to."""
     indices = getattr(_forward_metadata(), "bw_donated_idxs", None) or []
     placeholders = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
     return {placeholders[i] for i in indices}
 
 
-def donate_nothing() -> None:
+def clear_donated_inputs() -> None:
     """Tell AOTAutograd that the backward graph being compiled writes to none of its inputs. What does it refuses to run where the user keeps the graph."""
     indices = getattr(_forward_metadata(), "bw_donated_idxs", None)
     if indices:
@@ -104,7 +104,7 @@ def donate_nothing() -> None:
 
 
 @contextlib.contextmanager
-def donating(indices: Sequence[int]) -> Iterator[None]:
+def donate_inputs(indices: Sequence[int]) -> Iterator[None]:
     """Inside, a graph that is compiled may write to these of its inputs."""
     meta = _forward_metadata()
     if meta is None:
@@ -118,7 +118,7 @@ def donating(indices: Sequence[int]) -> Iterator[None]:
         meta.bw_donated_idxs = before
 
 
-def leave_no_marks() -> None:
+def drop_dynamic_marks() -> None:
     """Keep the compiled function from marking what it returns and saves (the user's inputs among that) as of dynamic size: nobody but us has asked for that."""
     meta = _forward_metadata()
     if meta is None:
@@ -137,7 +137,7 @@ def activation_memory_budget() -> float:
     return float(torch._functorch.config.activation_memory_budget)
 
 
-def backward_passes(output: torch.Tensor) -> Iterator[tuple[Any, fx.GraphModule]]:
+def compiled_backwards(output: torch.Tensor) -> Iterator[tuple[Any, fx.GraphModule]]:
     """What AOTAutograd calls for the backward pass of the compiled graph that made an output, and the graph that compiled autograd takes in its place."""
     todo = [output.grad_fn]
     while todo:

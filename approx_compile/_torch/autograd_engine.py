@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def backward_pass() -> int:
+def current_backward_id() -> int:
     """The number of the backward pass that the autograd engine is in, -1 outside of one or where torch does not tell."""
     number = getattr(torch._C, "_current_graph_task_id", None)
     return int(number()) if number is not None else -1

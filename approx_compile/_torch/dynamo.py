@@ -15,7 +15,7 @@ from torch import fx
 try:
     from torch._dynamo.exc import ShortenTraceback
 
-    class PassesThroughDynamo(ShortenTraceback):
+    class UnwrappedBackendError(ShortenTraceback):
         """Dynamo hands this on to the user as it is, where it wraps any other exception of a backend."""
 
         def __init__(self, *args: Any) -> None:
@@ -23,7 +23,7 @@ try:
 
 except ImportError:  # then errors arrive wrapped in BackendCompilerFailed, with the same text
 
-    class PassesThroughDynamo(RuntimeError):  # type: ignore[no-redef]
+    class UnwrappedBackendError(RuntimeError):  # type: ignore[no-redef]
         pass
 
 
@@ -54,12 +54,12 @@ def frame_code(frame: Any) -> Any:
         return code
 
 
-def is_rest(frame: Any) -> bool:
+def is_resume_function(frame: Any) -> bool:
     """Whether the frame is the rest of some function behind a graph break: variables that are not read any more are gone there."""
     return getattr(getattr(frame.output.root_tx, "f_code", None), "co_name", "").startswith("torch_dynamo_resume_in_")
 
 
-def held_modules(held: Any, source: Any) -> Iterator[tuple[torch.nn.Module, Any]]:
+def reachable_modules(held: Any, source: Any) -> Iterator[tuple[torch.nn.Module, Any]]:
     """The modules that a variable holds, and Dynamo's source for each: itself, what a method is bound to, what stands in a partial or a container. None for
     one that is in a function's closure, to which no guard leads."""
     from torch._dynamo.source import AttrSource, DictGetItemSource, GetItemSource, UnspecializedNNModuleSource
@@ -114,14 +114,14 @@ def is_module_state(placeholder: fx.Node) -> bool:
     return False
 
 
-def variable_source(scope: str, name: str) -> Any:
+def module_variable_source(scope: str, name: str) -> Any:
     """Dynamo's source of a module held by a local or global variable."""
     from torch._dynamo.source import UnspecializedNNModuleSource
 
-    return UnspecializedNNModuleSource(plain_source(scope, name))
+    return UnspecializedNNModuleSource(variable_source(scope, name))
 
 
-def plain_source(scope: str, name: str) -> Any:
+def variable_source(scope: str, name: str) -> Any:
     """Dynamo's source of a local or global variable."""
     from torch._dynamo.source import GlobalSource, LocalSource
 
@@ -152,13 +152,13 @@ def guard_absent(source: Any, name: str) -> None:
     install_guard(source.make_guard(functools.partial(GuardBuilder.NOT_PRESENT_IN_GENERIC_DICT, attr=name)))
 
 
-def not_traced(f: Callable[..., Any]) -> Callable[..., Any]:
+def disable_dynamo(f: Callable[..., Any]) -> Callable[..., Any]:
     """Dynamo calls the function as it is, where it meets it in code that it compiles."""
     disabled: Callable[..., Any] = torch.compiler.disable(f)
     return disabled
 
 
-def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
+def copy_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """A Dynamo graph to compile once more: passes before autograd edit it in place, and a copy alone would lose where its inputs come from."""
     new = copy.deepcopy(gm)
     for a, b in zip(gm.graph.find_nodes(op="placeholder"), new.graph.find_nodes(op="placeholder"), strict=True):
@@ -167,7 +167,7 @@ def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
     return new
 
 
-def compile_apart(model: Any, backend: Any) -> Any:
+def compile_isolated(model: Any, backend: Any) -> Any:
     """torch.compile with entries of its own, which don't count against the user's recompile limit (where torch can: 2.13 and later), and without the code that
     the user has compiled in place."""
     import inspect
@@ -175,7 +175,7 @@ def compile_apart(model: Any, backend: Any) -> Any:
     compile_any: Any = torch.compile
     apart = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
     compiled = compile_any(model, backend=backend, **apart)
-    in_place = [m for m in model.modules() if call_compiled_in_place(m) is not None] if isinstance(model, torch.nn.Module) else []
+    in_place = [m for m in model.modules() if in_place_compiled_call(m) is not None] if isinstance(model, torch.nn.Module) else []
     if not in_place:
         return compiled
 
@@ -192,7 +192,7 @@ def compile_apart(model: Any, backend: Any) -> Any:
     return call
 
 
-def compiler_of(compiled: Any) -> tuple[str | None, Any, dict[str, Any]]:
+def backend_of(compiled: Any) -> tuple[str | None, Any, dict[str, Any]]:
     """(name, backend, its keyword arguments) of something torch.compile returned, a module or a function; (None, None, {}) where Dynamo no longer shows
     them."""
     context = getattr(compiled, "dynamo_ctx", None) or _enclosed(compiled, getattr(torch._dynamo.eval_frame, "_TorchDynamoContext", ()))
@@ -232,13 +232,13 @@ def uncompiled(model: Any) -> Any:
     return model
 
 
-def call_compiled_in_place(model: Any) -> Any:
+def in_place_compiled_call(model: Any) -> Any:
     """What `model.compile(...)` put in the place of the module's call, None if nothing."""
     return model._compiled_call_impl if isinstance(model, torch.nn.Module) else None
 
 
 @contextlib.contextmanager
-def forgetting_shapes() -> Iterator[None]:
+def preserve_shape_history() -> Iterator[None]:
     """Inside, sizes are taken as static, and Dynamo's memory of sizes seen (which makes later ones dynamic) is put back afterwards."""
     try:
         from torch._dynamo.pgo import get_code_state

@@ -51,7 +51,7 @@ def fake_like(value: torch.Tensor, size: Sequence[int], stride: Sequence[int], o
         return torch.empty(last + 1, dtype=value.dtype, device=value.device).as_strided(size, stride, offset)
 
 
-def fake_dense(value: torch.Tensor) -> torch.Tensor:
+def fake_contiguous(value: torch.Tensor) -> torch.Tensor:
     """A contiguous tensor of the same size, dtype and device, fake if that is."""
     from torch._guards import detect_fake_mode
 
@@ -66,14 +66,14 @@ def is_wrapper_subclass(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value)
 
 
-def no_modes() -> contextlib.AbstractContextManager[Any]:
+def disable_torch_modes() -> contextlib.AbstractContextManager[Any]:
     """Real tensors inside the block, whatever is traced outside; where the name is gone measuring there fails, and says so."""
     from torch.utils._python_dispatch import _disable_current_modes
 
     return _disable_current_modes()
 
 
-def leaves(tree: Any) -> list[Any]:
+def tree_leaves(tree: Any) -> list[Any]:
     """What is in nested tuples, lists, dicts and registered classes."""
     return torch.utils._pytree.tree_leaves(tree)
 
@@ -85,7 +85,7 @@ def inductor_decompositions() -> Any:
     return select_decomp_table()
 
 
-def trace(run: Callable[..., Any], values: Sequence[Any]) -> fx.Graph:
+def trace_to_aten(run: Callable[..., Any], values: Sequence[Any]) -> fx.Graph:
     """`run` on fake values as a graph of aten ops, decomposed by Inductor's table (without it some ops reach Inductor whole and it asserts)."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -93,6 +93,6 @@ def trace(run: Callable[..., Any], values: Sequence[Any]) -> fx.Graph:
     return make_fx(run, decomposition_table=inductor_decompositions())(*apart).graph
 
 
-def readable(graph: fx.Graph) -> str:
+def readable_code(graph: fx.Graph) -> str:
     """A graph as Python with shapes in comments."""
     return graph.python_code("self", verbose=True, include_stride=False, include_device=False).src

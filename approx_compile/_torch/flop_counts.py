@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from approx_compile._torch.fake_tensors import no_modes
+from approx_compile._torch.fake_tensors import disable_torch_modes
 from approx_compile._torch.symbolic_shapes import hint
 
 
@@ -31,12 +31,12 @@ def _hinted(value: Any) -> Any:
     return hint(value) if isinstance(value, torch.SymInt) else value
 
 
-def tensors_in(gm: fx.GraphModule) -> int:
+def count_tensors(gm: fx.GraphModule) -> int:
     """How many tensors a Dynamo graph computes: with symbolic sizes it has more nodes, but as many of these."""
     return sum(isinstance(n.meta.get("example_value"), (torch.Tensor, tuple)) for n in gm.graph.nodes if n.op.startswith("call_"))
 
 
-def dynamo_flops(gm: fx.GraphModule) -> dict[fx.Node, int] | None:
+def count_dynamo_flops(gm: fx.GraphModule) -> dict[fx.Node, int] | None:
     """The FLOPs of every call of a Dynamo graph, counted while it runs on fake tensors of its own; None where what the backward pass has can't be told from
     them (custom functions and ops, RNNs), or where running it might leave a mode of torch changed."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -62,7 +62,7 @@ def dynamo_flops(gm: fx.GraphModule) -> dict[fx.Node, int] | None:
         return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
 
     try:
-        with no_modes(), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        with disable_torch_modes(), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
             inputs = [unreal(n.meta["example_value"]) for n in gm.graph.find_nodes(op="placeholder")]
             with counter:
                 Count(gm).run(*inputs)

@@ -48,7 +48,7 @@ def user_scheduler_pass() -> Any:
     return torch._inductor.config._pre_fusion_custom_pass
 
 
-class _InTurn(CustomSchedulerPass):
+class _PassChain(CustomSchedulerPass):
     def __init__(self, passes: Sequence[Any]) -> None:
         self.passes = passes
 
@@ -59,9 +59,9 @@ class _InTurn(CustomSchedulerPass):
         return tuple(p.uuid() for p in self.passes)
 
 
-def in_turn(passes: Sequence[Any]) -> Any:
+def chain_scheduler_passes(passes: Sequence[Any]) -> Any:
     """One pass of the scheduler that runs several. Where one has no uuid, neither has this: Inductor then keeps its caches out of it."""
-    run = _InTurn(passes)
+    run = _PassChain(passes)
     return run if all(isinstance(p, CustomSchedulerPass) for p in passes) else run.__call__
 
 
@@ -72,11 +72,11 @@ def keep_dependencies(nodes: Sequence[Any], device: str, forgot: Callable[[], No
 
     for node in (n for whole in nodes for n in whole.get_nodes()):
         if isinstance(node, SchedulerNode) and (where := node.get_device()) is not None and where.type == device:
-            again = functools.partial(_recompute, node, node.recompute_size_and_body, forgot)
+            again = functools.partial(_recompute_and_keep, node, node.recompute_size_and_body, forgot)
             node.recompute_size_and_body = again  # type: ignore[method-assign]
 
 
-def _recompute(node: Any, recompute: Callable[..., None], forgot: Callable[[], None], *args: Any, **kwargs: Any) -> None:
+def _recompute_and_keep(node: Any, recompute: Callable[..., None], forgot: Callable[[], None], *args: Any, **kwargs: Any) -> None:
     from torch._inductor.dependencies import StarDep, WeakDep
     from torch.utils._ordered_set import OrderedSet
 
@@ -131,7 +131,7 @@ def run_as_is(gm: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
     return make_boxed_func(gm.forward)
 
 
-def laid_out(x: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
+def force_memory_order(x: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
     """The same values with the dims in this order in memory, the last one innermost. Inductor makes that a buffer of its own, which `contiguous` need not
     be: what is not is computed anew in every place that reads it."""
     strides, step = [0] * x.dim(), 1
@@ -143,7 +143,7 @@ def laid_out(x: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
     return ordered
 
 
-def bytes_of_buffers() -> Iterator[int]:
+def cpu_buffer_bytes() -> Iterator[int]:
     """Of every buffer on the CPU of the graph that Inductor is writing Python code for; of a symbolic size, its hint."""
     from torch._inductor.virtualized import V
 
@@ -155,7 +155,7 @@ def bytes_of_buffers() -> Iterator[int]:
             yield V.graph.sizevars.optimization_hint(buffer.get_numel()) * buffer.get_dtype().itemsize
 
 
-def add_to_header(line: str) -> None:
+def append_to_header(line: str) -> None:
     """Put a line at the end of the head of the Python code that Inductor is writing."""
     from torch._inductor.virtualized import V
 

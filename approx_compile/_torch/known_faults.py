@@ -50,7 +50,7 @@ def guarded(patches: Mapping[str, Any]) -> dict[str, Any]:
     guards = [f.guard for f in FAULTS if f.in_version(torch.__version__)]
     before = patches[PASS] if PASS in patches else _torch.user_scheduler_pass()
     passes = [p for p in (before, *guards) if p is not None]
-    return {**patches, PASS: passes[0] if len(passes) == 1 else _torch.in_turn(passes)} if guards else dict(patches)
+    return {**patches, PASS: passes[0] if len(passes) == 1 else _torch.chain_scheduler_passes(passes)} if guards else dict(patches)
 
 
 def inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:

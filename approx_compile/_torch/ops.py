@@ -18,7 +18,7 @@ def is_pointwise(n: fx.Node) -> bool:
     return torch.Tag.pointwise in getattr(n.target, "tags", ())
 
 
-def number_arguments(n: fx.Node) -> list[fx.Node]:
+def symbolic_scalar_arguments(n: fx.Node) -> list[fx.Node]:
     """The symbolic numbers that an op takes as a value; where its schema says int it takes them as a size."""
     schema = getattr(n.target, "_schema", None)
     if schema is None:
@@ -32,7 +32,7 @@ def number_arguments(n: fx.Node) -> list[fx.Node]:
 
 
 @functools.cache
-def pooling() -> tuple[frozenset[Any], Any]:
+def max_pool_ops() -> tuple[frozenset[Any], Any]:
     """The ops of max pooling that also say where, and Inductor's own that turns what its kind says into places; where that is gone, none is found."""
     import torch._inductor.inductor_prims
 

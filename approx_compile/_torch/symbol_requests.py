@@ -16,15 +16,15 @@ from approx_compile._torch.dynamo import dynamo_frame
 try:
     from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis
 
-    class TraceAgain(UnspecializeRestartAnalysis, TensorifyScalarRestartAnalysis):  # type: ignore[misc]
+    class RetraceFrame(UnspecializeRestartAnalysis, TensorifyScalarRestartAnalysis):  # type: ignore[misc]
         """Raised by a backend, makes Dynamo trace the frame once more. The second base makes it pass the backend call, the first is caught outside."""
 
 except ImportError:  # then there is no symbol for the batch, and rows are not sampled
-    TraceAgain = None  # type: ignore[assignment,misc]
+    RetraceFrame = None  # type: ignore[assignment,misc]
 
 
 @dataclass
-class Request:
+class SymbolRequest:
     """What was asked of one compilation: a symbol for dim 0 of the inputs that have these `names`, where tracing went all the way without one. `size`: how many
     tensors the graph had then; `why_not`: what is to be told of why it goes without one after all."""
 
@@ -34,11 +34,11 @@ class Request:
     why_not: Any = None
 
 
-pending_requests: dict[Any, Request] = {}
+pending_requests: dict[Any, SymbolRequest] = {}
 """By compilation, until that ends."""
 
 
-def compilation() -> tuple[str, Any] | None:
+def compilation_key() -> tuple[str, Any] | None:
     """The compilation Dynamo is in, by its number and the code it compiles: the same when it traces again."""
     number, frame = torch._guards.CompileContext.current_compile_id(), dynamo_frame()
     if number is None or frame is None:
@@ -46,9 +46,9 @@ def compilation() -> tuple[str, Any] | None:
     return f"{number.frame_id}/{number.frame_compile_id}", getattr(frame.output.root_tx, "f_code", None)
 
 
-def request() -> Request | None:
+def current_request() -> SymbolRequest | None:
     """What was asked of the compilation that Dynamo is in, which has now come to the backend."""
-    found = pending_requests.get(key := compilation())
+    found = pending_requests.get(key := compilation_key())
     if found is not None:
         _watch_end(dynamo_frame().output.root_tx, key)
     return found
@@ -56,19 +56,19 @@ def request() -> Request | None:
 
 def ask_for_symbol(placeholders: Sequence[fx.Node], size: int) -> None:
     """Have Dynamo trace again, with symbols for dim 0 of these inputs: this then does not return. (Where it can't be asked it does.)"""
-    key, names = compilation(), frozenset(n for p in placeholders if (n := _source_name(p)) is not None)
-    if TraceAgain is None or key is None or not names or key in pending_requests or not _listens():
+    key, names = compilation_key(), frozenset(n for p in placeholders if (n := _source_name(p)) is not None)
+    if RetraceFrame is None or key is None or not names or key in pending_requests or not _hook_automatic_dynamic():
         return
     pending_requests.clear()
-    pending_requests[key] = Request(names, size)
-    raise TraceAgain(restart_reason="approx: a symbol for the batch")
+    pending_requests[key] = SymbolRequest(names, size)
+    raise RetraceFrame(restart_reason="approx: a symbol for the batch")
 
 
-def trace_without(asked: Request, why_not: Any) -> None:
+def retrace_without_symbol(asked: SymbolRequest, why_not: Any) -> None:
     """Have Dynamo trace again as it would by itself. `why_not` is in the request then. (Once: this returns if it has done so.)"""
     if asked.names:
         asked.names, asked.why_not = frozenset(), why_not
-        raise TraceAgain(restart_reason="approx: no symbol for the batch")
+        raise RetraceFrame(restart_reason="approx: no symbol for the batch")
 
 
 def _source_name(placeholder: fx.Node) -> str | None:
@@ -81,7 +81,7 @@ def _name_of(source: Any) -> str | None:
 
 
 @functools.cache
-def _listens() -> bool:
+def _hook_automatic_dynamic() -> bool:
     """Have Dynamo look at the requests where it decides which sizes are symbols. (Marks on tensors would reach every other compilation that sees them.)"""
     try:
         from torch._dynamo.variables import builder
@@ -94,7 +94,7 @@ def _listens() -> bool:
     @functools.wraps(decide)
     def decide_and_look(e: Any, tx: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
         found = decide(e, tx, source, *args, **kwargs)
-        asked = pending_requests.get(key := compilation()) if pending_requests else None
+        asked = pending_requests.get(key := compilation_key()) if pending_requests else None
         if asked is not None:
             _watch_end(tx.output.root_tx, key)
             sizes = getattr(found, "dynamic_sizes", None)
@@ -110,11 +110,11 @@ def _listens() -> bool:
 def _watch_end(tx: Any, key: Any) -> None:
     """Dynamo's clean-up of a frame is told of: it comes before the backend's call, and when the frame is done or given up."""
     hooks = tx.output.cleanup_hooks
-    if not any(isinstance(h, functools.partial) and h.func is _ended for h in hooks):
-        hooks.append(functools.partial(_ended, tx, key))
+    if not any(isinstance(h, functools.partial) and h.func is _end_request for h in hooks):
+        hooks.append(functools.partial(_end_request, tx, key))
 
 
-def _ended(tx: Any, key: Any) -> None:
+def _end_request(tx: Any, key: Any) -> None:
     """What fails under a symbol that was asked for, before the backend is called, is traced without one; the request ends with the compilation."""
     from torch._dynamo.exc import RestartAnalysis
 
@@ -126,11 +126,11 @@ def _ended(tx: Any, key: Any) -> None:
         return
     if isinstance(error, Exception) and not asked.answered:
         tx.speculation_log.clear()
-        trace_without(asked, failed_with_symbol(error))
+        retrace_without_symbol(asked, symbol_failure_reason(error))
     del pending_requests[key]
 
 
-def failed_with_symbol(error: Exception) -> str:
+def symbol_failure_reason(error: Exception) -> str:
     """The reason, from an error of whoever traced or compiled."""
     text = next(iter(str(error).strip().splitlines()), "")
     return f"it can't be compiled with a symbol for the batch's size ({type(error).__name__}: {text[:200]})"

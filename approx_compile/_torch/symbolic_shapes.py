@@ -77,7 +77,7 @@ def size_at(values: Sequence[Any], i: int, d: int | None) -> Any:
     return values[i] if d is None else values[i].shape[d]
 
 
-def evaluated(expression: Any, values: Mapping[sympy.Symbol, Any]) -> Any:
+def evaluate_expr(expression: Any, values: Mapping[sympy.Symbol, Any]) -> Any:
     """An expression's value, where some symbols' values may be symbolic sizes of another graph."""
     if expression.is_Integer:
         return int(expression)
@@ -89,20 +89,20 @@ def evaluated(expression: Any, values: Mapping[sympy.Symbol, Any]) -> Any:
     return sympy_interp(PythonReferenceAnalysis, dict(values), expression)
 
 
-def settled(graph: fx.Graph) -> Callable[[Any], Any]:
+def symbol_replacer(graph: fx.Graph) -> Callable[[Any], Any]:
     """What expressions have become by now: compiled code may have fixed a symbol to a number, or found two to be equal."""
     env = graph_fake_mode(graph).shape_env
     return lambda e: env.replace(sympy.sympify(e))
 
 
-def guards_on(symbol: sympy.Symbol, gm: fx.GraphModule) -> list[Any]:
+def guards_on_symbol(symbol: sympy.Symbol, gm: fx.GraphModule) -> list[Any]:
     """What compiled code has assumed of a symbolic size: expressions that must hold for any value it is called with."""
     env = graph_fake_mode(gm.graph).shape_env
     known = {env.replace(g.expr) for g in env.guards}  # sizes found equal are one symbol then
     return [e for e in known if symbol in e.free_symbols]
 
 
-def make_equal(symbols: Sequence[sympy.Symbol], graph: fx.Graph) -> sympy.Symbol:
+def unify_symbols(symbols: Sequence[sympy.Symbol], graph: fx.Graph) -> sympy.Symbol:
     """Guard that these sizes are equal, as they are now, and give the symbol that stands for all of them from now on."""
     env = graph_fake_mode(graph).shape_env
     for other in symbols[1:]:
@@ -111,6 +111,6 @@ def make_equal(symbols: Sequence[sympy.Symbol], graph: fx.Graph) -> sympy.Symbol
     return found
 
 
-def compared(a: sympy.Symbol, b: sympy.Symbol, graph: fx.Graph) -> bool:
+def are_compared(a: sympy.Symbol, b: sympy.Symbol, graph: fx.Graph) -> bool:
     """Whether code assumes something of two sizes together."""
     return any({a, b} <= g.expr.free_symbols for g in graph_fake_mode(graph).shape_env.guards)

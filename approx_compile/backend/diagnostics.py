@@ -19,7 +19,7 @@ from approx_compile.config import ApproxConfig
 from approx_compile.config.selectors import Pattern
 from approx_compile.passes.planning.plan import Plan
 from approx_compile.passes.sites.site import Context
-from approx_compile.utils import said, say_once, warn_once, write_atomically
+from approx_compile.utils import emitted, log_once, warn_once, write_atomically
 
 log = logging.getLogger("approx_compile")
 
@@ -72,7 +72,7 @@ class Record:
         if not sampled and (self.context.root.exact or self.context.nothing_trains()):
             return
         if sampled:
-            say_once(
+            log_once(
                 f"approx: {summary['what'].format(name=name)}. Evaluation stays exact. "
                 "Check the accuracy against a run with APPROX_COMPILE_DISABLE=1; approx_compile.explain(model, *inputs) shows what was rewritten and why"
             )
@@ -164,5 +164,5 @@ def _load(path: Any) -> dict[str, Any] | None:
 
 def forget() -> None:
     """Say everything again (for tests, and for whoever starts a new model in one process)."""
-    said.clear()
+    emitted.clear()
     _seen_graphs.clear()

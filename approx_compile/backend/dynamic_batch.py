@@ -53,7 +53,7 @@ def batch_symbols(gm: fx.GraphModule, config: ApproxConfig) -> list[sympy.Symbol
         return NoRows(f"a batch of {size}, min_k is {config.least_rows()}")
     if (certain := early_decline.why_not(gm, config, size)) is not None:
         return NoRows(*certain)
-    _torch.ask_for_symbol([n for n in batched if _torch.size_expr(_first_dim(n)).is_Integer], _torch.tensors_in(gm))
+    _torch.ask_for_symbol([n for n in batched if _torch.size_expr(_first_dim(n)).is_Integer], _torch.count_tensors(gm))
     return NoRows(f"the model fixes the size of the batch to {size}")
 
 

@@ -32,7 +32,7 @@ from approx_compile.passes.planning.plan import Plan
 from approx_compile.passes.sites.site import Context
 from approx_compile.rows.opaque_backward import shown_as_one_op
 from approx_compile.rows.row_compiler import Declined, RowCompiler
-from approx_compile.utils import say_once, warn_once
+from approx_compile.utils import log_once, warn_once
 
 log = logging.getLogger("approx_compile")
 
@@ -95,7 +95,7 @@ class GraphCompiler:
         with_rows = [i for i, c in enumerate(configs) if c.asks_for_rows()]
         if not with_rows:
             return [self._compile_one(c, None) for c in configs]
-        request, is_first = _torch.request(), False
+        request, is_first = _torch.current_request(), False
         if request is not None:
             is_first, request.answered = not request.answered, True
         symbols = self._batch_symbols(request if is_first else None)
@@ -108,7 +108,7 @@ class GraphCompiler:
             else:
                 compiled[i] = result
         if request is not None and is_first and len(declined) == len(with_rows) and _torch.has_symbols(self.gm):
-            _torch.trace_without(request, NoRows(declined[with_rows[0]].reason, tuple(cut for no_rows in declined.values() for cut in no_rows.cuts)))
+            _torch.retrace_without_symbol(request, NoRows(declined[with_rows[0]].reason, tuple(cut for no_rows in declined.values() for cut in no_rows.cuts)))
         return [compiled[i] if i in compiled else self._compile_one(c, None, declined.get(i)) for i, c in enumerate(configs)]
 
     def key(self) -> str:
@@ -128,11 +128,11 @@ class GraphCompiler:
                 return self._compile_one(config, rows, may_compile_again=not symbol_was_requested)
         except Declined as e:
             return NoRows(str(e), tuple(rows.cuts))
-        except (ConfigError, _torch.PassesThroughDynamo):
+        except (ConfigError, _torch.UnwrappedBackendError):
             raise
         except Exception as e:
             log.debug("approx: the graph does not compile with rows", exc_info=True)
-            return NoRows(_internal_defect(e) or _torch.failed_with_symbol(e))
+            return NoRows(_internal_defect(e) or _torch.symbol_failure_reason(e))
 
     def _compile_one(self, config: ApproxConfig, rows: RowCompiler | None, no_rows: NoRows | None = None, may_compile_again: bool = False) -> Variant:
         """Compile the graph with one setting: with `rows`; or with `no_rows`, the reason against them, in the plan; or, with neither, without sampled rows."""
@@ -140,7 +140,7 @@ class GraphCompiler:
         profile = _device_profile(self.example_inputs) if config.asks_for_products() else None
         approx = ApproxPass(config, self.context, self.layers, lambda *plan: planned.append(plan), options.keep_graphs, rows.ask if rows else None, profile)
         inner = rows if rows is not None else options.inner_compile
-        gm = _torch.copy_of(self.gm) if self.several or may_compile_again else self.gm
+        gm = _torch.copy_dynamo_graph(self.gm) if self.several or may_compile_again else self.gm
         patches = huge_pages.patches(config, self.patches) | self.patches | {"joint_custom_pre_pass": after_user_passes(approx)}
         compiled = _torch.compile_fx(gm, self.example_inputs, guarded(patches), inner, options.inner_compile is None, self.several)
         compiled = shown_as_one_op(compiled) if rows is not None else compiled
@@ -152,7 +152,7 @@ class GraphCompiler:
                 options.on_plan(plan, before, after)
         return Variant(compiled, approx.uuid(), whole)
 
-    def _batch_symbols(self, request: _torch.Request | None) -> Sequence[sympy.Symbol] | NoRows:
+    def _batch_symbols(self, request: _torch.SymbolRequest | None) -> Sequence[sympy.Symbol] | NoRows:
         """The symbols that may be the batch's size, or why rows cannot be sampled. May make Dynamo trace again, with a symbol or without one."""
         if self.context.nothing_trains():
             return NoRows("no module is in training mode")
@@ -160,8 +160,8 @@ class GraphCompiler:
             return NoRows(self.context.exact)
         if request is not None and request.why_not is not None:
             return request.why_not if isinstance(request.why_not, NoRows) else NoRows(request.why_not)
-        if request is not None and _torch.tensors_in(self.gm) < request.size:
-            _torch.trace_without(request, NoRows("with a symbol for the batch's size Dynamo can't trace all of it"))
+        if request is not None and _torch.count_tensors(self.gm) < request.size:
+            _torch.retrace_without_symbol(request, NoRows("with a symbol for the batch's size Dynamo can't trace all of it"))
         return dynamic_batch.batch_symbols(self.gm, self.options.config)
 
 
@@ -208,4 +208,4 @@ def _device_profile(example_inputs: Sequence[Any]) -> machine.Machine | None:
     """The profile of the device that the model is on, if that device can be measured."""
     devices = {v.device.type for v in example_inputs if isinstance(v, torch.Tensor)}
     device = next(iter(devices - {"cpu"}), "cpu")
-    return machine.current(device, say_once) if device in machine.DEVICES else None
+    return machine.current(device, log_once) if device in machine.DEVICES else None

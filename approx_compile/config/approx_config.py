@@ -27,7 +27,7 @@ _HOW = ("ratio", "sampling", "group", "min_k", "share", "method")
 """Keys that say how products are sampled."""
 
 
-class ConfigError(_torch.PassesThroughDynamo, ValueError):
+class ConfigError(_torch.UnwrappedBackendError, ValueError):
     """A wrong key, value, pattern or combination. Says the key, what it got, what is valid and the nearest match."""
 
 

@@ -99,7 +99,7 @@ def materialized(dy: Tensor, order: Sequence[int] | None = None) -> Tensor:
         The values of dy, with its shape.
     """
     given = sorted(range(dy.dim()), key=lambda d: -_torch.hint(dy.stride(d)))
-    return _torch.laid_out(dy.to(torch.float64 if dy.dtype == torch.float64 else torch.float32), given if order is None else order)
+    return _torch.force_memory_order(dy.to(torch.float64 if dy.dtype == torch.float64 else torch.float32), given if order is None else order)
 
 
 def largest_entries(dy: Tensor, j: int) -> Tensor:
@@ -148,7 +148,7 @@ def max_conv_weight(x: Tensor, dy: Tensor, replacement: Replacement, conv: ConvG
     pixel, inside = _taps(place.reshape(outputs, 1, -1), tuple(x.shape[2:]), tuple(dy.shape[2:]), conv, index_dtype)  # (O, T, N J)
     sample = torch.arange(samples, dtype=index_dtype, device=x.device)
     if each > 1:
-        sample = _torch.laid_out(sample.reshape(-1, 1).expand(-1, each).reshape(-1), (0,))
+        sample = _torch.force_memory_order(sample.reshape(-1, 1).expand(-1, each).reshape(-1), (0,))
     group = (torch.arange(outputs, dtype=index_dtype, device=x.device) // (outputs // conv.groups)).reshape(-1, 1, 1)
     row = (sample * size + pixel) * conv.groups + group
     weight = torch.where(inside, value.reshape(outputs, 1, -1), 0)
@@ -178,7 +178,7 @@ def select_entries(dy: Tensor, replacement: Replacement) -> tuple[Tensor, Tensor
         # channels
         buffer = materialized(dy, (0, *range(2, dy.dim()), 1) if on_cpu else None)
         chosen = _largest_of_tiles(buffer, [min(replacement.tile or s, s) for s in dy.shape[2:]])
-        place, value = (_torch.laid_out(t.transpose(0, 1), range(3)) for t in chosen)
+        place, value = (_torch.force_memory_order(t.transpose(0, 1), range(3)) for t in chosen)
         return place, value * replacement.scale
     flat = dy.flatten(2).transpose(0, 1)
     place = largest_entries(flat, replacement.j)

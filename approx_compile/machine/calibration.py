@@ -94,7 +94,7 @@ def _load_or_measure(device: str, notify: Notify) -> Machine:
 
 def _measure_profile(device: str, quick: bool, progress: bool, before: Machine | None) -> Machine:
     key = device_key(device)
-    with _torch.no_modes():
+    with _torch.disable_torch_modes():
         measured = {m.name: Table(unit=m.unit, axes=m.axes, values=m.values) for m in microbenchmarks.measure(device, quick, progress)}
     same = before.tables if before is not None and before.quick == quick else {}
     tables = {n: t.rounded(same.get(n)) for n, t in measured.items()}

@@ -39,8 +39,8 @@ class HugePages(_torch.CustomSchedulerPass):
     """Inductor calls it with a graph's nodes before it fuses them; it changes none of them, but the head of the code to be written."""
 
     def __call__(self, nodes: list[Any]) -> list[Any]:
-        if max(_torch.bytes_of_buffers(), default=0) >= LEAST_BYTES:
-            _torch.add_to_header(_LINE)
+        if max(_torch.cpu_buffer_bytes(), default=0) >= LEAST_BYTES:
+            _torch.append_to_header(_LINE)
         return nodes
 
     def uuid(self) -> str:

@@ -65,7 +65,7 @@ class ApproxPass(_torch.CustomGraphPass):
 
     def _ask(self, asked: Sequence[tuple[Site, Candidates]]) -> list[list[float]]:
         assert self.machine is not None
-        with _torch.no_modes():
+        with _torch.disable_torch_modes():
             return site_timings.step_times_us([timing_request(site, tries, self.config.huge_pages) for site, tries in asked], self.machine, log.warning)
 
     def __call__(self, graph: fx.Graph) -> None:

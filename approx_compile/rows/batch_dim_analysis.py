@@ -221,7 +221,7 @@ def _check_sums(n: fx.Node, linear: list[fx.Node], out: Followed) -> None:
 
 def _check_numbers(n: fx.Node, out: Followed) -> None:
     """The batch's size as a factor is kept at its value; as anything else it can't be."""
-    found = [a for a in _torch.number_arguments(n) if _torch.has_symbol(a.meta["val"], out.batch)]
+    found = [a for a in _torch.symbolic_scalar_arguments(n) if _torch.has_symbol(a.meta["val"], out.batch)]
     if not found:
         return
     value = n.meta.get("val")

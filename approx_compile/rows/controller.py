@@ -80,24 +80,24 @@ class Draws(Kept):
         self.name = name
         self.count = 0
         self._random = torch.Generator("cpu")
-        self._seeding = _torch.last_seeding()
+        self._seeding = _torch.seeding_marker()
 
     def random(self, device: torch.device) -> torch.Generator | None:
         """For the next draw; None: torch's own stream, where a CUDA graph is recorded."""
-        if _torch.capturing(device):
+        if _torch.is_capturing_cuda_graph(device):
             return None
         if self._random.device != device:
             self._random = torch.Generator(device)
         self._settle()
         self.count += 1
-        drawn = hashlib.blake2b(f"{_torch.seed_of(device)} {self.name} {self.count}".encode(), digest_size=8)
+        drawn = hashlib.blake2b(f"{_torch.initial_seed(device)} {self.name} {self.count}".encode(), digest_size=8)
         return self._random.manual_seed(int.from_bytes(drawn.digest(), "little"))
 
     def _settle(self) -> None:
-        seeding = _torch.last_seeding()
+        seeding = _torch.seeding_marker()
         if seeding != self._seeding:
             self._seeding = seeding
-            if _torch.seed_of(self._random.device) in _torch.last_seed(seeding):
+            if _torch.initial_seed(self._random.device) in _torch.seeds_of_marker(seeding):
                 self.count = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class Draws(Kept):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.count = int(state["draws"])
-        self._seeding = _torch.last_seeding()
+        self._seeding = _torch.seeding_marker()
 
 
 class Control(Kept):

@@ -25,7 +25,7 @@ _MARGIN = 0.8
 def why_not(gm: fx.GraphModule, config: ApproxConfig, rows: int) -> tuple[str, tuple[RowCut, ...]] | None:
     """The reason why rows can't be worth it, if that is certain, and the cuts that might have been."""
     asked = [s for keys in config.each_alone() if (s := row_settings(keys)) is not None]
-    flops = _torch.dynamo_flops(gm)
+    flops = _torch.count_dynamo_flops(gm)
     if flops is None or config.policy == "always":
         return None
     gradients = {n: round(f * _gradients(n)) for n, f in flops.items() if f}

@@ -77,7 +77,7 @@ def _fake(key: int, numbers: list[Any], tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _numbers(expressions: Sequence[Any], values: Mapping[sympy.Symbol, Any]) -> list[Any]:
-    return [_torch.evaluated(e, values) for e in expressions]
+    return [_torch.evaluate_expr(e, values) for e in expressions]
 
 
 def shown_as_one_op(compiled: Callable[..., Any]) -> Callable[..., Any]:
@@ -94,8 +94,8 @@ def shown_as_one_op(compiled: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _show(out: Any) -> bool:
-    for value in _torch.leaves(out):
-        for run, gm in _torch.backward_passes(value) if isinstance(value, Tensor) else ():
+    for value in _torch.tree_leaves(out):
+        for run, gm in _torch.compiled_backwards(value) if isinstance(value, Tensor) else ():
             backward = getattr(run, ROWS, None)
             if backward is not None:
                 _replace(gm, backward)

@@ -124,13 +124,13 @@ def output_layouts(graph: fx.Graph, batch: sympy.Symbol) -> dict[str, Layout]:
     """Where the rows of a forward graph's outputs are, by name (a saved tensor has the same name in the backward graph) and by description."""
     found = follow(graph, batch)
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
-    named = {n.name: n for n in output.all_input_nodes} | _torch.described_outputs(output)
+    named = {n.name: n for n in output.all_input_nodes} | _torch.outputs_by_description(output)
     return {name: found.layout[n] for name, n in named.items() if n not in found.lost and isinstance(n.meta.get("val"), torch.Tensor)}
 
 
 def tangent_layouts(graph: fx.Graph, known: Mapping[str, Layout]) -> dict[str, Layout]:
     """Where the rows of the output's gradients are: where those of the outputs were."""
-    return {n.name: known[d] for n in graph.nodes if n.op == "placeholder" and (d := _torch.output_of_tangent(n) or "") in known}
+    return {n.name: known[d] for n in graph.nodes if n.op == "placeholder" and (d := _torch.tangent_output_description(n) or "") in known}
 
 
 def outlook(graph: fx.Graph, batch: sympy.Symbol, default: int, levels: Mapping[str, int], approximate_batch_norm: bool) -> Outlook:
@@ -348,7 +348,7 @@ def _stage(gm: fx.GraphModule, work: _Work, s: int, level: int, members: Mapping
         graph.placeholder(name).meta = {"val": value}
         entries.append(Entry(name, SAVED, None, False, number=symbol))
     constants: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
-    whole = [(a, _number_dtype(n)) for n in members if level != ALL and n in known.numbers for a in _torch.number_arguments(n)]
+    whole = [(a, _number_dtype(n)) for n in members if level != ALL and n in known.numbers for a in _torch.symbolic_scalar_arguments(n)]
     for a in sorted(needed, key=lambda a: not _is_number(a)):
         new = graph.placeholder(a.name)
         new.meta = dict(a.meta) | ({"val": work.dense[a]} if a in work.dense else {})

@@ -131,7 +131,7 @@ class RowBackward:
             idx, before = first
             if self._legal(len(idx), symbols) == len(idx):
                 return _Kept(idx, None, len(idx), before), True
-        task = _torch.backward_pass()
+        task = _torch.current_backward_id()
         return None, task < 0 or task != _last_sampled[0]
 
     def _values(self, args: Sequence[Any]) -> dict[sympy.Symbol, int]:
@@ -196,7 +196,7 @@ class RowBackward:
                 live[name] = value
                 made[name] = stage.level
         if any(k is not None for k in kept):
-            _last_sampled[0] = _torch.backward_pass()
+            _last_sampled[0] = _torch.current_backward_id()
         return [self._result(r, live, made, kept, size, symbols) for r in self.found.results]
 
     # --- rows ---

@@ -72,9 +72,9 @@ class RowCompiler:
         levels = {n.name: n.meta[LEVEL] for n in sites}
         tried = [self._try(graph, batch, levels) for batch in self.symbols]
         self.batch, found, reason = max(tried, key=lambda t: (t[2] is None, t[1].flops_on_rows))
-        partners = [s for s in self.symbols if s != self.batch and (reason is not None or _torch.compared(s, self.batch, graph))]
+        partners = [s for s in self.symbols if s != self.batch and (reason is not None or _torch.are_compared(s, self.batch, graph))]
         if partners and self.own:  # nothing in the graph says yet that they are one size
-            self.batch, found, reason = self._try(graph, _torch.make_equal([self.batch, *partners], graph), levels)
+            self.batch, found, reason = self._try(graph, _torch.unify_symbols([self.batch, *partners], graph), levels)
         if reason is not None:
             self._note(found, {}, graph, reason)
             raise Declined(reason)
@@ -106,18 +106,18 @@ class RowCompiler:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, is_backward: bool = False, **kwargs: Any) -> Any:
         if self.own:
-            _torch.leave_no_marks()
+            _torch.drop_dynamic_marks()
         if not is_backward:
             self._known |= output_layouts(gm.graph, self.batch)
             return self.inner(gm, example_inputs, is_backward=False, **kwargs)
         try:
             return self._backward(gm, example_inputs, kwargs)
         finally:
-            _torch.donate_nothing()  # so far: what `_backward` gives back sees to that itself
+            _torch.clear_donated_inputs()  # so far: what `_backward` gives back sees to that itself
 
     def _backward(self, gm: fx.GraphModule, example_inputs: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         names = [n.name for n in _placeholders(gm)]
-        donated = _torch.donated(gm)
+        donated = _torch.donated_placeholders(gm)
         known = self._known | tangent_layouts(gm.graph, self._known)
         plain = copy.deepcopy(gm) if self._approximate_batch_norm else gm
         found = split(gm, self.batch, known, self.default, _levels_of(gm), self._approximate_batch_norm)
@@ -128,7 +128,7 @@ class RowCompiler:
         given = dict(zip(names, example_inputs, strict=True))
         dense = _dense(found, given)
         calls, found = self._stages(found, gm, given, dense, kwargs)
-        guards = _torch.guards_on(found.batch, gm) if found.batch.is_Symbol else []
+        guards = _torch.guards_on_symbol(found.batch, gm) if found.batch.is_Symbol else []
         hints = {s: _torch.known_hint(_torch.size_at(example_inputs, i, d)) for s, i, d in _torch.symbol_sources(example_inputs)}
         sizes = {s: n for s, n in hints.items() if n is not None}
         fixed = _why_fixed(found.batch, sizes, guards)
@@ -165,7 +165,7 @@ class RowCompiler:
     ) -> tuple[list[Any], Split]:
         """The stages compiled, and what that has settled about them. `given`: the inputs, which may have other strides than the graph says; `dense`:
         those that stages on rows get as tensors of their own."""
-        donated = _torch.donated(gm)
+        donated = _torch.donated_placeholders(gm)
         uses: dict[str, int] = {}
         for stage in found.stages:
             for entry in stage.entries:
@@ -177,14 +177,14 @@ class RowCompiler:
             inputs = [here.get(e.name, n.meta["val"]) for e, n in zip(stage.entries, _placeholders(stage.gm), strict=True)]
             mine = [i for i, e in enumerate(stage.entries) if e.name in donated and uses[e.name] == 1]
             static = [i for i, e in enumerate(stage.entries) if e.source == SAVED and e.layout is None and e.number is None and e.name not in donated]
-            with _torch.donating(mine):
+            with _torch.donate_inputs(mine):
                 calls.append(self.inner(stage.gm, inputs, is_backward=True, **(kwargs | {"static_input_idxs": static})))
-        return calls, _resolved(found, _torch.settled(gm.graph))
+        return calls, _resolved(found, _torch.symbol_replacer(gm.graph))
 
 
 def _fixed(graph: fx.Graph, batch: sympy.Symbol) -> str | None:
     """Why there is but one number of rows, if tracing has found so."""
-    size = _torch.settled(graph)(batch)
+    size = _torch.symbol_replacer(graph)(batch)
     return f"the model, or an op that is traced for known sizes alone, fixes the size of the batch to {size}" if size.is_Integer else None
 
 
@@ -290,5 +290,5 @@ def _dense(found: Split, given: Mapping[str, Any]) -> dict[str, Tensor]:
             continue
         size, stride = [_torch.hint(s) for s in value.shape], [_torch.hint(s) for s in value.stride()]
         if overlap(size, stride) or (e.gradient and stride[e.layout.dim] == 0):
-            new[e.name] = _torch.fake_dense(value)
+            new[e.name] = _torch.fake_contiguous(value)
     return new

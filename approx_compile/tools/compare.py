@@ -112,7 +112,7 @@ def _wait() -> None:
 
 
 def _step(model: Callable[..., Any], compiled: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[], None]:
-    leaves = [t for t in _torch.leaves((args, dict(kwargs))) if isinstance(t, Tensor) and t.requires_grad]
+    leaves = [t for t in _torch.tree_leaves((args, dict(kwargs))) if isinstance(t, Tensor) and t.requires_grad]
     leaves += list(model.parameters()) if isinstance(model, nn.Module) else []
 
     def step() -> None:
@@ -128,7 +128,7 @@ def loss_of(output: Any) -> Tensor:
 
     Raises ValueError if no gradient flows to any of them."""
     own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    tensors = [t for t in _torch.leaves(own if isinstance(own, Tensor) else output) if isinstance(t, Tensor) and t.requires_grad]
+    tensors = [t for t in _torch.tree_leaves(own if isinstance(own, Tensor) else output) if isinstance(t, Tensor) and t.requires_grad]
     if not tensors:
         raise ValueError(f"the model returned {type(output).__name__} without a tensor that needs a gradient: there is no training step to time")
     return tensors[0] if len(tensors) == 1 and tensors[0].dim() == 0 else torch.stack([t.abs().square().mean().float() for t in tensors]).sum()

@@ -450,8 +450,8 @@ class Doubled(torch.autograd.Function):
 @pytest.mark.parametrize("unknown", [Doubled.apply, lambda x: of_known_size(x)])
 def test_unknown_costs_are_not_guessed(unknown: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    count = _torch.dynamo_flops
-    monkeypatch.setattr(_torch, "dynamo_flops", lambda gm: seen.append(count(gm)) or seen[-1])
+    count = _torch.count_dynamo_flops
+    monkeypatch.setattr(_torch, "count_dynamo_flops", lambda gm: seen.append(count(gm)) or seen[-1])
     model = mlp(16, 64, 8)
     torch.compile(lambda x: unknown(model(x)), backend=Backend(None, inner_compile=run_as_is))(torch.randn(32, 16)).sum().backward()
     assert seen == [None]
@@ -460,8 +460,8 @@ def test_unknown_costs_are_not_guessed(unknown: Any, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_flops_of_a_dynamo_graph_are_the_formulas(checkpointed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    count = _torch.dynamo_flops
-    monkeypatch.setattr(_torch, "dynamo_flops", lambda gm: (found := count(gm), seen.append(sum(found.values())))[0])
+    count = _torch.count_dynamo_flops
+    monkeypatch.setattr(_torch, "count_dynamo_flops", lambda gm: (found := count(gm), seen.append(sum(found.values())))[0])
     conv, linear = nn.Conv2d(3, 8, 3), nn.Linear(8 * 36, 4)
 
     def body(x: Tensor) -> Tensor:

@@ -75,19 +75,19 @@ class Layers:
         calls, or reads parameters of. (None, None): one that can't be found. Nothing: a function of tensors alone."""
         scope, code = _torch.frame_scope(frame), _torch.frame_code(frame)
         names = _arguments(code)
-        if _torch.is_rest(frame) and names[:1] and names[0] not in scope["L"]:
+        if _torch.is_resume_function(frame) and names[:1] and names[0] not in scope["L"]:
             return [(None, None)]
         first = scope["L"].get(names[0]) if names else None
         spread = isinstance(first, tuple) and not code.co_argcount
         held: list[tuple[nn.Module | None, Any]] = []
-        held += [found for n, v in scope["L"].items() for found in _torch.held_modules(v, _torch.plain_source("L", n))]
+        held += [found for n, v in scope["L"].items() for found in _torch.reachable_modules(v, _torch.variable_source("L", n))]
         for module, source in held:
             if source is not None and module is not None and _is_method(module, code) and module is (first[0] if spread and first else first):
                 return [(module, source)]
-        if _torch.is_rest(frame) and any(n not in scope["L"] for n in names):
+        if _torch.is_resume_function(frame) and any(n not in scope["L"] for n in names):
             return [(None, None)]
         for n in code.co_names:
-            held += [found for found in _torch.held_modules(scope["G"].get(n), _torch.plain_source("G", n)) if found[1] is not None]
+            held += [found for found in _torch.reachable_modules(scope["G"].get(n), _torch.variable_source("G", n)) if found[1] is not None]
         held += [f for key, f in self._known.items() if str(key) not in self.found]
         held += [(f.module, f.source) for key, f in self.found.items() if f.path == self._outer[key]]
         bare = [n for n in gm.graph.nodes if n.op.startswith("call_") and not n.meta.get("nn_module_stack")]
@@ -171,7 +171,7 @@ def _resolve(key: int, path: str, cls: type, above: Sequence[Found], known: dict
         names = match[3].split(".") if match[3] else []
         module = _below(scope[match[1]].get(match[2]), names)
         if module is not None and id(module) == key:
-            return Found(path, cls, module, _torch.child_source(_torch.variable_source(match[1], match[2]), names))
+            return Found(path, cls, module, _torch.child_source(_torch.module_variable_source(match[1], match[2]), names))
     return Found(path, cls)
 
 
@@ -186,7 +186,7 @@ def _root(found: Found, outermost: str, scope: Mapping[str, Any]) -> tuple[str, 
     outermost module called."""
     match = _VARIABLE.match(found.path)
     if match and isinstance(held := scope[match[1]].get(match[2]), nn.Module):
-        return f"{match[1]}['{match[2]}']", held, _torch.variable_source(match[1], match[2])
+        return f"{match[1]}['{match[2]}']", held, _torch.module_variable_source(match[1], match[2])
     steps = found.path.split(".")
     for i in range(1, len(steps)):
         if (module := _evaluated(path := ".".join(steps[:i]), scope)) is not None:

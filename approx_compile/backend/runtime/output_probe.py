@@ -36,7 +36,7 @@ class Outputs:
     def __call__(self, *args: Any) -> Any:
         owner = next((args[i] for i in self.parameters), None)
         control = control_for(owner, self.settings, self.key, OutputControl) if owner is not None else self._own
-        if _torch.backward_pass() >= 0:  # a checkpointed block runs once more, as it ran
+        if _torch.current_backward_id() >= 0:  # a checkpointed block runs once more, as it ran
             return self.rungs[control.ratio](*args)
         ratio = control.begin()
         candidates = control.candidates() if control.watches and torch.is_grad_enabled() else []

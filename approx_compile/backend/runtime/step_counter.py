@@ -49,7 +49,7 @@ def count_optimizer_steps() -> None:
     register_optimizer_step_post_hook(after_step)
 
 
-@_torch.not_traced
+@_torch.disable_dynamo
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Find the step counts of an optimizer's parameters.
 
@@ -62,7 +62,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
         _counted_optimizers[optimizer] = (_version[0], parameters, counts)
 
 
-@_torch.not_traced
+@_torch.disable_dynamo
 def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Advance the step counts of an optimizer's parameters: torch's hook after every step.
 

@@ -129,7 +129,7 @@ def inline(
     traced = _pieces.setdefault(graph, {}).get(key)
     if traced is None:
         with _torch.fake_mode_of(*(a for a in args if a is not None)):
-            traced = _torch.trace(run, values)
+            traced = _torch.trace_to_aten(run, values)
         if key is not None:
             _pieces[graph][key] = traced
     new: dict[fx.Node, Any] = dict(zip(traced.find_nodes(op="placeholder"), args, strict=True))

@@ -118,7 +118,7 @@ def _alone(n: Any) -> fx.Node | None:
 
 def _pool_of(places: Any) -> fx.Node | None:
     """The max pooling that found these places."""
-    pools, to_places = _torch.pooling()
+    pools, to_places = _torch.max_pool_ops()
     while isinstance(places, fx.Node):
         if places.target in _SAME or places.target is to_places:
             places = places.args[0]

@@ -55,7 +55,7 @@ def trace_feeds(graph: fx.Graph, context: Context) -> Feeds:
         if n.op == "placeholder":
             index = _torch.input_index(n)
             known = context.inputs[index] if index is not None and index < len(context.inputs) else None
-            if _torch.is_own_state(n) or (known is not None and known.parameter):
+            if _torch.is_graph_module_state(n) or (known is not None and known.parameter):
                 feeds.from_parameter.add(n)
             else:
                 feeds.from_data.add(n)

@@ -50,13 +50,13 @@ def explain(model: Callable[..., Any], *args: Any, config: ApproxConfig | Mappin
         plans.append(plan)
         for texts, graph in ((report.before, before), (report.after, after)):
             if graph is not None:
-                texts.append(_torch.readable(graph))
+                texts.append(_torch.readable_code(graph))
 
     schedule = Schedule.of(ApproxConfig.of(config if config is not None else own))
     report.assignments = len(schedule.assignments)
     backend = Backend(schedule.assignments[0].rungs()[0][1], inner_compile=_torch.run_as_is, on_plan=listen, keep_graphs=True)
-    with torch.enable_grad(), model_state_preserved(model), _torch.forgetting_shapes():
-        _torch.compile_apart(model, backend)(*args, **kwargs)
+    with torch.enable_grad(), model_state_preserved(model), _torch.preserve_shape_history():
+        _torch.compile_isolated(model, backend)(*args, **kwargs)
     if plans:
         whole = functools.reduce(Plan.joined, plans)
         report.sites, report.cuts = [SiteReport.of(s) for s in whole.sites], list(whole.cuts)
@@ -69,8 +69,8 @@ def _unwrap(model: Any) -> tuple[Any, ApproxConfig | None]:
     if not callable(model):
         raise TypeError(f"explain: got {type(model).__name__}; a torch.nn.Module or a function is expected")
     inner = _torch.uncompiled(model)
-    compiled = model if inner is not model else _torch.call_compiled_in_place(model)
-    name, backend, arguments = _torch.compiler_of(compiled)
+    compiled = model if inner is not model else _torch.in_place_compiled_call(model)
+    name, backend, arguments = _torch.backend_of(compiled)
     if isinstance(backend, Backend):
         return inner, backend.config
     return inner, ApproxConfig.of(arguments.get("options")) if name == "approx" else None

@@ -76,7 +76,7 @@ class Trials:
     def planned(self, options: Settings) -> tuple[SitePlan, ...]:
         """The sites of a step, without its backward pass. (What Inductor brings from its cache is not planned again.)"""
         planned: list[SitePlan] = []
-        with model_state_preserved(self.model), torch.enable_grad(), _torch.forgetting_shapes():
+        with model_state_preserved(self.model), torch.enable_grad(), _torch.preserve_shape_history():
             self._compiled(options, planned, inner_compile=_torch.run_as_is)(*self.inputs)
         return tuple(planned)
 
@@ -121,11 +121,11 @@ class Trials:
         def listen(plan: Plan, before: fx.Graph | None, after: fx.Graph | None) -> None:
             planned.extend(plan.sites)
 
-        run: Callable[..., Any] = _torch.compile_apart(self.model, Backend(ApproxConfig.of(options), on_plan=listen, **kwargs))
+        run: Callable[..., Any] = _torch.compile_isolated(self.model, Backend(ApproxConfig.of(options), on_plan=listen, **kwargs))
         return run
 
     def _backward(self, run: Callable[..., Any]) -> tuple[Tensor | None, ...]:
-        with torch.enable_grad(), _torch.forgetting_shapes():
+        with torch.enable_grad(), _torch.preserve_shape_history():
             loss = self._loss(run(*self.inputs))
             return torch.autograd.grad(loss, self.parameters, allow_unused=True)
 
