@@ -24,8 +24,8 @@ from approx_compile.passes.planning.producer_narrowing import Producers
 from approx_compile.passes.planning.rule_matching import row_requests, unmatched_layers
 from approx_compile.passes.planning.timing_request import timing_request
 from approx_compile.passes.planning.zero_skipping import skip_zeros
-from approx_compile.passes.rewrite.apply_plan import rewrite
-from approx_compile.passes.rewrite.relu_max_pool import mask_pooled
+from approx_compile.passes.rewrite.apply_plan import apply_plan
+from approx_compile.passes.rewrite.relu_max_pool import move_relu_mask_before_unpooling
 from approx_compile.passes.sites.find_sites import find_sites, without_product
 from approx_compile.passes.sites.site import Context, Site
 
@@ -70,7 +70,7 @@ class ApproxPass(_torch.CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         before = _copy(graph) if self.keep_graphs else None
-        mask_pooled(graph)
+        move_relu_mask_before_unpooling(graph)
         sites = find_sites(graph, self.context)
         producers = Producers(sites, self.machine)
         plan = make_plan(sites, self.config, self.machine, self._ask if self.machine is not None else None, producers.beside)
@@ -81,7 +81,7 @@ class ApproxPass(_torch.CustomGraphPass):
             self.ask_rows(graph, *row_requests(sites, self.config))
         _refuse_redrawn(plan)
         if plan.sampled:
-            rewrite(graph, sites, plan)
+            apply_plan(graph, sites, plan)
         self.on_plan(plan, before, _copy(graph) if self.keep_graphs else None)
 
     def uuid(self) -> Any:

@@ -19,7 +19,7 @@ from torch import fx
 
 from approx_compile import _torch
 from approx_compile.passes.fx_utils import BMM, MM, op_name
-from approx_compile.passes.rewrite.graph_edit import BY_SAMPLE
+from approx_compile.passes.rewrite.graph_edit import BY_SAMPLE_KEY
 from approx_compile.rows.batch_dim import CONST, COUPLED, DECOUPLED, FORWARD, HEAD, ROWS, TOTAL, Blocked, Followed, Layout, SampleLayout, holds
 from approx_compile.rows.batching_rules import ARITHMETIC, COUNTS, FACTORIES, MOVES, SPREADS, rule_of
 from approx_compile.rows.linearity import is_linear
@@ -60,7 +60,7 @@ def _node(n: fx.Node, out: Followed) -> None:
     if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | int | float | bool):  # a size, or made of sizes: no value of a tensor is in it
         out.layout[n] = None
         return
-    if linear and BY_SAMPLE not in n.meta and not is_linear(n, set(linear), out):
+    if linear and BY_SAMPLE_KEY not in n.meta and not is_linear(n, set(linear), out):
         out.nonlinear[n] = f"{op_name(n)} is not linear in the gradient"
     try:
         out.layout[n] = _placed(n, value, _checked(n, value, _layout(n, value, operands, out), out), out)

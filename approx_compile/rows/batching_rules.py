@@ -13,7 +13,7 @@ from torch import fx
 
 from approx_compile import _torch
 from approx_compile.passes.fx_utils import BMM, CASTS, MM, VIEWS, op_name
-from approx_compile.passes.rewrite.custom_ops import OWN_CONV, OWN_MM, skip_conv_input, skip_matmul, skip_matmul_into
+from approx_compile.passes.rewrite.custom_ops import CUSTOM_CONV, CUSTOM_MM, skip_conv_input, skip_matmul, skip_matmul_into
 from approx_compile.rows.batch_dim import (
     Blocked,
     Followed,
@@ -296,7 +296,7 @@ def _pad(n: fx.Node, value: Any, out: Followed) -> Layout:
 
 def _mm(n: fx.Node, value: Any, out: Followed) -> Layout:
     """(.., M, K) x (.., K, N): rows in M or N stay, rows in K of both are summed; a leading batch dim pairs with the other's."""
-    left, right = n.args[:2] if n.target in OWN_MM else n.args[-2:]
+    left, right = n.args[:2] if n.target in CUSTOM_MM else n.args[-2:]
     a, b = out.rows(left), out.rows(right)
     if n.target is skip_matmul and ((a is not None and a.dim == 1) or (b is not None and b.dim == 0)):
         raise Blocked("a kernel chooses among the rows")
@@ -511,8 +511,8 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys(VIEWS, _view),
     **dict.fromkeys((aten.permute.default, aten.t.default, aten.transpose.int), _permute),
     **dict.fromkeys(_REDUCTIONS, _reduction),
-    **dict.fromkeys(MM | BMM | OWN_MM, _mm),
-    **dict.fromkeys(OWN_CONV, _by_kernel),
+    **dict.fromkeys(MM | BMM | CUSTOM_MM, _mm),
+    **dict.fromkeys(CUSTOM_CONV, _by_kernel),
     **dict.fromkeys((aten.squeeze.dims, aten.squeeze.dim, aten.squeeze.default), _squeeze),
     **dict.fromkeys((aten._softmax.default, aten._log_softmax.default, aten.cumsum.default, aten.cumprod.default, aten.flip.default), _along(1)),
     **dict.fromkeys((aten.gather.default, aten.scatter.src, aten.scatter.value, aten.scatter_add.default), _by_place),

@@ -12,7 +12,7 @@ from torch import fx
 
 from approx_compile import _torch
 from approx_compile.passes.fx_utils import VIEWS, is_torch_op, is_zero, op_name
-from approx_compile.passes.rewrite.custom_ops import OWN_CONV, OWN_MM
+from approx_compile.passes.rewrite.custom_ops import CUSTOM_CONV, CUSTOM_MM
 from approx_compile.rows.batch_dim import Followed, geometry_of, same_memory, strided_geometry
 
 aten = torch.ops.aten
@@ -36,7 +36,7 @@ _MAPS |= {aten.tril.default, aten.triu.default, aten._conj.default, aten.conj_ph
 _MAPS |= {aten.as_strided.default, aten.neg.default, aten.cumsum.default, aten.flip.default, operator.getitem}
 _MAPS |= {aten.split_with_sizes.default, aten.split.Tensor, aten.unbind.int}
 _ZERO_OR_ALL = {aten.add.Tensor, aten.sub.Tensor, aten.slice_scatter.default, aten.select_scatter.default}
-_FACTORS = {aten.mul.Tensor, aten.mul.Scalar, aten.mm.default, aten.bmm.default, *OWN_MM, *OWN_CONV}
+_FACTORS = {aten.mul.Tensor, aten.mul.Scalar, aten.mm.default, aten.bmm.default, *CUSTOM_MM, *CUSTOM_CONV}
 _SOLVED = {"linalg_solve_triangular": 1, "linalg_lu_solve": 2, "_linalg_solve_ex": 1, "triangular_solve": 0, "cholesky_solve": 0}
 """Which argument is the right side of the equations that an op solves: in that the solution is linear."""
 _EMPTY: set[Any] = {aten.empty.memory_format, aten.empty_permuted.default, aten.empty_like.default, aten.new_empty.default, aten.new_empty_strided.default}

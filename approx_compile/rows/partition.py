@@ -18,7 +18,7 @@ from torch import fx
 
 from approx_compile import _torch
 from approx_compile.passes.fx_utils import BMM, CONV, MM
-from approx_compile.passes.rewrite.custom_ops import OWN_CONV, OWN_MM
+from approx_compile.passes.rewrite.custom_ops import CUSTOM_CONV, CUSTOM_MM
 from approx_compile.rows.batch_dim import COUPLED, FORWARD, HEAD, ROWS, TOTAL, Followed, Layout, SampleLayout
 from approx_compile.rows.batch_dim_analysis import follow
 from approx_compile.rows.batch_norm import decouple
@@ -27,7 +27,7 @@ from approx_compile.rows.row_cost import Moved, RowWork, Timed, moved, timed
 
 aten = torch.ops.aten
 
-HEAVY = MM | BMM | CONV | OWN_MM | OWN_CONV | {aten.convolution_backward.default}
+HEAVY = MM | BMM | CONV | CUSTOM_MM | CUSTOM_CONV | {aten.convolution_backward.default}
 ALL = 0
 """The level of work that keeps all rows; 1, 2, .. keep fewer."""
 

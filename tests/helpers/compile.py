@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from approx_compile import Backend
 from approx_compile.backend import run_as_is
 from approx_compile.passes.planning.plan import Plan
-from approx_compile.passes.rewrite.graph_edit import CHOICE
+from approx_compile.passes.rewrite.graph_edit import SELECTION_KEY
 
 HALF: dict[str, Any] = {"policy": "always", "grad": {"axis": "rows", "ratio": 0.5}}
 """Every backward pass runs on half the rows of its batch, also where that does not pay."""
@@ -29,8 +29,8 @@ class Choices(dict[str, Tensor]):
         class Run(fx.Interpreter):
             def run_node(self, n: fx.Node) -> Any:
                 value = super().run_node(n)
-                if CHOICE in n.meta:
-                    choices[n.meta[CHOICE]] = value.detach().clone()
+                if SELECTION_KEY in n.meta:
+                    choices[n.meta[SELECTION_KEY]] = value.detach().clone()
                 return value
 
         def call(args: list[Any]) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from approx_compile import _torch
 from approx_compile.passes.fx_utils import CASTS, VIEWS, is_zero
-from approx_compile.passes.rewrite.graph_edit import Layout, inline, like
+from approx_compile.passes.rewrite.graph_edit import MemoryLayout, inline, match_layout
 
 aten = torch.ops.aten
 _SAME = {*VIEWS, aten.clone.default, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
@@ -35,7 +35,7 @@ class _Masked(NamedTuple):
     pooled: fx.Node
 
 
-def mask_pooled(graph: fx.Graph) -> None:
+def move_relu_mask_before_unpooling(graph: fx.Graph) -> None:
     """Edit a joint graph as said above, wherever a ReLU's output goes to nothing but max pooling."""
     for node in list(graph.find_nodes(op="call_function", target=aten.where.self)):
         if (found := _find(node)) is not None:
@@ -47,7 +47,7 @@ def mask_pooled(graph: fx.Graph) -> None:
 
 def _masked(pooled: Tensor, gradient: Tensor) -> Tensor:
     same = pooled if pooled.shape == gradient.shape else pooled.reshape(gradient.shape)
-    return like(torch.where(same <= 0, 0, gradient), Layout.of(gradient))
+    return match_layout(torch.where(same <= 0, 0, gradient), MemoryLayout.of(gradient))
 
 
 def _find(where: fx.Node) -> _Masked | None:
