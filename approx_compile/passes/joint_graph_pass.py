@@ -26,7 +26,7 @@ from approx_compile.passes.planning.timing_request import timing_request
 from approx_compile.passes.planning.zero_skipping import skip_zeros
 from approx_compile.passes.rewrite.apply_plan import apply_plan
 from approx_compile.passes.rewrite.relu_max_pool import move_relu_mask_before_unpooling
-from approx_compile.passes.sites.find_sites import find_sites, without_product
+from approx_compile.passes.sites.find_sites import find_sites, linear_layers_without_site
 from approx_compile.passes.sites.site import Context, Site
 
 log = logging.getLogger("approx_compile")
@@ -74,7 +74,7 @@ class ApproxPass(_torch.CustomGraphPass):
         sites = find_sites(graph, self.context)
         producers = Producers(sites, self.machine)
         plan = make_plan(sites, self.config, self.machine, self._ask if self.machine is not None else None, producers.beside)
-        plan = replace(plan, remarks=(*plan.remarks, *unmatched_layers(without_product(graph, sites, self.context), self.config)))
+        plan = replace(plan, remarks=(*plan.remarks, *unmatched_layers(linear_layers_without_site(graph, sites, self.context), self.config)))
         if self.machine is not None:
             plan = skip_zeros(sites, producers.shrink(plan), self.machine)
         if self.ask_rows is not None:

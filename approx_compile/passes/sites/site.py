@@ -1,4 +1,4 @@
-"""The data classes that describe a joint graph's sites: what the backend knows of the graph (`Context`), the sites and their products."""
+"""Data classes for the sites of a joint graph: what the backend knows of the graph (`Context`), its sites, and their products."""
 
 from __future__ import annotations
 
@@ -12,11 +12,18 @@ from approx_compile.kernels.gather import Axis
 from approx_compile.passes.fx_utils import CONV, MM, users_of_output
 
 NO_GRADIENT = "no gradient flows through it"
+"""Why a product that is not trained stays exact."""
 
 
 @dataclass(frozen=True)
 class Input:
-    """A graph input as the backend saw it: parameter or buffer, needs a gradient, is data (floating point)."""
+    """An input of the graph as the backend received it.
+
+    Attributes:
+        parameter: It is a parameter or a buffer.
+        requires_grad: It needs a gradient.
+        floating: Its dtype is floating point.
+    """
 
     parameter: bool
     requires_grad: bool
@@ -25,7 +32,14 @@ class Input:
 
 @dataclass(frozen=True)
 class Module:
-    """A module of the user's model: its name, why its products must be exact if they must (it is in eval mode), whether it is a BatchNorm or a linear layer."""
+    """A module of the user's model.
+
+    Attributes:
+        name: Its qualified name.
+        exact: Why its products must stay exact (it is in eval mode, say); None if they need not.
+        batch_norm: It is a BatchNorm.
+        linear: It is a linear layer.
+    """
 
     name: str
     exact: str | None = None
@@ -35,8 +49,15 @@ class Module:
 
 @dataclass(frozen=True)
 class Context:
-    """What only the backend knows of a graph. `root`: the compiled module itself, which owns what no submodule's forward made (nameless for a
-    function). `exact` gives the reason to leave all of it alone."""
+    """What the backend knows of a graph and the graph itself does not say.
+
+    Attributes:
+        modules: The modules whose forward made nodes, by their key in `nn_module_stack`.
+        root: The compiled module, which owns what no submodule's forward made; it has no name if a function was compiled.
+        inputs: The inputs of the graph, in order.
+        exact: Why the whole graph must stay exact; None if it need not.
+        last_module: The name of the module that computes the model's output, if known.
+    """
 
     modules: dict[str, Module] = field(default_factory=dict)
     root: Module = Module("")
@@ -45,17 +66,25 @@ class Context:
     last_module: str | None = None
 
     def nothing_trains(self) -> bool:
-        """Whether every module seen must be exact."""
+        """Return whether every module of the graph must stay exact."""
         return all(m.exact for m in self.modules.values()) if self.modules else self.root.exact is not None
 
 
 @dataclass(frozen=True)
 class Product:
-    """One of a site's products, as a contraction of two operands.
+    """One of the products of a site, as a contraction of two operands.
 
-    `node` computes it; `operands` are contracted over `axes`; `size` is the axis' length, `lead` how many independent contractions there are.
-    A gradient also knows the forward operand it reads (`reads`: 0 or 1) and where (`position` in its node's arguments).
-    `mask` is the output of a convolution_backward that it is.
+    Attributes:
+        name: "output", "grad_input", "grad_weight", or "grad_input#2" for the second activation of a product without a weight.
+        node: The node that computes it.
+        operands: The two nodes that are contracted.
+        axes: Where the contraction axis lies in each operand.
+        size: The length of the contraction axis.
+        lead: How many independent contractions there are: the batch of a bmm, the groups of a convolution.
+        weight: Which operand is the weight (0 or 1); None if neither is.
+        reads: For a gradient: which operand of the output it reads (0 or 1).
+        position: For a gradient: at which argument of `node` it reads it.
+        mask: For a gradient of a convolution: which output of the convolution_backward it is; else -1.
     """
 
     name: str
@@ -71,16 +100,16 @@ class Product:
 
     @property
     def output_grad(self) -> fx.Node | None:
-        """dY, for a gradient."""
+        """The node of dY, for a gradient."""
         if self.name == "output":
             return None
         if self.mask < 0:
             return self.operands[1 - self.position]
-        return self.operands[self.mask]  # (dy, w) and (x, dy)
+        return self.operands[self.mask]  # the operands of grad_input are (dY, W), those of grad_weight (X, dY)
 
     @property
     def output_grad_dim(self) -> int:
-        """The dim of dY that is the site's output channels N."""
+        """The dim of dY that holds the site's output channels N."""
         if self.mask >= 0:
             return 1
         contracted = self.axes[1 - self.position].dim
@@ -98,7 +127,7 @@ class Product:
 
     @property
     def bytes_once(self) -> int:
-        """Bytes of both operands and of the result, each counted once: the least that the exact product moves."""
+        """The bytes of both operands and of the result, each counted once: the least that the exact product moves."""
         made = _torch.value(self.node)
         values = (*(_torch.value(o) for o in self.operands), made[self.mask] if self.mask >= 0 else made)
         return sum(_torch.numel_of(v) * v.dtype.itemsize for v in values)
@@ -106,8 +135,25 @@ class Product:
 
 @dataclass(frozen=True)
 class Site:
-    """One matmul or convolution of the model. `blocked`: why it must stay exact, if so. `shape` has the sizes as traced, `symbolic` those that are
-    symbols as such, `traced` what each of these was traced with."""
+    """One matmul or convolution of the model's forward pass, with its gradients.
+
+    Attributes:
+        name: The module's name, or the op's where there is none, with "#2", "#3" and so on for further sites of the same name.
+        module: The name of the module that owns it.
+        kind: "linear" (with a weight), "conv" or "matmul" (without a weight).
+        op: The op, such as "addmm" or "conv2d".
+        node: The node of the forward pass.
+        shape: The sizes in words, symbolic ones as traced.
+        dtype: The dtype of the output.
+        products: The output first, then the gradients.
+        flops: The FLOPs of one product; all products of a site have the same number.
+        hazards: What reaches its activation with no other product in between: "raw data", "BatchNorm".
+        reads: The names of the sites whose outputs reach it with no other product in between.
+        last: No other site depends on it in the forward pass.
+        blocked: Why it must stay exact; None if it need not.
+        symbolic: The sizes in words, symbolic ones as expressions.
+        traced: The symbolic sizes, each with the number that it was traced with.
+    """
 
     name: str
     module: str
@@ -127,5 +173,5 @@ class Site:
 
 
 def one_contraction(site: Site) -> bool:
-    """Neither batched nor grouped: one index set, whatever the batch's size."""
+    """Return whether a site is neither batched nor grouped, so that it has one set of indices."""
     return site.node.target in MM or (site.node.target in CONV and bool(site.node.args[8] == 1))
