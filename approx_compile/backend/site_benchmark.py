@@ -1,7 +1,12 @@
-"""One site alone, compiled and timed: a model of a single product, its forward and backward pass, exactly and sampled, in turn in one process."""
+"""Time single sites: the child process behind `policy: measure`, run as `python -m approx_compile.backend.site_benchmark`.
+
+Each site becomes a model of a single product. Its forward and backward pass is compiled exactly and with each of the given options, and these steps are timed
+in turn in one process. `approx_compile.machine.site_timings` is the parent's side.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import sys
@@ -11,13 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from approx_compile.backend.approx_backend import Backend
 from approx_compile.machine import float32_precision
 from approx_compile.machine.site_timings import TimedProduct
 from approx_compile.machine.timer import BenchmarkTimer
 
+BackendSpec = str | Callable[..., Any]
+"""What `torch.compile` takes for `backend`."""
 
-class Alone(nn.Module):
-    """The product as a model: operands that are weights are parameters, the others are given."""
+EXACT_OPTIONS = {"policy": "always", "method": "exact"}
+
+
+class SingleProduct(nn.Module):
+    """A product as a model: operands that are weights are parameters, the others are inputs.
+
+    Args:
+        product: The product to compute.
+    """
 
     def __init__(self, product: TimedProduct) -> None:
         super().__init__()
@@ -26,9 +41,22 @@ class Alone(nn.Module):
             self.weight = nn.Parameter(_operand(product, product.weight), requires_grad=product.needs_grad[product.weight])
 
     def given(self) -> list[Tensor]:
+        """Make the inputs: the operands that are no weights.
+
+        Returns:
+            Random tensors with the product's shapes and strides, the same at every call.
+        """
         return [_operand(self.product, i).requires_grad_(self.product.needs_grad[i]) for i in (0, 1) if i != self.product.weight]
 
     def forward(self, *given: Tensor) -> Tensor:
+        """Compute the product.
+
+        Args:
+            *given: The inputs, as `given()` makes them.
+
+        Returns:
+            The product's output.
+        """
         operands = list(given)
         if self.product.weight is not None:
             operands.insert(self.product.weight, self.weight)
@@ -40,23 +68,33 @@ class Alone(nn.Module):
 
 def _operand(product: TimedProduct, i: int) -> Tensor:
     shape, strides = product.layouts[i]
-    made = torch.empty_strided(shape, strides, dtype=getattr(torch, product.dtype), device=product.device)
-    return made.normal_(generator=torch.Generator(product.device).manual_seed(i))
+    tensor = torch.empty_strided(shape, strides, dtype=getattr(torch, product.dtype), device=product.device)
+    return tensor.normal_(generator=torch.Generator(product.device).manual_seed(i))
 
 
-Backend = str | Callable[..., Any]
+def silent_backend(options: dict[str, Any]) -> Backend:
+    """Make a backend that gives the user no notices.
+
+    Args:
+        options: The keys of `ApproxConfig`.
+
+    Returns:
+        The backend.
+    """
+    return Backend(options, on_plan=lambda plan, before, after: None)
 
 
-def sampled(options: dict[str, Any]) -> Backend:
-    """A backend with these options, which says nothing about it."""
-    from approx_compile.backend import Backend as Approx  # which comes to ask for times itself
+def training_step(product: TimedProduct, backend: BackendSpec) -> Callable[[], None]:
+    """Compile the forward and backward pass of a single product.
 
-    return Approx(options, on_plan=lambda plan, before, after: None)
+    Args:
+        product: The product.
+        backend: The backend to compile it with.
 
-
-def step_of(product: TimedProduct, backend: Backend) -> Callable[[], None]:
-    """A forward and backward pass of the product alone, compiled; gradients are dropped before each."""
-    model = Alone(product)
+    Returns:
+        A function that makes one step; gradients are dropped before each.
+    """
+    model = SingleProduct(product)
     given = model.given()
     compiled = torch.compile(model, backend=backend)
     with torch.no_grad():
@@ -71,37 +109,44 @@ def step_of(product: TimedProduct, backend: Backend) -> Callable[[], None]:
     return step
 
 
-def times_us(product: TimedProduct, backends: Sequence[Backend], rounds: int = 7, least_s: float = 0.02) -> list[float]:
-    """Microseconds of a step under each backend: the median of `rounds` rounds in which they take turns, for `least_s` each."""
+def times_us(product: TimedProduct, backends: Sequence[BackendSpec], rounds: int = 7, least_s: float = 0.02) -> list[float]:
+    """Time the step of a product under several backends, which take turns.
+
+    Args:
+        product: The product.
+        backends: The backends to compare.
+        rounds: How often each has its turn.
+        least_s: About how many seconds a turn takes.
+
+    Returns:
+        Microseconds of a step under each backend: the median over the rounds.
+    """
     torch.compiler.reset()
-    steps = [step_of(product, b) for b in backends]
+    steps = [training_step(product, b) for b in backends]
     for step in steps:
         step()
-    clock = BenchmarkTimer(product.device, least_s)
-    calls = [clock.calls(step) for step in steps]
-    found = [[clock.sample(step, n) * 1e6 for step, n in zip(steps, calls, strict=True)] for _ in range(rounds)]
-    return [statistics.median(times) for times in zip(*found, strict=True)]
-
-
-_EXACT = {"policy": "always", "method": "exact"}
+    timer = BenchmarkTimer(product.device, least_s)
+    calls = [timer.calls(step) for step in steps]
+    seconds = itertools.islice(timer.in_turn(steps, calls), rounds)
+    return [statistics.median(column) * 1e6 for column in zip(*seconds, strict=True)]
 
 
 def main() -> None:
-    """The child: questions on stdin, their times on stdout."""
+    """Read the requests as JSON from stdin, and print their times as JSON to stdout."""
     asked = json.load(sys.stdin)
     torch.set_num_threads(asked["threads"])
     float32_precision.take_over(asked["precision"])
-    found = []
-    for q in asked["questions"]:
-        given = q["product"]
-        product = TimedProduct(**given | {k: _tuples(given[k]) for k in ("layouts", "needs_grad", "rest")})
-        options = [_EXACT, *q["options"]]  # by the same backend, which allocates in its own way
-        found.append(times_us(product, [sampled(o | {"huge_pages": q["huge_pages"]}) for o in options]))
-    print(json.dumps(found))
+    times = []
+    for request in asked["questions"]:
+        fields = request["product"]
+        product = TimedProduct(**fields | {k: _to_tuples(fields[k]) for k in ("layouts", "needs_grad", "rest")})
+        options = [EXACT_OPTIONS, *request["options"]]  # the exact step by this backend too, which allocates memory in a way of its own
+        times.append(times_us(product, [silent_backend(o | {"huge_pages": request["huge_pages"]}) for o in options]))
+    print(json.dumps(times))
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+def _to_tuples(value: Any) -> Any:
+    return tuple(_to_tuples(v) for v in value) if isinstance(value, list) else value
 
 
 if __name__ == "__main__":

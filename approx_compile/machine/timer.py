@@ -7,7 +7,7 @@ time, so that other processes on a busy machine do not disturb it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -59,3 +59,16 @@ class BenchmarkTimer:
             run()
         self.wait()
         return (self.now() - start) / calls
+
+    def in_turn(self, runs: Sequence[Run], calls: Sequence[int] | None = None) -> Iterator[tuple[float, ...]]:
+        """Sample several runs in turn (A B A B), so that a machine that becomes slower or faster meanwhile affects all of them alike.
+
+        Args:
+            runs: What to time.
+            calls: How many calls of each run make a sample; by default one.
+
+        Yields:
+            Round by round, without end, the mean seconds of a call of each run.
+        """
+        while True:
+            yield tuple(self.sample(run, n) for run, n in zip(runs, calls or [1] * len(runs), strict=True))

@@ -1,8 +1,9 @@
-"""A training step of the user's own model under Inductor and under this backend, in turn in one process."""
+"""Time a training step of the user's own model under Inductor and under this backend, in turn in one process."""
 
 from __future__ import annotations
 
 import io
+import itertools
 import platform
 import statistics
 import time
@@ -20,8 +21,10 @@ from approx_compile._torch import known_faults
 from approx_compile.backend import Backend
 from approx_compile.config import ApproxConfig
 from approx_compile.machine import device_name
+from approx_compile.machine.timer import BenchmarkTimer
 
 WARM_UP = 2
+"""Rounds that are run before any is timed; compiling happens there."""
 
 
 @dataclass(frozen=True)
@@ -34,19 +37,30 @@ class Timing:
 
     @staticmethod
     def of(times: list[float]) -> Timing:
+        """Summarize the times of several steps.
+
+        Args:
+            times: Milliseconds, at least one.
+
+        Returns:
+            Their median and percentiles.
+        """
         fifths = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
         return Timing(statistics.median(times), fifths[0], fifths[-1])
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` measured. `speedup`: Inductor's median over approx's; `speedup_p20`, `speedup_p80`: of the ratios round by round."""
+    """The result of `compare`."""
 
     inductor: Timing
     approx: Timing
     speedup: float
+    """The median time under Inductor over that under approx."""
     speedup_p20: float
+    """The 20th percentile of the ratios of the two, round by round."""
     speedup_p80: float
+    """Their 80th percentile."""
     repeats: int
     threads: int
     device: str
@@ -54,6 +68,7 @@ class Comparison:
     python: str
 
     def to_dict(self) -> dict[str, Any]:
+        """Return all fields as plain values, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -63,18 +78,34 @@ class Comparison:
         out = io.StringIO()
         Console(file=out, width=120).print(table)
         ratio = f"approx is {self.speedup:.2f}x as fast as Inductor ({self.speedup_p20:.2f} to {self.speedup_p80:.2f})"
-        how = f"{self.repeats} steps of each in turn, forward and backward, without an optimizer"
-        return f"{out.getvalue()}{ratio}; {how}; {self.threads} threads, {self.device}, torch {self.torch}"
+        conditions = f"{self.repeats} steps of each in turn, forward and backward, without an optimizer"
+        return f"{out.getvalue()}{ratio}; {conditions}; {self.threads} threads, {self.device}, torch {self.torch}"
 
 
 def compare(model: Callable[..., Any], *args: Any, config: ApproxConfig | Mapping[str, Any] | None = None, repeats: int = 15, **kwargs: Any) -> Comparison:
-    """Time a training step (forward, `loss_of`, backward) of `model(*args, **kwargs)` under Inductor and under this backend with `config`, A B A B, after
-    two steps of each for compiling. The model's gradients are cleared; buffers such as BatchNorm's statistics move on, as in training."""
+    """Time a training step (forward pass, `loss_of`, backward pass) of a model under Inductor and under this backend, in turn (A B A B).
+
+    The model's gradients are cleared. Buffers, such as BatchNorm's statistics, change as in training.
+
+    Args:
+        model: The model or function.
+        *args: Its positional arguments.
+        config: The settings of this backend.
+        repeats: How many steps of each are timed, after two of each for compiling.
+        **kwargs: The model's keyword arguments.
+
+    Returns:
+        Times and speed-ups.
+
+    Raises:
+        ValueError: If `repeats` is below 1, or no gradient flows to the model's output.
+        ConfigError: If the settings are not valid.
+    """
     if repeats < 1:
         raise ValueError(f"repeats: got {repeats}; at least 1 is expected")
     backend = Backend(config)
-    contest = {"inductor": torch.compile(model, backend=known_faults.inductor), "approx": torch.compile(model, backend=backend)}
-    steps = {name: _step(model, compiled, args, kwargs) for name, compiled in contest.items()}
+    contestants = {"inductor": torch.compile(model, backend=known_faults.inductor), "approx": torch.compile(model, backend=backend)}
+    steps = {name: _step(model, compiled, args, kwargs) for name, compiled in contestants.items()}
     times = race(steps, repeats)
     rounds = Timing.of([a / b for a, b in zip(times["inductor"], times["approx"], strict=True)])
     inductor, approx = Timing.of(times["inductor"]), Timing.of(times["approx"])
@@ -93,22 +124,21 @@ def compare(model: Callable[..., Any], *args: Any, config: ApproxConfig | Mappin
 
 
 def race(steps: Mapping[str, Callable[[], None]], rounds: int, warm_up: int = WARM_UP, now: Callable[[], float] = time.perf_counter) -> dict[str, list[float]]:
-    """Milliseconds of every step, taken in turn A B A B after `warm_up` rounds, by a clock in seconds."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for i in range(rounds + warm_up):
-        for name, step in steps.items():
-            _wait()
-            start = now()
-            step()
-            _wait()
-            if i >= warm_up:
-                times[name].append((now() - start) * 1e3)
-    return times
+    """Time several steps in turn (A B A B).
 
+    Args:
+        steps: The steps by name.
+        rounds: How often each is timed.
+        warm_up: How often each runs before.
+        now: The clock, in seconds.
 
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    Returns:
+        Milliseconds of every step, round by round.
+    """
+    timer = BenchmarkTimer("cuda" if torch.cuda.is_available() else "cpu", 0.0)
+    timer.now = now
+    seconds = list(itertools.islice(timer.in_turn(list(steps.values())), warm_up, warm_up + rounds))
+    return {name: [row[i] * 1e3 for row in seconds] for i, name in enumerate(steps)}
 
 
 def _step(model: Callable[..., Any], compiled: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[], None]:
@@ -124,11 +154,19 @@ def _step(model: Callable[..., Any], compiled: Callable[..., Any], args: tuple[A
 
 
 def loss_of(output: Any) -> Tensor:
-    """What a step goes back from: the output's own `loss` (attribute or key), an output that is one number, else the mean square of its floating tensors.
+    """Find or make the number that a step's backward pass starts from.
 
-    Raises ValueError if no gradient flows to any of them."""
-    own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    tensors = [t for t in _torch.tree_leaves(own if isinstance(own, Tensor) else output) if isinstance(t, Tensor) and t.requires_grad]
+    Args:
+        output: What the model returned.
+
+    Returns:
+        The output's own `loss` (attribute or key); else the output, if it is one number; else the sum of the mean squares of its tensors.
+
+    Raises:
+        ValueError: If no gradient flows to any of them.
+    """
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    tensors = [t for t in _torch.tree_leaves(loss if isinstance(loss, Tensor) else output) if isinstance(t, Tensor) and t.requires_grad]
     if not tensors:
         raise ValueError(f"the model returned {type(output).__name__} without a tensor that needs a gradient: there is no training step to time")
     return tensors[0] if len(tensors) == 1 and tensors[0].dim() == 0 else torch.stack([t.abs().square().mean().float() for t in tensors]).sum()

@@ -7,6 +7,7 @@ shared ones (`share`), top-k. Then the time of a step of such layers alone, both
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 from pathlib import Path
@@ -118,8 +119,8 @@ def times(width: int, out: int, tokens: int, ratio: float, rounds: int = 9) -> d
         steps.append(step)
     clock = BenchmarkTimer("cpu", 0.05)
     calls = [clock.calls(s) for s in steps]
-    found = [[clock.sample(s, n) * 1e3 for s, n in zip(steps, calls, strict=True)] for _ in range(rounds)]
-    exact, own, shared = (statistics.median(column) for column in zip(*found, strict=True))
+    seconds = itertools.islice(clock.in_turn(steps, calls), rounds)
+    exact, own, shared = (statistics.median(column) * 1e3 for column in zip(*seconds, strict=True))
     return {"what": f"{tokens} x {width} to 3 x {out}", "ratio": ratio, "exact": exact, "own": own, "shared": shared, "unit": "ms"}
 
 

@@ -22,7 +22,7 @@ from rich.progress import track
 
 from approx_compile import Backend, machine
 from approx_compile.backend import run_as_is
-from approx_compile.backend.site_benchmark import Alone, times_us
+from approx_compile.backend.site_benchmark import SingleProduct, times_us
 from approx_compile.machine.site_timings import OperandLayout, TimedProduct
 from approx_compile.passes.cost import estimates
 from approx_compile.passes.planning.plan import Plan, SitePlan
@@ -98,7 +98,7 @@ def row_again(old: dict[str, Any], kind: str, product: TimedProduct, ratio: floa
     torch.compiler.reset()
     plans: list[Plan] = []
     backend = Backend({"policy": "always", "ratio": ratio, "min_k": 1}, inner_compile=run_as_is, on_plan=lambda plan, before, after: plans.append(plan))
-    model = Alone(product)
+    model = SingleProduct(product)
     torch.compile(model, backend=backend)(*model.given())
     exact, sampled, outside = (float(old[k]) for k in ("exact_us", "sampled_us", "overhead_us"))
     return compared(plans[0].sites[0], identity(kind, product, ratio), exact, sampled, outside, old.get("timed") or old["commit"])

@@ -88,7 +88,7 @@ def test_what_is_timed_is_what_is_planned(times: Path, monkeypatch: pytest.Monke
         assert len(asked) == (2 if options.get("sampling") == "backward" else 3)  # the gradients of the bmm have axes of 16
         for q in asked:
             torch._dynamo.reset()  # or sizes that differ from the last become symbols
-            model = site_benchmark.Alone(q.product)
+            model = site_benchmark.SingleProduct(q.product)
             (site,) = plans_of(model, q.options[0], *model.given())
             op = {"mm": "addmm", "convolution": "conv2d", "bmm": "bmm"}[q.product.op]
             (products,) = [p for (kind, name), p in wanted.items() if name == op]

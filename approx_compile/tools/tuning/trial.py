@@ -1,7 +1,8 @@
-"""One training step under trial settings: its gradients, what was planned for it, and its time beside the exact step's. Leaves the model as it was."""
+"""Run one training step under trial settings: measure its gradients, its plan, and its time beside the exact step's. The model is left as it was."""
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,11 @@ from approx_compile.machine.timer import BenchmarkTimer
 from approx_compile.passes.planning.plan import Plan, SitePlan
 from approx_compile.tools.model_state import model_state_preserved
 
-WARM_UP, LEAST_ROUNDS, MOST_ROUNDS, SECONDS = 2, 5, 41, 2.0
-"""A comparison takes pairs of steps for about so many seconds, but so many at least and at most."""
+WARM_UP = 2
+"""Pairs of steps that are run before any is timed."""
+
+LEAST_ROUNDS, MOST_ROUNDS, SECONDS = 5, 41, 2.0
+"""A comparison times pairs of steps for about `SECONDS`, but at least `LEAST_ROUNDS` and at most `MOST_ROUNDS` pairs."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +34,22 @@ class Gradients:
     sites: tuple[SitePlan, ...]
 
     def error(self, exact: Gradients) -> float:
-        """|g - g_exact| / |g_exact| over all parameters together."""
+        """Compute the relative error |g - g_exact| / |g_exact| over all parameters together.
+
+        Args:
+            exact: The gradients of the exact step.
+
+        Returns:
+            The error; 0 where the exact gradient is zero.
+        """
         pairs = [(a, b) for a, b in zip(self.values, exact.values, strict=True) if a is not None and b is not None]
-        off = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
+        difference = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
         size = sum(float(b.double().square().sum()) for _, b in pairs)
-        return (off / size) ** 0.5 if size > 0 else 0.0
+        return (difference / size) ** 0.5 if size > 0 else 0.0
 
 
 class Times(NamedTuple):
-    """Medians over pairs of steps: seconds of the exact step, seconds of the other, and its share of the exact step's time."""
+    """Medians over pairs of steps: seconds of the exact step, seconds of the trial step, and the trial step's share of the exact step's time."""
 
     exact_s: float
     step_s: float
@@ -52,7 +63,12 @@ Settings = ApproxConfig | Mapping[str, Any]
 class Trials:
     """Runs the step `loss(model(*inputs), target).backward()`, without the optimizer and without touching `.grad`, under one setting after the other.
 
-    `exact`: the options under which everything is exact.
+    Args:
+        model: The model.
+        inputs: Its positional arguments.
+        target: What the loss compares the output with, if anything.
+        loss: A function of the output (and of the target); None for the default losses of `tune`.
+        exact: The options under which everything is exact.
     """
 
     def __init__(self, model: nn.Module, inputs: Sequence[Any], target: Any, loss: Callable[..., Any] | None, exact: Settings) -> None:
@@ -65,23 +81,48 @@ class Trials:
         self._exact: Step | None = None
 
     def gradients(self, options: Settings, draw: int = 0) -> Gradients:
-        """Of one step run op by op; equal `draw`, equal random numbers."""
+        """Compute the gradients of one step, run op by op.
+
+        Args:
+            options: The settings of the step.
+            draw: The seed; equal seeds give equal random numbers.
+
+        Returns:
+            The gradients, and the sites as planned.
+
+        Raises:
+            ValueError: If the loss is not one number with a gradient.
+        """
         planned: list[SitePlan] = []
         with model_state_preserved(self.model):
             torch.manual_seed(draw)
             run = self._compiled(options, planned, inner_compile=_torch.run_as_is)
-            found = self._backward(run)
-        return Gradients(found, tuple(planned))
+            values = self._backward(run)
+        return Gradients(values, tuple(planned))
 
     def planned(self, options: Settings) -> tuple[SitePlan, ...]:
-        """The sites of a step, without its backward pass. (What Inductor brings from its cache is not planned again.)"""
+        """Plan a step without running its backward pass. A graph that Inductor brings from its cache is not planned again.
+
+        Args:
+            options: The settings of the step.
+
+        Returns:
+            The sites as planned, in execution order.
+        """
         planned: list[SitePlan] = []
         with model_state_preserved(self.model), torch.enable_grad(), _torch.preserve_shape_history():
             self._compiled(options, planned, inner_compile=_torch.run_as_is)(*self.inputs)
         return tuple(planned)
 
     def compiled(self, options: Settings) -> Step:
-        """The step as Inductor compiles it, compiled and run once."""
+        """Compile the step with Inductor, and run it once.
+
+        Args:
+            options: The settings of the step.
+
+        Returns:
+            The compiled step.
+        """
         run = self._compiled(options, [])
 
         def step() -> None:
@@ -92,27 +133,37 @@ class Trials:
         return step
 
     def times(self, step: Step, late: Callable[[], bool]) -> Times:
-        """Of the exact step and this one, taken in turn; as few pairs as will do once it is `late`. On one CPU thread those of this process alone: what else
-        the machine does is no property of the model."""
+        """Time the exact step and a trial step in turn. On one CPU thread the CPU time of this process is taken, on which other processes have no effect.
+
+        Args:
+            step: The compiled trial step.
+            late: Whether no time is left; the comparison then ends with the fewest pairs.
+
+        Returns:
+            The medians.
+        """
         exact = self.exact
-        clock = BenchmarkTimer("cuda" if any(p.device.type == "cuda" for p in self.parameters) else "cpu", SECONDS)
+        timer = BenchmarkTimer("cuda" if any(p.device.type == "cuda" for p in self.parameters) else "cpu", SECONDS)
         with model_state_preserved(self.model):
             for _ in range(WARM_UP):
                 exact()
-                once = clock.sample(step, 1)
-            rounds = min(MOST_ROUNDS, max(LEAST_ROUNDS, int(SECONDS / max(once, 1e-6))))
-            pairs: list[tuple[float, float]] = []
-            while len(pairs) < rounds and not (len(pairs) >= LEAST_ROUNDS and late()):
-                pairs.append((clock.sample(exact, 1), clock.sample(step, 1)))
+                step_s = timer.sample(step, 1)
+            rounds = min(MOST_ROUNDS, max(LEAST_ROUNDS, int(SECONDS / max(step_s, 1e-6))))
+            pairs: list[tuple[float, ...]] = []
+            for pair in itertools.islice(timer.in_turn((exact, step)), rounds):
+                pairs.append(pair)
+                if len(pairs) >= LEAST_ROUNDS and late():
+                    break
         return Times(statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs), statistics.median(b / a for a, b in pairs))
 
     @property
     def exact_is_compiled(self) -> bool:
+        """Whether the exact step has been compiled."""
         return self._exact is not None
 
     @property
     def exact(self) -> Step:
-        """The exact step, compiled when it is first asked for."""
+        """The exact step, compiled at first use."""
         if self._exact is None:
             self._exact = self.compiled(self._exact_options)
         return self._exact
