@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LIBRARIES := $(VENV)/.conformance
 
-.PHONY: demo test lint bench gpu conformance clean
+.PHONY: demo docs test lint bench gpu conformance clean
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; set PYTHON=python3.11")'
@@ -23,6 +23,13 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+docs: $(READY)
+	$(BIN)/python docs/generate.py --check
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
+	$(BIN)/python -m pytest -q tests/e2e/test_documentation.py
+	@echo "written: docs/_build/html/index.html"
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.speed.bench $(ARGS)
@@ -39,4 +46,4 @@ gpu: $(READY)
 	$(BIN)/python -m benchmarks.kernels.gpu $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache out
+	rm -rf $(VENV) build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache out
