@@ -1,6 +1,7 @@
 """Write the parts of the documentation that are made from stored results: `python docs/generate.py` writes them, `--check` fails where one differs.
 
-A table takes, of every piece of work, the runs of one commit (the newest with at least three seeds of exact training and of the default), so that no row mixes versions of the code.
+A table takes, of every piece of work, the runs of one commit (the newest with at least three seeds of exact training and of the default), so that no row
+mixes versions of the code.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ def accuracy_table(works: Sequence[str]) -> str:
     row = next(iter(found[works[0]].values()))[0]
     lines += [
         "",
-        f"Test accuracy in % (mean ± standard deviation over seeds) and seconds of the training steps as a share of exact training's. {row['device']}, one thread, {row['dtype']}, "
+        f"Test accuracy in % (mean ± standard deviation over seeds) and seconds of the training steps as a share of exact training's. "
+        f"{row['device']}, one thread, {row['dtype']}, "
         f"torch {row['torch']}; {min(dates)} to {max(dates)}, commits {', '.join(sorted(commits))}; from `benchmarks/results/accuracy.jsonl`.",
     ]
     return "\n".join(lines)
@@ -101,8 +103,8 @@ def accuracy_picture(work: str, path: Path) -> None:
         length = min(len(r["curve"]) for r in runs)
         curve = np.array([[point[1:] for point in r["curve"][:length]] for r in runs]).mean(0)
         axes.plot(curve[:, 0], curve[:, 1], color=color, lw=2, marker="o", ms=3)
-        above = setting == "adaptive"
-        axes.annotate(SHOWN[setting], curve[-1], xytext=(4, 8 if above else -12), textcoords="offset points", color=color, ha="left" if setting == "exact" else "center")
+        offset, side = ((4, 8), "center") if setting == "adaptive" else ((4, -14), "left")
+        axes.annotate(SHOWN[setting], curve[-1], xytext=offset, textcoords="offset points", color=color, ha=side)
     row = accuracy()[work]["exact"][0]
     axes.set(xlabel="seconds of training steps", ylabel="test accuracy, %", title=NAMES[work])
     axes.set_ylim(bottom=float(np.percentile([p[2] for p in row["curve"]], 15)))
