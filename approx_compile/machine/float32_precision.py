@@ -1,7 +1,9 @@
-"""How precisely torch may multiply float32: settings of the whole process that decide times, so a measurement belongs to them.
+"""Read, copy and name the settings that say how precisely torch may multiply float32.
 
-torch has two generations of them. The older ones (`torch.set_float32_matmul_precision`, `allow_tf32`) set newer ones as well, and refuse to be read once the
-newer ones (`fp32_precision`) were set to something that they cannot say.
+They hold for the whole process and decide how long products take, so every measurement belongs to one set of them.
+
+torch has two generations of these settings. The older ones (`torch.set_float32_matmul_precision`, `allow_tf32`) set the newer ones (`fp32_precision`) as
+well. They raise when they are read after the newer ones were set to a value that they cannot express.
 """
 
 from __future__ import annotations
@@ -12,11 +14,15 @@ from typing import Any
 
 import torch
 
-_NOTHING_SET = {"cuda": {"matmul": "ieee", "conv": "tf32"}, "cpu": {"matmul": "ieee", "conv": "ieee"}}
+_DEFAULTS = {"cuda": {"matmul": "ieee", "conv": "tf32"}, "cpu": {"matmul": "ieee", "conv": "ieee"}}
 
 
 def settings() -> dict[str, Any]:
-    """What `take_over` takes, in JSON's types: {"older": {name: value}, device: {"matmul" | "conv": "none" | "ieee" | "tf32" | "bf16"}}."""
+    """Read the settings of this process.
+
+    Returns:
+        The settings in JSON's types: {"older": {name: value}, device: {"matmul" | "conv": "none" | "ieee" | "tf32" | "bf16"}}.
+    """
     older: dict[str, Any] = {}
     with contextlib.suppress(RuntimeError):
         older["matmul"] = torch.get_float32_matmul_precision()
@@ -25,21 +31,32 @@ def settings() -> dict[str, Any]:
     return {"older": older} | {device: {kind: place.fp32_precision for kind, place in places.items()} for device, places in _places().items()}
 
 
-def take_over(found: Mapping[str, Any]) -> None:
-    """Set in this process what `settings` found in another one. The older ones come first, as they set the newer ones."""
-    if "matmul" in found["older"]:
-        torch.set_float32_matmul_precision(found["older"]["matmul"])
-    if "cudnn" in found["older"]:
-        torch.backends.cudnn.allow_tf32 = found["older"]["cudnn"]
+def take_over(values: Mapping[str, Any]) -> None:
+    """Set in this process the settings of another one. The older settings are set first, because they set the newer ones as well.
+
+    Args:
+        values: What `settings` returned in the other process.
+    """
+    if "matmul" in values["older"]:
+        torch.set_float32_matmul_precision(values["older"]["matmul"])
+    if "cudnn" in values["older"]:
+        torch.backends.cudnn.allow_tf32 = values["older"]["cudnn"]
     for device, places in _places().items():
         for kind, place in places.items():
-            place.fp32_precision = found[device][kind]
+            place.fp32_precision = values[device][kind]
 
 
 def label(device: str) -> str:
-    """Part of the name of a file with times of this device ("cpu" or "cuda"), such as "-matmul-tf32": empty as long as nobody has set anything."""
-    kinds = {kind: found if found != "none" else "ieee" for kind, found in settings()[device].items()}
-    return "".join(f"-{kind}-{found}" for kind, found in kinds.items() if found != _NOTHING_SET[device][kind])
+    """Return the part of a file's name that says which settings its times belong to.
+
+    Args:
+        device: "cpu" or "cuda".
+
+    Returns:
+        The settings that differ from torch's defaults, such as "-matmul-tf32"; empty if none does.
+    """
+    kinds = {kind: value if value != "none" else "ieee" for kind, value in settings()[device].items()}
+    return "".join(f"-{kind}-{value}" for kind, value in kinds.items() if value != _DEFAULTS[device][kind])
 
 
 def _places() -> dict[str, dict[str, Any]]:

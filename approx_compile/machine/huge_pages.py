@@ -1,12 +1,14 @@
-"""Large new buffers of compiled code on CPUs lie on huge pages.
+"""Allocate the large new buffers of compiled code on CPUs on huge pages.
 
-What a training step writes is mostly new memory: activations and gradients live for one step, and the C library returns the largest blocks, and what is
-left free at the end of its heap, to the system. The system hands it out anew in pages of 4 KiB, each of them a fault and a page to clear, at a few GB/s;
-in pages of 2 MiB (Linux's transparent huge pages) that is several times as fast. Where the system leaves it to programs ("madvise", as most
-distributions do), a program has to ask, and Inductor's code does not (torch's own allocator does for all of a process, with THP_MEM_ALLOC_ENABLE=1). No
-value changes, and no block gets larger. Results that ATen allocates itself, such as a convolution's, take no part.
+A training step writes mostly new memory: activations and gradients live for one step, and the C library returns the largest blocks, and what is left
+free at the end of its heap, to the system. The system then hands the memory out again in pages of 4 KiB. Each page costs a fault and has to be cleared,
+which gives a few GB/s; in pages of 2 MiB (Linux's transparent huge pages) this is several times as fast. Where the system leaves the choice to programs
+("madvise", as most distributions do), a program has to ask for huge pages, and Inductor's code does not. (torch's own allocator does so for a whole
+process with THP_MEM_ALLOC_ENABLE=1.) No value changes, and no block gets larger. Results that ATen allocates itself, such as those of convolutions, are
+not affected.
 
-`HugePages` puts one line into the Python code that Inductor writes for a graph with large buffers: it allocates through `empty_strided_cpu` here.
+`HugePages` adds one line to the Python code that Inductor generates for a graph with large buffers; the code then allocates through `empty_strided_cpu`
+of this module.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from approx_compile import _torch
 from approx_compile.config import ApproxConfig
 
 LEAST_BYTES = 8 * 2**20
-"""Four huge pages, of which a buffer holds three wherever it begins. Less is mostly memory that the process has already, and the advice takes 3 us."""
+"""Buffers of at least this size ask for huge pages. It is four huge pages, of which a buffer contains three whole ones wherever it begins. Smaller buffers
+mostly lie in memory that the process has already, and each request takes 3 us."""
 
 _LINE = f"from {__name__} import empty_strided_cpu"
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -36,31 +39,41 @@ _plain = _torch.empty_strided_cpu
 
 
 class HugePages(_torch.CustomSchedulerPass):
-    """Inductor calls it with a graph's nodes before it fuses them; it changes none of them, but the head of the code to be written."""
+    """A scheduler pass of Inductor that adds the import of `empty_strided_cpu` to the generated code; it changes no node of the graph."""
 
     def __call__(self, nodes: list[Any]) -> list[Any]:
+        """Add the import if the graph has a buffer of at least `LEAST_BYTES`; Inductor calls this before it fuses the nodes, which are returned as given."""
         if max(_torch.cpu_buffer_bytes(), default=0) >= LEAST_BYTES:
             _torch.append_to_header(_LINE)
         return nodes
 
     def uuid(self) -> str:
+        """Return what Inductor's cache key needs of this pass: a hash of the line and of the least size."""
         return hashlib.sha256(f"{_LINE} {LEAST_BYTES}".encode()).hexdigest()
 
 
 def patches(config: ApproxConfig, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Inductor's option that brings them; none where the user has a pass in that place, which is kept."""
-    theirs = _torch.user_scheduler_pass() is not None or "_pre_fusion_custom_pass" in given
-    return {"_pre_fusion_custom_pass": HugePages()} if config.huge_pages and offered() and not theirs else {}
+    """Return the options of Inductor that switch `HugePages` on.
+
+    Args:
+        config: The user's settings, of which `huge_pages` counts.
+        given: The options of Inductor that the user gives.
+
+    Returns:
+        The option; empty if it is switched off, if the system offers no huge pages, or if the user has a scheduler pass, which is kept.
+    """
+    user_pass = _torch.user_scheduler_pass() is not None or "_pre_fusion_custom_pass" in given
+    return {"_pre_fusion_custom_pass": HugePages()} if config.huge_pages and offered() and not user_pass else {}
 
 
 @functools.cache
 def offered() -> bool:
-    """Whether this system has huge pages for programs that ask: Linux, where it is set so."""
+    """Whether this system gives huge pages to programs that ask for them: Linux with the setting "madvise"."""
     return hasattr(mmap, "MADV_HUGEPAGE") and setting() == "madvise"
 
 
 def setting() -> str | None:
-    """Who gets huge pages: "always" (all), "madvise" (who asks), "never" (nobody); None where there is no such setting."""
+    """Return which programs get huge pages: "always" (all), "madvise" (those that ask), "never" (none), or None where there is no such setting."""
     try:
         chosen = re.search(r"\[(\w+)\]", _SETTING.read_text()) if sys.platform.startswith("linux") else None
     except OSError:
@@ -69,12 +82,12 @@ def setting() -> str | None:
 
 
 def _advised(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """`_plain`'s new tensor; the whole pages of a large one are advised to be huge."""
+    """Allocate a tensor as `_plain` does; if it is large, advise the system to back its whole pages with huge pages."""
     new = _plain(size, stride, dtype)
     if new.nbytes >= LEAST_BYTES:
         first = -(-new.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         end = (new.data_ptr() + new.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        _madvise()(first, end - first, mmap.MADV_HUGEPAGE)  # advice: where it is refused the pages are small
+        _madvise()(first, end - first, mmap.MADV_HUGEPAGE)  # only advice: if the system refuses it, the pages are small
     return new
 
 
@@ -86,4 +99,4 @@ def _madvise() -> Any:
 
 
 empty_strided_cpu = _advised if offered() else _plain
-"""Allocates as Inductor's own function of this name does, on huge pages where they help."""
+"""Allocate as Inductor's own function of this name does, on huge pages where they help."""

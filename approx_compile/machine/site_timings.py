@@ -26,8 +26,9 @@ import torch
 from filelock import FileLock
 from pydantic import BaseModel
 
-from approx_compile import machine
-from approx_compile.machine import float32_precision
+from approx_compile.machine import float32_precision, store
+from approx_compile.machine.profile import Machine
+from approx_compile.machine.store import Notify
 from approx_compile.utils import write_atomically
 
 _CHILD_TIMEOUT_S = 3600
@@ -94,12 +95,12 @@ class StoredTimes(BaseModel):
         write_atomically(path, self.model_dump_json())
 
 
-def path_of(profile: machine.Machine) -> Path:
+def path_of(profile: Machine) -> Path:
     """Return the file of times for a profile and the present precision of float32."""
-    return machine.path_of(profile.device).parent / f"times-{profile.digest[:16]}{float32_precision.label(profile.device)}.json"
+    return store.path_of(profile.device).parent / f"times-{profile.digest[:16]}{float32_precision.label(profile.device)}.json"
 
 
-def store_id(profile: machine.Machine) -> str:
+def store_id(profile: Machine) -> str:
     """Return the name that stands for the contents of the file of times; the file is made if there is none.
 
     Args:
@@ -114,7 +115,7 @@ def store_id(profile: machine.Machine) -> str:
     return _update_file(path_of(profile), lambda times: times).name
 
 
-def step_times_us(requests: Sequence[TimingRequest], profile: machine.Machine, notify: machine.Notify = lambda text: None) -> list[list[float]]:
+def step_times_us(requests: Sequence[TimingRequest], profile: Machine, notify: Notify = lambda text: None) -> list[list[float]]:
     """Return the times of requested steps: stored ones, and new ones that a child process measures and that are then stored.
 
     Args:
@@ -156,12 +157,12 @@ def _update_file(path: Path, change: Callable[[StoredTimes], StoredTimes]) -> St
         return after
 
 
-def _run_benchmark(requests: Sequence[TimingRequest], profile: machine.Machine) -> list[list[float]]:
+def _run_benchmark(requests: Sequence[TimingRequest], profile: Machine) -> list[list[float]]:
     with tempfile.TemporaryDirectory() as folder:
         profile.save(Path(folder) / "machine.json")
         asked = {"threads": torch.get_num_threads(), "precision": float32_precision.settings(), "questions": [dataclasses.asdict(r) for r in requests]}
         paths = os.pathsep.join(p for p in sys.path if p)
-        env = {k: v for k, v in os.environ.items() if k != "APPROX_COMPILE_DISABLE"} | {machine.FILE: f"{folder}/machine.json", "PYTHONPATH": paths}
+        env = {k: v for k, v in os.environ.items() if k != "APPROX_COMPILE_DISABLE"} | {store.FILE: f"{folder}/machine.json", "PYTHONPATH": paths}
         child = [sys.executable, "-m", "approx_compile.backend.site_benchmark"]
         done = subprocess.run(child, input=json.dumps(asked), env=env, capture_output=True, text=True, timeout=_CHILD_TIMEOUT_S)
     if done.returncode:

@@ -13,7 +13,7 @@ import rich
 import torch
 
 from approx_compile import ConfigError, machine
-from approx_compile.machine import Machine, Table, microbenchmarks, profile, store, timer
+from approx_compile.machine import Machine, Table, benchmark_grids, microbenchmarks, profile, store, timer
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_devices_that_are_not_there() -> None:
 
 def test_what_is_compiled_is_measured_too() -> None:
     """The full measurement's generated kernels, at one size."""
-    grid = microbenchmarks.Grid(linear={}, bmm={}, conv={}, sizes=(2**16,), runs=(16.0,), allocated=(), select={})
+    grid = benchmark_grids.Grid(linear={}, bmm={}, conv={}, sizes=(2**16,), runs=(16.0,), allocated=(), select={})
     for kind in ("norms", "take", "untake"):
         name, unit, axes, rates = microbenchmarks.measure_moves(kind, "cpu", torch.float32, grid, False, timer.BenchmarkTimer("cpu", 1e-3))
         assert (name, unit) == (f"{kind}.float32", "GB/s") and len(rates) == 1 and rates[0] > 0

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from approx_compile import Backend, explain, machine
 from approx_compile.config.schema import PRODUCTS
 from approx_compile.kernels import availability, skip_matmul
-from approx_compile.machine import microbenchmarks, site_timings, timer
+from approx_compile.machine import benchmark_grids, microbenchmarks, site_timings, timer
 from approx_compile.passes.joint_graph_pass import cache_key
 from approx_compile.passes.sites.site import Context
 
@@ -302,7 +302,7 @@ def test_a_measured_time_is_that_of_the_lowering_it_decides_for(fastest: str, mo
 
 @pytest.mark.usefixtures("everywhere")
 def test_kernels_are_measured_where_they_run() -> None:
-    grid = microbenchmarks.Grid(
+    grid = benchmark_grids.Grid(
         linear={"M": (1, 8), "K": (16, 64), "N": (1, 8)},
         bmm={"M": (4,), "K": (4,), "N": (4,)},
         conv={"places": (1, 256), "C": (64,), "O": (1, 8), "taps": (9,)},
@@ -324,8 +324,8 @@ def test_fp32_is_measured_where_it_has_kernels(monkeypatch: pytest.MonkeyPatch) 
     clock = timer.BenchmarkTimer("cpu", 1e-4)
     for conv, matmul, steps in ((True, False, 3), (False, True, 3), (True, True, 6), (False, False, 0)):
         monkeypatch.setattr(availability, "allows_tf32", lambda conv, of={True: conv, False: matmul}: of[conv])
-        assert len(list(microbenchmarks.custom_kernel_steps("triton", "cuda", torch.float32, microbenchmarks.GPU, clock))) == steps
-        assert len(list(microbenchmarks.custom_kernel_steps("triton", "cuda", torch.bfloat16, microbenchmarks.GPU, clock))) == 6
+        assert len(list(microbenchmarks.custom_kernel_steps("triton", "cuda", torch.float32, benchmark_grids.GPU_GRID, clock))) == steps
+        assert len(list(microbenchmarks.custom_kernel_steps("triton", "cuda", torch.bfloat16, benchmark_grids.GPU_GRID, clock))) == 6
 
 
 def test_what_decisions_about_lowerings_read_is_in_the_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:
