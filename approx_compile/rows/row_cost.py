@@ -26,7 +26,8 @@ from torch import Tensor, fx
 from approx_compile import _torch
 from approx_compile.config.resolve import RowSettings
 from approx_compile.machine import Machine
-from approx_compile.passes.cost import estimates
+from approx_compile.passes.cost import margins
+from approx_compile.passes.cost.expressions import WORKING_SET_FACTOR
 from approx_compile.passes.fx_utils import BMM, MM
 from approx_compile.rows.batch_dim import SampleLayout
 
@@ -38,7 +39,7 @@ SHARE = 0.5
 at half pays through much of such a run; what pays at a quarter only would cost time on the way there, and for good where it never comes to it."""
 
 MARGIN = 1.2
-"""What is saved must be so many times the cost (`cost.QUICK_MARGIN` times more where the machine was measured quickly)."""
+"""What is saved must be so many times the cost (`margins.QUICK_MARGIN` times more where the machine was measured quickly)."""
 
 CALLS = 3
 """What running a backward pass on rows takes besides, in choices of rows from the fewest: Python that calls two or more pieces of compiled code in place of
@@ -100,7 +101,7 @@ class Prediction:
     share: float
 
     def pays(self, machine: Machine) -> bool:
-        return self.saved_us > self.cost_us * MARGIN * (estimates.QUICK_MARGIN if machine.quick else 1)
+        return self.saved_us > self.cost_us * MARGIN * (margins.QUICK_MARGIN if machine.quick else 1)
 
     def __str__(self) -> str:
         left_out = "half" if self.share == 0.5 else f"{1 - self.share:.0%}"
@@ -114,11 +115,11 @@ def predict(work: RowWork, levels: Sequence[RowSettings], machine: Machine) -> P
     used = sorted({p.level for p in work.products})
 
     def moved(m: Moved, table: str, size: float) -> float:
-        sizes = (m.run, estimates.LIVE * size) if table != "norms" else (estimates.LIVE * size,)
+        sizes = (m.run, WORKING_SET_FACTOR * size) if table != "norms" else (WORKING_SET_FACTOR * size,)
         return size / machine.table(table, m.dtype).at(*sizes) / 1e3
 
     def made(size: float) -> float:
-        return size / machine.table("fresh").at(estimates.LIVE * size) / 1e3
+        return size / machine.table("fresh").at(WORKING_SET_FACTOR * size) / 1e3
 
     def gathering(m: Moved) -> float:
         kept = shares[m.level - 1] * m.bytes

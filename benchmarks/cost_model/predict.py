@@ -24,7 +24,7 @@ from approx_compile import Backend, machine
 from approx_compile.backend import run_as_is
 from approx_compile.backend.site_benchmark import SingleProduct, times_us
 from approx_compile.machine.site_timings import OperandLayout, TimedProduct
-from approx_compile.passes.cost import estimates
+from approx_compile.passes.cost import margins
 from approx_compile.passes.planning.plan import Plan, SitePlan
 from benchmarks.common.rows import conditions, console, show, store, stored
 
@@ -106,7 +106,7 @@ def row_again(old: dict[str, Any], kind: str, product: TimedProduct, ratio: floa
 
 def compared(site: SitePlan, what: dict[str, Any], exact: float, sampled: float, outside: float, timed: str) -> dict[str, Any]:
     assert site.time_exact_us is not None and site.time_sampled_us is not None
-    chosen = site.decision == "sampled" and estimates.worth(site.kind, site.time_exact_us, site.time_sampled_us, machine.current())
+    chosen = site.decision == "sampled" and margins.is_worth_sampling(site.kind, site.time_exact_us, site.time_sampled_us, machine.current())
     return (
         {k: v for k, v in conditions().items() if k != "dtype"}
         | what

@@ -15,27 +15,28 @@ from torch import nn
 from approx_compile import Backend, explain, machine
 from approx_compile.backend import run_as_is
 from approx_compile.kernels.estimators import Estimator
-from approx_compile.passes.cost import estimates
-from approx_compile.passes.cost.estimates import Case, evaluate, terms
-from approx_compile.passes.planning.candidates import OFF
+from approx_compile.passes.cost import expressions, margins
+from approx_compile.passes.cost.estimates import CostModel
+from approx_compile.passes.cost.expressions import Case, terms
 from approx_compile.passes.planning.plan import BreakEven
+from approx_compile.passes.planning.selection import PREDICTION_ERROR
 
 ALWAYS: dict[str, Any] = {"policy": "always", "ratio": 0.5, "min_k": 1}
 SIZES = {
-    estimates.B: 1,
-    estimates.M: 32,
-    estimates.K: 64,
-    estimates.N: 128,
-    estimates.T: 1,
-    estimates.I: 32,
-    estimates.O: 32,
-    estimates.S: 32,
-    estimates.e: 4,
-    estimates.k: 16,
-    estimates.u: 64,
-    estimates.p: 1,
-    estimates.q: 1,
-    estimates.r: 1,
+    expressions.B: 1,
+    expressions.M: 32,
+    expressions.K: 64,
+    expressions.N: 128,
+    expressions.T: 1,
+    expressions.I: 32,
+    expressions.O: 32,
+    expressions.S: 32,
+    expressions.e: 4,
+    expressions.k: 16,
+    expressions.u: 64,
+    expressions.p: 1,
+    expressions.q: 1,
+    expressions.r: 1,
 }
 
 
@@ -57,7 +58,7 @@ def test_terms_of_a_sampled_product() -> None:
     made = {"new memory, A", "new memory, B", "new memory, result"}
     assert set(found) == {"norms", "selection", "take A", "take B", "product", "launches"} | made
     assert [found[m].bytes.subs(at) for m in sorted(made)] == [4 * 32 * 16, 4 * 16 * 128, 4 * 32 * 128]
-    assert found["product"].flops.subs(at) == 2 * 32 * 16 * 128 and found["product"].at == (estimates.M, estimates.k, estimates.N)
+    assert found["product"].flops.subs(at) == 2 * 32 * 16 * 128 and found["product"].at == (expressions.M, expressions.k, expressions.N)
     assert found["norms"].bytes.subs(at) == 4 * (32 * 64 + 64 * 128) and found["norms"].flops.subs(at) == 2 * (32 * 64 + 64 * 128)
     assert found["take A"].bytes.subs(at) == 2 * 4 * 32 * 16 and found["take B"].bytes.subs(at) == 2 * 4 * 16 * 128
     assert math.isclose(found["selection"].flops.subs(at), 10 * 64 * 6) and found["selection"].launches == 1
@@ -74,17 +75,20 @@ def test_a_coupled_gradient_is_put_back() -> None:
     assert found["untake"].bytes.subs(at) == 4 * 64 * 128 and found["untake"].flops.subs(at) == 16 * 128
     assert found["product"].flops.subs(at) == 2 * 32 * 16 * 128
     skipping = {t.what: t for t in terms(Case("linear", "grad_input", "coupled", skips=True))}
-    both = skipping["product"].flops.subs(at | {estimates.skip: 32})
+    both = skipping["product"].flops.subs(at | {expressions.skip: 32})
     assert both == 2 * 32 * 16 * 32
 
 
 def test_a_shrunk_producer_gathers_its_weight_and_nothing_of_its_output() -> None:
-    at = {s: v for s, v in SIZES.items()} | {estimates.skip: 48}
+    at = {s: v for s, v in SIZES.items()} | {expressions.skip: 48}
     output, grad_input, grad_weight = ({t.what: t for t in terms(Case("linear", p, "exact", narrow=True))} for p in ("output", "grad_input", "grad_weight"))
     assert all(found["product"].flops.subs(at) == 2 * 32 * 64 * 48 for found in (output, grad_input, grad_weight))
     assert output.keys() == {"take W", "new memory, W", "product", "launches", "new memory, result"}
     assert output["take W"].bytes.subs(at) == 2 * output["new memory, W"].bytes.subs(at) == 2 * 4 * 64 * 48
-    assert output["new memory, W"].at[0].subs(at) == estimates.LIVE * 4 * 64 * 48 and grad_weight["new memory, narrow result"].bytes.subs(at) == 4 * 64 * 48
+    assert (
+        output["new memory, W"].at[0].subs(at) == expressions.WORKING_SET_FACTOR * 4 * 64 * 48
+        and grad_weight["new memory, narrow result"].bytes.subs(at) == 4 * 64 * 48
+    )
     assert grad_input.keys() == {"product", "new memory, result"} and grad_weight["untake"].bytes.subs(at) == 4 * 64 * 128
     both = {t.what: t for t in terms(Case("linear", "output", "sampled", "topk_weights", 1, narrow=True, fed=True))}
     assert (
@@ -97,15 +101,15 @@ def test_a_shrunk_producer_gathers_its_weight_and_nothing_of_its_output() -> Non
 
 def test_time_is_amount_over_rate_and_flops_match_torch() -> None:
     profile = machine.current()
-    found = evaluate(Case("linear", "output", "exact"), SIZES, torch.float32, profile)
+    found = CostModel(profile).evaluate(Case("linear", "output", "exact"), SIZES, torch.float32)
     assert found.flops == 2 * 32 * 64 * 128
     memory = 4 * 32 * 128 / profile.table("fresh").at(4 * 32 * 128) / 1e3
     assert found.time_us is not None and math.isclose(found.time_us, found.flops / profile.table("linear.output").at(32, 64, 128) / 1e3 + memory)
-    sampled = evaluate(Case("linear", "output", "sampled"), SIZES, torch.float32, profile)
+    sampled = CostModel(profile).evaluate(Case("linear", "output", "sampled"), SIZES, torch.float32)
     assert sampled.time_us is not None and math.isclose(sampled.time_us, sum(t for _, t in sampled.terms)) and len(sampled.terms) == 9
     norms = next(time for term, time in sampled.terms if term.startswith("norms"))
-    assert math.isclose(norms, 4 * 64 * 160 / profile.table("norms").at(estimates.LIVE * 4 * 64 * 160) / 1e3)
-    assert evaluate(Case("linear", "output", "sampled"), SIZES, torch.float32, None).time_us is None
+    assert math.isclose(norms, 4 * 64 * 160 / profile.table("norms").at(expressions.WORKING_SET_FACTOR * 4 * 64 * 160) / 1e3)
+    assert CostModel(None).evaluate(Case("linear", "output", "sampled"), SIZES, torch.float32).time_us is None
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -116,7 +120,7 @@ def test_sizes_of_convolutions(transposed: bool) -> None:
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         make(8, 16, 3, stride=2, groups=2)(torch.randn(5, 8, 9, 9))
     assert sites[0].products[0].flops_exact == counter.get_total_flops()
-    names = {str(s) for s in estimates.SYMBOLS}
+    names = {str(s) for s in expressions.SYMBOLS}
     assert all({str(s) for s in t.bytes.free_symbols} <= names for t in terms(Case("conv", "output", "sampled")))
 
 
@@ -125,7 +129,7 @@ def test_decisions_follow_the_machine() -> None:
     model, x = mlp(1024, 1024, 1024), torch.randn(512, 1024, requires_grad=True)
     profile = machine.current()
     (first, *_) = decided(model, x, profile)
-    assert first.decision == "sampled" and first.time_exact_us > estimates.MARGIN * first.time_sampled_us
+    assert first.decision == "sampled" and first.time_exact_us > margins.MARGIN * first.time_sampled_us
     assert "predicted" in first.reason and "break-even" in first.reason
     (fast, *_) = decided(model, x, factor(profile, "linear", 1e3))
     assert fast.decision == "exact" and fast.reason.startswith("would not pay: predicted 0.") and fast.time_exact_us < first.time_exact_us
@@ -138,8 +142,8 @@ def test_large_results_pay_for_new_memory() -> None:
     profile = machine.current()
     slow = profile.model_copy(update={"tables": profile.tables | {"fresh": machine.Table(unit="GB/s", axes={"allocated": (2**24, 2**25)}, values=(1e3, 2.5))}})
     for m, extra in ((2**12, 0.0), (2**16, 4 * 2**26 / 2.5 / 1e3)):  # results of 16 MiB and of 256 MiB
-        sizes = SIZES | {estimates.M: m, estimates.I: m, estimates.O: m, estimates.S: m, estimates.N: 1024}
-        times = [t for term, t in evaluate(Case("linear", "output", "exact"), sizes, torch.float32, slow).terms if term.startswith("new memory")]
+        sizes = SIZES | {expressions.M: m, expressions.I: m, expressions.O: m, expressions.S: m, expressions.N: 1024}
+        times = [t for term, t in CostModel(slow).evaluate(Case("linear", "output", "exact"), sizes, torch.float32).terms if term.startswith("new memory")]
         assert math.isclose(sum(times), extra + (4 * 2**22 / 1e3 / 1e3 if not extra else 0.0))
 
 
@@ -148,12 +152,12 @@ def test_a_quick_profile_asks_for_more_and_little_is_left_alone() -> None:
     profile = machine.current()
     (site, *_) = decided(model, x, profile)
     exact, sampled = site.time_exact_us, site.time_sampled_us
-    dull = factor(profile, "kernel", (exact - sampled) / profile.table("kernel").at() / estimates.LEAST_LAUNCHES * 1.2)
+    dull = factor(profile, "kernel", (exact - sampled) / profile.table("kernel").at() / margins.LEAST_LAUNCHES * 1.2)
     assert decided(model, x, dull)[0].decision == "exact"
     quick = profile.model_copy(update={"quick": True})
     for gain, want in ((1.1, (False, False)), (1.3, (True, False)), (1.6, (True, True))):
-        assert tuple(estimates.worth("linear", gain * 1e6, 1e6, p) for p in (profile, quick)) == want
-    assert not estimates.worth("conv", 1.3e6, 1e6, profile) and estimates.worth("conv", 1.6e6, 1e6, profile)
+        assert tuple(margins.is_worth_sampling("linear", gain * 1e6, 1e6, p) for p in (profile, quick)) == want
+    assert not margins.is_worth_sampling("conv", 1.3e6, 1e6, profile) and margins.is_worth_sampling("conv", 1.6e6, 1e6, profile)
 
 
 def test_break_even_is_where_times_meet() -> None:
@@ -172,7 +176,7 @@ def test_break_even_says_how_sure_it_is() -> None:
     profile = factor(machine.current(), "untake", 0.02)
     found = decided(model, x, profile, ratio=0.25, group=16)[0].break_even
     assert 0 < found.slower < found.ratio < found.faster < 1
-    for at, off in ((found.slower, OFF), (found.ratio, 1.0), (found.faster, 1 / OFF)):
+    for at, off in ((found.slower, PREDICTION_ERROR), (found.ratio, 1.0), (found.faster, 1 / PREDICTION_ERROR)):
         site = decided(model, x, profile, ratio=at, group=16, policy="always")[0]
         times = [sum(v or 0.0 for _, v in p.terms) for p in site.products]
         assert math.isclose(site.time_exact_us, off * sum(times), rel_tol=0.1)  # k comes in groups
@@ -209,7 +213,7 @@ def test_expressions_hold_for_a_symbolic_batch() -> None:
     """One plan for all sizes: the time is evaluated where the batch was traced, the expressions hold for any."""
     s0 = sympy.Symbol("s0", positive=True, integer=True)
     product = next(t for t in terms(Case("linear", "output", "sampled")) if t.what == "product")
-    assert product.flops.subs({estimates.M: s0, estimates.B: 1, estimates.T: 1, estimates.K: 64, estimates.N: 128, estimates.k: 16}) == 4096 * s0
+    assert product.flops.subs({expressions.M: s0, expressions.B: 1, expressions.T: 1, expressions.K: 64, expressions.N: 128, expressions.k: 16}) == 4096 * s0
     x = torch.randn(48, 64)
     torch._dynamo.mark_dynamic(x, 0)
     found: list[Any] = []
@@ -232,5 +236,5 @@ def test_estimators_of_every_method_have_a_time() -> None:
     profile = machine.current()
     for method in ("topk", "topk_weights", "crs", "bernoulli", "uniform", "wta"):
         how = Estimator(method, 64, 16, weight=1)
-        found = evaluate(Case("linear", "output", "sampled", method, 1, how.scaled), SIZES | {estimates.k: how.kept}, torch.bfloat16, profile)
+        found = CostModel(profile).evaluate(Case("linear", "output", "sampled", method, 1, how.scaled), SIZES | {expressions.k: how.kept}, torch.bfloat16)
         assert found.time_us is not None and found.time_us > profile.table(f"select.{method}").at(64, 1)

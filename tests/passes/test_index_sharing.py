@@ -16,7 +16,7 @@ from approx_compile import ApproxConfig, ConfigError, explain, machine
 from approx_compile.kernels import availability
 from approx_compile.kernels.estimators import make_estimator
 from approx_compile.kernels.gather import Axis, norms_sq, sample
-from approx_compile.passes.cost import estimates
+from approx_compile.passes.cost.expressions import B, Case, I, K, e, terms
 from approx_compile.tools.tuning.measurements import Measurements
 from approx_compile.tools.tuning.search_space import Candidates
 from approx_compile.tools.tuning.trial import Trials
@@ -270,14 +270,14 @@ def scaled(table: machine.Table, by: float) -> machine.Table:
 
 def test_costs_of_a_shared_choice() -> None:
     """Counted by hand: what another site does, norms of the activation, selection, its gather, the un-gather of the summed gradient, is left out."""
-    own, shared = ({t.what: t for t in estimates.terms(estimates.Case("linear", "output", "sampled", shares=s))} for s in (False, True))
+    own, shared = ({t.what: t for t in terms(Case("linear", "output", "sampled", shares=s))} for s in (False, True))
     assert set(own) - set(shared) == {"selection", "take A", "new memory, A"}
-    assert sympy.expand(own["norms"].bytes - shared["norms"].bytes) == estimates.e * estimates.B * estimates.I * estimates.K
-    own, shared = ({t.what: t for t in estimates.terms(estimates.Case("linear", "grad_input", "coupled", shares=s))} for s in (False, True))
+    assert sympy.expand(own["norms"].bytes - shared["norms"].bytes) == e * B * I * K
+    own, shared = ({t.what: t for t in terms(Case("linear", "grad_input", "coupled", shares=s))} for s in (False, True))
     assert set(own) - set(shared) == {"untake", "launches", "new memory, result"} and own["product"] == shared["product"]
-    own, shared = ({t.what: t for t in estimates.terms(estimates.Case("linear", "output", "sampled", shares=s, lowering="triton"))} for s in (False, True))
+    own, shared = ({t.what: t for t in terms(Case("linear", "output", "sampled", shares=s, lowering="triton"))} for s in (False, True))
     assert set(own) - set(shared) == {"selection"} and own["product"] == shared["product"]  # nothing is gathered in the first place
-    assert sympy.expand(own["norms"].bytes - shared["norms"].bytes) == estimates.e * estimates.B * estimates.I * estimates.K
+    assert sympy.expand(own["norms"].bytes - shared["norms"].bytes) == e * B * I * K
 
 
 def test_the_key_is_checked_and_said() -> None:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from approx_compile import Backend, explain, machine
 from approx_compile.kernels import availability
-from approx_compile.passes.cost import estimates
+from approx_compile.passes.cost import margins
 from approx_compile.passes.planning.producer_narrowing import Producers
 
 ALWAYS: dict[str, Any] = {"policy": "always", "method": "topk_weights", "ratio": 0.5, "group": 1, "min_k": 4}
@@ -80,7 +80,7 @@ SHRUNK: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any]
 @pytest.fixture(autouse=True)
 def shrink_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """The models here are too small for it to pay."""
-    monkeypatch.setattr(estimates, "pays", lambda *anything: True)
+    monkeypatch.setattr(margins, "pays", lambda *anything: True)
 
 
 def shrinks(sites: list[Any]) -> dict[str, tuple[str, ...]]:
@@ -105,7 +105,7 @@ def whole(monkeypatch: pytest.MonkeyPatch) -> Callable[[], contextlib.AbstractCo
     @contextlib.contextmanager
     def off() -> Any:
         with monkeypatch.context() as m:
-            m.setattr(Producers, "shrink", lambda self, plan: plan)
+            m.setattr(Producers, "narrow", lambda self, plan: plan)
             yield
 
     return off
@@ -378,6 +378,6 @@ def test_time_counts_what_producers_save(monkeypatch: pytest.MonkeyPatch) -> Non
     sites = plans_of(model, options, x)
     assert shrinks(sites) == {"4": ("2",)} and "with the sites before it" in sites[2].reason
     assert sites[1].decision == "exact" and sites[1].time_sampled_us < 0.7 * sites[1].time_exact_us
-    monkeypatch.setattr(Producers, "beside", lambda self, i, products, earlier: (0.0, 0.0))
+    monkeypatch.setattr(Producers, "producer_time_delta", lambda self, i, products, earlier: (0.0, 0.0))
     torch._dynamo.reset()
     assert plans_of(model, options, x)[2].decision == "exact"

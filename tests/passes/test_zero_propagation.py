@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from approx_compile import machine
 from approx_compile.kernels import availability
 from approx_compile.passes import joint_graph_pass
-from approx_compile.passes.cost import estimates
+from approx_compile.passes.cost import margins
+from approx_compile.passes.cost.expressions import B, Case, I, K, M, T, e, k, skip, terms
 from approx_compile.passes.planning import zero_skipping
 
 ALWAYS: dict[str, Any] = {"policy": "always", "ratio": 0.5, "group": 1}
@@ -86,7 +87,7 @@ CASES: dict[str, tuple[Any, tuple[int, ...], set[tuple[str, str, str]]]] = {
 @pytest.fixture
 def skip_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """The models here are too small for skipping to pay."""
-    monkeypatch.setattr(estimates, "pays", lambda *anything: True)
+    monkeypatch.setattr(margins, "pays", lambda *anything: True)
 
 
 def skipped(sites: list[Any]) -> set[tuple[str, str, str]]:
@@ -111,7 +112,7 @@ def test_gradients_are_the_same_with_and_without(name: str, method: str, skip_al
         with_skips, sites = run(model, options, x)
         assert skipped(sites) == want
         with monkeypatch.context() as m:
-            m.setattr(joint_graph_pass, "skip_zeros", lambda sites, plan, machine: plan)
+            m.setattr(joint_graph_pass, "skip_zeros", lambda plan, inputs: plan)
             without, sites = run(model, options, x)
         assert not skipped(sites)
         assert max(relative(a, b) for a, b in zip(with_skips, without, strict=True)) < 2e-6
@@ -162,7 +163,7 @@ def test_kernels_step_over_zeros(name: str, method: str, monkeypatch: pytest.Mon
         assert set(found) == ways
         return [way], why
 
-    def off(sites: Any, plan: Any, machine: Any) -> Any:
+    def off(plan: Any, inputs: Any) -> Any:
         return plan
 
     with monkeypatch.context() as m:
@@ -192,7 +193,7 @@ def test_convolutions_step_over_input_channels_and_gather_the_others(monkeypatch
         assert ("three dropped by inductor: of a convolution's gradients a kernel leaves out input channels" in two[0].reason) == bool(rule)
         torch._dynamo.reset()
         with monkeypatch.context() as m:
-            m.setattr(joint_graph_pass, "skip_zeros", lambda sites, plan, machine: plan)
+            m.setattr(joint_graph_pass, "skip_zeros", lambda plan, inputs: plan)
             want, _ = run(model, options, x)
         assert max(relative(a, b) for a, b in zip(got, want, strict=True)) < 2e-6
 
@@ -221,24 +222,19 @@ def test_costs_of_zeros_by_a_kernel() -> None:
     """By hand: the products alone, one axis cut by the kernel; where the other is gathered, that."""
 
     def found(product: str, decision: str, **more: Any) -> dict[str, Any]:
-        return {t.what: t for t in estimates.terms(estimates.Case("linear", product, decision, skips=True, **more))}
+        return {t.what: t for t in terms(Case("linear", product, decision, skips=True, **more))}
 
     dx, dw = (found(p, "exact", skips_by="triton") for p in ("grad_input", "grad_weight"))
-    assert (
-        set(dx) == set(dw) == {"product"}
-        and dx["product"].flops == dw["product"].flops == 2 * estimates.B * estimates.M * estimates.K * estimates.skip * estimates.T
-    )
-    assert (dx["product"].rate, dx["product"].at) == ("triton.linear.output", (estimates.M, estimates.skip, estimates.K))
-    assert (dw["product"].rate, dw["product"].at) == ("triton.linear.grad_weight", (estimates.M, estimates.skip, estimates.K))
+    assert set(dx) == set(dw) == {"product"} and dx["product"].flops == dw["product"].flops == 2 * B * M * K * skip * T
+    assert (dx["product"].rate, dx["product"].at) == ("triton.linear.output", (M, skip, K))
+    assert (dw["product"].rate, dw["product"].at) == ("triton.linear.grad_weight", (M, skip, K))
     kept = found("grad_input", "coupled", lowering="triton")
     assert set(kept) == {"take dY", "new memory, dY", "take W", "new memory, W", "launches", "product"}
-    assert kept["product"].rate == "triton.linear.grad_input" and kept["product"].at == (estimates.M, estimates.k, estimates.skip)
-    assert kept["take W"].bytes == 2 * estimates.e * estimates.B * estimates.K * estimates.T * estimates.skip  # of the whole weight
+    assert kept["product"].rate == "triton.linear.grad_input" and kept["product"].at == (M, k, skip)
+    assert kept["take W"].bytes == 2 * e * B * K * T * skip  # of the whole weight
     other = found("grad_weight", "coupled", skips_by="triton", alone=True)
     assert set(other) == {"take A", "new memory, A", "launches", "product", "new memory, narrow result", "untake", "new memory, result"}
-    assert (
-        other["product"].at == (estimates.M, estimates.skip, estimates.k) and other["take A"].bytes == 2 * estimates.e * estimates.k * estimates.B * estimates.I
-    )
+    assert other["product"].at == (M, skip, k) and other["take A"].bytes == 2 * e * k * B * I
 
 
 def test_exact_sites_skip_too_and_say_so(skip_all: None) -> None:

@@ -24,7 +24,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from approx_compile import ApproxConfig, ConfigError, TunedPlan, explain, tune
-from approx_compile.passes.cost import estimates
+from approx_compile.passes.cost import margins
 from approx_compile.tools.model_state import training_state_preserved
 from approx_compile.tools.tuning import measurements
 from approx_compile.tools.tuning.knapsack import Option, choose
@@ -323,7 +323,7 @@ def test_a_plan_from_beginning_to_end(tmp_path: Any) -> None:
 
 def test_reasons_are_those_of_the_plan_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the others do to an exact site is said as the plan chosen has it, whatever the survey, at the lowest ratio, had planned."""
-    monkeypatch.setattr(estimates, "pays", lambda *anything: True)
+    monkeypatch.setattr(margins, "pays", lambda *anything: True)
     candidates = Candidates.of({"method": "topk_weights", "group": 1, "policy": "always", "rules": [{"layers": "0", "method": "exact"}]})
     trials = Trials(mlp(64, 128, 64), (torch.randn(8, 64),), None, torch.sum, candidates.options({}))
     found = Measurements(trials, candidates, 10.0, (0.5, 0.25), 1e9, Progress(disable=True))

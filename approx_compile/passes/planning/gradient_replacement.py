@@ -12,10 +12,13 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from approx_compile import _torch
-from approx_compile.config.resolve import ProductSettings
+from approx_compile.config.resolve import ProductSettings, SiteSettings
 from approx_compile.kernels.gradient_replacements import Replacement
+from approx_compile.passes.cost.estimates import replacement_flops
 from approx_compile.passes.fx_utils import CONV, MM, has_fixed_sizes
 from approx_compile.passes.planning import lowering
+from approx_compile.passes.planning.candidates import PlanInputs
+from approx_compile.passes.planning.plan import BY_SETTINGS, Plan, ProductPlan, SitePlan
 from approx_compile.passes.sites.site import Product, Site
 
 
@@ -116,3 +119,48 @@ def _max_rejection_reason(site: Site, product: Product) -> str | None:
         if not has_fixed_sizes(operand, batch_dim):
             return "max: an operand has a dynamic size beside the batch"
     return None
+
+
+def replace_gradients(plan: Plan, inputs: PlanInputs) -> Plan:
+    """Replace gradients wherever the settings ask for it. A gradient that cannot be replaced is exact, and its site says why.
+
+    Args:
+        plan: The plan with every site decided.
+        inputs: The sites and their settings.
+    """
+    return replace(plan, sites=tuple(_with_replacements(*each) for each in zip(inputs.sites, plan.sites, inputs.settings, strict=True)))
+
+
+def _with_replacements(site: Site, plan: SitePlan, settings: SiteSettings) -> SitePlan:
+    if site.blocked is not None:
+        return plan
+    products, reasons = list(plan.products), []
+    for i, (product, exact) in enumerate(zip(site.products, plan.products, strict=True)):
+        wanted = settings.of(product.name)
+        if not wanted.replaces:
+            continue
+        products[i] = _replaced(site, product, exact, wanted)
+        reasons.append(f"{product.name}: {products[i].reason}")
+    if not reasons:
+        return plan
+    rest = [] if plan.reason == BY_SETTINGS else [plan.reason] if plan.decision == "sampled" else [f"the rest exact: {plan.reason}"]
+    replaced = any(p.decision == "replaced" for p in products)
+    return replace(plan, products=tuple(products), decision="sampled" if replaced else plan.decision, reason="; ".join(reasons + rest))
+
+
+def _replaced(site: Site, product: Product, exact: ProductPlan, wanted: ProductSettings) -> ProductPlan:
+    replacement, kept, size, reason = choose_replacement(site, product, wanted)
+    if replacement is None:
+        return replace(exact, reason=reason)
+    return replace(
+        exact,
+        decision="replaced",
+        reason=reason,
+        method=replacement.method,
+        ratio=kept / size,
+        k=kept,
+        size=size,
+        flops_sampled=replacement_flops(site, product, replacement),
+        replacement=replacement,
+        time_sampled_us=None,
+    )

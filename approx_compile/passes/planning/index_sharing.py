@@ -1,13 +1,16 @@
-"""Sites that read the same activation (query, key and value; gate and up; both convolutions of a downsampling block) and keep the same entries of it.
+"""Decide which sites that read the same activation also use the same indices of it.
 
-X is then ranked, selected and gathered once, for all of X [W, V, ..], which would choose just these entries (see `kernels.products.sample`), and saved
-once for the backward pass; where their `grad_input`s are only summed up, the sum is put back in place once. Kernels of ours gather nothing and
-write a gradient with its zeros in one pass: under those the choice alone is shared. What that loses is that no product keeps its own
-best entries. How much is not known without data, so unless the user says (`share`) it must be predicted to save what that has been found to cost on average
-(`cost.SHARE_MARGIN`); `tune` measures the error of both. Decided here, carried out by `rewrite`.
+Such sites are query, key and value, gate and up, or both convolutions of a downsampling block.
+The entries of the activation X are then ranked, selected and gathered once, for all weights together as if they were one product X [W, V, ..] (see
+`kernels.gather.sample`), and saved once for the backward pass. Where the `grad_input`s of these sites are only added up, the sum is put back in place once.
+Custom kernels gather nothing and write a gradient with its zeros in one pass, so with them only the selection is shared.
 
-The sampled `grad_weight`s of such sites (sampling "backward") contract the rows of different output gradients: they share the norms of X's rows, which the
-compiler computes once, and no more.
+The price is that no product keeps the entries that are best for it. How much accuracy that costs depends on the data, so unless the user asks for sharing
+(`share`) it must be predicted to save the time that its average loss of accuracy is worth (`margins.SHARE_MARGIN`); `tune` measures the error of both.
+`rewrite` carries out what is decided here.
+
+The sampled `grad_weight`s of such sites (sampling "backward") contract the rows of different output gradients. They share the norms of the rows of X, which the
+compiler computes once, and nothing else.
 """
 
 from __future__ import annotations
@@ -23,40 +26,50 @@ from torch import fx
 from approx_compile import _torch
 from approx_compile.config.resolve import SiteSettings
 from approx_compile.kernels.availability import CUSTOM_KERNELS
-from approx_compile.machine import Machine
-from approx_compile.passes.cost import estimates
+from approx_compile.passes.cost import margins
+from approx_compile.passes.cost.estimates import CostModel
 from approx_compile.passes.fx_utils import CASTS, PRODUCTS, last_view, source_behind
-from approx_compile.passes.planning import candidates
-from approx_compile.passes.planning.plan import Candidates, Plan, ProductPlan, SitePlan, total
+from approx_compile.passes.planning.candidates import TIMED_POLICIES, PlanInputs
+from approx_compile.passes.planning.plan import Plan, ProductPlan, SitePlan, total
+from approx_compile.passes.planning.product_plans import planned_estimate
+from approx_compile.passes.planning.selection import prediction, rank
 from approx_compile.passes.sites.site import Product, Site
 
 aten = torch.ops.aten
-prims = torch.ops.prims
 
 Sum = int | tuple["Sum", "Sum"]
-"""In which order results are added up: of (0, 1), 2 first the results 0 and 1."""
+"""The order in which results are added up: ((0, 1), 2) first adds the results 0 and 1."""
+
+_Way = list[tuple[ProductPlan, ...]]
+"""One candidate of each site in a group."""
 
 
-def share(
-    sites: Sequence[Site], settings: Sequence[SiteSettings], tried: Sequence[SitePlan | Candidates], judged: Sequence[SitePlan], machine: Machine | None
-) -> list[SitePlan]:
-    """The sites as `judged` each by itself, but those that had better share, and be sampled, together. Without a `machine`, and so without times, those share
-    that were told to and are sampled anyway."""
-    found = list(judged)
+def share_indices(plan: Plan, inputs: PlanInputs) -> Plan:
+    """Let sites that read the same activation share their indices, and be sampled, where that is better than each by itself.
+
+    Without times, sites share that are sampled anyway and whose settings ask for it.
+
+    Args:
+        plan: The plan with every site decided by itself.
+        inputs: The sites, their settings and candidates, and the cost model.
+    """
+    sites, settings, new = inputs.sites, inputs.settings, list(plan.sites)
     by_activation: dict[Any, list[int]] = defaultdict(list)
     for i, site in enumerate(sites):
-        may = settings[i].share is not False if machine is not None else settings[i].share and settings[i].policy not in candidates.TIMED
-        if may and isinstance(tried[i], list) and site.products[0].weight == 1:
+        asked = settings[i].share
+        may_share = asked is not False if inputs.cost.predicts_time else asked and settings[i].policy not in TIMED_POLICIES
+        if may_share and isinstance(inputs.candidates[i], list) and site.products[0].weight == 1:
             by_activation[_activation(site)].append(i)
-    for readers in by_activation.values():
-        for members, ways in _ways(sites, settings, tried, judged, readers):
-            for i, plan in _together([sites[i] for i in members], ways, [judged[i] for i in members], machine, settings[members[0]]):
-                found[members[i]] = plan
-    return found
+    for group in by_activation.values():
+        for members, ways in _groups(plan, inputs, group):
+            shared = _best_shared([sites[i] for i in members], ways, [plan.sites[i] for i in members], settings[members[0]], inputs.cost)
+            for i, shared_plan in zip(members, shared, strict=True):
+                new[i] = shared_plan
+    return replace(plan, sites=tuple(new))
 
 
 def _activation(site: Site) -> Any:
-    """The same for sites whose products contract the same axis of the same activation: through views and casts, which every call makes anew."""
+    """A key that is equal for sites whose products contract the same axis of the same activation, through views and casts, which every call makes anew."""
     x, axis = site.products[0].operands[0], site.products[0].axes[0]
     value = _torch.value(x)
     return _origin(x), tuple(map(str, value.shape)), tuple(map(str, value.stride())), value.dtype, axis
@@ -69,33 +82,35 @@ def _origin(n: Any) -> Any:
     return n
 
 
-def _ways(
-    sites: Sequence[Site], settings: Sequence[SiteSettings], tried: Sequence[SitePlan | Candidates], judged: Sequence[SitePlan], readers: Sequence[int]
-) -> list[tuple[list[int], list[list[tuple[ProductPlan, ...]]]]]:
-    """Of the readers of an activation those that choose alike by the first of their ways, and the ways that all of them have, by one and the same code: of all
-    that are tried where predicted time decides, else of what each came to by itself."""
+def _groups(plan: Plan, inputs: PlanInputs, readers: Sequence[int]) -> list[tuple[list[int], list[_Way]]]:
+    """Divide the readers of an activation into groups that select alike by their first candidate; for each group return its members and their common ways.
+
+    A way gives all members the same estimator and lowering. Where predicted time decides, all candidates count, else only the one that was selected.
+    """
     alike: dict[Any, list[int]] = defaultdict(list)
     by_choice: dict[int, dict[Any, tuple[ProductPlan, ...]]] = {}
     for i in readers:
-        mine = tried[i]
-        assert isinstance(mine, list)
-        own = mine if settings[i].policy == "cost" else [judged[i].products]
-        if all(products[0].decision == "sampled" for products in own):
+        settings, candidates = inputs.settings[i], inputs.candidates[i]
+        assert isinstance(candidates, list)
+        usable = candidates if settings.policy == "cost" else [plan.sites[i].products]
+        if all(products[0].decision == "sampled" for products in usable):
             by_choice[i] = {}
-            for products in own:
+            for products in usable:
                 by_choice[i].setdefault((products[0].how, products[0].lowering), products)
-            alike[settings[i].policy, settings[i].share, own[0][0].how, own[0][0].lowering].append(i)
-    found = []
+            first = usable[0][0]
+            alike[settings.policy, settings.share, first.how, first.lowering].append(i)
+    groups = []
     for members in alike.values():
-        members = [i for i in members if _movable(sites[i], sites[members[0]])]
+        leader = inputs.sites[members[0]]
+        members = [i for i in members if _weight_is_known_before(inputs.sites[i], leader)]
         if len(members) > 1:
             common = [key for key in by_choice[members[0]] if all(key in by_choice[i] for i in members)]
-            found.append((members, [[by_choice[i][key] for i in members] for key in common]))
-    return found
+            groups.append((members, [[by_choice[i][key] for i in members] for key in common]))
+    return groups
 
 
-def _movable(site: Site, leader: Site) -> bool:
-    """Whether the site's weight can be had before the leader runs: nothing behind that makes it is a product (it depends on parameters alone)."""
+def _weight_is_known_before(site: Site, leader: Site) -> bool:
+    """Whether the site's weight can be computed before the leader runs: from the leader on no product is needed, so it depends on parameters only."""
     left, seen = [site.products[0].operands[1]], set()
     while left:
         n = left.pop()
@@ -108,87 +123,97 @@ def _movable(site: Site, leader: Site) -> bool:
     return True
 
 
-def _together(
-    sites: Sequence[Site], ways: Sequence[Sequence[tuple[ProductPlan, ...]]], apart: Sequence[SitePlan], machine: Machine | None, settings: SiteSettings
-) -> list[tuple[int, SitePlan]]:
-    """The best of the ways with shared indices, if it is better than each site by itself: {place: plan}."""
+def _best_shared(sites: Sequence[Site], ways: Sequence[_Way], apart: Sequence[SitePlan], settings: SiteSettings, cost: CostModel) -> list[SitePlan]:
+    """The plans of a group of sites with shared indices, by the best of the ways, or as they are `apart` if that is better."""
     by_time = settings.policy == "cost"
     one_sum = summed(_results(sites, ways[0])) is not None
-    shared = [_shared(sites, way, machine, one_sum) for way in ways]
-    best = min(shared, key=lambda way: candidates.rank([p for products in way for p in products]))
-    if machine is not None and not _better(sites[0].kind, apart, best, machine, settings):
-        return []
-    why, at = candidates.predicted(list(zip(sites, best, strict=True)), machine) if machine is not None and by_time else ("", None)
-    found = []
-    for i, (plan, products) in enumerate(zip(apart, best, strict=True)):
-        reason = f"{products[0].reason}; {why} together" if by_time else plan.reason
-        with_whom = products[0].shares or ", ".join(s.name for s in sites[1:])
-        found.append(
-            (
-                i,
-                replace(plan, decision="sampled", reason=f"{reason}; shares its indices with {with_whom}", products=products, break_even=at),
-            )
-        )
-    return found
+    shared = [_with_shared_indices(sites, way, cost, one_sum) for way in ways]
+    best = min(shared, key=lambda way: rank([p for products in way for p in products]))
+    if cost.predicts_time and not _is_better(sites[0].kind, apart, best, settings, cost):
+        return list(apart)
+    words, break_even = prediction(list(zip(sites, best, strict=True)), cost) if cost.predicts_time and by_time else ("", None)
+    plans = []
+    for plan, products in zip(apart, best, strict=True):
+        reason = f"{products[0].reason}; {words} together" if by_time else plan.reason
+        others = products[0].shares or ", ".join(s.name for s in sites[1:])
+        reason = f"{reason}; shares its indices with {others}"
+        plans.append(replace(plan, decision="sampled", reason=reason, products=products, break_even=break_even))
+    return plans
 
 
-def _better(kind: str, apart: Sequence[SitePlan], best: Sequence[tuple[ProductPlan, ...]], machine: Machine, settings: SiteSettings) -> bool:
-    """Whether it takes less time than each by itself, and, where time decides, than none sampled."""
-    own, exact = total(s.time_sampled_us for s in apart), total(s.time_exact_us for s in apart)
+def _is_better(kind: str, apart: Sequence[SitePlan], best: _Way, settings: SiteSettings, cost: CostModel) -> bool:
+    """Whether sharing takes less time than sampling each site by itself and, where time decides, than exact products."""
+    separate, exact = total(s.time_sampled_us for s in apart), total(s.time_exact_us for s in apart)
     time = total(p.time_sampled_us for products in best for p in products)
-    assert own is not None and exact is not None and time is not None
-    margin = 1.0 if settings.share else estimates.SHARE_MARGIN
-    return own >= margin * time and (settings.policy != "cost" or estimates.worth(kind, exact, time, machine))
+    assert separate is not None and exact is not None and time is not None
+    margin = 1.0 if settings.share else margins.SHARE_MARGIN
+    return separate >= margin * time and (settings.policy != "cost" or cost.is_worth_sampling(kind, exact, time))
 
 
-def _shared(sites: Sequence[Site], way: Sequence[tuple[ProductPlan, ...]], machine: Machine | None, one_sum: bool) -> list[tuple[ProductPlan, ...]]:
-    """The plans of a group's products: the first site's as they are, the others' without what it does for them."""
-    found = [way[0]]
+def _with_shared_indices(sites: Sequence[Site], way: _Way, cost: CostModel, one_sum: bool) -> _Way:
+    """The plans of a group's products: those of the first site unchanged, those of the others without what the first does for them."""
+    shared = [way[0]]
     for site, products in zip(sites[1:], way[1:], strict=True):
         new = list(products)
         for j, (product, p) in enumerate(zip(site.products, products, strict=True)):
             if j == 0 or (one_sum and p.name == "grad_input" and p.decision == "coupled" and p.lowering not in CUSTOM_KERNELS):
-                assert p.how is not None
-                estimate = (estimates.coupled if j else estimates.sampled)(site, product, p.how, machine, lowering=p.lowering, shares=True)
-                new[j] = replace(
-                    p, flops_sampled=estimate.flops, time_sampled_us=estimate.time_us, terms=estimate.terms, sizes=estimate.sizes, shares=sites[0].name
-                )
-        found.append(tuple(new))
-    return found
+                p = replace(p, shares=sites[0].name)
+                new[j] = p.with_estimate(planned_estimate(site, product, p, cost))
+        shared.append(tuple(new))
+    return shared
 
 
-def _results(sites: Sequence[Site], way: Sequence[tuple[ProductPlan, ...]]) -> list[tuple[fx.Node, int] | None]:
-    """Where the coupled gradients of the activation lie, and their dim along the entries kept; None for one that is not there."""
-    found = []
+def _results(sites: Sequence[Site], way: _Way) -> list[tuple[fx.Node, int] | None]:
+    """For each site the coupled gradient of the activation and its dim along the entries kept, or None if there is none."""
+    results = []
     for site, products in zip(sites, way, strict=True):
         coupled = [q.result for q, p in zip(site.products, products, strict=True) if p.name == "grad_input" and p.decision == "coupled"]
-        found.append(coupled[0] if coupled else None)
-    return found
+        results.append(coupled[0] if coupled else None)
+    return results
 
 
 def readers(sites: Sequence[Site], plan: Plan) -> dict[str, list[Product]]:
-    """By site: the sampled outputs of others that use its indices."""
-    found: dict[str, list[Product]] = defaultdict(list)
+    """Return by site name the sampled outputs of other sites that use its indices.
+
+    Args:
+        sites: The sites of the graph.
+        plan: The plan.
+    """
+    outputs: dict[str, list[Product]] = defaultdict(list)
     for site, planned in zip(sites, plan.sites, strict=True):
         if (leader := planned.products[0].shares) is not None:
-            found[leader].append(site.products[0])
-    return found
+            outputs[leader].append(site.products[0])
+    return outputs
 
 
 def sums(sites: Sequence[Site], plan: Plan) -> dict[str, tuple[fx.Node, Sum]]:
-    """By site: where its gradient is summed up with those that are put back together with it, and in which order."""
+    """Return where gradients of the activation are added up that are put back in place together.
+
+    Args:
+        sites: The sites of the graph.
+        plan: The plan.
+
+    Returns:
+        By the name of the site whose indices are shared: the node that holds the sum, and the order of the additions.
+    """
     results: dict[str, list[tuple[fx.Node, int] | None]] = {d.shares: [] for s in plan.sites for d in s.products[1:] if d.shares is not None}
     for site, planned in zip(sites, plan.sites, strict=True):
         for p, d in zip(site.products, planned.products, strict=True):
             if p.name == "grad_input" and (name := d.shares or site.name) in results:
                 results[name].append(p.result)
-    found = {name: summed(own) for name, own in results.items()}
-    return {name: total for name, total in found.items() if total is not None}
+    sums_by_name = {name: summed(gradients) for name, gradients in results.items()}
+    return {name: added for name, added in sums_by_name.items() if added is not None}
 
 
 def summed(results: Sequence[tuple[fx.Node, int] | None]) -> tuple[fx.Node, Sum] | None:
-    """The node that holds the sum of these gradients and of nothing else, through views, and the order in which they are added up; None too where more than one
-    of its sizes is a symbol."""
+    """Return the node that holds the sum of these gradients and of nothing else, through views, and the order in which they are added up.
+
+    Args:
+        results: Gradients, each with its dim along the entries kept; None for one that is not there.
+
+    Returns:
+        None if there is no such node, or if more than one of its sizes is a symbol.
+    """
     known = [r for r in results if r is not None]
     if len(known) < len(results) or len({(dim, tuple(map(str, _torch.value(n).shape))) for n, dim in known}) > 1:
         return None
@@ -201,13 +226,13 @@ def summed(results: Sequence[tuple[fx.Node, int] | None]) -> tuple[fx.Node, Sum]
         assert isinstance(first, fx.Node) and isinstance(second, fx.Node)
         order = (parts.pop(first), parts.pop(second))
         parts[node if len(parts) == 0 else last_view(node)] = order
-    total, added = next(iter(parts.items()))
-    return (total, added) if sum(not isinstance(s, int) for s in _torch.value(total).shape) <= 1 else None
+    result, added = next(iter(parts.items()))
+    return (result, added) if sum(not isinstance(s, int) for s in _torch.value(result).shape) <= 1 else None
 
 
 def _adds(n: fx.Node, parts: Mapping[fx.Node, Sum]) -> bool:
-    """Whether it is the plain sum of two of the parts, which nothing else reads."""
+    """Whether a node is the plain sum of two of the parts, and nothing else reads these."""
     if n.target is not aten.add.Tensor or n.kwargs or len(n.args) != 2 or n.args[0] is n.args[1]:
         return False
-    found = [a for a in n.args if isinstance(a, fx.Node) and a in parts and len(a.users) == 1]
-    return len(found) == 2 and all(_torch.value(a).dtype == _torch.value(n).dtype for a in found)
+    added = [a for a in n.args if isinstance(a, fx.Node) and a in parts and len(a.users) == 1]
+    return len(added) == 2 and all(_torch.value(a).dtype == _torch.value(n).dtype for a in added)

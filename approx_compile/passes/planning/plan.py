@@ -1,4 +1,4 @@
-"""What was decided: the plan of a graph, its sites and their products, as reports show it and `rewrite` carries it out."""
+"""The plan of a graph: data classes for what is decided about its sites and their products. Reports show it, and `rewrite` carries it out."""
 
 from __future__ import annotations
 
@@ -9,20 +9,98 @@ from typing import Any
 
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.kernels.gradient_replacements import Replacement
+from approx_compile.passes.cost.estimates import Estimate
 
 BY_SETTINGS = "exact by the settings"
+"""The reason of a site or product that the settings leave exact."""
+
+
+def total(times: Iterable[float | None]) -> float | None:
+    """Return the sum of times in us, or None if one of them is not known."""
+    known = list(times)
+    return None if None in known else math.fsum(t for t in known if t is not None)
+
+
+@dataclass(frozen=True)
+class BreakEven:
+    """The largest ratio at which sampling takes no longer than the exact products.
+
+    Attributes:
+        ratio: The ratio according to the predicted times; 0 if no ratio breaks even, 1 if every ratio does.
+        slower: The ratio if sampling takes `selection.PREDICTION_ERROR` times as long as predicted.
+        faster: The ratio if sampling takes 1 / `selection.PREDICTION_ERROR` times as long.
+    """
+
+    ratio: float
+    slower: float
+    faster: float
+
+    def __str__(self) -> str:
+        return "no ratio breaks even" if self.ratio == 0 else "every ratio breaks even" if self.ratio == 1 else f"break-even {self.ratio:.2f}"
+
+    @property
+    def range(self) -> str:
+        """The ratio with its range as text, such as "0.41 (0.33 to 0.49)"."""
+        return f"{self.ratio:.2f} ({self.slower:.2f} to {self.faster:.2f})"
+
+
+@dataclass(frozen=True)
+class RowCut:
+    """A place in the backward pass where rows of the batch are chosen, or would be.
+
+    Attributes:
+        method: Method by which rows are chosen.
+        ratio: Share of the rows kept; None where the measured variance decides.
+        rows: Rows of the batch.
+        decision: "rows" or "exact".
+        reason: Why rows are not chosen here, or what ends the sampled region further down.
+        flops_all: FLOPs of the backward pass from here on, on all rows.
+        flops_on_rows: Those of them that run on the rows kept.
+        products: Names of the nodes that run on the rows kept.
+        level: Number of the cut, counted from the loss.
+        stops: Whether anything ends the sampled region.
+    """
+
+    method: str
+    ratio: float | None
+    rows: int
+    decision: str
+    reason: str
+    flops_all: int
+    flops_on_rows: int
+    products: tuple[str, ...] = ()
+    level: int = 1
+    stops: bool = True
 
 
 @dataclass(frozen=True)
 class ProductPlan:
-    """The decision for one product: "sampled" along its own axis, "coupled" to the output's choice, run on the "rows" kept, "replaced", or "exact". `k` of
-    `size` entries are kept (of a replaced one, those of the output gradient that count). `node`: its name in the joint graph; `bytes_exact`:
-    of the exact product's operands and result, each counted once; `lowering`: the code that runs it. Times are predictions in us (None where nothing
-    was to be decided by time); `terms` says term by term what the time as planned is made of, `sizes` what the symbols in them stand for (see `passes.cost`).
+    """The decision for one product. Times are predictions; they are None where time decided nothing.
 
-    `skips`: the site whose dropped entries make this product's output gradient zero, or are all that will be read of this output; computing nothing there
-    changes no value. `skips_by`: the code that leaves these out; of two axes a kernel of ours steps over one, the other is gathered.
-    `shares`: the site whose indices it uses: an output that is sampled at the entries chosen there (see `passes.shared`), a gradient put back with that site's.
+    Attributes:
+        name: "output", "grad_input" or "grad_weight" (a second gradient of one name has a number appended).
+        decision: "exact", "sampled" along its own contraction axis, "coupled" to the entries that the output kept, run on the "rows" kept, or "replaced".
+        reason: Why, in words for the user.
+        method: Method of the estimator or replacement, or "exact".
+        ratio: Share of the entries that was asked for.
+        k: Entries kept; of a replaced product, entries of the output gradient that count.
+        size: Entries that these are chosen from.
+        flops_exact: FLOPs of the exact product.
+        flops_sampled: FLOPs as planned, sampling included.
+        how: The estimator by which it is sampled or, of a coupled gradient, that of the output.
+        skips: The site whose dropped entries make the output gradient of this product zero, or whose kept entries are all that is read of this output;
+            leaving out the rest changes no value.
+        skips_by: The code that leaves these entries out. A custom kernel steps over one axis; a second axis is gathered.
+        shares: The site whose indices it uses: an output that is sampled at the entries selected there (see `index_sharing`), or a gradient that is put
+            back in place together with that site's.
+        node: Name of the product's node in the joint graph.
+        replacement: What a "replaced" product is replaced with.
+        lowering: The code that runs the product.
+        bytes_exact: Bytes of the exact product's operands and result, each counted once.
+        time_exact_us: Time of the exact product, in us.
+        time_sampled_us: Time as planned, in us.
+        terms: The time as planned by term, in us.
+        sizes: The values of the symbols in `terms` (see `passes.cost.expressions`).
     """
 
     name: str
@@ -47,13 +125,36 @@ class ProductPlan:
     terms: tuple[tuple[str, float], ...] = ()
     sizes: tuple[tuple[str, float], ...] = ()
 
+    def with_estimate(self, estimate: Estimate) -> ProductPlan:
+        """Return the plan with FLOPs, time, terms and sizes of an estimate of the product as it is now planned."""
+        return replace(self, flops_sampled=estimate.flops, time_sampled_us=estimate.time_us, terms=estimate.terms, sizes=estimate.sizes)
+
+
+Candidates = list[tuple[ProductPlan, ...]]
+"""Ways to carry out the products of one site, each with a plan for every product."""
+
 
 @dataclass(frozen=True)
 class SitePlan:
-    """The decision for one site. `k` and `size` are the output product's, or the first approximated one's; FLOPs are summed. Sizes that are symbols stand in
-    `shape` as such, and in `traced` with what they were traced with; FLOPs and times are those of these sizes. `break_even`: where predicted time decided.
-    `shrinks`: the sites that make only what this one keeps of its activation. `lowerings`: the code that may run its products, by the settings and by what the
-    machine's profile knows. `notes`: what `reason` says in its end of what other sites' choices do to it."""
+    """The decision for one site: a forward product with its gradients.
+
+    Attributes:
+        name: Unique name of the site in its graph.
+        module: Name of the module that the site belongs to.
+        kind: "linear", "conv" or "matmul".
+        op: Name of the op.
+        shape: Sizes of the operands in words; dynamic sizes stand as symbols.
+        dtype: Name of the dtype.
+        decision: "exact" or "sampled".
+        reason: Why, in words for the user; notes are appended.
+        products: The plans of its products, the output first.
+        reads: The sites whose outputs it reads through no other product.
+        traced: The symbols in `shape` and the values that they were traced with. FLOPs and times are those of these sizes.
+        break_even: The ratio at which sampling stops to pay, where predicted time decided.
+        shrinks: The sites that make only the channels which this one keeps of its activation.
+        lowerings: The code that may run its products, by the settings and by the rates in the machine's profile.
+        notes: The parts of `reason` that say what other sites' choices do to this one.
+    """
 
     name: str
     module: str
@@ -71,16 +172,18 @@ class SitePlan:
     lowerings: tuple[str, ...] = ("inductor",)
     notes: tuple[str, ...] = ()
 
-    def noted(self, note: str) -> SitePlan:
+    def with_note(self, note: str) -> SitePlan:
+        """Return the plan with a note appended to its reason."""
         return replace(self, reason=f"{self.reason}; {note}", notes=(*self.notes, note))
 
     @property
-    def own_reason(self) -> str:
-        """The reason without the notes."""
+    def reason_without_notes(self) -> str:
+        """The reason before notes were appended."""
         return self.reason.removesuffix("".join(f"; {n}" for n in self.notes))
 
     @property
     def shown(self) -> ProductPlan:
+        """The product that stands for the site in a report: the output, or if that is exact the first product that is not."""
         output = self.products[0]
         if output.decision != "exact":
             return output
@@ -88,25 +191,35 @@ class SitePlan:
 
     @property
     def flops_exact(self) -> int:
+        """FLOPs of the exact products."""
         return sum(p.flops_exact for p in self.products)
 
     @property
     def flops_sampled(self) -> int:
+        """FLOPs of the products as planned."""
         return sum(p.flops_sampled for p in self.products)
 
     @property
     def time_exact_us(self) -> float | None:
+        """Time of the exact products in us, if known."""
         return total(p.time_exact_us for p in self.products)
 
     @property
     def time_sampled_us(self) -> float | None:
+        """Time of the products as planned in us, if known."""
         return total(p.time_sampled_us for p in self.products)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The decisions for one graph, in execution order, the patterns of its rules that matched no site, where rows of the batch are chosen, and remarks: in what
-    the graph differs from the one that a tuned plan was made for, for which layers no rule can hold."""
+    """The decisions for one graph.
+
+    Attributes:
+        sites: The plans of its sites, in execution order.
+        unmatched: The patterns of rules that match no site.
+        cuts: Where rows of the batch are chosen in the backward pass.
+        remarks: How the graph differs from the one that a tuned plan was made for, and for which layers no rule can hold.
+    """
 
     sites: tuple[SitePlan, ...]
     unmatched: tuple[str, ...] = ()
@@ -115,10 +228,16 @@ class Plan:
 
     @property
     def sampled(self) -> int:
+        """Number of sites that are sampled."""
         return sum(s.decision == "sampled" for s in self.sites)
 
+    @property
+    def draws_in_forward(self) -> bool:
+        """Whether a forward product draws random numbers, which a recomputation would have to draw again."""
+        return any(p.decision == "sampled" and p.how is not None and p.how.scaled for s in self.sites for p in s.products[:1])
+
     def joined(self, other: Plan) -> Plan:
-        """The plan of two graphs; a pattern is unmatched if it is so in both (a graph without sites has nothing to say)."""
+        """Return the plan of two graphs. A pattern is unmatched if it is unmatched in both; a graph without sites does not count."""
         remarks = tuple(dict.fromkeys(self.remarks + other.remarks))
         if not self.sites or not other.sites:
             return replace(self if self.sites else other, remarks=remarks)
@@ -126,18 +245,30 @@ class Plan:
         return Plan(self.sites + other.sites, unmatched, self.cuts + other.cuts, remarks)
 
     def with_cuts(self, cuts: Sequence[RowCut]) -> Plan:
-        """The plan once it is known which gradient products run on rows kept."""
+        """Return the plan once the rows to be kept are known.
+
+        Args:
+            cuts: The places where rows are chosen, with the products that run on the rows kept.
+        """
         on_rows = {name: cut for cut in cuts for name in cut.products if cut.decision == "rows"}
         sites = tuple(_on_rows(s, on_rows) for s in self.sites)
         stops = "; ".join(dict.fromkeys(c.reason for c in cuts if c.stops))
         return replace(self, sites=sites).without_rows(stops or BY_SETTINGS, cuts)
 
     def without_rows(self, reason: str, cuts: Sequence[RowCut] = ()) -> Plan:
-        """The plan with the reason at every site that would have had sampled rows, and the cuts there are or might have been."""
-        sites = tuple(replace(s, reason="; ".join((reason, *s.notes))) if s.decision == "exact" and s.own_reason == BY_SETTINGS else s for s in self.sites)
+        """Return the plan with a reason why no rows are chosen at every site that the settings leave exact.
+
+        Args:
+            reason: Why.
+            cuts: The places where rows are chosen, or might have been.
+        """
+        sites = tuple(
+            replace(s, reason="; ".join((reason, *s.notes))) if s.decision == "exact" and s.reason_without_notes == BY_SETTINGS else s for s in self.sites
+        )
         return replace(self, sites=sites, cuts=tuple(cuts))
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain values, for JSON."""
         return asdict(self)
 
 
@@ -156,7 +287,7 @@ def _on_rows(site: SitePlan, cuts: Mapping[str, RowCut]) -> SitePlan:
                 ratio=share,
                 k=k,
                 size=cut.rows,
-                flops_sampled=round(share * p.flops_sampled),  # which skips what it may
+                flops_sampled=round(share * p.flops_sampled),  # these already leave out known zeros
                 time_sampled_us=share * p.time_sampled_us if p.time_sampled_us is not None else None,
             )
     if all(p.decision != "rows" for p in products):
@@ -165,47 +296,3 @@ def _on_rows(site: SitePlan, cuts: Mapping[str, RowCut]) -> SitePlan:
     kept = f"{cut.ratio:g} of the rows" if cut.ratio is not None else "as many rows as the variance asks for"
     reason = f"backward on {kept}" if site.decision == "exact" else f"{site.reason}; backward on {kept}"
     return replace(site, products=tuple(products), decision="sampled", reason=reason)
-
-
-Candidates = list[tuple[ProductPlan, ...]]
-"""Ways to carry out a site's products."""
-
-
-@dataclass(frozen=True)
-class RowCut:
-    """Where rows are chosen, and what became of it. `level` counts from the loss; `reason` says why nothing is cut, or what stops it further down
-    (`stops`: whether anything does)."""
-
-    method: str
-    ratio: float | None
-    rows: int
-    decision: str
-    reason: str
-    flops_all: int
-    flops_on_rows: int
-    products: tuple[str, ...] = ()
-    level: int = 1
-    stops: bool = True
-
-
-def total(times: Iterable[float | None]) -> float | None:
-    found = list(times)
-    return None if None in found else math.fsum(t for t in found if t is not None)
-
-
-@dataclass(frozen=True)
-class BreakEven:
-    """The largest ratio at which sampling takes no longer than the exact products: as predicted, and if sampling takes `OFF` times as long, or 1 / `OFF` times.
-    0 where no ratio does, 1 where every ratio does."""
-
-    ratio: float
-    slower: float
-    faster: float
-
-    def __str__(self) -> str:
-        return "no ratio breaks even" if self.ratio == 0 else "every ratio breaks even" if self.ratio == 1 else f"break-even {self.ratio:.2f}"
-
-    @property
-    def range(self) -> str:
-        """ "0.41 (0.33 to 0.49)"."""
-        return f"{self.ratio:.2f} ({self.slower:.2f} to {self.faster:.2f})"

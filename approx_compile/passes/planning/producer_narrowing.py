@@ -1,15 +1,16 @@
-"""Producer shrinking: a site whose choice depends on its weight alone is known before its activation is, so the sites that make the activation make the
-kept channels only.
+"""Decide which sites make only the channels that a later site keeps of their output ("producer narrowing").
 
-With Y = A B, h = f(Y) and the consumer h W: where `idx` are the channels of h that the consumer keeps, B[:, idx] and the bias's entries are gathered in place
-of h[:, idx], f runs on the narrow Y, and so does its backward pass, which ends in a narrow dY: dB = A^T dY, zeros outside `idx`, and dA = dY B[:, idx]^T. No
-value changes but for the order of summation.
+If the selection of a consumer depends on its weight alone, it is known before the activation is computed. With Y = A B, h = f(Y) and the consumer h W: if
+`idx` are the channels of h that the consumer keeps, then B[:, idx] and the entries `idx` of the bias are gathered in place of h[:, idx], f runs on the narrow
+Y, and so does its backward pass. That ends in a narrow dY: dB = A^T dY, with zeros outside `idx`, and dA = dY B[:, idx]^T. Values change only by the order of
+summation.
 
-All between producer and consumer is either unknown outside the kept channels (the activation and what is made of it) or zero there (gradients). What is
-unknown may have no reader that is not narrowed as well; what is zero is put back in place for the others. BatchNorm in training would let the running
-statistics of the other channels go stale: it forbids shrinking, as any other reader does. In eval mode it is elementwise, and narrowed.
+Every node between producer and consumer is either unknown outside the kept channels (the activation and what is computed from it) or zero there (gradients).
+A node with unknown channels may only be read by nodes that are narrowed as well; gradients that other nodes read are put back in place with their zeros.
+BatchNorm in training forbids narrowing, because the running statistics of the other channels would not be updated; in eval mode it is elementwise, and
+narrowed.
 
-Decided here, carried out by `narrowing`.
+`rewrite.narrow_region` carries out what is decided here.
 """
 
 from __future__ import annotations
@@ -25,49 +26,57 @@ from torch import Tensor, fx
 from approx_compile import _torch
 from approx_compile.kernels.availability import CUSTOM_KERNELS
 from approx_compile.kernels.estimators import Estimator
-from approx_compile.machine import Machine
-from approx_compile.passes.cost import estimates
+from approx_compile.passes.cost import margins
+from approx_compile.passes.cost.estimates import CostModel
 from approx_compile.passes.fx_utils import VIEWS, op_name
 from approx_compile.passes.planning import zero_propagation
 from approx_compile.passes.planning.plan import Plan, ProductPlan, SitePlan
+from approx_compile.passes.planning.product_plans import planned_estimate
 from approx_compile.passes.sites.site import NO_GRADIENT, Product, Site, one_contraction
 
 aten = torch.ops.aten
 
 WEIGHTS_ONLY = "topk_weights"
-"""The one choice that needs no activation."""
-
+"""The one method that selects entries without looking at the activation."""
 
 NarrowedRegion = dict[fx.Node, int]
-"""What lies between a producer and the consumer, forward and backward: every node that is narrowed with its channel dim."""
+"""The nodes between a producer and its consumer, forward and backward, that are narrowed, each with its channel dim."""
 
 # --- legal ---
 
 
 def narrowed_region(producer: Site, consumer: Site) -> NarrowedRegion | str:
-    """What is narrowed with `producer` when it makes only what `consumer` keeps, or why it can't be."""
-    why = _can_produce(producer) or _can_consume(consumer)
-    if why is not None:
-        return why
+    """Find the nodes that are narrowed if a producer makes only the channels that its consumer keeps.
+
+    Args:
+        producer: The site that makes the activation.
+        consumer: The site that reads it.
+
+    Returns:
+        The region, or the reason why the producer must make all channels.
+    """
+    reason = _unfit_producer(producer) or _unfit_consumer(consumer)
+    if reason is not None:
+        return reason
     output = consumer.products[0]
     assert output.weight is not None
     activation, weight = output.operands[1 - output.weight], output.operands[output.weight]
     if producer.node in _ancestors(weight):
         return f"the weight of {consumer.name} is made from it"
     start = next((p.result for p in consumer.products if p.name == "grad_input"), None)
-    found = _closure(producer.node, start, consumer.node, {p.node for p in consumer.products[1:]})
-    if isinstance(found, str):
-        return found
-    if [n for n in consumer.node.all_input_nodes if n in found] != [activation]:
+    region = _closure(producer.node, start, consumer.node, {p.node for p in consumer.products[1:]})
+    if isinstance(region, str):
+        return region
+    if [n for n in consumer.node.all_input_nodes if n in region] != [activation]:
         return f"{consumer.name} reads it in other ways, too"
-    if found.get(activation) != output.axes[1 - output.weight].dim:
+    if region.get(activation) != output.axes[1 - output.weight].dim:
         return f"what {consumer.name} keeps are not its output channels"
-    if any(p.output_grad is None or found.get(p.output_grad) != p.output_grad_dim for p in producer.products[1:]):
+    if any(p.output_grad is None or region.get(p.output_grad) != p.output_grad_dim for p in producer.products[1:]):
         return f"its gradient is not that of {consumer.name} alone"
-    return found
+    return region
 
 
-def _can_produce(site: Site) -> str | None:
+def _unfit_producer(site: Site) -> str | None:
     if site.blocked not in (None, NO_GRADIENT):
         return site.blocked
     if not one_contraction(site) or site.products[0].weight != 1:
@@ -75,23 +84,26 @@ def _can_produce(site: Site) -> str | None:
     return None
 
 
-def _can_consume(site: Site) -> str | None:
+def _unfit_consumer(site: Site) -> str | None:
     return None if one_contraction(site) else f"{site.name} is batched or grouped"
 
 
 def _ancestors(n: fx.Node) -> set[fx.Node]:
-    found, todo = {n}, [n]
+    ancestors, todo = {n}, [n]
     while todo:
-        new = [i for i in todo.pop().all_input_nodes if i not in found]
-        found.update(new)
+        new = [i for i in todo.pop().all_input_nodes if i not in ancestors]
+        ancestors.update(new)
         todo += new
-    return found
+    return ancestors
 
 
 def _closure(producer: fx.Node, start: tuple[fx.Node, int] | None, consumer: fx.Node, gradients: set[fx.Node]) -> NarrowedRegion | str:
-    """Everything elementwise behind the channels (dim 1) of the producer. `start`: the consumer's gradient of the activation, of its `gradients`."""
+    """The region of a producer: everything elementwise that is computed from its output channels (dim 1).
+
+    `start` is the consumer's gradient of the activation, with its channel dim, and `gradients` are all gradient nodes of the consumer.
+    """
     zero = zero_propagation.propagate_zeros(dict([start])) if start is not None else {}
-    dims, behind, others = {producer: 1}, {consumer}, list[fx.Node]()
+    dims, behind, readers = {producer: 1}, {consumer}, list[fx.Node]()
     n = producer.next
     while n.op != "root":
         read = [i for i in n.all_input_nodes if i in dims]
@@ -101,19 +113,28 @@ def _closure(producer: fx.Node, start: tuple[fx.Node, int] | None, consumer: fx.
         if start is not None and n is start[0]:
             dims[n] = start[1]
         elif read and n is not consumer and n not in gradients and (n in zero or not all(i in zero for i in read)):
-            found = narrowed_dim(n, dims, n in zero) if not (n in behind and forward) else None
-            if found is not None and zero.get(n, found) == found:
-                dims[n] = found
+            dim = narrowed_dim(n, dims, n in zero) if not (n in behind and forward) else None
+            if dim is not None and zero.get(n, dim) == dim:
+                dims[n] = dim
             elif not all(i in zero for i in read):
-                others.append(n)
+                readers.append(n)
         n = n.next
-    if others:
-        return _reader(next((n for n in others if not _torch.is_backward(n)), others[0]), dims)
+    if readers:
+        return _reader_reason(next((n for n in readers if not _torch.is_backward(n)), readers[0]), dims)
     return dims
 
 
 def narrowed_dim(n: fx.Node, dims: dict[fx.Node, int], zero: bool) -> int | None:
-    """The channel dim of an elementwise op or a view of nodes with one, or None. Sums over other dims keep it, too, but what is unknown must not be summed."""
+    """Return the channel dim of an elementwise op or a view of nodes that have one.
+
+    Args:
+        n: The node.
+        dims: The channel dims of nodes before it.
+        zero: Whether the node is zero outside the channels kept. Only then may it be a sum over other dims, since unknown values must not be summed.
+
+    Returns:
+        The dim, or None if the node has no channel dim or is no such op.
+    """
     value = n.meta.get("val")
     if n.op != "call_function" or not isinstance(value, Tensor) or any(isinstance(a, fx.Node) for a in n.kwargs.values()):
         return None
@@ -123,11 +144,12 @@ def narrowed_dim(n: fx.Node, dims: dict[fx.Node, int], zero: bool) -> int | None
         return None
     if any(isinstance(a, (list, tuple)) and any(isinstance(i, fx.Node) for i in a) for a in n.args):
         return None
-    found = {dims[a] + value.dim() - _torch.value(a).dim() for a in n.args if isinstance(a, fx.Node) and a in dims}
-    return found.pop() if len(found) == 1 else None
+    channel_dims = {dims[a] + value.dim() - _torch.value(a).dim() for a in n.args if isinstance(a, fx.Node) and a in dims}
+    return channel_dims.pop() if len(channel_dims) == 1 else None
 
 
-def _reader(n: fx.Node, dims: NarrowedRegion) -> str:
+def _reader_reason(n: fx.Node, dims: NarrowedRegion) -> str:
+    """Why a node that reads the activation, and is not narrowed, needs all of its channels."""
     if n.op == "output":
         return "its activation is an output of the graph"
     if n.target is aten.var_mean.correction:
@@ -142,143 +164,172 @@ def _reader(n: fx.Node, dims: NarrowedRegion) -> str:
 
 
 class Producers:
-    """Which sites can be shrunk for which, what that saves, and the plan in which they are."""
+    """Decides which sites of a graph are narrowed for which consumers, by predicted time."""
 
-    def __init__(self, sites: Sequence[Site], machine: Machine | None) -> None:
+    def __init__(self, sites: Sequence[Site], cost: CostModel) -> None:
+        """Bind the sites and the cost model.
+
+        Args:
+            sites: The sites of the graph, in execution order.
+            cost: The cost model; without times nothing is narrowed.
+        """
         self.sites = sites
-        self.machine = machine
+        self.cost = cost
         self._index = {s.name: i for i, s in enumerate(sites)}
-        self._found: dict[int, dict[int, NarrowedRegion | str]] = {}
+        self._regions: dict[int, dict[int, NarrowedRegion | str]] = {}
 
-    def of(self, i: int) -> dict[int, NarrowedRegion | str]:
-        """The producers of site `i`'s activation, each with what is narrowed with it or why it can't be."""
-        if i not in self._found:
-            self._found[i] = {self._index[name]: narrowed_region(self.sites[self._index[name]], self.sites[i]) for name in self.sites[i].reads}
-        return self._found[i]
+    def regions_of(self, consumer: int) -> dict[int, NarrowedRegion | str]:
+        """Return the producers of a site's activation, each with the region that is narrowed with it or the reason why it cannot be.
 
-    def beside(self, i: int, products: Sequence[ProductPlan], earlier: Sequence[SitePlan]) -> tuple[float, float]:
-        """The time of producers, us, as planned `earlier` and as they would be if site `i` was carried out as `products` say; what the site itself saves by
-        them is taken off the latter. Zeros where they can't be shrunk or would be slower."""
-        asks = self.machine is not None and _asks(products) and _own(products) is None
-        found = [j for j, r in self.of(i).items() if not isinstance(r, str)] if asks else []
+        Args:
+            consumer: Number of the site.
+        """
+        if consumer not in self._regions:
+            producers = [self._index[name] for name in self.sites[consumer].reads]
+            self._regions[consumer] = {j: narrowed_region(self.sites[j], self.sites[consumer]) for j in producers}
+        return self._regions[consumer]
+
+    def producer_time_delta(self, consumer: int, products: Sequence[ProductPlan], earlier: Sequence[SitePlan]) -> tuple[float, float]:
+        """Predict what narrowing changes if a site is carried out as planned.
+
+        Args:
+            consumer: Number of the site.
+            products: The plans of its products.
+            earlier: The plans of the sites before it.
+
+        Returns:
+            The time of its producers in us, as they are planned and as they would be if narrowed. What the site itself saves is taken off the latter. Zeros if
+            no producer can be narrowed, or would be faster.
+        """
+        eligible = self.cost.predicts_time and _selects_by_weight(products) and _custom_kernel(products) is None
+        producers = self._narrowable(consumer) if eligible else []
         before = after = 0.0
-        for j in found:
-            gathering = self._by_inductor([j], earlier)
-            narrow = self._narrow(j, (earlier if gathering is None else gathering)[j], self.sites[i].name, products[0].how)
-            now, less = _total(earlier[j].products), _total(narrow.products)
-            if _own(narrow.products) is None and estimates.pays(now, less, estimates.SKIP_MARGIN):
-                before, after = before + now, after + less
-        return (before, after + _total(self._fed(i, products)) - _total(products)) if before else (0.0, 0.0)
+        for j in producers:
+            gathering = self._with_gathers([j], earlier)
+            narrow = self._narrowed_producer(j, (earlier if gathering is None else gathering)[j], self.sites[consumer].name, products[0].how)
+            wide_us, narrow_us = _total(earlier[j].products), _total(narrow.products)
+            if _custom_kernel(narrow.products) is None and margins.pays(wide_us, narrow_us, margins.SKIP_MARGIN):
+                before, after = before + wide_us, after + narrow_us
+        return (before, after + _total(self._fed_products(consumer, products)) - _total(products)) if before else (0.0, 0.0)
 
-    def shrink(self, plan: Plan) -> Plan:
-        """The plan with producers that make only what their consumer keeps, where that saves time; consumers whose producers can't be say why. Kernels of ours
-        read whole operands: where they may, the sites they would run are Inductor's for it, if that takes less time for all of them together."""
+    def narrow(self, plan: Plan) -> Plan:
+        """Narrow the producers of every consumer where that saves time; a consumer whose producers are not narrowed says why.
+
+        Custom kernels read whole operands. The sites that they would run are given to Inductor if all of the sites together then take less time.
+
+        Args:
+            plan: The plan with every site decided.
+        """
         sites: Sequence[SitePlan] = plan.sites
         taken = set[fx.Node]()
         for i in range(len(sites)):
-            if self.machine is None or not _asks(sites[i].products):
+            if not self.cost.predicts_time or not _selects_by_weight(sites[i].products):
                 continue
-            ways = [self._shrunk(i, sites, taken)]
-            others = self._by_inductor([i, *(j for j, r in self.of(i).items() if not isinstance(r, str))], sites)
-            if others is not None and (more := self._shrunk(i, others, taken))[0][i].shrinks:
-                ways += [more] * estimates.pays(_of_all(ways[0][0]), _of_all(more[0]), estimates.SKIP_MARGIN)
-            sites, mine = ways[-1]
-            taken |= mine
+            narrowed, region = self._narrow_for(i, sites, taken)
+            by_inductor = self._with_gathers([i, *self._narrowable(i)], sites)
+            if by_inductor is not None:
+                others, others_region = self._narrow_for(i, by_inductor, taken)
+                if others[i].shrinks and margins.pays(_total_of(narrowed), _total_of(others), margins.SKIP_MARGIN):
+                    narrowed, region = others, others_region
+            sites = narrowed
+            taken |= region
         return replace(plan, sites=tuple(sites))
 
-    def _shrunk(self, i: int, sites: Sequence[SitePlan], taken: set[fx.Node]) -> tuple[Sequence[SitePlan], set[fx.Node]]:
-        """The sites once those that had better do so make what site `i` keeps, and all that is narrowed for it; `taken` is so for others."""
-        new, names, said, mine = list(sites), list[str](), list[str](), dict[fx.Node, int]()
-        for j, found in self.of(i).items():
-            narrow, fed = self._narrow(j, new[j], new[i].name, new[i].products[0].how), self._fed(i, new[i].products)
-            if isinstance(found, str):
-                why = found
-            elif (kernel := _by_a_kernel(new[i], new[j])) is not None:
-                why = kernel
-            elif taken & found.keys() or any(mine.get(n, d) != d for n, d in found.items()):
-                why = "part of what is behind it is narrowed in another way"
-            elif not estimates.pays(_total((*new[j].products, *new[i].products)), _total((*narrow.products, *fed)), estimates.SKIP_MARGIN):
-                why = "fewer would take no less time"
+    def _narrowable(self, consumer: int) -> list[int]:
+        return [j for j, region in self.regions_of(consumer).items() if not isinstance(region, str)]
+
+    def _narrow_for(self, consumer: int, sites: Sequence[SitePlan], taken: set[fx.Node]) -> tuple[Sequence[SitePlan], set[fx.Node]]:
+        """The sites with the producers of one consumer narrowed where that pays, and the nodes that are narrowed with them.
+
+        The nodes in `taken` are narrowed for other consumers already.
+        """
+        i, new = consumer, list(sites)
+        names, remarks, mine = list[str](), list[str](), dict[fx.Node, int]()
+        for j, region in self.regions_of(i).items():
+            narrow, fed = self._narrowed_producer(j, new[j], new[i].name, new[i].products[0].how), self._fed_products(i, new[i].products)
+            if isinstance(region, str):
+                reason = region
+            elif (kernel := _custom_kernel_reason(new[i], new[j])) is not None:
+                reason = kernel
+            elif taken & region.keys() or any(mine.get(n, d) != d for n, d in region.items()):
+                reason = "part of what is behind it is narrowed in another way"
+            elif not margins.pays(_total((*new[j].products, *new[i].products)), _total((*narrow.products, *fed)), margins.SKIP_MARGIN):
+                reason = "fewer would take no less time"
             else:
-                new[j], mine = narrow, mine | found
+                new[j], mine = narrow, mine | region
                 new[i] = replace(new[i], products=fed)
                 names.append(self.sites[j].name)
                 continue
-            said.append(f"all channels of {self.sites[j].name} are made: {why}")
+            remarks.append(f"all channels of {self.sites[j].name} are made: {reason}")
         if names:
             new[i] = replace(new[i], shrinks=tuple(names))
-            said.insert(0, f"{' and '.join(names)} make{'s' if len(names) == 1 else ''} these channels only")
-        new[i] = replace(new[i], reason="; ".join([new[i].reason, *said]))
+            remarks.insert(0, f"{' and '.join(names)} make{'s' if len(names) == 1 else ''} these channels only")
+        new[i] = replace(new[i], reason="; ".join([new[i].reason, *remarks]))
         return new, set(mine)
 
-    def _by_inductor(self, members: Sequence[int], sites: Sequence[SitePlan]) -> list[SitePlan] | None:
-        """The sites with these, and those that share a choice with one of them, run by Inductor; None where none would change or one must not."""
+    def _with_gathers(self, members: Sequence[int], sites: Sequence[SitePlan]) -> list[SitePlan] | None:
+        """The sites with these members, and those that share indices with one of them, run by Inductor on gathered operands.
+
+        None if that would change no site, or if one of them must not be run by Inductor.
+        """
         leaders = {sites[i].products[0].shares or sites[i].name for i in members}
-        mine = [i for i, s in enumerate(sites) if (s.products[0].shares or s.name) in leaders and any(p.lowering in CUSTOM_KERNELS for p in s.products)]
-        if not mine or any("inductor" not in sites[i].lowerings for i in mine):
+        by_kernel = [i for i, s in enumerate(sites) if (s.products[0].shares or s.name) in leaders and _custom_kernel(s.products) is not None]
+        if not by_kernel or any("inductor" not in sites[i].lowerings for i in by_kernel):
             return None
         new = list(sites)
-        for i in mine:
-            products = tuple(self._gathering(self.sites[i], p, d) for p, d in zip(self.sites[i].products, sites[i].products, strict=True))
+        for i in by_kernel:
+            products = tuple(self._with_gather(self.sites[i], p, d) for p, d in zip(self.sites[i].products, sites[i].products, strict=True))
             new[i] = replace(sites[i], products=products, reason=f"{sites[i].reason}; but by inductor")
         return new
 
-    def _gathering(self, site: Site, product: Product, plan: ProductPlan) -> ProductPlan:
+    def _with_gather(self, site: Site, product: Product, plan: ProductPlan) -> ProductPlan:
         if plan.lowering not in CUSTOM_KERNELS or plan.how is None:
             return plan
-        estimate = estimates.coupled if plan.decision == "coupled" else estimates.sampled
-        new = estimate(site, product, plan.how, self.machine, shares=plan.shares is not None)
-        return replace(
-            plan,
-            reason=f"{plan.reason}; but by inductor",
-            lowering="inductor",
-            flops_sampled=new.flops,
-            time_sampled_us=new.time_us,
-            terms=new.terms,
-            sizes=new.sizes,
-        )
+        new = replace(plan, reason=f"{plan.reason}; but by inductor", lowering="inductor")
+        return new.with_estimate(planned_estimate(site, product, new, self.cost))
 
-    def _fed(self, i: int, products: Sequence[ProductPlan]) -> tuple[ProductPlan, ...]:
-        """A consumer's products when its activation comes narrow, and the gradient of it may leave so."""
-        return tuple(
-            self._timed(self.sites[i], p, d, None, True) if p.name in ("output", "grad_input") and d.decision in ("sampled", "coupled") else d
-            for p, d in zip(self.sites[i].products, products, strict=True)
-        )
+    def _fed_products(self, consumer: int, products: Sequence[ProductPlan]) -> tuple[ProductPlan, ...]:
+        """A consumer's products when its activation arrives narrow, and the gradient of the activation may stay so."""
+        site, fed = self.sites[consumer], list(products)
+        for i, (p, d) in enumerate(zip(site.products, products, strict=True)):
+            if p.name in ("output", "grad_input") and d.decision in ("sampled", "coupled"):
+                fed[i] = self._with_narrow_estimate(site, p, d, None, True)
+        return tuple(fed)
 
-    def _narrow(self, j: int, plan: SitePlan, consumer: str, how: Estimator | None) -> SitePlan:
-        """A producer's plan when it makes only what the consumer keeps. A gradient that is sampled on its own axis, or replaced, stays as it is."""
-        site = self.sites[j]
-        assert how is not None
-        only = f"only the {how.kept} of {how.size} channels that {consumer} keeps"
+    def _narrowed_producer(self, producer: int, plan: SitePlan, consumer: str, estimator: Estimator | None) -> SitePlan:
+        """A producer's plan when it makes only what the consumer keeps. A gradient that is sampled on its own axis, or replaced, is not changed."""
+        site = self.sites[producer]
+        assert estimator is not None
+        note = f"only the {estimator.kept} of {estimator.size} channels that {consumer} keeps"
         products = list(plan.products)
         for n, (p, d) in enumerate(zip(site.products, plan.products, strict=True)):
             if p.name == "output" or d.decision in ("exact", "coupled"):
-                new = self._timed(site, p, d, how, bool(plan.shrinks) and p.name != "grad_weight")
-                products[n] = replace(new, reason=f"{d.reason}; {only}", skips=consumer)
-        return replace(plan, products=tuple(products)).noted(only)
+                new = self._with_narrow_estimate(site, p, d, estimator, bool(plan.shrinks) and p.name != "grad_weight")
+                products[n] = replace(new, reason=f"{d.reason}; {note}", skips=consumer)
+        return replace(plan, products=tuple(products)).with_note(note)
 
-    def _timed(self, site: Site, product: Product, plan: ProductPlan, only: Estimator | None, fed: bool) -> ProductPlan:
-        new = estimates.shrunk(site, product, plan.how, only, fed, self.machine, plan.shares is not None)
-        return replace(plan, flops_sampled=new.flops, time_sampled_us=new.time_us, terms=new.terms, sizes=new.sizes)
+    def _with_narrow_estimate(self, site: Site, product: Product, plan: ProductPlan, only: Estimator | None, fed: bool) -> ProductPlan:
+        return plan.with_estimate(self.cost.narrowed(site, product, plan.how, only, fed, plan.shares is not None))
 
 
-def _by_a_kernel(*plans: SitePlan) -> str | None:
-    """Why sites stay whole of which one is run by kernels of ours, if one is."""
+def _custom_kernel_reason(*plans: SitePlan) -> str | None:
+    """Why sites stay whole if a custom kernel runs one of them."""
     for plan in plans:
-        own = _own(plan.products)
-        if own is not None and "inductor" not in plan.lowerings:
-            return f"{own} steps over what was not chosen of whole operands (lowering 'inductor' takes narrow ones)"
-        if own is not None:
-            return f"{own} on whole operands is predicted to be no slower"
+        kernel = _custom_kernel(plan.products)
+        if kernel is not None and "inductor" not in plan.lowerings:
+            return f"{kernel} steps over what was not chosen of whole operands (lowering 'inductor' takes narrow ones)"
+        if kernel is not None:
+            return f"{kernel} on whole operands is predicted to be no slower"
     return None
 
 
-def _own(products: Sequence[ProductPlan]) -> str | None:
+def _custom_kernel(products: Sequence[ProductPlan]) -> str | None:
+    """The first custom kernel that runs one of the products, if any does."""
     return next((p.lowering for p in products if p.lowering in CUSTOM_KERNELS), None)
 
 
-def _asks(products: Sequence[ProductPlan]) -> bool:
-    """Whether a site's choice is known before its activation, and nothing of the site needs the channels that are not kept."""
+def _selects_by_weight(products: Sequence[ProductPlan]) -> bool:
+    """Whether a site's selection is known before its activation, and nothing of the site needs the channels that are not kept."""
     output = products[0]
     if output.decision != "sampled" or output.how is None or output.how.method != WEIGHTS_ONLY:
         return False
@@ -289,5 +340,5 @@ def _total(products: Iterable[ProductPlan]) -> float:
     return math.fsum(p.time_sampled_us or 0.0 for p in products)
 
 
-def _of_all(sites: Sequence[SitePlan]) -> float:
+def _total_of(sites: Sequence[SitePlan]) -> float:
     return math.fsum(_total(s.products) for s in sites)

@@ -9,7 +9,7 @@ import torch
 from approx_compile import _torch
 from approx_compile.kernels.availability import CUSTOM_KERNELS
 from approx_compile.machine.site_timings import OperandLayout, TimedProduct, TimingRequest
-from approx_compile.passes.cost.estimates import role
+from approx_compile.passes.cost.site_sizes import role
 from approx_compile.passes.fx_utils import BMM, CONV
 from approx_compile.passes.planning.plan import Candidates, ProductPlan
 from approx_compile.passes.sites.site import Site

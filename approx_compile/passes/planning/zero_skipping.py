@@ -1,8 +1,11 @@
-"""Zeros that one site's choice makes in the gradients of others, put to use: decided here, found by `zeros`, carried out by `rewrite`.
+"""Decide which gradient products skip channels that are known to be zero because a later site dropped them.
 
-Gathers leave them out, or a kernel of ours steps over them where the lowering allows it and time is saved: dX = dY[:, idx] W[idx, :] and the columns idx of
-dW = X^T dY. A kernel steps over one axis. Of a gradient that is coupled to its own output as well the other axis is gathered: of X and W what the output kept,
-or of dY and W what is not zero, whichever is predicted to be faster.
+`zero_propagation` finds the zeros and `rewrite` carries out what is decided here. With the channels `idx` that are not zero: dX = dY[:, idx] W[idx, :], and
+only the columns `idx` of dW = X^T dY are computed. Either gathers leave out the zeros, or, where the lowering allows it and that saves time, a custom kernel
+steps over them.
+
+A kernel steps over one axis. If the gradient is also coupled to its own output, the other axis is gathered: what the output kept, of X and W, or what is not
+zero, of dY and W, whichever is predicted to be faster.
 """
 
 from __future__ import annotations
@@ -15,74 +18,97 @@ from torch import fx
 
 from approx_compile.kernels.availability import CUSTOM_KERNELS
 from approx_compile.kernels.estimators import Estimator
-from approx_compile.machine import Machine
-from approx_compile.passes.cost import estimates
-from approx_compile.passes.planning import lowering as lowerings
-from approx_compile.passes.planning import zero_propagation
+from approx_compile.passes.cost import margins
+from approx_compile.passes.cost.estimates import CostModel
+from approx_compile.passes.planning import lowering, zero_propagation
+from approx_compile.passes.planning.candidates import PlanInputs
 from approx_compile.passes.planning.plan import Plan, ProductPlan, SitePlan
 from approx_compile.passes.sites.site import Product, Site, one_contraction
 
 
-def skip_zeros(sites: Sequence[Site], plan: Plan, machine: Machine) -> Plan:
-    """The plan with gradient products that leave out what a later site's dropped entries made zero, where that saves more time than its gathers take."""
-    users: dict[tuple[fx.Node | None, int], list[tuple[int, int]]] = defaultdict(list)
-    for i, site in enumerate(sites):
-        for j, p in enumerate(site.products):
-            if p.output_grad is not None and one_contraction(site):
-                users[p.output_grad, p.output_grad_dim].append((i, j))
-    shared: dict[str, list[tuple[fx.Node, int]]] = defaultdict(list)  # gradients that are zero where another site's is, of the same activation
-    for site, s in zip(sites, plan.sites, strict=True):
-        for p, d in zip(site.products, s.products, strict=True):
-            leader = s.products[0].shares
-            if leader is not None and p.name == "grad_input" and d.decision == "coupled" and p.result is not None:
-                shared[leader].append(p.result)
+def skip_zeros(plan: Plan, inputs: PlanInputs) -> Plan:
+    """Let gradient products skip what a later site's dropped entries made zero, where that saves more time than its gathers take.
+
+    Args:
+        plan: The plan with every site decided.
+        inputs: The sites and the cost model; without times nothing is skipped.
+    """
+    if not inputs.cost.predicts_time:
+        return plan
+    sites = inputs.sites
+    readers = _readers_of_gradients(sites)
+    shared = _shared_results(sites, plan)
     new = list(plan.sites)
-    for source, planned in zip(sites, plan.sites, strict=True):
-        for p, d in zip(source.products, planned.products, strict=True):
+    for source, source_plan in zip(sites, plan.sites, strict=True):
+        for p, d in zip(source.products, source_plan.products, strict=True):
             if d.decision != "coupled" or d.shares is not None or not one_contraction(source) or p.result is None:
                 continue
-            together = dict([p.result, *(shared.get(source.name, ()) if p.name == "grad_input" else ())])
-            for zero in zero_propagation.propagate_zeros(together).items():
-                for i, j in users.get(zero, ()):
-                    new[i] = _with_skip(sites[i], new[i], j, source.name, d, machine)
+            starts = dict([p.result, *(shared.get(source.name, ()) if p.name == "grad_input" else ())])
+            for zero in zero_propagation.propagate_zeros(starts).items():
+                for i, j in readers.get(zero, ()):
+                    new[i] = _with_skip(sites[i], new[i], j, source.name, d, inputs.cost)
     return replace(plan, sites=tuple(new))
 
 
-def _with_skip(site: Site, plan: SitePlan, j: int, source: str, dropped: ProductPlan, machine: Machine) -> SitePlan:
-    product, decision = site.products[j], plan.products[j]
-    if decision.decision in ("sampled", "replaced") or decision.skips is not None or dropped.how is None:
+def _readers_of_gradients(sites: Sequence[Site]) -> dict[tuple[fx.Node | None, int], list[tuple[int, int]]]:
+    """By output gradient and its channel dim: the numbers of the site and of the product that read it."""
+    readers: dict[tuple[fx.Node | None, int], list[tuple[int, int]]] = defaultdict(list)
+    for i, site in enumerate(sites):
+        for j, p in enumerate(site.products):
+            if p.output_grad is not None and one_contraction(site):
+                readers[p.output_grad, p.output_grad_dim].append((i, j))
+    return readers
+
+
+def _shared_results(sites: Sequence[Site], plan: Plan) -> dict[str, list[tuple[fx.Node, int]]]:
+    """By site: the gradients of the same activation that are zero where its own is, because their sites share its indices."""
+    shared: dict[str, list[tuple[fx.Node, int]]] = defaultdict(list)
+    for site, site_plan in zip(sites, plan.sites, strict=True):
+        leader = site_plan.products[0].shares
+        for p, d in zip(site.products, site_plan.products, strict=True):
+            if leader is not None and p.name == "grad_input" and d.decision == "coupled" and p.result is not None:
+                shared[leader].append(p.result)
+    return shared
+
+
+def _with_skip(site: Site, plan: SitePlan, j: int, source: str, dropped: ProductPlan, cost: CostModel) -> SitePlan:
+    """The site's plan with product `j` skipping what the site `source` dropped, if that pays."""
+    product, current = site.products[j], plan.products[j]
+    if current.decision in ("sampled", "replaced") or current.skips is not None or dropped.how is None:
         return plan
-    ways, why = _ways(site, plan, decision, dropped.how)
-    tried = [_tried(site, product, plan, decision, dropped.how, way, machine) for way in ways]
-    if not tried:
+    ways, refusal = _ways(site, plan, current, dropped.how)
+    skipping = [_skipping(site, product, plan, current, dropped.how, way, cost) for way in ways]
+    if not skipping:
         return plan
-    best = min(tried, key=lambda p: p.time_sampled_us or 0.0)
-    assert decision.time_sampled_us is not None and best.time_sampled_us is not None
-    if not estimates.pays(decision.time_sampled_us, best.time_sampled_us, estimates.SKIP_MARGIN):
+    best = min(skipping, key=lambda p: p.time_sampled_us or 0.0)
+    assert current.time_sampled_us is not None and best.time_sampled_us is not None
+    if not margins.pays(current.time_sampled_us, best.time_sampled_us, margins.SKIP_MARGIN):
         return plan
-    by = f" by {best.skips_by}" if best.skips_by in CUSTOM_KERNELS else f" by inductor: {why}" if why is not None else ""
+    by = f" by {best.skips_by}" if best.skips_by in CUSTOM_KERNELS else f" by inductor: {refusal}" if refusal is not None else ""
     products = list(plan.products)
-    products[j] = replace(best, reason=f"{decision.reason}; skips what {source} dropped{by}", skips=source)
+    products[j] = replace(best, reason=f"{current.reason}; skips what {source} dropped{by}", skips=source)
     note = "its gradients skip what later sites dropped"
     new = replace(plan, products=tuple(products))
-    return new.noted(note) if plan.decision == "exact" and note not in plan.notes else new
+    return new.with_note(note) if plan.decision == "exact" and note not in plan.notes else new
 
 
-def _ways(site: Site, plan: SitePlan, decision: ProductPlan, dropped: Estimator) -> tuple[list[tuple[str, str]], str | None]:
-    """(lowering, skips_by) to choose from, and why a kernel that was asked for is not among them."""
+def _ways(site: Site, plan: SitePlan, current: ProductPlan, dropped: Estimator) -> tuple[list[tuple[str, str]], str | None]:
+    """The pairs (lowering, skips_by) to choose from, and why a kernel that was asked for is not among them."""
     asked = [n for n in plan.lowerings if n in CUSTOM_KERNELS]
-    refused = {n: lowerings.no_zeros_kernel(site, dropped, n) for n in asked}
-    fit = [n for n in asked if refused[n] is None and (decision.how is None or lowerings.lines(decision.how.kept))]
+    refusals = {n: lowering.no_zeros_kernel(site, dropped, n) for n in asked}
+    fit = [n for n in asked if refusals[n] is None and (current.how is None or lowering.lines(current.how.kept))]
     ways = [("inductor", n) for n in fit]
-    if decision.lowering in CUSTOM_KERNELS:
-        return ([(decision.lowering, "inductor")] if lowerings.lines(dropped.kept) else []) + ways, None
+    if current.lowering in CUSTOM_KERNELS:
+        return ([(current.lowering, "inductor")] if lowering.lines(dropped.kept) else []) + ways, None
     if "inductor" in plan.lowerings or not fit:
         ways.insert(0, ("inductor", "inductor"))
-    return ways, next(iter(refused.values()), None) if "inductor" not in plan.lowerings else None
+    return ways, next(iter(refusals.values()), None) if "inductor" not in plan.lowerings else None
 
 
-def _tried(site: Site, product: Product, plan: SitePlan, decision: ProductPlan, dropped: Estimator, way: tuple[str, str], machine: Machine) -> ProductPlan:
-    lowering, skips_by = way
-    alone = decision.decision == "coupled" and plan.products[0].lowering in CUSTOM_KERNELS and lowering not in CUSTOM_KERNELS
-    new = estimates.skipped(site, product, decision.how, dropped, machine, lowering, skips_by, decision.shares is not None, alone)
-    return replace(decision, lowering=lowering, skips_by=skips_by, flops_sampled=new.flops, time_sampled_us=new.time_us, terms=new.terms, sizes=new.sizes)
+def _skipping(
+    site: Site, product: Product, plan: SitePlan, current: ProductPlan, dropped: Estimator, way: tuple[str, str], cost: CostModel
+) -> ProductPlan:  # fmt: skip
+    by, skips_by = way
+    alone = current.decision == "coupled" and plan.products[0].lowering in CUSTOM_KERNELS and by not in CUSTOM_KERNELS
+    estimate = cost.skipping_zeros(site, product, current.how, dropped, by, skips_by, current.shares is not None, alone)
+    return replace(current, lowering=by, skips_by=skips_by).with_estimate(estimate)

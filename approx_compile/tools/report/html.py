@@ -64,7 +64,7 @@ def render(report: ReportData, machine: Peaks | None) -> str:
     import pygments.formatters
     from plotly.offline import get_plotlyjs
 
-    from approx_compile.passes.planning.candidates import OFF
+    from approx_compile.passes.planning.selection import PREDICTION_ERROR
     from approx_compile.tools.report.plots import LABELS, Roof, kind_of
     from approx_compile.tools.report.report_data import si
 
@@ -81,7 +81,7 @@ def render(report: ReportData, machine: Peaks | None) -> str:
         si=si,
         graphs=[difference(b, a) for b, a in zip(report.before, report.after, strict=True)],
         measures=_measures(report),
-        break_even=f"{OFF:g}" if any(s.break_even for s in report.sites) else "",
+        break_even=f"{PREDICTION_ERROR:g}" if any(s.break_even for s in report.sites) else "",
         traced=report.traced(),
         plotly=get_plotlyjs(),
         templates=_templates(),

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from approx_compile.passes.planning.candidates import OFF
 from approx_compile.passes.planning.plan import BreakEven, ProductPlan, RowCut, SitePlan
+from approx_compile.passes.planning.selection import PREDICTION_ERROR
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,8 @@ class ReportData:
             table.add_column(title, justify="right", no_wrap=True)
         for site in self.sites:
             if site.break_even is not None:
-                table.add_row(site.name, "", "", f"break-even ratio {site.break_even.range}, if sampling takes {OFF:g} or 1/{OFF:g} times as long as predicted")
+                off = f"{PREDICTION_ERROR:g} or 1/{PREDICTION_ERROR:g}"
+                table.add_row(site.name, "", "", f"break-even ratio {site.break_even.range}, if sampling takes {off} times as long as predicted")
             for p in site.products.values():
                 exact = f"{p.time_exact_us:.3g}" if p.time_exact_us is not None else ""
                 sizes = ", ".join(f"{name} = {size:g}" for name, size in p.sizes)

@@ -11,8 +11,8 @@ from pydantic import BaseModel
 from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.config.schema import Rule
 from approx_compile.config.selectors import Pattern
+from approx_compile.passes.planning.candidates import LAST, RAW
 from approx_compile.passes.planning.plan import SitePlan
-from approx_compile.passes.planning.planner import LAST, RAW
 from approx_compile.passes.planning.rule_matching import match_rules
 from approx_compile.tools.tuning.trial import Trials
 
@@ -52,12 +52,12 @@ class Candidates:
         if self.base.policy != "always":
             everything = (*self.base.rules, Rule(layers=("site",)))
             planned_by_cost = trials.planned(self.base.model_copy(update={"rules": everything}))
-            hurt = {s.name: s.own_reason for s in planned_by_cost if s.own_reason in (RAW, LAST)}
+            hurt = {s.name: s.reason_without_notes for s in planned_by_cost if s.reason_without_notes in (RAW, LAST)}
         matches, _ = match_rules(planned, self.base)
         self._rules = {s.name: self._rule(planned, s, self.base.merged(m)) for s, m in zip(planned, matches, strict=True)}
         self.sites = planned
         self.sampled = tuple({s.name: s for s in planned if s.decision == "sampled" and s.name not in hurt}.values())
-        self.excluded = {s.name: s.own_reason for s in planned if s.decision == "exact"} | hurt
+        self.excluded = {s.name: s.reason_without_notes for s in planned if s.decision == "exact"} | hurt
 
     @property
     def random(self) -> bool:
