@@ -1,21 +1,29 @@
+"""Settings of the whole test run, and the fixtures that several files use."""
+
 import os
 from pathlib import Path
 
-# decisions must not depend on the machine that tests: a stored calibration (one thread of an AMD EPYC), for child processes as well
+# Decisions must not depend on the machine that runs the tests, so all processes read a stored profile (one thread of an AMD EPYC).
 os.environ["APPROX_COMPILE_MACHINE"] = str(Path(__file__).parent / "helpers" / "machine.json")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
 
 import pytest
 import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from approx_compile.backend import diagnostics
 from approx_compile.machine import float32_precision
 from approx_compile.rows import row_cost
 
+# Two processes that compile the same kernel at once can read each other's half-written library. So every worker of pytest-xdist has an Inductor cache of its
+# own, in the usual one, where the next run finds it.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()) / f"pytest-{worker}")
+
 
 @pytest.fixture(autouse=True)
 def fresh():
-    """Every test starts with no compiled code, no notice given, and the same seed."""
+    """Reset what torch.compile has compiled and which notices were given, and seed torch."""
     torch._dynamo.reset()
     diagnostics.forget()
     torch.manual_seed(0)
@@ -24,13 +32,13 @@ def fresh():
 
 @pytest.fixture
 def small_work_counts(monkeypatch):
-    """Rows are sampled in models that are too small for it to pay."""
+    """Sample rows also in models that are too small for it to pay."""
     monkeypatch.setattr(row_cost, "ANY_SIZE", True)
 
 
 @pytest.fixture
 def precisions():
-    """torch's settings of float32 may be changed, and are put back. (torch's own test helpers, which other tests import, forbid to set some.)"""
+    """Let a test change torch's float32 precision settings, and restore them. (torch's own test helpers, which other tests import, forbid to set some.)"""
     with getattr(torch.backends, "__allow_nonbracketed_mutation")():
         before = float32_precision.settings()
         yield
@@ -39,7 +47,7 @@ def precisions():
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """Tensors are tiny: threads only wait for each other."""
+    """Run with one thread: on tiny tensors, threads only wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -48,7 +56,7 @@ def one_thread():
 
 @pytest.fixture
 def one_rank(tmp_path):
-    """A process group of this process alone."""
+    """Make a process group with this process as its only member."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()

@@ -322,6 +322,7 @@ def test_wrong_state_changes_nothing() -> None:
     assert approx_compile.state_dict(model) == {"controls": {}, "clocks": []}
 
 
+@pytest.mark.distributed
 def test_buckets_of_ddp(one_rank) -> None:
     plans, choices = Plans(), Choices()
     net = Buckets()

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))  # this checkout's package, whatever is installed
 import approx_compile  # noqa: E402, F401
 
 sys.path.remove(str(ROOT))  # its links `kernels` and `passes` must not be taken for libraries
-os.environ.setdefault("APPROX_COMPILE_MACHINE", str(HERE.parent / "machine.json"))  # decisions must not depend on the machine that tests
+os.environ.setdefault("APPROX_COMPILE_MACHINE", str(HERE.parent / "helpers" / "machine.json"))  # decisions must not depend on the machine that tests
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import models  # noqa: E402

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -260,6 +261,16 @@ def test_model_errors(name: str, in_shape: tuple[int, int, int], width: int | No
 
 
 # --- the demo ---
+
+
+@pytest.mark.slow
+def test_minimal() -> None:
+    """It runs as a user would run it, prints how many rows were kept, and both times."""
+    path = ROOT / "examples" / "minimal.py"
+    assert len(path.read_text().splitlines()) <= 30
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=500, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "kept on average" in done.stdout and re.search(r"Inductor [\d.]+ ms, approx [\d.]+ ms, [\d.]+ times as fast", done.stdout)
 
 
 @pytest.fixture(scope="module")

@@ -272,6 +272,7 @@ def test_checkpoint_inside_inductor_equals_plain() -> None:
     assert max(relative(a, b) for a, b in zip(got, grads(model), strict=True)) < 1e-5
 
 
+@pytest.mark.distributed
 @pytest.mark.usefixtures("one_rank")
 def test_ddp_calls_the_backend_once_per_bucket() -> None:
     net = Buckets()

@@ -251,6 +251,7 @@ def test_max_conv_of_other_layouts() -> None:
 # The same on a GPU
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("at", range(4))
 def test_on_a_gpu(at: int) -> None:

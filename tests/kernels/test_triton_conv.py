@@ -207,6 +207,7 @@ def test_machine_code_of_the_small_kernels(arch: int) -> None:
 # --- on a GPU ---
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("stride", [1, 2])

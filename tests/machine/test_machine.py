@@ -59,6 +59,7 @@ def test_rounding_is_fine_and_measuring_again_changes_nothing() -> None:
     assert doubled.rounded(first) == doubled.rounded(None)
 
 
+@pytest.mark.serial
 def test_measured_stored_and_read_again(empty: Path) -> None:
     said: list[str] = []
     state = torch.random.get_rng_state()

@@ -317,6 +317,7 @@ def test_several_graphs_share_one_set_of_rows(cut: str, monkeypatch: pytest.Monk
     assert max(relative(a, b) for a, b in zip(got, grads(model), strict=True)) < 1e-5
 
 
+@pytest.mark.distributed
 @pytest.mark.usefixtures("one_rank")
 def test_the_buckets_of_ddp_share_one_set_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = ChosenRows(monkeypatch)

@@ -254,6 +254,7 @@ def test_a_fixed_ratio_beside_compiles_none(monkeypatch: pytest.MonkeyPatch) -> 
     assert passes.found == [[64, 32]]
 
 
+@pytest.mark.serial
 def test_the_search_for_fewer_rows_is_short() -> None:
     s, t = sympy.symbols("s t", positive=True, integer=True)
     size = 1_000_000

@@ -302,6 +302,7 @@ def test_sites_are_the_same_whether_a_size_is_a_symbol_or_a_number(seed: int, mo
 # --- the whole of it ---
 
 
+@pytest.mark.serial
 def test_a_plan_from_beginning_to_end(tmp_path: Any) -> None:
     """Whatever the times: state, error and record are right, and the file runs."""
     model, x, y = mlp(64, 256, 256, 256), torch.randn(64, 64), torch.randint(10, (64,))
@@ -350,6 +351,7 @@ def ctrl_c() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.serial
 def test_an_interrupt_gives_what_there_is(ctrl_c: None) -> None:
     """Ctrl-C before anything is timed: the knapsack takes times to go with FLOPs."""
     model, x, y = net_and_batch()
