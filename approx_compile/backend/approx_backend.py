@@ -19,7 +19,7 @@ from approx_compile.backend import diagnostics
 from approx_compile.backend.capture import graph_context
 from approx_compile.backend.inductor_options import inductor_patches
 from approx_compile.backend.runtime.dispatch import Dispatch
-from approx_compile.backend.runtime.output_probe import Outputs
+from approx_compile.backend.runtime.output_probe import AdaptiveOutputs
 from approx_compile.backend.runtime.schedule import Schedule
 from approx_compile.backend.runtime.step_counter import count_optimizer_steps
 from approx_compile.backend.variants import BackendOptions, GraphCompiler, Variant, representative_plan
@@ -86,8 +86,8 @@ class Backend:
         variants = compiler.compile(configs)
         if self.on_plan is None:
             plan = representative_plan(variants, configs, self.config)
-            record = diagnostics.Record(self.config, root, layers, context, gm.code, plan, len(assignments))
-            record.announce("".join(v.uuid for v in variants), example_inputs)
+            record = diagnostics.GraphRecord(self.config, root, layers, context, gm.code, plan, len(assignments))
+            record.notify("".join(v.uuid for v in variants), example_inputs)
         if len(variants) == 1:
             return variants[0].call
         return self._select_at_run_time(rungs, variants, index, _parameters(example_inputs), compiler.key(), root)
@@ -106,14 +106,14 @@ class Backend:
         `rungs` has for each assignment its ratios of outputs; `variants` follow in the same order. `index` gives the compiled assignment for each of the
         schedule's, `parameters` the places of parameters among the arguments.
         """
-        remaining, compiled, name = iter(variants), [v.call for v in variants], diagnostics.name_of(root)
+        remaining, compiled, name = iter(variants), [v.call for v in variants], diagnostics.model_name(root)
         by_assignment: list[Any] = []
         for i, ladder in enumerate(rungs):
             by_ratio = {ratio: next(remaining) for ratio, _ in ladder}
             samples_outputs = any(v.plan is None or any(s.products[0].decision == "sampled" for s in v.plan.sites) for v in by_ratio.values())
             calls = {r: v.call for r, v in by_ratio.items()}
             adaptive = samples_outputs and len(calls) > 1
-            by_assignment.append(Outputs(self.config.adaptive, calls, parameters, f"{key}{i or ''}") if adaptive else calls[max(calls)])
+            by_assignment.append(AdaptiveOutputs(self.config.adaptive, calls, parameters, f"{key}{i or ''}") if adaptive else calls[max(calls)])
         run = by_assignment[0]
         if len(by_assignment) > 1:
             if (reason := _uncounted_reason(root, parameters)) is not None:

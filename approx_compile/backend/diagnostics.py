@@ -1,4 +1,7 @@
-"""What the user is told: once per model and settings, and also when a cache hit means that the pass did not run."""
+"""Notify the user of what was decided for a graph: once per model and settings.
+
+After a hit in Inductor's cache the pass does not run. The summary that the compiling process stored is used then.
+"""
 
 from __future__ import annotations
 
@@ -25,23 +28,32 @@ log = logging.getLogger("approx_compile")
 
 
 @dataclass
-class Record:
-    """One compiled graph: where it comes from, and its plan once the pass has run (or a stored summary of it)."""
+class GraphRecord:
+    """One compiled graph: where it comes from, and its plan if the pass has run."""
 
     config: ApproxConfig
     root: nn.Module | None
     layers: tuple[str, ...]
+    """The key of the innermost module of every call, in graph order."""
     context: Context
     text: str
+    """The code of Dynamo's graph."""
     plan: Plan | None = None
+    """None after a hit in Inductor's cache."""
     assignments: int = 1
+    """How many assignments of settings the graph goes through during a run."""
 
-    def announce(self, uuid: str, example_inputs: Sequence[Any]) -> None:
-        """Say what was decided. After a cache hit the summary stored by the process that compiled is used."""
-        path = _torch.cache_folder() / "approx_compile" / f"{_shapes_key(uuid, self.text, example_inputs)}.json"
+    def notify(self, uuid: str, example_inputs: Sequence[Any]) -> None:
+        """Log the plan, notify the user of a summary of it, and store the summary for processes that hit the cache.
+
+        Args:
+            uuid: The part of the cache key that comes from the joint-graph pass.
+            example_inputs: The graph's inputs, whose shapes belong to the summary's key.
+        """
+        path = _torch.cache_folder() / "approx_compile" / f"{_summary_key(uuid, self.text, example_inputs)}.json"
         if self.plan is not None:
             summary = _summary(self.plan, self.config, self.assignments)
-            _store(path, summary)
+            _store_summary(path, summary)
             for site in self.plan.sites:
                 log.info("%s: %s (%s %s %s)", site.name, site.decision, site.op, site.shape, site.reason)
                 for p in site.products:
@@ -49,25 +61,25 @@ class Record:
             plan = self.plan
             _torch.trace_artifact("approx_compile_plan", lambda: json.dumps(plan.to_dict()))
         else:
-            found = _load(path)
-            if found is None:
+            stored = _load_summary(path)
+            if stored is None:
                 return
-            summary = found
+            summary = stored
             log.info("%s of %s sites sampled (from Inductor's cache)", summary["sampled"], summary["sites"])
             _torch.trace_artifact("approx_compile_plan", lambda: json.dumps(summary))
-        self._tell(summary)
+        self._notify_of_summary(summary)
 
-    def _tell(self, summary: dict[str, Any]) -> None:
+    def _notify_of_summary(self, summary: dict[str, Any]) -> None:
         sites, sampled = summary["sites"], summary["sampled"]
         for remark in summary["remarks"]:
             warn_once(f"approx: {remark}")
         if not sites:
             return
-        name = name_of(self.root)
-        for pattern in self._nowhere(summary["unmatched"]):
+        name = model_name(self.root)
+        for pattern in self._unmatched_in_model(summary["unmatched"]):
             warn_once(f"approx: rule pattern {pattern!r} matches no site of {name}; approx_compile.explain(model, *inputs) lists the sites")
         sliced = any(p.kind is not None and p.index is not None for p in self.config.patterns())
-        if sliced and self.root is not None and len(_graphs(self.config, self.root, self.layers)) > 1:
+        if sliced and self.root is not None and len(_graphs_seen(self.config, self.root, self.layers)) > 1:
             warn_once(f"approx: {name} is compiled as several graphs; slices such as conv[1::4] count from 0 in each of them")
         if not sampled and (self.context.root.exact or self.context.nothing_trains()):
             return
@@ -80,89 +92,99 @@ class Record:
             reasons = "; ".join(f"{count}x {reason}" for reason, count in summary["reasons"][:3])
             warn_once(f"approx: nothing was approximated in {name}: {reasons}. approx_compile.explain(model, *inputs) shows every site")
 
-    def _nowhere(self, unmatched: Sequence[str]) -> list[str]:
-        """Patterns that match nothing in this graph, less those that may match in another graph of the same model."""
+    def _unmatched_in_model(self, unmatched: Sequence[str]) -> list[str]:
+        """Of the patterns that match nothing in this graph those that cannot match in another graph of the same model either."""
         if self.root is None:
             return list(unmatched)
         model = whole_model(self.root) or self.root
-        owners = [(full_name(m) if model is not self.root else n) or n for n, m in model.named_modules()]
-        seen = {m.name for m in self.context.modules.values()}
-        weighty = [n for n, m in zip(owners, model.modules(), strict=False) if any(p.dim() > 1 for p in m.parameters(recurse=False))]
-        whole = all(n in seen for n in weighty)
-        if whole:
+        names = [(full_name(m) if model is not self.root else n) or n for n, m in model.named_modules()]
+        in_graph = {m.name for m in self.context.modules.values()}
+        with_matrices = [n for n, m in zip(names, model.modules(), strict=False) if any(p.dim() > 1 for p in m.parameters(recurse=False))]
+        if all(n in in_graph for n in with_matrices):  # the graph is the whole model
             return list(unmatched)
         parsed = [Pattern.parse(t) for t in unmatched]
-        return [p.text for p in parsed if p.is_name and not any(p.matches_name(n) for n in owners)]
+        return [p.text for p in parsed if p.is_name and not any(p.matches_name(n) for n in names)]
 
 
 _seen_graphs: dict[tuple[str, int], set[tuple[str, ...]]] = {}
+"""The graphs, as the keys of their modules, that were compiled for each pair of settings (their digest) and root module (its id)."""
 
 
-def _graphs(config: ApproxConfig, root: nn.Module | None, layers: tuple[str, ...]) -> set[tuple[str, ...]]:
+def _graphs_seen(config: ApproxConfig, root: nn.Module | None, layers: tuple[str, ...]) -> set[tuple[str, ...]]:
     graphs = _seen_graphs.setdefault((config.digest(), id(root)), set())
     graphs.add(layers)
     return graphs
 
 
-def name_of(root: nn.Module | None) -> str:
+def model_name(root: nn.Module | None) -> str:
+    """Name a model in notices.
+
+    Args:
+        root: The module that was compiled; None for a function.
+
+    Returns:
+        The name of its class, or "the function".
+    """
     return type(root).__name__ if root is not None else "the function"
 
 
 def _summary(plan: Plan, config: ApproxConfig, assignments: int) -> dict[str, Any]:
     reasons = Counter(s.reason for s in plan.sites if s.decision == "exact")
     counts = {"sites": len(plan.sites), "sampled": plan.sampled}
-    told = {"unmatched": list(plan.unmatched), "remarks": list(plan.remarks), "reasons": [list(r) for r in reasons.most_common()]}
-    return counts | told | {"what": _what(plan, config, assignments)}
+    details = {"unmatched": list(plan.unmatched), "remarks": list(plan.remarks), "reasons": [list(r) for r in reasons.most_common()]}
+    return counts | details | {"what": _description(plan, config, assignments)}
 
 
-def _what(plan: Plan, config: ApproxConfig, assignments: int) -> str:
+def _description(plan: Plan, config: ApproxConfig, assignments: int) -> str:
     decisions = [{p.decision for p in s.products} for s in plan.sites]
-    own, rows, replaced = (sum(bool(d & kinds) for d in decisions) for kinds in ({"sampled", "coupled"}, {"rows"}, {"replaced"}))
-    said = [f"{own} of {len(plan.sites)} sites of {{name}} are sampled ({_how(plan, config)})"] if own or not (rows or replaced) else []
+    sampled, rows, replaced = (sum(bool(d & kinds) for d in decisions) for kinds in ({"sampled", "coupled"}, {"rows"}, {"replaced"}))
+    parts = []
+    if sampled or not (rows or replaced):
+        parts.append(f"{sampled} of {len(plan.sites)} sites of {{name}} are sampled ({_methods_and_ratios(plan, config)})")
     if replaced:
-        said.append(f"gradients of {replaced} of {len(plan.sites)} sites of {{name}} are replaced")
+        parts.append(f"gradients of {replaced} of {len(plan.sites)} sites of {{name}} are replaced")
     if rows:
         shares = ", ".join(f"{c.ratio:g}" if c.ratio is not None else "as many as the gradient's variance asks for" for c in plan.cuts)
-        said.append(f"the backward pass of {rows} of {len(plan.sites)} sites of {{name}} runs on rows of the batch ({shares})")
+        parts.append(f"the backward pass of {rows} of {len(plan.sites)} sites of {{name}} runs on rows of the batch ({shares})")
     if assignments > 1:
-        said.append(f"these are the most of {assignments} assignments that its steps and phases go through")
-    return "; ".join(said)
+        parts.append(f"these are the most of {assignments} assignments that its steps and phases go through")
+    return "; ".join(parts)
 
 
-def _how(plan: Plan, config: ApproxConfig) -> str:
-    """By what methods and ratios; where nothing is sampled, by those that the settings at the top have."""
+def _methods_and_ratios(plan: Plan, config: ApproxConfig) -> str:
+    """The methods and ratios that the sampled products have; those of the top-level settings where nothing is sampled."""
     if config.plan is not None:
         return "by a tuned plan"
-    found = [p for s in plan.sites for p in s.products if p.decision == "sampled"]
-    methods = sorted({p.method for p in found}) or [config.method]
-    ratios = sorted({p.ratio for p in found}) or [config.ratio]
+    products = [p for s in plan.sites for p in s.products if p.decision == "sampled"]
+    methods = sorted({p.method for p in products}) or [config.method]
+    ratios = sorted({p.ratio for p in products}) or [config.ratio]
     if len(config.rungs()) > 1:
         return f"{', '.join(methods)}, at the ratio that the gradient's error allows"
     return f"{', '.join(methods)}, ratio {ratios[0]:g}" + (f" to {ratios[-1]:g}" if len(ratios) > 1 else "")
 
 
-def _shapes_key(uuid: str, text: str, example_inputs: Sequence[Any]) -> str:
+def _summary_key(uuid: str, text: str, example_inputs: Sequence[Any]) -> str:
     shapes = [(str(tuple(v.shape)), str(v.dtype)) if isinstance(v, torch.Tensor) else type(v).__name__ for v in example_inputs]
     return hashlib.sha256(repr((uuid, text, shapes, torch.is_grad_enabled())).encode()).hexdigest()
 
 
-def _store(path: Any, summary: dict[str, Any]) -> None:
-    """Store the summary for warm starts; a folder that can't be written only costs the notice after a warm start."""
+def _store_summary(path: Any, summary: dict[str, Any]) -> None:
+    """Store the summary for processes that hit the cache. If the folder cannot be written, they give no notice."""
     try:
         write_atomically(path, json.dumps(summary))
     except OSError as e:
         log.debug("summary not stored: %s", e)
 
 
-def _load(path: Any) -> dict[str, Any] | None:
+def _load_summary(path: Any) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text())
-        return found if {"sites", "sampled", "unmatched", "reasons", "remarks", "what"} <= set(found) else None
+        summary = json.loads(path.read_text())
+        return summary if {"sites", "sampled", "unmatched", "reasons", "remarks", "what"} <= set(summary) else None
     except (OSError, ValueError, TypeError):
         return None
 
 
 def forget() -> None:
-    """Say everything again (for tests, and for whoever starts a new model in one process)."""
+    """Give every notice again, for tests and for a new model in the same process."""
     emitted.clear()
     _seen_graphs.clear()

@@ -14,7 +14,7 @@ from torch import nn
 import approx_compile
 from approx_compile import ApproxConfig, Backend, controls
 from approx_compile.backend import run_as_is
-from approx_compile.backend.runtime.output_probe import Outputs
+from approx_compile.backend.runtime.output_probe import AdaptiveOutputs
 from approx_compile.config.schema import OUTPUT_LADDER, AdaptiveTable
 from approx_compile.rows.controller import OutputControl
 
@@ -131,7 +131,7 @@ def test_state_is_part_of_a_checkpoint() -> None:
 
 def test_no_gradient_no_measurement() -> None:
     seen = []
-    outputs = Outputs(AdaptiveTable(every=1, outputs=(0.5, 1.0)), {1.0: lambda *a: seen.append(1.0) or a[0] * 2, 0.5: lambda *a: a[0] * 3}, [], "key")
+    outputs = AdaptiveOutputs(AdaptiveTable(every=1, outputs=(0.5, 1.0)), {1.0: lambda *a: seen.append(1.0) or a[0] * 2, 0.5: lambda *a: a[0] * 3}, [], "key")
     with torch.no_grad():
         assert torch.equal(outputs(torch.ones(2)), torch.full((2,), 2.0))
     x = torch.ones(2, requires_grad=True)

@@ -1,1 +1,1 @@
-"""What the backend reads while Dynamo is still there: modules and their names, training mode, parameters, layers marked by the user."""
+"""What the backend reads from Dynamo's graph before AOTAutograd takes over: modules and their names, training mode, parameters, annotations by the user."""

@@ -1,1 +1,1 @@
-"""What runs between the steps of compiled code: the schedule, the ratio of outputs, states that are saved and loaded."""
+"""What runs between the steps of compiled code: the schedule, the search for the ratio of sampled outputs, state that is saved and loaded."""

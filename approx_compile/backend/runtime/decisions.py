@@ -1,4 +1,4 @@
-"""What the policy "adaptive" has decided so far, as a table and as a plot."""
+"""Show what the policy "adaptive" has decided so far, as a table and as a plot."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from approx_compile.rows.controller import Control, controls
 
 @dataclass(frozen=True)
 class Decisions:
-    """What is controlled in a model by name: cuts (share of the rows; measured is the share needed) and sampled outputs (ratio; measured is the
-    gradient's relative squared error). `str()` is a table, `plot(path)` draws the share kept over the steps."""
+    """The controls of a model. `str()` is a table; `plot(path)` draws the share kept over the steps."""
 
     cuts: dict[str, Control]
+    """By name, the controls of cuts (of the share of rows; `measured` is the share needed) and of sampled outputs (of their ratio; `measured` is the relative
+    squared error of the gradient)."""
 
     def __str__(self) -> str:
         if not self.cuts:
@@ -31,7 +32,14 @@ class Decisions:
         return out.getvalue().rstrip()
 
     def plot(self, path: str | Path) -> None:
-        """The share kept over the steps, one line per cut, as a picture. Needs matplotlib (`pip install approx-compile[examples]`)."""
+        """Draw the share kept over the steps, one line for each control.
+
+        Args:
+            path: The picture's file; its ending decides the format.
+
+        Raises:
+            ImportError: If matplotlib is not installed (`pip install approx-compile[examples]`).
+        """
         try:
             from matplotlib.figure import Figure
         except ImportError:
@@ -49,5 +57,12 @@ class Decisions:
 
 
 def decisions(model: nn.Module) -> Decisions:
-    """What the policy "adaptive" has decided for a model (compiled or not) so far."""
+    """Collect what the policy "adaptive" has decided for a model so far.
+
+    Args:
+        model: The model, compiled or not.
+
+    Returns:
+        The controls, as a table and a plot.
+    """
     return Decisions(controls(model))

@@ -1,9 +1,11 @@
-"""What sampling outputs does to a model's gradient: measured on the user's own batch, without a trace.
+"""Measure on the user's own batch what sampling outputs does to a model's gradient, without a lasting effect on the training step.
 
-At a step that looks, the forward pass leaves a hook on its outputs. When their gradients arrive, the exact graph and the candidates run once more on
-the same inputs, random state and output gradients; the relative squared error of each candidate's gradient goes to the `OutputControl`. Parameters'
-gradients, buffers, the random state and the user's own graph stay as they are. (The gradients of the outputs are those of the step's own forward
-pass: what a loss outside the graph would have made of a candidate's outputs is not in the error.)
+At a step that measures, the forward pass leaves a hook on its outputs. When their gradients arrive, the exact graph and the candidate graphs run once more on
+the same inputs, random state and output gradients. The relative squared error of each candidate's gradient goes to the `OutputControl`, which chooses the
+ratio. Parameters' gradients, buffers, the random state and the user's own graph stay as they are.
+
+The gradients of the outputs are those of the step's own forward pass. The error therefore leaves out what a loss outside the graph would have made of a
+candidate's outputs.
 """
 
 from __future__ import annotations
@@ -23,72 +25,88 @@ from approx_compile.rows.row_backward import all_rows
 from approx_compile.utils import warn_once
 
 
-class Outputs:
-    """The compiled rungs of one assignment of one graph as one function."""
+class AdaptiveOutputs:
+    """The graphs of one assignment, compiled with different ratios of outputs, as one function.
+
+    Args:
+        settings: The key `adaptive` of the settings.
+        rungs: The compiled graph for each ratio; ratio 1 is exact.
+        parameters: The places of the graph's parameters among its arguments.
+        key: The graph's name, the same in every process.
+    """
 
     def __init__(self, settings: AdaptiveTable, rungs: Mapping[float, Callable[..., Any]], parameters: Sequence[int], key: str) -> None:
         self.settings = settings
         self.rungs = dict(rungs)
         self.parameters = tuple(parameters)
         self.key = f"{key}outputs"
-        self._own = OutputControl(settings, self.key)
+        self._own_control = OutputControl(settings, self.key)
 
     def __call__(self, *args: Any) -> Any:
         owner = next((args[i] for i in self.parameters), None)
-        control = control_for(owner, self.settings, self.key, OutputControl) if owner is not None else self._own
-        if _torch.current_backward_id() >= 0:  # a checkpointed block runs once more, as it ran
+        control = control_for(owner, self.settings, self.key, OutputControl) if owner is not None else self._own_control
+        if _torch.current_backward_id() >= 0:  # a checkpointed block is recomputed at the ratio that it ran with
             return self.rungs[control.ratio](*args)
         ratio = control.begin()
         candidates = control.candidates() if control.watches and torch.is_grad_enabled() else []
         if not candidates:
             return self.rungs[ratio](*args)
-        probe = _Probe(args)
+        snapshot = _CallSnapshot(args)
         out = self.rungs[ratio](*args)
         outs = [o for o in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(o, Tensor) and o.requires_grad]
 
-        def arrived(gradients: Sequence[Tensor | None]) -> None:
-            if probe.gone:
+        def measure(gradients: Sequence[Tensor | None]) -> None:
+            if snapshot.parameters_freed:
                 warn_once("approx: a model's parameters are gone when its backward pass begins (FSDP2): outputs whose ratio is to be found stay exact")
                 return
-            exact = probe.gradient(self.rungs[1.0], gradients)
-            control.see(candidates, torch.stack([_error(probe.gradient(self.rungs[r], gradients), exact) for r in candidates]))
+            exact = snapshot.gradient(self.rungs[1.0], gradients)
+            control.see(candidates, torch.stack([_relative_squared_error(snapshot.gradient(self.rungs[r], gradients), exact) for r in candidates]))
 
         if outs:
-            torch.autograd.graph.register_multi_grad_hook(outs, arrived)
+            torch.autograd.graph.register_multi_grad_hook(outs, measure)
         return out
 
 
-class _Probe:
-    """The inputs of a call, and the random state before it."""
+class _CallSnapshot:
+    """The inputs of a call and the random state before it, from which the call can be repeated."""
 
     def __init__(self, args: Sequence[Any]) -> None:
-        # what is no parameter may be written to: buffers, by the graph itself; inputs, by the user before the backward pass
+        # copies of all but parameters: the graph itself may write to buffers, and the user to inputs before the backward pass
         self.args = [a if isinstance(a, nn.Parameter) or not isinstance(a, Tensor) else copied(a.detach()) for a in args]
         self.needs = [isinstance(a, Tensor) and a.requires_grad for a in args]
         self.random = _random_state(args)
 
     @property
-    def gone(self) -> bool:
-        """Whether a parameter's memory has been freed since."""
+    def parameters_freed(self) -> bool:
+        """Whether a parameter's memory has been freed since the call."""
         return any(isinstance(a, nn.Parameter) and a.numel() and not a.untyped_storage().size() for a in self.args)
 
     def gradient(self, call: Callable[..., Any], gradients: Sequence[Tensor | None]) -> list[Tensor]:
-        with torch.enable_grad(), all_rows(), _random(self.random):
+        """Repeat the call with a compiled graph.
+
+        Args:
+            call: The compiled graph.
+            gradients: The gradient of each differentiable output; None for one that gets none.
+
+        Returns:
+            The gradients of the inputs that need one and take part.
+        """
+        with torch.enable_grad(), all_rows(), _random_state_set(self.random):
             leaves = [a.detach().requires_grad_(n) if isinstance(a, Tensor) else a for a, n in zip(self.args, self.needs, strict=True)]
-            # the graph may write to what is no parameter, and into a leaf it could not
+            # the graph may write to what is no parameter, which autograd does not allow for a leaf that needs a gradient
             out = call(*(v if isinstance(a, nn.Parameter) or not isinstance(v, Tensor) else copied(v) for a, v in zip(self.args, leaves, strict=True)))
             outs = [o for o in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(o, Tensor) and o.requires_grad]
             pairs = [(o, g) for o, g in zip(outs, gradients, strict=True) if g is not None]
             wanted = [v for v, n in zip(leaves, self.needs, strict=True) if n]
-            found = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
-        return [g for g in found if g is not None]
+            values = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
+        return [g for g in values if g is not None]
 
 
-def _error(sampled: Sequence[Tensor], exact: Sequence[Tensor]) -> Tensor:
-    """|g' - g|^2 / |g|^2 over all gradients; inf where it is no number."""
-    off = sum((a - b).float().square().sum() for a, b in zip(sampled, exact, strict=True))
-    whole = sum(b.float().square().sum() for b in exact)
-    return torch.nan_to_num(torch.as_tensor(off / whole), nan=torch.inf)
+def _relative_squared_error(sampled: Sequence[Tensor], exact: Sequence[Tensor]) -> Tensor:
+    """|g' - g|^2 / |g|^2 over all gradients; infinite where that is no number."""
+    difference = sum((a - b).float().square().sum() for a, b in zip(sampled, exact, strict=True))
+    size = sum(b.float().square().sum() for b in exact)
+    return torch.nan_to_num(torch.as_tensor(difference / size), nan=torch.inf)
 
 
 def _random_state(args: Sequence[Any]) -> tuple[Tensor, dict[int, Tensor]]:
@@ -97,10 +115,10 @@ def _random_state(args: Sequence[Any]) -> tuple[Tensor, dict[int, Tensor]]:
 
 
 @contextlib.contextmanager
-def _random(state: tuple[Tensor, dict[int, Tensor]]) -> Iterator[None]:
-    """Inside, random numbers start from a given state; afterwards they go on as if nothing had been drawn."""
+def _random_state_set(state: tuple[Tensor, dict[int, Tensor]]) -> Iterator[None]:
+    """Inside, random numbers start from a given state; afterwards they continue as if none had been drawn."""
     with torch.random.fork_rng(devices=list(state[1])):
         torch.set_rng_state(state[0])
-        for device, own in state[1].items():
-            torch.cuda.set_rng_state(own, device)
+        for device, device_state in state[1].items():
+            torch.cuda.set_rng_state(device_state, device)
         yield

@@ -1,5 +1,7 @@
-"""What a checkpoint of a run needs besides the model, the optimizer and the random state: how many rows were kept, how often rows were drawn, and which
-step it was."""
+"""Save and load what a checkpoint of a run needs besides the model, the optimizer and the random state.
+
+That is how many rows were kept, how often rows were drawn, and which step of its schedule the model is at.
+"""
 
 from __future__ import annotations
 
@@ -14,26 +16,39 @@ from approx_compile.rows.controller import controls_state, load_controls
 
 
 def state_dict(model: nn.Module) -> dict[str, Any]:
-    """The adaptive state of a model, compiled or not, the number of rows' draws made, and its place in its schedule. Numbers, strings and lists only.
+    """Collect the adaptive state of a model, the number of draws of rows, and the model's place in its schedule.
 
-    `controls`: {parameter or module: {cut or draws of a graph: state}}; `clocks`: [{step, phase, parameters}], one for every optimizer. Save it beside the
-    model's and the optimizer's; a run that loads all of them and the random state repeats the uninterrupted one bit for bit.
+    Save it beside the state of the model and of the optimizer. A run that loads all of them, and the random state, repeats the uninterrupted run bit for bit.
+
+    Args:
+        model: The model, compiled or not.
+
+    Returns:
+        Numbers, strings, lists and dicts only. `controls`: {parameter or module: {cut or draws of a graph: state}}; `clocks`: [{step, phase, parameters}],
+        one for every optimizer.
     """
     model = _torch.uncompiled(model)
     return {"controls": controls_state(model), "clocks": step_counts_state(dict(model.named_parameters()))}
 
 
 def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Take up the state that `state_dict` gave, before or after the model is compiled. Raises KeyError for a name the model lacks, and for anything that
-    is no such state; nothing is changed then."""
+    """Restore the state that `state_dict` returned, before or after the model is compiled.
+
+    Args:
+        model: The model, compiled or not.
+        state: What `state_dict` returned.
+
+    Raises:
+        KeyError: If `state` names something the model lacks, or is no such state. Nothing is changed then.
+    """
     model = _torch.uncompiled(model)
     if set(state) != {"controls", "clocks"}:
         raise KeyError(f"load_state_dict: got a dict with keys {sorted(map(str, state))}; approx_compile.state_dict(model) gives 'clocks' and 'controls'")
     parameters = dict(model.named_parameters())
     known = {**dict(model.named_modules()), **parameters}
     names = [*((n, known) for n in state["controls"]), *((n, parameters) for group in state["clocks"] for n in group["parameters"])]
-    for name, among in names:
-        if name not in among:
+    for name, valid in names:
+        if name not in valid:
             raise KeyError(f"state for {name!r}, which {type(model).__name__} does not have; it has {', '.join(list(parameters)[:8])}, ...")
     load_controls(model, state["controls"])
     load_step_counts(parameters, state["clocks"])
