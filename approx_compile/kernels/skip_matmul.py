@@ -1,4 +1,4 @@
-"""Products of matrices that read, or write, only chosen units of one axis, as ops of torch: `torch.ops.approx_compile.skip_matmul` and its kin.
+"""Products of matrices that read or write only chosen units of one axis, as custom ops: `torch.ops.approx_compile.skip_matmul` and related ones.
 
 | op | result |
 |---|---|
@@ -8,11 +8,11 @@
 | axis_norms_sq | squared norms of the units along one axis of a matrix |
 
 `idx`: int64, sorted and distinct, in units: idx[i] stands for the entries idx[i] * unit .. + unit - 1 of an axis whose length is a multiple of `unit`.
-`scale`: fp32, one per index, or None. Operands have any strides; sums are fp32, the result has the operands' dtype and is contiguous.
+`scale`: fp32, one per index, or None for 1. Operands have any strides; sums are fp32, and the result has the operands' dtype and is contiguous.
 
-On a CPU an op is its reference, `*_reference`, in readable torch. On a GPU it is a kernel in CUDA C++ for groups of an odd multiple of 16 (`kernels/cuda`), or
-one in Triton where that serves the operands' shapes, dtype and strides (`kernels/triton/matmul.py` has the conditions), else the reference: never by
-values, so shapes and code never depend on data.
+On a CPU an op runs its reference, `*_reference`, in readable torch. On a GPU it runs a kernel in CUDA C++ (folder `cuda`) for units of an odd multiple of 16,
+or one in Triton (folder `triton`) where that takes the operands' shapes, dtype and strides, else the reference. The decision never depends on values, so
+shapes and code never depend on data.
 """
 
 from __future__ import annotations
@@ -31,12 +31,19 @@ from approx_compile.kernels.gather import Axis, norms_sq, take, untake
 
 @functools.cache
 def triton_module(name: str) -> Any:
-    """A module of the Triton kernels, None where Triton is not installed."""
+    """Import a module of the folder `triton`.
+
+    Args:
+        name: Its name in the folder, such as "matmul".
+
+    Returns:
+        The module, or None if Triton is not installed.
+    """
     return importlib.import_module(f"approx_compile.kernels.triton.{name}") if importlib.util.find_spec("triton") else None
 
 
-def _in_cuda(a: Tensor, b: Tensor, unit: int) -> bool:
-    """Groups of 16, 48, .. are CUDA C++'s: Triton would read them in pieces."""
+def _runs_in_cuda(a: Tensor, b: Tensor, unit: int) -> bool:
+    """Whether the kernel is CUDA C++: for units of 16, 48, .., which Triton would read in smaller pieces."""
     return unit % 32 == 16 and launch.supports_matmul(a, b, unit) and launch.available_or_warn(a.device, f"a product in groups of {unit}")
 
 
@@ -44,17 +51,31 @@ def _in_cuda(a: Tensor, b: Tensor, unit: int) -> bool:
 
 
 def skip_matmul_reference(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: int, bias: Tensor | None = None) -> Tensor:
-    """The kept columns of a and rows of b, gathered and multiplied; the scaled entries of a are rounded to its dtype."""
+    """Compute `skip_matmul` by gathering the kept columns of a and rows of b; the scaled entries of a are rounded to its dtype."""
     x, z = take(a, Axis(1), idx, scale, unit), take(b, Axis(0), idx, None, unit)
     return x @ z if bias is None else torch.addmm(bias, x, z)
 
 
 @torch.library.custom_op("approx_compile::skip_matmul", mutates_args=(), device_types="cpu")
 def skip_matmul(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: int, bias: Tensor | None = None) -> Tensor:
-    """Y = A[:, idx] diag(scale) B[idx, :] + bias: a (M, K), b (K, N), idx (k,) of K // unit units, bias (N,) of the operands' dtype -> (M, N).
+    """Compute Y = A[:, idx] diag(scale) B[idx, :] + bias, the product with a sampled contraction axis.
 
-    The product with a sampled contraction axis: an output, a gradient sampled along its own axis, or, with a = X^T and unit 1, a weight gradient from chosen
-    rows of the batch. ValueError where shapes and dtypes do not fit together.
+    It computes an output, a gradient that is sampled along its own contraction axis, or, with a = X^T and unit 1, a weight gradient from chosen rows of the
+    batch.
+
+    Args:
+        a: (M, K).
+        b: (K, N), of the same dtype.
+        idx: (k,) int64, sorted and distinct, of K // unit units.
+        scale: (k,) fp32, or None for 1.
+        unit: Contiguous entries that one index stands for.
+        bias: (N,), of the operands' dtype, or None.
+
+    Returns:
+        (M, N), contiguous, in the operands' dtype.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit together.
     """
     _check(a, b, idx, scale, unit, a.shape[1], bias)
     return skip_matmul_reference(a, b, idx, scale, unit, bias)
@@ -63,11 +84,11 @@ def skip_matmul(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: i
 @skip_matmul.register_kernel("cuda")
 def _(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: int, bias: Tensor | None = None) -> Tensor:
     _check(a, b, idx, scale, unit, a.shape[1], bias)
-    if _in_cuda(a, b, unit):
+    if _runs_in_cuda(a, b, unit):
         return launch.skip_matmul(a, b, idx, scale, unit, bias)
-    fast = triton_module("matmul")
-    if fast and len(idx) and fast.can_skip(a, b, unit):
-        return fast.skip(a, b, idx, scale, unit, bias)  # type: ignore[no-any-return]
+    module = triton_module("matmul")
+    if module and len(idx) and module.can_skip(a, b, unit):
+        return module.skip(a, b, idx, scale, unit, bias)  # type: ignore[no-any-return]
     return skip_matmul_reference(a, b, idx, scale, unit, bias)
 
 
@@ -80,7 +101,7 @@ def _(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: int, bias: 
 
 
 def skip_matmul_into_reference(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: int, dim: int) -> Tensor:
-    """The smaller product, put in its place among zeros."""
+    """Compute `skip_matmul_into` as the smaller product, written to its place among zeros."""
     size = (a.shape[0], b.shape[1])
     if not len(idx):
         return a.new_zeros(size)
@@ -90,9 +111,23 @@ def skip_matmul_into_reference(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor 
 
 @torch.library.custom_op("approx_compile::skip_matmul_into", mutates_args=(), device_types="cpu")
 def skip_matmul_into(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: int, dim: int) -> Tensor:
-    """dim 1: Y[:, idx] = (A B[:, idx]) diag(scale); dim 0: Y[idx, :] = diag(scale) (A[idx, :] B); zeros elsewhere; a (M, L), b (L, N) -> (M, N).
+    """Compute chosen columns or rows of A B and zeros elsewhere: the gradient of a sampled operand, which is zero where the operand was dropped.
 
-    The gradient of a sampled operand, which is zero where the operand was dropped. ValueError where shapes and dtypes do not fit together.
+    For dim 1, Y[:, idx] = (A B[:, idx]) diag(scale); for dim 0, Y[idx, :] = diag(scale) (A[idx, :] B).
+
+    Args:
+        a: (M, L).
+        b: (L, N), of the same dtype.
+        idx: (k,) int64, sorted and distinct, of the units of the result's dim `dim`.
+        scale: (k,) fp32, or None for 1.
+        unit: Contiguous entries that one index stands for.
+        dim: The sampled dim of the result: 0 for rows, 1 for columns.
+
+    Returns:
+        (M, N), contiguous, in the operands' dtype.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit together, or `dim` is neither 0 nor 1.
     """
     _check_into(a, b, idx, scale, unit, dim)
     return skip_matmul_into_reference(a, b, idx, scale, unit, dim)
@@ -101,11 +136,11 @@ def skip_matmul_into(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, un
 @skip_matmul_into.register_kernel("cuda")
 def _(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: int, dim: int) -> Tensor:
     _check_into(a, b, idx, scale, unit, dim)
-    if _in_cuda(a, b, unit):
+    if _runs_in_cuda(a, b, unit):
         return launch.skip_matmul_into(a, b, idx, scale, unit, dim)
-    fast = triton_module("matmul")
-    if fast and len(idx) and fast.can_skip_into(a, b, unit, dim):
-        return fast.skip_into(a, b, idx, scale, unit, dim)  # type: ignore[no-any-return]
+    module = triton_module("matmul")
+    if module and len(idx) and module.can_skip_into(a, b, unit, dim):
+        return module.skip_into(a, b, idx, scale, unit, dim)  # type: ignore[no-any-return]
     return skip_matmul_into_reference(a, b, idx, scale, unit, dim)
 
 
@@ -116,7 +151,7 @@ def _(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: int, dim: i
 
 @register_flop_formula([torch.ops.approx_compile.skip_matmul, torch.ops.approx_compile.skip_matmul_into])
 def _flops(a: list[int], b: list[int], idx: list[int], scale: Any, unit: int, last: Any = None, out_shape: Any = None, **_: Any) -> int:
-    """2 per entry that is multiplied; `last`: the dim of skip_matmul_into, else a bias."""
+    """Count 2 FLOPs per multiplication. `last` is the last argument of either op: the dim of skip_matmul_into (an int), or the bias of skip_matmul."""
     m, k, n, kept = a[0], a[1], b[1], idx[0] * unit
     return 2 * kept * (m * n if not isinstance(last, int) else k * n if last == 0 else m * k)
 
@@ -138,7 +173,18 @@ def _check(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: int, s
 
 
 def check_index(idx: Tensor, scale: Tensor | None, unit: int, size: int, device: torch.device) -> None:
-    """What an index would read beyond an axis of `size` entries for is an error here, and what a kernel could not read where it is."""
+    """Check an index and its scale, since a kernel would read outside the axis for a wrong one.
+
+    Args:
+        idx: Indices of units.
+        scale: Their scale, or None.
+        unit: Contiguous entries that one index stands for.
+        size: Entries of the axis.
+        device: Device of the operands.
+
+    Raises:
+        ValueError: `unit` does not divide `size`; or `idx` or `scale` has the wrong dtype, number of dims, length or device. Values are not checked.
+    """
     if unit < 1 or size % unit:
         raise ValueError(f"unit {unit} for an axis of {size} entries; expected a divisor of {size}: pad the axis, or take unit 1 and indices of entries")
     if idx.dim() != 1 or idx.dtype != torch.int64 or len(idx) > size // unit:
@@ -154,15 +200,23 @@ def check_index(idx: Tensor, scale: Tensor | None, unit: int, size: int, device:
 
 
 def choose_reference(score: Tensor, k: int) -> Tensor:
-    """A stable sort: of equal scores the first."""
+    """Compute `choose` by a stable sort, which puts the first of equal scores first."""
     return score.sort(descending=True, stable=True).indices[:k].sort().values
 
 
 @torch.library.custom_op("approx_compile::choose", mutates_args=(), device_types="cpu")
 def choose(score: Tensor, k: int) -> Tensor:
-    """The indices of the k largest of `score` (units,), ascending, (k,) int64. NaN is above inf, inf above the rest; of equal scores the lower index is first.
+    """Return the indices of the k largest scores. NaN ranks above inf; of equal scores the one with the lower index is taken first.
 
-    ValueError for a k that is negative or above the number of units.
+    Args:
+        score: (units,).
+        k: Number of indices.
+
+    Returns:
+        (k,) int64, ascending.
+
+    Raises:
+        ValueError: `k` is negative or above the number of units, or `score` has not one dim.
     """
     _check_k(score, k)
     return choose_reference(score, k)
@@ -171,9 +225,9 @@ def choose(score: Tensor, k: int) -> Tensor:
 @choose.register_kernel("cuda")
 def _(score: Tensor, k: int) -> Tensor:
     _check_k(score, k)
-    fast = triton_module("topk")
-    if fast and score.dtype == torch.float32 and k > 0 and score.shape[0] <= fast.MAX_UNITS:
-        return fast.largest_indices(score, k)  # type: ignore[no-any-return]
+    module = triton_module("topk")
+    if module and score.dtype == torch.float32 and k > 0 and score.shape[0] <= module.MAX_UNITS:
+        return module.largest_indices(score, k)  # type: ignore[no-any-return]
     return choose_reference(score, k)
 
 
@@ -189,9 +243,18 @@ def _check_k(score: Tensor, k: int) -> None:
 
 @torch.library.custom_op("approx_compile::axis_norms_sq", mutates_args=(), device_types="cpu")
 def axis_norms_sq(x: Tensor, dim: int, group: int) -> Tensor:
-    """v_u = sum of x^2 over the other dim and over unit u's entries along `dim`: x (R, C) -> (C // group,) for dim 1, (R // group,) for dim 0.
+    """Return squared norms of the units along a dim: v_u = sum of x^2 over the other dim and over unit u's entries along `dim`.
 
-    fp32 (fp64 for fp64); entries that fill no unit are left out. ValueError for what is no matrix, dim or group.
+    Args:
+        x: (R, C).
+        dim: 0 or 1.
+        group: Contiguous entries of a unit; entries at the end that fill no unit are left out.
+
+    Returns:
+        (R // group,) for dim 0, (C // group,) for dim 1; fp32 (fp64 for fp64).
+
+    Raises:
+        ValueError: `x` is no matrix, `dim` neither 0 nor 1, or `group` not positive.
     """
     _check_norms(x, dim, group)
     return norms_sq(x, Axis(dim), group)
@@ -200,10 +263,10 @@ def axis_norms_sq(x: Tensor, dim: int, group: int) -> Tensor:
 @axis_norms_sq.register_kernel("cuda")
 def _(x: Tensor, dim: int, group: int) -> Tensor:
     _check_norms(x, dim, group)
-    fast = triton_module("topk")
-    if not fast or x.dtype not in (torch.float16, torch.bfloat16, torch.float32) or not x.numel():
+    module = triton_module("topk")
+    if not module or x.dtype not in (torch.float16, torch.bfloat16, torch.float32) or not x.numel():
         return norms_sq(x, Axis(dim), group)
-    return fast.norms_sq(x, dim, group)  # type: ignore[no-any-return]
+    return module.norms_sq(x, dim, group)  # type: ignore[no-any-return]
 
 
 @axis_norms_sq.register_fake
