@@ -16,6 +16,7 @@ from helpers.triton_matmul_cases import CASES, NORMS, SCORES, largest
 from torch import Tensor
 
 from approx_compile.kernels import skip_matmul
+from approx_compile.kernels.triton import matmul_kernels
 
 pytest.importorskip("triton", reason="Triton is not installed (extra `triton`)")
 
@@ -75,7 +76,7 @@ def skip_code(arch: int, dtype: torch.dtype, c: TileConfig, unit: int, layout: s
     """`layout`: of both operands, N for rows, T for columns that are contiguous. With a bias."""
     a, b = matrix(dtype, m, unit * 16, layout[0] == "T"), matrix(dtype, unit * 16, 224, layout[1] == "T")
     idx, bias = torch.arange(kept), torch.empty(224, dtype=dtype)
-    with instead_of_running(matmul.skip_kernel, arch) as codes, instead_of_running(matmul.pack_kernel, arch) as packing:
+    with instead_of_running(matmul_kernels.skip_kernel, arch) as codes, instead_of_running(matmul_kernels.pack_kernel, arch) as packing:
         matmul.skip(a, b, idx, torch.ones(kept) if scale else None, unit, bias, c, tma=arch == 90)
     assert not any(code.spills for code in packing)
     return codes[0]
@@ -84,7 +85,7 @@ def skip_code(arch: int, dtype: torch.dtype, c: TileConfig, unit: int, layout: s
 def into_code(arch: int, dtype: torch.dtype, c: TileConfig, unit: int, layout: str, dim: int, length: int = 208, kept: int = 6) -> Code:
     size = (224, unit * 16) if dim == 1 else (unit * 16, 224)
     a, b = matrix(dtype, size[0], length, layout[0] == "T"), matrix(dtype, length, size[1], layout[1] == "T")
-    with instead_of_running(matmul.into_kernel, arch) as codes, instead_of_running(matmul.pack_kernel, arch) as packing:
+    with instead_of_running(matmul_kernels.into_kernel, arch) as codes, instead_of_running(matmul_kernels.pack_kernel, arch) as packing:
         matmul.skip_into(a, b, torch.arange(kept), torch.ones(kept), unit, dim, c, tma=arch == 90)
     assert not any(code.spills for code in packing)
     return codes[0]
@@ -194,7 +195,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[TileConfig]:
 
 
 def pick(key: str = "key", device: DeviceLimits = H200) -> TileConfig:
-    return autotune.fastest_config(matmul.skip_kernel, (key,), lambda: matmul.candidate_configs(2, 64, 90), device, lambda c: None)
+    return autotune.fastest_config(matmul_kernels.skip_kernel, (key,), lambda: matmul.candidate_configs(2, 64, 90), device, lambda c: None)
 
 
 def test_choice_is_timed_once_and_stored(timed: list[TileConfig], tmp_path: Path) -> None:
