@@ -34,7 +34,7 @@ def triton_module(name: str) -> Any:
     """Import a module of the folder `triton`.
 
     Args:
-        name: Its name in the folder, such as "matmul".
+        name: Its name in the folder, such as "matmul_launch".
 
     Returns:
         The module, or None if Triton is not installed.
@@ -86,7 +86,7 @@ def _(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: int, bias: 
     _check(a, b, idx, scale, unit, a.shape[1], bias)
     if _runs_in_cuda(a, b, unit):
         return launch.skip_matmul(a, b, idx, scale, unit, bias)
-    module = triton_module("matmul")
+    module = triton_module("matmul_launch")
     if module and len(idx) and module.can_skip(a, b, unit):
         return module.skip(a, b, idx, scale, unit, bias)  # type: ignore[no-any-return]
     return skip_matmul_reference(a, b, idx, scale, unit, bias)
@@ -138,7 +138,7 @@ def _(a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: int, dim: i
     _check_into(a, b, idx, scale, unit, dim)
     if _runs_in_cuda(a, b, unit):
         return launch.skip_matmul_into(a, b, idx, scale, unit, dim)
-    module = triton_module("matmul")
+    module = triton_module("matmul_launch")
     if module and len(idx) and module.can_skip_into(a, b, unit, dim):
         return module.skip_into(a, b, idx, scale, unit, dim)  # type: ignore[no-any-return]
     return skip_matmul_into_reference(a, b, idx, scale, unit, dim)

@@ -33,17 +33,17 @@ def test_every_kernel_is_compared_with_fp64() -> None:
 def test_what_is_compared_is_what_a_kernel_takes(device: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the reference would be compared with itself."""
     pytest.importorskip("triton", reason="the extra `triton` is not installed")
-    from approx_compile.kernels.triton import autotune, matmul
+    from approx_compile.kernels.triton import autotune, matmul_launch
 
     monkeypatch.setattr(autotune, "device_limits", lambda x: autotune.DeviceLimits(*device))
     served: list[bool] = []
 
     def skip_matmul(a: torch.Tensor, b: torch.Tensor, idx: torch.Tensor, scale: Any, unit: int, bias: Any = None) -> torch.Tensor:
-        served.append(launch.supports_matmul(a, b, unit) if unit == 16 else matmul.can_skip(a, b, unit))
+        served.append(launch.supports_matmul(a, b, unit) if unit == 16 else matmul_launch.can_skip(a, b, unit))
         return a
 
     def skip_matmul_into(a: torch.Tensor, b: torch.Tensor, idx: torch.Tensor, scale: Any, unit: int, dim: int) -> torch.Tensor:
-        served.append(launch.supports_matmul(a, b, unit) if unit == 16 else matmul.can_skip_into(a, b, unit, dim))
+        served.append(launch.supports_matmul(a, b, unit) if unit == 16 else matmul_launch.can_skip_into(a, b, unit, dim))
         return a
 
     monkeypatch.setattr(gpu.skip_matmul, "skip_matmul", skip_matmul)

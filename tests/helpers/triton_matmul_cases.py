@@ -140,7 +140,7 @@ def exact(case: Case, a: Tensor, b: Tensor, entries: Tensor, scale: Tensor | Non
 
 def error(case: Case) -> float:
     """|Y - Y in fp64| / |Y in fp64| of the finite entries; inf where the others are not the same."""
-    from approx_compile.kernels.triton import matmul
+    from approx_compile.kernels.triton import matmul_launch
     from approx_compile.kernels.triton.autotune import TileConfig
 
     a, b, idx, entries = operands(case)
@@ -150,9 +150,9 @@ def error(case: Case) -> float:
     a, b = laid(a, case.transposed[0]), laid(b, case.transposed[1])
     config = TileConfig(case.block, case.block, 32, 4, 2)
     if case.op == "skip":
-        y = matmul.skip(a, b, idx, scale, case.unit, bias, config=config, tma=case.tma)
+        y = matmul_launch.skip(a, b, idx, scale, case.unit, bias, config=config, tma=case.tma)
     else:
-        y = matmul.skip_into(a, b, idx, scale, case.unit, 0 if case.op == "rows" else 1, config=config, tma=case.tma)
+        y = matmul_launch.skip_into(a, b, idx, scale, case.unit, 0 if case.op == "rows" else 1, config=config, tma=case.tma)
     assert y.is_contiguous() and y.dtype == a.dtype
     there = want.isfinite()
     if not torch.equal(y.double().nan_to_num(posinf=1, neginf=-1)[~there], want.nan_to_num(posinf=1, neginf=-1)[~there]):

@@ -22,7 +22,7 @@ pytest.importorskip("triton", reason="Triton is not installed (extra `triton`)")
 
 from helpers.gpu_code import Code, instead_of_running
 
-from approx_compile.kernels.triton import autotune, matmul, topk
+from approx_compile.kernels.triton import autotune, matmul_launch, topk
 from approx_compile.kernels.triton.autotune import DeviceLimits, TileConfig
 
 CHILD = Path(__file__).parents[1] / "helpers" / "triton_matmul_cases.py"
@@ -61,7 +61,7 @@ SHARED = {80: 166_912, 90: 232_448}
 """Bytes of shared memory that a program may have (CUDA C++ Programming Guide, technical specifications: 163 and 227 KB)."""
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SHIPPED = [(arch, dtype, c) for arch, dtype in itertools.product((80, 90), DTYPES) for c in matmul.candidate_configs(dtype.itemsize, 64, arch)]
+SHIPPED = [(arch, dtype, c) for arch, dtype in itertools.product((80, 90), DTYPES) for c in matmul_launch.candidate_configs(dtype.itemsize, 64, arch)]
 
 
 def named(value: Any) -> str:
@@ -77,7 +77,7 @@ def skip_code(arch: int, dtype: torch.dtype, c: TileConfig, unit: int, layout: s
     a, b = matrix(dtype, m, unit * 16, layout[0] == "T"), matrix(dtype, unit * 16, 224, layout[1] == "T")
     idx, bias = torch.arange(kept), torch.empty(224, dtype=dtype)
     with instead_of_running(matmul_kernels.skip_kernel, arch) as codes, instead_of_running(matmul_kernels.pack_kernel, arch) as packing:
-        matmul.skip(a, b, idx, torch.ones(kept) if scale else None, unit, bias, c, tma=arch == 90)
+        matmul_launch.skip(a, b, idx, torch.ones(kept) if scale else None, unit, bias, c, tma=arch == 90)
     assert not any(code.spills for code in packing)
     return codes[0]
 
@@ -86,7 +86,7 @@ def into_code(arch: int, dtype: torch.dtype, c: TileConfig, unit: int, layout: s
     size = (224, unit * 16) if dim == 1 else (unit * 16, 224)
     a, b = matrix(dtype, size[0], length, layout[0] == "T"), matrix(dtype, length, size[1], layout[1] == "T")
     with instead_of_running(matmul_kernels.into_kernel, arch) as codes, instead_of_running(matmul_kernels.pack_kernel, arch) as packing:
-        matmul.skip_into(a, b, torch.arange(kept), torch.ones(kept), unit, dim, c, tma=arch == 90)
+        matmul_launch.skip_into(a, b, torch.arange(kept), torch.ones(kept), unit, dim, c, tma=arch == 90)
     assert not any(code.spills for code in packing)
     return codes[0]
 
@@ -115,7 +115,7 @@ def test_code_of_skip_into(arch: int, dtype: torch.dtype, c: TileConfig) -> None
     assert "LDGSTS" in code.opcodes
 
 
-@pytest.mark.parametrize("c", matmul.candidate_configs(4, 0, 90)[:2], ids=named)
+@pytest.mark.parametrize("c", matmul_launch.candidate_configs(4, 0, 90)[:2], ids=named)
 @pytest.mark.parametrize(("layout", "dim"), [("TN", 1), ("TN", 0)])
 def test_code_of_transposed_fp32_on_hopper(layout: str, dim: int, c: TileConfig) -> None:
     """A weight's gradient, dY^T X: TF32 is multiplied there with the contraction axis contiguous only."""
@@ -131,15 +131,15 @@ def test_code_of_rows(arch: int, dtype: torch.dtype, c: TileConfig) -> None:
 @pytest.mark.parametrize(("arch", "unit"), [*itertools.product((80, 90), (128, 96, 64, 32)), (90, 16)])
 def test_code_of_other_layouts_and_units(arch: int, unit: int) -> None:
     dtype = torch.bfloat16
-    c = matmul.candidate_configs(2, unit, arch)[0]
+    c = matmul_launch.candidate_configs(2, unit, arch)[0]
     check(skip_code(arch, dtype, c, unit, "TN", m=208), arch, dtype, c, tma=arch == 90 and unit % c.block_k == 0)
-    whole = matmul.candidate_configs(2, 0, arch)[0]
+    whole = matmul_launch.candidate_configs(2, 0, arch)[0]
     check(into_code(arch, dtype, whole, unit, "NN", dim=0), arch, dtype, whole, tma=arch == 90)
 
 
 def test_code_of_single_entries() -> None:
     """Triton makes a constant of a size that is 1."""
-    c, dtype = matmul.candidate_configs(2, 64, 90)[-1], torch.bfloat16
+    c, dtype = matmul_launch.candidate_configs(2, 64, 90)[-1], torch.bfloat16
     for code in (
         skip_code(90, dtype, c, 64, "NT", m=1),
         skip_code(90, dtype, c, 64, "NT", kept=1),
@@ -166,14 +166,14 @@ H200 = DeviceLimits("NVIDIA H200", 90, 132, SHARED[90])
 
 
 def test_configurations_fit() -> None:
-    large = autotune.promising_configs(matmul.candidate_configs(2, 64, 90), 8192, 4096, 2, H200)
+    large = autotune.promising_configs(matmul_launch.candidate_configs(2, 64, 90), 8192, 4096, 2, H200)
     assert len(large) == autotune.MAX_CANDIDATES and large[0].block_m * large[0].block_n == 128 * 256
-    small = autotune.promising_configs(matmul.candidate_configs(2, 64, 90), 64, 64, 2, H200)
-    assert small == [c for c in matmul.candidate_configs(2, 64, 90) if (c.block_m, c.block_n) == (64, 64)]
+    small = autotune.promising_configs(matmul_launch.candidate_configs(2, 64, 90), 64, 64, 2, H200)
+    assert small == [c for c in matmul_launch.candidate_configs(2, 64, 90) if (c.block_m, c.block_n) == (64, 64)]
     less = DeviceLimits("less shared memory", 86, 46, 101_376)
-    assert len(autotune.promising_configs(matmul.candidate_configs(2, 64, 86), 4096, 4096, 2, less)) == len(matmul.candidate_configs(2, 64, 86))
-    assert all(c.block_k == 32 for c in matmul.candidate_configs(2, 32, 90)) and all(c.block_k == 64 for c in matmul.candidate_configs(2, 1, 90))
-    assert all(c.block_k == 32 for c in matmul.candidate_configs(4, 64, 90))
+    assert len(autotune.promising_configs(matmul_launch.candidate_configs(2, 64, 86), 4096, 4096, 2, less)) == len(matmul_launch.candidate_configs(2, 64, 86))
+    assert all(c.block_k == 32 for c in matmul_launch.candidate_configs(2, 32, 90)) and all(c.block_k == 64 for c in matmul_launch.candidate_configs(2, 1, 90))
+    assert all(c.block_k == 32 for c in matmul_launch.candidate_configs(4, 64, 90))
 
 
 @pytest.fixture
@@ -195,11 +195,11 @@ def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[TileConfig]:
 
 
 def pick(key: str = "key", device: DeviceLimits = H200) -> TileConfig:
-    return autotune.fastest_config(matmul_kernels.skip_kernel, (key,), lambda: matmul.candidate_configs(2, 64, 90), device, lambda c: None)
+    return autotune.fastest_config(matmul_kernels.skip_kernel, (key,), lambda: matmul_launch.candidate_configs(2, 64, 90), device, lambda c: None)
 
 
 def test_choice_is_timed_once_and_stored(timed: list[TileConfig], tmp_path: Path) -> None:
-    every = matmul.candidate_configs(2, 64, 90)
+    every = matmul_launch.candidate_configs(2, 64, 90)
     assert pick() == every[-1] and timed == every
     assert pick() == every[-1] and len(timed) == len(every)  # from memory
     autotune._memory.clear()
@@ -217,14 +217,14 @@ def test_choice_is_timed_once_and_stored(timed: list[TileConfig], tmp_path: Path
 def test_choice_is_the_first_where_results_must_repeat(timed: list[TileConfig]) -> None:
     torch.use_deterministic_algorithms(True)
     try:
-        assert pick() == matmul.candidate_configs(2, 64, 90)[0]
+        assert pick() == matmul_launch.candidate_configs(2, 64, 90)[0]
     finally:
         torch.use_deterministic_algorithms(False)
     assert not timed
 
 
 def test_choice_waits_for_the_end_of_a_capture(timed: list[TileConfig], monkeypatch: pytest.MonkeyPatch) -> None:
-    every = matmul.candidate_configs(2, 64, 90)
+    every = matmul_launch.candidate_configs(2, 64, 90)
     with monkeypatch.context() as capture:
         capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         assert pick() == every[0] and not timed
@@ -240,8 +240,8 @@ def test_fp32_is_served_in_every_layout_where_it_may_be_tf32(arch: int, monkeypa
             allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
             for t, u in itertools.product((False, True), repeat=2):
                 a, b = matrix(torch.float32, 64, 128, t), matrix(torch.float32, 128, 256, u)
-                assert matmul.can_skip(a, b, 64) == matmul.can_skip_into(a, b, 64, 0) == matmul.can_skip_into(a, b, 64, 1) == allowed
-            assert matmul.can_skip(matrix(torch.float32, 64, 128, True), matrix(torch.float32, 128, 256, False), 1) == allowed  # rows
+                assert matmul_launch.can_skip(a, b, 64) == matmul_launch.can_skip_into(a, b, 64, 0) == matmul_launch.can_skip_into(a, b, 64, 1) == allowed
+            assert matmul_launch.can_skip(matrix(torch.float32, 64, 128, True), matrix(torch.float32, 128, 256, False), 1) == allowed  # rows
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 
@@ -249,12 +249,21 @@ def test_fp32_is_served_in_every_layout_where_it_may_be_tf32(arch: int, monkeypa
 def test_operands_that_are_read_in_wide_pieces() -> None:
     x = torch.empty(64, 128, dtype=torch.bfloat16)
     assert (
-        matmul.reads_in_16_bytes(x, 1, 8) and matmul.reads_in_16_bytes(x.T, 0, 8) and matmul.reads_in_16_bytes(x, 0, 1) and matmul.reads_in_16_bytes(x, 1, None)
+        matmul_launch.reads_in_16_bytes(x, 1, 8)
+        and matmul_launch.reads_in_16_bytes(x.T, 0, 8)
+        and matmul_launch.reads_in_16_bytes(x, 0, 1)
+        and matmul_launch.reads_in_16_bytes(x, 1, None)
     )
-    assert not matmul.reads_in_16_bytes(x, 1, 4) and not matmul.reads_in_16_bytes(x.T, 0, 1)  # 8 and 2 bytes at a time
-    assert not matmul.reads_in_16_bytes(x[:, ::2], 0, 64) and not matmul.reads_in_16_bytes(torch.empty(64, 100), 0, 64)  # no stride of 1; lines not aligned
-    assert not matmul.reads_in_16_bytes(x[:, :100], 0, 64) and matmul.reads_in_16_bytes(x[:50], 0, 1) and not matmul.reads_in_16_bytes(x[:50].T[:, :40], 0, 1)
-    assert not matmul.reads_in_16_bytes(torch.empty(1, 64).expand(8, 64), 0, 64)
+    assert not matmul_launch.reads_in_16_bytes(x, 1, 4) and not matmul_launch.reads_in_16_bytes(x.T, 0, 1)  # 8 and 2 bytes at a time
+    assert not matmul_launch.reads_in_16_bytes(x[:, ::2], 0, 64) and not matmul_launch.reads_in_16_bytes(
+        torch.empty(64, 100), 0, 64
+    )  # no stride of 1; lines not aligned
+    assert (
+        not matmul_launch.reads_in_16_bytes(x[:, :100], 0, 64)
+        and matmul_launch.reads_in_16_bytes(x[:50], 0, 1)
+        and not matmul_launch.reads_in_16_bytes(x[:50].T[:, :40], 0, 1)
+    )
+    assert not matmul_launch.reads_in_16_bytes(torch.empty(1, 64).expand(8, 64), 0, 64)
 
 
 # --- the ops ---
