@@ -1,6 +1,6 @@
-"""Which tile sizes a product runs with: a few candidates that fit the device and the shape, timed at the first call, remembered on disk.
+"""Choose the tile configuration of a Triton kernel: a few candidates that fit the device and the shape, timed at the first call, remembered on disk.
 
-`triton.autotune` does not serve: it would time during the capture of a CUDA graph, knows no deterministic mode, and takes two devices of one architecture for
+`triton.autotune` is not used: it would time during the capture of a CUDA graph, knows no deterministic mode, and treats two devices of one architecture as
 the same.
 """
 
@@ -23,11 +23,11 @@ from triton.runtime.cache import get_cache_manager
 from triton.runtime.errors import OutOfResources
 
 MAX_CANDIDATES = 4
-"""Candidates that are timed: each costs a compilation."""
+"""Candidates that are timed at most; each costs a compilation."""
 
 _FILE = "config.json"
 _RESERVED = 2048
-"""Bytes of shared memory that a kernel may need beside its tiles: barriers, scales, reductions."""
+"""Bytes of shared memory that a kernel may need besides its tiles, for barriers, scales and reductions."""
 
 _memory: dict[Hashable, TileConfig] = {}
 _lock = threading.Lock()
@@ -35,7 +35,15 @@ _lock = threading.Lock()
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Rows and columns of the result that one program computes, the run of the contraction axis that it reads at a time, warps, and runs in flight."""
+    """Tile sizes and resources of a program (a thread block).
+
+    Attributes:
+        block_m: Rows of the result that a program computes.
+        block_n: Columns of the result that a program computes.
+        block_k: Entries of the contraction axis that a step reads.
+        warps: Warps of a program.
+        stages: Steps whose operands are in flight at once.
+    """
 
     block_m: int
     block_n: int
@@ -44,18 +52,28 @@ class TileConfig:
     stages: int
 
     def shared_bytes(self, itemsize: int) -> int:
-        """Tiles of both operands in flight; the result on its way out takes their place."""
+        """Return the bytes of shared memory of a program: the tiles of both operands in flight, or the result's tile, which replaces them at the end."""
         return max(self.stages * (self.block_m + self.block_n) * self.block_k * itemsize, self.block_m * self.block_n * itemsize) + _RESERVED
 
     def cost(self, m: int, n: int, processors: int) -> int:
-        """Rounds of tiles over the processors times the work of a tile, in which reading its operands counts like 64 rows and columns more."""
+        """Estimate the time of an m x n result, without a unit: rounds of tiles over the processors times the work of a tile.
+
+        Reading a tile's operands is counted like 64 more rows and columns.
+        """
         tiles: int = triton.cdiv(m, self.block_m) * triton.cdiv(n, self.block_n)
         return math.ceil(tiles / processors) * (self.block_m * self.block_n + 64 * (self.block_m + self.block_n))
 
 
 @dataclass(frozen=True)
 class DeviceLimits:
-    """What the choice depends on. `shared`: bytes of shared memory that a program may have."""
+    """What the choice of a configuration depends on.
+
+    Attributes:
+        name: The device's name.
+        arch: Its compute capability as a number, such as 90; 0 for a device that is no NVIDIA GPU.
+        processors: Its multiprocessors.
+        shared: Bytes of shared memory that a program may have.
+    """
 
     name: str
     arch: int
@@ -64,7 +82,7 @@ class DeviceLimits:
 
 
 def device_limits(x: torch.Tensor) -> DeviceLimits:
-    """`arch` is 0 for what is no NVIDIA GPU."""
+    """Return the limits of the tensor's CUDA device."""
     return _device(x.device)
 
 
@@ -75,71 +93,90 @@ def _device(device: torch.device) -> DeviceLimits:
 
 
 def device_context(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device: the tensor's, inside."""
+    """Return a context in which the tensor's device is the current one, on which Triton launches."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def promising_configs(configs: Sequence[TileConfig], m: int, n: int, itemsize: int, device: DeviceLimits) -> list[TileConfig]:
-    """The configurations for an m x n result, the most promising first: those that fit into shared memory, at most `MAX_CANDIDATES`, no tile mostly empty."""
+    """Return the configurations worth timing for an m x n result: at most `MAX_CANDIDATES`, those with the least estimated cost first.
+
+    Left out are those that do not fit into shared memory, and those whose tiles would be mostly empty if there are others.
+
+    Args:
+        configs: All configurations for the kernel.
+        m: Rows of the result.
+        n: Columns of the result.
+        itemsize: Bytes of an entry of the operands.
+        device: The device.
+    """
     fit = [c for c in configs if c.shared_bytes(itemsize) <= device.shared]
     small = [c for c in fit if c.block_m < 2 * max(m, 64) and c.block_n < 2 * max(n, 64)]
     return sorted(small or fit, key=lambda c: c.cost(m, n, device.processors))[:MAX_CANDIDATES]
 
 
 def next_power_of_two(size: int) -> int:
-    """Sizes up to the next power of two share a choice: a batch of another size is not tuned again."""
+    """Round a size up to a power of two. Sizes up to it share a choice, so that a slightly different batch is not timed again."""
     return 1 << max(size - 1, 0).bit_length()
 
 
 def fastest_config(
     kernel: Any, key: tuple[Hashable, ...], candidates: Callable[[], Sequence[TileConfig]], device: DeviceLimits, run: Callable[[TileConfig], None]
 ) -> TileConfig:
-    """The fastest of `candidates` (which depend on `key` and `device` alone) for `run`, which launches the kernel: by an earlier call, an earlier process, or
-    timing.
+    """Return the fastest configuration for a launch: known from an earlier call or an earlier process, or timed now.
 
-    The first one, without timing, under `torch.use_deterministic_algorithms` (another order of sums is another result) and, for a key not seen before,
-    while a CUDA graph is captured: the graph keeps it, the next call outside decides.
+    The first candidate is taken without timing under `torch.use_deterministic_algorithms`, since another configuration may sum in another order, and while a
+    CUDA graph is captured if the key is new. The graph keeps that configuration; the next call outside of a capture decides for later ones.
+
+    Args:
+        kernel: The Triton kernel.
+        key: What the choice depends on besides the device.
+        candidates: Makes the candidates, which depend on `key` and `device` alone.
+        device: The device.
+        run: Launches the kernel with a configuration.
+
+    Raises:
+        RuntimeError: No candidate runs on the device.
     """
     fixed = torch.are_deterministic_algorithms_enabled()
-    place = (kernel, key, device, fixed)
-    found = _memory.get(place)
-    if found is not None:
-        return found
+    entry = (kernel, key, device, fixed)
+    config = _memory.get(entry)
+    if config is not None:
+        return config
     configs = candidates()
     if not fixed and len(configs) > 1:
         if torch.cuda.is_current_stream_capturing():
             return configs[0]
         with _lock:  # one timing at a time
-            full = (kernel.cache_key, triton.__version__, device, key, tuple(configs))
-            found = _memory.get(place) or _stored(full, configs) or _fastest(full, configs, run)
-    return _memory.setdefault(place, found or configs[0])
+            stored_key = (kernel.cache_key, triton.__version__, device, key, tuple(configs))
+            config = _memory.get(entry) or _stored(stored_key, configs) or _fastest(stored_key, configs, run)
+    return _memory.setdefault(entry, config or configs[0])
 
 
-def _folder(full: tuple[Any, ...]) -> Any:
-    return get_cache_manager(hashlib.sha256(repr(full).encode()).hexdigest())
+def _folder(stored_key: tuple[Any, ...]) -> Any:
+    return get_cache_manager(hashlib.sha256(repr(stored_key).encode()).hexdigest())
 
 
-def _stored(full: tuple[Any, ...], configs: Sequence[TileConfig]) -> TileConfig | None:
-    """The choice on disk; a damaged or foreign file is none."""
-    path = _folder(full).get_file(_FILE)
+def _stored(stored_key: tuple[Any, ...], configs: Sequence[TileConfig]) -> TileConfig | None:
+    """Read the choice from disk; None if there is none, the file is damaged, or it names no candidate."""
+    path = _folder(stored_key).get_file(_FILE)
     try:
-        found = TileConfig(**json.loads(Path(path).read_text())) if path else None
+        config = TileConfig(**json.loads(Path(path).read_text())) if path else None
     except (OSError, ValueError, TypeError):
         return None
-    return found if found in configs else None
+    return config if config in configs else None
 
 
-def _fastest(full: tuple[Any, ...], configs: Sequence[TileConfig], run: Callable[[TileConfig], None]) -> TileConfig:
+def _fastest(stored_key: tuple[Any, ...], configs: Sequence[TileConfig], run: Callable[[TileConfig], None]) -> TileConfig:
     times_ms = {c: _time_ms(c, run) for c in configs}
     best = min(times_ms, key=times_ms.__getitem__)
     if math.isinf(times_ms[best]):
-        raise RuntimeError(f"none of the {len(configs)} configurations runs on {full[2].name}: {full[3]}; lowering='inductor' needs none")
-    _folder(full).put(json.dumps(asdict(best)), _FILE, binary=False)
+        raise RuntimeError(f"none of the {len(configs)} configurations runs on {stored_key[2].name}: {stored_key[3]}; lowering='inductor' needs none")
+    _folder(stored_key).put(json.dumps(asdict(best)), _FILE, binary=False)
     return best
 
 
 def _time_ms(config: TileConfig, run: Callable[[TileConfig], None]) -> float:
-    """The median time, inf where the device has too little of something."""
+    """Time a configuration (median, in ms); inf if the device has not enough of a resource."""
     try:
         return float(triton.testing.do_bench(lambda: run(config), warmup=5, rep=20, return_mode="median"))
     except OutOfResources:

@@ -1,11 +1,12 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
-"""Sampled 2-D convolutions as implicit matrix products in channels-last that skip the input channels not chosen, in Triton.
+"""Triton kernels for 2-D convolutions in channels-last that skip the input channels not chosen, as implicit matrix products.
 
-y, dx and dw are those of kernels/skip_conv.py. A tile of places (pixels of the output or the input) is gathered tap by tap from the image,
-masked at the border; the channels of a pixel lie side by side, so a chosen group of them is one contiguous read. Sums are fp32.
+y, dx and dw are those of skip_conv.py. A tile of places (pixels of the output or the input) is gathered tap by tap from the image and masked at the border.
+The channels of a pixel are contiguous, so a chosen group of them is one contiguous read. Sums are fp32.
 
-Legend: C input and O output channels, (H, W) input and (HO, WO) output image, KH x KW taps, S stride, P padding, D dilation;
-a group is UNIT contiguous input channels, KEPT of them are chosen, `idx` says which.
+Names: C input and O output channels; (H, W) input image, (HO, WO) output image; KH x KW taps; S stride, P padding, D dilation by height and width.
+A group is UNIT contiguous input channels; `kept` of them are chosen, and `idx` says which. w_n, w_t, w_k are the weight's strides over the columns of the
+result, the taps and the contraction axis. PACKED: the weight holds the chosen channels only.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import triton.language as tl
 
 
 @triton.jit
-def find(group, idx, kept):
-    """Where idx has a group, -1 where it has not."""
+def position_of(group, idx, kept):
+    """Return the position of a group in idx, -1 if it is not there."""
     place = -1
     for i in tl.range(0, kept, 32, num_stages=1):
         at = i + tl.arange(0, 32)
@@ -30,7 +31,7 @@ def pack(
     w, idx, scale, out, o_size, w_o, w_c, w_h, w_w, out_o, out_t, out_c,
     KW: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[o, t, i UNIT + c] = scale[i] w[o, idx[i] UNIT + c, t], in strides of any order."""
+    """Copy the chosen channels of a weight: out[o, t, i UNIT + c] = scale[i] w[o, idx[i] UNIT + c, t], with any strides."""
     i, tap, o = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     group = tl.load(idx + i).to(tl.int32)
     c = tl.arange(0, UNIT)
@@ -50,7 +51,7 @@ def output(
     DH: tl.constexpr, DW: tl.constexpr, UNIT: tl.constexpr, PACKED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """y (places, O): rows are places of the output, columns output channels; the loop runs over chosen groups, and in each over the taps."""
+    """Compute y (places, O): rows are places of the output, columns output channels; the loop runs over the chosen groups, in each over the taps."""
     tiles: tl.constexpr = (O + BLOCK_N - 1) // BLOCK_N
     parts: tl.constexpr = UNIT // BLOCK_K
     m = tl.program_id(0) // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -60,7 +61,7 @@ def output(
     left = m % WO * SW - PW
     row = ((m // (WO * HO) * H + top) * W + left) * C
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    coming = tl.load(idx)  # one step ahead: a load that waits for another in its own step costs the pipeline a stage
+    coming = tl.load(idx)  # loaded one step ahead: a load that waits for another load of its step costs a stage of the pipeline
     for step in range(kept * (parts * KH * KW)):
         tap = step % (KH * KW)
         part = step // (KH * KW)
@@ -88,10 +89,10 @@ def grad_input(
     DH: tl.constexpr, DW: tl.constexpr, UNIT: tl.constexpr, PACKED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dx (places, C): rows are input pixels, columns the chosen channels; each program first writes its share of the zeros in the others.
+    """Compute dx (places, C): rows are input pixels, columns the chosen channels; each program first writes its share of the zeros in the other channels.
 
-    Pixels are taken by their phase (h mod SH, w mod SW), program axis 1: those of a phase meet the same taps, every SH-th and SW-th one from the
-    first that fits. Needs D = 1 where S > 1.
+    Program axis 1 is the phase (h mod SH, w mod SW) of the pixels: all pixels of a phase meet the same taps, every SH-th and SW-th one from the first that
+    fits. D must be 1 where S > 1.
     """
     tiles = tl.cdiv(kept * UNIT, BLOCK_N)
     tile = tl.program_id(0) % tiles
@@ -112,8 +113,8 @@ def grad_input(
     v = m % WP * SW + phase_w
     pixel = ((n * H + h) * W + v) * C
     real = (m < places) & (h < H) & (v < W)
-    for group in tl.range(tile, C // UNIT, tiles, num_stages=1):  # these stores run beside the products
-        if find(group, idx, kept) < 0:
+    for group in tl.range(tile, C // UNIT, tiles, num_stages=1):  # these stores overlap with the products
+        if position_of(group, idx, kept) < 0:
             zeros = tl.zeros((BLOCK_M, UNIT), dx.dtype.element_ty)
             tl.store(dx + pixel[:, None] + (group * UNIT + tl.arange(0, UNIT))[None, :], zeros, mask=real[:, None])
     column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -157,7 +158,7 @@ def grad_weight(
     DH: tl.constexpr, DW: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """sums (shares, O, taps, kept UNIT): each program of axis 1 sums over its `share` of the places, a multiple of BLOCK_K."""
+    """Compute sums (shares, O, taps, kept UNIT): each program of axis 1 sums over its `share` of the places, a multiple of BLOCK_K."""
     columns = kept * UNIT
     across = tl.cdiv(columns, BLOCK_N)
     tap = tl.program_id(0) // across % (KH * KW)
@@ -187,9 +188,9 @@ def grad_weight(
 
 @triton.jit
 def add_shares(sums, idx, scale, dw, rows, kept, shares, C: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr):
-    """dw (rows = O taps, C): the sums of all shares, added in their order, for the chosen groups, times their scale; zeros for the others."""
+    """Compute dw (rows = O taps, C): the sums of all shares, added in order, times the scale, for chosen groups, and zeros for the others."""
     group = tl.program_id(1)
-    place = find(group, idx, kept)
+    place = position_of(group, idx, kept)
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     c = tl.arange(0, UNIT)
     acc = tl.zeros((BLOCK, UNIT), tl.float32)

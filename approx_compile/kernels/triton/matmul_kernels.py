@@ -1,3 +1,22 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+"""Triton kernels for products of matrices that read or write only chosen units of one axis.
+
+| kernel | sum | chosen |
+|---|---|---|
+| `skip_kernel` | y[m, n] = sum over the kept entries p of a[m, p] scale_p b[p, n] (+ bias[n]) | entries of the contraction axis |
+| `into_kernel` | y[m, p] = scale_p sum over l of a[m, l] b[l, p] for the kept p, zero for the others | columns of the result (rows: its transpose) |
+| `pack_kernel` | z[n, k] = b[k, n] of the kept k or n | an operand that Hopper cannot multiply in its own layout |
+
+The loop over the contraction axis steps through the index; in `into_kernel` the columns of a tile are those of the index. If a unit fills whole tiles, a tile
+begins at one number, and operands are read by TMA where their layout allows it. Smaller units make tiles of scattered rows, which are read with asynchronous
+copies. Sums are fp32 without atomics, and every entry of the result is written by one program.
+
+Operands are not gathered into memory first, with one exception: fp32 on Hopper, which multiplies TF32 only if the contraction axis of both operands is
+contiguous. Tiles that come by TMA are transposed on the chip, but copies would move 4 bytes at a time, so the kept part of other operands is packed first.
+
+Names: a unit is UNIT contiguous entries, `count` units are kept; `sa_m` is a's stride over m, and so on.
+"""
+
 from __future__ import annotations
 
 import triton
@@ -6,7 +25,7 @@ import triton.language as tl
 
 @triton.jit
 def program_tile(tiles_m, tiles_n, GROUP: tl.constexpr):
-    """This program's tile, in an order that keeps GROUP rows of tiles close in time: they share tiles of b in the L2 cache."""
+    """Return the row and column of this program's tile; GROUP rows of tiles run close in time, so that they share tiles of b in the L2 cache."""
     pid = tl.program_id(0)
     band = GROUP * tiles_n
     first = pid // band * GROUP
@@ -16,7 +35,7 @@ def program_tile(tiles_m, tiles_n, GROUP: tl.constexpr):
 
 @triton.jit
 def dropped(idx, count, d, STEPS: tl.constexpr):
-    """The d-th of the units that are not among the `count` sorted ones: d plus how many kept ones lie before it, by bisection of idx[j] - j."""
+    """Return the d-th unit that is not among the `count` sorted units of idx: d plus the number of kept units before it, by bisection of idx[j] - j."""
     low = tl.zeros_like(d)
     high = low + count
     for _ in tl.range(STEPS, num_stages=1):
@@ -34,9 +53,29 @@ def skip_kernel(
     UNIT: tl.constexpr, RUN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     A_TMA: tl.constexpr, B_TMA: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """`A_TMA`, `B_TMA`: "rows" where a TMA descriptor stands in place of the pointer, "columns" where one of the operand's transpose does (UNIT is then a
-    multiple of BLOCK_K), else "". `RUN`: a power of two that divides UNIT, for the width of loads. `PACKED`: a and b have the kept entries only, then zeros up
-    to a multiple of BLOCK_K."""
+    """Compute y = a[:, idx] diag(scale) b[idx, :] + bias, one tile of y per program.
+
+    Operands, sizes and constants:
+        a: (M, K), a pointer or a TMA descriptor.
+        b: (K, N), the same.
+        y: (M, N), contiguous.
+        idx: (count,) int64, sorted.
+        scale: (count,) fp32, or None.
+        bias: (N,), or None.
+        M: Rows of the result.
+        N: Columns of the result.
+        count: Kept units.
+        sa_m: Stride of a over m; likewise sa_k, sb_k and sb_n.
+        UNIT: Entries of a unit.
+        RUN: A power of two that divides UNIT; tells the compiler how wide loads may be.
+        BLOCK_M: Rows of a tile.
+        BLOCK_N: Columns of a tile.
+        BLOCK_K: Entries of the contraction axis of a step.
+        GROUP: Rows of tiles of a band (`program_tile`).
+        A_TMA: "rows" if a is a TMA descriptor, "columns" if it is one of the transpose (UNIT is then a multiple of BLOCK_K), "" if it is a pointer.
+        B_TMA: The same for b.
+        PACKED: Whether a and b hold the kept entries only, then zeros up to a multiple of BLOCK_K.
+    """
     tile_m, tile_n = program_tile(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     m0, n0 = tile_m * BLOCK_M, tile_n * BLOCK_N
     rm, rn, rk = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
@@ -50,7 +89,7 @@ def skip_kernel(
     kept = count * UNIT
     last = tl.cdiv(kept, BLOCK_K) - 1
     at = tl.load(idx) if RUNS else tl.load(idx + rk // UNIT, mask=rk < kept, other=0)
-    for step in range(last + 1):  # `at` was loaded in the step before: a load that waits for another in its step costs a stage of the pipeline
+    for step in range(last + 1):  # `at` was loaded one step earlier: a load that waits for another load of its step costs a stage of the pipeline
         following = min(step + 1, last)
         if RUNS:
             start = at * UNIT + step % (UNIT // BLOCK_K) * BLOCK_K
@@ -96,7 +135,31 @@ def into_kernel(
     UNIT: tl.constexpr, RUN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     A_TMA: tl.constexpr, STEPS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """`PACKED`: b has the kept columns only. A program first writes its share of the zeros, whose stores then run beside its products."""
+    """Compute y[:, idx] = (a b[:, idx]) diag(scale) and zeros elsewhere, one tile of kept columns per program.
+
+    A program first writes its share of the zeros, so that these stores overlap with its products.
+
+    Operands, sizes and constants:
+        a: (M, L), a pointer or a TMA descriptor.
+        b: (L, N), or with PACKED its kept columns.
+        y: (M, N).
+        idx: (count,) int64, sorted.
+        scale: (count,) fp32, or None.
+        M: Rows of the result.
+        N: Columns of the result.
+        L: Length of the contraction axis.
+        count: Kept units.
+        sa_m: Stride of a over m; likewise sa_l, sb_l, sb_n, sy_m and sy_n.
+        UNIT: Entries of a unit.
+        RUN: A power of two that divides UNIT; tells the compiler how wide loads and stores may be.
+        BLOCK_M: Rows of a tile.
+        BLOCK_N: Columns of a tile.
+        BLOCK_K: Entries of the contraction axis of a step.
+        GROUP: Rows of tiles of a band (`program_tile`).
+        A_TMA: As for `skip_kernel`.
+        STEPS: Steps of the bisection in `dropped`.
+        PACKED: Whether b holds the kept columns only.
+    """
     tiles_n = tl.cdiv(count * UNIT, BLOCK_N)
     tile_m, tile_n = program_tile(tl.cdiv(M, BLOCK_M), tiles_n, GROUP)
     m0 = tile_m * BLOCK_M
@@ -140,7 +203,10 @@ def into_kernel(
 def pack_kernel(
     b, z, idx, K, N, sb_k, sb_n, sz, UNIT: tl.constexpr, DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """K and N count what is kept; `DIM`: the one of b's axes on which idx chooses. Zeros from K to the line's end, sz."""
+    """Copy the kept part of b, transposed: z[n, k] = b[k, n], with zeros from K up to the length sz of z's rows.
+
+    K and N count the kept entries of b's axes; DIM is the axis on which idx chooses.
+    """
     k, n = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_k, in_n = k < K, n < N
     if DIM == 0:

@@ -1,19 +1,7 @@
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
-"""Products of matrices of which only chosen indices of one axis are read, or written: Triton kernels and what starts them.
+"""Launch the kernels of matmul_kernels.py: which operands they take, in which tiles, and how each operand is handed over.
 
-| kernel | sum | chosen |
-|---|---|---|
-| `skip_kernel` | y[m, n] = sum over the kept entries p of a[m, p] scale_p b[p, n] (+ bias[n]) | entries of the contraction axis |
-| `into_kernel` | y[m, p] = scale_p sum over l of a[m, l] b[l, p] for the kept p, zero for the others | columns of the result (rows: its transpose) |
-| `pack_kernel` | z[n, k] = b[k, n] of the kept k or n | an operand that Hopper can't multiply as it lies |
-
-Nothing is gathered into memory first, but for fp32 on Hopper, which multiplies TF32 only if the contraction axis of the operands is contiguous: what comes
-by TMA is turned on the chip, copies would bring 4 bytes at a time, so the kept part of what does not come so is packed. The loop over the contraction axis
-steps through the index (or a tile's columns are those of the index). Where a unit fills whole tiles its start is one number, and operands come by TMA where
-their layout allows it; smaller units are tiles of rows that lie apart, read with asynchronous copies. Sums are fp32, no atomics, and every entry of the
-result is written by one program.
-
-Legend: a unit is UNIT contiguous entries, `count` units are kept; `sa_m`: a's stride over m, and so on.
+`skip` and `skip_into` compute the ops `skip_matmul` and `skip_matmul_into`; `can_skip` and `can_skip_into` tell whether they take given operands. The tile
+configuration is looked up or timed by `autotune`.
 """
 
 from __future__ import annotations
@@ -31,8 +19,6 @@ from approx_compile.kernels.triton import autotune
 from approx_compile.kernels.triton.autotune import TileConfig, device_context
 from approx_compile.kernels.triton.matmul_kernels import into_kernel, pack_kernel, skip_kernel
 
-# --- what starts them ---
-
 TILES_OF_16_BITS = {
     8: (TileConfig(128, 128, 64, 8, 3), TileConfig(64, 128, 64, 8, 4), TileConfig(64, 64, 64, 4, 4)),
     9: (
@@ -43,56 +29,97 @@ TILES_OF_16_BITS = {
         TileConfig(64, 64, 64, 4, 6),
     ),
 }
-"""Configurations for operands of two bytes by major compute capability; for fp32 (tf32) BLOCK_K is half of these."""
+"""Tile configurations for operands of two bytes, by major compute capability; for fp32 (TF32) BLOCK_K is half of these."""
 
 BAND_ROWS = 8
+"""Rows of tiles that run close in time (`matmul_kernels.program_tile`)."""
 
 
 def candidate_configs(itemsize: int, unit: int, arch: int) -> list[TileConfig]:
-    """Those for a dtype and a sampled contraction axis (unit 0: one that is not sampled). A unit that is no multiple of BLOCK_K but of its half gets that
-    half, and twice the stages."""
-    made = []
+    """Return the tile configurations for a dtype and a contraction axis.
+
+    If the unit is no multiple of BLOCK_K but of half of it, BLOCK_K is halved and the stages are doubled.
+
+    Args:
+        itemsize: Bytes of an entry.
+        unit: Entries of a unit of the contraction axis; 0 if that axis is not sampled.
+        arch: Compute capability as a number, such as 90.
+    """
+    configs = []
     for c in TILES_OF_16_BITS[arch // 10]:
         k, stages = c.block_k * 2 // itemsize, c.stages
         if unit % k and unit % (k // 2) == 0:
             k, stages = k // 2, min(2 * stages, 8)
-        made.append(replace(c, block_k=k, stages=stages))
-    return list(dict.fromkeys(made))
+        configs.append(replace(c, block_k=k, stages=stages))
+    return list(dict.fromkeys(configs))
 
 
 def uses_tensor_cores(dtype: torch.dtype) -> bool:
-    """Whether products of this dtype go through them; those of fp32 where torch's own do (`torch.set_float32_matmul_precision`)."""
+    """Tell whether products of this dtype may use tensor cores: fp16 and bf16, and fp32 if torch's own products may use TF32 (its settings say)."""
     return dtype in (torch.float16, torch.bfloat16) or (dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 def reads_in_16_bytes(x: Tensor, axis: int, unit: int | None) -> bool:
-    """Whether a matrix can be read in pieces of 16 bytes: one stride is 1, the other and the length of a line multiples of 16 (what Triton makes use
-    of); and, where only runs of `unit` entries along `axis` are read, so are they."""
+    """Tell whether a matrix can be read in pieces of 16 bytes.
+
+    One stride must be 1, and the other stride and the length of the contiguous axis multiples of 16 entries, which is what Triton can exploit. If only units
+    along `axis` are read and `axis` is contiguous, the units must be multiples of 16 bytes too.
+
+    Args:
+        x: The matrix.
+        axis: The sampled axis.
+        unit: Entries of a unit along `axis`; None if that axis is read as a whole.
+    """
     along = 1 if x.stride(1) == 1 else 0
     line = x.stride(1 - along)
-    straight = x.stride(along) == 1 and line > 0 and line % 16 == 0 and x.shape[along] % 16 == 0
-    return straight and (unit is None or along != axis or unit * x.element_size() % 16 == 0)
+    aligned = x.stride(along) == 1 and line > 0 and line % 16 == 0 and x.shape[along] % 16 == 0
+    return aligned and (unit is None or along != axis or unit * x.element_size() % 16 == 0)
 
 
 def can_skip(a: Tensor, b: Tensor, unit: int) -> bool:
-    """Whether `skip` serves these operands: decided by device, dtype, sizes and strides alone."""
-    return _can(a, b) and reads_in_16_bytes(a, 1, unit) and reads_in_16_bytes(b, 0, unit)
+    """Tell whether `skip` takes these operands, by device, dtype, sizes and strides alone.
+
+    Args:
+        a: (M, K).
+        b: (K, N).
+        unit: Contiguous entries that one index stands for.
+    """
+    return _can_multiply(a, b) and reads_in_16_bytes(a, 1, unit) and reads_in_16_bytes(b, 0, unit)
 
 
 def can_skip_into(a: Tensor, b: Tensor, unit: int, dim: int) -> bool:
-    """Whether `skip_into` serves these operands. The result lies in rows: parts of a row are written in runs like those that are read."""
+    """Tell whether `skip_into` takes these operands, by device, dtype, sizes and strides alone.
+
+    Args:
+        a: (M, L).
+        b: (L, N).
+        unit: Contiguous entries that one index stands for. Chosen columns (dim 1) must be multiples of 16 bytes, since the result is contiguous in rows.
+        dim: The sampled dim of the result.
+    """
     if dim == 0:
-        return _can(a, b) and reads_in_16_bytes(a, 0, unit) and reads_in_16_bytes(b, 1, None)
-    return _can(a, b) and reads_in_16_bytes(a, 0, None) and reads_in_16_bytes(b, 1, unit) and unit * a.element_size() % 16 == 0
+        return _can_multiply(a, b) and reads_in_16_bytes(a, 0, unit) and reads_in_16_bytes(b, 1, None)
+    return _can_multiply(a, b) and reads_in_16_bytes(a, 0, None) and reads_in_16_bytes(b, 1, unit) and unit * a.element_size() % 16 == 0
 
 
-def _can(a: Tensor, b: Tensor) -> bool:
-    """Lines of the result are written as operands are read."""
+def _can_multiply(a: Tensor, b: Tensor) -> bool:
+    """Whether there are kernels for the operands' dtype and device, no axis is empty, and rows of the result can be written in pieces of 16 bytes."""
     return uses_tensor_cores(a.dtype) and min(*a.shape, *b.shape) > 0 and b.shape[1] % 16 == 0 and autotune.device_limits(a).arch // 10 in TILES_OF_16_BITS
 
 
 def pack(b: Tensor, idx: Tensor, unit: int, dim: int) -> Tensor:
-    """The units `idx` of the rows (dim 0) or columns (dim 1) of b, in columns that are contiguous, and begin at multiples of 64 entries, with zeros between."""
+    """Copy the chosen rows (dim 0) or columns (dim 1) of a matrix so that columns are contiguous.
+
+    Columns begin at multiples of 64 entries, with zeros between them.
+
+    Args:
+        b: The matrix, (K, N).
+        idx: Units that are copied, (k,).
+        unit: Contiguous entries that one index stands for.
+        dim: The axis on which `idx` chooses.
+
+    Returns:
+        (k * unit, N) for dim 0, (K, k * unit) for dim 1.
+    """
     kept = len(idx) * unit
     k, n = (kept, b.shape[1]) if dim == 0 else (b.shape[0], kept)
     z = b.new_empty(n, -(-k // 64) * 64)
@@ -101,31 +128,53 @@ def pack(b: Tensor, idx: Tensor, unit: int, dim: int) -> Tensor:
 
 
 def tile_operand(x: Tensor, lines: int, run: int, tma: bool) -> tuple[Any, str]:
-    """What a kernel gets for a matrix that it reads in tiles of lines x run: a TMA descriptor of the matrix ("rows") or of its transpose ("columns"), or,
-    where its layout allows none, the tensor ("")."""
-    for how, view, block in (("rows", x, [lines, run]), ("columns", x.T, [run, lines])):
+    """Return what a kernel is given for a matrix that it reads in tiles of lines x run.
+
+    Args:
+        x: The matrix.
+        lines: Rows of a tile.
+        run: Columns of a tile.
+        tma: Whether TMA may be used.
+
+    Returns:
+        A TMA descriptor of the matrix and "rows", or one of its transpose and "columns"; or, if its layout allows neither, the tensor and "".
+    """
+    for order, view, block in (("rows", x, [lines, run]), ("columns", x.T, [run, lines])):
         if tma and view.stride(1) == 1 and view.stride(0) > 0 and view.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0:
-            return TensorDescriptor(view, list(view.shape), list(view.stride()), block), how
+            return TensorDescriptor(view, list(view.shape), list(view.stride()), block), order
     return x, ""
 
 
 def contiguous_run(unit: int) -> int:
-    """The largest power of two, at most 16, that divides `unit`."""
+    """Return the largest power of two, at most 16, that divides `unit`."""
     return min(unit & -unit, 16)
 
 
 def skip(
     a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: int, bias: Tensor | None = None, config: TileConfig | None = None, tma: bool | None = None
 ) -> Tensor:
-    """Y = A[:, idx] diag(scale) B[idx, :] + bias for a (M, K), b (K, N), none of them empty; scaled entries of a are rounded to its dtype.
+    """Compute Y = A[:, idx] diag(scale) B[idx, :] + bias; scaled entries of a are rounded to its dtype, sums are fp32.
 
-    `config` and `tma` are the test's: left out, the one is looked up (`tuning`), and TMA is used where the device has it.
+    `can_skip` must hold for the operands, and `idx` must not be empty.
+
+    Args:
+        a: (M, K).
+        b: (K, N).
+        idx: (k,) int64, sorted and distinct.
+        scale: (k,) fp32, or None for 1.
+        unit: Contiguous entries that one index stands for.
+        bias: (N,), or None.
+        config: The tile configuration; None looks it up (`autotune`). Tests set it.
+        tma: Whether to use TMA; None uses it where the device has it. Tests set it.
+
+    Returns:
+        (M, N), contiguous.
     """
     (m, _), n = a.shape, b.shape[1]
-    idx, scale, bias = idx.contiguous(), _packed(scale), _packed(bias)
+    idx, scale, bias = idx.contiguous(), _contiguous(scale), _contiguous(bias)
     y = torch.empty((m, n), dtype=a.dtype, device=a.device)
-    hopper = _has_tma(a, tma)
-    packed = hopper and a.dtype == torch.float32 and unit * a.element_size() % 64 != 0  # others come by TMA
+    hopper = _uses_tma(a, tma)
+    packed = hopper and a.dtype == torch.float32 and unit * a.element_size() % 64 != 0  # other units are read by TMA
 
     def run(c: TileConfig) -> None:
         by_tma = hopper and not packed and unit % c.block_k == 0
@@ -137,24 +186,37 @@ def skip(
 
     with device_context(a):
         a, b = (pack(a.T, idx, unit, 0).T, pack(b, idx, unit, 0)) if packed else (a, b)
-        what = ("skip", autotune.next_power_of_two(len(idx) * unit), unit, a.dtype, a.stride(1) == 1, b.stride(1) == 1, scale is None, bias is None)
-        run(config or _config(skip_kernel, a, m, n, unit, what, run))
+        key = ("skip", autotune.next_power_of_two(len(idx) * unit), unit, a.dtype, a.stride(1) == 1, b.stride(1) == 1, scale is None, bias is None)
+        run(config or _config(skip_kernel, a, m, n, unit, key, run))
     return y
 
 
 def skip_into(
     a: Tensor, b: Tensor, idx: Tensor, scale: Tensor | None, unit: int, dim: int, config: TileConfig | None = None, tma: bool | None = None
 ) -> Tensor:
-    """Dim 1: Y[:, idx] = (A B[:, idx]) diag(scale); dim 0: Y[idx, :] = diag(scale) (A[idx, :] B); zeros elsewhere; a (M, L), b (L, N), none of them empty.
+    """Compute Y[:, idx] = (A B[:, idx]) diag(scale) for dim 1, Y[idx, :] = diag(scale) (A[idx, :] B) for dim 0, and zeros elsewhere.
 
-    `config` and `tma` as for `skip`.
+    `can_skip_into` must hold for the operands, and `idx` must not be empty.
+
+    Args:
+        a: (M, L).
+        b: (L, N).
+        idx: (k,) int64, sorted and distinct.
+        scale: (k,) fp32, or None for 1.
+        unit: Contiguous entries that one index stands for.
+        dim: The sampled dim of the result.
+        config: The tile configuration; None looks it up (`autotune`). Tests set it.
+        tma: Whether to use TMA; None uses it where the device has it. Tests set it.
+
+    Returns:
+        (M, N), contiguous.
     """
     y = torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype, device=a.device)
-    out, idx, scale = y, idx.contiguous(), _packed(scale)
+    out, idx, scale = y, idx.contiguous(), _contiguous(scale)
     if dim == 0:  # the transposed product
         a, b, out = b.T, a.T, y.T
     (m, length), n = a.shape, b.shape[1]
-    hopper = _has_tma(a, tma)
+    hopper = _uses_tma(a, tma)
     packed = hopper and b.dtype == torch.float32 and b.stride(0) != 1
 
     def run(c: TileConfig) -> None:
@@ -167,32 +229,23 @@ def skip_into(
 
     with device_context(a):
         b = pack(b, idx, unit, 1) if packed else b
-        what = (
-            "into",
-            dim,
-            autotune.next_power_of_two(n),
-            autotune.next_power_of_two(length),
-            unit,
-            a.dtype,
-            a.stride(1) == 1,
-            b.stride(1) == 1,
-            scale is None,
-        )
-        run(config or _config(into_kernel, a, m, len(idx) * unit, 0, what, run))
+        lengths = autotune.next_power_of_two(n), autotune.next_power_of_two(length)
+        key = ("into", dim, *lengths, unit, a.dtype, a.stride(1) == 1, b.stride(1) == 1, scale is None)
+        run(config or _config(into_kernel, a, m, len(idx) * unit, 0, key, run))
     return y
 
 
-def _packed(x: Tensor | None) -> Tensor | None:
+def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _has_tma(x: Tensor, given: bool | None) -> bool:
+def _uses_tma(x: Tensor, given: bool | None) -> bool:
     return autotune.device_limits(x).arch // 10 == 9 if given is None else given
 
 
-def _config(kernel: Any, a: Tensor, m: int, n: int, unit: int, what: tuple[Any, ...], run: Callable[[TileConfig], None]) -> TileConfig:
-    """The configuration for sizes up to the next powers of two."""
+def _config(kernel: Any, a: Tensor, m: int, n: int, unit: int, key: tuple[Any, ...], run: Callable[[TileConfig], None]) -> TileConfig:
+    """Look up or time the configuration, which is shared by sizes up to the next power of two."""
     device, size, m, n = autotune.device_limits(a), a.element_size(), autotune.next_power_of_two(m), autotune.next_power_of_two(n)
     return autotune.fastest_config(
-        kernel, (*what, m, n), lambda: autotune.promising_configs(candidate_configs(size, unit, device.arch), m, n, size, device), device, run
+        kernel, (*key, m, n), lambda: autotune.promising_configs(candidate_configs(size, unit, device.arch), m, n, size, device), device, run
     )

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
-"""Squared norms in one read, and the k largest scores in one program."""
+"""Triton kernels that select units: squared norms in one read of a matrix, and the k largest scores in one program, each with its launcher."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 from approx_compile.kernels.triton.autotune import device_context
 
 MAX_UNITS = 8192
-"""Scores that one program ranks; of more, sorting is faster."""
+"""Scores that one program ranks at most; more are sorted faster."""
 
 
 @triton.jit
 def topk_kernel(score, idx, units, k, BLOCK: tl.constexpr):
-    """idx = the k largest of `units` scores, in ascending order of place; NaN above inf, of equal ones the first.
+    """Write the indices of the k largest of `units` scores to idx, ascending; NaN ranks above inf, and of equal scores the first are taken.
 
-    Scores become integers in the same order; the k-th largest of those, t, is found bit by bit: t keeps a bit if at least k are not below it. What lies above
-    t is chosen, and of those equal to t as many as are left over.
+    Scores are mapped to integers in the same order. The k-th largest integer t is found bit by bit: t keeps a bit if at least k integers are not below it.
+    All scores above t are chosen, and the first of those equal to t until there are k.
     """
     place = tl.arange(0, BLOCK)
     there = place < units
@@ -41,7 +41,7 @@ def topk_kernel(score, idx, units, k, BLOCK: tl.constexpr):
 
 @triton.jit
 def norms_sq_kernel(x, part, kept, summed, chunk, sx_kept, sx_summed, BLOCK_KEPT: tl.constexpr, BLOCK_SUMMED: tl.constexpr):
-    """part[c, i] = sum of x[i, j]^2 over the j of chunk c."""
+    """Compute partial sums of squares: part[c, i] = sum of x[i, j]^2 over the j of chunk c."""
     i = tl.program_id(0) * BLOCK_KEPT + tl.arange(0, BLOCK_KEPT)
     first = tl.program_id(1) * chunk
     rows = x + i[:, None].to(tl.int64) * sx_kept
@@ -54,7 +54,15 @@ def norms_sq_kernel(x, part, kept, summed, chunk, sx_kept, sx_summed, BLOCK_KEPT
 
 
 def largest_indices(score: Tensor, k: int) -> Tensor:
-    """fp32 scores (units,), at most MOST_UNITS of them -> the k largest, (k,) int64, sorted."""
+    """Return the indices of the k largest scores.
+
+    Args:
+        score: (units,) fp32, at most `MAX_UNITS`.
+        k: Number of indices, at least 1.
+
+    Returns:
+        (k,) int64, ascending.
+    """
     idx = torch.empty(k, dtype=torch.int64, device=score.device)
     units = score.shape[0]
     with device_context(score):
@@ -64,12 +72,21 @@ def largest_indices(score: Tensor, k: int) -> Tensor:
 
 
 def norms_sq(x: Tensor, dim: int, group: int, programs: int = 1024) -> Tensor:
-    """x (R, C), not empty -> sums of squares along the other dim, of `group` entries each along this one, fp32: (C // group,) for dim 1, (R // group,) for 0.
+    """Return sums of squares along the other dim, over `group` entries each along this one.
 
-    One read of x by about `programs` programs, each a part of a sum; then a sum of the parts, always in the same order.
+    About `programs` programs read x once, each computing a part of a sum; the parts are then added, always in the same order.
+
+    Args:
+        x: (R, C), not empty.
+        dim: 0 or 1.
+        group: Contiguous entries of a unit; entries at the end that fill no unit are left out.
+        programs: About how many programs read x.
+
+    Returns:
+        (R // group,) for dim 0, (C // group,) for dim 1, fp32.
     """
     kept, summed = x.shape[dim], x.shape[1 - dim]
-    block_kept, block_summed = (128, 32) if x.stride(dim) == 1 else (16, 256)  # neighbours in memory go to neighbouring threads
+    block_kept, block_summed = (128, 32) if x.stride(dim) == 1 else (16, 256)  # neighbours in memory are read by neighbouring threads
     tiles = triton.cdiv(kept, block_kept)
     chunk = triton.cdiv(triton.cdiv(summed, triton.cdiv(programs, tiles)), block_summed) * block_summed
     parts = triton.cdiv(summed, chunk)
