@@ -4,6 +4,7 @@ Other modules of the package write `_torch.NAME`. Tests that replace a function 
 of their own is replaced where it is defined.
 """
 
+from approx_compile._torch import canary
 from approx_compile._torch.aot_autograd import (
     EXACT_MARK_KEY,
     activation_memory_budget,
@@ -222,3 +223,5 @@ __all__ = [
     "value",
     "variable_source",
 ]
+
+canary.check()

@@ -37,6 +37,6 @@ def max_pool_ops() -> tuple[frozenset[Any], Any]:
     import torch._inductor.inductor_prims
 
     prims, aten = torch.ops.prims, torch.ops.aten
-    own, places = (getattr(prims, f"_low_memory_max_pool_{n}", None) for n in ("with_offsets", "offsets_to_indices"))
+    own, places = (getattr(prims, n, None) for n in ("_low_memory_max_pool_with_offsets", "_low_memory_max_pool_offsets_to_indices"))
     ops = (aten.max_pool2d_with_indices, aten.max_pool3d_with_indices, own)
     return frozenset(op.default for op in ops if op is not None), places.default if places is not None else None
