@@ -95,14 +95,14 @@ def known_lowerings(site: Site, wanted: str, cost: CostModel) -> tuple[str, ...]
         wanted: The lowering that is asked for. "auto" stands for all that fit the site; custom kernels only where the machine's profile has their rates.
         cost: The cost model.
     """
-    return tuple(n for n in lowering.offered(site, wanted) if wanted != "auto" or cost.has_rates(site, n))
+    return tuple(n for n in lowering.offered_lowerings(site, wanted) if wanted != "auto" or cost.has_rates(site, n))
 
 
 def _variants(site: Site, settings: SiteSettings, cost: CostModel) -> list[SiteSettings]:
     """The settings with "auto" replaced in every possible way: lowerings that the machine's profile knows, groups that suit them."""
     variants = []
     for name in known_lowerings(site, settings.output.lowering, cost):
-        if settings.output.lowering == "auto" and name in CUSTOM_KERNELS and lowering.guessed(site, settings.output.group):
+        if settings.output.lowering == "auto" and name in CUSTOM_KERNELS and lowering.has_guessed_rates(site, settings.output.group):
             continue
         for group in _groups(site, settings, name):
             by_product = {product: _variant(product, wanted, settings.policy, name, group) for product, wanted in _by_product(settings).items()}
@@ -119,7 +119,7 @@ def _groups(site: Site, settings: SiteSettings, lowering_name: str) -> tuple[int
     """The groups to try for `group: "auto"`: those that a custom kernel skips; else single entries and long runs, where time decides. None: `auto_group`."""
     if all(wanted.group != "auto" for wanted in _by_product(settings).values()):
         return (None,)
-    units = lowering.units(site, lowering_name)
+    units = lowering.kernel_groups(site, lowering_name)
     return units or ((1, long_run(site)) if settings.policy in TIMED_POLICIES else (None,))
 
 

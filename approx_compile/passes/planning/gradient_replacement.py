@@ -75,7 +75,7 @@ def choose_replacement(site: Site, product: Product, wanted: ProductSettings) ->
         words += f", one of every tile of {replacement.tile}"
     if wanted.lowering == "inductor":
         return ReplacementChoice(replacement, kept, size, words)
-    no_kernel = lowering.no_max_kernel(site, "cuda" if wanted.lowering == "auto" else wanted.lowering, replacement)
+    no_kernel = lowering.max_kernel_refusal(site, "cuda" if wanted.lowering == "auto" else wanted.lowering, replacement)
     if no_kernel is None:
         return ReplacementChoice(replace(replacement, lowering="cuda"), kept, size, f"{words}, by cuda")
     return ReplacementChoice(replacement, kept, size, words if wanted.lowering == "auto" else f"{words}, by inductor: {no_kernel}")

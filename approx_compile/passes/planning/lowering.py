@@ -1,7 +1,7 @@
-"""Which code may run a sampled product: Inductor's on gathered operands, or a kernel of ours (Triton, CUDA C++) that steps over what was not chosen.
+"""Decide which code may run a sampled product: Inductor on gathered operands, or a custom kernel (Triton, CUDA C++) that steps over what was not chosen.
 
-Decided by what the site is: its device, dtype, op and layout, and how its axis was cut into groups. Which of the possible ones is taken is a matter
-of predicted time, as everything else is.
+This depends on the site (device, dtype, op and memory layout) and on how its axis is divided into groups. Predicted time decides which of the possible
+lowerings is taken.
 """
 
 from __future__ import annotations
@@ -17,69 +17,100 @@ from approx_compile.kernels.gradient_replacements import Replacement
 from approx_compile.passes.fx_utils import CONV, MM, window_of
 from approx_compile.passes.sites.site import Product, Site
 
-LINE = 16
-"""Entries that lines of operands and results are whole multiples of."""
+ALIGNMENT = 16
+"""Rows of the operands and results of custom kernels have a multiple of this many entries."""
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def offered(site: Site, wanted: str) -> tuple[str, ...]:
-    """The lowerings to choose from for a site; "auto" means all that might run it."""
+def offered_lowerings(site: Site, wanted: str) -> tuple[str, ...]:
+    """Return the lowerings to choose from for a site.
+
+    Args:
+        site: The site.
+        wanted: The lowering that is asked for; "auto" stands for all that might run the site.
+    """
     if wanted != "auto":
         return (wanted,)
     return ("inductor", *(n for n in CUSTOM_KERNELS if _unfit(site, n) is None))
 
 
-def units(site: Site, lowering: str) -> tuple[int, ...]:
-    """Groups in which a kernel of ours can skip along the axis of a site's output, the best first; none where no kernel fits."""
+def kernel_groups(site: Site, lowering: str) -> tuple[int, ...]:
+    """Return the group sizes that a custom kernel can skip along the axis of a site's output, the best first; none if the kernel does not fit the site.
+
+    Args:
+        site: The site.
+        lowering: The lowering that has the kernel.
+    """
     size = site.products[0].size
     if lowering not in CUSTOM_KERNELS or not isinstance(size, int) or _unfit(site, lowering) is not None:
         return ()
     return tuple(u for u in DEFAULT_UNITS[lowering] if size % u == 0 and size >= 4 * u)
 
 
-def refused(site: Site, product: Product, how: Estimator, lowering: str) -> str | None:
-    """Why a kernel of ours can't run a product sampled this way on its own axis, if so."""
-    why = _unfit(site, lowering)
-    if why is not None:
-        return why
+def kernel_refusal(site: Site, product: Product, estimator: Estimator, lowering: str) -> str | None:
+    """Return why a custom kernel cannot run a product that is sampled along its own axis, or None if it can.
+
+    Args:
+        site: The site of the product.
+        product: The product.
+        estimator: How it is sampled.
+        lowering: The lowering that has the kernel.
+    """
+    reason = _unfit(site, lowering)
+    if reason is not None:
+        return reason
     if site.node.target in CONV and product.name != "output":
         return "convolutions' gradients on their own axis have no kernel"
-    if product.name == "grad_weight" and how.group == 1 and lowering == "triton":
-        return None  # rows, whole ones
-    return _other_unit(how, lowering, site.node.target in CONV)
+    if product.name == "grad_weight" and estimator.group == 1 and lowering == "triton":
+        return None  # its axis is the rows, and the kernel skips single rows
+    return _unit_refusal(estimator, lowering, site.node.target in CONV)
 
 
-def guessed(site: Site, group: int | str) -> bool:
-    """Whether rates of Triton's kernel in other groups say little of its time in these."""
+def has_guessed_rates(site: Site, group: int | str) -> bool:
+    """Return whether the measured rates of Triton's kernel, which are those of other groups, say little of its time with this group size.
+
+    Args:
+        site: The site.
+        group: The group size, or "auto".
+    """
     conv = site.node.target in CONV
     return isinstance(group, int) and availability.supports_unit("triton", conv, group) and not availability.runs_at_measured_rate("triton", conv, group)
 
 
-def _other_unit(how: Estimator, lowering: str, conv: bool) -> str | None:
-    if not how.tail and availability.supports_unit(lowering, conv, how.unit):
+def _unit_refusal(estimator: Estimator, lowering: str, conv: bool) -> str | None:
+    """Why a kernel cannot skip the units of an estimator."""
+    if not estimator.tail and availability.supports_unit(lowering, conv, estimator.unit):
         return None
     known = ", ".join(map(str, availability.CONV_UNITS)) if conv else "a multiple of 32" if lowering == "triton" else "an odd multiple of 16"
-    return f"{lowering} skips whole groups of {known}, not {how.group}" + (" with a tail" if how.tail else "")
+    return f"{lowering} skips whole groups of {known}, not {estimator.group}" + (" with a tail" if estimator.tail else "")
 
 
-def no_zeros_kernel(site: Site, dropped: Estimator, lowering: str) -> str | None:
-    """Why no kernel of ours leaves out the output channels that another site `dropped`, if so, of a site's gradients."""
-    if (why := _unfit(site, lowering)) is not None:
-        return why
+def zero_skipping_refusal(site: Site, dropped: Estimator, lowering: str) -> str | None:
+    """Return why no custom kernel can skip, in a site's gradients, the output channels that another site dropped, or None if one can.
+
+    Args:
+        site: The site whose gradients are computed.
+        dropped: The estimator of the other site.
+        lowering: The lowering that has the kernel.
+    """
+    if (reason := _unfit(site, lowering)) is not None:
+        return reason
     if site.node.target in CONV:
         return "of a convolution's gradients a kernel leaves out input channels, not these"
-    return _other_unit(dropped, lowering, conv=False)
+    return _unit_refusal(dropped, lowering, conv=False)
 
 
-def lines(kept: int) -> bool:
-    """Whether what is gathered along one axis is an operand that a kernel of ours reads."""
-    return kept % LINE == 0
+def is_aligned(kept: int) -> bool:
+    """Return whether a custom kernel can read an operand that was gathered to this many entries per row."""
+    return kept % ALIGNMENT == 0
 
 
 def _unfit(site: Site, lowering: str) -> str | None:
+    """Why the kernels of a lowering cannot run the products of a site, whatever their groups."""
     value = _torch.value(site.products[0].operands[0])
-    if (why := availability.unavailable_reason(lowering, value.device)) is not None:
-        return why
+    if (reason := availability.unavailable_reason(lowering, value.device)) is not None:
+        return reason
     if site.dtype not in (_DTYPES if lowering == "triton" else _DTYPES[1:]):
         return f"{lowering} has no kernel for {str(site.dtype).removeprefix('torch.')}"
     node = site.node
@@ -90,8 +121,8 @@ def _unfit(site: Site, lowering: str) -> str | None:
     if node.target not in MM:
         return "batched products have no kernel of ours"
     sizes = tuple(s for n in (*site.products[0].operands, node) for s in _torch.value(n).shape[-1:])
-    if any(not isinstance(s, int) or s % LINE for s in sizes):
-        return f"{lowering} reads lines of whole multiples of {LINE} entries, of inputs and of outputs"
+    if any(not isinstance(s, int) or s % ALIGNMENT for s in sizes):
+        return f"{lowering} reads lines of whole multiples of {ALIGNMENT} entries, of inputs and of outputs"
     if node.kwargs or (len(node.args) == 3 and tuple(_torch.value(node.args[0]).shape) != sizes[-1:]):
         return "the addmm adds no plain bias, one for every output"
     return None
@@ -111,19 +142,25 @@ def _unfit_conv(site: Site, lowering: str, x: torch.Tensor) -> str | None:
     return None
 
 
-def no_max_kernel(site: Site, lowering: str, how: Replacement) -> str | None:
-    """Why no kernel of ours adds up the patches of `max` for a site's weight, if so; where one does it takes no other choice."""
+def max_kernel_refusal(site: Site, lowering: str, replacement: Replacement) -> str | None:
+    """Return why no custom kernel computes the weight gradient that `max` asks for, or None if one does.
+
+    Args:
+        site: The convolution.
+        lowering: The lowering that has the kernel.
+        replacement: What is asked for.
+    """
     x = _torch.value(site.products[0].operands[0])
     if lowering != "cuda" or site.node.target not in CONV:
         return f"{lowering} has no kernel for max" + (" but that of convolutions" if lowering == "cuda" else "")
-    if (why := availability.unavailable_reason(lowering, x.device)) is not None:
-        return why
+    if (reason := availability.unavailable_reason(lowering, x.device)) is not None:
+        return reason
     if x.dim() != 4 or site.node.args[6]:
         return "of convolutions, plain 2-D ones have a kernel for max"
     if x.dtype not in _DTYPES:
         return f"{lowering} has no kernel for {str(x.dtype).removeprefix('torch.')}"
-    if how.tile is not None:
+    if replacement.tile is not None:
         return "the kernel for max takes no tiles"
-    if how.j > launch.MAX_ENTRIES or _torch.numel(site.node) == 0:
+    if replacement.j > launch.MAX_ENTRIES or _torch.numel(site.node) == 0:
         return f"the kernel for max keeps 1 to {launch.MAX_ENTRIES} entries"
     return None

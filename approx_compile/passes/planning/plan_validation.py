@@ -1,4 +1,4 @@
-"""Does a tuned plan fit this model? The modules it names must be there, and the weights of its sites must have the shapes it was tuned with."""
+"""Check that a tuned plan fits a model: it has the modules that the plan names, and weights of the shapes that the plan was tuned with."""
 
 from __future__ import annotations
 
@@ -10,11 +10,20 @@ from approx_compile.passes.fx_utils import CONV
 from approx_compile.passes.sites.site import Site
 
 SHOWN = 8
-"""Sites that a message lists."""
+"""How many sites a message lists."""
 
 
 def check_modules(tuned: Tuned, modules: Collection[str], model: str) -> None:
-    """Raise ConfigError if the model lacks modules that the plan names. `modules`: names of all modules; a site of the root itself bears its op's name."""
+    """Check that a model has the modules that a plan names.
+
+    Args:
+        tuned: The plan.
+        modules: Names of all modules of the model. A site of the root module is named after its op.
+        model: Name of the model, for the message.
+
+    Raises:
+        ConfigError: Modules are missing.
+    """
     bases = {s.name: s.name.split("#")[0] for s in tuned.sites}
     known = {s.op for s in tuned.sites} | set(modules)
     missing = [name for name, base in bases.items() if base not in known and "[" not in base]  # Dynamo spells odd names its own way
@@ -26,7 +35,18 @@ def check_modules(tuned: Tuned, modules: Collection[str], model: str) -> None:
 
 
 def check_shapes(tuned: Tuned, sites: Sequence[Site]) -> list[str]:
-    """Raise ConfigError where a site's weight has another shape than in the plan. Returns what else differs: other batches, sites that are new."""
+    """Check that the weights of a graph's sites have the shapes that a plan was tuned with.
+
+    Args:
+        tuned: The plan.
+        sites: The sites of the graph.
+
+    Returns:
+        Remarks on what else differs: other input shapes, sites that the plan does not have.
+
+    Raises:
+        ConfigError: A weight has another shape.
+    """
     known = {s.name: s for s in tuned.sites}
     shared = [(s, known[s.name]) for s in sites if s.name in known]
     wrong = [f"{s.name} is {s.shape}, in the plan {p.shape}" for s, p in shared if _weight(s, s.shape) != _weight(s, p.shape)]
@@ -41,7 +61,7 @@ def check_shapes(tuned: Tuned, sites: Sequence[Site]) -> list[str]:
 
 
 def _weight(site: Site, shape: str) -> object:
-    """The part of a shape that the batch does not change: nothing for a product of two activations."""
+    """The part of a site's shape that is the weight's; None for a product of two activations."""
     if site.node.target in CONV:
         return shape.partition(" * ")[2]
     weight = site.products[0].weight

@@ -79,7 +79,7 @@ def _lowering(site: Site, product: Product, estimator: Estimator, wanted: str) -
     """The code that runs a sampled product, and the words for it in the plan's reason."""
     if wanted not in CUSTOM_KERNELS:
         return "inductor", ""
-    refusal = lowering.refused(site, product, estimator, wanted)
+    refusal = lowering.kernel_refusal(site, product, estimator, wanted)
     return (wanted, f" by {wanted}") if refusal is None else ("inductor", f" by inductor: {refusal}")
 
 

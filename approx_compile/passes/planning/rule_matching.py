@@ -15,14 +15,27 @@ from approx_compile.passes.sites.site import Site
 
 
 def unmatched_layers(names: Sequence[str], config: ApproxConfig) -> tuple[str, ...]:
-    """A remark on each of the layers without a product that a rule asks to approximate."""
+    """Return a remark on each layer that a rule asks to approximate although it has no site.
+
+    Args:
+        names: Names of the layers without a site.
+        config: The config.
+    """
     patterns = [Pattern.parse(text) for rule in config.rules if not rule.only_exact for text in rule.layers]
     asked = [n for n in names if any(p.matches_name(n) if p.is_name else p.kind in ("linear", "site") and p.index is None for p in patterns)]
     return tuple(f"no rule holds for {n}, which is exact: of one row or one input Inductor makes its product without a matrix product" for n in asked)
 
 
 def match_rules(sites: Sequence[Site | SitePlan], config: ApproxConfig) -> tuple[list[list[bool]], tuple[str, ...]]:
-    """For every site which rules match it; and the patterns that match none."""
+    """Match the rules of a config to sites by name, kind and position.
+
+    Args:
+        sites: The sites of a graph, in execution order.
+        config: The config.
+
+    Returns:
+        For every site, whether each of the rules matches it; and the patterns that match no site.
+    """
     positions: list[dict[str, int]] = []
     counts: dict[str, int] = defaultdict(int)
     for site in sites:
@@ -43,8 +56,16 @@ def match_rules(sites: Sequence[Site | SitePlan], config: ApproxConfig) -> tuple
 
 
 def row_requests(sites: Sequence[Site], config: ApproxConfig) -> tuple[RowSettings | None, dict[fx.Node, RowSettings | None]]:
-    """What is asked of the rows where no site is (of rules, those for every site count), and at the gradients of every site; a site that must be exact asks
-    for all rows."""
+    """Return what the settings ask of the rows of the batch in the backward pass.
+
+    Args:
+        sites: The sites of a graph.
+        config: The config.
+
+    Returns:
+        What is asked where there is no site (of the rules only those for every site count), and at each gradient product. A site that must be exact asks for
+        all rows (None).
+    """
     matches, _ = match_rules(sites, config)
     asked: dict[fx.Node, RowSettings | None] = {}
     for site, hits in zip(sites, matches, strict=True):

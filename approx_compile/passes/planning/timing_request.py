@@ -1,4 +1,4 @@
-"""A site and the ways to sample it -> the question that `stopwatch` answers by timing it alone."""
+"""Build the request to time a site by itself, exact and with each of its candidates, for `machine.site_timings`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,16 @@ from approx_compile.passes.sites.site import Site
 
 
 def timing_request(site: Site, candidates: Candidates, huge_pages: bool) -> TimingRequest:
-    """The site with its sizes (symbolic ones as traced), strides and dtype, and each try as options of the backend; `huge_pages` as the user has it."""
+    """Describe a site and its candidates so that another process can time them.
+
+    Args:
+        site: The site; symbolic sizes count as they were traced.
+        candidates: The ways to sample it.
+        huge_pages: The user's setting of that name.
+
+    Returns:
+        The product with its sizes, strides and dtype, and each candidate as options of the backend.
+    """
     node = site.node
     conv = node.target in CONV
     roles = {role(p) for p in site.products}
@@ -34,7 +43,7 @@ def timing_request(site: Site, candidates: Candidates, huge_pages: bool) -> Timi
 
 
 def _layout(value: Any, conv: bool) -> OperandLayout:
-    """Inductor lays the activations of 2-D convolutions out channels last on CPUs."""
+    """Shape and strides of an operand. Those of 2-D convolutions are channels-last on CPUs, as Inductor lays them out."""
     shape = tuple(_torch.hint(s) for s in value.shape)
     if conv and value.device.type == "cpu" and len(shape) == 4:
         return shape, torch.empty(shape, device="meta").to(memory_format=torch.channels_last).stride()
@@ -42,7 +51,7 @@ def _layout(value: Any, conv: bool) -> OperandLayout:
 
 
 def _options(products: tuple[ProductPlan, ...]) -> dict[str, Any]:
-    """The options under which the backend does just this to a model of the one site. Both gradients of a product of two activations share settings."""
+    """The options under which the backend carries out this candidate in a model of one site. Both gradients of a product of two activations share settings."""
     lowering = next((p.lowering for p in products if p.lowering in CUSTOM_KERNELS), "inductor")
     options: dict[str, Any] = {"policy": "always", "sampling": "forward", "lowering": lowering}
     for p in products:

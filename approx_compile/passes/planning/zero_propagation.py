@@ -1,8 +1,8 @@
-"""Where the backward pass is zero because an output dropped entries.
+"""Find where the backward pass is zero because a site dropped entries of its activation.
 
-A coupled gradient of an activation is zero in the channels its site dropped. Through elementwise backward ops, BatchNorm's included, those zeros
-reach the output gradient dY of the site that made the activation: its own gradient products then sum over, or compute, zeros only there.
-Leaving them out changes nothing but the order of summation: chains such as conv-BatchNorm-ReLU-conv or linear-GELU-linear get it for free.
+A coupled gradient of an activation is zero in the channels that its site dropped. Elementwise backward ops, those of BatchNorm included, carry these zeros
+on to the output gradient dY of the site that made the activation. The gradient products of that site then only add, or compute, zeros in these channels.
+Leaving them out changes nothing but the order of summation, in chains such as conv-BatchNorm-ReLU-conv or linear-GELU-linear.
 """
 
 from __future__ import annotations
@@ -25,20 +25,34 @@ SUMS = {aten.sum.dim_IntList, aten.mean.dim}
 
 
 def propagate_zeros(starts: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
-    """Nodes that are zero along a dim wherever all of `starts` are along theirs: {node: its dim}. A factor that is inf or NaN there is not considered."""
+    """Find the nodes that are zero wherever all of the start nodes are, each along one of its dims.
+
+    A factor that is inf or NaN in these entries is not considered.
+
+    Args:
+        starts: Nodes with the dim along which they have zeros, in the same entries.
+
+    Returns:
+        The nodes, including the start nodes, each with the dim along which it has these zeros.
+    """
     zero = dict(starts)
     n = min(starts).next
     while n.op != "root":
         if n.op == "call_function" and n not in starts and any(i in zero for i in n.all_input_nodes):
-            found = propagate_through(n, zero)
-            if found is not None:
-                zero[n] = found
+            dim = propagate_through(n, zero)
+            if dim is not None:
+                zero[n] = dim
         n = n.next
     return zero
 
 
 def propagate_through(n: fx.Node, zero: dict[fx.Node, int]) -> int | None:
-    """The dim along which `n` has its input's zeros, or None."""
+    """Return the dim along which a node has the zeros of its inputs, or None if it does not have them.
+
+    Args:
+        n: The node.
+        zero: The nodes before it that have the zeros, with their dims.
+    """
     value = n.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return None
@@ -66,19 +80,20 @@ def propagate_through(n: fx.Node, zero: dict[fx.Node, int]) -> int | None:
 
 
 def _broadcast(arg: Any, result: torch.Tensor, zero: dict[fx.Node, int]) -> int | None:
-    """The zero dim of an argument, counted in the broadcast result."""
+    """The dim of an argument's zeros, counted in the result that it is broadcast to."""
     if not isinstance(arg, fx.Node) or arg not in zero:
         return None
     return int(zero[arg] + result.dim() - _torch.value(arg).dim())
 
 
 def _all_of(args: Any, result: torch.Tensor, zero: dict[fx.Node, int]) -> int | None:
+    """The dim of the zeros if all arguments have them along the same dim."""
     dims = {_broadcast(a, result, zero) for a in args}
     return dims.pop() if len(dims) == 1 else None
 
 
 def _viewed(old: Any, new: Any, dim: int) -> int | None:
-    """Where a dim of the old shape lies in the new one, if it survives whole: same length, same number of entries behind it."""
+    """The dim of the new shape that corresponds to a dim of the old one: it has the same length and as many entries behind it."""
     behind = math.prod(old[dim + 1 :])
     for j in range(len(new)):
         if _same(new[j], old[dim]) and _same(math.prod(new[j + 1 :]), behind) and _same(math.prod(new), math.prod(old)):
@@ -93,6 +108,7 @@ _same = _torch.known_equal
 
 
 def _summed(n: fx.Node, dim: int) -> int | None:
+    """The dim after a sum or mean, if that does not reduce it."""
     source = _torch.value(n.args[0])
     dims = n.args[1] if len(n.args) > 1 and n.args[1] else range(source.dim())
     gone = {int(d) % source.dim() for d in dims}  # type: ignore[union-attr,arg-type]
@@ -102,16 +118,24 @@ def _summed(n: fx.Node, dim: int) -> int | None:
     return dim if keepdim else dim - sum(d < dim for d in gone)
 
 
-def relu_backward(grad: fx.Node, activation: fx.Node) -> fx.Node | None:
-    """The node where(activation <= 0, 0, grad) that alone reads a gradient, all through views: the activation is a ReLU's output, or pooled from one."""
+def find_relu_backward(grad: fx.Node, activation: fx.Node) -> fx.Node | None:
+    """Find the backward node of a ReLU, where(activation <= 0, 0, grad), if it is the only reader of a gradient.
+
+    Args:
+        grad: The gradient; it may be read through views.
+        activation: The output of the ReLU, or what was pooled from it; the node may compare a view of it.
+
+    Returns:
+        The node, or None.
+    """
     v = last_view(grad)
     if len(v.users) != 1:
         return None
     user = next(iter(v.users))
     if user.target is not aten.where.self or user.args[2] is not v:
         return None
-    le, zero = user.args[0], user.args[1]
-    is_zero = isinstance(zero, fx.Node) and zero.target in (aten.scalar_tensor.default, aten.full.default) and 0 in zero.args
-    if not (is_zero and isinstance(le, fx.Node) and le.target is aten.le.Scalar and le.args[1] == 0):
+    le, filler = user.args[0], user.args[1]
+    fills_zeros = isinstance(filler, fx.Node) and filler.target in (aten.scalar_tensor.default, aten.full.default) and 0 in filler.args
+    if not (fills_zeros and isinstance(le, fx.Node) and le.target is aten.le.Scalar and le.args[1] == 0):
         return None
     return user if source_behind(le.args[0]) is source_behind(activation) else None

@@ -95,11 +95,11 @@ def _with_skip(site: Site, plan: SitePlan, j: int, source: str, dropped: Product
 def _ways(site: Site, plan: SitePlan, current: ProductPlan, dropped: Estimator) -> tuple[list[tuple[str, str]], str | None]:
     """The pairs (lowering, skips_by) to choose from, and why a kernel that was asked for is not among them."""
     asked = [n for n in plan.lowerings if n in CUSTOM_KERNELS]
-    refusals = {n: lowering.no_zeros_kernel(site, dropped, n) for n in asked}
-    fit = [n for n in asked if refusals[n] is None and (current.how is None or lowering.lines(current.how.kept))]
+    refusals = {n: lowering.zero_skipping_refusal(site, dropped, n) for n in asked}
+    fit = [n for n in asked if refusals[n] is None and (current.how is None or lowering.is_aligned(current.how.kept))]
     ways = [("inductor", n) for n in fit]
     if current.lowering in CUSTOM_KERNELS:
-        return ([(current.lowering, "inductor")] if lowering.lines(dropped.kept) else []) + ways, None
+        return ([(current.lowering, "inductor")] if lowering.is_aligned(dropped.kept) else []) + ways, None
     if "inductor" in plan.lowerings or not fit:
         ways.insert(0, ("inductor", "inductor"))
     return ways, next(iter(refusals.values()), None) if "inductor" not in plan.lowerings else None

@@ -17,7 +17,7 @@ from approx_compile.kernels import skip_matmul as skip
 from approx_compile.kernels.estimators import Estimator, select, unit_scores
 from approx_compile.kernels.gather import Axis, norms_sq
 from approx_compile.passes.fx_utils import CONV, PRODUCTS, update_fake_value, window_of
-from approx_compile.passes.planning.lowering import LINE
+from approx_compile.passes.planning.lowering import ALIGNMENT
 from approx_compile.passes.rewrite.graph_edit import MemoryLayout, SampledOperands, inline, match_layout
 from approx_compile.passes.sites.site import Product
 
@@ -131,9 +131,9 @@ def _in_aligned_lines(n: fx.Node, before: fx.Node) -> fx.Node:
     x = _torch.value(n)
     for line, other in ((1, 0), (0, 1)):
         step = _torch.hint(x.stride(other))
-        if x.stride(line) == 1 and step > 0 and step % LINE == 0:
+        if x.stride(line) == 1 and step > 0 and step % ALIGNMENT == 0:
             return n
-    by_rows = isinstance(x.shape[1], int) and x.shape[1] % LINE == 0
+    by_rows = isinstance(x.shape[1], int) and x.shape[1] % ALIGNMENT == 0
     new = inline(before.graph, before, lambda x: x.contiguous() if by_rows else x.t().contiguous().t(), (n,))
     assert isinstance(new, fx.Node)
     return new

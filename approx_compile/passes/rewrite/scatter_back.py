@@ -11,7 +11,7 @@ from approx_compile import _torch
 from approx_compile.kernels.gather import untake
 from approx_compile.passes.fx_utils import update_fake_value
 from approx_compile.passes.planning.index_sharing import Sum
-from approx_compile.passes.planning.zero_propagation import relu_backward
+from approx_compile.passes.planning.zero_propagation import find_relu_backward
 from approx_compile.passes.rewrite.gradient_task import NarrowedAxis, SharedSum
 from approx_compile.passes.rewrite.graph_edit import MemoryLayout, inline, match_layout
 
@@ -42,7 +42,7 @@ def scatter_back(
         update_fake_value(m)
         return
     users = list(m.users)
-    masked = relu_backward(m, activation[0]) if activation is not None else None
+    masked = find_relu_backward(m, activation[0]) if activation is not None else None
     update_fake_value(m)
     if not narrowed:
         return
@@ -65,7 +65,7 @@ def scatter_back_sum(graph: fx.Graph, shared_sum: SharedSum) -> None:
         return _add_up(order, gradients)
 
     assert shared_sum.layout is not None
-    masked = relu_backward(total, shared_sum.activation[0]) if shared_sum.activation is not None else None
+    masked = find_relu_backward(total, shared_sum.activation[0]) if shared_sum.activation is not None else None
     y = inline(graph, total, run, shared_sum.gradients, total)
     kept_activation = shared_sum.activation[1] if masked and shared_sum.activation else None
     full = insert_full_size(graph, total, y, shared_sum.narrowed, kept_activation, shared_sum.layout)
