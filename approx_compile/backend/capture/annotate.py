@@ -1,8 +1,8 @@
-"""Full layer names for models that are compiled block by block.
+"""Give modules their full names, for models that are compiled block by block.
 
-`for block in model.layers: block.compile(backend="approx", ...)` shows the backend one block at a time, and equal blocks share one graph. After
-`annotate(model)` each module knows its name in the whole model, so rules by layer work there too; blocks of which the rules say the same
-go on sharing their code.
+With `for block in model.layers: block.compile(backend="approx", ...)` the backend sees one block at a time, and equal blocks share one graph. After
+`annotate(model)` each module knows its name in the whole model, so that rules by layer work there too. Blocks of which the rules say the same still share
+their code.
 """
 
 from __future__ import annotations
@@ -21,9 +21,18 @@ SIGNATURE = _NAME
 
 
 def annotate(model: nn.Module) -> nn.Module:
-    """Write every module's full name, and a weak link to `model`, on the module (plain attributes: no parameter, buffer or state_dict key).
+    """Write every module's full name, and a weak link to `model`, on the module. These are plain attributes: no parameter, buffer or state_dict key.
 
-    Call once, before the blocks are compiled. A module that occurs twice keeps its first name. Returns the model.
+    Call it once, before the blocks are compiled. A module that occurs twice keeps its first name.
+
+    Args:
+        model: The whole model.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: If `model` is no module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"annotate: got {type(model).__name__}; the model (a torch.nn.Module) whose blocks are compiled is expected")
@@ -35,7 +44,7 @@ def annotate(model: nn.Module) -> nn.Module:
 
 
 class _Link:
-    """A weak reference that survives deepcopy and pickle (as an empty one: the copy is not part of this model)."""
+    """A weak reference to a model. A deepcopy or pickle of it is empty, because the copied module is not part of this model."""
 
     def __init__(self, model: nn.Module | None = None) -> None:
         self.ref = weakref.ref(model) if model is not None else None
@@ -51,19 +60,40 @@ class _Link:
 
 
 def full_name(module: nn.Module) -> str | None:
-    """The module's name in the annotated model, or None."""
+    """Look up a module's name in the annotated model.
+
+    Args:
+        module: The module.
+
+    Returns:
+        The name, or None if the module is not annotated.
+    """
     name = module.__dict__.get(_NAME)
     return name if isinstance(name, str) else None
 
 
 def whole_model(module: nn.Module) -> nn.Module | None:
-    """The annotated model a module belongs to, or None."""
+    """Look up the annotated model that a module belongs to.
+
+    Args:
+        module: The module.
+
+    Returns:
+        The model, or None if the module is not annotated or the model is gone.
+    """
     link = module.__dict__.get(_MODEL)
     return link() if isinstance(link, _Link) else None
 
 
 def last_module(root: nn.Module | None) -> str | None:
-    """The last module with a matrix for a parameter, by registration, if `root` is a part of an annotated model."""
+    """Find the last module, in the order of registration, that has a matrix among its parameters.
+
+    Args:
+        root: The module that is compiled.
+
+    Returns:
+        Its full name; None if `root` is not a part of an annotated model.
+    """
     model = whole_model(root) if root is not None else None
     if model is None or model is root:
         return None
@@ -72,9 +102,16 @@ def last_module(root: nn.Module | None) -> str | None:
 
 
 def sign(root: nn.Module, config: ApproxConfig) -> str | None:
-    """Write on every module what the name patterns of `config` say of the modules below it; returns the attribute, None if not annotated.
+    """Write on every module of an annotated model a signature of what the name patterns of `config` say of the modules below it.
 
-    The backend guards that attribute: equal signatures share compiled code.
+    The backend guards the signature, so that blocks with equal signatures share compiled code.
+
+    Args:
+        root: The module that is compiled.
+        config: The settings.
+
+    Returns:
+        The name of the attribute to guard; None if `root` is not annotated.
     """
     model = whole_model(root)
     if model is None:
@@ -83,14 +120,21 @@ def sign(root: nn.Module, config: ApproxConfig) -> str | None:
     attribute = f"_approx_compile_rules_{config.digest()[:12]}"
     last = last_module(root)
     for name, module in model.named_modules():
-        said = []
+        matches = []
         for below, _ in module.named_modules():
             whole = ".".join(p for p in (name, below) if p)
-            said.append((below, whole == last, [any(p.matches_name(whole) for p in rule) for rule in patterns]))
-        module.__dict__[attribute] = hashlib.sha256(repr(said).encode()).hexdigest()
+            matches.append((below, whole == last, [any(p.matches_name(whole) for p in rule) for rule in patterns]))
+        module.__dict__[attribute] = hashlib.sha256(repr(matches).encode()).hexdigest()
     return attribute
 
 
 def annotation_of(attribute: str) -> bool:
-    """Whether a module's attribute is one of ours."""
+    """Tell whether an attribute of a module was written by this package.
+
+    Args:
+        attribute: The attribute's name.
+
+    Returns:
+        True if it was.
+    """
     return attribute.startswith("_approx_compile_")

@@ -45,7 +45,7 @@ def read_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Approx
     if config.plan is not None and layers.root is not None:
         whole = whole_model(layers.root) or layers.root
         check_modules(config.plan, {n for n, _ in whole.named_modules(remove_duplicate=False)}, type(whole).__name__)
-    modules = {key: Module(layers.display(key), _guard_training_mode(f.module, f.source, frame), f.batch_norm, f.linear) for key, f in layers.found.items()}
+    modules = {key: Module(layers.display(key), _guard_training_mode(f.module, f.source, frame), f.batch_norm, f.linear) for key, f in layers.modules.items()}
     if layers.root is not None and layers.root_source is not None and frame is not None:
         _guard_rules(layers.root, layers.root_source, config)
     _mark_unsupported_autograd(gm)

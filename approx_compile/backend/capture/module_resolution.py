@@ -1,7 +1,7 @@
-"""Which modules of the user's model a Dynamo graph runs: the objects behind `nn_module_stack`, their names, and the sources to guard them by.
+"""Find which modules of the user's model a Dynamo graph runs: the objects behind `nn_module_stack`, their names, and the sources to guard them by.
 
-A stack entry has the module's id and a path such as `L['self'].layers.0`. The parameters' sources lead to every module that owns one and to
-its ancestors, wherever they are held (a local, a global, a closure, an attribute of some other object); the rest are found below those.
+A stack entry has the module's id and a path such as `L['self'].layers.0`. The sources of parameters lead to every module that owns a parameter, and to that
+module's ancestors, wherever they are held (a local, a global, a closure, an attribute of some other object). The other modules are found below those.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from approx_compile.backend.capture.annotate import full_name
 _VARIABLE = re.compile(r"([LG])\['(\w+)'\](?:\.(.*))?")
 
 _COMPILED_ITSELF = ("L['self']", "L['fn']")
-"""How the frame of a module that was handed to torch.compile holds it; any other variable is a function's, whose name says something."""
+"""The variables in which a frame holds the module that was given to torch.compile. Any other variable is that of a function, and its name is shown."""
 
 
 @dataclass
-class Found:
-    """One entry of the stacks: its path, its class, and, if it could be traced back, the module and Dynamo's source for it."""
+class StackModule:
+    """A module in the stacks: its path, its class, and, if it could be traced back, the module and Dynamo's source for it."""
 
     path: str
     cls: type
@@ -35,30 +35,43 @@ class Found:
 
     @property
     def batch_norm(self) -> bool:
+        """Whether it is a batch normalization of any kind."""
         return any("BatchNorm" in c.__name__ for c in self.cls.__mro__)
 
     @property
     def linear(self) -> bool:
+        """Whether its forward is that of `nn.Linear`."""
         return getattr(self.cls, "forward", None) is nn.Linear.forward
 
 
 class Layers:
-    """`found`: every module in the stacks by id (as text); `root`: the module the graph belongs to, if it is one."""
+    """The modules of one graph.
+
+    Args:
+        stacks: The `nn_module_stack` of every call of the graph.
+        placeholders: The graph's placeholders.
+        frame: Dynamo's translator of the frame, or None.
+
+    Attributes:
+        modules: Every module in the stacks, by its id as text.
+        root: The module that the graph belongs to, if there is exactly one.
+        root_source: Dynamo's source for `root`, if known.
+    """
 
     def __init__(self, stacks: Sequence[Mapping[str, tuple[str, type]]], placeholders: Sequence[fx.Node], frame: Any) -> None:
-        self.found: dict[str, Found] = {}
+        self.modules: dict[str, StackModule] = {}
         self._outer: dict[str, str] = {}
         scope = _torch.frame_scope(frame)
         known = self._known = _from_parameters(placeholders, scope)
         for stack in stacks:
-            above: list[Found] = []
+            above: list[StackModule] = []
             for key, (path, cls) in stack.items():
                 key = key.split("@")[0]
-                if key not in self.found:
-                    self.found[key] = _resolve(int(key), path, cls, above, known, scope)
-                above.append(self.found[key])
+                if key not in self.modules:
+                    self.modules[key] = _resolve(int(key), path, cls, above, known, scope)
+                above.append(self.modules[key])
                 self._outer.setdefault(key, above[0].path)
-        roots = {key: _root(found, self._outer[key], scope) for key, found in self.found.items()}
+        roots = {key: _root(entry, self._outer[key], scope) for key, entry in self.modules.items()}
         self._roots = {key: path for key, (path, _, _) in roots.items()}
         distinct: dict[str, tuple[nn.Module | None, Any]] = {path: (module, source) for path, module, source in roots.values()}
         self._several = len(distinct) > 1
@@ -68,11 +81,19 @@ class Layers:
         if len(distinct) == 1:
             self.root, self.root_source = next(iter(distinct.values()))
         if self.root is not None and self.root_source is None:
-            self.root_source = next((f.source for f in self.found.values() if f.module is self.root), None) or known.get(id(self.root), (None, None))[1]
+            self.root_source = next((f.source for f in self.modules.values() if f.module is self.root), None) or known.get(id(self.root), (None, None))[1]
 
     def owners(self, gm: fx.GraphModule, frame: Any) -> list[tuple[nn.Module | None, Any]]:
-        """Whose forward the calls outside of every stack may stand in: the module whose own method is compiled; else, of a function, all that it holds,
-        calls, or reads parameters of. (None, None): one that can't be found. Nothing: a function of tensors alone."""
+        """Find the modules in whose forward the calls outside of every stack may stand.
+
+        Args:
+            gm: Dynamo's graph.
+            frame: Dynamo's translator of the frame.
+
+        Returns:
+            Modules and their sources: the module whose own method is compiled; else all modules that the compiled function holds, calls, or reads parameters
+            of. (None, None) stands for a module that cannot be found. The list is empty for a function of tensors alone.
+        """
         scope, code = _torch.frame_scope(frame), _torch.frame_code(frame)
         names = _arguments(code)
         if _torch.is_resume_function(frame) and names[:1] and names[0] not in scope["L"]:
@@ -88,21 +109,29 @@ class Layers:
             return [(None, None)]
         for n in code.co_names:
             held += [found for found in _torch.reachable_modules(scope["G"].get(n), _torch.variable_source("G", n)) if found[1] is not None]
-        held += [f for key, f in self._known.items() if str(key) not in self.found]
-        held += [(f.module, f.source) for key, f in self.found.items() if f.path == self._outer[key]]
+        held += [f for key, f in self._known.items() if str(key) not in self.modules]
+        held += [(f.module, f.source) for key, f in self.modules.items() if f.path == self._outer[key]]
         bare = [n for n in gm.graph.nodes if n.op.startswith("call_") and not n.meta.get("nn_module_stack")]
         for placeholder in dict.fromkeys(p for n in bare for p in n.all_input_nodes if p.op == "placeholder"):
             held += [(_evaluated(e, scope), source) for e, source in _torch.module_sources(placeholder)]
         return list({id(m): (m, s) for m, s in sorted(held, key=lambda f: f[1] is not None)}.values())
 
     def display(self, key: str) -> str:
-        """The module's name below its root; below the whole model's after `annotate`; with the root's own name where there are several."""
-        root, path = self._roots[key], self.found[key].path
+        """Name a module for the user and for rules.
+
+        Args:
+            key: The module's id as text.
+
+        Returns:
+            Its name below the root; after `annotate` its name in the whole model. Where there are several roots, the root's variable comes first.
+        """
+        root, path = self._roots[key], self.modules[key].path
         below = path[len(root) :].lstrip(".")
-        module, own = self._root_module.get(root), self.found[key].module
-        if module is not None and own is not None and _below(module, below.split(".") if below else []) is not own:  # called by a way of its own
-            below = next((name for name, m in module.named_modules() if m is own), below)
-        prefix = full_name(module) if module is not None else None
+        root_module, module = self._root_module.get(root), self.modules[key].module
+        if root_module is not None and module is not None and _below(root_module, below.split(".") if below else []) is not module:
+            # the path of the call is not the module's name, for example where a list or an alias holds it
+            below = next((name for name, m in root_module.named_modules() if m is module), below)
+        prefix = full_name(root_module) if root_module is not None else None
         if prefix is None:
             called_alone = not below and root not in _COMPILED_ITSELF
             prefix = re.sub(r"[LG]\['(\w+)'\]", r"\1", root) if self._several or called_alone else ""
@@ -110,7 +139,7 @@ class Layers:
 
 
 def _from_parameters(placeholders: Sequence[fx.Node], scope: Mapping[str, Any]) -> dict[int, tuple[nn.Module, Any]]:
-    """{id: (module, source)} for the modules that the parameters' sources pass through."""
+    """The modules that the sources of parameters pass through, with their sources, by id."""
     known: dict[int, tuple[nn.Module, Any]] = {}
     seen: set[str] = set()
     for placeholder in placeholders:
@@ -125,7 +154,7 @@ def _from_parameters(placeholders: Sequence[fx.Node], scope: Mapping[str, Any]) 
 
 
 def _evaluated(expression: str, scope: Mapping[str, Any]) -> nn.Module | None:
-    """The module that an expression of Dynamo's own stands for, the one its guards evaluate."""
+    """The module that one of Dynamo's own expressions stands for, which its guards evaluate too; None if it is no module."""
     try:
         module = eval(expression, {"__builtins__": {}}, dict(scope))
     except Exception:
@@ -134,14 +163,14 @@ def _evaluated(expression: str, scope: Mapping[str, Any]) -> nn.Module | None:
 
 
 def _arguments(code: Any) -> list[str]:
-    """The names of a function's positional arguments, or of what takes them all."""
+    """The names of a function's positional arguments, or of the `*args` that takes them all."""
     count = code.co_argcount or (bool(code.co_flags & inspect.CO_VARARGS) and 1)
     start = 0 if code.co_argcount else code.co_kwonlyargcount
     return list(code.co_varnames[start : start + count])
 
 
 def _is_method(module: nn.Module, code: Any) -> bool:
-    """Whether the code is that of one of the module's methods, or of a function assigned to it, under whatever wrappers."""
+    """Whether the code is that of one of the module's methods, or of a function assigned to the module, with or without wrappers."""
     values = [v for cls in type(module).__mro__ for v in vars(cls).values()] + list(vars(module).values())
     return any(code in _codes(v) for v in values)
 
@@ -157,38 +186,43 @@ def _codes(value: Any) -> Iterator[Any]:
             return
 
 
-def _resolve(key: int, path: str, cls: type, above: Sequence[Found], known: dict[int, tuple[nn.Module, Any]], scope: Mapping[str, Any]) -> Found:
+def _resolve(key: int, path: str, cls: type, above: Sequence[StackModule], known: dict[int, tuple[nn.Module, Any]], scope: Mapping[str, Any]) -> StackModule:
+    """Trace a stack entry back to its module: by the parameters' sources, below an outer entry of the stack, or below a variable of the frame."""
     if key in known:
-        return Found(path, cls, *known[key])
+        return StackModule(path, cls, *known[key])
     for parent in reversed(above):
         if parent.module is not None and path.startswith(parent.path + "."):
             names = path[len(parent.path) + 1 :].split(".")
             module = _below(parent.module, names)
             if module is not None and id(module) == key:
-                return Found(path, cls, module, _torch.child_source(parent.source, names))
+                return StackModule(path, cls, module, _torch.child_source(parent.source, names))
     match = _VARIABLE.fullmatch(path)
     if match:
         names = match[3].split(".") if match[3] else []
         module = _below(scope[match[1]].get(match[2]), names)
         if module is not None and id(module) == key:
-            return Found(path, cls, module, _torch.child_source(_torch.module_variable_source(match[1], match[2]), names))
-    return Found(path, cls)
+            return StackModule(path, cls, module, _torch.child_source(_torch.module_variable_source(match[1], match[2]), names))
+    return StackModule(path, cls)
 
 
 def _below(module: Any, names: Sequence[str]) -> nn.Module | None:
+    """The submodule that these names lead to, if there is one."""
     for name in names:
         module = module._modules.get(name) if isinstance(module, nn.Module) else None
     return module if isinstance(module, nn.Module) else None
 
 
-def _root(found: Found, outermost: str, scope: Mapping[str, Any]) -> tuple[str, nn.Module | None, Any]:
-    """(path, module, source) of the root: the first on the way there that is a module (a variable, what a bound method in it belongs to), else the
-    outermost module called."""
-    match = _VARIABLE.match(found.path)
+def _root(entry: StackModule, outermost: str, scope: Mapping[str, Any]) -> tuple[str, nn.Module | None, Any]:
+    """The root of an entry as (path, module, source).
+
+    The root is the first module on the entry's path (a variable of the frame, or the module that a bound method in a variable belongs to); else the outermost
+    module of the stack.
+    """
+    match = _VARIABLE.match(entry.path)
     if match and isinstance(held := scope[match[1]].get(match[2]), nn.Module):
         return f"{match[1]}['{match[2]}']", held, _torch.module_variable_source(match[1], match[2])
-    steps = found.path.split(".")
+    steps = entry.path.split(".")
     for i in range(1, len(steps)):
         if (module := _evaluated(path := ".".join(steps[:i]), scope)) is not None:
             return path, module, None
-    return outermost, found.module if found.path == outermost else None, None
+    return outermost, entry.module if entry.path == outermost else None, None

@@ -43,6 +43,7 @@ class AdaptiveOutputs:
         self._own_control = OutputControl(settings, self.key)
 
     def __call__(self, *args: Any) -> Any:
+        """Run the graph at the ratio that holds; at a step that measures, leave a hook on its outputs."""
         owner = next((args[i] for i in self.parameters), None)
         control = control_for(owner, self.settings, self.key, OutputControl) if owner is not None else self._own_control
         if _torch.current_backward_id() >= 0:  # a checkpointed block is recomputed at the ratio that it ran with
