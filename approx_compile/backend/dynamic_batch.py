@@ -51,7 +51,7 @@ def batch_symbols(gm: fx.GraphModule, config: ApproxConfig) -> list[sympy.Symbol
         return sorted(symbols, key=lambda s: (s in in_outputs, elements[s]), reverse=True)
     if size <= config.least_rows():
         return NoRows(f"a batch of {size}, min_k is {config.least_rows()}")
-    if (certain := early_decline.why_not(gm, config, size)) is not None:
+    if (certain := early_decline.early_rejection(gm, config, size)) is not None:
         return NoRows(*certain)
     _torch.ask_for_symbol([n for n in batched if _torch.size_expr(_first_dim(n)).is_Integer], _torch.count_tensors(gm))
     return NoRows(f"the model fixes the size of the batch to {size}")

@@ -30,7 +30,7 @@ from approx_compile.machine import huge_pages
 from approx_compile.passes.joint_graph_pass import ApproxPass, Listener
 from approx_compile.passes.planning.plan import Plan
 from approx_compile.passes.sites.site import Context
-from approx_compile.rows.opaque_backward import shown_as_one_op
+from approx_compile.rows.opaque_backward import expose_to_compiled_autograd
 from approx_compile.rows.row_compiler import Declined, RowCompiler
 from approx_compile.utils import log_once, warn_once
 
@@ -143,7 +143,7 @@ class GraphCompiler:
         gm = _torch.copy_dynamo_graph(self.gm) if self.several or may_compile_again else self.gm
         patches = huge_pages.patches(config, self.patches) | self.patches | {"joint_custom_pre_pass": after_user_passes(approx)}
         compiled = _torch.compile_fx(gm, self.example_inputs, guarded(patches), inner, options.inner_compile is None, self.several)
-        compiled = shown_as_one_op(compiled) if rows is not None else compiled
+        compiled = expose_to_compiled_autograd(compiled) if rows is not None else compiled
         whole: Plan | None = None
         for plan, before, after in planned:  # the pass also runs on graphs inside the graph
             plan = plan.without_rows(no_rows.reason, no_rows.cuts) if no_rows is not None else plan.with_cuts(rows.cuts) if rows is not None else plan

@@ -1,5 +1,6 @@
-"""What is known of every tensor of a graph while the batch is followed through it: where its samples lie, what it is made of, and why an op may not run
-on some of the samples.
+"""Data structures of the batch-dim analysis: where each value of a graph holds the samples of the batch, what role it has, and why an op is blocked.
+
+The geometry helpers below translate between a dim of a strided tensor and the stride, in its memory, from one sample to the next.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from approx_compile import _torch
 
 
 class Blocked(Exception):
-    """An op that may not run on some of the rows, and why."""
+    """Raised for an op that may not run on a subset of the rows; the message says why."""
 
 
-CONST, FORWARD, HEAD, ROWS, TOTAL = "const", "forward", "head", "rows", "total"
-"""What a node is: made of parameters alone; made of the forward pass's rows; linear in output gradients that have no rows (a loss); linear in the
-output's gradients row by row; a sum of such rows."""
+CONSTANT, FORWARD, LOSS_GRAD, ROW_GRAD, REDUCED_GRAD = "const", "forward", "head", "rows", "total"
+"""The kinds of a node. CONSTANT: computed from parameters alone. FORWARD: computed from rows of the forward pass. LOSS_GRAD: linear in output gradients
+that have no rows (the loss is inside the graph). ROW_GRAD: linear in the output gradient, row by row. REDUCED_GRAD: a sum over such rows."""
 
-COUPLED = "a sum over the batch goes back to its rows, as in BatchNorm"
+CROSS_SAMPLE = "a sum over the batch goes back to its rows, as in BatchNorm"
 DECOUPLED = "approx_compile_decoupled"
-"""Key in the meta of a node that combines rows with a sum over the batch and may."""
+"""Key in the meta of a node that combines rows with a sum over the batch and is allowed to (see `batch_norm`)."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class SampleLayout:
     outer: Any = sympy.S.One
     inner: Any = sympy.S.One
     index: bool = field(default=False, compare=False)
-    """Whether the entries are the numbers of the samples they belong to, as in `arange(batch)`."""
+    """Whether the entries are the indices of the samples they belong to, as in `arange(batch)`."""
 
     @property
     def uniform(self) -> bool:
@@ -51,102 +52,111 @@ class SampleLayout:
         return SampleLayout(dim, self.outer, self.inner)
 
 
-Layout = SampleLayout | None | tuple["SampleLayout | None", ...]
+ValueLayout = SampleLayout | None | tuple[SampleLayout | None, ...]
+"""The layout of a node's value; a tuple for an op with several results. None: no samples in it."""
 
 
 @dataclass
-class Followed:
-    """What is known of every node: `layout` (None: holds no rows), `kind`, and for some `blocked`, the reason."""
+class BatchDimState:
+    """What the analysis knows of every node of a graph."""
 
     batch: sympy.Symbol
-    layout: dict[fx.Node, Layout] = field(default_factory=dict)
+    layout: dict[fx.Node, ValueLayout] = field(default_factory=dict)
     kind: dict[fx.Node, str] = field(default_factory=dict)
+    """One of CONSTANT, FORWARD, LOSS_GRAD, ROW_GRAD, REDUCED_GRAD."""
     blocked: dict[fx.Node, str] = field(default_factory=dict)
+    """Nodes that may not run on a subset of the rows, with the reason."""
     nonlinear: dict[fx.Node, str] = field(default_factory=dict)
-    """Nodes of which it is not known that they are linear in the gradients they read, and why: those gradients must be exact."""
-    lost: set[fx.Node] = field(default_factory=set)
-    """Nodes with the batch somewhere in a merged dim, where exactly is unknown."""
-    whole: set[fx.Node] = field(default_factory=set)
-    """Nodes that only the whole batch can give, which others may have rows of: the numbers of the samples."""
-    counted: dict[fx.Node, tuple[int, int]] = field(default_factory=dict)
-    """Nodes that take or write every sample's own entries by its number, x[arange(batch), i]: which of their indices is that number, and the dim of that
-    index that has the batch."""
-    numbers: set[fx.Node] = field(default_factory=set)
-    """Nodes that use the batch's size as a number, which must stay that of the whole batch."""
+    """Nodes that are not known to be linear in the gradients they read, with the reason: those gradients must be exact."""
+    unlocated: set[fx.Node] = field(default_factory=set)
+    """Nodes that hold the batch somewhere in a merged dim, at a position that is not known."""
+    whole_batch_only: set[fx.Node] = field(default_factory=set)
+    """Nodes that only a run on the whole batch can compute, although other nodes may use rows of them: the indices of the samples."""
+    indexed_by_sample: dict[fx.Node, tuple[int, int]] = field(default_factory=dict)
+    """Nodes that read or write each sample's own entries by its index, x[arange(batch), i]: which of their indices is the sample's, and the dim of that
+    index tensor that holds the batch."""
+    batch_size_factors: set[fx.Node] = field(default_factory=set)
+    """Nodes that use the batch's size as a factor, which must stay the size of the whole batch."""
 
-    def rows(self, n: Any) -> SampleLayout | None:
-        found = self.layout.get(n)
-        return found if isinstance(found, SampleLayout) else None
+    def layout_of(self, n: Any) -> SampleLayout | None:
+        """Return the layout of a node that has one result; None if it holds no samples, or for an argument that is no node."""
+        layout = self.layout.get(n)
+        return layout if isinstance(layout, SampleLayout) else None
 
 
 def numel_of(sizes: Sequence[Any]) -> Any:
+    """Return the product of sizes as a sympy expression."""
     total = sympy.S.One
     for s in sizes:
         total *= _torch.size_expr(s)
     return total
 
 
-def holds(value: Any, batch: sympy.Symbol) -> bool:
+def holds_batch(value: Any, batch: sympy.Symbol) -> bool:
+    """Return whether a tensor, or any tensor of a tuple or list, has the batch's symbol in its shape."""
     if isinstance(value, tuple | list):
-        return any(holds(v, batch) for v in value)
+        return any(holds_batch(v, batch) for v in value)
     return isinstance(value, torch.Tensor) and any(_torch.has_symbol(s, batch) for s in value.shape)
 
 
-Geometry = tuple[Sequence[Any], Sequence[Any], Any]
+def argument_values(args: Any) -> list[Any]:
+    """Return the numeric arguments of an op, with the symbolic value in place of each node."""
+    return [a.meta["val"] if isinstance(a, fx.Node) else a for a in args]
+
+
+# --- strided geometry ---
+
+StridedGeometry = tuple[Sequence[Any], Sequence[Any], Any]
 """Size, stride and storage offset."""
 
 
-def geometry_of(value: torch.Tensor) -> Geometry:
+def geometry_of(value: torch.Tensor) -> StridedGeometry:
+    """Return a tensor's size, stride and storage offset."""
     return value.shape, value.stride(), value.storage_offset()
 
 
-def strided_geometry(n: fx.Node, position: int) -> Geometry:
-    """What an as_strided is given from argument `position` on; without an offset, its tensor's."""
+def strided_geometry(n: fx.Node, position: int) -> StridedGeometry:
+    """Return the geometry that an as_strided op is given from argument `position` on; if no offset is given, that of its tensor."""
     size, stride, *rest = n.args[position:]
-    (offset,) = numbers_of([rest[0] if rest else n.kwargs.get("storage_offset")])
-    return numbers_of(size), numbers_of(stride), _torch.value(n.args[0]).storage_offset() if offset is None else offset
+    (offset,) = argument_values([rest[0] if rest else n.kwargs.get("storage_offset")])
+    return argument_values(size), argument_values(stride), _torch.value(n.args[0]).storage_offset() if offset is None else offset
 
 
-def same_memory(a: Geometry, b: Geometry) -> bool:
-    """Whether two tensors of one memory have the same entries, each once, and all that lie between the first and the last."""
+def covers_same_memory(a: StridedGeometry, b: StridedGeometry) -> bool:
+    """Return whether two tensors over one memory both cover the same contiguous range of it, each entry once."""
     (size, _, offset), (size_b, _, offset_b) = a, b
-    return bool(dense(a) and dense(b) and _torch.known_equal(offset, offset_b) and sympy.expand(numel_of(size) - numel_of(size_b)) == 0)
+    return bool(is_dense(a) and is_dense(b) and _torch.known_equal(offset, offset_b) and sympy.expand(numel_of(size) - numel_of(size_b)) == 0)
 
 
-def dense(geometry: Geometry) -> bool:
-    """Whether a tensor has its entries side by side in memory, each once, in whatever order of its axes."""
+def is_dense(geometry: StridedGeometry) -> bool:
+    """Return whether a tensor covers a contiguous range of memory, each entry once, with its axes in any order."""
     size, stride, _ = geometry
     left = [(n, step) for n, step in zip(size, stride, strict=True) if not _torch.known_equal(n, 1)]
     step: Any = 1
     while left:
-        found = next((pair for pair in left if _torch.known_equal(pair[1], step)), None)
-        if found is None:
+        axis = next((pair for pair in left if _torch.known_equal(pair[1], step)), None)
+        if axis is None:
             return False
-        left.remove(found)
-        step = step * found[0]
+        left.remove(axis)
+        step = step * axis[0]
     return True
 
 
-def place_in_memory(geometry: Geometry, place: SampleLayout) -> Any:
-    """The steps in memory from one sample to the next."""
-    return _torch.size_expr(geometry[1][place.dim]) * place.inner
+def sample_stride(geometry: StridedGeometry, layout: SampleLayout) -> Any:
+    """Return the distance in memory, in entries, from one sample to the next."""
+    return _torch.size_expr(geometry[1][layout.dim]) * layout.inner
 
 
-def place_at(geometry: Geometry, step: Any, batch: sympy.Symbol) -> SampleLayout | None:
-    """Where a tensor has the samples that lie `step` apart in its memory."""
+def layout_from_stride(geometry: StridedGeometry, step: Any, batch: sympy.Symbol) -> SampleLayout | None:
+    """Return the layout of a tensor whose samples lie `step` entries apart in memory; None if no dim holds them whole."""
     for d, (size, stride) in enumerate(zip(geometry[0], geometry[1], strict=True)):
         if _torch.has_symbol(size, batch):
             inner = sympy.cancel(step / _torch.size_expr(stride))
             outer = sympy.cancel(_torch.size_expr(size) / (batch * inner))
-            return SampleLayout(d, outer, inner) if whole_number(inner) and whole_number(outer) else None
+            return SampleLayout(d, outer, inner) if is_whole_number(inner) and is_whole_number(outer) else None
     return None
 
 
-def whole_number(e: Any) -> bool:
-    """Whether an expression is a whole number for any sizes that its symbols stand for."""
+def is_whole_number(e: Any) -> bool:
+    """Return whether an expression is a whole number for all sizes that its symbols may stand for."""
     return bool(e.is_integer is not False and (e.is_Integer or e.is_polynomial()))
-
-
-def numbers_of(args: Any) -> list[Any]:
-    """Sizes given to an op, each a number or a symbolic one in place of its node."""
-    return [a.meta["val"] if isinstance(a, fx.Node) else a for a in args]

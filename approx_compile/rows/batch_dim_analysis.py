@@ -1,9 +1,9 @@
-"""The batch followed through a graph: where every tensor holds its rows, and whether an op keeps them apart.
+"""Follow the batch through a graph: find where every tensor holds its samples, and decide for every op whether it may run on a subset of them.
 
-The batch has a symbol of its own, so a dim that holds it shows; what is to be proved is that rows stay apart. An op may run on some of the rows
-if entry i of its result is made of entries i of its operands (elementwise ops, views, products over other axes), or if it sums over rows what is
-linear in the output's gradients (weight gradients). Then leaving out rows is the same as setting their gradients to zero, and scaling a row's
-gradient scales all that comes of it. Anything else is blocked, with the reason. Nothing is edited here.
+The batch has a symbol of its own, so that sizes show which dim holds it. What remains to be proved is that samples stay apart. An op may run on a subset of
+the rows in two cases: entry i of its result is computed from entries i of its operands (elementwise ops, views, products over other axes), or it sums
+over the rows something that is linear in the output gradient (weight gradients). Leaving out rows is then the same as setting their gradients to zero,
+and scaling a row's gradient scales all that is computed from it. Any other op is blocked, with the reason. The graph is not edited.
 """
 
 from __future__ import annotations
@@ -18,234 +18,278 @@ import torch
 from torch import fx
 
 from approx_compile import _torch
-from approx_compile.passes.fx_utils import BMM, MM, op_name
+from approx_compile.passes.fx_utils import BMM, CASTS, MM, VIEWS, op_name
 from approx_compile.passes.rewrite.graph_edit import BY_SAMPLE_KEY
-from approx_compile.rows.batch_dim import CONST, COUPLED, DECOUPLED, FORWARD, HEAD, ROWS, TOTAL, Blocked, Followed, Layout, SampleLayout, holds
-from approx_compile.rows.batching_rules import ARITHMETIC, COUNTS, FACTORIES, MOVES, SPREADS, rule_of
+from approx_compile.rows.batch_dim import (
+    CONSTANT,
+    CROSS_SAMPLE,
+    DECOUPLED,
+    FORWARD,
+    LOSS_GRAD,
+    REDUCED_GRAD,
+    ROW_GRAD,
+    BatchDimState,
+    Blocked,
+    SampleLayout,
+    ValueLayout,
+    holds_batch,
+)
+from approx_compile.rows.batching_rules.registry import rule_of
 from approx_compile.rows.linearity import is_linear
 
 aten = torch.ops.aten
+prims = torch.ops.prims
+
+_GRADIENTS = (LOSS_GRAD, ROW_GRAD, REDUCED_GRAD)
+_INDEX_FACTORIES: set[Any] = {prims.iota.default, aten.arange.default, aten.arange.start, aten.arange.start_step}
+"""Ops that may make the indices 0, 1, .. of the samples."""
+_FACTORIES: set[Any] = {aten.full.default, aten.zeros.default, aten.ones.default, aten.empty.memory_format, aten.empty_permuted.default}
+_FACTORIES |= {aten.new_zeros.default, aten.new_full.default, aten.new_ones.default, aten.new_empty.default, aten.new_empty_strided.default}
+_FACTORIES |= {aten.empty_strided.default}
+"""Ops that fill a tensor of given sizes with one value."""
+_REARRANGING: set[Any] = {*VIEWS, *CASTS, aten.permute.default, aten.t.default, aten.transpose.int, aten.expand.default, aten.unsqueeze.default}
+_REARRANGING |= {aten.clone.default, aten.squeeze.dims, aten.squeeze.dim, aten.squeeze.default}
+"""Ops whose result has the operand's entries at other positions: the indices of the samples remain such indices."""
+_ARITHMETIC: set[Any] = {aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor}
 
 
-def follow(graph: fx.Graph, batch: sympy.Symbol, known: Mapping[str, Layout] | None = None, tangents: Sequence[fx.Node] = ()) -> Followed:
-    """Walk `graph` in order. `known`: layouts of placeholders by name (merged dims can't be told from sizes); `tangents`: the output's gradients."""
-    out = Followed(batch)
+def analyze_batch_dim(graph: fx.Graph, batch: sympy.Symbol, known: Mapping[str, ValueLayout] | None = None, tangents: Sequence[fx.Node] = ()) -> BatchDimState:
+    """Determine layout, kind and legality of every node of a graph.
+
+    Args:
+        graph: A forward, backward or joint graph with symbolic sizes.
+        batch: The symbol of the batch's size.
+        known: Layouts of placeholders by name. They are needed for merged dims, whose layout does not follow from sizes.
+        tangents: The placeholders that are gradients of the outputs.
+
+    Returns:
+        The state after a walk over all nodes in order.
+    """
+    state = BatchDimState(batch)
     for n in graph.nodes:
         if n.op == "output":
             continue
         if n.op == "placeholder" or n.op == "get_attr":
-            _input(n, out, known or {}, n in tangents)
+            _analyze_input(n, state, known or {}, n in tangents)
         else:
-            _node(n, out)
-    return out
+            _analyze_op(n, state)
+    return state
 
 
-def _input(n: fx.Node, out: Followed, known: Mapping[str, Layout], tangent: bool) -> None:
-    value = n.meta.get("val")
-    layout = known.get(n.name)
-    if not _fits(layout, value, out):
-        layout = by_size(value, out.batch)
-    if layout is None and holds(value, out.batch):
-        out.lost.add(n)
-    out.layout[n] = layout
-    has = holds(value, out.batch)
-    out.kind[n] = (ROWS if has else HEAD) if tangent else FORWARD if has else CONST
-
-
-def _node(n: fx.Node, out: Followed) -> None:
-    value = n.meta.get("val")
-    operands = [a for a in n.all_input_nodes if not isinstance(a.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool)]
-    linear = [a for a in operands if out.kind.get(a) in (HEAD, ROWS, TOTAL)]
-    out.kind[n] = _kind(n, value, operands, linear, out)
-    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | int | float | bool):  # a size, or made of sizes: no value of a tensor is in it
-        out.layout[n] = None
-        return
-    if linear and BY_SAMPLE_KEY not in n.meta and not is_linear(n, set(linear), out):
-        out.nonlinear[n] = f"{op_name(n)} is not linear in the gradient"
-    try:
-        out.layout[n] = _placed(n, value, _checked(n, value, _layout(n, value, operands, out), out), out)
-        _check_sums(n, linear, out)
-        _check_numbers(n, out)
-    except Blocked as e:
-        out.blocked[n] = str(e)
-        values = value if isinstance(value, tuple | list) else (value,)
-        guesses = tuple(by_size(v, out.batch) for v in values)
-        out.layout[n] = guesses if isinstance(value, tuple | list) else guesses[0]
-        if any(g is None and holds(v, out.batch) for g, v in zip(guesses, values, strict=True)):
-            out.lost.add(n)
-
-
-def _kind(n: fx.Node, value: Any, operands: list[fx.Node], linear: list[fx.Node], out: Followed) -> str:
-    whole = holds(value, out.batch)
-    if not linear:
-        return FORWARD if whole or any(out.kind.get(a) == FORWARD for a in operands) else CONST
-    if whole and not (isinstance(value, tuple | list)):
-        return ROWS
-    if any(out.kind[a] in (ROWS, TOTAL) for a in linear):
-        return ROWS if whole else TOTAL
-    return HEAD
-
-
-def _layout(n: fx.Node, value: Any, operands: list[fx.Node], out: Followed) -> Layout:
-    if any(a in out.lost for a in operands) and not _adopted(n, value, operands, out):
-        raise Blocked("the batch is merged with other axes in an order that is not known")
-    if n.target is operator.getitem:
-        found = out.layout[n.args[0]]  # type: ignore[index]
-        return found[n.args[1]] if isinstance(found, tuple) else found  # type: ignore[index,return-value]
-    if _torch.is_random(n):
-        if holds(value, out.batch):
-            raise Blocked("random numbers are drawn for the whole batch")
-        return None
-    if n.target in COUNTS and _is_count(n, value, out.batch):
-        out.whole.add(n)
-        return SampleLayout(0, index=True)
-    if n.target in FACTORIES:
-        return _repeated(value, out.batch) if holds(value, out.batch) else None
-    if not any(out.layout.get(a) is not None for a in operands):
-        if not holds(value, out.batch):
-            return None
-        if n.target in SPREADS:
-            return _repeated(value, out.batch)
-        raise Blocked(f"{op_name(n)} makes rows")
-    rule = rule_of(n)
-    if rule is None:
-        raise Blocked(f"{op_name(n)} is not known to keep samples apart")
-    found = rule(n, value, out)
-    if n.target in MOVES and isinstance(found, SampleLayout) and (own := out.rows(n.args[0])) is not None and own.index and not value.dtype.is_floating_point:
-        return replace(found, index=True)
-    return found
-
-
-def _adopted(n: fx.Node, value: Any, operands: list[fx.Node], out: Followed) -> bool:
-    """Give the operands of which it is not known where they have their samples the place at which another one has them; says whether all have one then.
-
-    Any place will do for a tensor of the forward pass that is made for the whole batch, like a mask of dropout: its entries are constants, each of which
-    meets one entry of the gradient, and the gradient's place says what sample that is."""
-    unknown = [a for a in operands if a in out.lost]
-    if any(out.kind.get(a) not in (FORWARD, CONST) for a in unknown):
-        return False
-    for a in unknown:
-        place = _place_beside(n, a, value, operands, out)
-        if place is None or not _fits(place, _torch.value(a), out):
-            return False
-        out.layout[a] = place
-        out.lost.discard(a)
-    return True
-
-
-def _place_beside(n: fx.Node, unknown: fx.Node, value: Any, operands: list[fx.Node], out: Followed) -> SampleLayout | None:
-    """Where an operand would have to have its samples to meet those of the others."""
-    rank = _torch.value(unknown).dim()
-    others = [(a, place) for a in operands if (place := out.rows(a)) is not None and not place.uniform]
-    if n.target in MM | BMM:
-        left, right = n.args[-2:]
-        for a, place in others:
-            if {a, unknown} == {left, right} and unknown is not a:
-                contracted = (rank - 1, rank - 2) if a is left else (rank - 2, rank - 1)
-                if place.dim == contracted[0]:
-                    return place.at_dim(contracted[1])
-                return place if rank == 3 and place.dim == 0 else None
-        return None
-    if not _torch.is_pointwise(n) and any(_torch.value(a).dim() != rank for a, _ in others):
-        return None
-    return next((place.at_dim(place.dim + rank - _torch.value(a).dim()) for a, place in others), None)
-
-
-def _is_count(n: fx.Node, value: Any, batch: sympy.Symbol) -> bool:
-    """Whether an op makes the numbers 0, 1, .. of the samples."""
-    if by_size(value, batch) is None:
-        return False
-    if n.target is torch.ops.prims.iota.default:
-        return (n.kwargs.get("start"), n.kwargs.get("step")) == (0, 1)
-    return len(n.args) == 1 or (n.args[0], *n.args[2:3]) in ((0,), (0, 1))
-
-
-def _checked(n: fx.Node, value: Any, layout: Layout, out: Followed) -> Layout:
-    """The layout, if the sizes agree with it."""
-    if isinstance(value, tuple | list):
-        each = layout if isinstance(layout, tuple) else (layout,) * len(value)
-        for v, own in zip(value, each, strict=True):
-            _checked(n, v, own, out)
-        return tuple(each)
-    if not isinstance(value, torch.Tensor):
-        return None
-    assert not isinstance(layout, tuple)
-    dims = [d for d, s in enumerate(value.shape) if _torch.has_symbol(s, out.batch)]
-    if layout is None:
-        if dims:
-            raise Blocked(f"{op_name(n)} makes rows")
-        return None
-    if dims != [layout.dim]:
-        raise Blocked(f"two axes of {op_name(n)} have the batch's size" if len(dims) > 1 else f"{op_name(n)} moves the batch")
-    if not _fits(layout, value, out):
-        raise Blocked(f"{op_name(n)} changes the batch's size")
-    return layout
-
-
-def _fits(layout: Layout, value: Any, out: Followed) -> bool:
-    """Whether a tensor may have its samples at a place, as far as its sizes tell."""
-    if not isinstance(layout, SampleLayout) or not isinstance(value, torch.Tensor):
-        return layout is None and not holds(value, out.batch)
-    if [d for d, s in enumerate(value.shape) if _torch.has_symbol(s, out.batch)] != [layout.dim]:
-        return False
-    return layout.uniform or bool(sympy.expand(layout.outer * out.batch * layout.inner - _torch.size_expr(value.shape[layout.dim])) == 0)
-
-
-def _placed(n: fx.Node, value: Any, layout: Layout, out: Followed) -> Layout:
-    """A gradient that is the same for every row will not be once rows have weights: it needs a definite place."""
-    if not isinstance(layout, SampleLayout) or not layout.uniform or out.kind[n] != ROWS:
-        return layout
-    definite = by_size(value, out.batch)
-    if definite is None:
-        raise Blocked("a gradient spreads over the batch merged with other axes")
-    return definite
-
-
-def _check_sums(n: fx.Node, linear: list[fx.Node], out: Followed) -> None:
-    """Linear in the gradients; sums over rows only of those; and no sum goes back to the rows."""
-    sees = any(out.layout.get(a) is not None for a in n.all_input_nodes)
-    found = out.layout[n]
-    result = any(p is not None for p in found) if isinstance(found, tuple) else found is not None
-    if not linear:
-        if sees and not result and n.target not in FACTORIES:
-            raise Blocked(f"{op_name(n)} takes the forward pass's batch as a whole")
-        return
-    if n in out.nonlinear:
-        raise Blocked(out.nonlinear[n])
-    kinds = {out.kind[a] for a in linear}
-    if result and TOTAL in kinds and DECOUPLED not in n.meta:
-        raise Blocked(COUPLED)
-    if n.target in (aten.mean.dim, aten.mean.default) and out.kind[n] == TOTAL and ROWS in kinds:
-        raise Blocked("a mean over the batch divides by the number of rows")
-
-
-def _check_numbers(n: fx.Node, out: Followed) -> None:
-    """The batch's size as a factor is kept at its value; as anything else it can't be."""
-    found = [a for a in _torch.symbolic_scalar_arguments(n) if _torch.has_symbol(a.meta["val"], out.batch)]
-    if not found:
-        return
-    value = n.meta.get("val")
-    if n.target in ARITHMETIC and isinstance(value, torch.Tensor) and value.dtype.is_floating_point:
-        linear = out.kind[n] in (HEAD, ROWS, TOTAL)
-        if not linear or n.target in (aten.mul.Tensor, aten.div.Tensor):
-            out.numbers.add(n)
-            return
-    raise Blocked(f"{op_name(n)} uses the batch's size as a number")
-
-
-# --- sizes ---
-
-
-def by_size(value: Any, batch: sympy.Symbol) -> SampleLayout | None:
-    """The only dim that holds the batch, if it is the batch and nothing else."""
+def layout_from_size(value: Any, batch: sympy.Symbol) -> SampleLayout | None:
+    """Return the layout of a tensor of which exactly one dim holds the batch and nothing else; None for any other value."""
     if not isinstance(value, torch.Tensor):
         return None
     dims = [d for d, s in enumerate(value.shape) if _torch.has_symbol(s, batch)]
     return SampleLayout(dims[0]) if len(dims) == 1 and _torch.size_expr(value.shape[dims[0]]) == batch else None
 
 
-def _repeated(value: Any, batch: sympy.Symbol) -> SampleLayout:
-    """The place of the batch in a tensor that is filled, or expanded from one without samples. A dim that is the batch and nothing else is a place as any
-    other: merged with a second axis later, its entries differ. A dim of several times the batch's size is constant throughout."""
+def _analyze_input(n: fx.Node, state: BatchDimState, known: Mapping[str, ValueLayout], tangent: bool) -> None:
+    value = n.meta.get("val")
+    layout = known.get(n.name)
+    if not _fits(layout, value, state):
+        layout = layout_from_size(value, state.batch)
+    holds = holds_batch(value, state.batch)
+    if layout is None and holds:
+        state.unlocated.add(n)
+    state.layout[n] = layout
+    state.kind[n] = (ROW_GRAD if holds else LOSS_GRAD) if tangent else FORWARD if holds else CONSTANT
+
+
+def _analyze_op(n: fx.Node, state: BatchDimState) -> None:
+    value = n.meta.get("val")
+    operands = [a for a in n.all_input_nodes if not isinstance(a.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool)]
+    gradients = [a for a in operands if state.kind.get(a) in _GRADIENTS]
+    state.kind[n] = _kind(n, value, operands, gradients, state)
+    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | int | float | bool):  # a size, or computed from sizes: it depends on no tensor's data
+        state.layout[n] = None
+        return
+    if gradients and BY_SAMPLE_KEY not in n.meta and not is_linear(n, set(gradients), state):
+        state.nonlinear[n] = f"{op_name(n)} is not linear in the gradient"
+    try:
+        state.layout[n] = _with_definite_layout(n, value, _checked(n, value, _layout(n, value, operands, state), state), state)
+        _check_sums(n, gradients, state)
+        _check_batch_size(n, state)
+    except Blocked as e:
+        state.blocked[n] = str(e)
+        values = value if isinstance(value, tuple | list) else (value,)
+        guesses = tuple(layout_from_size(v, state.batch) for v in values)
+        state.layout[n] = guesses if isinstance(value, tuple | list) else guesses[0]
+        if any(g is None and holds_batch(v, state.batch) for g, v in zip(guesses, values, strict=True)):
+            state.unlocated.add(n)
+
+
+def _kind(n: fx.Node, value: Any, operands: list[fx.Node], gradients: list[fx.Node], state: BatchDimState) -> str:
+    holds = holds_batch(value, state.batch)
+    if not gradients:
+        return FORWARD if holds or any(state.kind.get(a) == FORWARD for a in operands) else CONSTANT
+    if holds and not (isinstance(value, tuple | list)):
+        return ROW_GRAD
+    if any(state.kind[a] in (ROW_GRAD, REDUCED_GRAD) for a in gradients):
+        return ROW_GRAD if holds else REDUCED_GRAD
+    return LOSS_GRAD
+
+
+# --- layouts ---
+
+
+def _layout(n: fx.Node, value: Any, operands: list[fx.Node], state: BatchDimState) -> ValueLayout:
+    """The layout of an op's result, by its batching rule or, for an op that makes samples, by what it makes."""
+    if any(a in state.unlocated for a in operands) and not _locate_from_others(n, value, operands, state):
+        raise Blocked("the batch is merged with other axes in an order that is not known")
+    if n.target is operator.getitem:
+        layouts = state.layout[n.args[0]]  # type: ignore[index]
+        return layouts[n.args[1]] if isinstance(layouts, tuple) else layouts  # type: ignore[index,return-value]
+    if _torch.is_random(n):
+        if holds_batch(value, state.batch):
+            raise Blocked("random numbers are drawn for the whole batch")
+        return None
+    if n.target in _INDEX_FACTORIES and _makes_sample_indices(n, value, state.batch):
+        state.whole_batch_only.add(n)
+        return SampleLayout(0, index=True)
+    if n.target in _FACTORIES:
+        return _filled_layout(value, state.batch) if holds_batch(value, state.batch) else None
+    if not any(state.layout.get(a) is not None for a in operands):
+        if not holds_batch(value, state.batch):
+            return None
+        if n.target is aten.expand.default:
+            return _filled_layout(value, state.batch)
+        raise Blocked(f"{op_name(n)} makes rows")
+    rule = rule_of(n)
+    if rule is None:
+        raise Blocked(f"{op_name(n)} is not known to keep samples apart")
+    layout = rule(n, value, state)
+    if n.target in _REARRANGING and isinstance(layout, SampleLayout) and not value.dtype.is_floating_point:
+        operand = state.layout_of(n.args[0])
+        if operand is not None and operand.index:
+            return replace(layout, index=True)
+    return layout
+
+
+def _locate_from_others(n: fx.Node, value: Any, operands: list[fx.Node], state: BatchDimState) -> bool:
+    """Give operands with an unknown layout the one that matches another operand's; return whether all operands have a layout then.
+
+    This is legal for a tensor of the forward pass that is made for the whole batch, like a mask of dropout. Its entries are constants, each of which meets
+    one entry of the gradient, and the gradient's layout says which sample that entry belongs to.
+    """
+    unlocated = [a for a in operands if a in state.unlocated]
+    if any(state.kind.get(a) not in (FORWARD, CONSTANT) for a in unlocated):
+        return False
+    for a in unlocated:
+        layout = _matching_layout(n, a, operands, state)
+        if layout is None or not _fits(layout, _torch.value(a), state):
+            return False
+        state.layout[a] = layout
+        state.unlocated.discard(a)
+    return True
+
+
+def _matching_layout(n: fx.Node, unlocated: fx.Node, operands: list[fx.Node], state: BatchDimState) -> SampleLayout | None:
+    """The layout at which an operand's samples would meet those of the others."""
+    rank = _torch.value(unlocated).dim()
+    others = [(a, layout) for a in operands if (layout := state.layout_of(a)) is not None and not layout.uniform]
+    if n.target in MM | BMM:
+        left, right = n.args[-2:]
+        for a, layout in others:
+            if {a, unlocated} == {left, right} and unlocated is not a:
+                contracted = (rank - 1, rank - 2) if a is left else (rank - 2, rank - 1)
+                if layout.dim == contracted[0]:
+                    return layout.at_dim(contracted[1])
+                return layout if rank == 3 and layout.dim == 0 else None
+        return None
+    if not _torch.is_pointwise(n) and any(_torch.value(a).dim() != rank for a, _ in others):
+        return None
+    return next((layout.at_dim(layout.dim + rank - _torch.value(a).dim()) for a, layout in others), None)
+
+
+def _makes_sample_indices(n: fx.Node, value: Any, batch: sympy.Symbol) -> bool:
+    """Whether an op makes the indices 0, 1, .. of the samples."""
+    if layout_from_size(value, batch) is None:
+        return False
+    if n.target is prims.iota.default:
+        return (n.kwargs.get("start"), n.kwargs.get("step")) == (0, 1)
+    return len(n.args) == 1 or (n.args[0], *n.args[2:3]) in ((0,), (0, 1))
+
+
+def _filled_layout(value: Any, batch: sympy.Symbol) -> SampleLayout:
+    """The layout of a tensor that is filled with one value, or expanded from one without samples.
+
+    A dim that is exactly the batch gets a definite layout: if it is merged with another axis later, the entries of the merged dim differ. A dim of several
+    times the batch's size is constant throughout and gets a uniform layout.
+    """
     dims = [d for d, s in enumerate(value.shape) if _torch.has_symbol(s, batch)]
-    return by_size(value, batch) or SampleLayout(dims[0], None, None)
+    return layout_from_size(value, batch) or SampleLayout(dims[0], None, None)
+
+
+# --- checks ---
+
+
+def _checked(n: fx.Node, value: Any, layout: ValueLayout, state: BatchDimState) -> ValueLayout:
+    """The layout, if the sizes of the value agree with it."""
+    if isinstance(value, tuple | list):
+        layouts = layout if isinstance(layout, tuple) else (layout,) * len(value)
+        for v, each in zip(value, layouts, strict=True):
+            _checked(n, v, each, state)
+        return tuple(layouts)
+    if not isinstance(value, torch.Tensor):
+        return None
+    assert not isinstance(layout, tuple)
+    dims = [d for d, s in enumerate(value.shape) if _torch.has_symbol(s, state.batch)]
+    if layout is None:
+        if dims:
+            raise Blocked(f"{op_name(n)} makes rows")
+        return None
+    if dims != [layout.dim]:
+        raise Blocked(f"two axes of {op_name(n)} have the batch's size" if len(dims) > 1 else f"{op_name(n)} moves the batch")
+    if not _fits(layout, value, state):
+        raise Blocked(f"{op_name(n)} changes the batch's size")
+    return layout
+
+
+def _fits(layout: ValueLayout, value: Any, state: BatchDimState) -> bool:
+    """Whether the sizes of a value allow a layout."""
+    if not isinstance(layout, SampleLayout) or not isinstance(value, torch.Tensor):
+        return layout is None and not holds_batch(value, state.batch)
+    if [d for d, s in enumerate(value.shape) if _torch.has_symbol(s, state.batch)] != [layout.dim]:
+        return False
+    return layout.uniform or bool(sympy.expand(layout.outer * state.batch * layout.inner - _torch.size_expr(value.shape[layout.dim])) == 0)
+
+
+def _with_definite_layout(n: fx.Node, value: Any, layout: ValueLayout, state: BatchDimState) -> ValueLayout:
+    """The layout, made definite for a gradient: one that is the same for every row differs between rows once they have weights."""
+    if not isinstance(layout, SampleLayout) or not layout.uniform or state.kind[n] != ROW_GRAD:
+        return layout
+    definite = layout_from_size(value, state.batch)
+    if definite is None:
+        raise Blocked("a gradient spreads over the batch merged with other axes")
+    return definite
+
+
+def _check_sums(n: fx.Node, gradients: list[fx.Node], state: BatchDimState) -> None:
+    """Allow a sum over rows only of what is linear in the gradients, and no op that combines such a sum with rows."""
+    reads_samples = any(state.layout.get(a) is not None for a in n.all_input_nodes)
+    layout = state.layout[n]
+    holds = any(p is not None for p in layout) if isinstance(layout, tuple) else layout is not None
+    if not gradients:
+        if reads_samples and not holds and n.target not in _FACTORIES:
+            raise Blocked(f"{op_name(n)} takes the forward pass's batch as a whole")
+        return
+    if n in state.nonlinear:
+        raise Blocked(state.nonlinear[n])
+    kinds = {state.kind[a] for a in gradients}
+    if holds and REDUCED_GRAD in kinds and DECOUPLED not in n.meta:
+        raise Blocked(CROSS_SAMPLE)
+    if n.target in (aten.mean.dim, aten.mean.default) and state.kind[n] == REDUCED_GRAD and ROW_GRAD in kinds:
+        raise Blocked("a mean over the batch divides by the number of rows")
+
+
+def _check_batch_size(n: fx.Node, state: BatchDimState) -> None:
+    """Allow the batch's size as an argument only as a factor, which the stages replace by the size of the whole batch."""
+    if not any(_torch.has_symbol(a.meta["val"], state.batch) for a in _torch.symbolic_scalar_arguments(n)):
+        return
+    value = n.meta.get("val")
+    arithmetic = n.target in _ARITHMETIC and isinstance(value, torch.Tensor) and value.dtype.is_floating_point
+    if arithmetic and (state.kind[n] not in _GRADIENTS or n.target in (aten.mul.Tensor, aten.div.Tensor)):
+        state.batch_size_factors.add(n)
+        return
+    raise Blocked(f"{op_name(n)} uses the batch's size as a number")

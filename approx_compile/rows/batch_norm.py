@@ -15,7 +15,7 @@ from torch import fx
 
 from approx_compile import _torch
 from approx_compile.passes.fx_utils import VIEWS
-from approx_compile.rows.batch_dim import COUPLED, DECOUPLED, TOTAL, Followed, SampleLayout
+from approx_compile.rows.batch_dim import CROSS_SAMPLE, DECOUPLED, REDUCED_GRAD, BatchDimState, SampleLayout
 
 aten = torch.ops.aten
 
@@ -23,10 +23,10 @@ WEIGHTS = "row_weights"
 """The placeholder that holds w, one per row kept."""
 
 
-def decouple(gm: fx.GraphModule, known: Followed) -> bool:
+def decouple_batch_norm(gm: fx.GraphModule, known: BatchDimState) -> bool:
     """Replace what can be; says whether anything was. `known`: `gm`'s graph followed."""
-    todo = [n for n in gm.graph.nodes if known.blocked.get(n) == COUPLED]
-    rows = next((n for n in gm.graph.nodes if known.rows(n) == SampleLayout(0)), None)
+    todo = [n for n in gm.graph.nodes if known.blocked.get(n) == CROSS_SAMPLE]
+    rows = next((n for n in gm.graph.nodes if known.layout_of(n) == SampleLayout(0)), None)
     if not todo or rows is None:
         return False
     work = _Rewriter(gm.graph, known, _torch.value(rows).shape[0])
@@ -45,7 +45,7 @@ def decouple(gm: fx.GraphModule, known: Followed) -> bool:
 
 
 class _Rewriter:
-    def __init__(self, graph: fx.Graph, known: Followed, size: Any) -> None:
+    def __init__(self, graph: fx.Graph, known: BatchDimState, size: Any) -> None:
         self.graph = graph
         self.known = known
         self.size = size
@@ -60,7 +60,7 @@ class _Rewriter:
         new: dict[fx.Node, fx.Node] = {}
         with self.graph.inserting_before(n):
             for a in n.all_input_nodes:
-                if self.known.kind.get(a) == TOTAL:
+                if self.known.kind.get(a) == REDUCED_GRAD:
                     found = self._own(a, rank)
                     if found is None:
                         return False
@@ -90,10 +90,10 @@ class _Rewriter:
     def _terms(self, t: fx.Node) -> fx.Node | None:
         shape = [self.size, *_torch.value(t).shape]
         source = t.args[0]
-        if t.target is aten.sum.dim_IntList and isinstance(source, fx.Node) and self.known.rows(source) == SampleLayout(0):
+        if t.target is aten.sum.dim_IntList and isinstance(source, fx.Node) and self.known.layout_of(source) == SampleLayout(0):
             rest = [d for d in t.args[1] if int(d) % _torch.value(source).dim() != 0]  # type: ignore[union-attr,arg-type]
             return self._view(self._emit(aten.sum.dim_IntList, source, rest) if rest else source, shape)
-        inner = [a for a in t.all_input_nodes if self.known.kind.get(a) == TOTAL]
+        inner = [a for a in t.all_input_nodes if self.known.kind.get(a) == REDUCED_GRAD]
         each = self._each(inner[0]) if len(inner) == 1 else None
         if each is None:
             return None

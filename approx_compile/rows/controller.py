@@ -20,21 +20,21 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from approx_compile import _torch
 from approx_compile.config.schema import AdaptiveTable
-from approx_compile.rows.row_sampling import needed
+from approx_compile.rows.row_sampling import needed_share
 
 log = logging.getLogger("approx_compile")
 
 MOMENTUM = 0.9
 """Of the running mean: a batch says little about the next ten."""
 
-WATCH = 4
+OBSERVE_EVERY = 4
 """Steps from one look at the norms to the next."""
 
 HISTORY = 100_000
 """Changes of the ratio that are remembered."""
 
 
-class Late:
+class DeferredScalar:
     """A number on the device that is read a step after it was made."""
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class Late:
         return value
 
 
-class Kept:
+class Checkpointed:
     """Something of a model that a run goes by, and that its checkpoint must have."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class Kept:
         raise NotImplementedError
 
 
-class Draws(Kept):
+class Draws(Checkpointed):
     """The random numbers that choose the rows of one graph: a stream of their own, so that the user's is as in an exact run.
 
     Every draw has a generator, seeded with torch's seed and the number of draws made: nothing more is needed to go on with a run. `torch.manual_seed`
@@ -109,7 +109,7 @@ class Draws(Kept):
         self._seeding = _torch.seeding_marker()
 
 
-class Control(Kept):
+class Control(Checkpointed):
     """A share that is found over a run, on a ladder. `measured`: what it goes by; `ratio`: what holds now; `changes`: (step, ratio), the first (0, 1)."""
 
     def __init__(self, settings: AdaptiveTable, name: str, measured: float) -> None:
@@ -118,7 +118,7 @@ class Control(Kept):
         self.step = 0
         self.measured = measured
         self.changes: deque[tuple[int, float]] = deque([(0, 1.0)], maxlen=HISTORY)
-        self._late = Late()
+        self._late = DeferredScalar()
 
     @property
     def ratio(self) -> float:
@@ -157,7 +157,7 @@ class Control(Kept):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.step, self.measured = int(state["step"]), float(state["measured"])
         self.changes = deque([(int(s), float(r)) for s, r in state["changes"]], maxlen=HISTORY)
-        self._late = Late()
+        self._late = DeferredScalar()
 
 
 class RowControl(Control):
@@ -169,10 +169,10 @@ class RowControl(Control):
     @property
     def watches(self) -> bool:
         """Whether this step looks at the norms."""
-        return self.step % WATCH == 1
+        return self.step % OBSERVE_EVERY == 1
 
     def see(self, norms_sq: Tensor) -> None:
-        self._late.put(needed(norms_sq, self.settings.tau))
+        self._late.put(needed_share(norms_sq, self.settings.tau))
 
     def _decide(self, value: Tensor) -> float:
         self.measured = MOMENTUM * self.measured + (1 - MOMENTUM) * float(value)
@@ -223,7 +223,7 @@ _known = WeakIdKeyDictionary()
 
 
 C = TypeVar("C", bound=Control)
-K = TypeVar("K", bound=Kept)
+K = TypeVar("K", bound=Checkpointed)
 
 
 def control_for(owner: Owner, settings: AdaptiveTable, key: str, kind: type[C]) -> C:
@@ -256,7 +256,7 @@ def _owners(model: nn.Module) -> dict[str, Owner]:
 def controls_state(model: nn.Module) -> dict[str, dict[str, Any]]:
     """{parameter or module: {cut: state}}."""
     found = {name: _known.get(owner, {}) for name, owner in _owners(model).items()}
-    return {name: {key: c.state_dict() if isinstance(c, Kept) else dict(c) for key, c in own.items()} for name, own in found.items() if own}
+    return {name: {key: c.state_dict() if isinstance(c, Checkpointed) else dict(c) for key, c in own.items()} for name, own in found.items() if own}
 
 
 def load_controls(model: nn.Module, state: Mapping[str, Mapping[str, Any]]) -> None:
@@ -265,7 +265,7 @@ def load_controls(model: nn.Module, state: Mapping[str, Mapping[str, Any]]) -> N
     for name, states in state.items():
         known = _known.setdefault(owners[name], {})
         for key, own in states.items():
-            if isinstance(kept := known.get(key), Kept):
+            if isinstance(kept := known.get(key), Checkpointed):
                 kept.load_state_dict(own)
             else:
                 known[key] = own

@@ -15,14 +15,14 @@ from approx_compile.config import ApproxConfig
 from approx_compile.config.resolve import RowSettings, row_settings
 from approx_compile.passes.planning.plan import RowCut
 from approx_compile.rows import row_cost
-from approx_compile.rows.batch_dim import COUPLED
+from approx_compile.rows.batch_dim import CROSS_SAMPLE
 from approx_compile.rows.row_compiler import LEAST_SHARE
 
 _MARGIN = 0.8
 """A share is compared with so much of the bound: of a product's gradients one may be missing that is counted here, or the other way round."""
 
 
-def why_not(gm: fx.GraphModule, config: ApproxConfig, rows: int) -> tuple[str, tuple[RowCut, ...]] | None:
+def early_rejection(gm: fx.GraphModule, config: ApproxConfig, rows: int) -> tuple[str, tuple[RowCut, ...]] | None:
     """The reason why rows can't be worth it, if that is certain, and the cuts that might have been."""
     asked = [s for keys in config.each_alone() if (s := row_settings(keys)) is not None]
     flops = _torch.count_dynamo_flops(gm)
@@ -34,8 +34,8 @@ def why_not(gm: fx.GraphModule, config: ApproxConfig, rows: int) -> tuple[str, t
     total, on_rows = sum(gradients.values()), sum(f for n, f in gradients.items() if n not in coupled)
     reason = None
     if total and on_rows < _MARGIN * LEAST_SHARE * total:
-        reason = f"only {on_rows / total:.0%} of the backward pass's FLOPs could run on some of the rows: {COUPLED}" if on_rows else COUPLED
-    reason = reason or row_cost.too_few(on_rows, device, machine.stored(device))
+        reason = f"only {on_rows / total:.0%} of the backward pass's FLOPs could run on some of the rows: {CROSS_SAMPLE}" if on_rows else CROSS_SAMPLE
+    reason = reason or row_cost.too_little_work(on_rows, device, machine.stored(device))
     if reason is None:
         return None
     return reason, tuple(_cut(s, rows, reason, total, i) for i, s in enumerate(dict.fromkeys(asked), 1))

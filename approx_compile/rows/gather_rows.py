@@ -42,7 +42,7 @@ def row_norms_sq(value: Tensor, layout: SampleLayout | None, size: int) -> Tenso
     return norms.square()
 
 
-def gathered(value: Tensor, layout: SampleLayout, idx: Tensor, weight: Tensor | None, size: Sequence[int], stride: Sequence[int]) -> Tensor:
+def take_rows(value: Tensor, layout: SampleLayout, idx: Tensor, weight: Tensor | None, size: Sequence[int], stride: Sequence[int]) -> Tensor:
     """The rows `idx` of a tensor, times their weights, with the strides that the compiled code expects. A stride of 0 there means that the tensor is
     expanded along that dim: it is gathered once and expanded again; all its rows are one where that dim is the batch's (they can't have weights then)."""
     if 0 in size:
@@ -65,29 +65,29 @@ def gathered(value: Tensor, layout: SampleLayout, idx: Tensor, weight: Tensor | 
             shape[at] = len(idx)
             new = new.mul_(weight.view(shape)) if new.dtype == weight.dtype else (new * weight.view(shape)).to(new.dtype)
         new = new.permute(back).reshape(once)
-    new = strided(new, stride)
+    new = with_strides(new, stride)
     return new.expand(tuple(size)) if expanded else new
 
 
-def scattered(value: Tensor, layout: SampleLayout, idx: Tensor | None, batch: int, size: Sequence[int], stride: Sequence[int] | None = None) -> Tensor:
+def put_rows(value: Tensor, layout: SampleLayout, idx: Tensor | None, batch: int, size: Sequence[int], stride: Sequence[int] | None = None) -> Tensor:
     """Rows put back in their places among `batch`, zeros elsewhere; with the strides that the compiled code expects, if any."""
     if idx is None:
         return value
     if 0 in size:
-        return strided(torch.zeros(tuple(size), dtype=value.dtype, device=value.device), stride)
+        return with_strides(torch.zeros(tuple(size), dtype=value.dtype, device=value.device), stride)
     rows, dim = _unfolded(value, layout, len(idx))
     full = torch.zeros([*rows.shape[:dim], batch, *rows.shape[dim + 1 :]], dtype=value.dtype, device=value.device)
-    return strided(full.index_copy_(dim, idx, rows).reshape(list(size)), stride)
+    return with_strides(full.index_copy_(dim, idx, rows).reshape(list(size)), stride)
 
 
-def strided(x: Tensor, stride: Sequence[int] | None) -> Tensor:
+def with_strides(x: Tensor, stride: Sequence[int] | None) -> Tensor:
     """The same values with these strides; the tensor itself where it has them. Along a dim of stride 0 all values are one."""
     if stride is None or all(a == b for a, b, s in zip(x.stride(), stride, x.shape, strict=True) if s > 1):
         return x
     return _copied(x, stride)
 
 
-def copied(x: Tensor) -> Tensor:
+def copy_keeping_strides(x: Tensor) -> Tensor:
     """A copy with the same strides, for which code was compiled; an expanded dim stays one."""
     return _copied(x, x.stride())
 
@@ -105,7 +105,7 @@ def _once(x: Tensor, stride: Sequence[int]) -> Tensor:
     return x
 
 
-def overlap(size: Sequence[int], stride: Sequence[int]) -> bool:
+def may_overlap(size: Sequence[int], stride: Sequence[int]) -> bool:
     """Whether entries of a tensor may share their memory otherwise than by a stride of 0 (windows of a sequence do). May be true where none do."""
     reach = 0  # how far the dims with smaller strides go
     for t, n in sorted((t, n) for t, n in zip(stride, size, strict=True) if t and n > 1):

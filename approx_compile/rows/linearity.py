@@ -13,7 +13,7 @@ from torch import fx
 from approx_compile import _torch
 from approx_compile.passes.fx_utils import VIEWS, is_torch_op, is_zero, op_name
 from approx_compile.passes.rewrite.custom_ops import CUSTOM_CONV, CUSTOM_MM
-from approx_compile.rows.batch_dim import Followed, geometry_of, same_memory, strided_geometry
+from approx_compile.rows.batch_dim import BatchDimState, covers_same_memory, geometry_of, strided_geometry
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -44,7 +44,7 @@ _EMPTY: set[Any] = {aten.empty.memory_format, aten.empty_permuted.default, aten.
 _INDEXED = {aten.gather.default, aten.index_select.default, aten.index.Tensor, aten._unsafe_index.Tensor}
 
 
-def is_linear(n: fx.Node, linear: set[fx.Node], out: Followed) -> bool:
+def is_linear(n: fx.Node, linear: set[fx.Node], out: BatchDimState) -> bool:
     """Whether a node that reads gradients is linear in them (jointly), so that a row scaled or left out is so in the result."""
     hits = [a in linear for a in n.args if isinstance(a, fx.Node)]
     first_alone = bool(hits) and hits[0] and not any(hits[1:]) and not any(v in linear for v in n.kwargs.values())
@@ -65,7 +65,7 @@ def is_linear(n: fx.Node, linear: set[fx.Node], out: Followed) -> bool:
     if n.target in _ZERO_OR_ALL:
         return all(a in linear or is_zero(a) for a in n.args[:2])
     if n.target is aten.as_strided_scatter.default:
-        whole = same_memory(geometry_of(_torch.value(n.args[0])), strided_geometry(n, 2))
+        whole = covers_same_memory(geometry_of(_torch.value(n.args[0])), strided_geometry(n, 2))
         return (n.args[1] in linear or is_zero(n.args[1])) and (whole or n.args[0] in linear or is_zero(n.args[0]))
     if n.target in _FACTORS:
         return sum(hits) == 1

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, fx
 
 from approx_compile import _torch
-from approx_compile.rows.gather_rows import copied, strided
+from approx_compile.rows.gather_rows import copy_keeping_strides, with_strides
 from approx_compile.rows.row_backward import RowBackward
 
-ROWS = "approx_compile_rows"
+ROW_BACKWARD_ATTRIBUTE = "approx_compile_rows"
 """Attribute of a compiled backward pass: the `RowBackward` that it calls."""
 
 
@@ -37,7 +37,7 @@ class _Output:
 
 
 @dataclass(frozen=True, eq=False)
-class _OneOp:
+class _OpaqueBackward:
     backward: RowBackward
     symbols: Sequence[tuple[sympy.Symbol, int, int | None]]
     outputs: Sequence[_Output]
@@ -47,7 +47,7 @@ class _OneOp:
         return {s: _torch.size_at(args, i, d) for s, i, d in self.symbols}
 
 
-_known: weakref.WeakValueDictionary[int, _OneOp] = weakref.WeakValueDictionary()
+_known: weakref.WeakValueDictionary[int, _OpaqueBackward] = weakref.WeakValueDictionary()
 """By a random number: it stands in graphs, whose code is kept on disk for other processes."""
 
 _library = torch.library.Library("approx_compile_rows", "FRAGMENT")
@@ -62,8 +62,8 @@ def _backward(key: int, numbers: list[int], tensors: list[Tensor]) -> list[Tenso
     seen = {t.untyped_storage().data_ptr() for t in tensors}
     new = []
     for o in op.outputs:  # an op's outputs share no memory with each other, nor with its inputs
-        value = strided(found[o.place], _numbers(o.stride, values))
-        value = copied(value) if value.untyped_storage().data_ptr() in seen else value
+        value = with_strides(found[o.place], _numbers(o.stride, values))
+        value = copy_keeping_strides(value) if value.untyped_storage().data_ptr() in seen else value
         seen.add(value.untyped_storage().data_ptr())
         new.append(value)
     return new
@@ -80,7 +80,7 @@ def _numbers(expressions: Sequence[Any], values: Mapping[sympy.Symbol, Any]) -> 
     return [_torch.evaluate_expr(e, values) for e in expressions]
 
 
-def shown_as_one_op(compiled: Callable[..., Any]) -> Callable[..., Any]:
+def expose_to_compiled_autograd(compiled: Callable[..., Any]) -> Callable[..., Any]:
     """The compiled model. When it has run once with gradients, compiled autograd finds the op in place of its backward graph."""
     done = False
 
@@ -96,7 +96,7 @@ def shown_as_one_op(compiled: Callable[..., Any]) -> Callable[..., Any]:
 def _show(out: Any) -> bool:
     for value in _torch.tree_leaves(out):
         for run, gm in _torch.compiled_backwards(value) if isinstance(value, Tensor) else ():
-            backward = getattr(run, ROWS, None)
+            backward = getattr(run, ROW_BACKWARD_ATTRIBUTE, None)
             if backward is not None:
                 _replace(gm, backward)
                 return True
@@ -119,7 +119,7 @@ def _replace(gm: fx.GraphModule, backward: RowBackward) -> None:
         for i, v in ((i, _torch.value(r)) for r, i in made.items())
     ]
     key = secrets.randbits(62)
-    backward.as_one_op = _known[key] = _OneOp(backward, _torch.symbol_sources(values), outputs)
+    backward.as_one_op = _known[key] = _OpaqueBackward(backward, _torch.symbol_sources(values), outputs)
     tensors = [new[n] for n in placeholders if n not in numbers]
     op = graph.call_function(torch.ops.approx_compile_rows.backward.default, (key, [new[n] for n in numbers], tensors))
     for place, r in enumerate(made):

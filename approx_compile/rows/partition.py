@@ -19,11 +19,11 @@ from torch import fx
 from approx_compile import _torch
 from approx_compile.passes.fx_utils import BMM, CONV, MM
 from approx_compile.passes.rewrite.custom_ops import CUSTOM_CONV, CUSTOM_MM
-from approx_compile.rows.batch_dim import COUPLED, FORWARD, HEAD, ROWS, TOTAL, Followed, Layout, SampleLayout
-from approx_compile.rows.batch_dim_analysis import follow
-from approx_compile.rows.batch_norm import decouple
-from approx_compile.rows.reasons import told
-from approx_compile.rows.row_cost import Moved, RowWork, Timed, moved, timed
+from approx_compile.rows.batch_dim import CROSS_SAMPLE, FORWARD, LOSS_GRAD, REDUCED_GRAD, ROW_GRAD, BatchDimState, SampleLayout, ValueLayout
+from approx_compile.rows.batch_dim_analysis import analyze_batch_dim
+from approx_compile.rows.batch_norm import decouple_batch_norm
+from approx_compile.rows.reasons import describe_reason
+from approx_compile.rows.row_cost import ProductWork, RowTraffic, RowWork, product_work, row_traffic
 
 aten = torch.ops.aten
 
@@ -33,7 +33,7 @@ ALL = 0
 
 
 @dataclass(frozen=True)
-class Entry:
+class StageInput:
     """A value that comes into a stage. `source`: the stage that made it, or SAVED. `layout`: where its rows are; `gradient`: they are scaled at the
     cut. `size`, `stride`: expressions that hold the batch's symbol."""
 
@@ -56,14 +56,14 @@ class Stage:
     """One compiled piece: `entries` in the order of its placeholders, `outputs` by name. `level`: ALL, or the number of the cut it starts at."""
 
     level: int
-    entries: tuple[Entry, ...]
+    entries: tuple[StageInput, ...]
     outputs: tuple[str, ...]
     gm: fx.GraphModule
     flops: int
 
 
 @dataclass(frozen=True)
-class Result:
+class BackwardOutput:
     """One output of the backward graph: which value of which stage, and its rows if they must be put back among all."""
 
     name: str | None
@@ -74,7 +74,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Outlook:
+class CoverageEstimate:
     """The FLOPs of a backward pass's gradients, those of them that can run on rows kept, and what was blocked and why."""
 
     flops_all: int
@@ -94,20 +94,20 @@ class Outlook:
 
 
 @dataclass(frozen=True)
-class Split:
+class Partition:
     """The stages in order and the backward graph's outputs."""
 
     batch: sympy.Symbol
     stages: tuple[Stage, ...]
-    results: tuple[Result, ...]
-    outlook: Outlook
+    results: tuple[BackwardOutput, ...]
+    outlook: CoverageEstimate
     products: Mapping[str, int]
     """The products that run on rows kept, by node name: their level."""
 
 
 @dataclass
-class _Work:
-    followed: Followed
+class PartitionState:
+    followed: BatchDimState
     stage: dict[fx.Node, int] = field(default_factory=dict)
     post: int = 0
     blocked: dict[str, str] = field(default_factory=dict)
@@ -117,42 +117,44 @@ class _Work:
 
     def stopped(self, n: fx.Node, reason: str) -> None:
         if reason not in self.blocked:
-            self.blocked[reason] = told(n, reason)
+            self.blocked[reason] = describe_reason(n, reason)
 
 
-def output_layouts(graph: fx.Graph, batch: sympy.Symbol) -> dict[str, Layout]:
+def output_layouts(graph: fx.Graph, batch: sympy.Symbol) -> dict[str, ValueLayout]:
     """Where the rows of a forward graph's outputs are, by name (a saved tensor has the same name in the backward graph) and by description."""
-    found = follow(graph, batch)
+    found = analyze_batch_dim(graph, batch)
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
     named = {n.name: n for n in output.all_input_nodes} | _torch.outputs_by_description(output)
-    return {name: found.layout[n] for name, n in named.items() if n not in found.lost and isinstance(n.meta.get("val"), torch.Tensor)}
+    return {name: found.layout[n] for name, n in named.items() if n not in found.unlocated and isinstance(n.meta.get("val"), torch.Tensor)}
 
 
-def tangent_layouts(graph: fx.Graph, known: Mapping[str, Layout]) -> dict[str, Layout]:
+def tangent_layouts(graph: fx.Graph, known: Mapping[str, ValueLayout]) -> dict[str, ValueLayout]:
     """Where the rows of the output's gradients are: where those of the outputs were."""
     return {n.name: known[d] for n in graph.nodes if n.op == "placeholder" and (d := _torch.tangent_output_description(n) or "") in known}
 
 
-def outlook(graph: fx.Graph, batch: sympy.Symbol, default: int, levels: Mapping[str, int], approximate_batch_norm: bool) -> Outlook:
-    """What `split` will find, told from the joint graph."""
+def estimate_coverage(graph: fx.Graph, batch: sympy.Symbol, default: int, levels: Mapping[str, int], approximate_batch_norm: bool) -> CoverageEstimate:
+    """What `partition_backward` will find, told from the joint graph."""
     tangents = [n for n in graph.nodes if _torch.is_tangent(n)]
-    work = _Work(follow(graph, batch, tangent_layouts(graph, output_layouts(graph, batch)), tangents))
+    work = PartitionState(analyze_batch_dim(graph, batch, tangent_layouts(graph, output_layouts(graph, batch)), tangents))
     if approximate_batch_norm:  # it will be tried, at least
-        for n in [n for n, why in work.followed.blocked.items() if why == COUPLED]:
+        for n in [n for n, why in work.followed.blocked.items() if why == CROSS_SAMPLE]:
             del work.followed.blocked[n]
     _assign(graph, work, tangents, default, levels)
     backward = [n for n in graph.nodes if n in work.stage]
     on_rows = sum(_torch.flops(n) for n in backward if 0 < work.stage[n] != work.post)
-    return Outlook(sum(_torch.flops(n) for n in backward), on_rows, tuple(work.blocked.values()), _expected(graph, work))
+    return CoverageEstimate(sum(_torch.flops(n) for n in backward), on_rows, tuple(work.blocked.values()), _expected(graph, work))
 
 
-def split(gm: fx.GraphModule, batch: sympy.Symbol, known: Mapping[str, Layout], default: int, levels: Mapping[str, int], approximate_batch_norm: bool) -> Split:
+def partition_backward(
+    gm: fx.GraphModule, batch: sympy.Symbol, known: Mapping[str, ValueLayout], default: int, levels: Mapping[str, int], approximate_batch_norm: bool
+) -> Partition:
     """`default`: the level at the tangents (ALL: none); `levels`: that of products by node name. The approximation of BatchNorm edits `gm`."""
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     tangents = [n for n in placeholders if _torch.is_tangent(n)]
-    work = _Work(follow(gm.graph, batch, known, tangents))
-    if approximate_batch_norm and decouple(gm, work.followed):
-        work = _Work(follow(gm.graph, batch, known, tangents))
+    work = PartitionState(analyze_batch_dim(gm.graph, batch, known, tangents))
+    if approximate_batch_norm and decouple_batch_norm(gm, work.followed):
+        work = PartitionState(analyze_batch_dim(gm.graph, batch, known, tangents))
     _assign(gm.graph, work, tangents, default, levels)
     members, wanted = _members(gm.graph, work)
     stages = []
@@ -163,17 +165,17 @@ def split(gm: fx.GraphModule, batch: sympy.Symbol, known: Mapping[str, Layout], 
     results = [_result(o, work) for o in output.args[0]]
     total, on_rows = sum(_torch.flops(n) for n in work.stage), sum(s.flops for s in stages if s.level != ALL)
     levels_of = {n.name: s for n, s in work.stage.items() if n.target in HEAVY and 0 < s != work.post}
-    found = Outlook(total, on_rows, tuple(work.blocked.values()), _planned(gm.graph, work, stages))
-    return Split(batch, tuple(stages), tuple(results), found, levels_of)
+    found = CoverageEstimate(total, on_rows, tuple(work.blocked.values()), _planned(gm.graph, work, stages))
+    return Partition(batch, tuple(stages), tuple(results), found, levels_of)
 
 
-def _on_rows(work: _Work) -> dict[fx.Node, int]:
+def _on_rows(work: PartitionState) -> dict[fx.Node, int]:
     """The nodes that run on some rows: their level."""
     return {n: s for n, s in work.stage.items() if 0 < s != work.post}
 
 
-def _row_products(work: _Work) -> tuple[Timed, ...]:
-    return tuple(t for n, s in _on_rows(work).items() if (t := timed(n, s, work.followed.batch)) is not None)
+def _row_products(work: PartitionState) -> tuple[ProductWork, ...]:
+    return tuple(t for n, s in _on_rows(work).items() if (t := product_work(n, s, work.followed.batch)) is not None)
 
 
 def _rows_at_hand(graph: fx.Graph, batch: sympy.Symbol) -> int:
@@ -181,58 +183,58 @@ def _rows_at_hand(graph: fx.Graph, batch: sympy.Symbol) -> int:
     return _torch.hint(next(sizes, 1))
 
 
-def _entering(work: _Work) -> tuple[Moved, ...]:
+def _entering(work: PartitionState) -> tuple[RowTraffic, ...]:
     """The gradients by whose norms rows are chosen."""
     known, found = work.followed, dict[tuple[fx.Node, int], None]()
     for n, s in _on_rows(work).items():
-        found |= {(a, s): None for a in n.all_input_nodes if known.kind.get(a) == ROWS and work.stage.get(a, ALL) < s}
-    return tuple(m for a, s in found for m in moved(a.meta.get("val"), known.rows(a), s))
+        found |= {(a, s): None for a in n.all_input_nodes if known.kind.get(a) == ROW_GRAD and work.stage.get(a, ALL) < s}
+    return tuple(m for a, s in found for m in row_traffic(a.meta.get("val"), known.layout_of(a), s))
 
 
-def _put_back(graph: fx.Graph, work: _Work) -> tuple[Moved, ...]:
+def _put_back(graph: fx.Graph, work: PartitionState) -> tuple[RowTraffic, ...]:
     """The gradients of rows that are wanted of all rows: by the caller, or by what is blocked."""
     known, on_rows = work.followed, _on_rows(work)
     blocked = [n for n, s in work.stage.items() if s == work.post]
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
-    wanted = dict.fromkeys(a for n in (*blocked, output) for a in n.all_input_nodes if a in on_rows and known.kind.get(a) == ROWS)
-    return tuple(m for a in wanted for m in moved(a.meta.get("val"), known.rows(a), on_rows[a]))
+    wanted = dict.fromkeys(a for n in (*blocked, output) for a in n.all_input_nodes if a in on_rows and known.kind.get(a) == ROW_GRAD)
+    return tuple(m for a in wanted for m in row_traffic(a.meta.get("val"), known.layout_of(a), on_rows[a]))
 
 
-def _expected(graph: fx.Graph, work: _Work) -> RowWork:
+def _expected(graph: fx.Graph, work: PartitionState) -> RowWork:
     """Told from the joint graph, where nothing is saved yet: every value of the forward pass that a product on rows reads."""
     known, read = work.followed, dict[tuple[fx.Node, int], None]()
     for n, s in _on_rows(work).items():
         if n.target in HEAVY:
             read |= {(a, s): None for a in n.all_input_nodes if known.kind.get(a) == FORWARD}
-    saved = tuple(m for a, s in read for m in moved(a.meta.get("val"), known.rows(a), s))
+    saved = tuple(m for a, s in read for m in row_traffic(a.meta.get("val"), known.layout_of(a), s))
     entering = _entering(work)
     return RowWork(_rows_at_hand(graph, known.batch), _row_products(work), entering, (*entering, *saved), _put_back(graph, work))
 
 
-def _planned(graph: fx.Graph, work: _Work, stages: Sequence[Stage]) -> RowWork:
+def _planned(graph: fx.Graph, work: PartitionState, stages: Sequence[Stage]) -> RowWork:
     """As split: everything that stages on rows are given."""
     gathered = [
         m
         for stage in stages
         if stage.level != ALL
         for e, n in zip(stage.entries, (n for n in stage.gm.graph.nodes if n.op == "placeholder"), strict=True)
-        for m in moved(n.meta.get("val"), e.layout, stage.level)
+        for m in row_traffic(n.meta.get("val"), e.layout, stage.level)
     ]
     return RowWork(_rows_at_hand(graph, work.followed.batch), _row_products(work), _entering(work), tuple(gathered), _put_back(graph, work))
 
 
-def _assign(graph: fx.Graph, work: _Work, tangents: Sequence[fx.Node], default: int, levels: Mapping[str, int]) -> None:
+def _assign(graph: fx.Graph, work: PartitionState, tangents: Sequence[fx.Node], default: int, levels: Mapping[str, int]) -> None:
     """The stage of every node that is linear in the gradients; `post` is one more than the last level."""
     known = work.followed
-    by_rows = {t for t in tangents if known.kind.get(t) == ROWS}
+    by_rows = {t for t in tangents if known.kind.get(t) == ROW_GRAD}
     start = ALL if any(levels.get(n.name, default) == ALL for n in _first_products(by_rows)) else default
     raw: dict[fx.Node, int] = {}
     exact = _read_by_nonlinear(graph, known)
     post = max([default, *levels.values()]) + 1
     for n in graph.nodes:
-        if n.op != "call_function" or known.kind.get(n) not in (ROWS, TOTAL):
+        if n.op != "call_function" or known.kind.get(n) not in (ROW_GRAD, REDUCED_GRAD):
             continue
-        above = [raw.get(a, start if a in by_rows else ALL) for a in n.all_input_nodes if known.kind.get(a) in (ROWS, TOTAL)]
+        above = [raw.get(a, start if a in by_rows else ALL) for a in n.all_input_nodes if known.kind.get(a) in (ROW_GRAD, REDUCED_GRAD)]
         stage = max([ALL, *above])
         if n in exact:
             stage = ALL
@@ -240,7 +242,7 @@ def _assign(graph: fx.Graph, work: _Work, tangents: Sequence[fx.Node], default: 
                 work.stopped(n, f"{known.nonlinear[n]}, so that all above it runs on all rows")
         elif n.target in HEAVY or "attention" in str(n.target):
             stage = max(stage, levels.get(n.name, default))
-        elif above == [] and known.kind.get(n) == ROWS:
+        elif above == [] and known.kind.get(n) == ROW_GRAD:
             stage = ALL  # a loss inside the graph: its gradient spreads over the rows here
         if stage != ALL and stage != post and n in known.blocked:
             work.stopped(n, known.blocked[n])
@@ -249,13 +251,13 @@ def _assign(graph: fx.Graph, work: _Work, tangents: Sequence[fx.Node], default: 
     work.stage, work.post = raw, post
 
 
-def _read_by_nonlinear(graph: fx.Graph, known: Followed) -> set[fx.Node]:
+def _read_by_nonlinear(graph: fx.Graph, known: BatchDimState) -> set[fx.Node]:
     """The nodes whose gradients must be exact, since a node that is not linear in them makes something of them: the mean of that over choices of rows
     would not be what it makes of the mean. With that node itself, which is a choice's beginning as good as an output's gradient."""
     found = set(known.nonlinear)
     for n in reversed(graph.nodes):
         if n in found:
-            found.update(a for a in n.all_input_nodes if known.kind.get(a) in (ROWS, TOTAL))
+            found.update(a for a in n.all_input_nodes if known.kind.get(a) in (ROW_GRAD, REDUCED_GRAD))
     return found
 
 
@@ -274,7 +276,7 @@ def _first_products(tangents: Iterable[fx.Node]) -> Iterator[fx.Node]:
                     todo.append(u)
 
 
-def _members(graph: fx.Graph, work: _Work) -> tuple[dict[int, dict[fx.Node, None]], dict[int, dict[fx.Node, None]]]:
+def _members(graph: fx.Graph, work: PartitionState) -> tuple[dict[int, dict[fx.Node, None]], dict[int, dict[fx.Node, None]]]:
     """The nodes every stage computes, and which of them later stages or the caller want."""
     members: dict[int, dict[fx.Node, None]] = {}
     wanted: dict[int, dict[fx.Node, None]] = {}
@@ -288,7 +290,7 @@ def _members(graph: fx.Graph, work: _Work) -> tuple[dict[int, dict[fx.Node, None
             return home(n.args[0], stage)
         if n in work.stage:
             return work.stage[n]
-        if known.kind.get(n) == HEAD or n in known.blocked or n in known.lost or n in known.whole:
+        if known.kind.get(n) == LOSS_GRAD or n in known.blocked or n in known.unlocated or n in known.whole_batch_only:
             return 0
         return stage
 
@@ -328,7 +330,7 @@ def _is_symbol(n: fx.Node) -> bool:
     return _is_number(n) and bool(_torch.size_expr(n.meta["val"]).is_Symbol)
 
 
-def _stage(gm: fx.GraphModule, work: _Work, s: int, level: int, members: Mapping[fx.Node, None], outputs: Sequence[fx.Node]) -> Stage:
+def _stage(gm: fx.GraphModule, work: PartitionState, s: int, level: int, members: Mapping[fx.Node, None], outputs: Sequence[fx.Node]) -> Stage:
     """The stage's own graph: symbolic sizes first among its placeholders, as in any backward graph."""
     known = work.followed
     graph = fx.Graph()
@@ -346,9 +348,9 @@ def _stage(gm: fx.GraphModule, work: _Work, s: int, level: int, members: Mapping
     for symbol, value in _symbols_beside(gm, members, needed).items():
         name = f"size_{symbol}"
         graph.placeholder(name).meta = {"val": value}
-        entries.append(Entry(name, SAVED, None, False, number=symbol))
+        entries.append(StageInput(name, SAVED, None, False, number=symbol))
     constants: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
-    whole = [(a, _number_dtype(n)) for n in members if level != ALL and n in known.numbers for a in _torch.symbolic_scalar_arguments(n)]
+    whole = [(a, _number_dtype(n)) for n in members if level != ALL and n in known.batch_size_factors for a in _torch.symbolic_scalar_arguments(n)]
     for a in sorted(needed, key=lambda a: not _is_number(a)):
         new = graph.placeholder(a.name)
         new.meta = dict(a.meta) | ({"val": work.dense[a]} if a in work.dense else {})
@@ -358,14 +360,14 @@ def _stage(gm: fx.GraphModule, work: _Work, s: int, level: int, members: Mapping
         name = f"{a.name}_whole_{str(dtype).removeprefix('torch.')}"
         new = constants[a, dtype] = graph.placeholder(name)
         new.meta = {"val": _torch.fake_scalar(a, dtype)}
-        entries.append(Entry(name, SAVED, None, False, number=_torch.size_expr(a.meta["val"]), dtype=dtype))
+        entries.append(StageInput(name, SAVED, None, False, number=_torch.size_expr(a.meta["val"]), dtype=dtype))
     for n in members:
         new = env[n] = graph.node_copy(n, env.__getitem__)
-        if level != ALL and n in known.numbers:
+        if level != ALL and n in known.batch_size_factors:
             dtype = _number_dtype(n)
             new.args = tuple(constants.get((o, dtype), m) if isinstance(o, fx.Node) else m for o, m in zip(n.args, new.args, strict=True))
-        if level != ALL and n in known.counted:
-            _count_anew(new, *known.counted[n])
+        if level != ALL and n in known.indexed_by_sample:
+            _count_anew(new, *known.indexed_by_sample[n])
     for n in outputs:
         if n in work.dense:  # rows of an expanded tensor share their memory: a place of its own for each
             env[n] = graph.call_function(aten.clone.default, (env[n],), {"memory_format": torch.contiguous_format})
@@ -413,13 +415,13 @@ def _of_value(value: Any) -> list[Any]:
     return [value] if isinstance(value, _torch.SYMBOLIC) else []
 
 
-def _entry(a: fx.Node, work: _Work) -> Entry:
+def _entry(a: fx.Node, work: PartitionState) -> StageInput:
     if _is_number(a):
-        return Entry(a.name, SAVED, None, False, number=_torch.size_expr(a.meta["val"]))
+        return StageInput(a.name, SAVED, None, False, number=_torch.size_expr(a.meta["val"]))
     known, value = work.followed, work.dense.get(a, _torch.value(a))
     source = SAVED if a.op == "placeholder" else work.stage.get(a, 0)
-    layout = known.rows(a)
-    return Entry(a.name, source, layout, known.kind.get(a) == ROWS, *_expressions(value))
+    layout = known.layout_of(a)
+    return StageInput(a.name, source, layout, known.kind.get(a) == ROW_GRAD, *_expressions(value))
 
 
 def _expressions(value: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -440,11 +442,11 @@ def _number_dtype(n: fx.Node) -> torch.dtype:
     return value.dtype if value.dim() == 0 else torch.float64
 
 
-def _result(o: Any, work: _Work) -> Result:
+def _result(o: Any, work: PartitionState) -> BackwardOutput:
     if not isinstance(o, fx.Node):
-        return Result(None, SAVED, None, constant=o)
+        return BackwardOutput(None, SAVED, None, constant=o)
     if o.op == "placeholder":
-        return Result(o.name, SAVED, None)
+        return BackwardOutput(o.name, SAVED, None)
     source = work.stage.get(o, 0)
-    on_rows = 0 < source != work.post and work.followed.kind[o] == ROWS
-    return Result(o.name, source, work.followed.rows(o) if on_rows else None, _expressions(_torch.value(o))[0])
+    on_rows = 0 < source != work.post and work.followed.kind[o] == ROW_GRAD
+    return BackwardOutput(o.name, source, work.followed.layout_of(o) if on_rows else None, _expressions(_torch.value(o))[0])

@@ -6,10 +6,10 @@ import re
 
 from torch import fx
 
-from approx_compile.rows.batch_dim import COUPLED
+from approx_compile.rows.batch_dim import CROSS_SAMPLE
 
 ADVICE = {
-    COUPLED: "GroupNorm or LayerNorm keep samples apart; grad={'axis': 'rows', 'batch_norm': 'approximate'} tries BatchNorm",
+    CROSS_SAMPLE: "GroupNorm or LayerNorm keep samples apart; grad={'axis': 'rows', 'batch_norm': 'approximate'} tries BatchNorm",
     "is not linear in the gradient": "a torch op whose gradient is linear in it, or a function of the model's outputs outside of the compiled model",
     "is not known to keep samples apart": "ops of torch that work on each sample by itself, or the op outside of the compiled model",
     "samples are picked by index": "x.gather(1, i), or x[torch.arange(len(x)), i], for entries of every sample; a choice of samples before the model",
@@ -22,7 +22,7 @@ ADVICE = {
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in \S+\n\s+(.+)')
 
 
-def told(n: fx.Node, reason: str) -> str:
+def describe_reason(n: fx.Node, reason: str) -> str:
     """The reason with the module and the source line that the op comes from, and with advice where there is some."""
     place = ", ".join(p for p in (_module(n), _line(n)) if p)
     advice = next((text for what, text in ADVICE.items() if what in reason), "")

@@ -1,7 +1,7 @@
 """A backward pass on some rows of the batch: compiled once, with a symbol for the batch, and called with fewer rows.
 
 `RowBackward` runs the compiled stages of a backward graph: chooses rows by the norm of their gradient, gathers what the stages need of them, and puts
-input gradients back in place. `Controls` finds the adaptive state of whatever model it is called for.
+input gradients back in place. `GraphControls` finds the adaptive state of whatever model it is called for.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from approx_compile.config.resolve import LEAST_ROWS, RowSettings
 from approx_compile.rows.batch_dim import SampleLayout
 from approx_compile.rows.batch_norm import WEIGHTS
 from approx_compile.rows.controller import Draws, Owner, RowControl, control_for, draws_for
-from approx_compile.rows.gather_rows import copied, gathered, row_norms_sq, scattered, strided
-from approx_compile.rows.partition import ALL, SAVED, Entry, Result, Split
-from approx_compile.rows.row_sampling import choose
+from approx_compile.rows.gather_rows import copy_keeping_strides, put_rows, row_norms_sq, take_rows, with_strides
+from approx_compile.rows.partition import ALL, SAVED, BackwardOutput, Partition, StageInput
+from approx_compile.rows.row_sampling import choose_rows
 
-MEMORY = 1024
+MAX_CACHED_SIZES = 1024
 """Sizes for which shapes and legal numbers of rows are remembered."""
 
 
-class Whole(NamedTuple):
+class WholeBatchBackward(NamedTuple):
     """The backward pass on all rows, compiled for one size of each symbol."""
 
     call: Callable[[list[Any]], list[Any]]
@@ -38,7 +38,7 @@ class Whole(NamedTuple):
 
 
 @dataclass
-class _Kept:
+class RowSelection:
     """The rows of one level: `idx` among the rows of the level before (sorted), `weight` on them (None: 1), `k` of them."""
 
     idx: Tensor
@@ -56,14 +56,14 @@ class RowBackward:
 
     def __init__(
         self,
-        found: Split,
+        found: Partition,
         calls: Sequence[Callable[..., Any]],
         levels: Sequence[RowSettings],
         names: Sequence[str],
         example_inputs: Sequence[Any],
         guards: Sequence[Any],
-        controls: Controls,
-        whole: Whole | None = None,
+        controls: GraphControls,
+        whole: WholeBatchBackward | None = None,
         dense: Iterable[str] = (),
         donated: Iterable[str] = (),
     ) -> None:
@@ -84,7 +84,7 @@ class RowBackward:
         self._weights: Any = next((n.meta["val"] for n in placeholders if n.name == WEIGHTS), None)
         self._symbols = _torch.symbol_sources(example_inputs)
         self._last_use = _last_use(found)
-        self._entering = [entering(found, level) for level in range(len(self.levels))]
+        self._entering = [entering_gradients(found, level) for level in range(len(self.levels))]
         self._legal_counts: dict[tuple[Any, ...], int] = {}
         self._plans: dict[tuple[Any, ...], list[list[Any]]] = {}
 
@@ -103,7 +103,7 @@ class RowBackward:
         counts = self._counts(symbols, controls, followed) if own else [size] * len(self.levels)
         whole = self.whole
         if whole is not None and whole.sizes == symbols and followed is None and set(counts) == {size} and self._watched(values, counts, controls):
-            inputs = [copied(v) if name in spared else v for name, v in values.items()]
+            inputs = [copy_keeping_strides(v) if name in spared else v for name, v in values.items()]
             values.clear()
             return whole.call(inputs)
         return self.run(values, symbols, counts, controls, followed, spared, self.controls.draws(owner))
@@ -117,7 +117,7 @@ class RowBackward:
             self._choose(level, values, dict.fromkeys(values, ALL), [None] * level, counts[level], counts, controls[level])
         return True
 
-    def _follow(self, values: Mapping[str, Any], symbols: Mapping[sympy.Symbol, int]) -> tuple[_Kept | None, bool]:
+    def _follow(self, values: Mapping[str, Any], symbols: Mapping[sympy.Symbol, int]) -> tuple[RowSelection | None, bool]:
         """The rows that a graph further up in this backward pass chose, if all gradients come from there; and whether this one may choose its own.
 
         Rows that are zero already can be left out for nothing. Where other gradients have been added, all rows are needed; choosing among them anew
@@ -130,14 +130,14 @@ class RowBackward:
         if first is not None and all(m is not None and m[0] is first[0] for m in marks):
             idx, before = first
             if self._legal(len(idx), symbols) == len(idx):
-                return _Kept(idx, None, len(idx), before), True
+                return RowSelection(idx, None, len(idx), before), True
         task = _torch.current_backward_id()
         return None, task < 0 or task != _last_sampled[0]
 
     def _values(self, args: Sequence[Any]) -> dict[sympy.Symbol, int]:
         return {s: _torch.size_at(args, i, d) for s, i, d in self._symbols}
 
-    def _counts(self, symbols: Mapping[sympy.Symbol, int], controls: Sequence[RowControl | None], followed: _Kept | None) -> list[int]:
+    def _counts(self, symbols: Mapping[sympy.Symbol, int], controls: Sequence[RowControl | None], followed: RowSelection | None) -> list[int]:
         """Rows kept at each level, never more than at the level before. The first level's number may be given; its control then has no say."""
         size = most = symbols[self.found.batch]
         counts = []
@@ -154,7 +154,7 @@ class RowBackward:
     def _legal(self, k: int, symbols: Mapping[sympy.Symbol, int]) -> int:
         """The smallest number of rows, k or more, of which everything is true that the compiled code assumed of the batch's size."""
         key = (k, *symbols.values())
-        if len(self._legal_counts) > MEMORY:
+        if len(self._legal_counts) > MAX_CACHED_SIZES:
             self._legal_counts.clear()
         if key not in self._legal_counts:
             size = symbols[self.found.batch]
@@ -168,7 +168,7 @@ class RowBackward:
         symbols: Mapping[sympy.Symbol, int],
         counts: Sequence[int],
         controls: Sequence[RowControl | None],
-        followed: _Kept | None = None,
+        followed: RowSelection | None = None,
         spared: frozenset[str] = frozenset(),
         draws: Draws | None = None,
     ) -> list[Any]:
@@ -176,7 +176,7 @@ class RowBackward:
         `draws`: where the random numbers come from that choose rows."""
         size = symbols[self.found.batch]
         plan = self._plan(symbols, counts)
-        kept: list[_Kept | None] = [] if followed is None else [followed]
+        kept: list[RowSelection | None] = [] if followed is None else [followed]
         live = dict(values)
         values.clear()
         made: dict[str, int] = dict.fromkeys(live, ALL)
@@ -188,7 +188,7 @@ class RowBackward:
             for entry, shape in zip(stage.entries, plan[s], strict=True):
                 value = self._entry(entry, shape, stage.level, live, made, kept, size)
                 shared = entry.name in spared and value.data_ptr() == live[entry.name].data_ptr()
-                inputs.append(copied(value) if shared else value)
+                inputs.append(copy_keeping_strides(value) if shared else value)
                 if self._last_use.get(entry.name) == s:
                     live.pop(entry.name, None)
             outputs = call(inputs)
@@ -206,12 +206,12 @@ class RowBackward:
         level: int,
         live: Mapping[str, Any],
         made: Mapping[str, int],
-        kept: Sequence[_Kept | None],
+        kept: Sequence[RowSelection | None],
         size: int,
         counts: Sequence[int],
         control: RowControl | None,
         draws: Draws | None = None,
-    ) -> _Kept | None:
+    ) -> RowSelection | None:
         """The rows of level + 1, by the norms of the gradients that enter there. None: all that the level before has."""
         before = counts[level - 1] if level else size
         k = counts[level]
@@ -234,10 +234,12 @@ class RowBackward:
             return None
         method = self.levels[level].method
         random = draws.random(total.device) if draws is not None and method != "topk" else None
-        idx, weight = choose(method, total, k, random)
-        return _Kept(idx, weight, k)
+        idx, weight = choose_rows(method, total, k, random)
+        return RowSelection(idx, weight, k)
 
-    def _entry(self, entry: Entry, shape: Any, level: int, live: Mapping[str, Any], made: Mapping[str, int], kept: Sequence[_Kept | None], size: int) -> Any:
+    def _entry(
+        self, entry: StageInput, shape: Any, level: int, live: Mapping[str, Any], made: Mapping[str, int], kept: Sequence[RowSelection | None], size: int
+    ) -> Any:
         if entry.number is not None:
             return shape
         if entry.name == WEIGHTS:
@@ -247,14 +249,20 @@ class RowBackward:
         if entry.layout is None or made[entry.name] == level:
             return value
         if level == ALL:
-            return scattered(value, entry.layout, _path(kept, ALL, made[entry.name])[0], size, *shape)
+            return put_rows(value, entry.layout, _path(kept, ALL, made[entry.name])[0], size, *shape)
         idx, weight = _path(kept, made[entry.name], level)
         if idx is None:
-            return strided(value, shape[1]) if entry.name in self._dense else value
-        return gathered(value, entry.layout, idx, weight if entry.gradient else None, *shape)
+            return with_strides(value, shape[1]) if entry.name in self._dense else value
+        return take_rows(value, entry.layout, idx, weight if entry.gradient else None, *shape)
 
     def _result(
-        self, result: Result, live: Mapping[str, Any], made: Mapping[str, int], kept: Sequence[_Kept | None], size: int, symbols: Mapping[Any, int]
+        self,
+        result: BackwardOutput,
+        live: Mapping[str, Any],
+        made: Mapping[str, int],
+        kept: Sequence[RowSelection | None],
+        size: int,
+        symbols: Mapping[Any, int],
     ) -> Any:
         if result.name is None:
             return result.constant
@@ -262,7 +270,7 @@ class RowBackward:
         if result.layout is None:
             return value
         idx, _ = _path(kept, ALL, made[result.name])
-        full = scattered(value, result.layout, idx, size, [_number(e, symbols) for e in result.size])
+        full = put_rows(value, result.layout, idx, size, [_number(e, symbols) for e in result.size])
         if idx is not None and result.layout == SampleLayout(0):
             _mark(full, idx, _weights(kept, made[result.name]))
         return full
@@ -270,7 +278,7 @@ class RowBackward:
     def _plan(self, symbols: Mapping[sympy.Symbol, int], counts: Sequence[int]) -> list[list[Any]]:
         """Shape and stride (or number) of every entry, for these symbols and counts."""
         key = (*symbols.values(), *counts)
-        if len(self._plans) > MEMORY:
+        if len(self._plans) > MAX_CACHED_SIZES:
             self._plans.clear()
         if key not in self._plans:
             plan = []
@@ -281,7 +289,7 @@ class RowBackward:
         return self._plans[key]
 
 
-class Controls:
+class GraphControls:
     """Where the controls of a graph's cuts, and its draws, are found: with a parameter among what was saved, or else with the module that was compiled."""
 
     def __init__(self, config: ApproxConfig, root: nn.Module | None, key: str, levels: Sequence[RowSettings]) -> None:
@@ -337,7 +345,7 @@ def _mark_of(gradient: Tensor) -> tuple[Tensor, Tensor | None] | None:
     return mark[:2] if mark is not None and mark[2] == gradient._version else None
 
 
-def _weights(kept: Sequence[_Kept | None], level: int) -> Tensor | None:
+def _weights(kept: Sequence[RowSelection | None], level: int) -> Tensor | None:
     """All the weight that the rows of a level have; None: 1."""
     _, weight = _path(kept, ALL, level)
     first = next((k for k in kept[:level] if k is not None), None)
@@ -348,7 +356,7 @@ def _weights(kept: Sequence[_Kept | None], level: int) -> Tensor | None:
     return before if weight is None else before * weight
 
 
-def _shape_of(entry: Entry, here: Mapping[Any, int], whole: Mapping[Any, int]) -> Any:
+def _shape_of(entry: StageInput, here: Mapping[Any, int], whole: Mapping[Any, int]) -> Any:
     if entry.number is not None:
         if entry.dtype is not None:
             return torch.tensor(_number(entry.number, whole), dtype=entry.dtype, device="cpu")
@@ -361,13 +369,13 @@ def _number(expression: Any, symbols: Mapping[Any, int]) -> Any:
     return int(value) if value.is_Integer else float(value)
 
 
-def entering(found: Split, level: int) -> list[Entry]:
+def entering_gradients(found: Partition, level: int) -> list[StageInput]:
     """The gradients that come into any stage below a cut from above it: a row is worth keeping if one of them says so."""
     below = [e for s in found.stages if s.level > level for e in s.entries if e.gradient]
     return list({e.name: e for e in below if e.source <= level}.values())
 
 
-def _last_use(found: Split) -> dict[str, int]:
+def _last_use(found: Partition) -> dict[str, int]:
     """The last stage that reads a value, for those that are no outputs of the graph."""
     last = {e.name: s for s, stage in enumerate(found.stages) for e in stage.entries}
     for r in found.results:
@@ -375,7 +383,7 @@ def _last_use(found: Split) -> dict[str, int]:
     return last
 
 
-def _path(kept: Sequence[_Kept | None], start: int, end: int) -> tuple[Tensor | None, Tensor | None]:
+def _path(kept: Sequence[RowSelection | None], start: int, end: int) -> tuple[Tensor | None, Tensor | None]:
     """The rows of level `end` among those of level `start` (0: all), and the weights picked up on the way; None: all of them; 1."""
     idx: Tensor | None = None
     weight: Tensor | None = None

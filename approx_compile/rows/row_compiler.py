@@ -20,12 +20,23 @@ from approx_compile.config import ApproxConfig
 from approx_compile.config.resolve import LEAST_ROWS, RowSettings
 from approx_compile.passes.planning.plan import RowCut
 from approx_compile.rows import row_cost
-from approx_compile.rows.batch_dim import Layout, SampleLayout
-from approx_compile.rows.gather_rows import copied, overlap
-from approx_compile.rows.opaque_backward import ROWS
-from approx_compile.rows.partition import ALL, SAVED, Entry, Outlook, Split, Stage, outlook, output_layouts, split, tangent_layouts
-from approx_compile.rows.row_backward import Controls, RowBackward, Whole, entering
-from approx_compile.rows.specialize import pinned
+from approx_compile.rows.batch_dim import SampleLayout, ValueLayout
+from approx_compile.rows.gather_rows import copy_keeping_strides, may_overlap
+from approx_compile.rows.opaque_backward import ROW_BACKWARD_ATTRIBUTE
+from approx_compile.rows.partition import (
+    ALL,
+    SAVED,
+    CoverageEstimate,
+    Partition,
+    Stage,
+    StageInput,
+    estimate_coverage,
+    output_layouts,
+    partition_backward,
+    tangent_layouts,
+)
+from approx_compile.rows.row_backward import GraphControls, RowBackward, WholeBatchBackward, entering_gradients
+from approx_compile.rows.specialize import specialize_sizes
 
 LEAST_SHARE = 0.3
 """Under the policies that look at the cost: the share of the backward pass's FLOPs that must run on the rows kept."""
@@ -58,7 +69,7 @@ class RowCompiler:
         self.levels: list[RowSettings] = []
         self.default = ALL
         self.cuts: list[RowCut] = []
-        self._known: dict[str, Layout] = {}
+        self._known: dict[str, ValueLayout] = {}
 
     def ask(self, graph: fx.Graph, top: RowSettings | None, sites: Mapping[fx.Node, RowSettings | None]) -> None:
         """Levels for what is asked, the most rows first; written on the gradient products. Raises Declined if it will not be worth it."""
@@ -79,23 +90,23 @@ class RowCompiler:
             self._note(found, {}, graph, reason)
             raise Declined(reason)
 
-    def _try(self, graph: fx.Graph, batch: sympy.Symbol, levels: Mapping[str, int]) -> tuple[sympy.Symbol, Outlook, str | None]:
+    def _try(self, graph: fx.Graph, batch: sympy.Symbol, levels: Mapping[str, int]) -> tuple[sympy.Symbol, CoverageEstimate, str | None]:
         """What is to be had with this symbol as the batch's, and why it is not worth it, if so."""
-        found = outlook(graph, batch, self.default, levels, self._approximate_batch_norm)
+        found = estimate_coverage(graph, batch, self.default, levels, self._approximate_batch_norm)
         return batch, found, _fixed(graph, batch) or self._why_not(found, graph)
 
     @property
     def _approximate_batch_norm(self) -> bool:
         return any(s.approximate_batch_norm for s in self.levels)
 
-    def _why_not(self, found: Outlook, graph: fx.Graph) -> str | None:
+    def _why_not(self, found: CoverageEstimate, graph: fx.Graph) -> str | None:
         """Why it is not worth it, if so. By the machine's profile, where one is stored: what it says decides only whether rows are sampled at all, never
         what is compiled for them, so that no cache's key has to name it."""
         reason = found.why_not(self._least_share)
         if reason is not None or self.config.policy == "always":
             return reason
         device = next((n.meta["val"].device.type for n in graph.nodes if isinstance(n.meta.get("val"), Tensor)), "cpu")
-        return row_cost.why_not(found.work, self.levels, machine.stored(device), device)
+        return row_cost.rejection_reason(found.work, self.levels, machine.stored(device), device)
 
     @property
     def _least_share(self) -> float:
@@ -120,7 +131,7 @@ class RowCompiler:
         donated = _torch.donated_placeholders(gm)
         known = self._known | tangent_layouts(gm.graph, self._known)
         plain = copy.deepcopy(gm) if self._approximate_batch_norm else gm
-        found = split(gm, self.batch, known, self.default, _levels_of(gm), self._approximate_batch_norm)
+        found = partition_backward(gm, self.batch, known, self.default, _levels_of(gm), self._approximate_batch_norm)
         exact = self._why_not(found.outlook, gm.graph)
         self._note(found.outlook, found.products, gm.graph, exact)
         if exact is not None:
@@ -135,21 +146,21 @@ class RowCompiler:
         if fixed is not None:
             self.cuts = [replace(c, decision="exact", reason=fixed, stops=True) for c in self.cuts]
             return _sparing(self.inner(plain, example_inputs, is_backward=True, **kwargs), names, donated)
-        controls = Controls(self.config, self.root, self.key, self.levels)
-        asked = {s for level, s in enumerate(self.levels) if entering(found, level)}
+        controls = GraphControls(self.config, self.root, self.key, self.levels)
+        asked = {s for level, s in enumerate(self.levels) if entering_gradients(found, level)}
         whole = self._whole(plain, example_inputs, sizes, kwargs) if all(s.ratio is None for s in asked) else None
         backward = RowBackward(found, calls, self.levels, names, example_inputs, guards, controls, whole, dense, donated)
 
         call = _boxed(backward)
-        setattr(call, ROWS, backward)
+        setattr(call, ROW_BACKWARD_ATTRIBUTE, backward)
         return call
 
-    def _whole(self, gm: fx.GraphModule, example_inputs: Sequence[Any], sizes: Mapping[sympy.Symbol, int], kwargs: dict[str, Any]) -> Whole | None:
+    def _whole(self, gm: fx.GraphModule, example_inputs: Sequence[Any], sizes: Mapping[sympy.Symbol, int], kwargs: dict[str, Any]) -> WholeBatchBackward | None:
         """The backward pass for batches of the size at hand with all rows kept, as it is without a symbol; None where some size is not known yet."""
-        fixed = pinned(gm, example_inputs, sizes)
-        return Whole(self.inner(*fixed, is_backward=True, **kwargs), sizes) if fixed is not None else None
+        fixed = specialize_sizes(gm, example_inputs, sizes)
+        return WholeBatchBackward(self.inner(*fixed, is_backward=True, **kwargs), sizes) if fixed is not None else None
 
-    def _note(self, found: Outlook, products: Mapping[str, int], graph: fx.Graph, exact: str | None) -> None:
+    def _note(self, found: CoverageEstimate, products: Mapping[str, int], graph: fx.Graph, exact: str | None) -> None:
         rows = next((_torch.hint(s) for n in graph.nodes if n.op == "placeholder" for s in _sizes(n) if _torch.size_expr(s) == self.batch), 0)
         for i, asked in enumerate(self.levels, 1):
             mine = tuple(name for name, level in products.items() if level == i)
@@ -161,8 +172,8 @@ class RowCompiler:
             self.cuts.append(RowCut(asked.method, asked.ratio, rows, decision, reason, found.flops_all, found.flops_on_rows, mine, i, bool(exact or stops)))
 
     def _stages(
-        self, found: Split, gm: fx.GraphModule, given: Mapping[str, Any], dense: Mapping[str, Tensor], kwargs: dict[str, Any]
-    ) -> tuple[list[Any], Split]:
+        self, found: Partition, gm: fx.GraphModule, given: Mapping[str, Any], dense: Mapping[str, Tensor], kwargs: dict[str, Any]
+    ) -> tuple[list[Any], Partition]:
         """The stages compiled, and what that has settled about them. `given`: the inputs, which may have other strides than the graph says; `dense`:
         those that stages on rows get as tensors of their own."""
         donated = _torch.donated_placeholders(gm)
@@ -207,7 +218,7 @@ def _sparing(compiled: Callable[[list[Any]], Any], names: Sequence[str], donated
     def run(args: list[Any]) -> Any:
         if _torch.graph_is_kept():
             for i in indices:
-                args[i] = copied(args[i])
+                args[i] = copy_keeping_strides(args[i])
         return compiled(args)
 
     return _boxed(run)
@@ -249,13 +260,13 @@ def _why_fixed(batch: Any, sizes: Mapping[sympy.Symbol, int], guards: Sequence[A
     return None if larger or not broken else f"its code assumes {broken[0]} of the batch's size {batch}"  # a larger batch may have rows to leave out
 
 
-def _resolved(found: Split, settled: Callable[[Any], Any]) -> Split:
+def _resolved(found: Partition, settled: Callable[[Any], Any]) -> Partition:
     """With what compiling the stages has found out about symbols: an image's size, say, that a convolution's code is for alone."""
 
     def layout(rows: SampleLayout | None) -> SampleLayout | None:
         return rows if rows is None or rows.uniform else replace(rows, outer=settled(rows.outer), inner=settled(rows.inner))
 
-    def entry(e: Entry) -> Entry:
+    def entry(e: StageInput) -> StageInput:
         number = None if e.number is None else settled(e.number)
         return replace(e, layout=layout(e.layout), size=tuple(map(settled, e.size)), stride=tuple(map(settled, e.stride)), number=number)
 
@@ -264,10 +275,10 @@ def _resolved(found: Split, settled: Callable[[Any], Any]) -> Split:
     return replace(found, batch=settled(found.batch), stages=stages, results=results)
 
 
-def _restrided(found: Split, given: Mapping[str, Any], dense: Mapping[str, Tensor]) -> Split:
+def _restrided(found: Partition, given: Mapping[str, Any], dense: Mapping[str, Tensor]) -> Partition:
     """Entries with the strides that the forward pass really gives its saved tensors, or that they have as tensors of their own."""
 
-    def of(e: Entry, here: Mapping[str, Any]) -> Entry:
+    def of(e: StageInput, here: Mapping[str, Any]) -> StageInput:
         value = here.get(e.name)
         if e.source != SAVED or not isinstance(value, Tensor):
             return e
@@ -281,7 +292,7 @@ def _here(stage: Stage, given: Mapping[str, Any], dense: Mapping[str, Tensor]) -
     return dict(given) if stage.level == ALL else {**given, **{e.name: dense[e.name] for e in stage.entries if e.layout is not None and e.name in dense}}
 
 
-def _dense(found: Split, given: Mapping[str, Any]) -> dict[str, Tensor]:
+def _dense(found: Partition, given: Mapping[str, Any]) -> dict[str, Tensor]:
     """The saved tensors whose rows can't be laid out as the tensor is: rows that overlap, or share one memory but not their weights."""
     new = {}
     for e in (e for s in found.stages if s.level != ALL for e in s.entries):
@@ -289,6 +300,6 @@ def _dense(found: Split, given: Mapping[str, Any]) -> dict[str, Tensor]:
         if e.source != SAVED or e.layout is None or not isinstance(value, Tensor):
             continue
         size, stride = [_torch.hint(s) for s in value.shape], [_torch.hint(s) for s in value.stride()]
-        if overlap(size, stride) or (e.gradient and stride[e.layout.dim] == 0):
+        if may_overlap(size, stride) or (e.gradient and stride[e.layout.dim] == 0):
             new[e.name] = _torch.fake_contiguous(value)
     return new

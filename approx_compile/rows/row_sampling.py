@@ -16,14 +16,14 @@ _BEYOND = 1e200
 """What an inf or NaN norm counts as: such rows are kept first."""
 
 
-def choose(method: str, norms_sq: Tensor, k: int, random: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
+def choose_rows(method: str, norms_sq: Tensor, k: int, random: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
     """Squared norms (B,) -> indices (k,) int64, sorted and distinct, and their weights (k,) or None (topk keeps rows as they are).
 
-    `bernoulli` is here the fixed-size scheme of `systematic`. Rows whose norm is inf or NaN are kept first, with weight 1.
+    `bernoulli` is here the fixed-size scheme of `systematic_sample`. Rows whose norm is inf or NaN are kept first, with weight 1.
     `random`: what is drawn from in place of torch's own stream.
     """
     if method == "bernoulli":
-        idx, p = systematic(inclusion(norms_sq, k), k, random)
+        idx, p = systematic_sample(inclusion_probabilities(norms_sq, k), k, random)
         return idx, p.reciprocal().to(norms_sq.dtype)
     how = Estimator(method, norms_sq.shape[0], k)
     return select(how, norms_sq, torch.ones_like(norms_sq), random)
@@ -33,7 +33,7 @@ def _norms(norms_sq: Tensor) -> Tensor:
     return norms_sq.detach().to(torch.float64).sqrt().nan_to_num_(nan=_BEYOND, posinf=_BEYOND)
 
 
-def inclusion(norms_sq: Tensor, k: int) -> Tensor:
+def inclusion_probabilities(norms_sq: Tensor, k: int) -> Tensor:
     """p_i = min(1, c g_i), fp64 (B,), with c such that sum p = k. Where fewer than k rows have a gradient, those have p = 1 and the sum is less.
 
     If the n smallest rows are the uncertain ones, c = (k - (B - n)) / (g_1 + .. + g_n); the n at which that fits is the solution.
@@ -54,7 +54,7 @@ def _first_fit(c: Tensor, ascending: Tensor) -> Tensor:
     return torch.where(fits, c, torch.inf).amin()
 
 
-def systematic(p: Tensor, k: int, random: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+def systematic_sample(p: Tensor, k: int, random: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """k distinct rows, row i among them with probability p_i (sum p = k): indices (k,), sorted, and their p.
 
     The rows are laid end to end in random order, row i with length p_i, and cut at u, u + 1, .., u + k - 1 with u uniform in [0, 1): every row is
@@ -77,7 +77,7 @@ def _spare(p: Tensor, k: int) -> Tensor:
     return (empty & (empty.cumsum(0) <= k - p.sum())).to(p.dtype)
 
 
-def needed(norms_sq: Tensor, tau: float) -> Tensor:
+def needed_share(norms_sq: Tensor, tau: float) -> Tensor:
     """The smallest expected share of rows, a scalar in (0, 1], at which sum (1 - p) / p g^2 <= tau sum g^2 with p = min(1, c g).
 
     With the n smallest norms uncertain the left side is G1 / c - G2, where G1 = sum g and G2 = sum g^2 over those: c = G1 / (tau S + G2), for the n

@@ -22,7 +22,7 @@ import typer
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from approx_compile.rows.row_sampling import needed
+from approx_compile.rows.row_sampling import needed_share
 from benchmarks.accuracy.accuracy import WORKS
 from benchmarks.accuracy.study import load, loss
 from benchmarks.common.rows import conditions, show, store
@@ -65,8 +65,8 @@ def smallest(score: Tensor, own: Tensor, bound: float) -> float:
 
 
 def rule_probabilities(g: Tensor, tau: float) -> Tensor:
-    """p of the rule: min(1, c g) with the mean that `needed` asks for."""
-    share, low, high = needed(g.square(), tau).item(), 1e-12, 1e18
+    """p of the rule: min(1, c g) with the mean that `needed_share` asks for."""
+    share, low, high = needed_share(g.square(), tau).item(), 1e-12, 1e18
     for _ in range(200):
         c = (low * high) ** 0.5
         low, high = (low, c) if (c * g).clamp(max=1).mean() >= share else (c, high)

@@ -359,7 +359,7 @@ def test_the_batch_is_that_of_the_outputs(model: type[nn.Module], inputs: Any, i
         assert k == 24
         return torch.arange(start[0], 48, 2), torch.full((24,), 2.0)
 
-    monkeypatch.setattr(row_backward, "choose", halves)
+    monkeypatch.setattr(row_backward, "choose_rows", halves)
     made, given, plans = model(), inputs(), Plans()
     f = torch.compile(made, backend=Backend({"policy": "always", "grad": {"axis": "rows", "ratio": 0.5}}, inner_compile=inner, on_plan=plans))
     found = []
@@ -416,7 +416,7 @@ def test_what_is_declined_at_once_would_be_declined(name: str, monkeypatch: pyte
     monkeypatch.setattr(_torch, "ask_for_symbol", lambda *a: (asked.append(a), ask(*a)))
     for at_once in (True, False):
         if not at_once:
-            monkeypatch.setattr(early_decline, "why_not", lambda *a: None)
+            monkeypatch.setattr(early_decline, "early_rejection", lambda *a: None)
         torch._dynamo.reset()
         plans = Plans()
         torch.compile(make(), backend=Backend(None, inner_compile=run_as_is, on_plan=plans))(x).sum().backward()

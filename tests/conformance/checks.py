@@ -95,13 +95,13 @@ class NotChecked(Exception):
 
 
 class Chosen:
-    """In place of `choose`: what it chose, or rows that are given to it."""
+    """In place of `choose_rows`: what it chose, or rows that are given to it."""
 
     def __init__(self) -> None:
-        self.plain = row_backward.choose
+        self.plain = row_backward.choose_rows
         self.found: list[tuple[Tensor, Tensor | None, int]] = []
         self.given: Tensor | None = None
-        row_backward.choose = self
+        row_backward.choose_rows = self
 
     def __call__(self, method: str, norms_sq: Tensor, k: int, random: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
         if self.given is None:
@@ -184,7 +184,7 @@ def sampled(entry: Model, dtype: torch.dtype) -> dict[str, Any]:
             )
         return found
     finally:
-        row_backward.choose = chosen.plain
+        row_backward.choose_rows = chosen.plain
 
 
 def attempted(check: Callable[[], Any]) -> Any:

@@ -118,19 +118,19 @@ def frontier(graph: fx.Graph, work: Any) -> Iterator[str]:
         if n not in known.blocked or work.stage.get(n) != work.post:
             continue
         if any(work.stage.get(a) == work.post for a in n.all_input_nodes):
-            if not any(a in known.lost for a in n.all_input_nodes):
+            if not any(a in known.unlocated for a in n.all_input_nodes):
                 behind[f"{n.target} [{line_of(n)}]: {known.blocked[n]}"] += 1
             continue
         yield f"{described(n)}: {known.blocked[n]}"
         for a in n.all_input_nodes:
-            if a in known.lost:
-                root = lost_root(a, known)
+            if a in known.unlocated:
+                root = unlocated_root(a, known)
                 yield f"    because of {described(root)}: {known.blocked.get(root, 'saved in an order that is not known')}"
     yield from (f"    behind it, {count}x {what}" for what, count in behind.most_common(8))
 
 
-def lost_root(n: fx.Node, known: Any) -> fx.Node:
-    while (before := next((a for a in n.all_input_nodes if a in known.lost), None)) is not None:
+def unlocated_root(n: fx.Node, known: Any) -> fx.Node:
+    while (before := next((a for a in n.all_input_nodes if a in known.unlocated), None)) is not None:
         n = before
     return n
 

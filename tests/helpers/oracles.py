@@ -27,12 +27,12 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 class ChosenRows:
-    """Stands in for `row_backward.choose`: calls it and records the indices and weights that it returned."""
+    """Stands in for `row_backward.choose_rows`: calls it and records the indices and weights that it returned."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.choices: list[tuple[Tensor, Tensor | None]] = []
-        self.original = row_backward.choose
-        monkeypatch.setattr(row_backward, "choose", self)
+        self.original = row_backward.choose_rows
+        monkeypatch.setattr(row_backward, "choose_rows", self)
 
     def __call__(self, method: str, norms_sq: Tensor, k: int, random: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
         idx, weight = self.original(method, norms_sq, k, random)

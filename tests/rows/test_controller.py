@@ -18,7 +18,7 @@ from approx_compile import Backend
 from approx_compile.backend import run_as_is
 from approx_compile.config.schema import LADDER, AdaptiveTable
 from approx_compile.rows import controller
-from approx_compile.rows.controller import WATCH, RowControl, controls
+from approx_compile.rows.controller import OBSERVE_EVERY, RowControl, controls
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_work_counts")
 
@@ -39,14 +39,14 @@ def steps(c: RowControl, norms_sq: Tensor, count: int) -> list[float]:
 
 def test_a_control_starts_exact_relaxes_and_goes_back() -> None:
     c = RowControl(AdaptiveTable(), "cut")
-    assert steps(c, heavy(1000, 0.2), WATCH + 1)[0] == 1
-    found = steps(c, heavy(1000, 0.2), 60 * WATCH)
+    assert steps(c, heavy(1000, 0.2), OBSERVE_EVERY + 1)[0] == 1
+    found = steps(c, heavy(1000, 0.2), 60 * OBSERVE_EVERY)
     assert found[-1] == 0.25 and sorted(found, reverse=True) == found
     assert c.measured == pytest.approx(0.2, abs=0.03)
-    back = steps(c, torch.ones(1000), 60 * WATCH)
+    back = steps(c, torch.ones(1000), 60 * OBSERVE_EVERY)
     assert back[-1] == 1 and sorted(back) == back
     assert c.changes[0] == (0, 1.0) and set(r for _, r in c.changes) <= set(LADDER)
-    assert c.kept == pytest.approx(sum([1.0] * (WATCH + 1) + found + back) / (WATCH + 1 + len(found) + len(back)), abs=1e-9)
+    assert c.kept == pytest.approx(sum([1.0] * (OBSERVE_EVERY + 1) + found + back) / (OBSERVE_EVERY + 1 + len(found) + len(back)), abs=1e-9)
 
 
 def test_a_number_is_used_in_the_step_after_it_was_made() -> None:
@@ -166,5 +166,5 @@ def test_history_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(controller, "HISTORY", 4)
     c = RowControl(AdaptiveTable(), "cut")
     for i in range(20):
-        steps(c, heavy(1000, 0.05 if i % 2 else 1.0), 30 * WATCH)
+        steps(c, heavy(1000, 0.05 if i % 2 else 1.0), 30 * OBSERVE_EVERY)
     assert len(c.changes) <= max(4, controller.HISTORY) or c.changes.maxlen is not None

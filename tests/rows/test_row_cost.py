@@ -18,7 +18,7 @@ from approx_compile.backend import run_as_is
 from approx_compile.config.resolve import RowSettings
 from approx_compile.machine import Machine, calibration, store
 from approx_compile.rows import early_decline, row_cost
-from approx_compile.rows.row_cost import Moved, Prediction, RowWork, Timed, predict
+from approx_compile.rows.row_cost import Prediction, ProductWork, RowTraffic, RowWork, predict
 
 HALF = [RowSettings("bernoulli", 0.5, 2, False)]
 ADAPTIVE = [RowSettings("bernoulli", None, 2, False)]
@@ -29,22 +29,22 @@ def stored() -> Machine:
     return machine.current()
 
 
-def products(batch: int, inner: int, columns: int) -> tuple[Timed, Timed]:
+def products(batch: int, inner: int, columns: int) -> tuple[ProductWork, ProductWork]:
     """Both gradients of a linear layer."""
     sizes, flops = (float(batch), float(inner), float(columns)), 2 * batch * inner * columns
-    return tuple(Timed(1, flops, torch.float32, f"linear.{name}", sizes, (True, False, False)) for name in ("grad_input", "grad_weight"))  # type: ignore[return-value]
+    return tuple(ProductWork(1, flops, torch.float32, f"linear.{name}", sizes, (True, False, False)) for name in ("grad_input", "grad_weight"))  # type: ignore[return-value]
 
 
 def layers(batch: int, width: int, count: int) -> RowWork:
-    row = Moved(1, batch * width * 4, width, torch.float32)
+    row = RowTraffic(1, batch * width * 4, width, torch.float32)
     return RowWork(batch, products(batch, width, width) * count, (row,), (row,) * (count + 1), ())
 
 
 def seen(monkeypatch: pytest.MonkeyPatch, model: nn.Module, options: dict[str, Any], *inputs: Tensor, **kwargs: Any) -> list[RowWork]:
     """What a model's joint graph and the split of its backward graph say that rows would have to do."""
-    monkeypatch.setattr(early_decline, "why_not", lambda *args: None)  # Dynamo's graph tells enough of a small model
+    monkeypatch.setattr(early_decline, "early_rejection", lambda *args: None)  # Dynamo's graph tells enough of a small model
     found: list[RowWork] = []
-    monkeypatch.setattr(row_cost, "why_not", lambda work, *rest: found.append(work))
+    monkeypatch.setattr(row_cost, "rejection_reason", lambda work, *rest: found.append(work))
     torch.compile(model, backend=Backend(options, inner_compile=run_as_is, **kwargs))(*inputs).sum().backward()
     return found
 
@@ -93,7 +93,7 @@ def test_a_quick_measurement_is_trusted_less() -> None:
 
 def test_without_a_profile_flops_decide() -> None:
     def reason(work: RowWork, device: str) -> str | None:
-        return row_cost.why_not(work, HALF, None, device)
+        return row_cost.rejection_reason(work, HALF, None, device)
 
     large, small = layers(256, 512, 3), layers(128, 64, 1)
     assert reason(large, "cpu") is None
@@ -158,9 +158,9 @@ def test_convolutions_and_attention_have_rates(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_split_that_has_more_to_gather_is_declined(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second look, at what the partitioner has really saved."""
-    monkeypatch.setattr(early_decline, "why_not", lambda *args: None)
+    monkeypatch.setattr(early_decline, "early_rejection", lambda *args: None)
     model, x, answers = mlp(20, 32, 4), torch.randn(24, 20), iter([None, "too much to gather"])
-    monkeypatch.setattr(row_cost, "why_not", lambda *args: next(answers))
+    monkeypatch.setattr(row_cost, "rejection_reason", lambda *args: next(answers))
     plans = Plans()
     f = torch.compile(model, backend=Backend({"grad": {"axis": "rows", "ratio": 0.5}, "policy": "cost"}, inner_compile=run_as_is, on_plan=plans))
     f(x).sum().backward()

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from approx_compile.rows.batch_dim import SampleLayout
 from approx_compile.rows.controller import Draws
-from approx_compile.rows.gather_rows import copied, gathered, overlap, row_norms_sq, scattered, strided
-from approx_compile.rows.row_sampling import choose, inclusion, needed, systematic
+from approx_compile.rows.gather_rows import copy_keeping_strides, may_overlap, put_rows, row_norms_sq, take_rows, with_strides
+from approx_compile.rows.row_sampling import choose_rows, inclusion_probabilities, needed_share, systematic_sample
 
 NORMS = {
     "even": torch.ones(40),
@@ -28,7 +28,7 @@ NORMS = {
 @pytest.mark.parametrize("name", NORMS)
 def test_inclusion_is_water_filled(name: str, k: int) -> None:
     g = NORMS[name]
-    p = inclusion(g.square(), k)
+    p = inclusion_probabilities(g.square(), k)
     live = int((g > 0).sum())
     assert p.sum().item() == pytest.approx(min(k, live), rel=1e-9)
     assert ((p >= 0) & (p <= 1)).all()
@@ -43,10 +43,10 @@ def test_inclusion_is_water_filled(name: str, k: int) -> None:
 def test_systematic_hits_every_row_with_its_probability(name: str) -> None:
     torch.manual_seed(0)
     k, draws = 10, 4000
-    p = inclusion(NORMS[name].square(), k)
+    p = inclusion_probabilities(NORMS[name].square(), k)
     hits = torch.zeros(40, dtype=torch.float64)
     for _ in range(draws):
-        idx, at = systematic(p, k)
+        idx, at = systematic_sample(p, k)
         assert len(idx.unique()) == k and (idx == idx.sort().values).all() and torch.allclose(at[p[idx] > 0], p[idx][p[idx] > 0])
         hits[idx] += 1
     live = p > 0
@@ -57,10 +57,10 @@ def test_systematic_hits_every_row_with_its_probability(name: str) -> None:
 def test_draws_from_a_stream_of_their_own_hit_every_row_with_its_probability() -> None:
     """Every draw is seeded anew: each must have its probabilities, and say nothing of the next one."""
     draws, count, k = Draws("graph:draws"), 20000, 12
-    p = inclusion(NORMS["heavy"].square(), k)
+    p = inclusion_probabilities(NORMS["heavy"].square(), k)
     hit = torch.zeros(count, 40, dtype=torch.float64)
     for i in range(count):
-        hit[i, systematic(p, k, draws.random(torch.device("cpu")))[0]] = 1
+        hit[i, systematic_sample(p, k, draws.random(torch.device("cpu")))[0]] = 1
     uncertain = (p > 0) & (p < 1 - 1e-9)
     off = (hit - p)[:, uncertain] / (p * (1 - p)).sqrt()[uncertain]
     assert off.mean(0).abs().max() * count**0.5 < 4
@@ -74,7 +74,7 @@ def test_sums_over_rows_are_unbiased(method: str) -> None:
     norms_sq, draws = rows.square().sum(1), 8000
     sums = torch.empty(draws, 6)
     for i in range(draws):
-        idx, weight = choose(method, norms_sq, 12)
+        idx, weight = choose_rows(method, norms_sq, 12)
         assert weight is not None
         sums[i] = (rows[idx] * weight[:, None]).sum(0)
     z = (sums.mean(0) - rows.sum(0)) / (sums.std(0) / draws**0.5)
@@ -87,11 +87,11 @@ def test_the_variance_of_systematic_draws_is_that_of_its_scheme() -> None:
     rows = torch.randn(60, 50)
     rows *= (torch.rand(60, 1) ** 3) / rows.norm(dim=1, keepdim=True)
     norms_sq, k, draws = rows.square().sum(1), 20, 6000
-    p = inclusion(norms_sq, k)
+    p = inclusion_probabilities(norms_sq, k)
     independent = ((1 - p) / p * norms_sq).sum().item()
     found = 0.0
     for _ in range(draws):
-        idx, weight = choose("bernoulli", norms_sq, k)
+        idx, weight = choose_rows("bernoulli", norms_sq, k)
         assert weight is not None
         found += ((rows[idx] * weight[:, None]).sum(0) - rows.sum(0)).square().sum().item() / draws
     # Hartley and Rao 1962: pairs of uncertain rows are a little less likely together, by about (1 - p) of a row in k; random directions cancel it
@@ -99,7 +99,7 @@ def test_the_variance_of_systematic_draws_is_that_of_its_scheme() -> None:
 
 
 def test_topk_takes_the_largest_as_they_are() -> None:
-    idx, weight = choose("topk", torch.arange(10.0), 3)
+    idx, weight = choose_rows("topk", torch.arange(10.0), 3)
     assert weight is None and idx.tolist() == [7, 8, 9]
 
 
@@ -109,7 +109,7 @@ def test_nan_and_inf_rows_are_kept(method: str) -> None:
     norms_sq[7], norms_sq[21] = float("nan"), float("inf")
     for seed in range(20):
         torch.manual_seed(seed)
-        idx, weight = choose(method, norms_sq, 5)
+        idx, weight = choose_rows(method, norms_sq, 5)
         if method != "uniform":
             assert {7, 21} <= set(idx.tolist())
         assert weight is None or weight.isfinite().all()
@@ -125,12 +125,12 @@ def test_needed_is_the_smallest_share_under_tau(name: str, tau: float) -> None:
         p = (c * g).clamp(max=1)
         added = torch.where(p > 0, (1 - p) / p * g.square(), 0).sum()
         low, high = (low, c) if added <= tau * g.square().sum() else (c, high)
-    assert needed(NORMS[name].square(), tau).item() == pytest.approx((high * g).clamp(max=1).mean().item(), rel=1e-5)
+    assert needed_share(NORMS[name].square(), tau).item() == pytest.approx((high * g).clamp(max=1).mean().item(), rel=1e-5)
 
 
 def test_nothing_is_saved_where_nothing_is_known() -> None:
     for norms_sq in (torch.zeros(8), torch.tensor([1.0, float("nan")]), torch.tensor([1.0, float("inf")])):
-        assert needed(norms_sq, 0.1).item() == 1
+        assert needed_share(norms_sq, 0.1).item() == 1
 
 
 LAYOUTS: dict[str, tuple[tuple[int, ...], SampleLayout]] = {
@@ -156,10 +156,10 @@ def test_gather_norms_and_scatter(name: str) -> None:
         return rows.movedim(0, place.dim + 1).flatten(place.dim, place.dim + 2)
 
     want = together(parts[idx] * weight.view(-1, *[1] * (parts.dim() - 1)))
-    got = gathered(x, layout, idx, weight, list(want.shape), list(want.contiguous().stride()))
+    got = take_rows(x, layout, idx, weight, list(want.shape), list(want.contiguous().stride()))
     assert torch.equal(got, want) and got.is_contiguous()
     assert torch.allclose(row_norms_sq(x, layout, 6), parts.flatten(1).square().sum(1))
-    back = scattered(got, layout, idx, 6, list(shape)).unflatten(place.dim, split).movedim(place.dim + 1, 0)
+    back = put_rows(got, layout, idx, 6, list(shape)).unflatten(place.dim, split).movedim(place.dim + 1, 0)
     assert torch.equal(back[idx], want.unflatten(place.dim, (split[0], 3, split[2])).movedim(place.dim + 1, 0))
     assert (back[[1, 3, 4]] == 0).all()
 
@@ -168,7 +168,7 @@ def test_gather_keeps_channels_last_and_half_precision() -> None:
     one = sympy.Integer(1)
     x = torch.randn(6, 3, 4, 4, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
     idx, weight = torch.tensor([1, 4]), torch.tensor([1.5, 2.0])
-    got = gathered(x, SampleLayout(0, one, one), idx, weight, [2, 3, 4, 4], [48, 1, 12, 3])
+    got = take_rows(x, SampleLayout(0, one, one), idx, weight, [2, 3, 4, 4], [48, 1, 12, 3])
     assert got.stride() == (48, 1, 12, 3)
     assert torch.equal(got, (x[idx] * weight.view(-1, 1, 1, 1)).to(torch.bfloat16))
 
@@ -213,11 +213,11 @@ def test_rows_of_any_layout_are_those_of_plain_indexing() -> None:
         for d in at:
             stride[d] = 0 if x.stride(d) == 0 else step
             step *= max(small[d], 1)
-        got = gathered(x, layout, idx, weight, list(want.shape), stride)
+        got = take_rows(x, layout, idx, weight, list(want.shape), stride)
         expanded += any(n > 1 and t == 0 for n, t in zip(got.shape, got.stride(), strict=True))
         assert torch.equal(got, want)
         assert all(a == b for a, b, n in zip(got.stride(), stride, got.shape, strict=True) if n > 1)
-        back = scattered(got, layout, idx, 6, list(x.shape)).unflatten(dim, (outer, 6, inner))
+        back = put_rows(got, layout, idx, 6, list(x.shape)).unflatten(dim, (outer, 6, inner))
         assert back.is_contiguous() and torch.equal(back.index_select(dim + 1, idx), want.unflatten(dim, (outer, len(idx), inner)))
         rest = [i for i in range(6) if i not in idx.tolist()]
         assert not back.index_select(dim + 1, torch.tensor(rest)).any()
@@ -233,15 +233,17 @@ def test_what_overlaps_is_known() -> None:
         free = [d for d in range(3) if stride[d]]
         places = [sum(i * stride[d] for i, d in zip(at, free, strict=True)) for at in itertools.product(*[range(size[d]) for d in free])]
         shares = len(set(places)) < len(places)
-        assert overlap(size, stride) or not shares
-        found.add((overlap(size, stride), shares))
+        assert may_overlap(size, stride) or not shares
+        found.add((may_overlap(size, stride), shares))
     assert found >= {(True, True), (False, False)}
-    assert not overlap([4, 3, 5], [15, 5, 1]) and not overlap([5, 3, 4], [1, 5, 15]) and overlap([4, 3], [1, 1])
+    assert not may_overlap([4, 3, 5], [15, 5, 1]) and not may_overlap([5, 3, 4], [1, 5, 15]) and may_overlap([4, 3], [1, 1])
 
 
 def test_copies_keep_strides() -> None:
     for x in (torch.randn(4, 3).t(), torch.randn(4, 1).expand(4, 3), torch.randn(1, 3).expand(4, 3), torch.randn(9).unfold(0, 3, 1), torch.randn(0, 3)):
-        new = copied(x)
+        new = copy_keeping_strides(x)
         assert torch.equal(new, x) and new.stride() == x.stride() and (not x.numel() or new.data_ptr() != x.data_ptr())
     x = torch.randn(4, 3)
-    assert strided(x, [3, 1]) is x and strided(x, None) is x and strided(x, [1, 4]).stride() == (1, 4) and torch.equal(strided(x, [1, 4]), x)
+    assert (
+        with_strides(x, [3, 1]) is x and with_strides(x, None) is x and with_strides(x, [1, 4]).stride() == (1, 4) and torch.equal(with_strides(x, [1, 4]), x)
+    )

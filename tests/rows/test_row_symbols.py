@@ -89,7 +89,7 @@ def test_lengths_change_and_caches_are_met(name: str, monkeypatch: pytest.Monkey
         assert k == 16
         return torch.arange(start[0], 32, 2), torch.full((16,), 2.0)
 
-    monkeypatch.setattr(row_backward, "choose", halves)
+    monkeypatch.setattr(row_backward, "choose_rows", halves)
     for options in (ADAPTIVE, EVEN):
         for _ in range(2):
             torch._dynamo.reset()

@@ -19,9 +19,9 @@ from torch import Tensor, fx, nn
 from approx_compile import Backend, _torch
 from approx_compile.backend import run_as_is
 from approx_compile.rows import row_compiler
-from approx_compile.rows.controller import WATCH, controls
-from approx_compile.rows.row_backward import RowBackward, Whole
-from approx_compile.rows.specialize import pinned
+from approx_compile.rows.controller import OBSERVE_EVERY, controls
+from approx_compile.rows.row_backward import RowBackward, WholeBatchBackward
+from approx_compile.rows.specialize import specialize_sizes
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_work_counts")
 
@@ -39,13 +39,13 @@ class Passes:
 
         def noted(this: Any, *args: Any) -> None:
             given, own, rest = args[:7], args[7], args[8:]
-            assert own is None or isinstance(own, Whole)
+            assert own is None or isinstance(own, WholeBatchBackward)
 
             def call(inputs: list[Any]) -> list[Any]:
                 self.found.append("whole")
                 return own.call(inputs)
 
-            whole(this, *given, Whole(call, own.sizes) if own is not None else None, *rest)
+            whole(this, *given, WholeBatchBackward(call, own.sizes) if own is not None else None, *rest)
 
         monkeypatch.setattr(RowBackward, "run", counted)
         monkeypatch.setattr(RowBackward, "__init__", noted)
@@ -60,7 +60,7 @@ def test_nothing_is_left_symbolic_and_gradients_are_exact(name: str, monkeypatch
     made: list[fx.GraphModule] = []
 
     def noted(*args: Any) -> Any:
-        found = pinned(*args)
+        found = specialize_sizes(*args)
         assert found is not None
         made.append(found[0])
         assert not any(isinstance(v, torch.SymInt) for v in found[1])
@@ -114,7 +114,7 @@ def test_another_batch_or_fewer_rows_run_with_the_symbol(monkeypatch: pytest.Mon
     assert passes.found == ["whole", [40], "whole"]
     few = torch.zeros(64, 1)
     few[:8] = 1
-    for _ in range(40 * WATCH):
+    for _ in range(40 * OBSERVE_EVERY):
         (few * f(torch.randn(64, 20))).sum().backward()
     assert passes.found[3] == "whole" and passes.found[-1][0] < 64
 
@@ -132,12 +132,12 @@ def test_the_norms_are_watched_as_often_and_the_same(monkeypatch: pytest.MonkeyP
                 patch.setattr(row_compiler.RowCompiler, "_whole", lambda self, *args: None)
             f = compiled(model, {"policy": "adaptive", "adaptive": {"tau": 1e-9}})
             torch.manual_seed(1)
-            for _ in range(3 * WATCH):
+            for _ in range(3 * OBSERVE_EVERY):
                 (f(torch.randn(64, 20)) * torch.rand(64, 1) ** 2).sum().backward()
-        assert passes.found == [[64] if without else "whole"] * (3 * WATCH)
+        assert passes.found == [[64] if without else "whole"] * (3 * OBSERVE_EVERY)
         (control,) = controls(model).values()
         found.append(control.state_dict())
-    assert found[0] == found[1] and found[0]["step"] == 3 * WATCH
+    assert found[0] == found[1] and found[0]["step"] == 3 * OBSERVE_EVERY
 
 
 def test_a_cut_further_down_is_watched_in_stages(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,10 +145,10 @@ def test_a_cut_further_down_is_watched_in_stages(monkeypatch: pytest.MonkeyPatch
     passes = Passes(monkeypatch)
     model, x = mlp(20, 32, 32, 5), torch.randn(64, 20)
     f = compiled(model, ADAPTIVE | {"adaptive": {"tau": 1e-9}, "rules": [{"layers": "0", "grad": {"axis": "rows", "method": "topk"}}]})
-    for _ in range(2 * WATCH):
+    for _ in range(2 * OBSERVE_EVERY):
         f(x).square().sum().backward()
     assert len(controls(model)) == 2
-    assert passes.found == [[64, 64], *["whole"] * (WATCH - 1)] * 2
+    assert passes.found == [[64, 64], *["whole"] * (OBSERVE_EVERY - 1)] * 2
 
 
 def test_a_fixed_ratio_compiles_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +161,7 @@ def test_a_fixed_ratio_compiles_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_cannot_be_pinned_is_left(make_graph: Callable[[], tuple[fx.GraphModule, list[Any]]]) -> None:
     gm, inputs = make_graph()
-    assert pinned(gm, inputs, {}) is None
+    assert specialize_sizes(gm, inputs, {}) is None
 
 
 @pytest.fixture
@@ -181,7 +181,7 @@ def make_graph() -> Callable[[], tuple[fx.GraphModule, list[Any]]]:
 def test_offsets_and_strides_are_kept(make_graph: Callable[[], tuple[fx.GraphModule, list[Any]]]) -> None:
     gm, (x,) = make_graph()
     sizes = {s: n for s, n in zip((_torch.size_expr(d) for d in x.shape), (4, 6), strict=True) if s.is_Symbol}
-    found = pinned(gm, [x], sizes)
+    found = specialize_sizes(gm, [x], sizes)
     assert found is not None
     new, (fixed,) = found
     assert (fixed.shape, fixed.stride(), fixed.storage_offset()) == ((4, 6), (6, 1), 0) and type(fixed) is type(x)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from approx_compile import _torch
 from approx_compile.config.schema import AdaptiveTable
 from approx_compile.rows.controller import OutputControl, control_for
-from approx_compile.rows.gather_rows import copied
+from approx_compile.rows.gather_rows import copy_keeping_strides
 from approx_compile.rows.row_backward import all_rows
 from approx_compile.utils import warn_once
 
@@ -73,7 +73,7 @@ class _CallSnapshot:
 
     def __init__(self, args: Sequence[Any]) -> None:
         # copies of all but parameters: the graph itself may write to buffers, and the user to inputs before the backward pass
-        self.args = [a if isinstance(a, nn.Parameter) or not isinstance(a, Tensor) else copied(a.detach()) for a in args]
+        self.args = [a if isinstance(a, nn.Parameter) or not isinstance(a, Tensor) else copy_keeping_strides(a.detach()) for a in args]
         self.needs = [isinstance(a, Tensor) and a.requires_grad for a in args]
         self.random = _random_state(args)
 
@@ -95,7 +95,9 @@ class _CallSnapshot:
         with torch.enable_grad(), all_rows(), _random_state_set(self.random):
             leaves = [a.detach().requires_grad_(n) if isinstance(a, Tensor) else a for a, n in zip(self.args, self.needs, strict=True)]
             # the graph may write to what is no parameter, which autograd does not allow for a leaf that needs a gradient
-            out = call(*(v if isinstance(a, nn.Parameter) or not isinstance(v, Tensor) else copied(v) for a, v in zip(self.args, leaves, strict=True)))
+            out = call(
+                *(v if isinstance(a, nn.Parameter) or not isinstance(v, Tensor) else copy_keeping_strides(v) for a, v in zip(self.args, leaves, strict=True))
+            )
             outs = [o for o in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(o, Tensor) and o.requires_grad]
             pairs = [(o, g) for o, g in zip(outs, gradients, strict=True) if g is not None]
             wanted = [v for v, n in zip(leaves, self.needs, strict=True) if n]

@@ -1,0 +1,87 @@
+"""Batching rules of matrix products, convolutions, attention and linear algebra."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from approx_compile import _torch
+from approx_compile.passes.fx_utils import op_name
+from approx_compile.passes.rewrite.custom_ops import CUSTOM_MM, skip_conv_input, skip_matmul, skip_matmul_into
+from approx_compile.rows.batch_dim import BatchDimState, Blocked, SampleLayout, ValueLayout, holds_batch
+from approx_compile.rows.batching_rules.common import batch_first, broadcast_layout, common_layout
+
+
+def matmul(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
+    """Apply to (.., M, K) x (.., K, N), with or without a bias, and to this package's matmul kernels.
+
+    Samples in M or N stay there. Samples in K of both operands are summed. A leading batch dim pairs with that of the other operand.
+    """
+    left, right = n.args[:2] if n.target in CUSTOM_MM else n.args[-2:]
+    a, b = state.layout_of(left), state.layout_of(right)
+    if n.target is skip_matmul and ((a is not None and a.dim == 1) or (b is not None and b.dim == 0)):
+        raise Blocked("a kernel chooses among the rows")
+    rank = value.dim()
+    layout: SampleLayout | None
+    if a is not None and b is not None:
+        paired = rank == 3 and a.dim == 0 and b.dim == 0
+        if not paired and (a.dim, b.dim) != (rank - 1, rank - 2):
+            raise Blocked(f"{op_name(n)} multiplies rows with rows")
+        together = common_layout(a, b if paired else b.at_dim(a.dim))
+        layout = together if paired else None
+    elif a is not None:
+        if a.dim == rank - 1 or (rank == 3 and a.dim == 0):
+            raise Blocked(f"{op_name(n)} contracts the batch with something else")
+        layout = a
+    else:
+        assert b is not None or len(n.args) == 3
+        if b is not None and (b.dim == rank - 2 or (rank == 3 and b.dim == 0)):
+            raise Blocked(f"{op_name(n)} contracts the batch with something else")
+        layout = b
+    if n.target is skip_matmul_into and layout is not None and layout.dim == n.args[5]:
+        raise Blocked("a kernel chooses among the rows")
+    if len(n.args) == 3 and (bias := broadcast_layout(n.args[0], rank, state)) is not None:
+        if layout is None:
+            raise Blocked(f"{op_name(n)} adds rows to a sum over rows")
+        layout = common_layout(layout, bias)
+    return layout
+
+
+def convolution_backward(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
+    """Apply to the gradients of a convolution: that of the input keeps the samples, those of weight and bias are sums over them."""
+    dy, x, w = n.args[:3]
+    if state.layout_of(w) is not None:
+        raise Blocked("the convolution's weight depends on the sample")
+    layout = common_layout(state.layout_of(dy), state.layout_of(x))
+    if layout != SampleLayout(0):
+        raise Blocked(f"{op_name(n)}: the batch is not the first axis")
+    return (layout if value[0] is not None else None, None, None)
+
+
+def custom_convolution(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
+    """Apply to this package's kernels for a convolution's gradient in selected input channels: of x, from dY and W, or of W, from x and dY."""
+    layout = common_layout(*(state.layout_of(a) for a in n.args[:2]))
+    if layout != SampleLayout(0) or (n.target is skip_conv_input and state.layout_of(n.args[1]) is not None):
+        raise Blocked(f"{op_name(n)}: the batch is not the first axis")
+    return layout if n.target is skip_conv_input else None
+
+
+def attention(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
+    """Apply to scaled dot product attention and its gradient, without dropout: the mask would depend on a sample's position in the batch."""
+    schema = [a.name for a in n.target._schema.arguments]  # type: ignore[union-attr]
+    arguments = dict(zip(schema, n.args, strict=False)) | n.kwargs
+    if arguments.get("dropout_p", 0.0) != 0.0:
+        raise Blocked("attention with dropout draws its mask by position in the batch")
+    return batch_first(n, value, state)
+
+
+def linalg(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
+    """Apply to linear algebra on the matrices in the last two dims: one independent problem for each index of the dims before."""
+    tensors = [a for a in n.all_input_nodes if isinstance(a.meta.get("val"), torch.Tensor)]
+    leading = max(_torch.value(a).dim() for a in tensors) - 2
+    layout = common_layout(*(state.layout_of(a) for a in tensors))
+    if layout is None or layout.dim >= leading or any(state.layout_of(a) is None and _torch.value(a).dim() > 2 for a in tensors):
+        raise Blocked(f"{op_name(n)}: the batch is not among the axes before the matrices'")
+    return tuple(layout if holds_batch(v, state.batch) else None for v in value) if isinstance(value, tuple | list) else layout

@@ -1,0 +1,130 @@
+"""Batching rules of ops that rearrange the entries of one tensor: views, reshapes, permutations, expansions and as_strided."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from approx_compile import _torch
+from approx_compile.rows.batch_dim import (
+    BatchDimState,
+    Blocked,
+    SampleLayout,
+    StridedGeometry,
+    ValueLayout,
+    covers_same_memory,
+    geometry_of,
+    is_whole_number,
+    layout_from_stride,
+    numel_of,
+    sample_stride,
+    strided_geometry,
+)
+from approx_compile.rows.batching_rules.common import broadcast_layout
+
+aten = torch.ops.aten
+
+
+def view(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
+    """Apply to views and reshapes. The batch may be merged with other axes into one dim; `outer` and `inner` then follow from the sizes before and after."""
+    layout = state.layout_of(n.args[0])
+    if layout is None:
+        return None
+    old, new = _torch.value(n.args[0]).shape, value.shape
+    dims = [d for d, s in enumerate(new) if _torch.has_symbol(s, state.batch)]
+    if len(dims) != 1:
+        raise Blocked("a view splits the batch")
+    (dim,) = dims
+    if layout.uniform:
+        return _view_of_uniform(layout, old, new, dim)
+    before, after = numel_of(old[: layout.dim]) * layout.outer, numel_of(old[layout.dim + 1 :]) * layout.inner
+    outer, inner = sympy.cancel(before / numel_of(new[:dim])), sympy.cancel(after / numel_of(new[dim + 1 :]))
+    if not (is_whole_number(outer) and is_whole_number(inner)):
+        raise Blocked("a view mixes the batch with other axes")
+    if not (outer.is_Integer or inner.is_Integer):
+        raise Blocked("the batch is merged between two axes of dynamic size")
+    return SampleLayout(dim, outer, inner)
+
+
+def _view_of_uniform(layout: SampleLayout, old: Sequence[Any], new: Sequence[Any], dim: int) -> SampleLayout:
+    """The layout of a view of a tensor that is constant along `layout.dim`.
+
+    The new dim is constant, too, if no other old dim is merged into it. Along another dim the tensor may differ, and the position of the samples in the
+    merged dim would then be unknown.
+    """
+    splits = (numel_of(new[:dim]) / numel_of(old[: layout.dim]), numel_of(new[dim + 1 :]) / numel_of(old[layout.dim + 1 :]))
+    if not all(is_whole_number(sympy.cancel(e)) for e in splits):
+        raise Blocked("a view merges an axis that is the same for every sample with others")
+    return layout.at_dim(dim)
+
+
+def permute(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
+    """Apply to permute, transpose and t."""
+    layout = state.layout_of(n.args[0])
+    if layout is None:
+        return None
+    dims = list(range(value.dim()))
+    if n.target is aten.permute.default:
+        dims = [int(d) % len(dims) for d in n.args[1]]  # type: ignore[union-attr,arg-type]
+    else:
+        i: Any = n.args[1] if n.target is aten.transpose.int else 0
+        j: Any = n.args[2] if n.target is aten.transpose.int else len(dims) - 1
+        if dims:
+            dims[i], dims[j] = dims[j], dims[i]
+    return layout.at_dim(dims.index(layout.dim))
+
+
+def expand(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
+    """Apply to expand of a tensor that holds samples. (An expansion that makes the batch axis is handled by the analysis itself.)"""
+    return broadcast_layout(n.args[0], value.dim(), state)
+
+
+def unsqueeze(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
+    """Apply to unsqueeze: a dim of size 1 is inserted."""
+    layout = state.layout_of(n.args[0])
+    at = int(n.args[1]) % value.dim()  # type: ignore[arg-type]
+    return layout.at_dim(layout.dim + (at <= layout.dim)) if layout is not None else None
+
+
+def squeeze(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
+    """Apply to squeeze: given dims, or all of size 1, are removed."""
+    layout = state.layout_of(n.args[0])
+    rank = _torch.value(n.args[0]).dim()
+    dim = n.args[1] if len(n.args) > 1 else [d for d in range(rank) if _torch.value(n.args[0]).shape[d] == 1]
+    removed = {int(d) % rank for d in (dim if isinstance(dim, list | tuple) else [dim])}  # type: ignore[arg-type]
+    return layout.at_dim(layout.dim - sum(d < layout.dim for d in removed)) if layout is not None else None
+
+
+def as_strided(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
+    """Apply to as_strided that reads every entry of its tensor once, with other axes."""
+    layout, base, new = state.layout_of(n.args[0]), geometry_of(_torch.value(n.args[0])), strided_geometry(n, 1)
+    if layout is None or layout.uniform or not covers_same_memory(base, new):
+        raise Blocked("as_strided takes some entries of memory out")
+    return _layout_from_stride(new, sample_stride(base, layout), state)
+
+
+def as_strided_scatter(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
+    """Apply to as_strided_scatter that writes every entry of its tensor once, from a source with other axes."""
+    layout, base, new = state.layout_of(n.args[1]), geometry_of(_torch.value(n.args[0])), strided_geometry(n, 2)
+    if layout is None or layout.uniform or not covers_same_memory(base, new):
+        raise Blocked("as_strided_scatter writes to some entries of memory")
+    return _layout_from_stride(base, sample_stride(new, layout), state)
+
+
+def _layout_from_stride(geometry: StridedGeometry, step: Any, state: BatchDimState) -> SampleLayout:
+    layout = layout_from_stride(geometry, step, state.batch)
+    if layout is None:
+        raise Blocked("a view mixes the batch with other axes")
+    return layout
+
+
+def view_as_complex(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
+    """Apply to view_as_real and view_as_complex: the last dim, which holds real and imaginary part, is added or removed."""
+    layout = state.layout_of(n.args[0])
+    if layout is not None and layout.dim >= min(value.dim(), _torch.value(n.args[0]).dim()):
+        raise Blocked("real and imaginary parts along the batch")
+    return layout
