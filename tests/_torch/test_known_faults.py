@@ -39,12 +39,14 @@ def two_threads() -> Iterator[None]:
 # --- the table ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.name)
 def test_a_fault_shows_where_the_table_says(fault: Any) -> None:
     """If not, the range of versions is wrong: narrow or widen it."""
     assert fault.shows({}) == HAS[fault.name], f"{fault.name} on torch {torch.__version__}: the table says {fault.since} to {fault.until}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.name)
 def test_the_guard_avoids_it(fault: Any) -> None:
     assert not fault.shows(guarded({}))
@@ -113,6 +115,7 @@ def off(got: Any, want: Any) -> float:
     return max(relative(a, b) for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, NO_SORTING], ids=["", "not sorted for memory"])
 @pytest.mark.parametrize("write", WRITES, ids=lambda f: f.__name__)
 def test_what_is_written_in_place_is_read_after(write: Callable[..., Tensor], options: dict[str, Any], tensors: tuple[Tensor, ...]) -> None:
@@ -121,6 +124,7 @@ def test_what_is_written_in_place_is_read_after(write: Callable[..., Tensor], op
         assert off(torch.compile(f, backend="approx", options={"inductor": options})(*tensors), f(*tensors)) < 1e-6
 
 
+@pytest.mark.slow
 @faulty
 def test_without_the_guard_some_are_read_before(tensors: tuple[Tensor, ...]) -> None:
     """Neither sorting for memory nor its absence is right for all of them."""
@@ -133,6 +137,7 @@ def test_without_the_guard_some_are_read_before(tensors: tuple[Tensor, ...]) -> 
     assert wrong(overwritten, {}) and wrong(overwritten, NO_SORTING) and wrong(added_to_zeros, NO_SORTING)
 
 
+@pytest.mark.slow
 def test_symbolic_sizes(tensors: tuple[Tensor, ...]) -> None:
     f = reads(overwritten)
     run = torch.compile(f, backend="approx", options={"inductor": NO_SORTING}, dynamic=True)
@@ -167,6 +172,7 @@ def batch(size: int) -> tuple[Tensor, Tensor]:
     return torch.randn(size, 1, 12, 12), torch.randint(10, (size,))
 
 
+@pytest.mark.slow
 @faulty
 def test_plain_inductor_gets_them_wrong() -> None:
     """What the tests below would show without the guard; ours as the baseline of benchmarks does not."""
@@ -180,6 +186,7 @@ def test_plain_inductor_gets_them_wrong() -> None:
 CASES = [(two_convolutions, "relu", 8), (two_convolutions, "leaky", 64), (two_convolutions, "sigmoid", 8), (two_poolings, "leaky", 16)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "name", "size"), CASES)
 def test_gradients_are_eagers(make: Callable[..., nn.Module], name: str, size: int) -> None:
     model, (x, y) = make(ACTIVATIONS[name]), batch(size)
@@ -187,6 +194,7 @@ def test_gradients_are_eagers(make: Callable[..., nn.Module], name: str, size: i
     assert off(gradients(model, torch.compile(model, backend="approx", options=EXACT), x, y), want) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["relu", "leaky"])
 def test_disabled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("APPROX_COMPILE_DISABLE", "1")
@@ -195,6 +203,7 @@ def test_disabled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert off(gradients(model, torch.compile(model, backend="approx"), x, y), want) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_work_counts")
 @pytest.mark.parametrize("name", ["relu", "leaky"])
 def test_stages_of_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,6 +229,7 @@ def test_stages_of_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(guards) >= 2 and (not HAS["lost_order"] or all(FAULTS[0].guard.uuid() in g.uuid() for g in guards))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_work_counts")
 def test_adaptive_rows_that_keep_all() -> None:
     model, (x, y) = two_convolutions(nn.LeakyReLU), batch(32)
@@ -232,6 +242,7 @@ def test_adaptive_rows_that_keep_all() -> None:
 # --- the cache, the user's own pass, the warning ---
 
 
+@pytest.mark.slow
 @faulty
 def test_no_graph_of_an_unguarded_compilation_comes_from_the_cache(tensors: tuple[Tensor, ...]) -> None:
     f, keys = reads(overwritten), ("fxgraph_cache_hit", "fxgraph_cache_miss")
@@ -262,6 +273,7 @@ class Counts(CustomSchedulerPass):
         return "counts"
 
 
+@pytest.mark.slow
 @faulty
 @pytest.mark.parametrize("where", ["options", "torch's config"])
 @pytest.mark.parametrize("named", [True, False], ids=["with a uuid", "a function"])
@@ -288,6 +300,7 @@ def said(f: Callable[..., Any], *args: Any) -> list[str]:
     return [str(w.message) for w in found if issubclass(w.category, ApproxWarning)]
 
 
+@pytest.mark.slow
 @faulty
 def test_one_warning_where_a_graph_has_it(tensors: tuple[Tensor, ...]) -> None:
     assert said(lambda *given: overwritten(*given), *tensors) == []  # nothing reads what is written

@@ -34,6 +34,7 @@ def uncached(folder: Path) -> dict[str, Any]:
     return run(folder, list(CASES), TORCHINDUCTOR_FX_GRAPH_CACHE="0", TORCHINDUCTOR_AUTOGRAD_CACHE="0")[0]
 
 
+@pytest.mark.slow
 def test_settings_differ_where_no_cache_is_used(uncached: dict[str, Any]) -> None:
     for suffix in ("", "+checkpoint"):
         distinct = {tuple(uncached[name + suffix]["grads"]) for name in CASES}
@@ -41,6 +42,7 @@ def test_settings_differ_where_no_cache_is_used(uncached: dict[str, Any]) -> Non
     assert all(found["hits"] == 0 for found in uncached.values())
 
 
+@pytest.mark.slow
 def test_processes_that_share_a_cache(uncached: dict[str, Any], folder: Path) -> None:
     """The first process fills the cache with all settings, the second meets them in another order."""
     cold, _ = run(folder, list(CASES))
@@ -54,6 +56,7 @@ def test_processes_that_share_a_cache(uncached: dict[str, Any], folder: Path) ->
     assert "3 of 3 sites of Net are sampled" in notices
 
 
+@pytest.mark.slow
 def test_another_code_version_does_not_hit(uncached: dict[str, Any], folder: Path) -> None:
     names = ["half", "second"]
     run(folder, names)
@@ -62,6 +65,7 @@ def test_another_code_version_does_not_hit(uncached: dict[str, Any], folder: Pat
     assert all(other[name]["grads"] == uncached[name]["grads"] for name in other)
 
 
+@pytest.mark.slow
 def test_rows_that_share_a_cache(folder: Path) -> None:
     """Inductor's own cache serves the pieces of such graphs, in the process that filled it and in the next, and never another setting's."""
     want, _ = run(folder, list(ROWS), TORCHINDUCTOR_FX_GRAPH_CACHE="0", TORCHINDUCTOR_AUTOGRAD_CACHE="0")

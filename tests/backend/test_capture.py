@@ -205,6 +205,7 @@ class Known(nn.Module):
         return self.b(of_known_size(self.a(x.flatten(1)).relu()))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread", "small_work_counts")
 @pytest.mark.parametrize("fullgraph", [False, True])
 @pytest.mark.parametrize("make", [Grid, Known])
@@ -225,6 +226,7 @@ def test_what_fails_under_a_symbol_is_compiled_without(make: type[nn.Module], fu
     assert not any("dynamic" in name for t in (x, y) for name in vars(t)) and not symbol_requests.pending_requests
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_work_counts")
 def test_it_is_told_once(recwarn: pytest.WarningsRecorder) -> None:
     f = torch.compile(Grid(), backend=Backend(None, inner_compile=run_as_is))
@@ -271,6 +273,7 @@ def test_nested_tensors_are_exact(inner: Any) -> None:
 # --- nothing is left behind ---
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread", "small_work_counts")
 @pytest.mark.parametrize("make", [lambda: mlp(16, 64, 8), lambda: nn.Sequential(nn.Linear(16, 64), nn.BatchNorm1d(64), nn.ReLU()), Known])
 @pytest.mark.parametrize("inner", [run_as_is, None])
@@ -339,6 +342,7 @@ class Table(Masked):
         return self.h(self.f(self.e(ids)).mean(1) + mask.mean())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread", "small_work_counts")
 @pytest.mark.parametrize(
     ("model", "inputs"),
@@ -407,6 +411,7 @@ WORTH = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread", "small_work_counts")
 @pytest.mark.parametrize("name", list(WORTH))
 def test_what_is_declined_at_once_would_be_declined(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -447,6 +452,7 @@ class Doubled(torch.autograd.Function):
         return g * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unknown", [Doubled.apply, lambda x: of_known_size(x)])
 def test_unknown_costs_are_not_guessed(unknown: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []

@@ -45,6 +45,7 @@ def test_a_control_goes_rung_by_rung() -> None:
     assert control.candidates() == [0.7]
 
 
+@pytest.mark.slow
 def test_the_error_is_that_of_the_gradient() -> None:
     model, x = mlp(20, 64, 64, 4), torch.randn(32, 20)
     f = torch.compile(model, backend=Backend(options(error=1e-9), inner_compile=run_as_is))
@@ -70,6 +71,7 @@ def test_the_error_is_that_of_the_gradient() -> None:
         assert [c.ratio for c in controls(twin).values()] == [ratio]
 
 
+@pytest.mark.slow
 def test_outputs_follow_what_the_gradient_allows() -> None:
     model = mlp(20, 64, 64, 4)
     choices = Choices()
@@ -86,6 +88,7 @@ def test_outputs_follow_what_the_gradient_allows() -> None:
     assert "outputs" in str(approx_compile.decisions(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lowering", ["op by op", "inductor"])
 def test_measuring_disturbs_nothing(lowering: str) -> None:
     """Two runs, one of which never looks: parameters, BatchNorm's statistics, gradients and random numbers stay equal bit for bit."""
@@ -115,6 +118,7 @@ def test_measuring_disturbs_nothing(lowering: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(rarely, often, strict=True))
 
 
+@pytest.mark.slow
 def test_state_is_part_of_a_checkpoint() -> None:
     model = mlp(20, 64, 64, 4)
     f = torch.compile(model, backend=Backend(options(error=1e9, every=2), inner_compile=run_as_is))
@@ -157,6 +161,7 @@ def test_with_a_schedule() -> None:
     assert control.step == 8 and control.ratio == 0.25  # the last fifth is exact, with nothing to choose
 
 
+@pytest.mark.slow
 def test_rows_and_outputs_together(small_work_counts) -> None:
     model, x = mlp(20, 64, 64, 4), torch.randn(32, 20)
     plans = Plans()
@@ -175,6 +180,7 @@ def test_rows_and_outputs_together(small_work_counts) -> None:
     assert all(bool(g.isfinite().all()) for g in got) and relative(got[0], first[0]) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_checkpointed_block_runs_again_as_it_ran() -> None:
     model = mlp(20, 64, 64, 4)
     f = torch.compile(model, backend=Backend(options(error=1e9, every=1), inner_compile=run_as_is))
@@ -199,6 +205,7 @@ class Strided(Choices):
         return checked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lowering", ["op by op", "inductor"])
 def test_inputs_keep_their_strides_and_may_be_written_to(lowering: str) -> None:
     class Net(nn.Module):

@@ -56,6 +56,7 @@ def test_a_step_is_an_optimizer_step() -> None:
     assert counters["stats"]["unique_graphs"] == before + 1
 
 
+@pytest.mark.slow
 def test_nothing_recompiles_after_the_first_call() -> None:
     options = {"policy": "always", "ratio": 0.5, "rules": [{"steps": "2:4", "ratio": 0.25}, {"steps": "4:", "method": "exact"}]}
     w = Watched(options)
@@ -75,6 +76,7 @@ def test_nothing_recompiles_after_the_first_call() -> None:
     assert sizes == [16, 16, 16, 16, 0, 0]
 
 
+@pytest.mark.slow
 def test_three_phases_run_what_each_would_alone() -> None:
     options = {"policy": "always", "ratio": 0.5, "rules": [{"steps": "1:2", "ratio": 0.25, "layers": "linear[1]"}, {"steps": "2:", "method": "exact"}]}
     config = ApproxConfig(**options)
@@ -99,6 +101,7 @@ def test_inductor_runs_the_same_assignments() -> None:
         assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(got, grads(model), strict=True))
 
 
+@pytest.mark.slow
 def test_two_models_of_a_class_are_at_steps_of_their_own() -> None:
     one, two = Watched(EVERY_OTHER), Watched(EVERY_OTHER)
     one.kept()
@@ -215,6 +218,7 @@ def test_a_compiled_optimizer_counts() -> None:
     assert w.kept() == {"2": 16}
 
 
+@pytest.mark.slow
 def test_phases_by_name() -> None:
     rules = [{"phase": "coarse", "ratio": 0.25}, {"phase": ["exact", "frozen"], "method": "exact"}]
     w = Watched({"policy": "always", "ratio": 0.5, "min_k": 1, "rules": rules})
@@ -231,6 +235,7 @@ def test_phases_by_name() -> None:
         assert w.kept()["2"] == 32
 
 
+@pytest.mark.slow
 def test_the_end_of_a_run_of_known_length_is_exact() -> None:
     w = Watched({"policy": "always", "ratio": 0.5, "total_steps": 10})
     seen = [bool((w.kept(), w.step())[0]) for _ in range(12)]
@@ -255,6 +260,7 @@ def test_shares_of_the_run() -> None:
     assert [s for s in range(60) if config.at(s).rules] == [10, 15, 20]
 
 
+@pytest.mark.slow
 def test_rows_by_step(small_work_counts) -> None:
     plans = Plans()
     model = mlp(20, 64, 64, 4)
@@ -281,6 +287,7 @@ def test_rows_that_are_declined_in_every_assignment_leave_static_sizes() -> None
     assert any("is over before its rows would be chosen" in c.reason for p in plans for c in p.cuts)
 
 
+@pytest.mark.slow
 def test_a_resumed_schedule_is_the_uninterrupted_one() -> None:
     options = {"policy": "always", "method": "uniform", "ratio": 0.5, "rules": [{"steps": "1::3", "ratio": 0.25}, {"phase": "late", "method": "topk"}]}
 
@@ -338,6 +345,7 @@ def test_buckets_of_ddp(one_rank) -> None:
     assert len(plans) == 5  # four buckets, one of which knows the rule and has two assignments
 
 
+@pytest.mark.slow
 def test_evaluation_is_one_graph() -> None:
     plans = Plans()
     model = mlp(20, 64, 64, 4)
@@ -368,6 +376,7 @@ def test_explain_says_that_settings_change() -> None:
     assert [s.decision for s in later.sites] == ["exact", "sampled", "exact"] and later.assignments == 1
 
 
+@pytest.mark.slow
 def test_every_combination_that_ever_holds_is_known() -> None:
     rng = random.Random(0)
     for _ in range(200):

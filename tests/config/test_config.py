@@ -236,6 +236,7 @@ def test_the_policy_without_one_is_for_products_where_these_are_asked_for() -> N
     assert [r is not None and r.ratio for r in rows] == [None, 0.5]  # as many as needed; so many
 
 
+@pytest.mark.slow
 def test_rows_and_replaced_gradients_by_rule_leave_the_forward_pass_exact() -> None:
     model, x = mlp(64, 64, 64, 64), torch.randn(32, 64)
     for rule in ({"layers": "0", "grad_weight": "max"}, {"layers": "0", "grad": {"axis": "rows", "ratio": 0.25}}, {"layers": "4", "method": "exact"}):
@@ -330,6 +331,7 @@ ANYTHING: tuple[dict[str, Any], ...] = (
 )
 
 
+@pytest.mark.slow
 def test_more_exact_rules_never_sample_an_output_that_was_exact() -> None:
     """Wherever such a rule stands, whatever else is said before and after it, for every site; at a step of the run too."""
     draw, seen = random.Random(0), 0
@@ -354,6 +356,7 @@ def test_more_exact_rules_never_sample_an_output_that_was_exact() -> None:
         seen += 1
 
 
+@pytest.mark.slow
 def test_more_exact_rules_in_a_model() -> None:
     model, x, draw = mlp(64, 64, 64, 64), torch.randn(32, 64), random.Random(1)
 

@@ -35,6 +35,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "plan.toml"
 
 
+@pytest.mark.slow
 def test_what_is_saved_is_read(path: Path) -> None:
     text = path.read_text()
     assert 'layers = "0" # saves 12.5% of the step' in text and "[[rules]]" in text and "[tuned]" in text
@@ -43,6 +44,7 @@ def test_what_is_saved_is_read(path: Path) -> None:
     assert kept({"plan": str(path)}) == kept({"plan": path}) == kept({"plan": PLAN}) == kept({"plan": PLAN.to_dict()}) == [32, 64, 64]
 
 
+@pytest.mark.slow
 def test_the_string_backend_runs_it(path: Path) -> None:
     model = mlp(64, 64, 64, 64)
     x = torch.randn(8, 64)

@@ -32,11 +32,13 @@ def methods(rules: Any, layers: int, steps: int) -> list[list[str]]:
     return [list(row) for row in zip(*columns, strict=True)]
 
 
+@pytest.mark.slow
 def test_figure_3() -> None:
     assert methods(presets.figure_3(), 5, 8) == [list(row) * 2 for row in presets.FIGURE_3]
     assert len(Schedule.of(ApproxConfig(policy="always", method="exact", rules=presets.figure_3())).assignments) == 3  # batches 2 and 4 are alike
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["zero", "random", "max"])
 def test_the_three_schedules_and_that_of_two_layers(method: str) -> None:
     table = {

@@ -72,6 +72,7 @@ def test_empty_batch(sampling: str) -> None:
     assert all(torch.equal(g, torch.zeros_like(g)) for g in grads(model)) and plans[0].sites
 
 
+@pytest.mark.slow
 def test_size_one_axes_beside_the_contraction() -> None:
     for shape, out in (((1, 64), 8), ((8, 64), 1), ((1, 64), 1)):
         layer = nn.Linear(64, out)
@@ -103,6 +104,7 @@ def test_non_contiguous_operands(layout: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_dtypes_are_kept(dtype: torch.dtype) -> None:
     model = nn.Sequential(nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.Flatten(), nn.Linear(128, 64)).to(dtype)
@@ -133,6 +135,7 @@ def test_strides_are_those_of_the_exact_graph() -> None:
     assert want == got
 
 
+@pytest.mark.slow
 def test_channels_last_images_of_dynamic_size() -> None:
     """Several sizes, one graph: a view with symbolic strides that the backward pass reads does not compile."""
     model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 8, 3)).to(memory_format=torch.channels_last)
@@ -153,6 +156,7 @@ class Times(nn.Module):
         return x * 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "first", [{"sampling": "backward"}, {"group": 4, "sampling": "backward"}, {"grad_weight": "max", "grad_input": "max"}, {"grad_weight": "random"}]
 )
@@ -172,6 +176,7 @@ def test_layers_with_nothing_between_them(first: dict[str, Any], second: dict[st
     assert all(relative(a, b) < 1e-6 for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.slow
 def test_groups_of_channels_of_an_image_of_dynamic_size_are_exact() -> None:
     """Inductor can't order the strides of such a gather: the reason says so, and it compiles."""
     model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 8, 3))

@@ -53,6 +53,7 @@ def pair() -> tuple[nn.Module, Any, Any]:
     return model, torch.compile(model, backend="inductor"), torch.compile(model, backend="approx", options=ALWAYS)
 
 
+@pytest.mark.slow
 def test_eval_with_grad_is_inductors(pair: Any) -> None:
     model, exact, approx = pair
     x = torch.randn(8, 3, 8, 8)
@@ -64,6 +65,7 @@ def test_eval_with_grad_is_inductors(pair: Any) -> None:
     assert not same(step(exact, model, x), trained)  # the check can fail: training is sampled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("training", [True, False])
 def test_without_grad_is_inductors(pair: Any, mode: Any, training: bool) -> None:
@@ -114,6 +116,7 @@ def test_short_axes_are_exact() -> None:
     assert sites[1].decision == "sampled"
 
 
+@pytest.mark.slow
 def test_each_mode_compiles_once_and_a_partial_batch_once_more() -> None:
     f, _, plans = compiled(mlp(64, 64, 64), ALWAYS)
     model = f._orig_mod
@@ -161,6 +164,7 @@ def test_two_models_of_one_class_with_different_options() -> None:
     assert [s.products[0].k for s in pb.sites] == [16, 16]
 
 
+@pytest.mark.slow
 def test_policy_cost_is_modest() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -183,6 +187,7 @@ def test_policy_cost_is_modest() -> None:
     assert named["after"].decision == "sampled" and named["stem"].decision == "exact" and named["head"].decision == "exact"
 
 
+@pytest.mark.slow
 def test_notices_come_once() -> None:
     with pytest.warns(ApproxWarning, match="nothing was approximated in Sequential: .*is over before its rows would be chosen"):
         torch.compile(mlp(8, 8, 8), backend=Backend({}, inner_compile=run_as_is))(torch.randn(4, 8))
@@ -194,6 +199,7 @@ def test_notices_come_once() -> None:
         torch.compile(mlp(64, 64, 64), backend=Backend(options, inner_compile=run_as_is))(torch.randn(32, 64))
 
 
+@pytest.mark.slow
 def test_one_notice_says_how_many(capfd: pytest.CaptureFixture[str]) -> None:
     f = torch.compile(mlp(64, 64, 64), backend=Backend(ALWAYS, inner_compile=run_as_is))
     f(torch.randn(32, 64))
@@ -250,6 +256,7 @@ def test_inductors_options_and_modes_are_passed_on() -> None:
     assert f(torch.randn(32, 64)).shape == (32, 64)
 
 
+@pytest.mark.slow
 def test_logs_and_trace(tmp_path: Any) -> None:
     code = """
 import torch
@@ -321,6 +328,7 @@ def test_the_rest_of_forward_without_its_module_is_exact() -> None:
     assert "could not be traced back" in plans.sites[1].reason
 
 
+@pytest.mark.slow
 def test_statistics_collected_anew_are_those_of_the_exact_network() -> None:
     """`torch.optim.swa_utils.update_bn` runs in training mode without gradients: on the compiled model too it is the exact network that it sees."""
     model = Net()

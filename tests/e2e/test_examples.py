@@ -145,6 +145,7 @@ def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_cifar10(cifar: Path) -> None:
     found = data.load("cifar10", cifar)
     assert (found.shape, found.classes, len(found.train_x), len(found.test_x)) == ((3, 32, 32), 10, 50_000, 10_000)
@@ -285,6 +286,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     return done.stdout, out
 
 
+@pytest.mark.slow
 def test_demo_rows(demo: tuple[str, Path]) -> None:
     _, out = demo
     rows = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
@@ -302,6 +304,7 @@ def test_demo_rows(demo: tuple[str, Path]) -> None:
     assert all(0.4 * exact < r["flops_per_step"] < exact for r in rows if r["run"] == "approx")
 
 
+@pytest.mark.slow
 def test_demo_output(demo: tuple[str, Path]) -> None:
     shown, out = demo
     assert (out / "train.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -348,6 +351,7 @@ def test_demo_errors(tmp_path: Path, arguments: str, message: str) -> None:
     assert not done.stderr.startswith("error:") or done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_lost_process(tmp_path: Path) -> None:
     settings = trainer.Settings("digits", None, "mlp", 16, 1, 128, 1e-3, 256, "cpu", {})
     worker = trainer.Worker("exact", 0, settings, tmp_path, lambda news: None)

@@ -23,6 +23,7 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
 
 
+@pytest.mark.slow
 def test_every_kernel_is_compared_with_fp64() -> None:
     done = run("check", "--device", "cpu", "--small")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -69,6 +70,7 @@ def test_a_kernel_that_is_off_is_found() -> None:
     assert error <= limit
 
 
+@pytest.mark.slow
 def test_tables_and_plots_need_a_gpu_or_a_rehearsal() -> None:
     before = sorted(p.name for p in RESULTS.iterdir())
     done = run("tables", "--part", "full", "--device", "cpu", "--small")
@@ -81,6 +83,7 @@ def test_tables_and_plots_need_a_gpu_or_a_rehearsal() -> None:
     assert wrong.returncode == 2 and "fulll" in wrong.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
     refused = run("check")

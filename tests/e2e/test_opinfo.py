@@ -67,6 +67,7 @@ def test_all_named_ops_are_there() -> None:
     assert set(OPS) == set(NAMES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_ratio_one_leaves_every_sample_alone(name: str) -> None:
     op = function(name)
@@ -83,6 +84,7 @@ def test_ratio_one_leaves_every_sample_alone(name: str) -> None:
         assert all(before == after for before, after in graphs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_half_runs_is_finite_and_gives_every_gradient(name: str) -> None:
     op = function(name)
@@ -104,6 +106,7 @@ def test_half_runs_is_finite_and_gives_every_gradient(name: str) -> None:
         assert sampled > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "nn.functional.conv_transpose3d"])
 def test_one_sample_is_inductors_at_ratio_one(name: str) -> None:
     op, sample = function(name), samples(name)[0]

@@ -30,6 +30,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
+@pytest.mark.slow
 def test_contents(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     sources = {p.relative_to(ROOT).as_posix() for kind in ("*.py", "*.cu", "*.cuh") for p in (ROOT / "approx_compile").rglob(kind)}
@@ -38,6 +39,7 @@ def test_contents(wheel: Path) -> None:
     assert {n.split("/")[0] for n in names if not n.split("/")[0].endswith(".dist-info")} == {"approx_compile"}
 
 
+@pytest.mark.slow
 def test_empty_environment(wheel: Path, tmp_path: Path) -> None:
     home = tmp_path / "env"
     venv.create(home, with_pip=True)
@@ -55,6 +57,7 @@ print("good")
     assert done.stdout.strip() == "good", done.stderr
 
 
+@pytest.mark.slow
 def test_installed_command(wheel: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", home, wheel], check=True, capture_output=True)
@@ -65,6 +68,7 @@ def test_installed_command(wheel: Path, tmp_path: Path) -> None:
     assert [s["decision"] for s in json.loads(done.stdout)["sites"]] == ["sampled"] and "addmm" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_folders_are_importable_inside_the_package_only() -> None:
     code = "import approx_compile.passes.fx_utils, approx_compile.kernels.gather, importlib.util as u; print(u.find_spec('passes'), u.find_spec('kernels'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "tests", env=INSTALLED)
@@ -72,6 +76,7 @@ def test_folders_are_importable_inside_the_package_only() -> None:
     assert not (ROOT / "passes" / "__init__.py").exists() and (ROOT / "passes").resolve() == ROOT / "approx_compile" / "passes"
 
 
+@pytest.mark.slow
 def test_the_name_is_registered_without_an_import() -> None:
     code = "import torch, sys; assert 'approx' in torch._dynamo.list_backends(); assert 'approx_compile' not in sys.modules; print('good')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=INSTALLED)

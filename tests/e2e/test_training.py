@@ -34,6 +34,7 @@ def sampled_mlp(model: nn.Sequential, x: Tensor, ratio: float = 0.5) -> Tensor:
     return x
 
 
+@pytest.mark.slow
 def test_a_model_through_inductor_equals_hand_written_sampling() -> None:
     model, x = mlp(64, 96, 64, 64), torch.randn(32, 64)
     torch.compile(model, backend="approx", options=ALWAYS)(x).square().sum().backward()
@@ -149,6 +150,7 @@ def test_a_whole_compiled_step() -> None:
     assert max(relative(a, b) for a, b in zip(model.parameters(), want.parameters(), strict=True)) < 1e-5
 
 
+@pytest.mark.slow
 def test_compiled_autograd() -> None:
     model, x = mlp(64, 64, 64), torch.randn(32, 64)
     f, _, plans = compiled(model, ALWAYS)
@@ -162,6 +164,7 @@ def test_compiled_autograd() -> None:
     assert max(relative(a, b) for a, b in zip(grads(model), want, strict=True)) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["topk", "bernoulli"])
 def test_a_resumed_run_repeats_the_uninterrupted_one(method: str) -> None:
     class Net(nn.Module):
@@ -262,6 +265,7 @@ def test_saved_memory_is_that_of_the_sampled_operands() -> None:
     assert half < 0.6 * exact
 
 
+@pytest.mark.slow
 def test_checkpoint_inside_inductor_equals_plain() -> None:
     model = mlp(64, 64, 64)
     x = torch.randn(32, 64)
@@ -272,6 +276,7 @@ def test_checkpoint_inside_inductor_equals_plain() -> None:
     assert max(relative(a, b) for a, b in zip(got, grads(model), strict=True)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.usefixtures("one_rank")
 def test_ddp_calls_the_backend_once_per_bucket() -> None:

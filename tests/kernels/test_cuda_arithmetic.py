@@ -83,6 +83,7 @@ LAYOUTS = list(itertools.product((False, True), repeat=2))
 LEAST = TILES[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scaled", [False, True], ids=["unscaled", "scaled"])
 @pytest.mark.parametrize("at", range(4))
 def test_skip(at: int, scaled: bool) -> None:
@@ -96,6 +97,7 @@ def test_skip(at: int, scaled: bool) -> None:
     close(y, product64(a, b, idx, scale, 16, bias), terms=30)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("at", range(4))
 def test_skip_into(at: int, dim: int) -> None:
@@ -109,6 +111,7 @@ def test_skip_into(at: int, dim: int) -> None:
     close(y, into64(a, b, idx, scale, 16, dim), terms=10)
 
 
+@pytest.mark.slow
 def test_longer_units_and_bands() -> None:
     a, b, idx = guarded(64 * 10, 144, torch.float16), guarded(144, 70, torch.float16), torch.tensor([0, 2])
     y = in_both_orders(lambda run: launch.skip_matmul(a, b, idx, None, 48, None, LaunchOptions(run, LEAST)))
@@ -122,6 +125,7 @@ def test_longer_units_and_bands() -> None:
     close(launch.skip_matmul_into(b, a, idx, scale, 80, 0, LaunchOptions(runs(False), LEAST)), into64(b, a, idx, scale, 80, 0), terms=30)
 
 
+@pytest.mark.slow
 def test_one_unit_all_units_none() -> None:
     a, b = guarded(20, 96, torch.float16), guarded(96, 24, torch.float16)
     bias = torch.randn(24).half()
@@ -196,6 +200,7 @@ def outputs_of(x: Tensor, channels: int, w: ConvGeometry) -> Tensor:
     return torch.randn(F.conv2d(x.float(), torch.zeros(channels, x.shape[1] // w.groups, *w.kernel), None, w.stride, w.padding, w.dilation, w.groups).shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("j", [1, 4])
 @pytest.mark.parametrize("case", CASES)
 def test_max_conv(case: str, j: int) -> None:
@@ -210,6 +215,7 @@ def test_max_conv(case: str, j: int) -> None:
         assert df.stride() == reference(x, dy, Replacement("max", j, 0.5), w).stride() and df.shape[1] == inputs // w.groups
 
 
+@pytest.mark.slow
 def test_max_conv_of_more_entries_than_threads() -> None:
     x = torch.randn(10, 8, 3, 3).contiguous(memory_format=torch.channels_last)
     dy = torch.randn(10, 257, 3, 3).contiguous(memory_format=torch.channels_last)  # so many channels that the batch is one slice
@@ -217,6 +223,7 @@ def test_max_conv_of_more_entries_than_threads() -> None:
     close(df, max64(x, dy, 8, 1.0, SQUARE), terms=30)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("j", [1, 4])
 def test_max_conv_of_ties_zeros_and_nan(j: int, form: torch.memory_format) -> None:

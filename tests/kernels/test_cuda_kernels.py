@@ -65,6 +65,7 @@ def name_of(program: Program) -> str:
     return "-".join(str(v) for _, v in program.macros)
 
 
+@pytest.mark.slow
 @needs_nvrtc
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("programs", [max_conv_variants(), matmul_variants()], ids=["max_conv", "skip_matmul"])
@@ -96,6 +97,7 @@ def recorded() -> list[tuple[Program, str, list[Any]]]:
     return calls
 
 
+@pytest.mark.slow
 @needs_nvrtc
 @pytest.mark.parametrize("arch", ARCHS)
 def test_arguments_fill_the_parameters(arch: int, tmp_path: Path) -> None:
@@ -114,6 +116,7 @@ def test_arguments_fill_the_parameters(arch: int, tmp_path: Path) -> None:
     assert seen == {"largest", "accumulate", "finish", "skip_matmul"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 @pytest.mark.parametrize("program", [*max_conv_variants()[::4], *matmul_variants()[2:10:7]], ids=name_of)
 def test_nvcc(program: Program, tmp_path: Path) -> None:
@@ -136,6 +139,7 @@ def entries(folder: Path) -> list[Path]:
     return [p for p in (folder / "entries").rglob("*") if p.is_file()]
 
 
+@pytest.mark.slow
 @needs_nvrtc
 def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = nvrtc.cubin(SMALL, 80, tmp_path)
@@ -207,6 +211,7 @@ max_conv_weight(torch.randn(2, 3, 4, 4), torch.randn(2, 5, 4, 4), 1, 1.0, [3, 3]
 """
 
 
+@pytest.mark.slow
 def test_without_cuda_core() -> None:
     done = subprocess.run([sys.executable, "-c", BARE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -75,6 +75,7 @@ def test_broadcast_gradients_are_laid_out(rows: int) -> None:
     same_by_inductor(model, ALWAYS, x, lambda y: y)
 
 
+@pytest.mark.slow
 def test_images_are_in_channels_last_below_a_flat_layer() -> None:
     """A view of the flat layer's gradient is contiguous."""
     model = nn.Sequential(nn.Conv2d(64, 128, 3), nn.ReLU(), nn.Conv2d(128, 16, 3), nn.Flatten(), nn.Linear(16 * 16, 4)).to(memory_format=torch.channels_last)
@@ -85,6 +86,7 @@ def test_images_are_in_channels_last_below_a_flat_layer() -> None:
     same_by_inductor(model, ALWAYS | {"rules": [{"layers": "linear", "method": "exact"}]}, x, lambda y: y.square().sum())
 
 
+@pytest.mark.slow
 def test_rows_go_on_through_kernels(small_work_counts: None) -> None:
     """The first layer's gradients run on half of the rows and by a kernel that steps over what the second dropped."""
     model, x = mlp(128, 128, 32), torch.randn(64, 128, requires_grad=True)
@@ -101,6 +103,7 @@ def test_rows_go_on_through_kernels(small_work_counts: None) -> None:
     assert max(relative(a, b) for a, b in zip(*found, strict=True)) < 1e-5
 
 
+@pytest.mark.slow
 def test_rows_go_on_through_convolutions(small_work_counts: None) -> None:
     """Under `adaptive` sites that sample outputs may have rows as well; all of them are kept at first."""
     model = nn.Sequential(nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 16, 3)).to(memory_format=torch.channels_last)
@@ -138,6 +141,7 @@ def test_flops_of_the_ops() -> None:
         assert counter.get_total_flops() == want
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("conv", [False, True])
 def test_any_batch_by_inductors_own_code(conv: bool) -> None:
     """Compiled once for all batches, the ops within Inductor's code, against the rewritten graph run op by op."""

@@ -223,6 +223,7 @@ def unit_parts(c: Case, how: Estimator) -> Tensor:
     return contributions(c)[: how.units * how.group].unflatten(0, (how.units, how.group)).sum(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS, ids=lambda g: f"group{g}")
 @pytest.mark.parametrize("method", UNBIASED)
 @pytest.mark.parametrize("name", CASES)

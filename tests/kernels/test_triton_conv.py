@@ -65,6 +65,7 @@ def interpreted() -> dict[str, dict[str, float]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_compute_what_the_reference_does(name: str, interpreted: dict[str, dict[str, float]]) -> None:
     bound = 6e-4 if CASES[name].get("dtype") == "float16" else 1e-6  # fp16: two roundings, of w scale and of the result
@@ -165,6 +166,7 @@ def shipped() -> list[Any]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("product", "arch", "dtype", "config", "length"), shipped())
 def test_machine_code(product: str, arch: int, dtype: torch.dtype, config: TileConfig, length: int) -> None:
     """Tensor cores, asynchronous copies of 16 bytes, no spills."""

@@ -40,17 +40,20 @@ def interpreted() -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_product(interpreted: dict[str, Any], case: Any) -> None:
     """fp32: sums of at most 192 terms; fp16: one rounding of the result, 2^-11 at most, and of a scaled operand."""
     assert interpreted["matmul"][str(case)] < {"float32": 5e-7, "float16": 5e-4}[case.dtype]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCORES)
 def test_choose(interpreted: dict[str, Any], name: str) -> None:
     assert interpreted["choose"][name] and not any(interpreted["choose"][name])
 
 
+@pytest.mark.slow
 def test_norms(interpreted: dict[str, Any]) -> None:
     assert len(interpreted["norms"]) == len(NORMS) and max(interpreted["norms"]) < 1e-6
 

@@ -51,6 +51,7 @@ def flags_at(address: int) -> set[str]:
     raise AssertionError("no area of this process has the address")
 
 
+@pytest.mark.slow
 @needs_pages
 def test_graphs_with_large_buffers_ask() -> None:
     x = torch.randn(1024, LARGE)
@@ -63,6 +64,7 @@ def test_graphs_with_large_buffers_ask() -> None:
         assert not any(LINE in c for c in code_of(mlp(LARGE, 2048, 3), x, "inductor"))
 
 
+@pytest.mark.slow
 @needs_pages
 @pytest.mark.parametrize("settings", [EXACT, {"policy": "always", "ratio": 0.5}], ids=["exact", "sampled"])
 def test_no_value_changes(settings: dict[str, Any]) -> None:

@@ -85,6 +85,7 @@ def test_measured_stored_and_read_again(empty: Path) -> None:
     assert "another version" in said[3] and machine.load(empty).torch_version == torch.__version__
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_is_no_obstacle(empty: Path) -> None:
     empty.parent.parent.mkdir(parents=True)
     empty.parent.write_text("a file where the folder should be")
@@ -92,6 +93,7 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(empty: Path) -> None:
     assert machine.current("cpu", said.append).quick and "this process only" in said[-1]
 
 
+@pytest.mark.slow
 def test_processes_that_start_at_once_measure_once(tmp_path: Path) -> None:
     code = "from approx_compile import machine; said = []; print(machine.current('cpu', said.append).digest, len(said))"
     env = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "", "PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
@@ -136,6 +138,7 @@ def test_devices_that_are_not_there() -> None:
         machine.calibrate("tpu")
 
 
+@pytest.mark.slow
 def test_what_is_compiled_is_measured_too() -> None:
     """The full measurement's generated kernels, at one size."""
     grid = benchmark_grids.Grid(linear={}, bmm={}, conv={}, sizes=(2**16,), runs=(16.0,), allocated=(), select={})

@@ -51,6 +51,7 @@ def decisions(sites: list[Any]) -> dict[str, tuple[str, str]]:
     return {s.name: (s.decision, s.reason) for s in sites}
 
 
+@pytest.mark.slow
 def test_measured_once_then_remembered(times: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = mlp(64, 64, 64, 64, 64), torch.randn(512, 64)
     sites = plans_of(model, MEASURE, x)
@@ -72,6 +73,7 @@ def test_measured_once_then_remembered(times: Path, monkeypatch: pytest.MonkeyPa
             assert site.products[0].how.group == 16  # the second try
 
 
+@pytest.mark.slow
 def test_what_is_timed_is_what_is_planned(times: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every question's options, given to the model of the site alone, lead to the products that were to be timed."""
     asked: list[Any] = []
@@ -95,6 +97,7 @@ def test_what_is_timed_is_what_is_planned(times: Path, monkeypatch: pytest.Monke
             assert [(p.name, p.decision, p.k, p.size, p.how) for p in site.products] == [(p.name, p.decision, p.k, p.size, p.how) for p in products]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("huge", [True, False])
 def test_sites_are_timed_on_the_pages_that_they_will_have(
     precisions: None, times: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], huge: bool
@@ -159,6 +162,7 @@ def note():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act", [older_one, convolutions_in_ieee, newer_ones_set_apart])
 def test_the_child_multiplies_as_precisely(precisions: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
     """What the process that times sites has set when it ends."""
@@ -183,6 +187,7 @@ def test_another_precision_is_another_file(precisions: None, times: Path) -> Non
     assert (float32_precision.label("cpu"), float32_precision.label("cuda")) == ("", "-conv-ieee")
 
 
+@pytest.mark.slow
 def test_a_child_that_fails_says_so(times: Path) -> None:
     product = site_timings.TimedProduct("mm", (((4, 8), (8, 1)), ((9, 4), (4, 1))), "float32", "cpu")
     with pytest.raises(RuntimeError, match="policy 'measure': the process that times sites failed"):

@@ -124,6 +124,7 @@ def test_sizes_of_convolutions(transposed: bool) -> None:
     assert all({str(s) for s in t.bytes.free_symbols} <= names for t in terms(Case("conv", "output", "sampled")))
 
 
+@pytest.mark.slow
 def test_decisions_follow_the_machine() -> None:
     """The same site, on machines whose products or whose memory are faster."""
     model, x = mlp(1024, 1024, 1024), torch.randn(512, 1024, requires_grad=True)
@@ -147,6 +148,7 @@ def test_large_results_pay_for_new_memory() -> None:
         assert math.isclose(sum(times), extra + (4 * 2**22 / 1e3 / 1e3 if not extra else 0.0))
 
 
+@pytest.mark.slow
 def test_a_quick_profile_asks_for_more_and_little_is_left_alone() -> None:
     model, x = mlp(1024, 1024, 1024), torch.randn(512, 1024, requires_grad=True)
     profile = machine.current()
@@ -160,6 +162,7 @@ def test_a_quick_profile_asks_for_more_and_little_is_left_alone() -> None:
     assert not margins.is_worth_sampling("conv", 1.3e6, 1e6, profile) and margins.is_worth_sampling("conv", 1.6e6, 1e6, profile)
 
 
+@pytest.mark.slow
 def test_break_even_is_where_times_meet() -> None:
     model, x = mlp(512, 512, 512), torch.randn(256, 512, requires_grad=True)
     profile = factor(machine.current(), "untake", 0.02)
@@ -170,6 +173,7 @@ def test_break_even_is_where_times_meet() -> None:
     assert below.time_exact_us > below.time_sampled_us and above.time_exact_us < above.time_sampled_us
 
 
+@pytest.mark.slow
 def test_break_even_says_how_sure_it_is() -> None:
     """At its ends sampling would take as long as the exact products if it took 1.2, or 1 / 1.2, times as long as the expressions say."""
     model, x = mlp(512, 512, 512), torch.randn(256, 512, requires_grad=True)
@@ -188,6 +192,7 @@ def test_break_even_says_how_sure_it_is() -> None:
     assert report.sites[1].break_even is None  # the last layer: not a question of time
 
 
+@pytest.mark.slow
 def test_group_and_k_are_chosen() -> None:
     """Long runs where single entries gather slowly, else single entries; kept entries in multiples of 16; a user's own group is left alone."""
     model, x = mlp(1024, 1024, 1024), torch.randn(512, 1024, requires_grad=True)
@@ -209,6 +214,7 @@ def test_group_and_k_are_chosen() -> None:
     assert (long.k, short.k, own.k) == (320, 320, 308) and long.ratio == short.ratio == 0.3  # 0.3 x 1024 = 307.2
 
 
+@pytest.mark.slow
 def test_expressions_hold_for_a_symbolic_batch() -> None:
     """One plan for all sizes: the time is evaluated where the batch was traced, the expressions hold for any."""
     s0 = sympy.Symbol("s0", positive=True, integer=True)

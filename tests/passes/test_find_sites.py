@@ -123,6 +123,7 @@ def test_one_tensor_twice_stays_exact() -> None:
     assert site.decision == "exact" and "one tensor" in site.reason
 
 
+@pytest.mark.slow
 def test_multihead_attention_and_encoder_layer() -> None:
     layer = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, dropout=0.0), 2, enable_nested_tensor=False)
     sites = plans_of(layer, ALWAYS, torch.randn(4, 8, 64))
@@ -152,6 +153,7 @@ def test_a_module_called_twice_and_tied_weights() -> None:
     assert [s.decision for s in plans_of(model, exact_first, x)] == ["exact", "exact", "sampled"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_blocks_equal_plain_ones(reentrant: bool) -> None:
     block = mlp(64, 64, 64)
@@ -173,6 +175,7 @@ def test_checkpointed_blocks_equal_plain_ones(reentrant: bool) -> None:
         assert max(relative(a, b) for a, b in zip(again, plain, strict=True)) < 1e-6
 
 
+@pytest.mark.slow
 def test_random_choices_are_not_made_again_under_checkpoint() -> None:
     weight = nn.Parameter(torch.randn(64, 64))
     for method in ("uniform", "bernoulli", "crs", "wta"):
@@ -217,6 +220,7 @@ def test_channels_last_keeps_its_layout() -> None:
     assert model[0].weight.grad.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.slow
 def test_dynamic_batch() -> None:
     model = mlp(64, 64, 64)
     f, _, plans = compiled(model, ALWAYS, dynamic=True)
@@ -256,6 +260,7 @@ def test_graph_breaks_give_several_graphs() -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_frozen_weights_and_inputs_without_gradient() -> None:
     model = mlp(64, 64, 64, 64)
     model[2].weight.requires_grad_(False)
@@ -309,6 +314,7 @@ def test_transforms_and_custom_functions_are_exact_with_the_reason() -> None:
     assert sites[0].reason == "inside a torch.func transform"
 
 
+@pytest.mark.slow
 def test_blocks_compiled_one_by_one_take_rules_by_layer() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -344,6 +350,7 @@ def test_rules_reach_unannotated_blocks_by_their_own_names() -> None:
     assert [(s.name, s.decision) for s in sites] == [("0", "sampled"), ("2", "exact")]
 
 
+@pytest.mark.slow
 def test_functions_around_modules() -> None:
     encoder, decoder = mlp(64, 64), nn.Linear(64, 64)
     one = plans_of(lambda x: F.relu(encoder(x)), ALWAYS, torch.randn(8, 64))
@@ -374,6 +381,7 @@ def test_functions_around_modules() -> None:
     assert [(s.name, s.decision) for s in sites] == [("encoder.0", "sampled"), ("decoder", "exact")]
 
 
+@pytest.mark.slow
 def test_annotated_blocks_know_the_models_last_layer_without_rules() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:

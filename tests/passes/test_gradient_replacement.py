@@ -118,6 +118,7 @@ def places(x: Tensor) -> list[int]:
     return [t for s, t in zip(x.shape, x.stride(), strict=True) if s > 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONVS)
 def test_max_is_algorithm_1(name: str) -> None:
     layouts = (False, True) if len(CONVS[name][1]) in LAYOUTS else (False,)
@@ -130,6 +131,7 @@ def test_max_is_algorithm_1(name: str) -> None:
     assert conv_case(name, torch.bfloat16, channels_last, tile=2) < 1e-2
 
 
+@pytest.mark.slow
 def test_max_through_inductor() -> None:
     assert conv_case("conv2d_rectangular", torch.float32, False, lowering=None) < 1e-6
     assert conv_case("conv2d_large", torch.float32, False, lowering=None, tile=9) < 1e-6
@@ -140,6 +142,7 @@ def test_max_through_inductor() -> None:
     assert conv_case("transposed2d_grouped", torch.float32, True, j=2, lowering=None) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "f", "keys"),
     [
@@ -191,6 +194,7 @@ def max_of(conv: nn.Module, x: Tensor, dy: Tensor, **keys: Any) -> Tensor:
     return conv.weight.grad
 
 
+@pytest.mark.slow
 def test_ties_zeros_nan_and_scale() -> None:
     conv, x = nn.Conv2d(3, 4, 3, bias=False), torch.randn(2, 3, 6, 5)
     dy = torch.randint(0, 2, (2, 4, 4, 3)) * 2.0 - 1  # all of one magnitude: the first counts
@@ -222,6 +226,7 @@ def test_division_in_floats_is_exact() -> None:
         assert torch.equal(quotient.long(), n // by) and torch.equal(rest.long(), n % by)
 
 
+@pytest.mark.slow
 def test_tiles_between_the_image_and_its_places() -> None:
     """A tile as large as the image is Algorithm 1; tiles of one place are the exact product, and left to it; linear layers have no image."""
     conv, x = nn.Conv2d(3, 4, 3), torch.randn(5, 3, 8, 6)
@@ -345,6 +350,7 @@ def test_max_of_linear_layers_is_meprop(name: str, dtype: torch.dtype) -> None:
             assert relative(b, dy.double().sum(0)) < tolerance
 
 
+@pytest.mark.slow
 def test_max_of_linear_layers_through_inductor() -> None:
     model, x = mlp(12, 20, 5), torch.randn(9, 12)
     settings = {
@@ -379,6 +385,7 @@ class Saved:
         return run_as_is(gm)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lowering", [run_as_is, None])
 def test_zero_is_gone_with_the_activation_it_kept(lowering: Any) -> None:
     model, x = cnn(), torch.randn(16, 3, 12, 12)
@@ -480,6 +487,7 @@ def test_zeros_of_later_sites_leave_replacements_alone() -> None:
     assert all(p.skips is None for s in plans.sites for p in s.products if p.decision == "replaced")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "images"), [*itertools.product(("zero", "random", "max"), (False, True)), ("tile", True)])
 def test_beside_rows_of_the_batch(method: str, images: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows go on past a replaced gradient, which is that of the output gradient with the dropped rows at zero."""

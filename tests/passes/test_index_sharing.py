@@ -288,6 +288,7 @@ def test_the_key_is_checked_and_said() -> None:
     assert "shares its indices with q" in {s.name: s for s in report.sites}["v"].reason
 
 
+@pytest.mark.slow
 def test_tuning_measures_the_error_both_ways() -> None:
     """Narrow layers share by predicted time: what is measured besides is each at its own entries. Wide ones, left apart, are measured together."""
     x, target = torch.randn(64, 1024), torch.randn(64, 8)

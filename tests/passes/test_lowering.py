@@ -119,6 +119,7 @@ def test_one_op_takes_the_place_of_product_and_gathers() -> None:
     assert "_unsafe_index" not in after and "gather" not in after
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("everywhere")
 def test_inductor_compiles_the_ops_and_checkpoints_keep_the_choice() -> None:
     class Twice(nn.Module):
@@ -233,6 +234,7 @@ def test_groups_of_convolutions_that_are_not_what_was_measured() -> None:
     assert [found["auto", g] for g in (16, 24, 32, 128)] == ["inductor", "inductor", "triton", "triton"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("everywhere")
 def test_a_bias_that_is_not_one_for_every_output() -> None:
     """A kernel would read beyond one that is broadcast; the op says so, too."""

@@ -111,6 +111,7 @@ def whole(monkeypatch: pytest.MonkeyPatch) -> Callable[[], contextlib.AbstractCo
     return off
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHRUNK)
 def test_values_are_those_of_whole_activations(name: str, whole: Any) -> None:
     make, shape, more, want = SHRUNK[name]
@@ -173,6 +174,7 @@ def with_kernels(by: float) -> Any:
     return machine.use(profile.model_copy(update={"tables": profile.tables | tables}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["always", "cost"])
 def test_kernels_of_ours_or_narrow_producers_whichever_is_faster(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Left to `auto`, both sites are a kernel's where it gains more than making half of the channels does; a lowering that is named stays."""
@@ -314,6 +316,7 @@ class Checkpointed(nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_compiled_with_checkpoints_and_any_batch(whole: Any) -> None:
     """Inductor's own code for a dynamic batch, against the rewritten graph of whole activations run op by op."""
     model = Checkpointed(Between(F.gelu), nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)))
@@ -333,6 +336,7 @@ def test_compiled_with_checkpoints_and_any_batch(whole: Any) -> None:
             assert max(relative(a, b) for a, b in zip(got, grads(model), strict=True)) < 2e-6
 
 
+@pytest.mark.slow
 def test_rows_are_sampled_of_what_is_narrow(whole: Any, small_work_counts: None) -> None:
     """The producer's gradients on the rows kept."""
     model, x = mlp(16, 32, 24), torch.randn(LINEAR)

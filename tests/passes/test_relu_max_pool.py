@@ -72,6 +72,7 @@ def test_every_value_stays(name: str, layout: torch.memory_format) -> None:
     assert sum(after) < sum(before) and len(after) == len(before)
 
 
+@pytest.mark.slow
 def test_through_inductor() -> None:
     make, size = CASES["two, into a linear layer"]
     model, x = make(), torch.randn(size)

@@ -102,6 +102,7 @@ def run(model: nn.Module, options: dict[str, Any], x: Tensor) -> tuple[list[Tens
     return grads(model, x), plans.sites
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("method", ["topk", "wta"])
 def test_gradients_are_the_same_with_and_without(name: str, method: str, skip_all: None, monkeypatch: pytest.MonkeyPatch) -> None:

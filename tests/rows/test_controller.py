@@ -82,6 +82,7 @@ def train(f: Any, optimizer: torch.optim.Optimizer, count: int, first: int = 0) 
     return losses
 
 
+@pytest.mark.slow
 def test_training_relaxes_and_learns() -> None:
     model = mlp(20, 64, 2)
     f, optimizer = training(model)
@@ -91,6 +92,7 @@ def test_training_relaxes_and_learns() -> None:
     assert losses[-1] < 0.05 * losses[0]
 
 
+@pytest.mark.slow
 def test_decisions_are_shown(tmp_path: Path) -> None:
     model = mlp(20, 64, 2)
     assert "no cut has run yet" in str(approx_compile.decisions(model))
@@ -103,6 +105,7 @@ def test_decisions_are_shown(tmp_path: Path) -> None:
     assert (tmp_path / "shares.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_a_resumed_run_repeats_the_uninterrupted_one() -> None:
     model = mlp(20, 64, 2)
     f, optimizer = training(model)

@@ -66,6 +66,7 @@ def grads_of(module: nn.Module) -> list[Tensor]:
     return [p.grad.clone() for p in module.parameters() if p.grad is not None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", [run_as_is, None], ids=["op by op", "inductor"])
 @pytest.mark.parametrize("images", [False, True])
 def test_gradients_are_those_of_the_formula(images: bool, inner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,6 +86,7 @@ def test_gradients_are_those_of_the_formula(images: bool, inner: Any, monkeypatc
         assert relative(a, b) < 1e-4 or (i == biased and (a - b).abs().max() < 1e-4)
 
 
+@pytest.mark.slow
 def test_all_rows_give_the_exact_gradient() -> None:
     model, x = Net(False), torch.randn(24, 20)
     f = torch.compile(model, backend=Backend({"policy": "adaptive", "grad": APPROXIMATE["grad"] | {"ratio": 0.99}}, inner_compile=run_as_is))
@@ -95,6 +97,7 @@ def test_all_rows_give_the_exact_gradient() -> None:
     assert max(relative(a, b) for i, (a, b) in enumerate(zip(got, want, strict=True)) if i != 1) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("images", "draws"), [(False, 6000), (True, 3000)])
 def test_the_bias_through_one_layer_is_small(images: bool, draws: int) -> None:
     """Measured at a batch of 64: 0.8% of the gradient's norm, the error of so many draws; the backward of a smaller batch alone is off by 20%."""

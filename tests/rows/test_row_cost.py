@@ -101,6 +101,7 @@ def test_without_a_profile_flops_decide() -> None:
     assert "is over before" in (reason(large, "cuda") or "") and "is over before" in (reason(large, "xpu") or "")
 
 
+@pytest.mark.slow
 def test_the_reason_has_both_times(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(Prediction(1120.3, 3104.4, 0.5)) == "choosing and gathering rows would take about 3104 us, leaving out half of them saves 1120 us"
     assert str(Prediction(0.26, 310.0, 0.25)) == "choosing and gathering rows would take about 310 us, leaving out 75% of them saves 0.3 us"
@@ -116,6 +117,7 @@ def test_the_reason_has_both_times(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "MFLOP is over before its rows would be chosen" in plans.sites[0].reason
 
 
+@pytest.mark.slow
 def test_a_large_model_runs_on_rows_with_inductor() -> None:
     plans, model, x = Plans(), mlp(1024, 1024, 1024, 16), torch.randn(256, 1024)
     torch.compile(model, backend=Backend({"grad": {"axis": "rows", "ratio": 0.5}, "policy": "cost"}, on_plan=plans))(x).square().sum().backward()

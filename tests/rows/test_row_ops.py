@@ -203,6 +203,7 @@ class Hooked(nn.Module):
         return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hook", [False, True], ids=["function", "hook"])
 @pytest.mark.parametrize("name", NONLINEAR)
 def test_what_is_not_linear_below_a_cut_gets_exact_gradients(name: str, hook: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,6 +281,7 @@ class Pooled(nn.Module):
         return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("places", [1, 2])
 @pytest.mark.parametrize("way", ["permuted", "channels_last", "contiguous"])
 def test_pooling_of_images_in_any_layout(way: str, places: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,6 +300,7 @@ def test_pooling_of_images_in_any_layout(way: str, places: int, monkeypatch: pyt
     assert plans[0].cuts[0].reason == "the whole backward pass"
 
 
+@pytest.mark.slow
 def test_a_batch_whose_size_tracing_fixes_says_so() -> None:
     """Where there are as many channels as samples, torch's pooling by strides is traced for that size alone."""
     f, plans = rows_of(Pooled(1, 12), HALF)

@@ -81,6 +81,7 @@ def steps(model: nn.Module, options: dict[str, Any], inner: Any, around: Any, x:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(("dtype", "device"), [(torch.float64, None), (torch.float16, None), (None, "meta")], ids=["float64", "float16", "meta"])
 def test_torchs_defaults_change_nothing(name: str, dtype: torch.dtype | None, device: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,6 +105,7 @@ def test_torchs_defaults_change_nothing(name: str, dtype: torch.dtype | None, de
     assert kept == [] if "axis" not in options.get("grad", {}) and name != "adaptive" else min(kept) <= 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", [None, "meta"])
 def test_weights_of_one_are_made_where_compiled_code_reads_them(device: str | None) -> None:
     """All rows through an approximate BatchNorm."""
@@ -120,6 +122,7 @@ def test_weights_of_one_are_made_where_compiled_code_reads_them(device: str | No
     assert max(relative(a, b) for a, b in zip(got, want, strict=True)) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_dtype", [torch.float32, torch.float64])
 def test_weights_of_rows_have_the_dtype_that_compiled_code_reads(model_dtype: torch.dtype) -> None:
     model, x = Scaled(True).to(model_dtype), torch.randn(64, 8, dtype=model_dtype)
@@ -162,6 +165,7 @@ IMAGES: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IMAGES)
 @pytest.mark.parametrize("inner", [None, run_as_is], ids=["inductor", "as is"])
 @pytest.mark.parametrize("wants", [False, True])
@@ -226,6 +230,7 @@ KEPT: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KEPT)
 def test_graphs_may_be_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through Inductor, whose code writes to saved tensors when it may. The first backward pass of all keeps its graph, and so do some in a row."""
@@ -254,6 +259,7 @@ def test_graphs_may_be_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert max(relative(a, b) for a, b in zip(got[-1:] if name == "schedule" else got, want[-1:] if name == "schedule" else want, strict=True)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, rows()], ids=["adaptive", "rows"])
 def test_a_second_derivative_is_refused_in_inductors_words(options: dict[str, Any]) -> None:
     model, x = generator(), torch.randn(64, 8)
@@ -304,6 +310,7 @@ class Dropped(nn.Module):
         return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LEFT_OUT)
 @pytest.mark.parametrize("make", [generator, Dropped])
 def test_the_users_random_stream_is_that_of_an_exact_run(name: str, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,6 +327,7 @@ def test_the_users_random_stream_is_that_of_an_exact_run(name: str, make: Any, m
     assert (chosen.choices == []) == (name == "all rows")
 
 
+@pytest.mark.slow
 def test_dropout_masks_are_those_of_inductor() -> None:
     model, x = nn.Sequential(nn.Linear(8, 32), nn.Dropout(0.5)), torch.randn(64, 8)
     found = []
@@ -343,6 +351,7 @@ def drawn(chosen: ChosenRows, f: Any, count: int) -> list[list[int]]:
     return [idx.tolist() for idx, _ in chosen.choices[seen:]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["bernoulli", "uniform", "wta"])
 def test_a_seed_tells_which_rows_are_drawn(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same call draws other rows every time, and the same ones after the same seed: in this model or in another one of its kind."""
@@ -390,6 +399,7 @@ def test_torch_may_not_tell_that_it_was_seeded_anew(monkeypatch: pytest.MonkeyPa
     assert all(a != b for a, b in itertools.combinations(found, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [False, True])
 def test_a_resumed_run_draws_the_rows_of_the_uninterrupted_one(before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The state is a number; what was saved without it can be loaded, too."""
@@ -429,6 +439,7 @@ class Convolutions(nn.Module):
         return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp", "images", "adaptive"])
 @pytest.mark.parametrize("outer", ["eager", "inductor"])
 def test_compiled_autograd_runs_on_rows(name: str, outer: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -462,6 +473,7 @@ def test_compiled_autograd_runs_on_rows(name: str, outer: str, monkeypatch: pyte
     assert max(off(64), off(64), off(48), off(64, keep=True)) < 1e-5
 
 
+@pytest.mark.slow
 def test_graphs_share_one_set_of_rows_in_compiled_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = ChosenRows(monkeypatch)
     model, x, tangent = nn.Sequential(*[ResidualLayer(8) for _ in range(3)]), torch.randn(64, 8), torch.randn(64, 8)
@@ -477,6 +489,7 @@ def test_graphs_share_one_set_of_rows_in_compiled_autograd(monkeypatch: pytest.M
     assert max(relative(a, b) for a, b in zip(got, grads(model), strict=True)) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_whole_step_with_compiled_autograd_turned_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Then the backend gets the graph of the backward pass, too."""
     chosen = ChosenRows(monkeypatch)

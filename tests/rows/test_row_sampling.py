@@ -39,6 +39,7 @@ def test_inclusion_is_water_filled(name: str, k: int) -> None:
         assert (c.max() * g.double()[p >= 1 - 1e-9] >= 1 - 1e-6).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NORMS)
 def test_systematic_hits_every_row_with_its_probability(name: str) -> None:
     torch.manual_seed(0)
@@ -54,6 +55,7 @@ def test_systematic_hits_every_row_with_its_probability(name: str) -> None:
     assert ((hits / draws - p).abs()[live] <= 5 * spread[live] + 1e-9).all()
 
 
+@pytest.mark.slow
 def test_draws_from_a_stream_of_their_own_hit_every_row_with_its_probability() -> None:
     """Every draw is seeded anew: each must have its probabilities, and say nothing of the next one."""
     draws, count, k = Draws("graph:draws"), 20000, 12
@@ -67,6 +69,7 @@ def test_draws_from_a_stream_of_their_own_hit_every_row_with_its_probability() -
     assert (off[1:] * off[:-1]).mean(0).abs().max() * count**0.5 < 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["bernoulli", "uniform", "wta"])
 def test_sums_over_rows_are_unbiased(method: str) -> None:
     torch.manual_seed(0)
@@ -81,6 +84,7 @@ def test_sums_over_rows_are_unbiased(method: str) -> None:
     assert z.abs().max() < 4.5
 
 
+@pytest.mark.slow
 def test_the_variance_of_systematic_draws_is_that_of_its_scheme() -> None:
     """Against independent draws with the same probabilities, sum (1 - p) / p g^2; the fixed size takes away what an equal shift of all would add."""
     torch.manual_seed(0)

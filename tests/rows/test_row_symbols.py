@@ -71,6 +71,7 @@ ADAPTIVE: dict[str, Any] = {"policy": "adaptive", "adaptive": {"tau": 1e-9}}
 EVEN: dict[str, Any] = {"policy": "always", "grad": {"axis": "rows", "ratio": 0.5}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(MODELS))
 def test_lengths_change_and_caches_are_met(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The default keeps all rows here, so gradients are exact; and the even rows, then the odd ones, weigh 2: their mean is exact. Twice, the second time

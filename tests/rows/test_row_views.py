@@ -239,6 +239,7 @@ def check(seed: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> Pla
     return plans
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", BOUND, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("first", range(0, CHAINS, PER_TEST))
 def test_chains_of_views(first: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,7 @@ def test_gradients_are_those_of_masked_tangents(name: str, method: str, monkeypa
     assert max(relative(a, b) for a, b in zip(got, want, strict=True)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp", "cnn", "transformer", "flat_logits", "built_attention", "dropout"])
 def test_through_inductor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make, data = ZOO[name]
@@ -205,6 +206,7 @@ def test_rows_stop_where_samples_mix(make: type[nn.Module], monkeypatch: pytest.
         assert (a - b).norm() < 1e-5 * (1 + b.norm())
 
 
+@pytest.mark.slow
 def test_policies_that_look_at_the_cost_decline_and_are_then_inductor_bit_for_bit() -> None:
     model, x = nn.Sequential(nn.Linear(20, 64), nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Linear(64, 5)), torch.randn(24, 20)
     twin = copy.deepcopy(model)
@@ -403,6 +405,7 @@ def test_nan_reaches_every_gradient() -> None:
     assert all(g.isnan().any() for g in grads(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp", "cnn", "transformer"])
 def test_unbiased(name: str) -> None:
     """2,000 draws: the mean gradient is the exact one within its standard error, in the mean square over parameters. A batch's gradient has few

@@ -88,6 +88,7 @@ def sizes(value: Any) -> list[Any]:
     return [*value.shape, *value.stride()] if isinstance(value, Tensor) else [value]
 
 
+@pytest.mark.slow
 def test_through_inductor_it_is_inductors_own_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = Passes(monkeypatch)
     model = nn.Sequential(nn.Embedding(11, 16), TransformerBlock(16), nn.Linear(16, 11))

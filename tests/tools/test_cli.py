@@ -221,6 +221,7 @@ def test_options_from_file_and_settings(folder: Path) -> None:
 # --- bench ---
 
 
+@pytest.mark.slow
 def test_bench(folder: Path) -> None:
     threads = torch.get_num_threads()
     try:
@@ -275,6 +276,7 @@ def test_explain_costs_and_steps(folder: Path) -> None:
     assert "product: " in run("explain", "factories.py:make", *ALWAYS, "--costs").stdout
 
 
+@pytest.mark.slow
 def test_tune_writes_a_plan_that_explain_takes(folder: Path) -> None:
     done = run("tune", "factories.py:make", *ALWAYS, "--max-error", "5", "--budget", "1", "--no-rows", "--out", "plan.toml", "--json")
     assert done.exit_code == 0, done.output
@@ -305,6 +307,7 @@ def test_calibrate_stores_a_profile(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert wrong.exit_code == 2 and "highest" in wrong.stderr
 
 
+@pytest.mark.slow
 def test_calibrations_of_two_precisions_stand_side_by_side(precisions: None, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     for name, end in (("highest", f"{torch.__version__}.json"), ("medium", f"{torch.__version__}-matmul-bf16.json")):

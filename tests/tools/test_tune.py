@@ -119,6 +119,7 @@ def measured() -> tuple[Measurements, nn.Module, Tensor, Tensor]:
     return Measurements(trials, candidates, NOTHING, [0.5, 0.25], 1e9, Progress(disable=True)), model, x, y
 
 
+@pytest.mark.slow
 def test_errors_are_those_of_the_gradients(measured: Any) -> None:
     """Against the gradients of the model trained by hand with the same random numbers, all of them in one vector."""
     found, model, x, y = measured
@@ -180,6 +181,7 @@ class Odd(nn.Module):
         return torch.relu(torch.relu(x @ self.own) @ self.own.t()) @ self.linear.weight
 
 
+@pytest.mark.slow
 def test_the_sites_chosen_are_those_sampled() -> None:
     model, x = Odd(), torch.randn(8, 64)
     candidates = Candidates.of({"policy": "always", "group": 1})
@@ -274,6 +276,7 @@ class Four(nn.Sequential):
         super().__init__(*mlp(32, 64, 64, 64, 10))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_sites_are_the_same_whether_a_size_is_a_symbol_or_a_number(seed: int, monkeypatch: pytest.MonkeyPatch, small_work_counts: None) -> None:
     """Rows ask for a symbol for the batch, sites do not; whichever trial comes first, sites are known by the sizes that they were traced with. A batch that
@@ -366,6 +369,7 @@ def test_an_interrupt_gives_what_there_is(ctrl_c: None) -> None:
     assert before.unchanged() and "rules" not in early.options
 
 
+@pytest.mark.slow
 def test_an_exception_leaves_no_trace() -> None:
     def fail() -> None:
         raise RuntimeError("the user's own")
@@ -390,6 +394,7 @@ def test_kept_puts_everything_back() -> None:
     assert before.unchanged()
 
 
+@pytest.mark.slow
 def test_the_time_budget_ends_it() -> None:
     model, x, y = net_and_batch()
     before = trained(model, x, y)
@@ -423,6 +428,7 @@ class Counted(Trials):
         return Times(1.0, 0.8, 0.8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("budget", "rows"), [(2.0, True), (20.0, False), (100.0, True), (100.0, False), (250.0, True), (1e9, True)])
 def test_the_time_budget_is_kept(budget: float, rows: bool, monkeypatch: pytest.MonkeyPatch, small_work_counts: None) -> None:
     """To one trial, by a clock of its own; and what was not measured is said to be so."""
@@ -456,6 +462,7 @@ def test_how_long_it_would_take_is_said_at_the_start(monkeypatch: pytest.MonkeyP
     assert "tune: up to 13 gradients and 4 compilations, at most about" in text and "the time budget is 5 s; what does not fit" in text
 
 
+@pytest.mark.slow
 def test_nothing_within_the_error_allowed() -> None:
     model, x, y = net_and_batch()
     plan = tune(model, x, target=y, max_error=NOTHING, ladder=[0.5], rows=False, progress=False)
