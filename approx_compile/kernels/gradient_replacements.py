@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from approx_compile import _torch
+from approx_compile.kernels.gather import memory_order
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def materialized(dy: Tensor, order: Sequence[int] | None = None) -> Tensor:
     Returns:
         The values of dy, with its shape.
     """
-    given = sorted(range(dy.dim()), key=lambda d: -_torch.hint(dy.stride(d)))
+    given = memory_order(dy)
     return _torch.force_memory_order(dy.to(torch.float64 if dy.dtype == torch.float64 else torch.float32), given if order is None else order)
 
 

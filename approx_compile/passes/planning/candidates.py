@@ -12,6 +12,7 @@ from approx_compile.passes.cost.estimates import CostModel
 from approx_compile.passes.planning import lowering
 from approx_compile.passes.planning.plan import Candidates, SitePlan
 from approx_compile.passes.planning.product_plans import exact_site, long_run, plan_products
+from approx_compile.passes.sites.dataflow import BATCH_NORM, RAW_DATA
 from approx_compile.passes.sites.site import Site
 
 TIMED_POLICIES = ("cost", "measure")
@@ -71,7 +72,7 @@ def default_exclusion_reason(site: Site, settings: SiteSettings) -> str | None:
 
     Sites that are known to lose accuracy are always left exact, others unless a rule matches them.
     """
-    if "raw data" in site.hazards:
+    if RAW_DATA in site.hazards:
         return RAW
     if site.last:
         return LAST
@@ -79,7 +80,7 @@ def default_exclusion_reason(site: Site, settings: SiteSettings) -> str | None:
         return None
     if site.kind != "linear":
         return f"{site.kind}s are exact by default; a rule whose layers match it samples it"
-    if "BatchNorm" in site.hazards:
+    if BATCH_NORM in site.hazards:
         return "fed by BatchNorm: exact by default; a rule whose layers match it samples it"
     size = site.products[0].size
     if isinstance(size, int) and size < LEAST_CHANNELS:
