@@ -1,13 +1,13 @@
 // The weight gradient of a convolution from the J largest entries of every output gradient's channel (Wang and Nelaturu 2019, Algorithm 1):
 //     df[o, t, c] = sum over samples n and entries j of value[o, n, j] x[n, pixel(place[o, n, j], tap t), group of o, c]
-// in three kernels: `largest` reads dy once and finds places and values, `accumulate` adds up patches of x, `finish` adds up slices of the batch.
-// Every sum has one order, whatever the device does. x has a pixel's channels side by side; df is written so: (O, kh, kw, C).
+// Three kernels: `largest` reads dy once and finds places and values, `accumulate` adds up patches of x, `finish` adds up slices of the batch.
+// The order of every sum is fixed, so results repeat. The channels of a pixel of x are contiguous, and df is written likewise: (O, kh, kw, C).
 // Macros: ELEMENT (device.cuh), J, CHANNELS_FAST (of dy: 1 if channels are contiguous, 0 if places are), VECTOR (channels of x loaded at once).
 #include "device.cuh"
 
 typedef unsigned long long Key;
 
-// Orders entries: the larger magnitude first (NaN largest, all alike), of equal ones the lower place. 0 is less than every key.
+// Makes a key that orders entries: the larger magnitude is larger (all NaN are equal and largest); of equal magnitudes the lower place is. 0 is below all keys.
 __device__ __forceinline__ Key key_of(float v, int place) {
     unsigned size = bits(v) & 0x7fffffffu;
     size = size > 0x7f800000u ? 0x7fffffffu : size;
@@ -16,7 +16,7 @@ __device__ __forceinline__ Key key_of(float v, int place) {
 
 __device__ __forceinline__ int place_of(Key k) { return (int)(0xffffffffu - (unsigned)k); }
 
-// best[0] > best[1] > ..: the J largest keys so far and one more.
+// Inserts a key into best[0] > best[1] > .., the J largest keys so far.
 __device__ __forceinline__ void keep(Key (&best)[J], Key k) {
 #pragma unroll
     for (int i = 0; i < J; i++) {
@@ -27,7 +27,7 @@ __device__ __forceinline__ void keep(Key (&best)[J], Key k) {
 }
 
 #define THREADS 256
-#define AT_ONCE 4  // patches whose pixels are on their way at once
+#define AT_ONCE 4  // patches whose pixels are loaded at once
 #if CHANNELS_FAST
 #define LANES 8
 #else
@@ -35,8 +35,9 @@ __device__ __forceinline__ void keep(Key (&best)[J], Key k) {
 #endif
 #define ROWS (THREADS / LANES)
 
-// One row = one output channel of one sample, n * outputs + o; LANES threads share its places. dy[n sample_stride + o channel_stride + p place_stride].
-// value = (own + (S - sum of the J own) / J) scale, S the row's sum; place and value are (outputs, samples, J).
+// A row is one output channel o of one sample n, row n * outputs + o; LANES threads share its places. Its entry at place p is
+// dy[n sample_stride + o channel_stride + p place_stride]. value = (own + (S - sum of the J own) / J) scale, where own is the entry itself and S the sum of
+// the row. place and value are (outputs, samples, J).
 extern "C" __global__ void __launch_bounds__(THREADS)
 largest(const Element* __restrict__ dy, int* __restrict__ place, float* __restrict__ value, int samples, int outputs, int places,
         long long sample_stride, long long channel_stride, long long place_stride, float scale) {
@@ -44,7 +45,7 @@ largest(const Element* __restrict__ dy, int* __restrict__ place, float* __restri
     __shared__ float sums[THREADS];
     int me = threadIdx.x;
     int mine = CHANNELS_FAST ? me % ROWS : me / LANES, lane = CHANNELS_FAST ? me / ROWS : me % LANES;
-    int further = CHANNELS_FAST ? ROWS : 1;  // threads from one lane of a row to the next
+    int further = CHANNELS_FAST ? ROWS : 1;  // distance in threads from one lane of a row to the next
     long long row = (long long)blockIdx.x * ROWS + mine;
     bool real = row < (long long)samples * outputs;
     long long n = row / outputs, o = row % outputs;
@@ -98,8 +99,9 @@ struct alignas(VECTOR > 1 ? 16 : 4) Sums {
     float f[VECTOR];
 };
 
-// Block (v, o, s): a run of taps x channels of output channel o, the samples of slice s. With one slice the result goes to df, else to
-// partial (slices, outputs, taps, inputs). `inputs` are those of a group; strides in elements of x's samples, rows, columns; slice = samples in one.
+// Block (v, o, s) computes a run of taps x channels of output channel o over the samples of slice s. With one slice the result is written to df, else to
+// partial (slices, outputs, taps, inputs). `inputs`: input channels of a group; strides: of x, in elements, over samples, rows, columns; `slice`: samples of
+// a slice.
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
 accumulate(const Element* __restrict__ x, const int* __restrict__ place, const float* __restrict__ value, Element* __restrict__ df,
            float* __restrict__ partial, int samples, int slice, int inputs, int outputs_per_group, int height, int width, int out_width, int taps, int kernel_width,
@@ -120,7 +122,7 @@ accumulate(const Element* __restrict__ x, const int* __restrict__ place, const f
     int first = blockIdx.z * slice * J, last = min(first + slice * J, samples * J);
     for (int start = first; start < last; start += blockDim.x) {
         int e = start + threadIdx.x;
-        __syncthreads();  // the entries of the run before have been read
+        __syncthreads();  // all threads have read the entries of the previous run
         if (e < last) {
             long long at = (long long)o * samples * J + e;
             int p = place[at];
@@ -133,7 +135,7 @@ accumulate(const Element* __restrict__ x, const int* __restrict__ place, const f
         int here = min((int)blockDim.x, last - start);
         if (!real) continue;
         for (int i = 0; i < here; i += AT_ONCE) {
-            Vector pixels[AT_ONCE];  // all asked for before the first is used
+            Vector pixels[AT_ONCE];  // all loads are issued before the first value is used
             float weights[AT_ONCE];
 #pragma unroll
             for (int u = 0; u < AT_ONCE; u++) {
@@ -164,7 +166,7 @@ accumulate(const Element* __restrict__ x, const int* __restrict__ place, const f
     }
 }
 
-// df = the sum of the slices, in their order.
+// Computes df, the sum of the slices, in order.
 extern "C" __global__ void __launch_bounds__(THREADS)
 finish(const float* __restrict__ partial, Element* __restrict__ df, int slices, long long size) {
     long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;

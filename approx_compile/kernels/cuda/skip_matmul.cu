@@ -1,34 +1,36 @@
-// Products of which only some units of 16 (or a multiple) contiguous channels take part: the loop steps over the chosen units only, by tensor cores
-// (mma.sync) with operands copied asynchronously through STAGES buffers. m rows, n columns, k the contraction; A (m, k), B (k, n), Y (m, n).
+// Products of matrices of which only chosen units of 16 (or a multiple of 16) contiguous entries take part. The loop steps over the chosen units only; it uses
+// tensor cores (mma.sync) and operands that are copied asynchronously through STAGES buffers.
+// m: rows, n: columns, k: contraction; A (m, k), B (k, n), Y (m, n).
 //     INTO 0: Y = A[:, idx] diag(scale) B[idx, :] + bias
 //     INTO 1: Y[:, idx] = (A B[:, idx]) scale, zeros elsewhere    INTO 2: Y[idx, :] = scale (A[idx, :] B), zeros elsewhere
-// A block computes a tile of kept rows and columns and writes the zeros before its kept units (the last one those after, too), so that every entry of
-// Y is written once. scale multiplies fp32 sums: of a unit's products (INTO 0), of the result (1, 2).
+// A block computes a tile of kept rows and columns and writes the zeros before its kept units (the last block also those after), so that every entry of Y is
+// written once. scale multiplies fp32 sums: those of a unit's products (INTO 0), or those of the result (INTO 1, 2).
 // Macros: ELEMENT (1, 2), UNIT, INTO, SCALED (INTO 0), A_K and B_K (1 where k is the operand's contiguous axis), TILE_M, TILE_N, WARPS_M, WARPS_N, STAGES,
-// BLOCKS (that a multiprocessor shall hold at once: bounds the registers), RAGGED (1 if 8 does not divide an operand's contiguous axis).
+// BLOCKS (that a multiprocessor should hold at once, which bounds the registers), RAGGED (1 if 8 does not divide the length of a contiguous axis).
 #include "device.cuh"
 
-#define STEP 32  // of k at a time: two halves of 16, the depth of one tensor core instruction
+#define STEP 32  // entries of k that a step reads: two halves of 16, the depth of a tensor core instruction
 #define THREADS (32 * WARPS_M * WARPS_N)
 #define FRAGMENTS_M (TILE_M / WARPS_M / 16)
 #define PAIRS_N (TILE_N / WARPS_N / 16)
 #define STAGE ((TILE_M + TILE_N) * STEP * (int)sizeof(Element))  // bytes of a buffer
 #define BUFFERS (STAGES * (TILE_M + TILE_N) * STEP)
 #define MEMORY (BUFFERS > TILE_M * TILE_N ? BUFFERS : TILE_M * TILE_N)  // elements
-#define BAND 8  // tiles of rows that are worked on together, so that they find the columns' tiles in the cache
+#define BAND 8  // rows of tiles that are computed together, so that they find the tiles of columns in the cache
 
-// Where chunk `chunk` (8 elements) of row `row` lies in a tile of rows of WIDTH elements: 8 rows' equal chunks fall into 8 different banks of 16 bytes.
+// Returns where chunk `chunk` (8 elements) of row `row` lies in a tile whose rows have WIDTH elements; equal chunks of 8 rows lie in 8 different banks of 16
+// bytes.
 template <int WIDTH> __device__ __forceinline__ int swizzled(int row, int chunk) {
     int turn = WIDTH % 64 == 0 ? row & 7 : WIDTH % 32 == 0 ? (row >> 1) & 3 : (row >> 2) & 1;
     return row * WIDTH + (chunk ^ turn) * 8;
 }
 
-// The position on the whole axis of position p on the kept one.
+// Returns the position on the whole axis of position p on the kept axis.
 template <bool KEPT> __device__ __forceinline__ int whole(const long long* idx, int p) {
     return KEPT ? (int)idx[(unsigned)p / UNIT] * UNIT + (unsigned)p % UNIT : p;
 }
 
-// Where a step's two halves of the contraction begin on the whole axis; any number for those from k on, of which nothing is read.
+// Where the two halves of a step begin on the whole contraction axis. A half from k on may have any number, since nothing of it is read.
 struct Starts {
     int first, second;
 };
@@ -38,12 +40,13 @@ __device__ __forceinline__ Starts starts_of(int position, const long long* idx, 
     return {position < k ? whole<true>(idx, position) : 0, position + 16 < k ? whole<true>(idx, position + 16) : 0};
 }
 
-// Copies tiles of an operand, OUTER of its rows (or columns) by STEP of k, to shared memory: as OUTER rows of STEP if k is contiguous, else as STEP rows.
+// Copies tiles of an operand, OUTER of its rows (or columns) by STEP of k, to shared memory: as OUTER rows of STEP elements if k is contiguous, else as STEP
+// rows of OUTER elements.
 template <int OUTER, bool K_FAST, bool KEPT> struct Copier {
     static constexpr int CHUNKS = OUTER * STEP / 8, EACH = (CHUNKS + THREADS - 1) / THREADS, PER_ROW = (K_FAST ? STEP : OUTER) / 8;
     const Element* operand;
-    int stride, length;  // length: of the contraction
-    int at[EACH];        // this thread's chunks, at k = 0; one outside the operand is the first one inside: what it makes is not stored
+    int stride, length;  // length: of the contraction axis
+    int at[EACH];        // offsets of this thread's chunks at k = 0; a chunk outside the operand reads the first one inside, and its result is not stored
     int wide[EACH];      // entries that a chunk has along the outer axis (RAGGED), 0..8
 
     __device__ __forceinline__ Copier(const Element* operand, int stride, const long long* idx, int first, int outers, int length)
@@ -74,7 +77,7 @@ template <int OUTER, bool K_FAST, bool KEPT> struct Copier {
     }
 };
 
-// The 16 x 16 entries of a tile from `outer` on, half `half` of k: matrices 0..3 lie at (outer + 8, k + 8) times (0, 0), (1, 0), (0, 1), (1, 1) with
+// Loads the 16 x 16 entries of a tile from `outer` on in half `half` of k. Matrices 0..3 lie at (outer + 8, k + 8) times (0, 0), (1, 0), (0, 1), (1, 1) with
 // OUTER_FIRST, else (0, 0), (0, 1), (1, 0), (1, 1).
 template <int OUTER, bool K_FAST, bool OUTER_FIRST> __device__ __forceinline__ void load_fragment(unsigned (&m)[4], Shared tile, int outer, int half) {
     int lane = threadIdx.x % 32, matrix = lane / 8, r = lane % 8;
@@ -99,14 +102,15 @@ __device__ __forceinline__ void store_chunk(Element* y, const Chunk& c, int n, i
     }
 }
 
-// Zeros in rows [top, bottom), columns [left, right); left is a multiple of 8, and right too unless it is n.
+// Writes zeros to rows [top, bottom), columns [left, right). left is a multiple of 8, and right too unless it is n.
 __device__ __forceinline__ void clear(Element* y, int n, int top, int bottom, int left, int right) {
     int across = (right - left + 7) / 8;
     if (across <= 0) return;
     for (int c = threadIdx.x; c < (bottom - top) * across; c += THREADS) store_chunk(y, Chunk{}, n, top + c / across, left + c % across * 8);
 }
 
-// The zeros that belong to a tile of kept units: those before each unit that begins in kept positions [first, first + tile), and after the last one.
+// Writes the zeros that belong to a tile of kept units: those before each unit that begins in kept positions [first, first + tile), and after the
+// last unit.
 __device__ __forceinline__ void clear_gaps(Element* y, const long long* idx, int count, int m, int n, int first_row, int first_column) {
     int first = INTO == 1 ? first_column : first_row, end = first + (INTO == 1 ? TILE_N : TILE_M);
     for (int u = (first + UNIT - 1) / UNIT; u <= count && (u == count ? end >= count * UNIT : u * UNIT < end); u++) {
@@ -122,7 +126,8 @@ __device__ __forceinline__ void clear_gaps(Element* y, const long long* idx, int
 typedef float Sums[FRAGMENTS_M][2 * PAIRS_N][4];
 
 __device__ __forceinline__ void multiply_step(Sums& sums, Shared a_tile, Shared b_tile, int warp_row, int warp_column, const float* scale, int position, int k) {
-    constexpr int at_once = SCALED ? 1 : 2;  // of both, so many products would wait for their scale that registers are spilled
+    // With both halves at once, too many products would wait for their scale, and registers would be spilled.
+    constexpr int at_once = SCALED ? 1 : 2;
 #pragma unroll at_once
     for (int half = 0; half < 2; half++) {
         unsigned a[FRAGMENTS_M][4];
@@ -152,7 +157,7 @@ __device__ __forceinline__ void multiply_step(Sums& sums, Shared a_tile, Shared 
     }
 }
 
-// Sums to shared memory in the operands' type, with bias or scale: row warp_row + 16 i + lane / 4 (+ 8), column warp_column + 8 j + 2 (lane % 4) (+ 1).
+// Writes the sums to shared memory in the operands' type, with bias or scale. An entry lies in row warp_row + 16 i + lane / 4 (+ 8), column warp_column + 8 j + 2 (lane % 4) (+ 1).
 __device__ __forceinline__ void stage_result(Element* tile, const Sums& sums, int warp_row, int warp_column, int row0, int column0, int rows, int columns,
                                              const float* scale, const Element* bias) {
     int lane = threadIdx.x % 32;
@@ -173,12 +178,13 @@ __device__ __forceinline__ void stage_result(Element* tile, const Sums& sums, in
     }
 }
 
-// m and n are Y's; k is the contraction's kept length. Leading strides in elements (multiples of 8, as the operands' addresses are of 16 bytes).
+// m, n: rows and columns of Y; k: kept length of the contraction axis. a_stride and b_stride are in elements and multiples of 8; addresses are multiples of 16
+// bytes.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 skip_matmul(const Element* __restrict__ a, const Element* __restrict__ b, const long long* __restrict__ idx, const float* __restrict__ scale,
             const Element* __restrict__ bias, Element* __restrict__ y, int m, int n, int k, int count, int a_stride, int b_stride) {
     alignas(16) __shared__ Element memory[MEMORY];
-    int rows = INTO == 2 ? count * UNIT : m, columns = INTO == 1 ? count * UNIT : n;  // those computed
+    int rows = INTO == 2 ? count * UNIT : m, columns = INTO == 1 ? count * UNIT : n;  // rows and columns that are computed
     int tiles_m = (rows + TILE_M - 1) / TILE_M, tiles_n = (columns + TILE_N - 1) / TILE_N;
     int band = blockIdx.x / (BAND * tiles_n) * BAND, high = min(BAND, tiles_m - band), rest = blockIdx.x % (BAND * tiles_n);
     int row0 = (band + rest % high) * TILE_M, column0 = rest / high * TILE_N;
@@ -199,7 +205,7 @@ skip_matmul(const Element* __restrict__ a, const Element* __restrict__ b, const 
     Starts ahead = starts_of(AHEAD, idx, k);  // an index is read one step before its copies are issued
     for (int position = 0; position < k; position += STEP) {
         copies_arrived<STAGES - 2>();
-        __syncthreads();  // also: everybody has read the buffer that is filled next
+        __syncthreads();  // this also makes sure that all threads have read the buffer that is filled next
         a_copier.copy(filling, position + AHEAD, ahead);
         b_copier.copy(filling + TILE_M * STEP * (int)sizeof(Element), position + AHEAD, ahead);
         copies_issued();
