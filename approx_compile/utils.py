@@ -1,4 +1,4 @@
-"""What is said once in a process."""
+"""Messages that appear once in a process, and atomic writes of files."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ import torch
 
 log = logging.getLogger("approx_compile")
 emitted: set[str] = set()
+"""The messages that this process has emitted."""
 
 
 class ApproxWarning(UserWarning):
-    """A model in which nothing was approximated; a pattern that matches nothing; slices over several graphs; a lowering that is not to be had."""
+    """A warning of this package: nothing was approximated in a model, a pattern matches nothing, a lowering is not available, and the like."""
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -43,12 +44,22 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def log_once(text: str) -> None:
+    """Log a message at the level of warnings, if this process has not emitted it yet.
+
+    Args:
+        text: The message.
+    """
     if text not in emitted:
         emitted.add(text)
         log.warning(text)
 
 
 def warn_once(text: str) -> None:
+    """Give an `ApproxWarning` at the user's line of code, if this process has not emitted the message yet.
+
+    Args:
+        text: The message.
+    """
     if text not in emitted:
         emitted.add(text)
         warnings.warn(text, ApproxWarning, stacklevel=_users_level())
@@ -58,7 +69,7 @@ _INNER = (str(Path(__file__).parent), str(Path(torch.__file__).parent), contextl
 
 
 def _users_level() -> int:
-    """The `stacklevel`, for who calls this, of the user's own line: the first one outside of this package and of torch."""
+    """The `stacklevel`, seen from the caller, of the user's line: the first one outside of this package and of torch."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith((*_INNER, "<")):
         frame, level = frame.f_back, level + 1

@@ -11,20 +11,32 @@ from torch import fx
 
 
 def has_backward(graph: fx.Graph) -> bool:
+    """Return whether a joint graph has nodes of the backward pass."""
     return any(is_backward(n) for n in graph.nodes if n.op == "call_function")
 
 
 def is_backward(n: fx.Node) -> bool:
+    """Return whether a node of a joint graph belongs to the backward pass."""
     return n.meta.get("partitioner_tag") in ("is_backward", "must_be_in_backward")
 
 
 def keep_in_backward(node: fx.Node) -> None:
-    """Forbid the partitioner to hoist a node of the backward pass that needs no tangent: it would draw a random number in both passes."""
+    """Forbid the partitioner to move a node of the backward pass to the forward pass.
+
+    It could, where the node needs no tangent. A node that draws random numbers would then draw them in both passes.
+
+    Args:
+        node: The node.
+    """
     node.meta["partitioner_tag"] = "must_be_in_backward"
 
 
 def must_save(node: fx.Node) -> None:
-    """Forbid the partitioner to recompute a node in the backward pass."""
+    """Forbid the partitioner to recompute a node in the backward pass.
+
+    Args:
+        node: The node.
+    """
     from torch.utils.checkpoint import CheckpointPolicy
 
     node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
@@ -34,7 +46,12 @@ _PROVENANCE_KEYS = ("partitioner_tag", "seq_nr", "nn_module_stack", "fwd_nn_modu
 
 
 def copy_provenance(source: fx.Node, target: fx.Node) -> None:
-    """Tag, layer, stack trace and checkpoint policy of an inserted node are those of the node it serves."""
+    """Give an inserted node the tag, layer, stack trace and checkpoint policy of the node that it serves.
+
+    Args:
+        source: The node that is served.
+        target: The inserted node.
+    """
     for key in _PROVENANCE_KEYS:
         if key in source.meta:
             target.meta[key] = source.meta[key]
@@ -43,30 +60,44 @@ def copy_provenance(source: fx.Node, target: fx.Node) -> None:
 
 
 def input_index(n: fx.Node) -> int | None:
-    """Which of the backend's inputs a placeholder of the joint graph is; None for tangents and synthetic ones."""
+    """Return which input of the backend a placeholder of the joint graph is.
+
+    Args:
+        n: The placeholder.
+
+    Returns:
+        The input's position; None for tangents and for inputs that AOTAutograd has made.
+    """
     desc = n.meta.get("desc")
     index = getattr(desc, "idx", None)
     return index if isinstance(index, int) and type(desc).__name__ == "PlainAOTInput" else None
 
 
 def is_graph_module_state(n: fx.Node) -> bool:
-    """Whether a placeholder is a parameter or buffer of the graph module itself (Dynamo without inlined modules)."""
+    """Return whether a placeholder is a parameter or buffer of the graph module itself, as where Dynamo does not inline modules."""
     return type(n.meta.get("desc")).__name__ in ("ParamAOTInput", "BufferAOTInput")
 
 
 def is_tangent(n: fx.Node) -> bool:
-    """Whether a placeholder of a backward graph is the gradient of an output."""
+    """Return whether a node is a placeholder of a backward graph for the gradient of an output."""
     return n.op == "placeholder" and "tangents" in n.name
 
 
 def outputs_by_description(output: fx.Node) -> dict[str, fx.Node]:
-    """A graph's outputs by AOTAutograd's description of each."""
+    """Map AOTAutograd's descriptions of a graph's outputs to the outputs.
+
+    Args:
+        output: The graph's output node.
+
+    Returns:
+        The outputs by the text of their descriptions.
+    """
     described = output.meta.get("desc") or ()
     return {repr(d): n for d, n in zip(described, output.args[0], strict=False) if isinstance(n, fx.Node)}  # type: ignore[arg-type]
 
 
 def tangent_output_description(n: fx.Node) -> str | None:
-    """The description of the output that a backward graph's placeholder is the gradient of."""
+    """Return the description of the output whose gradient a placeholder of a backward graph is; None for other placeholders."""
     output = getattr(n.meta.get("desc"), "output", None)
     return repr(output) if output is not None else None
 
@@ -75,37 +106,54 @@ EXACT_MARK_KEY = "approx_compile"
 
 
 def mark_exact(node: fx.Node, reason: str) -> None:
-    """Leave a note on a node of Dynamo's graph that AOTAutograd carries into the joint graph."""
+    """Mark a node of Dynamo's graph as one to be computed exactly. AOTAutograd carries the mark into the joint graph.
+
+    Args:
+        node: The node.
+        reason: Why, for reports.
+    """
     node.meta["custom"] = {**(node.meta.get("custom") or {}), EXACT_MARK_KEY: reason}
 
 
 def exact_mark(node: fx.Node) -> str | None:
+    """Return the reason with which `mark_exact` has marked a node, None without one."""
     reason = (node.meta.get("custom") or {}).get(EXACT_MARK_KEY)
     return reason if isinstance(reason, str) else None
 
 
 def _forward_metadata() -> Any:
+    """AOTAutograd's metadata of the graph being compiled, None outside of a compilation."""
     context = torch._guards.TracingContext.try_get()
     return getattr(context, "fw_metadata", None)
 
 
 def donated_placeholders(gm: fx.GraphModule) -> set[str]:
-    """The placeholders of a backward graph whose memory the compiled code may write to."""
+    """Return the names of the placeholders of a backward graph whose memory the compiled code may overwrite."""
     indices = getattr(_forward_metadata(), "bw_donated_idxs", None) or []
     placeholders = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
     return {placeholders[i] for i in indices}
 
 
 def clear_donated_inputs() -> None:
-    """Tell AOTAutograd that the backward graph being compiled writes to none of its inputs. What does it refuses to run where the user keeps the graph."""
+    """Tell AOTAutograd that the backward graph being compiled overwrites none of its inputs.
+
+    A backward graph that does refuses to run with `retain_graph=True`.
+    """
     indices = getattr(_forward_metadata(), "bw_donated_idxs", None)
     if indices:
-        indices.clear()  # several descriptions of the graph have the same list
+        indices.clear()  # in place, as several objects hold the same list
 
 
 @contextlib.contextmanager
 def donate_inputs(indices: Sequence[int]) -> Iterator[None]:
-    """Inside, a graph that is compiled may write to these of its inputs."""
+    """Let a graph that is compiled inside the block overwrite some of its inputs.
+
+    Args:
+        indices: Positions of these inputs.
+
+    Yields:
+        Nothing.
+    """
     meta = _forward_metadata()
     if meta is None:
         yield
@@ -119,7 +167,10 @@ def donate_inputs(indices: Sequence[int]) -> Iterator[None]:
 
 
 def drop_dynamic_marks() -> None:
-    """Keep the compiled function from marking what it returns and saves (the user's inputs among that) as of dynamic size: nobody but us has asked for that."""
+    """Keep the compiled function from marking the tensors that it returns and saves as tensors of dynamic size.
+
+    The user's inputs may be among these tensors, and the user has not asked for symbolic sizes: this package has.
+    """
     meta = _forward_metadata()
     if meta is None:
         return
@@ -129,22 +180,30 @@ def drop_dynamic_marks() -> None:
 
 
 def first_call_is_fake() -> bool:
-    """Whether whoever compiles now will first call what comes out with fake tensors (DDPOptimizer does)."""
+    """Return whether the first call of the compiled function will have fake tensors, as DDPOptimizer does it."""
     return bool(getattr(torch._guards.TracingContext.try_get(), "fakify_first_call", False))
 
 
 def activation_memory_budget() -> float:
+    """Return AOTAutograd's memory budget for activations: 1 recomputes nothing more than needed, 0 as much as possible."""
     return float(torch._functorch.config.activation_memory_budget)
 
 
 def compiled_backwards(output: torch.Tensor) -> Iterator[tuple[Any, fx.GraphModule]]:
-    """What AOTAutograd calls for the backward pass of the compiled graph that made an output, and the graph that compiled autograd takes in its place."""
-    todo = [output.grad_fn]
-    while todo:
-        node = todo.pop()
+    """Find the backward functions of the compiled graphs that have made a tensor.
+
+    Args:
+        output: An output of a compiled function, or a view of one.
+
+    Yields:
+        What AOTAutograd calls for the backward pass (None before its compilation), and the backward graph, which compiled autograd would trace.
+    """
+    pending = [output.grad_fn]
+    while pending:
+        node = pending.pop()
         made_by = getattr(node, "_forward_cls", None)
         graph = getattr(getattr(made_by, "_lazy_backward_info", None), "bw_module", None)
         if isinstance(graph, fx.GraphModule):
             yield getattr(made_by, "compiled_bw", None), graph
-        elif node is not None and made_by is None and len(node.next_functions) == 1:  # a view of what the graph gave
-            todo.append(node.next_functions[0][0])
+        elif node is not None and made_by is None and len(node.next_functions) == 1:  # a view of an output of the graph
+            pending.append(node.next_functions[0][0])

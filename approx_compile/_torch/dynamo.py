@@ -16,19 +16,19 @@ try:
     from torch._dynamo.exc import ShortenTraceback
 
     class UnwrappedBackendError(ShortenTraceback):
-        """Dynamo hands this on to the user as it is, where it wraps any other exception of a backend."""
+        """An error that Dynamo passes to the user unchanged. It wraps any other exception of a backend."""
 
         def __init__(self, *args: Any) -> None:
             super().__init__(*args, first_useful_frame=None)
 
-except ImportError:  # then errors arrive wrapped in BackendCompilerFailed, with the same text
+except ImportError:  # then Dynamo wraps such errors in BackendCompilerFailed, with the same text
 
     class UnwrappedBackendError(RuntimeError):  # type: ignore[no-redef]
         pass
 
 
 def dynamo_frame() -> Any:
-    """Dynamo's translator of the frame being compiled, or None outside of Dynamo."""
+    """Return Dynamo's translator of the frame being compiled, None outside of Dynamo."""
     try:
         from torch._dynamo.symbolic_convert import InstructionTranslator
 
@@ -38,30 +38,46 @@ def dynamo_frame() -> Any:
 
 
 def frame_scope(frame: Any) -> dict[str, dict[str, Any]]:
-    """The compiled frame's variables, by the names Dynamo's sources use: L for locals (closures included), G for globals."""
+    """Return the variables of the compiled frame under the names that Dynamo's sources use.
+
+    Args:
+        frame: What `dynamo_frame` returned.
+
+    Returns:
+        "L": local variables, closures included; "G": global variables.
+    """
     root = frame.output.root_tx if frame is not None else None
     return {"L": dict(getattr(root, "f_locals", None) or {}), "G": getattr(root, "f_globals", None) or {}}
 
 
 def frame_code(frame: Any) -> Any:
-    """The code object of the frame being compiled; behind a graph break that of the function that was broken, as the user wrote it."""
+    """Return the code object of the frame being compiled, as the user wrote it: behind a graph break that of the function that was broken."""
     code = getattr(frame.output.root_tx, "f_code", None)
     try:
         from torch._dynamo.resume_execution import ContinueExecutionCache
 
         return getattr(ContinueExecutionCache.generated_code_metadata.get(code), "code", code)
-    except (ImportError, AttributeError):  # then the rest of a function is taken for a function
+    except (ImportError, AttributeError):  # then the rest of a function counts as a function of its own
         return code
 
 
 def is_resume_function(frame: Any) -> bool:
-    """Whether the frame is the rest of some function behind a graph break: variables that are not read any more are gone there."""
+    """Return whether the frame is the rest of a function behind a graph break. Variables that are no longer read do not exist there."""
     return getattr(getattr(frame.output.root_tx, "f_code", None), "co_name", "").startswith("torch_dynamo_resume_in_")
 
 
 def reachable_modules(held: Any, source: Any) -> Iterator[tuple[torch.nn.Module, Any]]:
-    """The modules that a variable holds, and Dynamo's source for each: itself, what a method is bound to, what stands in a partial or a container. None for
-    one that is in a function's closure, to which no guard leads."""
+    """Find the modules that a variable holds.
+
+    They may be the variable itself, what a method is bound to, or stand in a `functools.partial`, a container or a closure.
+
+    Args:
+        held: The variable's value.
+        source: Dynamo's source of it, None without one.
+
+    Returns:
+        Pairs of a module and Dynamo's source of it. The source is None for a module in a closure, on which no guard can be put.
+    """
     from torch._dynamo.source import AttrSource, DictGetItemSource, GetItemSource, UnspecializedNNModuleSource
 
     def below(held: Any, source: Any, depth: int) -> Iterator[tuple[torch.nn.Module, Any]]:
@@ -82,13 +98,14 @@ def reachable_modules(held: Any, source: Any) -> Iterator[tuple[torch.nn.Module,
         elif type(held) is dict:
             inner = [(v, DictGetItemSource(source, k) if source is not None and isinstance(k, str) else None) for k, v in held.items()]
         if depth:
-            for value, own in inner:
-                yield from below(value, own, depth - 1)
+            for value, value_source in inner:
+                yield from below(value, value_source, depth - 1)
 
     return below(held, source, 4)
 
 
 def _is_filled(cell: Any) -> bool:
+    """Whether a closure's cell has a value."""
     try:
         return cell.cell_contents is not None
     except ValueError:
@@ -96,7 +113,14 @@ def _is_filled(cell: Any) -> bool:
 
 
 def module_sources(placeholder: fx.Node) -> Iterator[tuple[str, Any]]:
-    """(expression, source) of every module on the way to a parameter or buffer in Dynamo's graph."""
+    """Yield the modules on the path to a parameter or buffer of Dynamo's graph.
+
+    Args:
+        placeholder: The placeholder of the parameter or buffer.
+
+    Yields:
+        The expression and the source of each module, the innermost first.
+    """
     source = getattr(placeholder, "_dynamo_source", None)
     while source is not None:
         if "NNModuleSource" in type(source).__name__:
@@ -105,7 +129,7 @@ def module_sources(placeholder: fx.Node) -> Iterator[tuple[str, Any]]:
 
 
 def is_module_state(placeholder: fx.Node) -> bool:
-    """Whether a placeholder of Dynamo's graph is a parameter or buffer that a module owns."""
+    """Return whether a placeholder of Dynamo's graph is a parameter or buffer that a module owns."""
     source = getattr(placeholder, "_dynamo_source", None)
     while source is not None:
         if "ParamBuffer" in type(source).__name__:
@@ -115,21 +139,45 @@ def is_module_state(placeholder: fx.Node) -> bool:
 
 
 def module_variable_source(scope: str, name: str) -> Any:
-    """Dynamo's source of a module held by a local or global variable."""
+    """Return Dynamo's source of a module that a variable holds.
+
+    Args:
+        scope: "L" for a local variable, "G" for a global one.
+        name: The variable's name.
+
+    Returns:
+        The source.
+    """
     from torch._dynamo.source import UnspecializedNNModuleSource
 
     return UnspecializedNNModuleSource(variable_source(scope, name))
 
 
 def variable_source(scope: str, name: str) -> Any:
-    """Dynamo's source of a local or global variable."""
+    """Return Dynamo's source of a variable.
+
+    Args:
+        scope: "L" for a local variable, "G" for a global one.
+        name: The variable's name.
+
+    Returns:
+        The source.
+    """
     from torch._dynamo.source import GlobalSource, LocalSource
 
     return LocalSource(name, is_input=True) if scope == "L" else GlobalSource(name)
 
 
 def child_source(source: Any, path: list[str]) -> Any:
-    """The source of the module at `path` below another one, as Dynamo itself builds it."""
+    """Return Dynamo's source of a module below another one, as Dynamo itself builds it.
+
+    Args:
+        source: The source of the outer module.
+        path: Names of the children on the way.
+
+    Returns:
+        The source of the inner module.
+    """
     from torch._dynamo.source import AttrSource, DictGetItemSource, UnspecializedNNModuleSource
 
     for name in path:
@@ -138,7 +186,12 @@ def child_source(source: Any, path: list[str]) -> Any:
 
 
 def guard_attribute(source: Any, name: str) -> None:
-    """Recompile when the attribute's value changes."""
+    """Install a guard that recompiles when an attribute's value changes.
+
+    Args:
+        source: Dynamo's source of the object.
+        name: The attribute's name.
+    """
     from torch._dynamo.guards import GuardBuilder, install_guard
     from torch._dynamo.source import AttrSource
 
@@ -146,20 +199,34 @@ def guard_attribute(source: Any, name: str) -> None:
 
 
 def guard_absent(source: Any, name: str) -> None:
-    """Recompile when the attribute, absent now, appears in the object's own dictionary."""
+    """Install a guard that recompiles when an attribute that is absent now appears in the object's dictionary.
+
+    Args:
+        source: Dynamo's source of the object.
+        name: The attribute's name.
+    """
     from torch._dynamo.guards import GuardBuilder, install_guard
 
     install_guard(source.make_guard(functools.partial(GuardBuilder.NOT_PRESENT_IN_GENERIC_DICT, attr=name)))
 
 
 def disable_dynamo(f: Callable[..., Any]) -> Callable[..., Any]:
-    """Dynamo calls the function as it is, where it meets it in code that it compiles."""
+    """Have Dynamo call a function without tracing it."""
     disabled: Callable[..., Any] = torch.compiler.disable(f)
     return disabled
 
 
 def copy_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:
-    """A Dynamo graph to compile once more: passes before autograd edit it in place, and a copy alone would lose where its inputs come from."""
+    """Copy a Dynamo graph to compile it once more.
+
+    Passes before autograd edit a graph in place. `copy.deepcopy` alone would lose the sources of the inputs.
+
+    Args:
+        gm: The graph.
+
+    Returns:
+        The copy.
+    """
     new = copy.deepcopy(gm)
     for a, b in zip(gm.graph.find_nodes(op="placeholder"), new.graph.find_nodes(op="placeholder"), strict=True):
         if hasattr(a, "_dynamo_source"):
@@ -168,13 +235,22 @@ def copy_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def compile_isolated(model: Any, backend: Any) -> Any:
-    """torch.compile with entries of its own, which don't count against the user's recompile limit (where torch can: 2.13 and later), and without the code that
-    the user has compiled in place."""
+    """Compile a model separately from what the user has compiled.
+
+    The result has cache entries of its own, which do not count against the user's recompile limit (from torch 2.13 on), and ignores `model.compile()`.
+
+    Args:
+        model: A module or a function.
+        backend: The backend.
+
+    Returns:
+        The compiled model.
+    """
     import inspect
 
     compile_any: Any = torch.compile
-    apart = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
-    compiled = compile_any(model, backend=backend, **apart)
+    options = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+    compiled = compile_any(model, backend=backend, **options)
     in_place = [m for m in model.modules() if in_place_compiled_call(m) is not None] if isinstance(model, torch.nn.Module) else []
     if not in_place:
         return compiled
@@ -186,15 +262,21 @@ def compile_isolated(model: Any, backend: Any) -> Any:
                 m._compiled_call_impl = None
             return compiled(*args, **kwargs)
         finally:
-            for m, own in zip(in_place, before, strict=True):
-                m._compiled_call_impl = own
+            for m, compiled_call in zip(in_place, before, strict=True):
+                m._compiled_call_impl = compiled_call
 
     return call
 
 
 def backend_of(compiled: Any) -> tuple[str | None, Any, dict[str, Any]]:
-    """(name, backend, its keyword arguments) of something torch.compile returned, a module or a function; (None, None, {}) where Dynamo no longer shows
-    them."""
+    """Find the backend of something that torch.compile returned.
+
+    Args:
+        compiled: A module or a function.
+
+    Returns:
+        (name, backend, keyword arguments of the backend); (None, None, {}) where Dynamo does not show them.
+    """
     context = getattr(compiled, "dynamo_ctx", None) or _enclosed(compiled, getattr(torch._dynamo.eval_frame, "_TorchDynamoContext", ()))
     layer = getattr(context, "callback", None)
     while (inner := getattr(layer, "_torchdynamo_orig_backend", None)) is not None:
@@ -203,18 +285,18 @@ def backend_of(compiled: Any) -> tuple[str | None, Any, dict[str, Any]]:
 
 
 def backend_names() -> list[str]:
-    """The names that torch.compile takes for a backend."""
+    """List the names of the backends that torch.compile knows."""
     names: list[str] = torch._dynamo.list_backends(exclude_tags=())
     return names
 
 
 def _enclosed(f: Any, kind: type | tuple[()]) -> Any:
-    """The first variable of such a kind that a function closes over, None without one."""
-    found = []
+    """The first variable of a given type in a function's closure, None without one."""
+    values = []
     for cell in getattr(f, "__closure__", None) or ():
         with contextlib.suppress(ValueError):  # an empty cell
-            found.append(cell.cell_contents)
-    return next((v for v in found if isinstance(v, kind)), None)
+            values.append(cell.cell_contents)
+    return next((v for v in values if isinstance(v, kind)), None)
 
 
 def uncompiled(model: Any) -> Any:
@@ -233,19 +315,25 @@ def uncompiled(model: Any) -> Any:
 
 
 def in_place_compiled_call(model: Any) -> Any:
-    """What `model.compile(...)` put in the place of the module's call, None if nothing."""
+    """Return the compiled call that `model.compile(...)` has set on a module, None without one."""
     return model._compiled_call_impl if isinstance(model, torch.nn.Module) else None
 
 
 @contextlib.contextmanager
 def preserve_shape_history() -> Iterator[None]:
-    """Inside, sizes are taken as static, and Dynamo's memory of sizes seen (which makes later ones dynamic) is put back afterwards."""
+    """Take sizes as static inside the block, and restore Dynamo's history of sizes afterwards.
+
+    Dynamo makes a size symbolic that has changed between calls. The calls inside the block must not do that to the user's own calls.
+
+    Yields:
+        Nothing.
+    """
     try:
         from torch._dynamo.pgo import get_code_state
 
         state: Any = get_code_state()
         saved = copy.deepcopy(state)
-    except (ImportError, AttributeError):  # then a later call with another size may compile for dynamic sizes at once
+    except (ImportError, AttributeError):  # then a later call with another size may compile for symbolic sizes at once
         state = saved = None
     with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
         try:

@@ -12,12 +12,19 @@ from torch import fx
 
 
 def value(n: Any) -> Any:
-    """The fake tensor of a node."""
+    """Return the value of a node: a fake tensor, a number or a symbolic size."""
     return n.meta["val"]
 
 
 def fake_mode_of(*nodes: fx.Node) -> Any:
-    """The fake mode the graph was traced under."""
+    """Return the fake mode under which the graph of some nodes was traced.
+
+    Args:
+        *nodes: Nodes of one graph.
+
+    Returns:
+        The mode.
+    """
     from torch._guards import detect_fake_mode
 
     values = [t for n in nodes for t in torch.utils._pytree.tree_leaves((n.meta.get("val"), [m.meta.get("val") for m in n.all_input_nodes]))]
@@ -27,6 +34,7 @@ def fake_mode_of(*nodes: fx.Node) -> Any:
 
 
 def graph_fake_mode(graph: fx.Graph) -> Any:
+    """Return the fake mode under which a graph was traced."""
     from torch._guards import detect_fake_mode
 
     mode = detect_fake_mode([v for m in graph.nodes if isinstance(v := m.meta.get("val"), torch.Tensor)])
@@ -35,13 +43,31 @@ def graph_fake_mode(graph: fx.Graph) -> Any:
 
 
 def fake_scalar(n: fx.Node, dtype: torch.dtype) -> Any:
-    """A fake tensor without dims on the CPU, of the fake mode of the graph that `n` is in."""
+    """Make a fake tensor without dims on the CPU, in the fake mode of a node's graph.
+
+    Args:
+        n: A node of the graph.
+        dtype: The tensor's dtype.
+
+    Returns:
+        The fake tensor.
+    """
     with graph_fake_mode(n.graph):
         return torch.empty((), dtype=dtype, device="cpu")
 
 
 def fake_like(value: torch.Tensor, size: Sequence[int], stride: Sequence[int], offset: int) -> torch.Tensor:
-    """A tensor with this layout and `value`'s dtype and device, fake if that is."""
+    """Make a tensor with a given layout, fake if another one is.
+
+    Args:
+        value: The other tensor, whose dtype and device the new one has.
+        size: The new tensor's size.
+        stride: Its strides.
+        offset: Its storage offset.
+
+    Returns:
+        The tensor, uninitialised.
+    """
     from torch._guards import detect_fake_mode
 
     with torch.no_grad(), detect_fake_mode([value]) or contextlib.nullcontext():
@@ -52,7 +78,7 @@ def fake_like(value: torch.Tensor, size: Sequence[int], stride: Sequence[int], o
 
 
 def fake_contiguous(value: torch.Tensor) -> torch.Tensor:
-    """A contiguous tensor of the same size, dtype and device, fake if that is."""
+    """Make a contiguous tensor of the same size, dtype and device as another one, fake if that is."""
     from torch._guards import detect_fake_mode
 
     with torch.no_grad(), detect_fake_mode([value]) or contextlib.nullcontext():
@@ -60,33 +86,42 @@ def fake_contiguous(value: torch.Tensor) -> torch.Tensor:
 
 
 def is_wrapper_subclass(value: Any) -> bool:
-    """DTensor and its like."""
+    """Return whether a value is a tensor subclass that wraps other tensors, such as DTensor."""
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
     return isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value)
 
 
 def disable_torch_modes() -> contextlib.AbstractContextManager[Any]:
-    """Real tensors inside the block, whatever is traced outside; where the name is gone measuring there fails, and says so."""
+    """Switch off the dispatch modes that are active, such as fake tensors during tracing: tensors made inside the block are real."""
     from torch.utils._python_dispatch import _disable_current_modes
 
     return _disable_current_modes()
 
 
 def tree_leaves(tree: Any) -> list[Any]:
-    """What is in nested tuples, lists, dicts and registered classes."""
+    """List the leaves of nested tuples, lists, dicts and registered classes."""
     return torch.utils._pytree.tree_leaves(tree)
 
 
 @functools.cache
 def inductor_decompositions() -> Any:
+    """Return the table of decompositions that Inductor traces with."""
     from torch._inductor.decomposition import select_decomp_table
 
     return select_decomp_table()
 
 
 def trace_to_aten(run: Callable[..., Any], values: Sequence[Any]) -> fx.Graph:
-    """`run` on fake values as a graph of aten ops, decomposed by Inductor's table (without it some ops reach Inductor whole and it asserts)."""
+    """Trace a function on fake values to a graph of aten ops, decomposed as Inductor does it: Inductor asserts that some ops are gone.
+
+    Args:
+        run: The function.
+        values: Its arguments, fake tensors and numbers. One value may be given twice: each is an input of its own.
+
+    Returns:
+        The graph.
+    """
     from torch.fx.experimental.proxy_tensor import make_fx
 
     apart = [v.detach() if isinstance(v, torch.Tensor) else v for v in values]  # make_fx takes one value that is given twice for one input
@@ -94,5 +129,5 @@ def trace_to_aten(run: Callable[..., Any], values: Sequence[Any]) -> fx.Graph:
 
 
 def readable_code(graph: fx.Graph) -> str:
-    """A graph as Python with shapes in comments."""
+    """Return a graph as Python code with shapes in comments."""
     return graph.python_code("self", verbose=True, include_stride=False, include_device=False).src

@@ -12,7 +12,14 @@ from approx_compile._torch.symbolic_shapes import hint
 
 
 def flops(n: fx.Node) -> int:
-    """Of one product or convolution, by torch's own formulas; 0 for anything else."""
+    """Count the FLOPs of a node with torch's formulas.
+
+    Args:
+        n: A node of a joint graph.
+
+    Returns:
+        The FLOPs of a product or convolution, 0 for anything else. Symbolic sizes count with their hints.
+    """
     from torch.utils.flop_counter import flop_registry
 
     formula = flop_registry.get(getattr(n.target, "overloadpacket", None)) if n.op == "call_function" else None
@@ -23,7 +30,7 @@ def flops(n: fx.Node) -> int:
 
 
 def _hinted(value: Any) -> Any:
-    """A tensor (or several) without memory, of the sizes that symbols stand for."""
+    """Replace a tensor (or several) by one on the meta device whose symbolic sizes have their hints' values."""
     if isinstance(value, (tuple, list)):
         return tuple(_hinted(v) for v in value)
     if isinstance(value, torch.Tensor):
@@ -32,19 +39,26 @@ def _hinted(value: Any) -> Any:
 
 
 def count_tensors(gm: fx.GraphModule) -> int:
-    """How many tensors a Dynamo graph computes: with symbolic sizes it has more nodes, but as many of these."""
+    """Count the tensors that a Dynamo graph computes. The count does not depend on symbolic sizes, which add nodes for the sizes themselves."""
     return sum(isinstance(n.meta.get("example_value"), (torch.Tensor, tuple)) for n in gm.graph.nodes if n.op.startswith("call_"))
 
 
 def count_dynamo_flops(gm: fx.GraphModule) -> dict[fx.Node, int] | None:
-    """The FLOPs of every call of a Dynamo graph, counted while it runs on fake tensors of its own; None where what the backward pass has can't be told from
-    them (custom functions and ops, RNNs), or where running it might leave a mode of torch changed."""
+    """Count the FLOPs of every call in a Dynamo graph by running the graph on fake tensors.
+
+    Args:
+        gm: The graph.
+
+    Returns:
+        FLOPs by node. None if the graph does not show what the backward pass computes (custom functions and ops, RNNs), if running it might leave a mode of
+        torch changed, or if it fails.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
 
     if not all(_is_plain_call(n.target) for n in gm.graph.nodes if n.op == "call_function"):
         return None
-    found: dict[fx.Node, int] = {}
+    flops_of: dict[fx.Node, int] = {}
     counter = FlopCounterMode(display=False)
 
     class Count(fx.Interpreter):
@@ -52,10 +66,10 @@ def count_dynamo_flops(gm: fx.GraphModule) -> dict[fx.Node, int] | None:
             before = counter.get_total_flops()
             value = super().run_node(n)
             if n.op.startswith("call_"):
-                found[n] = counter.get_total_flops() - before
+                flops_of[n] = counter.get_total_flops() - before
             return value
 
-    def unreal(value: Any) -> Any:
+    def as_fake(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return hint(value) if isinstance(value, torch.SymInt) else value
         sizes, strides = ([hint(s) for s in given] for given in (value.shape, value.stride()))
@@ -63,19 +77,19 @@ def count_dynamo_flops(gm: fx.GraphModule) -> dict[fx.Node, int] | None:
 
     try:
         with disable_torch_modes(), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-            inputs = [unreal(n.meta["example_value"]) for n in gm.graph.find_nodes(op="placeholder")]
+            inputs = [as_fake(n.meta["example_value"]) for n in gm.graph.find_nodes(op="placeholder")]
             with counter:
                 Count(gm).run(*inputs)
-    except Exception:  # whatever it is, whoever compiles will say
+    except Exception:  # the compilation itself will report the error
         return None
-    return found
+    return flops_of
 
 
 _STATEFUL = ("functorch", "torch.amp", "torch.autograd")
 
 
 def _is_plain_call(target: Any) -> bool:
-    """A function of torch's that keeps no state; of the ops that take graphs only a checkpoint's."""
+    """Whether a target is a function of torch that keeps no state. Of the ops that take graphs only checkpoints count."""
     name = getattr(target, "__name__", "")
     if isinstance(target, torch._ops.HigherOrderOperator):
         return "checkpoint" in str(target)

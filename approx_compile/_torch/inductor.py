@@ -15,59 +15,87 @@ from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
 from approx_compile._torch.fake_tensors import inductor_decompositions
 
 empty_strided_cpu: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor] = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]
-"""What the code that Inductor writes allocates with; sizes and strides must be plain tuples."""
+"""The function that Inductor's generated code allocates with. Sizes and strides must be plain tuples."""
 
 
 try:
     from torch._inductor.custom_graph_pass import CustomSchedulerPass as CustomSchedulerPass
-except ImportError:  # before torch 2.13 the caches asked the passes of the scheduler, too, for the other class
+except ImportError:  # before torch 2.13 the caches asked scheduler passes for the other class, too
     CustomSchedulerPass = CustomGraphPass  # type: ignore[assignment, misc]
 
 
 def inductor_modes() -> tuple[str, ...]:
+    """List the names of Inductor's modes, which `torch.compile(mode=...)` takes."""
     return tuple(torch._inductor.list_mode_options())
 
 
 @functools.cache
 def inductor_options() -> frozenset[str]:
+    """List the names of Inductor's options."""
     return frozenset(torch._inductor.list_options())
 
 
 def mode_options(mode: str | None, dynamic: bool | None = None) -> dict[str, Any]:
+    """Return the options of Inductor that a mode stands for.
+
+    Args:
+        mode: The mode's name; None: no options.
+        dynamic: Not used; torch.compile passes it.
+
+    Returns:
+        Inductor's options.
+    """
     return dict(torch._inductor.list_mode_options(mode)) if mode else {}
 
 
 def user_joint_passes() -> list[Any]:
-    """The joint passes that the user set in Inductor's config."""
-    own = torch._inductor.config.joint_custom_pre_pass
-    return [] if own is None else list(own) if isinstance(own, (list, tuple)) else [own]
+    """List the passes over the joint graph that the user set in Inductor's config."""
+    custom = torch._inductor.config.joint_custom_pre_pass
+    return [] if custom is None else list(custom) if isinstance(custom, (list, tuple)) else [custom]
 
 
 def user_scheduler_pass() -> Any:
-    """The pass before fusion that the user set in Inductor's config, if any."""
+    """Return the pass before fusion that the user set in Inductor's config, None without one."""
     return torch._inductor.config._pre_fusion_custom_pass
 
 
 class _PassChain(CustomSchedulerPass):
+    """Passes over the nodes of the scheduler, run one after the other."""
+
     def __init__(self, passes: Sequence[Any]) -> None:
         self.passes = passes
 
     def __call__(self, nodes: list[Any]) -> list[Any]:
-        return functools.reduce(lambda found, run: run(found), self.passes, nodes)
+        return functools.reduce(lambda result, run: run(result), self.passes, nodes)
 
     def uuid(self) -> Any:
         return tuple(p.uuid() for p in self.passes)
 
 
 def chain_scheduler_passes(passes: Sequence[Any]) -> Any:
-    """One pass of the scheduler that runs several. Where one has no uuid, neither has this: Inductor then keeps its caches out of it."""
+    """Make one pass of the scheduler that runs several in order.
+
+    Args:
+        passes: The passes.
+
+    Returns:
+        The combined pass. If one of them has no uuid, the result has none either: Inductor then does not cache what it compiles with it.
+    """
     run = _PassChain(passes)
     return run if all(isinstance(p, CustomSchedulerPass) for p in passes) else run.__call__
 
 
 def keep_dependencies(nodes: Sequence[Any], device: str, forgot: Callable[[], None]) -> None:
-    """Nodes of Inductor's scheduler on a device keep what it knows of them, and their code does not show, when what they read is worked out anew: the orders
-    that it has added, and the names that buffers have once they are written in place. `forgot` is called where Inductor alone would have lost some."""
+    """Make nodes of Inductor's scheduler keep dependencies that Inductor itself would lose.
+
+    When Inductor computes anew what a node reads, it forgets what the node's code does not show: the orders that it has added, and the names that buffers have
+    after they are written in place.
+
+    Args:
+        nodes: Nodes of the scheduler, changed in place.
+        device: The device type whose nodes are changed.
+        forgot: Called where Inductor alone would have lost dependencies.
+    """
     from torch._inductor.scheduler import SchedulerNode
 
     for node in (n for whole in nodes for n in whole.get_nodes()):
@@ -91,11 +119,22 @@ def _recompute_and_keep(node: Any, recompute: Callable[..., None], forgot: Calla
 def compile_fx(
     gm: fx.GraphModule, example_inputs: Any, patches: dict[str, Any], inner_compile: Any = None, cached: bool = True, one_of_several: bool = False
 ) -> Any:
-    """Inductor, or, with `inner_compile`, its front half handing the partitioned graphs to something else.
+    """Compile a Dynamo graph with Inductor, or with Inductor's front half and another back half.
 
-    AOTAutograd's cache would bring back compiled graphs without what an `inner_compile` put around them, so it is off then; and the backward
-    graph is compiled at once. `cached`: whether Inductor's own cache of graphs is used. `one_of_several`: the graph is compiled more than once in one call
-    of the backend, and each time has a context of its own: what AOTAutograd keeps there for a backward pass compiled later would be another's.
+    AOTAutograd's cache returns compiled graphs without what an `inner_compile` puts around them, so the cache is off then. The backward graph is compiled at
+    once then, not at the first backward pass.
+
+    Args:
+        gm: The graph.
+        example_inputs: Its inputs, as Dynamo gives them.
+        patches: Options of Inductor.
+        inner_compile: Compiles the partitioned graphs in place of Inductor; None: Inductor does.
+        cached: Whether Inductor's cache of graphs is used.
+        one_of_several: Whether the graph is compiled more than once in one call of the backend. Each compilation then has a copy of the tracing context,
+            because AOTAutograd keeps state there for a backward pass that is compiled later.
+
+    Returns:
+        The compiled function.
     """
     from torch._inductor.compile_fx import compile_fx as inductor
 
@@ -109,14 +148,32 @@ def compile_fx(
 
 
 def compile_graph(gm: fx.GraphModule, example_inputs: Any, **kwargs: Any) -> Any:
-    """Inductor's back half: one graph without autograd to code."""
+    """Compile one graph without autograd to code: Inductor's back half.
+
+    Args:
+        gm: The graph.
+        example_inputs: Its inputs.
+        **kwargs: Further arguments of Inductor's `compile_fx_inner`.
+
+    Returns:
+        The compiled function.
+    """
     from torch._inductor.compile_fx import compile_fx_inner
 
     return compile_fx_inner(gm, example_inputs, **kwargs)
 
 
 def compile_kernel(run: Callable[..., Any], values: Sequence[torch.Tensor], options: dict[str, Any] | None = None) -> Callable[..., Any]:
-    """`run` for these shapes as Inductor's code, without Dynamo."""
+    """Compile a function for the shapes of given values with Inductor, without Dynamo.
+
+    Args:
+        run: The function, of tensors.
+        values: Tensors with the shapes, dtypes and devices.
+        options: Options of Inductor.
+
+    Returns:
+        The compiled function.
+    """
     from torch.fx.experimental.proxy_tensor import make_fx
 
     traced = make_fx(run, decomposition_table=inductor_decompositions(), tracing_mode="fake")(*values)
@@ -125,15 +182,33 @@ def compile_kernel(run: Callable[..., Any], values: Sequence[torch.Tensor], opti
 
 
 def run_as_is(gm: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
-    """An `inner_compile` that runs the partitioned graphs op by op."""
+    """Run a partitioned graph op by op: an `inner_compile` that compiles nothing.
+
+    Args:
+        gm: The graph.
+        *args: Not used.
+        **kwargs: Not used.
+
+    Returns:
+        The graph's forward, with the boxed calling convention.
+    """
     from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
 
     return make_boxed_func(gm.forward)
 
 
 def force_memory_order(x: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
-    """The same values with the dims in this order in memory, the last one innermost. Inductor makes that a buffer of its own, which `contiguous` need not
-    be: what is not is computed anew in every place that reads it."""
+    """Copy a tensor to a buffer with a given order of dims in memory.
+
+    Inductor materialises the result. It need not do so for `contiguous`: what is no buffer is recomputed wherever it is read.
+
+    Args:
+        x: The tensor.
+        order: The dims from the outermost to the innermost in memory.
+
+    Returns:
+        The same values, with x's shape.
+    """
     strides, step = [0] * x.dim(), 1
     for d in reversed(order):
         strides[d], step = step, step * x.shape[d]
@@ -144,7 +219,11 @@ def force_memory_order(x: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
 
 
 def cpu_buffer_bytes() -> Iterator[int]:
-    """Of every buffer on the CPU of the graph that Inductor is writing Python code for; of a symbolic size, its hint."""
+    """Yield the size of every CPU buffer of the graph that Inductor is generating Python code for.
+
+    Yields:
+        Bytes; for a symbolic size those of its hint. Nothing where Inductor generates a C++ wrapper.
+    """
     from torch._inductor.virtualized import V
 
     if V.graph.cpp_wrapper or V.graph.aot_mode:
@@ -156,14 +235,18 @@ def cpu_buffer_bytes() -> Iterator[int]:
 
 
 def append_to_header(line: str) -> None:
-    """Put a line at the end of the head of the Python code that Inductor is writing."""
+    """Append a line to the header of the Python code that Inductor is generating.
+
+    Args:
+        line: The line.
+    """
     from torch._inductor.virtualized import V
 
     V.graph.wrapper_code.header.writeline(line)
 
 
 def cache_folder() -> Any:
-    """Inductor's cache folder, where whoever clears its caches clears ours."""
+    """Return the folder of Inductor's cache. What is stored there goes when the user clears that cache."""
     from pathlib import Path
 
     from torch._inductor.runtime.cache_dir_utils import cache_dir
@@ -172,7 +255,12 @@ def cache_folder() -> Any:
 
 
 def trace_artifact(name: str, payload: Any) -> None:
-    """An artifact in torch's structured trace (TORCH_TRACE); nothing where there is no trace."""
+    """Write an artifact to torch's structured trace (TORCH_TRACE), if there is one.
+
+    Args:
+        name: The artifact's name.
+        payload: A function that returns the artifact as JSON text.
+    """
     try:
         from torch._logging._internal import trace_structured
 

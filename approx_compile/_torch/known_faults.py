@@ -1,13 +1,13 @@
-"""Faults of torch itself that give wrong results without a word: in which versions, on which devices, a test that shows each, and what avoids it.
+"""Table of faults of torch that silently give wrong results: the versions and devices that have each, a test that shows it, and a guard that avoids it.
 
-Whatever this package hands to Inductor goes with `guarded` patches, so `APPROX_COMPILE_DISABLE=1`, which users compare with, is right as well.
+This package passes `guarded` options to Inductor wherever it compiles, so `APPROX_COMPILE_DISABLE=1`, which users compare with, is correct as well.
 
 `lost_order`: Inductor's scheduler orders the reads of a buffer that an op writes in place (a scatter, `index_put_`, a copy into an input) by a second name,
-which stands for the buffer after that write. Its C++ backend works out anew what a node reads when it fuses nodes whose loops differ, and forgets the second
-name (torch 2.11: its other additions, too). Such a node may then run before the write, wherever nodes are sorted after that: by fusion itself, and by
-`reorder_for_peak_memory`, without which the fault is rarer but not gone. With max pooling, whose backward pass is a scatter into zeros, the gradients of a
-convolution in front of it become zero. Mended in torch 2.14 (pytorch/pytorch#185873). No option of Inductor turns such fusions off, so the guard is a pass
-before fusion that makes nodes keep their orders. It changes no other graph, and costs nothing where the code runs.
+which stands for the buffer after that write. When its C++ backend fuses nodes whose loops differ, it computes anew what a node reads, and loses the second name
+(torch 2.11: other added dependencies, too). Such a node may then run before the write if nodes are sorted after that. Fusion itself sorts them, and so does
+`reorder_for_peak_memory`; without the latter the fault is rarer but still there. The backward pass of max pooling is a scatter into zeros, so the gradients of
+a convolution before max pooling become zero. Fixed in torch 2.14 (pytorch/pytorch#185873). No option of Inductor turns such fusions off, so the guard is a
+pass before fusion that makes nodes keep their dependencies. It changes no other graph and costs nothing at run time.
 """
 
 from __future__ import annotations
@@ -25,13 +25,21 @@ from approx_compile import _torch
 from approx_compile.utils import warn_once
 
 PASS = "_pre_fusion_custom_pass"
-"""The option of Inductor for a pass over the nodes of its scheduler."""
+"""Inductor's option for a pass over the nodes of its scheduler."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault in the versions of torch from `since` to before `until`. `shows(patches)`: whether something small, compiled with these options of Inductor,
-    gets wrong results; `guard`: the pass that avoids it."""
+    """A fault of torch.
+
+    Attributes:
+        name: Its name.
+        since: The first version of torch (major, minor) that has it.
+        until: The first version without it.
+        device: The device type that has it.
+        shows: Compiles something small with given options of Inductor, and returns whether the results are wrong.
+        guard: The pass of the scheduler that avoids it.
+    """
 
     name: str
     since: tuple[int, int]
@@ -41,12 +49,20 @@ class Fault:
     guard: _torch.CustomSchedulerPass
 
     def in_version(self, version: str) -> bool:
-        found = re.match(r"(\d+)\.(\d+)", version)
-        return found is not None and self.since <= (int(found[1]), int(found[2])) < self.until
+        """Return whether a version of torch, as in `torch.__version__`, has the fault."""
+        numbers = re.match(r"(\d+)\.(\d+)", version)
+        return numbers is not None and self.since <= (int(numbers[1]), int(numbers[2])) < self.until
 
 
 def guarded(patches: Mapping[str, Any]) -> dict[str, Any]:
-    """Inductor's options with guards against the faults of this torch. A pass of the user's in the same place runs before ours."""
+    """Add guards against the faults of the installed torch to options of Inductor.
+
+    Args:
+        patches: The options.
+
+    Returns:
+        The options with the guards. A pass that the user has set in the same place runs before them.
+    """
     guards = [f.guard for f in FAULTS if f.in_version(torch.__version__)]
     before = patches[PASS] if PASS in patches else _torch.user_scheduler_pass()
     passes = [p for p in (before, *guards) if p is not None]
@@ -54,7 +70,16 @@ def guarded(patches: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
-    """Inductor with the guards, as a backend: what is compared with."""
+    """Compile with Inductor and the guards: the backend that this package is compared with.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: Its inputs.
+        **kwargs: Not used.
+
+    Returns:
+        The compiled function.
+    """
     return _torch.compile_fx(gm, example_inputs, guarded({}))
 
 
@@ -62,10 +87,12 @@ class KeepOrder(_torch.CustomSchedulerPass):
     """The guard against `lost_order`."""
 
     def __call__(self, nodes: list[Any]) -> list[Any]:
+        """Make the nodes keep their dependencies."""
         _torch.keep_dependencies(nodes, "cpu", _tell)
         return nodes
 
     def uuid(self) -> str:
+        """Return the guard's part of the key in Inductor's caches."""
         return hashlib.sha256(b"keep order 1").hexdigest()
 
 
@@ -77,10 +104,12 @@ def _tell() -> None:
 
 
 def _order_is_lost(patches: Mapping[str, Any]) -> bool:
-    """A scatter must run before the loops that read its result, and those fuse with loops that come first. (Sorted once more for memory, the nodes may
-    happen to come right.)"""
+    """Whether a small graph shows the fault: loops that read a scatter's result fuse with loops that come before the scatter.
 
-    def marked(mask: Tensor, places: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    Without `reorder_for_peak_memory`, which may happen to sort the nodes correctly.
+    """
+
+    def scatter_and_read(mask: Tensor, places: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scattered = (x + 1).scatter(1, places, x.sum(1, keepdim=True).expand(places.shape) + 2)
         hidden = torch.where(mask, 0.0, scattered.view(mask.shape))
         return torch.where(mask, 2.0, 3.0), hidden, hidden.contiguous(memory_format=torch.channels_last)
@@ -88,8 +117,8 @@ def _order_is_lost(patches: Mapping[str, Any]) -> bool:
     generator = torch.Generator().manual_seed(0)
     mask = torch.rand(2, 4, 4, 4, generator=generator) < 0.5
     values = mask, torch.arange(8).expand(8, 8).contiguous(), torch.rand(8, 16, generator=generator)
-    got = _torch.compile_kernel(marked, values, {"reorder_for_peak_memory": False, **patches})(*values)
-    return not all(torch.allclose(a, b) for a, b in zip(got, marked(*values), strict=True))
+    got = _torch.compile_kernel(scatter_and_read, values, {"reorder_for_peak_memory": False, **patches})(*values)
+    return not all(torch.allclose(a, b) for a, b in zip(got, scatter_and_read(*values), strict=True))
 
 
 FAULTS = (Fault("lost_order", (2, 11), (2, 14), "cpu", _order_is_lost, KeepOrder()),)

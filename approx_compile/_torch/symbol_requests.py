@@ -17,16 +17,25 @@ try:
     from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis
 
     class RetraceFrame(UnspecializeRestartAnalysis, TensorifyScalarRestartAnalysis):  # type: ignore[misc]
-        """Raised by a backend, makes Dynamo trace the frame once more. The second base makes it pass the backend call, the first is caught outside."""
+        """Makes Dynamo trace the frame once more if a backend raises it.
 
-except ImportError:  # then there is no symbol for the batch, and rows are not sampled
+        The second base class passes through the call of the backend; Dynamo catches the first.
+        """
+
+except ImportError:  # then no symbol can be asked for, and rows are not sampled
     RetraceFrame = None  # type: ignore[assignment,misc]
 
 
 @dataclass
 class SymbolRequest:
-    """What was asked of one compilation: a symbol for dim 0 of the inputs that have these `names`, where tracing went all the way without one. `size`: how many
-    tensors the graph had then; `why_not`: what is to be told of why it goes without one after all."""
+    """What was asked of one compilation.
+
+    Attributes:
+        names: Sources of the inputs whose dim 0 is to have a symbol; empty once the frame is to be traced without one.
+        size: How many tensors the graph had when it was traced without the symbol.
+        answered: Whether the backend has been called for the frame traced with the symbol.
+        why_not: Why the frame is traced without a symbol after all, for reports.
+    """
 
     names: frozenset[str]
     size: int
@@ -35,11 +44,15 @@ class SymbolRequest:
 
 
 pending_requests: dict[Any, SymbolRequest] = {}
-"""By compilation, until that ends."""
+"""The requests by compilation, until that ends."""
 
 
 def compilation_key() -> tuple[str, Any] | None:
-    """The compilation Dynamo is in, by its number and the code it compiles: the same when it traces again."""
+    """Identify the compilation that Dynamo is in. The key stays the same when Dynamo traces the frame again.
+
+    Returns:
+        Dynamo's number and the code object; None outside of a compilation.
+    """
     number, frame = torch._guards.CompileContext.current_compile_id(), dynamo_frame()
     if number is None or frame is None:
         return None
@@ -47,15 +60,25 @@ def compilation_key() -> tuple[str, Any] | None:
 
 
 def current_request() -> SymbolRequest | None:
-    """What was asked of the compilation that Dynamo is in, which has now come to the backend."""
-    found = pending_requests.get(key := compilation_key())
-    if found is not None:
+    """Return the request of the compilation that Dynamo is in; the backend calls it when the frame has come back to it. None without one."""
+    asked = pending_requests.get(key := compilation_key())
+    if asked is not None:
         _watch_end(dynamo_frame().output.root_tx, key)
-    return found
+    return asked
 
 
 def ask_for_symbol(placeholders: Sequence[fx.Node], size: int) -> None:
-    """Have Dynamo trace again, with symbols for dim 0 of these inputs: this then does not return. (Where it can't be asked it does.)"""
+    """Have Dynamo trace the frame again with symbols for dim 0 of some inputs.
+
+    Does not return then. It returns where Dynamo can't be asked, or has been asked already.
+
+    Args:
+        placeholders: The inputs, of Dynamo's graph.
+        size: How many tensors the graph has.
+
+    Raises:
+        RetraceFrame: Dynamo catches it and traces the frame again.
+    """
     key, names = compilation_key(), frozenset(n for p in placeholders if (n := _source_name(p)) is not None)
     if RetraceFrame is None or key is None or not names or key in pending_requests or not _hook_automatic_dynamic():
         return
@@ -65,13 +88,22 @@ def ask_for_symbol(placeholders: Sequence[fx.Node], size: int) -> None:
 
 
 def retrace_without_symbol(asked: SymbolRequest, why_not: Any) -> None:
-    """Have Dynamo trace again as it would by itself. `why_not` is in the request then. (Once: this returns if it has done so.)"""
+    """Have Dynamo trace the frame again as it would without a request. Returns if that has been done already.
+
+    Args:
+        asked: The request.
+        why_not: The reason, which the request keeps for reports.
+
+    Raises:
+        RetraceFrame: Dynamo catches it and traces the frame again.
+    """
     if asked.names:
         asked.names, asked.why_not = frozenset(), why_not
         raise RetraceFrame(restart_reason="approx: no symbol for the batch")
 
 
 def _source_name(placeholder: fx.Node) -> str | None:
+    """The name of Dynamo's source of a placeholder."""
     return _name_of(getattr(placeholder.meta.get("grapharg"), "source", None))
 
 
@@ -82,40 +114,43 @@ def _name_of(source: Any) -> str | None:
 
 @functools.cache
 def _hook_automatic_dynamic() -> bool:
-    """Have Dynamo look at the requests where it decides which sizes are symbols. (Marks on tensors would reach every other compilation that sees them.)"""
+    """Patch Dynamo's choice of which sizes are symbolic, so that it looks at the requests. False if this torch has no such function.
+
+    Marks on the tensors themselves would reach every other compilation that sees the tensors.
+    """
     try:
         from torch._dynamo.variables import builder
         from torch.fx.experimental.symbolic_shapes import DimDynamic
 
         decide: Any = builder._automatic_dynamic
-    except (ImportError, AttributeError):  # then there is no symbol for the batch
+    except (ImportError, AttributeError):  # then no symbol can be asked for
         return False
 
     @functools.wraps(decide)
     def decide_and_look(e: Any, tx: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
-        found = decide(e, tx, source, *args, **kwargs)
+        decision = decide(e, tx, source, *args, **kwargs)
         asked = pending_requests.get(key := compilation_key()) if pending_requests else None
         if asked is not None:
             _watch_end(tx.output.root_tx, key)
-            sizes = getattr(found, "dynamic_sizes", None)
-            fixed = getattr(e, "_dynamo_static_indices", ())  # by the user
+            sizes = getattr(decision, "dynamic_sizes", None)
+            fixed = getattr(e, "_dynamo_static_indices", ())  # marked static by the user
             if sizes and sizes[0] is DimDynamic.STATIC and 0 not in fixed and _name_of(source) in asked.names:
                 sizes[0] = DimDynamic.DYNAMIC
-        return found
+        return decision
 
     builder._automatic_dynamic = decide_and_look
     return True
 
 
 def _watch_end(tx: Any, key: Any) -> None:
-    """Dynamo's clean-up of a frame is told of: it comes before the backend's call, and when the frame is done or given up."""
+    """Have Dynamo call `_end_request` when it cleans up a frame: before the backend is called, and when the frame is compiled or given up."""
     hooks = tx.output.cleanup_hooks
     if not any(isinstance(h, functools.partial) and h.func is _end_request for h in hooks):
         hooks.append(functools.partial(_end_request, tx, key))
 
 
 def _end_request(tx: Any, key: Any) -> None:
-    """What fails under a symbol that was asked for, before the backend is called, is traced without one; the request ends with the compilation."""
+    """End a request together with its compilation. A frame that fails under the requested symbol before the backend is called is traced without one."""
     from torch._dynamo.exc import RestartAnalysis
 
     error, asked = sys.exc_info()[1], pending_requests.get(key)
@@ -131,6 +166,13 @@ def _end_request(tx: Any, key: Any) -> None:
 
 
 def symbol_failure_reason(error: Exception) -> str:
-    """The reason, from an error of whoever traced or compiled."""
+    """Return the reason for reports from an error in tracing or compiling with a symbol.
+
+    Args:
+        error: The error.
+
+    Returns:
+        The reason, with the first line of the error's text.
+    """
     text = next(iter(str(error).strip().splitlines()), "")
     return f"it can't be compiled with a symbol for the batch's size ({type(error).__name__}: {text[:200]})"

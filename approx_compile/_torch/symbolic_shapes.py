@@ -16,13 +16,13 @@ SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def hint(size: Any) -> int:
-    """An int for a size that may be symbolic, without adding a guard."""
-    found = known_hint(size)
-    return found if found is not None else 1024
+    """Return an int for a size that may be symbolic, without adding a guard: its hint, or 1024 if it has none."""
+    known = known_hint(size)
+    return known if known is not None else 1024
 
 
 def known_hint(size: Any) -> int | None:
-    """`hint`, but None for a size that only running tells."""
+    """Return an int for a size that may be symbolic, without adding a guard; None for a symbol without a hint, whose value only running tells."""
     if isinstance(size, int):
         return size
     node_hint = getattr(getattr(size, "node", None), "hint", None)
@@ -30,30 +30,33 @@ def known_hint(size: Any) -> int | None:
 
 
 def numel(n: fx.Node) -> int:
+    """Return the number of entries of a node's value; symbolic sizes count with their hints."""
     return numel_of(value(n))
 
 
 def numel_of(tensor: Any) -> int:
+    """Return the number of entries of a tensor; symbolic sizes count with their hints."""
     return math.prod(hint(size) for size in tensor.shape)
 
 
 def size_expr(size: Any) -> Any:
-    """A size as a sympy expression."""
+    """Return a size as a sympy expression."""
     return size.node.expr if isinstance(size, SYMBOLIC) else sympy.sympify(size)
 
 
 def has_symbol(size: Any, symbol: sympy.Symbol) -> bool:
+    """Return whether a size depends on a symbol."""
     return not isinstance(size, int) and symbol in size_expr(size).free_symbols
 
 
 def has_symbols(gm: fx.GraphModule) -> bool:
-    """Whether any input of a Dynamo graph has a symbolic size."""
+    """Return whether any input of a Dynamo graph has a symbolic size."""
     values = [n.meta.get("example_value") for n in gm.graph.find_nodes(op="placeholder")]
     return any(isinstance(v, SYMBOLIC) or (isinstance(v, torch.Tensor) and any(not size_expr(s).is_Integer for s in v.shape)) for v in values)
 
 
 def known_equal(a: Any, b: Any) -> bool:
-    """a == b for sizes that may be symbolic, True only where it holds for every value, without adding a guard."""
+    """Return whether two sizes that may be symbolic are equal for all values of their symbols, without adding a guard."""
     if isinstance(a, int) and isinstance(b, int):
         return bool(a == b)
     from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -62,23 +65,47 @@ def known_equal(a: Any, b: Any) -> bool:
 
 
 def symbol_sources(inputs: Sequence[Any]) -> list[tuple[sympy.Symbol, int, int | None]]:
-    """For every symbol an input, and the dim of it, that has its value."""
-    found: dict[sympy.Symbol, tuple[int, int | None]] = {}
+    """Find where the values of symbols can be read from the inputs of a graph.
+
+    Args:
+        inputs: The inputs: tensors, symbolic numbers and others.
+
+    Returns:
+        (symbol, position of an input, its dim or None if the input itself is the number), one for each symbol.
+    """
+    sources: dict[sympy.Symbol, tuple[int, int | None]] = {}
     for i, given in enumerate(inputs):
         sizes = list(enumerate(given.shape)) if isinstance(given, torch.Tensor) else [(None, given)] if isinstance(given, torch.SymInt) else []
         for d, s in sizes:
             if (e := size_expr(s)).is_Symbol:
-                found.setdefault(e, (i, d))  # type: ignore[arg-type]
-    return [(s, i, d) for s, (i, d) in found.items()]
+                sources.setdefault(e, (i, d))  # type: ignore[arg-type]
+    return [(s, i, d) for s, (i, d) in sources.items()]
 
 
 def size_at(values: Sequence[Any], i: int, d: int | None) -> Any:
-    """What a source of a symbol has for it: value i, or its dim d."""
+    """Read a symbol's value where `symbol_sources` says.
+
+    Args:
+        values: The inputs.
+        i: Position of the input.
+        d: Its dim; None if the input itself is the number.
+
+    Returns:
+        The value.
+    """
     return values[i] if d is None else values[i].shape[d]
 
 
 def evaluate_expr(expression: Any, values: Mapping[sympy.Symbol, Any]) -> Any:
-    """An expression's value, where some symbols' values may be symbolic sizes of another graph."""
+    """Evaluate an expression of sizes.
+
+    Args:
+        expression: A sympy expression.
+        values: The values of its symbols, which may be symbolic sizes of another graph.
+
+    Returns:
+        The value.
+    """
     if expression.is_Integer:
         return int(expression)
     if expression.is_Symbol:
@@ -90,27 +117,52 @@ def evaluate_expr(expression: Any, values: Mapping[sympy.Symbol, Any]) -> Any:
 
 
 def symbol_replacer(graph: fx.Graph) -> Callable[[Any], Any]:
-    """What expressions have become by now: compiled code may have fixed a symbol to a number, or found two to be equal."""
+    """Return a function that replaces symbols in expressions by what they stand for by now.
+
+    Compiled code may have specialised a symbol to a number, or found two symbols to be equal.
+
+    Args:
+        graph: The graph whose symbols these are.
+
+    Returns:
+        A function of expressions.
+    """
     env = graph_fake_mode(graph).shape_env
     return lambda e: env.replace(sympy.sympify(e))
 
 
 def guards_on_symbol(symbol: sympy.Symbol, gm: fx.GraphModule) -> list[Any]:
-    """What compiled code has assumed of a symbolic size: expressions that must hold for any value it is called with."""
+    """List what compiled code has assumed of a symbolic size.
+
+    Args:
+        symbol: The symbol.
+        gm: The graph.
+
+    Returns:
+        Expressions that must hold for every value with which the code is called.
+    """
     env = graph_fake_mode(gm.graph).shape_env
-    known = {env.replace(g.expr) for g in env.guards}  # sizes found equal are one symbol then
+    known = {env.replace(g.expr) for g in env.guards}  # two sizes that were found equal become one symbol
     return [e for e in known if symbol in e.free_symbols]
 
 
 def unify_symbols(symbols: Sequence[sympy.Symbol], graph: fx.Graph) -> sympy.Symbol:
-    """Guard that these sizes are equal, as they are now, and give the symbol that stands for all of them from now on."""
+    """Guard that sizes, which have equal hints, are equal.
+
+    Args:
+        symbols: The symbols of the sizes.
+        graph: The graph that they belong to.
+
+    Returns:
+        The symbol that stands for all of them from now on.
+    """
     env = graph_fake_mode(graph).shape_env
     for other in symbols[1:]:
         env.evaluate_expr(sympy.Eq(symbols[0], other))
-    found: sympy.Symbol = env.replace(symbols[0])
-    return found
+    unified: sympy.Symbol = env.replace(symbols[0])
+    return unified
 
 
 def are_compared(a: sympy.Symbol, b: sympy.Symbol, graph: fx.Graph) -> bool:
-    """Whether code assumes something of two sizes together."""
+    """Return whether a guard relates two symbols of a graph."""
     return any({a, b} <= g.expr.free_symbols for g in graph_fake_mode(graph).shape_env.guards)

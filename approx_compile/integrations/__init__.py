@@ -1,1 +1,1 @@
-"""Where other libraries need to be told of the backend. Nothing of them is imported before a function here is called."""
+"""Registration of the backend with other libraries. These are imported only when a function here is called."""

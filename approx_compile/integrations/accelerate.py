@@ -1,4 +1,4 @@
-"""Accelerate, and with it Transformers' Trainer, take the names of backends from a list of their own, which a backend of somebody else is not in.
+"""Add the backend to Accelerate's list of backends, from which Transformers' Trainer takes its names, too.
 
 from approx_compile.integrations.accelerate import register
 
@@ -17,10 +17,15 @@ _WITHOUT = 'without it, compile the model first: accelerator.prepare(torch.compi
 
 
 def register(name: str = "approx") -> None:
-    """Add the name of a backend to Accelerate's own, in this process; once or several times.
+    """Add the name of a backend to Accelerate's list, in this process. A second call changes nothing.
 
-    Raises ImportError without accelerate, ValueError for a name that torch.compile does not know (or not in lower case, as Accelerate writes it),
-    RuntimeError if Accelerate's list is no longer one that can be added to.
+    Args:
+        name: The name under which torch.compile knows the backend.
+
+    Raises:
+        ImportError: accelerate is not installed.
+        ValueError: torch.compile does not know the name, or it is not in lower case, as Accelerate writes it.
+        RuntimeError: Accelerate's list has changed, so that nothing can be added to it.
     """
     known = _torch.backend_names()
     if name not in known or name != name.lower():
@@ -38,13 +43,13 @@ def register(name: str = "approx") -> None:
 
 
 def _members(backends: Any) -> list[str]:
-    """The values that the enum has, both by value and in order; none if it is not what is known of it."""
+    """The enum's values; none if it is not the enum of strings that this module knows."""
     of_text = isinstance(backends, enum.EnumMeta) and issubclass(backends, str)
     return [m.value for m in backends if backends(m.value) is m] if of_text else []
 
 
 def _add(backends: Any, member: str) -> None:
-    """An enum is closed once it is made: the new member goes where Python's `enum` keeps the others. If there is no such place, nothing is changed."""
+    """Add a member where Python's `enum` keeps the others, as an enum is closed once it is made. Without such a place nothing is changed."""
     try:
         by_name, by_value, names = backends._member_map_, backends._value2member_map_, backends._member_names_
         new = str.__new__(backends, member)
