@@ -18,9 +18,9 @@ from approx_compile.kernels.estimators import make_estimator
 from approx_compile.kernels.gather import Axis, norms_sq, sample
 from approx_compile.passes.cost.expressions import B, Case, I, K, e, terms
 from approx_compile.tools.tuning.measurements import Measurements
-from approx_compile.tools.tuning.search_space import Candidates
+from approx_compile.tools.tuning.search_space import SearchSpace
 from approx_compile.tools.tuning.trial import Trials
-from approx_compile.tools.tuning.tune import _shared as shared_ways
+from approx_compile.tools.tuning.tune import _trials_with_sharing as shared_ways
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -293,11 +293,11 @@ def test_tuning_measures_the_error_both_ways() -> None:
     """Narrow layers share by predicted time: what is measured besides is each at its own entries. Wide ones, left apart, are measured together."""
     x, target = torch.randn(64, 1024), torch.randn(64, 8)
     for out, other in ((32, False), (1024, True)):
-        candidates = Candidates.of({"policy": "always", "group": 1})
+        candidates = SearchSpace.of({"policy": "always", "group": 1})
         trials = Trials(Readers(out), (x,), target, None, candidates.options({}))
         found = Measurements(trials, candidates, 1.0, (0.5,), 60.0, Progress(disable=True))
         candidates.survey(trials, 0.5)
-        tried = found.tried(candidates.options(dict.fromkeys("abc", 0.5)))
+        tried = found.measure_error(candidates.options(dict.fromkeys("abc", 0.5)))
         (again,) = shared_ways(found, tried)
         assert again.options["share"] is other and again.error > 0 and again.error != tried.error
         shares = [[s.products[0].shares for s in t.sites[:3]] for t in (tried, again)]

@@ -27,12 +27,12 @@ from approx_compile import ApproxConfig, ConfigError, TunedPlan, explain, tune
 from approx_compile.passes.cost import margins
 from approx_compile.tools.model_state import training_state_preserved
 from approx_compile.tools.tuning import measurements
-from approx_compile.tools.tuning.knapsack import Option, choose
+from approx_compile.tools.tuning.knapsack import Option, solve_knapsack
 from approx_compile.tools.tuning.measurements import Measurements
-from approx_compile.tools.tuning.search_space import Candidates
-from approx_compile.tools.tuning.step_time_model import Measured, StepTime
-from approx_compile.tools.tuning.trial import Times, Trials
-from approx_compile.tools.tuning.tune import _Choice, _nothing, _result
+from approx_compile.tools.tuning.search_space import SearchSpace
+from approx_compile.tools.tuning.step_time_model import MeasuredPlan, StepTimeModel
+from approx_compile.tools.tuning.trial import StepTimes, Trials
+from approx_compile.tools.tuning.tune import _Choice, _exact_choice, _result
 
 tune_module = sys.modules[tune.__module__]
 
@@ -114,18 +114,18 @@ def after(calls: int, act: Callable[[], Any]) -> Callable[[Tensor, Tensor], Tens
 @pytest.fixture
 def measured() -> tuple[Measurements, nn.Module, Tensor, Tensor]:
     model, x, y = net_and_batch()
-    candidates = Candidates.of({"group": 1})
-    trials = Trials(model, (x,), y, None, candidates.options({}))
-    return Measurements(trials, candidates, NOTHING, [0.5, 0.25], 1e9, Progress(disable=True)), model, x, y
+    space = SearchSpace.of({"group": 1})
+    trials = Trials(model, (x,), y, None, space.options({}))
+    return Measurements(trials, space, NOTHING, [0.5, 0.25], 1e9, Progress(disable=True)), model, x, y
 
 
 @pytest.mark.slow
 def test_errors_are_those_of_the_gradients(measured: Any) -> None:
     """Against the gradients of the model trained by hand with the same random numbers, all of them in one vector."""
     found, model, x, y = measured
-    found.take(rows=False)
+    found.measure_all(rows=False)
     assert list(found.alone) == [("conv", 0.5), ("twice", 0.5), ("twice#2", 0.5)] and not found.usable and not found.times
-    assert found.candidates.excluded.keys() == {"stem", "head"}
+    assert found.space.excluded.keys() == {"stem", "head"}
 
     def gradient(options: dict[str, Any]) -> Tensor:
         torch.manual_seed(0)
@@ -142,21 +142,21 @@ def test_errors_are_those_of_the_gradients(measured: Any) -> None:
 
 def test_errors_of_a_random_choice_are_of_several_draws() -> None:
     model, x = mlp(64, 64, 64), torch.randn(8, 64)
-    candidates = Candidates.of({"policy": "always", "method": "crs"})
-    trials = Trials(model, (x,), None, lambda output: output.square().mean(), candidates.options({}))
-    found = Measurements(trials, candidates, NOTHING, [0.5], 1e9, Progress(disable=True))
-    candidates.survey(trials, 0.5)
-    options = candidates.options({"2": 0.5})
-    each = [trials.gradients(options, d).error(trials.gradients(candidates.options({}), d)) for d in range(3)]
-    assert len(set(each)) == 3 and found.tried(options).error == pytest.approx((sum(e * e for e in each) / 3) ** 0.5)
+    space = SearchSpace.of({"policy": "always", "method": "crs"})
+    trials = Trials(model, (x,), None, lambda output: output.square().mean(), space.options({}))
+    found = Measurements(trials, space, NOTHING, [0.5], 1e9, Progress(disable=True))
+    space.survey(trials, 0.5)
+    options = space.options({"2": 0.5})
+    each = [trials.gradients(options, d).error(trials.gradients(space.options({}), d)) for d in range(3)]
+    assert len(set(each)) == 3 and found.measure_error(options).error == pytest.approx((sum(e * e for e in each) / 3) ** 0.5)
 
 
 def test_rows_are_measured(small_work_counts: None) -> None:
     model, x, y = mlp(64, 64, 10), torch.randn(32, 64), torch.randint(10, (32,))
-    candidates = Candidates.of({"rules": [{"layers": "site", "method": "exact"}]})
-    trials = Trials(model, (x,), y, None, candidates.options({}))
-    found = Measurements(trials, candidates, 10.0, [0.5], 1e9, Progress(disable=True))
-    found.take(rows=True)
+    space = SearchSpace.of({"rules": [{"layers": "site", "method": "exact"}]})
+    trials = Trials(model, (x,), y, None, space.options({}))
+    found = Measurements(trials, space, 10.0, [0.5], 1e9, Progress(disable=True))
+    found.measure_all(rows=True)
     (tried, saved) = found.rows[0.5]
     assert tried.options == {"policy": "always", "ratio": 0.5, "grad": {"axis": "rows"}} and not found.alone
     assert 0.05 < tried.error < 5 and saved < 1
@@ -184,24 +184,24 @@ class Odd(nn.Module):
 @pytest.mark.slow
 def test_the_sites_chosen_are_those_sampled() -> None:
     model, x = Odd(), torch.randn(8, 64)
-    candidates = Candidates.of({"policy": "always", "group": 1})
-    candidates.survey(Trials(model, (x,), None, torch.sum, candidates.options({})), 0.25)
-    names = [s.name for s in candidates.sampled]
+    space = SearchSpace.of({"policy": "always", "group": 1})
+    space.survey(Trials(model, (x,), None, torch.sum, space.options({})), 0.25)
+    names = [s.name for s in space.sampled]
     assert names == ["linear", "twice", "site", "twice#2", "table.a*b", "twice#3", "table.a?", "mm", "mm#2", "mm#3"]
     draw = random.Random(0)
     for _ in range(5):
         choices = {n: draw.choice([0.25, 0.5, 0.75]) for n in names if draw.random() < 0.4}
-        kept_of = {s.name: s.products[0].k for s in plans_of(model, candidates.options(choices), x)}
+        kept_of = {s.name: s.products[0].k for s in plans_of(model, space.options(choices), x)}
         assert kept_of == {n: round(64 * choices.get(n, 1.0)) for n in names}
 
 
 def test_rules_of_the_config_hold() -> None:
     model, x = mlp(64, 64, 64, 64), torch.randn(8, 64)
     rules = [{"layers": "0", "method": "exact"}, {"layers": "2", "sampling": "backward", "grad_weight": {"method": "crs", "min_k": 4}}]
-    candidates = Candidates.of({"policy": "always", "method": "wta", "group": 1, "inductor": {"max_autotune": False}, "rules": rules})
-    candidates.survey(Trials(model, (x,), None, torch.sum, candidates.options({})), 0.25)
-    assert [s.name for s in candidates.sampled] == ["2", "4"] and candidates.random and "settings" in candidates.excluded["0"]
-    options = candidates.options({"2": 0.5, "4": 0.25})
+    space = SearchSpace.of({"policy": "always", "method": "wta", "group": 1, "inductor": {"max_autotune": False}, "rules": rules})
+    space.survey(Trials(model, (x,), None, torch.sum, space.options({})), 0.25)
+    assert [s.name for s in space.sampled] == ["2", "4"] and space.random and "settings" in space.excluded["0"]
+    options = space.options({"2": 0.5, "4": 0.25})
     assert options["inductor"] == {"max_autotune": False}
     by_name = {s.name: s.products for s in plans_of(model, options, x)}
     assert [p.method for p in by_name["2"]] == ["exact", "wta", "crs"] and [p.k for p in by_name["2"]][1:] == [32, 4]
@@ -210,9 +210,9 @@ def test_rules_of_the_config_hold() -> None:
 
 def test_a_rules_lowering_beats_that_of_all() -> None:
     model, x = mlp(64, 64, 64), torch.randn(8, 64)
-    candidates = Candidates.of({"policy": "always", "lowering": "triton", "rules": [{"layers": "0", "lowering": "auto"}]})
-    candidates.survey(Trials(model, (x,), None, torch.sum, candidates.options({})), 0.25)
-    reasons = [s.reason for s in plans_of(model, candidates.options({"0": 0.5, "2": 0.5}), x)]
+    space = SearchSpace.of({"policy": "always", "lowering": "triton", "rules": [{"layers": "0", "lowering": "auto"}]})
+    space.survey(Trials(model, (x,), None, torch.sum, space.options({})), 0.25)
+    reasons = [s.reason for s in plans_of(model, space.options({"0": 0.5, "2": 0.5}), x)]
     assert ["triton needs a CUDA device" in r for r in reasons] == [False, True]
 
 
@@ -234,13 +234,13 @@ def test_the_knapsack_is_the_best_there_is(seed: int) -> None:
         if sum(options[i].cost for i in pick if i is not None) <= 0.6
     )
     best = max(map(value, legal))
-    found = choose(options, 0.6, overlaps)
+    found = solve_knapsack(options, 0.6, overlaps)
     assert value(tuple(found)) == pytest.approx(best, abs=1e-5) and sum(options[i].cost for i in found) <= 0.6 + 1e-6
     assert len({options[i].site for i in found}) == len(found)
 
 
 def test_the_knapsack_with_nothing_to_choose() -> None:
-    assert choose([], 1.0) == [] and choose([Option("a", -1.0, 0.0), Option("b", 1.0, 2.0)], 1.0) == []
+    assert solve_knapsack([], 1.0) == [] and solve_knapsack([Option("a", -1.0, 0.0), Option("b", 1.0, 2.0)], 1.0) == []
 
 
 def test_step_times_are_predicted_from_others() -> None:
@@ -261,12 +261,12 @@ def test_step_times_are_predicted_from_others() -> None:
         speed = {"64x64": 0.5, "64x128": 0.8, "128x128": 1.0}
         return sum(speed[s.shape.split("x", 1)[1]] * (s.flops_exact - s.flops_sampled) / total - 0.004 * (s.decision == "sampled") for s in sites)
 
-    assert StepTime(whole, []).saved(plan(0.5, 1, 1, 1)) == pytest.approx(0.5 * whole[0].flops_exact / total)
+    assert StepTimeModel(whole, []).saved(plan(0.5, 1, 1, 1)) == pytest.approx(0.5 * whole[0].flops_exact / total)
     seen = [plan(r, r, q, s) for r, q, s in ((0.5, 1, 1), (0.25, 1, 1), (1, 0.5, 1), (1, 0.25, 1), (1, 1, 0.5), (1, 1, 0.25))]
-    model_of_time = StepTime(whole, [Measured(p, saved(p)) for p in seen])
+    model_of_time = StepTimeModel(whole, [MeasuredPlan(p, saved(p)) for p in seen])
     new = plan(0.5, 0.25, 0.5, 0.25)
     assert model_of_time.saved(new) == pytest.approx(saved(new), abs=0.01)
-    assert StepTime((), []).saved(()) == 0
+    assert StepTimeModel((), []).saved(()) == 0
 
 
 class Four(nn.Sequential):
@@ -283,7 +283,7 @@ def test_sites_are_the_same_whether_a_size_is_a_symbol_or_a_number(seed: int, mo
     the user marked as dynamic is a symbol everywhere, and the plan fits the model nevertheless."""
     draw = random.Random(seed)
     monkeypatch.setattr(Trials, "compiled", lambda self, options: self.gradients(options))
-    monkeypatch.setattr(Trials, "times", lambda self, step, late: Times(1.0, 0.8, draw.uniform(0.5, 0.9)))
+    monkeypatch.setattr(Trials, "times", lambda self, step, late: StepTimes(1.0, 0.8, draw.uniform(0.5, 0.9)))
     model, x = Four(), torch.randn(draw.choice([32, 48]), 32)
     planned, flipped = Trials.planned, draw.random() < 0.5
 
@@ -328,15 +328,15 @@ def test_a_plan_from_beginning_to_end(tmp_path: Any) -> None:
 def test_reasons_are_those_of_the_plan_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the others do to an exact site is said as the plan chosen has it, whatever the survey, at the lowest ratio, had planned."""
     monkeypatch.setattr(margins, "pays", lambda *anything: True)
-    candidates = Candidates.of({"method": "topk_weights", "group": 1, "policy": "always", "rules": [{"layers": "0", "method": "exact"}]})
-    trials = Trials(mlp(64, 128, 64), (torch.randn(8, 64),), None, torch.sum, candidates.options({}))
-    found = Measurements(trials, candidates, 10.0, (0.5, 0.25), 1e9, Progress(disable=True))
-    candidates.survey(trials, 0.25)
-    assert [s.notes for s in candidates.sites] == [("only the 32 of 128 channels that 2 keeps",), ()]
-    tried = found.alone["2", 0.5] = found.tried(candidates.options({"2": 0.5}))
+    space = SearchSpace.of({"method": "topk_weights", "group": 1, "policy": "always", "rules": [{"layers": "0", "method": "exact"}]})
+    trials = Trials(mlp(64, 128, 64), (torch.randn(8, 64),), None, torch.sum, space.options({}))
+    found = Measurements(trials, space, 10.0, (0.5, 0.25), 1e9, Progress(disable=True))
+    space.survey(trials, 0.25)
+    assert [s.notes for s in space.sites] == [("only the 32 of 128 channels that 2 keeps",), ()]
+    tried = found.alone["2", 0.5] = found.measure_error(space.options({"2": 0.5}))
     for choice, reason in (
         (_Choice(tried.options, {"2": 0.5}, 0.1, tried.error, sites=tried.sites), "exact by the settings; only the 64 of 128 channels that 2 keeps"),
-        (_nothing(found), "exact by the settings"),
+        (_exact_choice(found), "exact by the settings"),
     ):
         tuned = _result(found, choice, None, None).tuned
         assert tuned is not None and tuned.sites[0].reason == reason
@@ -419,13 +419,13 @@ class Counted(Trials):
         Counted.compiled_for.append(str(options))
         return lambda: None
 
-    def times(self, step: Any, late: Callable[[], bool]) -> Times:
+    def times(self, step: Any, late: Callable[[], bool]) -> StepTimes:
         _ = self.exact
         for pair in range(41):
             if pair >= 5 and late():
                 break
             Counted.clock += 1.0
-        return Times(1.0, 0.8, 0.8)
+        return StepTimes(1.0, 0.8, 0.8)
 
 
 @pytest.mark.slow

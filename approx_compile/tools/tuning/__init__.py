@@ -1,1 +1,1 @@
-"""`tune`: the approximation of every layer that a time budget or an error budget buys."""
+"""`tune`: find the approximation of every layer that saves most time within an error budget."""

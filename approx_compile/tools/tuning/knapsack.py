@@ -1,4 +1,4 @@
-"""Which sites to sample, and how hard: the most time saved within an error budget, as a mixed-integer program."""
+"""Choose which sites to sample at which ratio: the most time saved within an error budget, as a mixed-integer program."""
 
 from __future__ import annotations
 
@@ -7,52 +7,64 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SECONDS = 10.0
-"""The solver then returns the best it has found."""
+TIME_LIMIT_S = 10.0
+"""Seconds after which the solver returns the best solution that it has."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """One way to treat a site: `gain` (any unit of time), `cost` (a share of the error budget's unit)."""
+    """One way to treat a site: `gain` in any unit of time, `cost` in the unit of the error budget."""
 
     site: str
     gain: float
     cost: float
 
 
-def choose(options: Sequence[Option], budget: float, overlaps: Mapping[tuple[int, int], float] | None = None) -> list[int]:
-    """The indices of the options chosen, at most one per site.
+def solve_knapsack(options: Sequence[Option], budget: float, overlaps: Mapping[tuple[int, int], float] | None = None) -> list[int]:
+    """Choose at most one option for each site.
 
-    Maximises sum_i gain_i x_i - sum_(i,j) overlap_ij x_i x_j subject to sum_i cost_i x_i <= budget, with x in {0, 1}; the products x_i x_j become variables
-    z_ij >= x_i + x_j - 1. `overlaps` (at least 0): what two options save both, which counts once.
+    It maximizes sum_i gain_i x_i - sum_(i,j) overlap_ij x_i x_j subject to sum_i cost_i x_i <= budget, with x in {0, 1}; the products x_i x_j become variables
+    z_ij >= x_i + x_j - 1.
+
+    Args:
+        options: The options.
+        budget: The most that the chosen options may cost together.
+        overlaps: What two options both save, 0 or more, by their indices. It counts once.
+
+    Returns:
+        The indices of the chosen options.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp  # here, as only tuning needs it, and `import approx_compile` comes with every run
+    from scipy.optimize import (  # imported here because only tuning needs it, whereas `import approx_compile` is part of every run
+        Bounds,
+        LinearConstraint,
+        milp,
+    )
     from scipy.sparse import lil_array
 
-    worth = [i for i, o in enumerate(options) if o.gain > 0 and o.cost <= budget]
-    if not worth:
+    eligible = [i for i, o in enumerate(options) if o.gain > 0 and o.cost <= budget]
+    if not eligible:
         return []
-    place = {i: n for n, i in enumerate(worth)}
+    place = {i: n for n, i in enumerate(eligible)}
     pairs = [(place[i], place[j], w) for (i, j), w in (overlaps or {}).items() if i in place and j in place and w > 0]
-    n, m = len(worth), len(pairs)
-    objective = np.array([-options[i].gain for i in worth] + [w for *_, w in pairs])
-    sites = list(dict.fromkeys(options[i].site for i in worth))
-    # first the budget, then one row per site, then one per pair
+    n, m = len(eligible), len(pairs)
+    objective = np.array([-options[i].gain for i in eligible] + [w for *_, w in pairs])
+    sites = list(dict.fromkeys(options[i].site for i in eligible))
+    # one row for the budget, then one for each site, then one for each pair
     rows = lil_array((1 + len(sites) + m, n + m))
-    for p, i in enumerate(worth):
+    for p, i in enumerate(eligible):
         rows[0, p] = options[i].cost / budget
         rows[1 + sites.index(options[i].site), p] = 1
     for q, (a, b, _) in enumerate(pairs):
         row = 1 + len(sites) + q
         rows[row, a], rows[row, b], rows[row, n + q] = 1, 1, -1
     most = np.ones(1 + len(sites) + m)
-    found = milp(
+    solution = milp(
         objective,
         constraints=LinearConstraint(rows.tocsr(), -np.inf, most),
         integrality=np.concatenate([np.ones(n), np.zeros(m)]),
         bounds=Bounds(0, 1),
-        options={"time_limit": SECONDS, "mip_rel_gap": 1e-6},
+        options={"time_limit": TIME_LIMIT_S, "mip_rel_gap": 1e-6},
     )
-    if found.x is None:
+    if solution.x is None:
         return []
-    return [i for p, i in enumerate(worth) if found.x[p] > 0.5]
+    return [i for p, i in enumerate(eligible) if solution.x[p] > 0.5]

@@ -1,7 +1,7 @@
-"""What `tune` measures, in the order in which it is worth knowing: errors first, for what is over the error allowed need not be timed.
+"""The measurements of `tune`: errors first, because what exceeds the allowed error need not be timed.
 
-Nothing is begun that would not end within the time budget, by what the last trial of its kind took, with what the plan chosen then still needs: its error
-and its time. What has begun is finished; only a comparison of steps can be cut short.
+A trial begins only if it is expected to end within the time budget, judged by the last trial of its kind, and leaves enough time to measure the error and the
+time of the chosen plan. A trial that has begun is finished; only a comparison of steps can be cut short.
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ from typing import Any, TypeVar
 from rich.progress import Progress
 
 from approx_compile.passes.planning.plan import SitePlan
-from approx_compile.tools.tuning.search_space import Candidates
-from approx_compile.tools.tuning.step_time_model import Measured, group_of
-from approx_compile.tools.tuning.trial import SECONDS, Gradients, Times, Trials
+from approx_compile.tools.tuning.search_space import SearchSpace
+from approx_compile.tools.tuning.step_time_model import MeasuredPlan, group_of
+from approx_compile.tools.tuning.trial import SECONDS, Gradients, StepTimes, Trials
 
 DRAWS = 3
-"""Steps over which the error of a random choice is averaged (root mean square)."""
+"""The number of steps over which the error is averaged (root mean square) if entries are chosen at random."""
 
 REVISIONS = 6
-"""Plans whose error is measured before the best of them is taken."""
+"""The number of plans whose error is measured before the best of them is chosen."""
 
 COMPILING = 10.0
-"""How many times as long as a step run op by op, tracing included, a compilation is taken to last before one has been measured."""
+"""The assumed time of a compilation, in steps run op by op with their tracing, before one has been measured."""
 
 RESERVE = 1.25
-"""Times what the plan chosen is expected to need at the end, which is left for it."""
+"""The time left for the chosen plan at the end, in multiples of what it is expected to need."""
 
 now = monotonic
+"""The clock of the time budget, in seconds."""
 
 T = TypeVar("T")
 
@@ -41,21 +42,28 @@ class OutOfTime(Exception):
 
 
 @dataclass
-class _Costs:
-    """Seconds of a step run op by op, of a compilation (None: not known yet), and of a comparison of steps."""
+class _TrialCosts:
+    """Seconds of each kind of trial: a step run op by op, a compilation (None: not known yet), a comparison of steps."""
 
     gradient: float = 0.0
     compiling: float | None = None
     comparing: float = 2 * SECONDS
 
     def of_times(self, compilations: int) -> float:
-        """Seconds of a comparison, so many compilations included."""
+        """Estimate a comparison of steps.
+
+        Args:
+            compilations: The number of steps to compile first.
+
+        Returns:
+            Seconds.
+        """
         return compilations * (self.compiling if self.compiling is not None else COMPILING * self.gradient) + self.comparing
 
 
 @dataclass(frozen=True)
-class Tried:
-    """Settings whose error is measured: the sites as planned, and the relative error of the gradient."""
+class TrialError:
+    """The measured error of some settings: the sites as planned, and the relative error of the gradient."""
 
     options: Mapping[str, Any]
     sites: tuple[SitePlan, ...]
@@ -64,29 +72,40 @@ class Tried:
 
 @dataclass
 class Measurements:
-    """`alone`: each site alone at each ratio; `times`: whole steps with several sites sampled; `rows`: the backward pass on a share of the rows, and the
-    share of the step's time that saved."""
+    """What has been measured so far, and how to measure more."""
 
     trials: Trials
-    candidates: Candidates
+    space: SearchSpace
     max_error: float
+    """The relative error that the gradient may have."""
     ladder: Sequence[float]
+    """The ratios to try, from the highest to the lowest."""
     time_budget_s: float
     bar: Progress
-    alone: dict[tuple[str, float], Tried] = field(default_factory=dict)
-    times: list[Measured] = field(default_factory=list)
-    rows: dict[float, tuple[Tried, float]] = field(default_factory=dict)
+    alone: dict[tuple[str, float], TrialError] = field(default_factory=dict)
+    """The error of each site alone, by its name and ratio."""
+    times: list[MeasuredPlan] = field(default_factory=list)
+    """Whole compiled steps with several sites sampled."""
+    rows: dict[float, tuple[TrialError, float]] = field(default_factory=dict)
+    """By the share of the rows that the backward pass runs on: its error, and the share of the step's time that it saved."""
 
     def __post_init__(self) -> None:
         self._began = now()
-        self._costs = _Costs()
+        self._costs = _TrialCosts()
         self._task = self.bar.add_task("reading the model", total=None)
         self._exact: dict[int, Gradients] = {}
 
-    def take(self, rows: bool) -> None:
-        """Everything, as far as time goes. Raises OutOfTime."""
-        self.candidates.survey(self.trials, min(self.ladder))
-        sites = sorted(self.candidates.sampled, key=lambda s: -s.flops_exact)
+    def measure_all(self, rows: bool) -> None:
+        """Measure everything that the time budget allows.
+
+        Args:
+            rows: Whether to measure the backward pass on a share of the rows too.
+
+        Raises:
+            OutOfTime: If there is no time for all of it.
+        """
+        self.space.survey(self.trials, min(self.ladder))
+        sites = sorted(self.space.sampled, key=lambda s: -s.flops_exact)
         groups = list(dict.fromkeys(map(group_of, sites)))
         self.bar.update(self._task, total=len(sites) * len(self.ladder) + 2 * (len(groups) + 1) + 2 * len(self.ladder) * rows + 3)
         if sites or rows:
@@ -102,25 +121,44 @@ class Measurements:
 
     @property
     def usable(self) -> list[tuple[str, float]]:
-        """Sites and ratios whose error is within the one allowed."""
+        """The sites and ratios whose error is allowed."""
         return [key for key, tried in self.alone.items() if tried.error <= self.max_error]
 
     @property
     def timed_sites(self) -> set[str]:
-        """Sites that were sampled in a step that was timed."""
+        """The sites that were sampled in a step that was timed."""
         return {s.name for measured in self.times for s in measured.sites if s.decision == "sampled"}
 
-    def tried(self, options: Mapping[str, Any], random: bool | None = None) -> Tried:
-        """The error of any settings."""
-        found = []
+    def measure_error(self, options: Mapping[str, Any], random: bool | None = None) -> TrialError:
+        """Measure the error of some settings.
+
+        Args:
+            options: The settings.
+            random: Whether entries are chosen at random, so that the error is averaged over several draws; by default whether any site of the search space
+                chooses at random.
+
+        Returns:
+            The error, and the sites as planned.
+        """
+        results = []
         for draw in range(self._draws(random)):
             exact = self._exact_gradients(draw)
             gradients = self._gradients(options, draw)
-            found.append((gradients.error(exact) ** 2, gradients.sites))
-        return Tried(options, found[0][1], math.sqrt(sum(square for square, _ in found) / len(found)))
+            results.append((gradients.error(exact) ** 2, gradients.sites))
+        return TrialError(options, results[0][1], math.sqrt(sum(square for square, _ in results) / len(results)))
 
-    def timed(self, options: Mapping[str, Any]) -> Times:
-        """The step compiled under any settings, beside the exact one. Raises OutOfTime if only that could still be compiled."""
+    def measure_time(self, options: Mapping[str, Any]) -> StepTimes:
+        """Compile the step with some settings, and time it beside the exact step.
+
+        Args:
+            options: The settings.
+
+        Returns:
+            The times.
+
+        Raises:
+            OutOfTime: If, once the exact step is compiled, no time is left for the other.
+        """
         if not self.trials.exact_is_compiled:
             self._compiling(lambda: self.trials.exact)
             if self.no_time_for(self._costs.of_times(1)):
@@ -131,18 +169,33 @@ class Measurements:
         self._costs.comparing = now() - begin
         return times
 
-    def time_of_the_choice(self, options: Mapping[str, Any]) -> Times | None:
-        """The time of the plan chosen, if there is time to measure it."""
+    def time_of_the_choice(self, options: Mapping[str, Any]) -> StepTimes | None:
+        """Measure the time of the chosen plan.
+
+        Args:
+            options: Its settings.
+
+        Returns:
+            The times; None if the time budget does not allow it.
+        """
         try:
-            return None if self.no_time_for(self._timing_s) else self.timed(options)
+            return None if self.no_time_for(self._timing_s) else self.measure_time(options)
         except OutOfTime:
             return None
 
     def no_time_for_errors(self, plans: int) -> bool:
-        """Whether the errors of so many plans can't be measured, as one of them must still be compiled and timed."""
+        """Tell whether the time budget does not allow to measure the errors of more plans, given that one of them must still be compiled and timed.
+
+        Args:
+            plans: The number of plans.
+
+        Returns:
+            True if it does not.
+        """
         return self.no_time_for(plans * self._draws(None) * self._costs.gradient + RESERVE * self._timing_s)
 
     def no_time_for(self, seconds: float) -> bool:
+        """Tell whether less than `seconds` of the time budget are left."""
         return now() - self._began + seconds > self.time_budget_s
 
     @property
@@ -150,18 +203,18 @@ class Measurements:
         return self._costs.of_times(1 if self.trials.exact_is_compiled else 2)
 
     def _draws(self, random: bool | None) -> int:
-        return DRAWS if (self.candidates.random if random is None else random) else 1
+        return DRAWS if (self.space.random if random is None else random) else 1
 
     def _exact_gradients(self, draw: int) -> Gradients:
         if draw not in self._exact:
-            self._exact[draw] = self._gradients(self.candidates.options({}), draw)
+            self._exact[draw] = self._gradients(self.space.options({}), draw)
         return self._exact[draw]
 
     def _gradients(self, options: Mapping[str, Any], draw: int) -> Gradients:
         begin = now()
-        found = self.trials.gradients(options, draw)
+        gradients = self.trials.gradients(options, draw)
         self._costs.gradient = now() - begin
-        return found
+        return gradients
 
     def _compiling(self, compile: Callable[[], T]) -> T:
         begin = now()
@@ -170,7 +223,7 @@ class Measurements:
         return step
 
     def _say_how_long(self, errors: int, groups: int, rows: int) -> None:
-        """What all of it would take at most, by one gradient of the exact step (which is needed anyhow)."""
+        """Print how long all of it would take at most, judged by one gradient of the exact step, which is needed anyhow."""
         if self.bar.disable:
             return
         self._exact_gradients(0)
@@ -186,44 +239,51 @@ class Measurements:
             soft_wrap=True,
         )
 
-    def show(self, label: str, advance: int = 0) -> None:
+    def show_progress(self, label: str, advance: int = 0) -> None:
+        """Update the progress bar.
+
+        Args:
+            label: What is being measured.
+            advance: How many trials have ended.
+        """
         self.bar.update(self._task, description=label, advance=advance)
 
     def _errors_of(self, name: str) -> None:
-        """From the highest ratio down, until the error is too large."""
+        """Measure a site's error at each ratio, from the highest down, until the error is too large."""
         for i, ratio in enumerate(self.ladder):
             draws = self._draws(None)
-            tried = self._trial(f"gradient error of {name} at {ratio:g}", self.tried, self.candidates.options({name: ratio}), draws * self._costs.gradient)
+            tried = self._trial(f"gradient error of {name} at {ratio:g}", self.measure_error, self.space.options({name: ratio}), draws * self._costs.gradient)
             self.alone[name, ratio] = tried
             if tried.error > self.max_error:
-                self.show("", advance=len(self.ladder) - i - 1)
+                self.show_progress("", advance=len(self.ladder) - i - 1)
                 return
 
     def _times_of(self, usable: Mapping[str, Sequence[float]]) -> None:
-        """Of some sites sampled together: all at the highest ratio they may have, and all at the lowest."""
+        """Time steps with some sites sampled together: all at the highest ratio that they may have, and all at the lowest."""
         choices = [{name: pick(ratios) for name, ratios in usable.items()} for pick in (max, min)]
         for chosen in choices[: 1 if choices[0] == choices[1] else 2] if usable else ():
-            options = self.candidates.options(chosen)
+            options = self.space.options(chosen)
             more = f" and {len(chosen) - 1} more" if len(chosen) > 1 else ""
-            times = self._trial(f"time of {next(iter(chosen))}{more}", self.timed, options, self._timing_s)
-            self.times.append(Measured(self.trials.planned(options), 1 - times.share))
+            times = self._trial(f"time of {next(iter(chosen))}{more}", self.measure_time, options, self._timing_s)
+            self.times.append(MeasuredPlan(self.trials.planned(options), 1 - times.share))
 
     def _rows(self) -> None:
+        """Measure error and time of the backward pass on a share of the rows, from the highest share down, until the error is too large."""
         for ratio in self.ladder:
-            options = self.candidates.on_rows(ratio)
+            options = self.space.on_rows(ratio)
             each = DRAWS * self._costs.gradient
-            tried = self._trial(f"gradient error of {ratio:g} of the rows", lambda options: self.tried(options, random=True), options, each)
+            tried = self._trial(f"gradient error of {ratio:g} of the rows", lambda options: self.measure_error(options, random=True), options, each)
             if tried.error > self.max_error or not any(p.decision == "rows" for s in tried.sites for p in s.products):
                 return
-            times = self._trial(f"time of {ratio:g} of the rows", self.timed, options, self._timing_s)
+            times = self._trial(f"time of {ratio:g} of the rows", self.measure_time, options, self._timing_s)
             self.rows[ratio] = tried, 1 - times.share
 
     def _trial(self, label: str, run: Callable[[Mapping[str, Any]], T], options: Mapping[str, Any], seconds: float) -> T:
-        """One of the measurements, which takes about so long, while there is time: the plan chosen must then still be compiled and measured."""
+        """Run one of the measurements, which takes about `seconds`, unless that leaves too little time to compile and measure the chosen plan."""
         choice_s = self._costs.of_times(1) + self._draws(None) * self._costs.gradient
         if self.no_time_for(seconds + RESERVE * choice_s):
             raise OutOfTime
-        self.show(label)
-        found = run(options)
-        self.show(label, advance=1)
-        return found
+        self.show_progress(label)
+        result = run(options)
+        self.show_progress(label, advance=1)
+        return result

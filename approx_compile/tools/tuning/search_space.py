@@ -1,4 +1,4 @@
-"""The sites that `tune` may sample, and the settings that sample some of them: what a plan file will hold."""
+"""The search space of `tune`: the sites that may be sampled, and the settings that sample some of them, as a plan file holds them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,15 @@ _DETERMINISTIC = ("topk", "topk_weights", "zero", "max", "exact")
 _DEFAULTS: dict[str, Any] = {"min_k": 16, "group": "auto", "sampling": "forward"}
 
 
-class Candidates:
-    """`sites`: all of the model, in execution order; `sampled`: those of them that may be sampled, planned at the lowest ratio; `excluded`: why
-    others may not."""
+class SearchSpace:
+    """The sites that may be sampled under the user's settings.
+
+    Attributes:
+        base: The user's settings.
+        sites: All sites of the model, in execution order.
+        sampled: Those of them that may be sampled, as planned at the lowest ratio.
+        excluded: The reason why a site may not be sampled, by its name.
+    """
 
     def __init__(self, base: ApproxConfig) -> None:
         self.base = base
@@ -32,8 +38,18 @@ class Candidates:
         self._rules: dict[str, dict[str, Any]] = {}
 
     @staticmethod
-    def of(config: ApproxConfig | Mapping[str, Any] | None) -> Candidates:
-        """Candidates under the user's settings. Raises ConfigError for settings that leave nothing to tune."""
+    def of(config: ApproxConfig | Mapping[str, Any] | None) -> SearchSpace:
+        """Make the search space of some settings; `survey` finds its sites.
+
+        Args:
+            config: The user's settings.
+
+        Returns:
+            The search space.
+
+        Raises:
+            ConfigError: If the settings leave nothing to tune, or belong beside a tuned plan.
+        """
         if config is None or isinstance(config, Mapping):
             config = ApproxConfig(**{"policy": "cost", **(config or {})})
         if config.asks_for_rows() and config.policy != "adaptive":
@@ -43,36 +59,48 @@ class Candidates:
         if config.method == "exact" and not config.rules:
             raise ConfigError("tune: config: method 'exact' leaves nothing to tune; name the method to sample with, such as 'topk'")
         policy = config.policy if config.policy == "always" else "cost"
-        return Candidates(config.model_copy(update={"policy": policy, "plan": None}))
+        return SearchSpace(config.model_copy(update={"policy": policy, "plan": None}))
 
     def survey(self, trials: Trials, ratio: float) -> None:
-        """Find the sites, and which of them the settings, the rules and their shapes allow to be sampled at `ratio`."""
+        """Find the sites, and which of them the settings, the rules and their shapes allow to be sampled.
+
+        Args:
+            trials: Plans the model's step.
+            ratio: The lowest ratio to be tried.
+        """
         planned = trials.planned(self.base.model_copy(update={"policy": "always", "ratio": ratio}))
-        hurt: dict[str, str] = {}
+        default_exclusions: dict[str, str] = {}
         if self.base.policy != "always":
             everything = (*self.base.rules, Rule(layers=("site",)))
             planned_by_cost = trials.planned(self.base.model_copy(update={"rules": everything}))
-            hurt = {s.name: s.reason_without_notes for s in planned_by_cost if s.reason_without_notes in (RAW, LAST)}
+            default_exclusions = {s.name: s.reason_without_notes for s in planned_by_cost if s.reason_without_notes in (RAW, LAST)}
         matches, _ = match_rules(planned, self.base)
         self._rules = {s.name: self._rule(planned, s, self.base.merged(m)) for s, m in zip(planned, matches, strict=True)}
         self.sites = planned
-        self.sampled = tuple({s.name: s for s in planned if s.decision == "sampled" and s.name not in hurt}.values())
-        self.excluded = {s.name: s.reason_without_notes for s in planned if s.decision == "exact"} | hurt
+        self.sampled = tuple({s.name: s for s in planned if s.decision == "sampled" and s.name not in default_exclusions}.values())
+        self.excluded = {s.name: s.reason_without_notes for s in planned if s.decision == "exact"} | default_exclusions
 
     @property
     def random(self) -> bool:
-        """Whether any site draws random numbers."""
+        """Whether any site chooses its entries at random."""
         return any(p.method not in _DETERMINISTIC for s in self.sampled for p in s.products if p.decision != "exact")
 
     def options(self, choices: Mapping[str, float]) -> dict[str, Any]:
-        """The settings under which the sites of `choices` keep that share, and all others are exact."""
+        """Write the settings of a plan.
+
+        Args:
+            choices: The ratio of each sampled site, by its name. All other sites are exact.
+
+        Returns:
+            The keys of `ApproxConfig`.
+        """
         options = self._top | {"method": "exact"}
         rules = []
         by_module: dict[str, list[SitePlan]] = {}
         for s in self.sites:
             by_module.setdefault(s.module or s.name, []).append(s)
         for sites in by_module.values():
-            begun = False  # the first call's name is the module's, which matches its later calls, too: from there on they are spelt out
+            begun = False  # the name of the first call is the module's and matches its later calls too, so these get rules of their own
             for name in dict.fromkeys(s.name for s in sites):
                 if name in choices:
                     rules.append(self._rules[name] | {"ratio": choices[name]})
@@ -82,27 +110,41 @@ class Candidates:
         return options | ({"rules": rules} if rules else {})
 
     def on_rows(self, ratio: float) -> dict[str, Any]:
-        """The settings under which the backward pass runs on a share of the rows, and nothing else is sampled."""
+        """Write settings under which the backward pass runs on a share of the rows, and nothing else is sampled.
+
+        Args:
+            ratio: The share of the rows.
+
+        Returns:
+            The keys of `ApproxConfig`.
+        """
         return self._top | {"ratio": ratio, "grad": {"axis": "rows"}}
 
     def pattern(self, name: str) -> str:
+        """Return the pattern of `layers` that matches the site of this name."""
         return str(self._rules[name]["layers"])
 
     def overlaps(self) -> dict[tuple[str, str], tuple[SitePlan, int]]:
-        """{(site, later site): (site, FLOPs)} of products that shrink with either: with the entries that the site keeps of its input, and with those that the
-        later one keeps of its output."""
-        found: dict[tuple[str, str], tuple[SitePlan, int]] = {}
+        """Find the products that two sites both make smaller.
+
+        Such a product shrinks with the entries that its own site keeps of the input, and with those that a later site keeps of the output.
+
+        Returns:
+            {(site, later site): (plan of the site, FLOPs of its products that both shrink)}.
+        """
+        overlaps: dict[tuple[str, str], tuple[SitePlan, int]] = {}
         for s in self.sampled:
             for p in s.products:
                 if p.skips is not None and p.decision in ("sampled", "coupled"):
-                    found[s.name, p.skips] = (s, found.get((s.name, p.skips), (s, 0))[1] + p.flops_exact)
-        return found
+                    overlaps[s.name, p.skips] = (s, overlaps.get((s.name, p.skips), (s, 0))[1] + p.flops_exact)
+        return overlaps
 
     @property
     def _top(self) -> dict[str, Any]:
-        own: dict[str, Any] = {"policy": "always"} | ({"lowering": self.base.lowering} if self.base.lowering != "auto" else {})
-        own |= {} if self.base.huge_pages else {"huge_pages": False}
-        return own | ({"inductor": dict(self.base.inductor)} if self.base.inductor else {})
+        """The settings at the top level of every plan."""
+        top: dict[str, Any] = {"policy": "always"} | ({"lowering": self.base.lowering} if self.base.lowering != "auto" else {})
+        top |= {} if self.base.huge_pages else {"huge_pages": False}
+        return top | ({"inductor": dict(self.base.inductor)} if self.base.inductor else {})
 
     def _rule(self, planned: tuple[SitePlan, ...], site: SitePlan, keys: Mapping[str, Any]) -> dict[str, Any]:
         rule: dict[str, Any] = {"layers": _pattern(site.name)}
@@ -114,7 +156,7 @@ class Candidates:
 
 
 def _pattern(name: str) -> str:
-    """A pattern of `layers` that matches this name: itself, unless it means something else there."""
+    """A pattern of `layers` that matches this name: the name itself, unless it has another meaning as a pattern."""
     parsed = Pattern.parse(name) if "[" not in name else None
     plain = parsed is not None and parsed.is_name and parsed.regex is None and not set(name) & set("*?[")
     return name if plain else "re:" + re.escape(name)

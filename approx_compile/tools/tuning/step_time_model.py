@@ -1,10 +1,10 @@
-"""What a plan saves of a training step's time, from a few steps measured whole.
+"""Predict what share of a training step's time a plan saves, from a few steps that were measured whole.
 
     saved = sum over sites of rate[group] * (FLOPs saved there / FLOPs of all sites) - sum over sampled sites of overhead[group]
 
-Sites of one op, shape and dtype are a group; a size that is a symbol in one trial and a number in another is the number it was traced with. FLOPs are
-those of the plan, so that what two sites both save (zeros that are skipped) counts once. The rates are fitted to whole compiled steps: a site alone has
-other neighbours, and other things to fuse with, than in its model.
+Sites of one op, shape and dtype form a group. A size that is a symbol in one trial and a number in another counts as the number that it was traced with. FLOPs
+are those of the plan, so that what two sites both save (zeros that are skipped) counts once. The rates are fitted to whole compiled steps, because a site alone
+has other neighbours to fuse with than in its model.
 """
 
 from __future__ import annotations
@@ -17,54 +17,88 @@ import numpy as np
 from approx_compile.passes.planning.plan import SitePlan
 
 NOISE = 0.01
-"""Of a measured share of the step's time."""
+"""The assumed standard deviation of a measured share of the step's time."""
 
 SPREAD = 0.5
-"""How far a group's rate is expected to be from that of all, relatively: what decides where little was measured."""
+"""How far a group's rate is expected to be from the mean rate, relatively. This prior decides where little was measured."""
 
 
 def shape_of(site: SitePlan) -> str:
-    """The site's shape in numbers, those that symbols were traced with."""
+    """Write a site's shape in numbers.
+
+    Args:
+        site: The site as planned.
+
+    Returns:
+        Its shape, with symbols replaced by the sizes that they were traced with.
+    """
     shape = site.shape
-    for expression, size in sorted(site.traced, key=lambda t: -len(t[0])):  # s3 is in 2*s3 and in s33, too
+    for expression, size in sorted(site.traced, key=lambda t: -len(t[0])):  # longest first, because s3 is a part of 2*s3 and of s33
         shape = shape.replace(expression, str(size))
     return shape
 
 
 def group_of(site: SitePlan) -> str:
+    """Name the group of sites with the same op, shape and dtype.
+
+    Args:
+        site: The site as planned.
+
+    Returns:
+        The group's name.
+    """
     return f"{site.op} {shape_of(site)} {site.dtype}"
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A plan and the share of the exact step's time that it saved."""
+class MeasuredPlan:
+    """A plan, and the share of the exact step's time that it was measured to save."""
 
     sites: tuple[SitePlan, ...]
     saved: float
 
 
-class StepTime:
-    """The model above, fitted to `measured`; with none of them the time is taken to go with the FLOPs."""
+class StepTimeModel:
+    """The model above, fitted to measured plans; without any, time is taken to be proportional to FLOPs.
 
-    def __init__(self, sites: Sequence[SitePlan], measured: Sequence[Measured]) -> None:
+    Args:
+        sites: All sites of the exact step.
+        measured: The measured plans.
+    """
+
+    def __init__(self, sites: Sequence[SitePlan], measured: Sequence[MeasuredPlan]) -> None:
         self.flops = max(1, sum(s.flops_exact for s in sites))
         self.groups = list(dict.fromkeys(map(group_of, sites)))
-        found = np.array([m.saved for m in measured])
+        saved = np.array([m.saved for m in measured])
         rows = np.array([self._features(m.sites) for m in measured]).reshape(len(measured), 2 * len(self.groups))
         n = len(self.groups)
         if not n:
             self.rates = np.zeros(0)
             return
-        mean, overhead = _solve(np.stack([rows[:, :n].sum(1), rows[:, n:].sum(1)], 1), found, np.array([1.0, 0.0]), np.array([1.0, 0.01]))
+        mean, overhead = _solve(np.stack([rows[:, :n].sum(1), rows[:, n:].sum(1)], 1), saved, np.array([1.0, 0.0]), np.array([1.0, 0.01]))
         prior = np.repeat([mean, overhead], n)
-        self.rates = _solve(rows, found, prior, np.maximum(SPREAD * prior, [*[0.05] * n, *[0.002] * n]))
+        self.rates = _solve(rows, saved, prior, np.maximum(SPREAD * prior, [*[0.05] * n, *[0.002] * n]))
 
     def rate(self, site: SitePlan) -> float:
-        """Share of the step's time saved per share of its FLOPs."""
+        """Return the fitted rate of a site's group.
+
+        Args:
+            site: The site as planned.
+
+        Returns:
+            The share of the step's time saved for each share of its FLOPs.
+        """
         return float(self.rates[self.groups.index(group_of(site))])
 
     def saved(self, sites: Sequence[SitePlan]) -> float:
-        """The share of the exact step's time that a plan saves."""
+        """Predict the time that a plan saves.
+
+        Args:
+            sites: The sites as planned.
+
+        Returns:
+            A share of the exact step's time.
+        """
         return float(self._features(sites) @ self.rates)
 
     def _features(self, sites: Sequence[SitePlan]) -> np.ndarray:
@@ -76,10 +110,10 @@ class StepTime:
         return features
 
 
-def _solve(rows: np.ndarray, found: np.ndarray, prior: np.ndarray, spread: np.ndarray) -> np.ndarray:
-    """Least squares above 0, with a prior for what the rows leave open."""
-    from scipy.optimize import lsq_linear  # here, as only tuning needs it
+def _solve(rows: np.ndarray, measured: np.ndarray, prior: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    """Non-negative least squares with a prior for what the rows leave undetermined."""
+    from scipy.optimize import lsq_linear  # imported here because only tuning needs it
 
     a = np.concatenate([rows / NOISE, np.diag(1 / spread)])
-    b = np.concatenate([found / NOISE, prior / spread])
+    b = np.concatenate([measured / NOISE, prior / spread])
     return np.asarray(lsq_linear(a, b, bounds=(0, np.inf)).x)

@@ -48,7 +48,7 @@ class Gradients:
         return (difference / size) ** 0.5 if size > 0 else 0.0
 
 
-class Times(NamedTuple):
+class StepTimes(NamedTuple):
     """Medians over pairs of steps: seconds of the exact step, seconds of the trial step, and the trial step's share of the exact step's time."""
 
     exact_s: float
@@ -132,7 +132,7 @@ class Trials:
             step()
         return step
 
-    def times(self, step: Step, late: Callable[[], bool]) -> Times:
+    def times(self, step: Step, late: Callable[[], bool]) -> StepTimes:
         """Time the exact step and a trial step in turn. On one CPU thread the CPU time of this process is taken, on which other processes have no effect.
 
         Args:
@@ -154,7 +154,7 @@ class Trials:
                 pairs.append(pair)
                 if len(pairs) >= LEAST_ROUNDS and late():
                     break
-        return Times(statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs), statistics.median(b / a for a, b in pairs))
+        return StepTimes(statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs), statistics.median(b / a for a, b in pairs))
 
     @property
     def exact_is_compiled(self) -> bool:
