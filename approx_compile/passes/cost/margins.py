@@ -5,7 +5,7 @@ from __future__ import annotations
 from approx_compile.machine import Machine
 
 MARGIN = 1.2
-"""Ratio of predicted exact to predicted sampled time that a site must exceed (benchmarks/predict.py measures how far predictions are off)."""
+"""Ratio of predicted exact to predicted sampled time that a site must exceed (benchmarks/cost_model/predict.py measures how far predictions are off)."""
 
 CONV_MARGIN = 1.5
 """The same for convolutions. It is larger because Inductor chooses the memory layout of their gathers, after this decision."""
@@ -22,7 +22,8 @@ MEASURED_MARGIN = 1.05
 
 SHARE_MARGIN = 1.1
 """Ratio of the time with separate indices to the time with shared indices that sharing must reach. Sharing between query, key and value raises the error of the
-gradient by a tenth on average, between gate and up not at all (benchmarks/share_study.py); keeping more entries would undo a tenth at about this price."""
+gradient by a tenth on average, between gate and up not at all (benchmarks/accuracy/share_study.py); keeping more entries
+would undo a tenth at about this price."""
 
 SKIP_MARGIN = 1.05
 """The margin for skipping zeros and for narrowing producers, which cost no accuracy."""

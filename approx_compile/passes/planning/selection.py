@@ -16,7 +16,7 @@ from approx_compile.passes.planning.product_plans import device, exact_site, pla
 from approx_compile.passes.sites.site import Site
 
 PREDICTION_ERROR = 1.2
-"""Factor by which predictions are taken to be off where the range of a break-even ratio is shown (benchmarks/predict.py measures how far they are off)."""
+"""Factor by which predictions are taken to be off where the range of a break-even ratio is shown (`benchmarks.cost_model.predict` measures it)."""
 
 RATIO_PRECISION = 0.001
 """The smallest break-even ratio that is looked for, and the precision of the search."""

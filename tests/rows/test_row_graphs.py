@@ -1,0 +1,122 @@
+"""A model of several graphs (graph breaks, blocks compiled one by one, the buckets of DDP): they share one choice of rows where they may."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.compile import HALF, rows_of
+from helpers.models import Buckets, ResidualLayer
+from helpers.oracles import ChosenRows, grads, relative
+from torch import Tensor, nn
+
+from approx_compile import Backend
+from approx_compile.backend import run_as_is
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("cut", ["breaks", "blocks"])
+def test_several_graphs_share_one_set_of_rows(cut: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = ChosenRows(monkeypatch)
+
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(20, 32), nn.Linear(32, 32), nn.Linear(32, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.a(x))
+            torch._dynamo.graph_break()
+            x = F.relu(self.b(x))
+            torch._dynamo.graph_break()
+            return self.c(x)
+
+    x, head = torch.randn(48, 20), nn.Linear(20, 20)  # the head is not compiled
+    if cut == "breaks":
+        model: nn.Module = Broken()
+        f, plans = rows_of(model)
+        assert len(plans) == 0
+    else:
+        model = f = nn.Sequential(*[ResidualLayer(20) for _ in range(3)])
+        for part in model:
+            part.compile(backend=Backend(HALF, inner_compile=run_as_is))
+    out = f(x)
+    tangent = torch.randn(48, 20)
+    head(F.pad(out, (0, 20 - out.shape[1]))).backward(tangent)
+    got = grads(model)
+    assert len(chosen.choices) == 1
+    with torch.compiler.set_stance("force_eager"):
+        out = model(x)
+    out.backward((tangent @ head.weight.detach())[:, : out.shape[1]] * chosen.mask(48)[:, None])
+    assert max(relative(a, b) for a, b in zip(got, grads(model), strict=True)) < 1e-5
+
+
+@pytest.mark.distributed
+@pytest.mark.usefixtures("one_rank")
+def test_the_buckets_of_ddp_share_one_set_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = ChosenRows(monkeypatch)
+    net, x = Buckets(), torch.randn(32, 512)
+    f, plans = rows_of(nn.parallel.DistributedDataParallel(net, bucket_cap_mb=1))
+    out = f(x)
+    tangent = torch.randn_like(out)
+    out.backward(tangent)
+    assert len(plans) > 1 and {s.decision for s in plans.sites} == {"sampled"} and len(chosen.choices) == 1
+    got = grads(net)
+    net(x).backward(tangent * chosen.mask(32)[:, None])
+    assert max(relative(a, b) for a, b in zip(got, grads(net), strict=True)) < 1e-5
+
+
+def test_gradients_added_on_the_way_make_the_lower_graph_run_on_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = ChosenRows(monkeypatch)
+    lower, upper, x = ResidualLayer(20), nn.Linear(20, 5), torch.randn(48, 20)
+    f, g = rows_of(lower)[0], rows_of(upper)[0]
+    hidden = f(x)
+    out = g(hidden)
+    tangent = torch.randn_like(out)
+    (hidden.square().sum() + (out * tangent).sum()).backward()
+    got = grads(lower) + grads(upper)
+    assert len(chosen.choices) == 1
+    hidden = lower(x)
+    out = upper(hidden)
+    (hidden.square().sum() + (out * tangent * chosen.mask(48)[:, None]).sum()).backward()
+    assert max(relative(a, b) for a, b in zip(got, grads(lower) + grads(upper), strict=True)) < 1e-5
+
+
+class Body(nn.Module):
+    def __init__(self, op: Callable[[Tensor], Any] = torch.tanh) -> None:
+        super().__init__()
+        self.inner, self.op = nn.Linear(8, 8), op
+
+    def forward(self, x: Tensor) -> Any:
+        return self.op(self.inner(x))
+
+
+def test_rows_of_another_axis_are_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The upper graph's first axis is the lower one's second: what it marks are no samples there."""
+    chosen = ChosenRows(monkeypatch)
+    lower, upper, x = Body(lambda h: torch.tanh(h).transpose(0, 1)), Body(), torch.randn(16, 12, 8)
+    f, g = rows_of(lower)[0], rows_of(upper)[0]
+    out = g(f(x))
+    tangent = torch.randn_like(out)
+    out.backward(tangent)
+    got = grads(lower) + grads(upper)
+    upper(lower(x)).backward(tangent * chosen.mask(12).view(12, 1, 1))
+    assert max(relative(a, b) for a, b in zip(got, grads(lower) + grads(upper), strict=True)) < 1e-5
+
+
+def test_a_graph_with_a_loss_of_its_own_does_not_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = ChosenRows(monkeypatch)
+    lower, upper, x = Body(lambda h: (torch.tanh(h), h.square().sum())), Body(), torch.randn(16, 8)
+    f, g = rows_of(lower)[0], rows_of(upper)[0]
+    hidden, own = f(x)
+    out = g(hidden)
+    tangent = torch.randn_like(out)
+    ((out * tangent).sum() + own).backward()
+    got = grads(lower)
+    hidden, own = lower(x)
+    ((upper(hidden) * tangent * chosen.mask(16)[:, None]).sum() + own).backward()
+    assert max(relative(a, b) for a, b in zip(got, grads(lower), strict=True)) < 1e-5

@@ -1,0 +1,148 @@
+"""Where rows end and why: ops that mix samples, batches of fixed size, models too small; the reasons that a user reads."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers.compile import HALF, Plans, rows_of
+from helpers.models import mlp
+from helpers.oracles import ChosenRows, grads, relative
+from torch import Tensor, nn
+
+from approx_compile import Backend
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Slices(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(20, 20), nn.Linear(20, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.mix(torch.tanh(self.a(x))))
+
+    def mix(self, h: Tensor) -> Tensor:
+        return torch.cat([h[::2], h[1::2]])
+
+
+class Shifts(Slices):
+    def mix(self, h: Tensor) -> Tensor:
+        return h + h.roll(1, 0)
+
+
+class Similarity(Slices):
+    def mix(self, h: Tensor) -> Tensor:
+        return (h @ h.t()).softmax(1) @ h
+
+
+class Cumulates(Slices):
+    def mix(self, h: Tensor) -> Tensor:
+        return h.cumsum(0)
+
+
+class Picks(Slices):
+    def mix(self, h: Tensor) -> Tensor:
+        return h[torch.arange(h.shape[0] - 1, -1, -1)]
+
+
+class Norms(Slices):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(20)
+
+    def mix(self, h: Tensor) -> Tensor:
+        return self.norm(h)
+
+
+class Means(Slices):
+    def mix(self, h: Tensor) -> Tensor:
+        return h - h.mean(0)
+
+
+@pytest.mark.parametrize("make", [Shifts, Similarity, Cumulates, Picks, Norms, Means])
+def test_rows_stop_where_samples_mix(make: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the op all rows run, with zeros for those left out: the gradient is still that of the masked tangents."""
+    chosen = ChosenRows(monkeypatch)
+    model, x = make(), torch.randn(24, 20).requires_grad_()
+    f, plans = rows_of(model)
+    out = f(x)
+    tangent = torch.randn_like(out)
+    out.backward(tangent)
+    got = grads(model, x)
+    (cut,) = plans[0].cuts
+    assert cut.decision == "rows" and cut.reason.startswith("rows end where ")
+    assert 0 < cut.flops_on_rows < cut.flops_all
+    decisions = {s.name: [p.decision for p in s.products[1:]] for s in plans.sites if s.name in "ab"}
+    assert decisions == {"a": ["exact", "exact"], "b": ["rows", "rows"]}
+    model(x).backward(tangent * chosen.mask(24)[:, None])
+    want = grads(model, x)
+    for a, b in zip(got, want, strict=True):
+        assert (a - b).norm() < 1e-5 * (1 + b.norm())
+
+
+@pytest.mark.slow
+def test_policies_that_look_at_the_cost_decline_and_are_then_inductor_bit_for_bit() -> None:
+    model, x = nn.Sequential(nn.Linear(20, 64), nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Linear(64, 5)), torch.randn(24, 20)
+    twin = copy.deepcopy(model)
+    plans = Plans()
+    f = torch.compile(model, backend=Backend({"policy": "adaptive"}, on_plan=plans))
+    with torch._inductor.config.patch(force_disable_caches=True):  # after a cache hit there is no plan to look at
+        f(x).sum().backward()
+    torch.compile(twin, backend="inductor")(x).sum().backward()
+    assert all(torch.equal(a, b) for a, b in zip(grads(model), grads(twin), strict=True))
+    assert "BatchNorm" in plans.sites[0].reason and "could run on some of the rows" in plans.sites[0].reason
+    assert plans[-1].cuts[0].decision == "exact"
+    assert "24x" in plans.sites[0].shape
+    with torch.compiler.set_stance("fail_on_recompile"):
+        f(torch.randn(24, 20)).sum().backward()
+
+
+def test_small_models_are_left_alone() -> None:
+    """Choosing rows takes time, too: by default a backward pass must be worth it."""
+    model = mlp(64, 64, 8)
+    f, plans = rows_of(model, {})
+    f(torch.randn(32, 64)).sum().backward()
+    assert "is over before its rows would be chosen" in plans.sites[0].reason
+    large = mlp(512, 1024, 1024, 8)
+    torch._dynamo.reset()
+    f, plans = rows_of(large, {})
+    f(torch.randn(128, 512)).sum().backward()
+    assert {s.decision for s in plans.sites} == {"sampled"}
+
+
+def test_no_symbol_no_rows() -> None:
+    model = nn.Linear(20, 5)
+
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x).view(24, 5) + torch.ones(24, 5)
+
+    cases: list[tuple[nn.Module, Tensor, str]] = [
+        (Fixed(), torch.randn(24, 20), "fixes the size"),
+        (nn.Sequential(model), torch.randn(2, 20), "a batch of 2"),
+        (Slices(), torch.randn(24, 20), "an order that is not known"),
+    ]
+    for module, x, words in cases:
+        f, plans = rows_of(module)
+        f(x).sum().backward()
+        assert words in plans.sites[0].reason
+        got = grads(module)
+        module(x).sum().backward()
+        assert max(relative(a, b) for a, b in zip(got, grads(module), strict=True)) < 1e-6
+
+
+def test_blocked_reasons_are_shown_by_explain() -> None:
+    from approx_compile import explain
+
+    for config, decision in ((HALF, "rows"), ({}, "exact")):
+        report = explain(Norms(), torch.randn(24, 20), config=config)
+        (cut,) = report.cuts
+        assert "rows, level 1" in str(report) and (cut.rows, cut.decision) == (24, decision)
+        assert {s.name: s.products["grad_weight"].decision for s in report.sites} == {"a": "exact", "b": decision}
