@@ -1,4 +1,4 @@
-"""Run by test_triton_matmul.py in a process of its own, under Triton's interpreter: the kernels of matmul.py and choose.py against fp64, errors as JSON.
+"""Run by test_triton_matmul.py in a process of its own, under Triton's interpreter: the kernels of matmul_kernels.py and topk.py against fp64, errors as JSON.
 
 Operands are views into buffers of NaN, and so is memory that nobody wrote: what is read beyond an operand, or left out of a result, shows.
 """

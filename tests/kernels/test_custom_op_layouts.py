@@ -1,6 +1,6 @@
-"""What the graph hands to kernels of ours is what they take: lines of whole multiples of 16 entries, images in channels-last, whatever came before.
+"""Checks that graphs hand the custom ops what their kernels take: contiguous axes of a multiple of 16 entries, images in channels-last, whatever came before.
 
-On a GPU they would leave anything else to readable torch, under the name of the kernel; on CPUs their references run.
+On a GPU the op would run its reference for anything else, although the plan names the kernel; on CPUs the references run always.
 """
 
 from __future__ import annotations

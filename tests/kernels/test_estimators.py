@@ -53,17 +53,17 @@ def split(score: Tensor) -> tuple[Tensor, Tensor]:
     return a.square(), (score / a).square()
 
 
-def weights_of(how: Estimator, a_sq: Tensor, b_sq: Tensor) -> Tensor:
+def weights_of(estimator: Estimator, a_sq: Tensor, b_sq: Tensor) -> Tensor:
     """A selection as the weight of every entry of the axis, 0 where dropped: (.., units) -> (.., size)."""
-    idx, scale = select(how, a_sq, b_sq)
+    idx, scale = select(estimator, a_sq, b_sq)
     scale = torch.ones(idx.shape, dtype=torch.float64) if scale is None else scale.double()
-    dense = torch.zeros(*idx.shape[:-1], how.size // how.unit, dtype=torch.float64).scatter(-1, idx, scale)
-    return dense.repeat_interleave(how.unit, -1)
+    dense = torch.zeros(*idx.shape[:-1], estimator.size // estimator.unit, dtype=torch.float64).scatter(-1, idx, scale)
+    return dense.repeat_interleave(estimator.unit, -1)
 
 
-def draws(how: Estimator, score: Tensor, n: int = DRAWS) -> Tensor:
+def draws(estimator: Estimator, score: Tensor, n: int = DRAWS) -> Tensor:
     """n independent selections as weights, (n, size)."""
-    return weights_of(how, *(v.expand(n, -1) for v in split(score)))
+    return weights_of(estimator, *(v.expand(n, -1) for v in split(score)))
 
 
 def z_score(mean: Tensor, expected: Tensor, variance: Tensor, n: int) -> Tensor:
@@ -104,10 +104,10 @@ def z_score(mean: Tensor, expected: Tensor, variance: Tensor, n: int) -> Tensor:
 )
 def test_counts(size, ratio, min_k, group, expected):
     for method in set(METHODS) - {"bernoulli"}:
-        how = make_estimator(method, size, ratio, min_k, group)
-        assert (how and (how.k, how.units, how.tail, how.kept)) == expected, method
-        if how is not None:
-            assert how.slots == how.k and how.expected == how.kept
+        estimator = make_estimator(method, size, ratio, min_k, group)
+        assert (estimator and (estimator.k, estimator.units, estimator.tail, estimator.kept)) == expected, method
+        if estimator is not None:
+            assert estimator.slots == estimator.k and estimator.expected == estimator.kept
 
 
 def test_counts_are_the_smallest_that_keep_enough():
@@ -119,21 +119,21 @@ def test_counts_are_the_smallest_that_keep_enough():
         keep = min(max(round(ratio * size), min_k), size)
         units, tail = divmod(size, group)
         enough = [k for k in range(1, units + 1) if k * group + tail >= keep]
-        how = make_estimator("topk", size, ratio, min_k, group)
+        estimator = make_estimator("topk", size, ratio, min_k, group)
         if keep == size or not enough or enough[0] == units:
-            assert how is None
+            assert estimator is None
             nones += 1
         else:
-            assert how is not None and (how.k, how.kept) == (enough[0], enough[0] * group + tail)
+            assert estimator is not None and (estimator.k, estimator.kept) == (enough[0], enough[0] * group + tail)
     assert 100 < nones < 1900
 
 
 def test_bernoulli_capacity():
-    how = make_estimator("bernoulli", 1000, 0.1, 1, 1)
-    assert how is not None and (how.k, how.slots, how.expected) == (100, 138, 100)  # 100 + 4 sqrt(90) = 137.9
-    how = make_estimator("bernoulli", 403, 0.25, 1, 4)
-    assert how is not None and (how.k, how.slots, how.tail) == (25, 43, 3)  # 25 + 4 sqrt(18.75) = 42.3
-    assert (how.kept, how.expected) == (43 * 4 + 3, 25 * 4 + 3)
+    estimator = make_estimator("bernoulli", 1000, 0.1, 1, 1)
+    assert estimator is not None and (estimator.k, estimator.slots, estimator.expected) == (100, 138, 100)  # 100 + 4 sqrt(90) = 137.9
+    estimator = make_estimator("bernoulli", 403, 0.25, 1, 4)
+    assert estimator is not None and (estimator.k, estimator.slots, estimator.tail) == (25, 43, 3)  # 25 + 4 sqrt(18.75) = 42.3
+    assert (estimator.kept, estimator.expected) == (43 * 4 + 3, 25 * 4 + 3)
     assert make_estimator("crs", 8, 0.5, 1, 1) is not None and make_estimator("bernoulli", 8, 0.5, 1, 1) is None  # 4 + 4 sqrt(2) > 8: saves nothing
 
 
@@ -210,28 +210,28 @@ def bound(method: str, layout: str, k: int = 7) -> Estimator:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("method", METHODS)
 def test_indices_are_sorted_distinct_and_of_fixed_number(method, layout):
-    how = bound(method, layout)
+    estimator = bound(method, layout)
     rows = torch.stack([scores(kind) for kind in KINDS]).repeat(50, 1)
-    idx, scale = select(how, *split(rows))
-    number = how.slots * how.group + how.tail if how.tail else how.slots
+    idx, scale = select(estimator, *split(rows))
+    number = estimator.slots * estimator.group + estimator.tail if estimator.tail else estimator.slots
     assert idx.dtype == torch.int64 and idx.shape == (300, number)
-    assert (idx.diff() > 0).all() and (idx >= 0).all() and (idx < how.size // how.unit).all()
-    assert how.kept == number * how.unit
-    assert (scale is None) == (method in ("topk", "topk_weights")) == (not how.scaled)
+    assert (idx.diff() > 0).all() and (idx >= 0).all() and (idx < estimator.size // estimator.unit).all()
+    assert estimator.kept == number * estimator.unit
+    assert (scale is None) == (method in ("topk", "topk_weights")) == (not estimator.scaled)
     if scale is not None:
         assert scale.shape == idx.shape and scale.isfinite().all() and (scale >= 0).all()
-    alone, alone_scale = select(how, *split(scores("1/i")))
+    alone, alone_scale = select(estimator, *split(scores("1/i")))
     assert alone.shape == (number,) and (alone_scale is None or alone_scale.shape == (number,))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_tail_is_kept_whole_and_groups_share_a_scale(method):
-    how = bound(method, "tail")
-    weights = draws(how, scores("1/i"), 200)
+    estimator = bound(method, "tail")
+    weights = draws(estimator, scores("1/i"), 200)
     assert (weights[:, 120:] == 1).all()
     blocks = weights[:, :120].view(200, 24, 5)
     assert (blocks == blocks[..., :1]).all()
-    assert ((blocks[..., 0] > 0).sum(-1) <= how.slots).all() and (blocks[..., 0] > 0).any(-1).all()
+    assert ((blocks[..., 0] > 0).sum(-1) <= estimator.slots).all() and (blocks[..., 0] > 0).any(-1).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
@@ -247,9 +247,9 @@ def test_topk_is_the_k_largest_products(dtype):
 def test_topk_weights_looks_at_the_weight_only(weight):
     torch.manual_seed(2)
     norms, other, another = torch.rand(3, 50, 40)
-    how = Estimator("topk_weights", 40, 9, weight=weight)
-    idx, scale = select(how, norms, other) if weight == 0 else select(how, other, norms)
-    again, _ = select(how, norms, another) if weight == 0 else select(how, another, norms)
+    estimator = Estimator("topk_weights", 40, 9, weight=weight)
+    idx, scale = select(estimator, norms, other) if weight == 0 else select(estimator, other, norms)
+    again, _ = select(estimator, norms, another) if weight == 0 else select(estimator, another, norms)
     assert torch.equal(idx, again) and scale is None
     assert torch.equal(idx, norms.argsort(-1, descending=True)[:, :9].sort(-1).values)
     assert not torch.equal(idx, select(Estimator("topk", 40, 9), norms, other)[0])
@@ -257,11 +257,11 @@ def test_topk_weights_looks_at_the_weight_only(weight):
 
 @pytest.mark.parametrize("method", RANDOM)
 def test_random_methods_follow_the_generator(method):
-    how = bound(method, "units")
+    estimator = bound(method, "units")
     torch.manual_seed(3)
-    first, second = draws(how, scores("1/i"), 20), draws(how, scores("1/i"), 20)
+    first, second = draws(estimator, scores("1/i"), 20), draws(estimator, scores("1/i"), 20)
     torch.manual_seed(3)
-    assert torch.equal(first, draws(how, scores("1/i"), 20)) and not torch.equal(first, second)
+    assert torch.equal(first, draws(estimator, scores("1/i"), 20)) and not torch.equal(first, second)
 
 
 # --- weights ---
@@ -316,9 +316,9 @@ def test_mean_weight_is_one(method, kind, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 def test_bernoulli_keeps_k_in_expectation_each_with_its_probability(kind):
     k, score = 7, scores(kind)
-    how = Estimator("bernoulli", 24, k)
+    estimator = Estimator("bernoulli", 24, k)
     torch.manual_seed(5)
-    weights = draws(how, score)
+    weights = draws(estimator, score)
     p = water_fill(score, k)
     kept = (weights > 0).double()
     assert z_score(kept.mean(0), p, p * (1 - p), DRAWS).max() < Z
@@ -340,9 +340,9 @@ def test_bernoulli_overflow_is_as_rare_as_documented():
     seen = 0
     for k in (*range(1, 40), 64, 128, 512, 2048):
         for units in {round(k / r) for r in (0.75, 0.5, 0.3, 0.2, 0.1, 0.03, 0.01)}:
-            how = Estimator("bernoulli", units, k)
-            if how.slots < units:
-                tail = binomial_tail(units, k / units, how.slots)
+            estimator = Estimator("bernoulli", units, k)
+            if estimator.slots < units:
+                tail = binomial_tail(units, k / units, estimator.slots)
                 assert tail < (1.5e-4 if k >= 16 else 6e-4), (k, units)
                 assert k < 2048 or tail < 4e-5
                 seen += 1
@@ -351,10 +351,10 @@ def test_bernoulli_overflow_is_as_rare_as_documented():
 
 def test_bernoulli_overflow_is_cut_to_the_slots():
     """With k = 1 of 64 there are 5 slots, and 5 or more units are drawn 36 times in 10,000 draws."""
-    how = Estimator("bernoulli", 64, 1)
-    assert how.slots == 5
+    estimator = Estimator("bernoulli", 64, 1)
+    assert estimator.slots == 5
     torch.manual_seed(6)
-    weights = draws(how, scores("constant", 64))
+    weights = draws(estimator, scores("constant", 64))
     full = ((weights > 0).sum(1) == 5).sum().item()
     expected = DRAWS * binomial_tail(64, 1 / 64, 4)
     assert expected > 50 and abs(full - expected) < Z * math.sqrt(expected)
@@ -393,7 +393,7 @@ def test_crs_counts_repeated_draws():
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("method", BY_SCORE)
 def test_nan_and_inf_are_kept_unscaled(method, layout):
-    how = bound(method, layout)
+    estimator = bound(method, layout)
     a_sq, b_sq = split(scores("1/i").float().expand(500, -1).clone())
     b_sq[:, 3] = torch.nan
     b_sq[:, 7] = torch.inf
@@ -402,34 +402,34 @@ def test_nan_and_inf_are_kept_unscaled(method, layout):
         a_sq[:, 20] = 0  # 0 inf = nan
         a_sq[:, 11] = torch.inf
     torch.manual_seed(9)
-    weights = weights_of(how, a_sq, b_sq)
-    units = weights[:, : how.units * how.group].view(500, how.units, how.group)[..., 0]
+    weights = weights_of(estimator, a_sq, b_sq)
+    units = weights[:, : estimator.units * estimator.group].view(500, estimator.units, estimator.group)[..., 0]
     special = [3, 7, 20] + ([11] if method != "topk_weights" else [])
     assert (units[:, special] == 1).all()
-    assert units.isfinite().all() and ((units > 0).sum(1) <= how.slots).all()
-    others = [i for i in range(how.units) if i not in special]
+    assert units.isfinite().all() and ((units > 0).sum(1) <= estimator.slots).all()
+    others = [i for i in range(estimator.units) if i not in special]
     assert (units[:, others] > 0).any(1).all()  # the rest is sampled as ever
 
 
 @pytest.mark.parametrize("method", BY_SCORE)
 def test_a_row_with_nan_leaves_the_others_alone(method):
-    how = bound(method, "units")
+    estimator = bound(method, "units")
     rows = scores("1/i").expand(3, -1).clone()
     torch.manual_seed(10)
-    clean = weights_of(how, *split(rows))
+    clean = weights_of(estimator, *split(rows))
     rows[1, 5] = torch.nan
     torch.manual_seed(10)
-    weights = weights_of(how, *split(rows))
+    weights = weights_of(estimator, *split(rows))
     assert torch.equal(weights[[0, 2]], clean[[0, 2]]) and weights[1, 5] == 1
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.0], ids=["all-nan", "all-inf", "all-zero"])
 def test_scores_that_say_nothing(method, value):
-    how = bound(method, "units")
+    estimator = bound(method, "units")
     torch.manual_seed(11)
-    idx, scale = select(how, torch.full((100, 24), value), torch.ones(100, 24) if value else torch.zeros(100, 24))
-    assert idx.shape == (100, how.slots) and (idx.diff() > 0).all() and (idx >= 0).all() and (idx < 24).all()
+    idx, scale = select(estimator, torch.full((100, 24), value), torch.ones(100, 24) if value else torch.zeros(100, 24))
+    assert idx.shape == (100, estimator.slots) and (idx.diff() > 0).all() and (idx >= 0).all() and (idx < 24).all()
     if scale is not None:
         assert scale.isfinite().all()
         assert value == 0 or method == "uniform" or (scale == 1).all()

@@ -75,11 +75,11 @@ def pick(x: Tensor, dims: tuple[int, int], entries: Tensor, scale: Tensor | None
     return torch.cat(chunks, lead_dim)
 
 
-def entries_of(how: Estimator, idx: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def entries_of(estimator: Estimator, idx: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The selection as entries of the axis, (leads, n)."""
     idx = idx if idx.dim() == 2 else idx[None]
-    entries = (idx[..., None] * how.unit + torch.arange(how.unit)).flatten(-2)
-    return entries, None if scale is None else scale.reshape(idx.shape).repeat_interleave(how.unit, -1)
+    entries = (idx[..., None] * estimator.unit + torch.arange(estimator.unit)).flatten(-2)
+    return entries, None if scale is None else scale.reshape(idx.shape).repeat_interleave(estimator.unit, -1)
 
 
 def operand(shape: tuple[int, ...], dims: tuple[int, int], leads: int) -> Tensor:
@@ -165,13 +165,13 @@ def case(name: str, group: int, dtype: torch.dtype = torch.float64) -> Case:
 
 def bound(method: str, group: int, weight: int | None = 1) -> Estimator:
     size, k = GROUPS[group]
-    how = make_estimator(method, size, (k * group + size % group) / size, 1, group, weight)
-    assert how is not None and how.k == k
-    return how
+    estimator = make_estimator(method, size, (k * group + size % group) / size, 1, group, weight)
+    assert estimator is not None and estimator.k == k
+    return estimator
 
 
-def sampled(how: Estimator, c: Case) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    return sample(how, c.a, c.b, c.a_axis, c.b_axis)
+def sampled(estimator: Estimator, c: Case) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    return sample(estimator, c.a, c.b, c.a_axis, c.b_axis)
 
 
 def contributions(c: Case) -> Tensor:
@@ -183,10 +183,10 @@ def contributions(c: Case) -> Tensor:
 # --- mean and variance ---
 
 
-def scores(c: Case, how: Estimator) -> Tensor:
+def scores(c: Case, estimator: Estimator) -> Tensor:
     """|A_G| |B_G| for every unit, by slicing: (leads, units)."""
     found = []
-    for unit in torch.arange(how.units * how.group).view(how.units, how.group):
+    for unit in torch.arange(estimator.units * estimator.group).view(estimator.units, estimator.group):
         e = unit.expand(c.leads, -1)
         found.append(by_lead(pick(c.a, c.a_dims, e), c.a_dims[0], c.leads).norm(dim=1) * by_lead(pick(c.b, c.b_dims, e), c.b_dims[0], c.leads).norm(dim=1))
     return torch.stack(found, 1)
@@ -218,9 +218,9 @@ def variance(method: str, parts: Tensor, s: Tensor, k: int) -> Tensor:
     return ((s[rest].sum() / s[rest])[:, None] * sq[rest]).sum(0) / n - parts[rest].sum(0).square() / n
 
 
-def unit_parts(c: Case, how: Estimator) -> Tensor:
+def unit_parts(c: Case, estimator: Estimator) -> Tensor:
     """What every whole group adds: (units, leads, rest)."""
-    return contributions(c)[: how.units * how.group].unflatten(0, (how.units, how.group)).sum(1)
+    return contributions(c)[: estimator.units * estimator.group].unflatten(0, (estimator.units, estimator.group)).sum(1)
 
 
 @pytest.mark.slow
@@ -228,14 +228,14 @@ def unit_parts(c: Case, how: Estimator) -> Tensor:
 @pytest.mark.parametrize("method", UNBIASED)
 @pytest.mark.parametrize("name", CASES)
 def test_mean_and_variance(name, method, group):
-    c, how = case(name, group), bound(method, group)
-    parts, s = unit_parts(c, how), scores(c, how)
-    expected_variance = torch.stack([variance(method, parts[:, i], s[i], how.k) for i in range(c.leads)])
+    c, estimator = case(name, group), bound(method, group)
+    parts, s = unit_parts(c, estimator), scores(c, estimator)
+    expected_variance = torch.stack([variance(method, parts[:, i], s[i], estimator.k) for i in range(c.leads)])
     y = c.y_by_lead(c.product(c.a, c.b))
     torch.testing.assert_close(contributions(c).sum(0), y)
 
     def draw(_: Tensor) -> Tensor:
-        return c.y_by_lead(c.product(*sampled(how, c)[2:]))
+        return c.y_by_lead(c.product(*sampled(estimator, c)[2:]))
 
     torch.manual_seed(1)
     drawn = torch.vmap(draw, randomness="different", chunk_size=1000)(torch.empty(DRAWS))
@@ -287,13 +287,13 @@ def test_topk_has_the_least_error_when_a_factor_has_zero_mean(method):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", CASES)
 def test_sample_is_the_sum_over_the_chosen_entries(name, method, group):
-    c, how = case(name, group), bound(method, group)
-    idx, scale, a, b = sampled(how, c)
-    entries, by_entry = entries_of(how, idx, scale)
-    assert entries.shape == (c.leads, how.kept)
+    c, estimator = case(name, group), bound(method, group)
+    idx, scale, a, b = sampled(estimator, c)
+    entries, by_entry = entries_of(estimator, idx, scale)
+    assert entries.shape == (c.leads, estimator.kept)
     assert torch.equal(a, pick(c.a, c.a_dims, entries))
     assert torch.equal(b, pick(c.b, c.b_dims, entries, by_entry))
-    weights = torch.ones(c.leads, how.kept, dtype=torch.float64) if by_entry is None else by_entry
+    weights = torch.ones(c.leads, estimator.kept, dtype=torch.float64) if by_entry is None else by_entry
     parts = contributions(c)
     by_hand = torch.stack([(parts[entries[i], i] * weights[i, :, None]).sum(0) for i in range(c.leads)])
     torch.testing.assert_close(c.y_by_lead(c.product(a, b)), by_hand)
@@ -304,15 +304,15 @@ def test_sample_is_the_sum_over_the_chosen_entries(name, method, group):
 @pytest.mark.parametrize("name", CASES)
 def test_untake_is_the_adjoint_of_take(name, method, group):
     """<take(x), y> = <x, untake(y)>, on both operands, and untake is what autograd makes of take."""
-    c, how = case(name, group), bound(method, group)
-    idx, scale, a, b = sampled(how, c)
+    c, estimator = case(name, group), bound(method, group)
+    idx, scale, a, b = sampled(estimator, c)
     for x, taken, axis, s in ((c.a, a, c.a_axis, None), (c.b, b, c.b_axis, scale)):
         y = torch.randn_like(taken)
-        back = untake(y, axis, idx, s, how.unit, how.size)
+        back = untake(y, axis, idx, s, estimator.unit, estimator.size)
         assert back.shape == x.shape
         torch.testing.assert_close((taken * y).sum(), (x * back).sum())
         x = x.detach().requires_grad_()
-        (grad,) = torch.autograd.grad(take(x, axis, idx, s, how.unit), x, y)
+        (grad,) = torch.autograd.grad(take(x, axis, idx, s, estimator.unit), x, y)
         torch.testing.assert_close(back, grad)
 
 
@@ -326,16 +326,16 @@ def test_coupled_gradients_equal_sampling_by_hand(name, method, group, dtype):
     Relative error under 1e-6 in fp32. In bf16 every rounding (scaled operand, product, scaled gradient) is at most 2^-9 = 0.2 % of an entry:
     1e-2 against the same in fp32.
     """
-    c, how = case(name, group, dtype), bound(method, group)
-    idx, scale, a, b = sampled(how, c)
+    c, estimator = case(name, group, dtype), bound(method, group)
+    idx, scale, a, b = sampled(estimator, c)
     assert a.dtype == b.dtype == dtype and (scale is None or scale.dtype == torch.float32)
     a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
     y = c.product(a, b)
     dy = torch.randn(y.shape).to(dtype)
     da, db = torch.autograd.grad(y, (a, b), dy)
-    da, db = untake(da, c.a_axis, idx, None, how.unit, how.size), untake(db, c.b_axis, idx, scale, how.unit, how.size)
+    da, db = untake(da, c.a_axis, idx, None, estimator.unit, estimator.size), untake(db, c.b_axis, idx, scale, estimator.unit, estimator.size)
 
-    entries, by_entry = entries_of(how, idx, scale)
+    entries, by_entry = entries_of(estimator, idx, scale)
     a_full, b_full = c.a.float().requires_grad_(), c.b.float().requires_grad_()
     y_hand = c.product(pick(a_full, c.a_dims, entries), pick(b_full, c.b_dims, entries, by_entry))
     da_hand, db_hand = torch.autograd.grad(y_hand, (a_full, b_full), dy.float())
@@ -457,13 +457,13 @@ def test_types(dtype, method):
     """Operands keep their type; norms and scales are fp32, fp64 for fp64; scaling rounds once."""
     torch.manual_seed(6)
     a, b = torch.randn(4, 24).to(dtype), torch.randn(24, 5).to(dtype)
-    how = Estimator(method, 24, 7, weight=1)
+    estimator = Estimator(method, 24, 7, weight=1)
     precise = torch.float64 if dtype == torch.float64 else torch.float32
     for x, axis, dim in ((a, Axis(1), 0), (b, Axis(0), 1)):
         v = norms_sq(x, axis)
         assert v.dtype == precise
         torch.testing.assert_close(v.double(), x.double().square().sum(dim), rtol=1e-12 if dtype == torch.float64 else 1e-6, atol=0.0)
-    idx, scale, a_kept, b_kept = sample(how, a, b, Axis(1), Axis(0))
+    idx, scale, a_kept, b_kept = sample(estimator, a, b, Axis(1), Axis(0))
     assert a_kept.dtype == b_kept.dtype == dtype and (scale is None or scale.dtype == precise)
     assert torch.equal(a_kept, a[:, idx])
     assert torch.equal(b_kept, b[idx] if scale is None else (b[idx].to(precise) * scale[:, None]).to(dtype))
@@ -473,13 +473,13 @@ def test_types(dtype, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_empty_batch_selects_and_multiplies(method):
-    how = Estimator(method, 24, 7, weight=1)
-    idx, scale, a, b = sample(how, torch.randn(0, 24), torch.randn(24, 5), Axis(1), Axis(0))  # no rows: no score, but a valid choice
+    estimator = Estimator(method, 24, 7, weight=1)
+    idx, scale, a, b = sample(estimator, torch.randn(0, 24), torch.randn(24, 5), Axis(1), Axis(0))  # no rows: no score, but a valid choice
     assert (idx.diff() > 0).all() and idx[0] >= 0 and idx[-1] < 24
     assert (a @ b).shape == (0, 5) and b.isfinite().all()
     assert untake(a, Axis(1), idx, None, 1, 24).shape == (0, 24) and (untake(b, Axis(0), idx, scale, 1, 24) != 0).any()
-    idx, scale, a, b = sample(how, torch.randn(0, 4, 24), torch.randn(0, 24, 5), Axis(2, 0), Axis(1, 0))  # no products at all
-    assert idx.shape == (0, how.slots) and (a @ b).shape == (0, 4, 5)
+    idx, scale, a, b = sample(estimator, torch.randn(0, 4, 24), torch.randn(0, 24, 5), Axis(2, 0), Axis(1, 0))  # no products at all
+    assert idx.shape == (0, estimator.slots) and (a @ b).shape == (0, 4, 5)
     assert untake(b, Axis(1, 0), idx, scale, 1, 24).shape == (0, 24, 5)
 
 
