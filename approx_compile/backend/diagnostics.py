@@ -19,7 +19,7 @@ from torch import nn
 from approx_compile import _torch
 from approx_compile.backend.capture.annotate import full_name, whole_model
 from approx_compile.config import ApproxConfig
-from approx_compile.config.selectors import Pattern
+from approx_compile.config.selectors import LayerPattern
 from approx_compile.passes.planning.plan import Plan
 from approx_compile.passes.sites.site import Context
 from approx_compile.utils import emitted, log_once, warn_once, write_atomically
@@ -102,7 +102,7 @@ class GraphRecord:
         with_matrices = [n for n, m in zip(names, model.modules(), strict=False) if any(p.dim() > 1 for p in m.parameters(recurse=False))]
         if all(n in in_graph for n in with_matrices):  # the graph is the whole model
             return list(unmatched)
-        parsed = [Pattern.parse(t) for t in unmatched]
+        parsed = [LayerPattern.parse(t) for t in unmatched]
         return [p.text for p in parsed if p.is_name and not any(p.matches_name(n) for n in names)]
 
 

@@ -15,15 +15,16 @@ from pydantic import Field, field_validator, model_validator
 
 from approx_compile import _torch
 from approx_compile.config.plan_file import Tuned, TunedPlan
-from approx_compile.config.resolve import LEAST_ROWS, SiteSettings, finds_output, interpret, own_keys, row_settings, samples_products, with_rule
-from approx_compile.config.schema import AdaptiveTable, ProductTable, Rule, Rules, nearest
-from approx_compile.config.selectors import Pattern, Steps, needs_total
+from approx_compile.config.resolve import LEAST_ROWS, SiteSettings, chooses_output_ratio, interpret, merge_rule, row_settings, samples_products, set_keys
+from approx_compile.config.rules import Rule, RuleKeys
+from approx_compile.config.schema import AdaptiveTable, ProductTable, nearest
+from approx_compile.config.selectors import LayerPattern, StepSlice, needs_total
 
 FINAL_EXACT = 0.2
 """The last share of a run of known length in which no output is sampled: training ends on the network that is evaluated."""
 
 
-_HOW = ("ratio", "sampling", "group", "min_k", "share", "method")
+_SAMPLING_KEYS = ("ratio", "sampling", "group", "min_k", "share", "method")
 """Keys that say how products are sampled."""
 
 
@@ -31,7 +32,7 @@ class ConfigError(_torch.UnwrappedBackendError, ValueError):
     """A wrong key, value, pattern or combination. Says the key, what it got, what is valid and the nearest match."""
 
 
-class ApproxConfig(Rules):
+class ApproxConfig(RuleKeys):
     """The backend's settings; the same keys as `options` of `torch.compile(model, backend="approx", options=...)`.
 
     Keys: `method` (one of `ESTIMATORS` or "exact"), `ratio` in (0, 1], `min_k` (shorter axes are exact), `group` (contiguous indices kept or
@@ -101,9 +102,9 @@ class ApproxConfig(Rules):
         idle = "has no effect under policy 'adaptive', which keeps the forward pass exact and finds the number of rows itself; "
         products = "for sampled products set policy 'cost' or 'always' beside it"
         for where, keys, others in (("", self, self.rules), *((f"rules[{i}]: ", r, self._near(r)) for i, r in enumerate(self.rules))):
-            said = [k for k in _HOW if k in keys.model_fields_set and getattr(keys, k) is not None and (k, getattr(keys, k)) != ("method", "exact")]
-            alone = with_rule(own_keys(self), keys)
-            if said and not any(samples_products(k) for k in (alone, *(with_rule(alone, r) for r in others))):
+            said = [k for k in _SAMPLING_KEYS if k in keys.model_fields_set and getattr(keys, k) is not None and (k, getattr(keys, k)) != ("method", "exact")]
+            alone = merge_rule(set_keys(self), keys)
+            if said and not any(samples_products(k) for k in (alone, *(merge_rule(alone, r) for r in others))):
                 exact = "for exact products method='exact', " if said[0] == "ratio" and keys.ratio == 1 else ""
                 raise ValueError(f"{where}{said[0]} {idle}{exact}{products}, for a fixed share of rows grad={{'axis': 'rows', 'ratio': ...}}")
             for name, table in keys.tables.items() if alone["policy"] == "adaptive" else ():
@@ -120,7 +121,7 @@ class ApproxConfig(Rules):
         for i, rule in enumerate(self.rules):
             if rule.steps is not None and needs_total(rule.steps):
                 try:
-                    Steps.parse(rule.steps, self.total_steps)
+                    StepSlice.parse(rule.steps, self.total_steps)
                 except ValueError as e:
                     raise ValueError(f"rules[{i}].{e}") from None
         if "final_exact" in self.model_fields_set and self.total_steps is None:
@@ -160,8 +161,8 @@ class ApproxConfig(Rules):
         content = self.model_dump(mode="python", exclude={"inductor", "plan"}) | {"plan": self.plan.fingerprint() if self.plan is not None else None}
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=list).encode()).hexdigest()
 
-    def patterns(self) -> tuple[Pattern, ...]:
-        return tuple(Pattern.parse(t) for t in dict.fromkeys(t for rule in self.rules for t in rule.layers))
+    def patterns(self) -> tuple[LayerPattern, ...]:
+        return tuple({p.text: p for rule in self.rules for p in rule.patterns}.values())
 
     def all_rules(self) -> tuple[Rule, ...]:
         """The rules, and the final exact phase of a run of known length that samples outputs."""
@@ -175,7 +176,7 @@ class ApproxConfig(Rules):
 
     def each_alone(self) -> list[dict[str, Any]]:
         """The keys at the top, and these with each rule by itself over them."""
-        return [own_keys(self), *(with_rule(own_keys(self), r) for r in self.rules)]
+        return [set_keys(self), *(merge_rule(set_keys(self), r) for r in self.rules)]
 
     def at(self, step: int = 0, phase: str | None = None) -> ApproxConfig:
         """The settings that hold after `step` optimizer steps in a phase: the same, with the rules that hold and without times."""
@@ -188,7 +189,9 @@ class ApproxConfig(Rules):
     def rungs(self) -> tuple[tuple[float, ApproxConfig], ...]:
         """The ratios of outputs to choose from, from the smallest to 1, and the settings with each; one if there is nothing to choose."""
         places = [(), *(r.layers for r in self.rules)]
-        if not any(finds_output(keys) and not self._exact_later(i, layers) for i, (keys, layers) in enumerate(zip(self.each_alone(), places, strict=True))):
+        if not any(
+            chooses_output_ratio(keys) and not self._exact_later(i, layers) for i, (keys, layers) in enumerate(zip(self.each_alone(), places, strict=True))
+        ):
             return ((1.0, self),)
         return tuple((r, self._with_outputs(r)) for r in self.adaptive.outputs)
 
@@ -230,9 +233,9 @@ class ApproxConfig(Rules):
 
     def merged(self, matches: Sequence[bool]) -> dict[str, Any]:
         """The keys that hold for a site, given which of `rules` match it."""
-        keys = own_keys(self)
+        keys = set_keys(self)
         for rule, hit in zip(self.rules, matches, strict=True):
-            keys = with_rule(keys, rule) if hit else keys
+            keys = merge_rule(keys, rule) if hit else keys
         return keys
 
 

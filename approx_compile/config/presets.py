@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-Rules = list[dict[str, Any]]
+RuleList = list[dict[str, Any]]
 Method = str | Mapping[str, Any]
 
 FIGURE_3 = (
@@ -23,32 +23,32 @@ FIGURE_3 = (
 """The paper's example: rows are the convolutions of a network, columns four batches, which repeat."""
 
 
-def schedule_1(method: Method) -> Rules:
+def schedule_1(method: Method) -> RuleList:
     """Every fourth convolution from the second on, at every step: about 25% of the weight gradients (ResNet-20 and VGG-19, tables 3 and 4)."""
     return [{"layers": "conv[1::4]", "grad_weight": method}]
 
 
-def schedule_2(method: Method) -> Rules:
+def schedule_2(method: Method) -> RuleList:
     """Every other convolution at every other step (table 5)."""
     return [{"layers": "conv[1::2]", "steps": "1::2", "grad_weight": method}]
 
 
-def schedule_3(method: Method) -> Rules:
+def schedule_3(method: Method) -> RuleList:
     """Every convolution at every fourth step (table 5)."""
     return [{"layers": "conv", "steps": "3::4", "grad_weight": method}]
 
 
-def two_layers(method: Method) -> Rules:
+def two_layers(method: Method) -> RuleList:
     """The second convolution at every other step (figure 4, table 2)."""
     return [{"layers": "conv[1]", "steps": "1::2", "grad_weight": method}]
 
 
-def figure_3() -> Rules:
+def figure_3() -> RuleList:
     """The example of figure 3, for a network of five convolutions."""
     return from_table(FIGURE_3)
 
 
-def from_table(table: Sequence[Sequence[Method]], layers: str = "conv") -> Rules:
+def from_table(table: Sequence[Sequence[Method]], layers: str = "conv") -> RuleList:
     """Rules for the weight gradients from a table with a row per layer (of one kind, in execution order) and a column per step; the steps repeat.
 
     Raises ValueError if the rows differ in length or `layers` is no kind ("conv", "linear", "matmul", "site").

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from approx_compile.config.schema import PRODUCTS, REPLACEMENTS, GradTable, ProductTable, Rules
+from approx_compile.config.rules import RuleKeys
+from approx_compile.config.schema import PRODUCTS, REPLACEMENTS, GradTable, ProductTable
 
 LEAST_ROWS = 2
 """`min_k` of row sampling, if its table has none. (Compiled code takes one row for another case than many.)"""
@@ -63,15 +64,15 @@ class SiteSettings:
         return {"output": self.output, "grad_weight": self.grad_weight}.get(product, self.grad_input)
 
 
-def own_keys(rules: Rules) -> dict[str, Any]:
-    names = Rules.model_fields
+def set_keys(rules: RuleKeys) -> dict[str, Any]:
+    names = RuleKeys.model_fields
     return {k: getattr(rules, k) for k in names if getattr(rules, k) is not None}
 
 
-def with_rule(keys: Mapping[str, Any], rule: Rules) -> dict[str, Any]:
+def merge_rule(keys: Mapping[str, Any], rule: RuleKeys) -> dict[str, Any]:
     """The keys with a rule's over them. `method: exact` takes back what tables ask for, not what they leave exact; rows that are made exact stay a matter of
     rows, so that the forward pass remains exact."""
-    below, above = dict(keys), own_keys(rule)
+    below, above = dict(keys), set_keys(rule)
     if above.get("method") == "exact":
         for key in (*PRODUCTS, "grad"):
             if (table := below.get(key)) is not None and (table.samples or table.replaces):
@@ -130,7 +131,7 @@ def row_settings(keys: dict[str, Any]) -> RowSettings | None:
     return RowSettings(method, ratio, min_k, table is not None and table.batch_norm == "approximate")
 
 
-def finds_output(keys: Mapping[str, Any]) -> bool:
+def chooses_output_ratio(keys: Mapping[str, Any]) -> bool:
     """Whether a site's output is to be sampled at a ratio that nobody says."""
     output = keys.get("output")
     return keys["policy"] == "adaptive" and output is not None and output.samples and output.ratio is None

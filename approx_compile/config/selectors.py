@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -10,7 +11,7 @@ KINDS = ("conv", "linear", "matmul", "site")
 
 
 @dataclass(frozen=True)
-class Pattern:
+class LayerPattern:
     """One parsed entry of `layers`."""
 
     text: str
@@ -19,22 +20,23 @@ class Pattern:
     regex: re.Pattern[str] | None = None
 
     @staticmethod
-    def parse(text: str) -> Pattern:
+    @functools.lru_cache(maxsize=4096)
+    def parse(text: str) -> LayerPattern:
         if not text.strip():
             raise ValueError("layers: an empty pattern; write 'site' for every site")
         if text.startswith("re:"):
             try:
-                return Pattern(text, regex=re.compile(text[3:]))
+                return LayerPattern(text, regex=re.compile(text[3:]))
             except re.error as e:
                 raise ValueError(f"layers: {text!r} is not a regular expression: {e}") from None
         kind = re.fullmatch(rf"({'|'.join(KINDS)})(\[.*)?", text)
         if kind is None:
             if text.count("[") != text.count("]"):
                 raise ValueError(f"layers: {text!r} has an unbalanced bracket; '[abc]' in a glob is a set of characters")
-            return Pattern(text)
+            return LayerPattern(text)
         if kind[2] is None:
-            return Pattern(text, kind=kind[1])
-        return Pattern(text, kind=kind[1], index=_parse_slice(text, kind[2]))
+            return LayerPattern(text, kind=kind[1])
+        return LayerPattern(text, kind=kind[1], index=_parse_slice(text, kind[2]))
 
     @property
     def is_name(self) -> bool:
@@ -74,7 +76,7 @@ def _parse_slice(text: str, brackets: str) -> slice | int:
 
 
 @dataclass(frozen=True)
-class Steps:
+class StepSlice:
     """A slice over completed optimizer steps, from 0. Ends may be shares of `total_steps`: "80%:" is the last fifth of a run."""
 
     text: str
@@ -83,7 +85,7 @@ class Steps:
     stride: int = 1
 
     @staticmethod
-    def parse(text: str, total: int | None = None) -> Steps:
+    def parse(text: str, total: int | None = None) -> StepSlice:
         """Raises ValueError; with shares in `text` and no `total` too, unless there is no need to know yet (see `needs_total`)."""
         found = _STEPS.fullmatch(text.replace(" ", ""))
         if found is None or not text.strip():
@@ -94,17 +96,17 @@ class Steps:
             raise ValueError(f"steps: {text!r} has a stride of 0")
         if stop is not None and stop <= (start or 0):
             raise ValueError(f"steps: {text!r} holds no step")
-        return Steps(text, start or 0, stop, stride)
+        return StepSlice(text, start or 0, stop, stride)
 
     def hold(self, step: int) -> bool:
         return step >= self.start and (self.stop is None or step < self.stop) and (step - self.start) % self.stride == 0
 
 
 @dataclass(frozen=True)
-class When:
+class ActivePeriod:
     """The steps and the phases at which a rule holds; None: all."""
 
-    steps: Steps | None
+    steps: StepSlice | None
     phases: tuple[str, ...] | None
 
     def holds(self, step: int, phase: str | None) -> bool:

@@ -29,7 +29,7 @@ def two_layer_cnn(width: float) -> nn.Module:
     )
 
 
-def scheduled(schedule: Callable[[presets.Method], presets.Rules], names: tuple[str, ...] = METHODS) -> dict[str, Setting]:
+def scheduled(schedule: Callable[[presets.Method], presets.RuleList], names: tuple[str, ...] = METHODS) -> dict[str, Setting]:
     """A setting for every method; all else is exact."""
     title = schedule.__name__.replace("_", " ")
     return {f"{title} {m}": Setting({"policy": "always", "method": "exact", "rules": schedule(m)}) for m in names}

@@ -16,7 +16,7 @@ from helpers.models import mlp
 from torch import nn
 
 from approx_compile import ApproxConfig, Backend, ConfigError, explain
-from approx_compile.config.selectors import Pattern
+from approx_compile.config.selectors import LayerPattern
 
 WRONG = {
     "key": ({"ration": 0.5}, "unknown key 'ration'", "'ratio'"),
@@ -161,13 +161,13 @@ def test_merging_and_precedence() -> None:
 
 
 def test_patterns() -> None:
-    assert Pattern.parse("layers.*.fc").matches_name("layers.0.sub.fc")
-    assert not Pattern.parse("layers.?").matches_name("layers.10")
-    assert Pattern.parse(r"re:layers\.\d+").matches_name("layers.10") and not Pattern.parse(r"re:layers\.\d").matches_name("layers.10")
-    assert Pattern.parse("linear").kind == "linear" and Pattern.parse("linears").kind is None
-    assert [i for i in range(8) if Pattern.parse("conv[1::4]").matches_position(i, 8)] == [1, 5]
-    assert [i for i in range(4) if Pattern.parse("linear[:-1]").matches_position(i, 4)] == [0, 1, 2]
-    assert [i for i in range(4) if Pattern.parse("site[-1]").matches_position(i, 4)] == [3]
+    assert LayerPattern.parse("layers.*.fc").matches_name("layers.0.sub.fc")
+    assert not LayerPattern.parse("layers.?").matches_name("layers.10")
+    assert LayerPattern.parse(r"re:layers\.\d+").matches_name("layers.10") and not LayerPattern.parse(r"re:layers\.\d").matches_name("layers.10")
+    assert LayerPattern.parse("linear").kind == "linear" and LayerPattern.parse("linears").kind is None
+    assert [i for i in range(8) if LayerPattern.parse("conv[1::4]").matches_position(i, 8)] == [1, 5]
+    assert [i for i in range(4) if LayerPattern.parse("linear[:-1]").matches_position(i, 4)] == [0, 1, 2]
+    assert [i for i in range(4) if LayerPattern.parse("site[-1]").matches_position(i, 4)] == [3]
 
 
 def test_rules_by_layer_reach_the_sites() -> None:

@@ -13,7 +13,6 @@ import weakref
 from torch import nn
 
 from approx_compile.config import ApproxConfig
-from approx_compile.config.selectors import Pattern
 
 _NAME = "_approx_compile_name"
 _MODEL = "_approx_compile_model"
@@ -116,7 +115,7 @@ def sign(root: nn.Module, config: ApproxConfig) -> str | None:
     model = whole_model(root)
     if model is None:
         return None if full_name(root) is None else _NAME
-    patterns = [[p for t in rule.layers if (p := Pattern.parse(t)).is_name] for rule in config.rules]
+    patterns = [[p for p in rule.patterns if p.is_name] for rule in config.rules]
     attribute = f"_approx_compile_rules_{config.digest()[:12]}"
     last = last_module(root)
     for name, module in model.named_modules():

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from approx_compile.config import ApproxConfig, ConfigError
-from approx_compile.config.selectors import Pattern, Steps, When
+from approx_compile.config.selectors import ActivePeriod, LayerPattern, StepSlice
 
 MAX_ASSIGNMENTS = 32
 """The most assignments that one model may have; each of them is compiled."""
@@ -23,7 +23,7 @@ class Schedule:
     """The assignments of a config, and which of them holds when. `assignments[0]` holds at the start."""
 
     assignments: tuple[ApproxConfig, ...]
-    timed: tuple[When, ...]
+    timed: tuple[ActivePeriod, ...]
     """The conditions of the rules that have steps or phases."""
     phases: tuple[str | None, ...]
     """None, for no phase, and every phase that a rule names."""
@@ -89,18 +89,18 @@ class Schedule:
         distinct: list[ApproxConfig] = []
         places = []
         for assignment in self.assignments:
-            reduced = assignment.model_copy(update={"rules": tuple(r for r in assignment.rules if any(_may_match(t, known) for t in r.layers))})
+            reduced = assignment.model_copy(update={"rules": tuple(r for r in assignment.rules if any(_may_match(p, known) for p in r.patterns))})
             if reduced not in distinct:
                 distinct.append(reduced)
             places.append(distinct.index(reduced))
         return tuple(distinct), tuple(places)
 
 
-def _active_rules(timed: Sequence[When], step: int, phase: str | None) -> tuple[bool, ...]:
+def _active_rules(timed: Sequence[ActivePeriod], step: int, phase: str | None) -> tuple[bool, ...]:
     return tuple(w.holds(step, phase) for w in timed)
 
 
-def _representative_steps(slices: Sequence[Steps]) -> Iterable[int]:
+def _representative_steps(slices: Sequence[StepSlice]) -> Iterable[int]:
     """Steps at which every combination of slices occurs that ever holds. Between two neighbouring ends of slices the combinations are periodic."""
     period = math.lcm(*(s.stride for s in slices)) if slices else 1
     ends = sorted({0, *(s.start for s in slices), *(s.stop for s in slices if s.stop is not None)})
@@ -110,7 +110,6 @@ def _representative_steps(slices: Sequence[Steps]) -> Iterable[int]:
         yield from range(begin, begin + period if end is None else min(end, begin + period))
 
 
-def _may_match(text: str, names: Sequence[str]) -> bool:
+def _may_match(pattern: LayerPattern, names: Sequence[str]) -> bool:
     """Whether a rule's pattern may match a site of a graph with modules of these names; True where the names alone do not tell."""
-    pattern = Pattern.parse(text)
-    return not pattern.is_name or "#" in text or pattern.regex is not None or pattern.matches_name(*names, *_OP_NAMES)
+    return not pattern.is_name or "#" in pattern.text or pattern.regex is not None or pattern.matches_name(*names, *_OP_NAMES)

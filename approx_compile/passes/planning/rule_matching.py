@@ -9,7 +9,7 @@ from torch import fx
 
 from approx_compile.config import ApproxConfig
 from approx_compile.config.resolve import RowSettings
-from approx_compile.config.selectors import Pattern
+from approx_compile.config.selectors import LayerPattern
 from approx_compile.passes.planning.plan import SitePlan
 from approx_compile.passes.sites.site import Site
 
@@ -21,7 +21,7 @@ def unmatched_layers(names: Sequence[str], config: ApproxConfig) -> tuple[str, .
         names: Names of the layers without a site.
         config: The config.
     """
-    patterns = [Pattern.parse(text) for rule in config.rules if not rule.only_exact for text in rule.layers]
+    patterns = [p for rule in config.rules if not rule.only_exact for p in rule.patterns]
     asked = [n for n in names if any(p.matches_name(n) if p.is_name else p.kind in ("linear", "site") and p.index is None for p in patterns)]
     return tuple(f"no rule holds for {n}, which is exact: of one row or one input Inductor makes its product without a matrix product" for n in asked)
 
@@ -43,13 +43,13 @@ def match_rules(sites: Sequence[Site | SitePlan], config: ApproxConfig) -> tuple
         counts[site.kind] += 1
         counts["site"] += 1
 
-    def hit(pattern: Pattern, i: int) -> bool:
+    def hit(pattern: LayerPattern, i: int) -> bool:
         if pattern.is_name:
             return pattern.matches_name(sites[i].module, sites[i].name)
         kind = pattern.kind or ""
         return kind in positions[i] and pattern.matches_position(positions[i][kind], counts[kind])
 
-    rules = [[Pattern.parse(text) for text in rule.layers] for rule in config.rules]
+    rules = [rule.patterns for rule in config.rules]
     matches = [[any(hit(p, i) for p in patterns) for patterns in rules] for i in range(len(sites))]
     unmatched = tuple(p.text for p in config.patterns() if not any(hit(p, i) for i in range(len(sites))))
     return matches, unmatched

@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from approx_compile.config import ApproxConfig, ConfigError
-from approx_compile.config.schema import Rule
-from approx_compile.config.selectors import Pattern
+from approx_compile.config.rules import Rule
+from approx_compile.config.selectors import LayerPattern
 from approx_compile.passes.planning.candidates import LAST, RAW
 from approx_compile.passes.planning.plan import SitePlan
 from approx_compile.passes.planning.rule_matching import match_rules
@@ -157,6 +157,6 @@ class SearchSpace:
 
 def _pattern(name: str) -> str:
     """A pattern of `layers` that matches this name: the name itself, unless it has another meaning as a pattern."""
-    parsed = Pattern.parse(name) if "[" not in name else None
+    parsed = LayerPattern.parse(name) if "[" not in name else None
     plain = parsed is not None and parsed.is_name and parsed.regex is None and not set(name) & set("*?[")
     return name if plain else "re:" + re.escape(name)
