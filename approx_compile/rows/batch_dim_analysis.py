@@ -104,7 +104,7 @@ def _analyze_op(n: fx.Node, state: BatchDimState) -> None:
     if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | int | float | bool):  # a size, or computed from sizes: it depends on no tensor's data
         state.layout[n] = None
         return
-    if gradients and BY_SAMPLE_KEY not in n.meta and not is_linear(n, set(gradients), state):
+    if gradients and BY_SAMPLE_KEY not in n.meta and not is_linear(n, set(gradients)):
         state.nonlinear[n] = f"{op_name(n)} is not linear in the gradient"
     try:
         state.layout[n] = _with_definite_layout(n, value, _checked(n, value, _layout(n, value, operands, state), state), state)

@@ -88,12 +88,12 @@ class Draws(Checkpointed):
             return None
         if self._random.device != device:
             self._random = torch.Generator(device)
-        self._settle()
+        self._restart_if_reseeded()
         self.count += 1
         drawn = hashlib.blake2b(f"{_torch.initial_seed(device)} {self.name} {self.count}".encode(), digest_size=8)
         return self._random.manual_seed(int.from_bytes(drawn.digest(), "little"))
 
-    def _settle(self) -> None:
+    def _restart_if_reseeded(self) -> None:
         seeding = _torch.seeding_marker()
         if seeding != self._seeding:
             self._seeding = seeding
@@ -101,7 +101,7 @@ class Draws(Checkpointed):
                 self.count = 0
 
     def state_dict(self) -> dict[str, Any]:
-        self._settle()
+        self._restart_if_reseeded()
         return {"draws": self.count}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -131,13 +131,13 @@ class Control(Checkpointed):
         steps = [max(0, end - max(1, begin)) for (begin, _), end in zip(self.changes, ends, strict=True)]
         return sum(n * r for n, (_, r) in zip(steps, self.changes, strict=True)) / sum(steps) if any(steps) else 1.0
 
-    def begin(self) -> float:
+    def start_step(self) -> float:
         """Start a step: the share that holds in it."""
-        self._settle()
+        self._apply_pending()
         self.step += 1
         return self.ratio
 
-    def _settle(self) -> None:
+    def _apply_pending(self) -> None:
         """Take in the number that the last look gave, if there is one."""
         value = self._late.take()
         if value is None:
@@ -151,7 +151,7 @@ class Control(Checkpointed):
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        self._settle()
+        self._apply_pending()
         return {"step": self.step, "measured": self.measured, "changes": [list(c) for c in self.changes]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -167,11 +167,11 @@ class RowControl(Control):
         super().__init__(settings, name, 1.0)
 
     @property
-    def watches(self) -> bool:
+    def should_observe(self) -> bool:
         """Whether this step looks at the norms."""
         return self.step % OBSERVE_EVERY == 1
 
-    def see(self, norms_sq: Tensor) -> None:
+    def observe(self, norms_sq: Tensor) -> None:
         self._late.put(needed_share(norms_sq, self.settings.tau))
 
     def _decide(self, value: Tensor) -> float:
@@ -189,7 +189,7 @@ class OutputControl(Control):
         super().__init__(settings, name, 0.0)
 
     @property
-    def watches(self) -> bool:
+    def should_observe(self) -> bool:
         return self.step % self.settings.every == 1 % self.settings.every
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -202,7 +202,7 @@ class OutputControl(Control):
         down = [r for r in self.settings.outputs if r < self.ratio][-1:]
         return [*down, *([self.ratio] if self.ratio < 1 else [])]
 
-    def see(self, candidates: Sequence[float], errors: Tensor) -> None:
+    def observe(self, candidates: Sequence[float], errors: Tensor) -> None:
         self._candidates = list(candidates)
         self._late.put(errors)
 

@@ -1,5 +1,6 @@
-"""Which ops are linear in the gradients they read: a sample whose gradient is scaled or left out is then so in all that comes of it. An op that is not
-known here counts as not linear.
+"""Decide which ops are linear in the gradients they read: scaling or leaving out a sample's gradient then does the same to all that is computed from it.
+
+An op that is not known here counts as not linear.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import fx
 from approx_compile import _torch
 from approx_compile.passes.fx_utils import VIEWS, is_torch_op, is_zero, op_name
 from approx_compile.passes.rewrite.custom_ops import CUSTOM_CONV, CUSTOM_MM
-from approx_compile.rows.batch_dim import BatchDimState, covers_same_memory, geometry_of, strided_geometry
+from approx_compile.rows.batch_dim import covers_same_memory, geometry_of, strided_geometry
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -38,51 +39,60 @@ _MAPS |= {aten.split_with_sizes.default, aten.split.Tensor, aten.unbind.int}
 _ZERO_OR_ALL = {aten.add.Tensor, aten.sub.Tensor, aten.slice_scatter.default, aten.select_scatter.default}
 _FACTORS = {aten.mul.Tensor, aten.mul.Scalar, aten.mm.default, aten.bmm.default, *CUSTOM_MM, *CUSTOM_CONV}
 _SOLVED = {"linalg_solve_triangular": 1, "linalg_lu_solve": 2, "_linalg_solve_ex": 1, "triangular_solve": 0, "cholesky_solve": 0}
-"""Which argument is the right side of the equations that an op solves: in that the solution is linear."""
+"""By solver, the position of the right-hand side, in which the solution is linear."""
 _EMPTY: set[Any] = {aten.empty.memory_format, aten.empty_permuted.default, aten.empty_like.default, aten.new_empty.default, aten.new_empty_strided.default}
-"""Tensors that are made to be written to: whoever reads one before that reads nothing."""
+"""Tensors that are made to be written to: their values are never read."""
 _INDEXED = {aten.gather.default, aten.index_select.default, aten.index.Tensor, aten._unsafe_index.Tensor}
 
 
-def is_linear(n: fx.Node, linear: set[fx.Node], out: BatchDimState) -> bool:
-    """Whether a node that reads gradients is linear in them (jointly), so that a row scaled or left out is so in the result."""
+def is_linear(n: fx.Node, linear: set[fx.Node]) -> bool:
+    """Return whether a node is jointly linear in the gradients it reads, so that a row that is scaled or left out is so in the result.
+
+    Args:
+        n: The node.
+        linear: Those of its operands that are linear in the output gradients.
+    """
+
+    def linear_or_zero(a: Any) -> bool:
+        return a in linear or is_zero(a)
+
     hits = [a in linear for a in n.args if isinstance(a, fx.Node)]
-    first_alone = bool(hits) and hits[0] and not any(hits[1:]) and not any(v in linear for v in n.kwargs.values())
+    only_first = bool(hits) and hits[0] and not any(hits[1:]) and not any(v in linear for v in n.kwargs.values())
+    name = op_name(n)
     if is_zero(n) or n.target in _EMPTY:
         return True
     if n.target in _CASTS:
         return bool(_torch.value(n).dtype.is_floating_point)
-    if is_torch_op(n) and op_name(n) in _SOLVED:
-        return [i for i, a in enumerate(n.args) if isinstance(a, fx.Node) and a in linear] == [_SOLVED[op_name(n)]]
+    if is_torch_op(n) and name in _SOLVED:
+        return [i for i, a in enumerate(n.args) if isinstance(a, fx.Node) and a in linear] == [_SOLVED[name]]
     if n.target is aten.copy.default:
-        return n.args[1] in linear or is_zero(n.args[1])
+        return linear_or_zero(n.args[1])
     if n.target is aten.cat.default:
-        return all(a in linear or is_zero(a) for a in n.args[0])  # type: ignore[union-attr]
+        return all(map(linear_or_zero, n.args[0]))  # type: ignore[arg-type]
     if n.target is aten.constant_pad_nd.default:
         return len(n.args) < 3 or is_zero(n.args[2])
-    if n.target in _MAPS or op_name(n) == "rev":
+    if n.target in _MAPS or name == "rev":
         return True
     if n.target in _ZERO_OR_ALL:
-        return all(a in linear or is_zero(a) for a in n.args[:2])
+        return all(map(linear_or_zero, n.args[:2]))
     if n.target is aten.as_strided_scatter.default:
-        whole = covers_same_memory(geometry_of(_torch.value(n.args[0])), strided_geometry(n, 2))
-        return (n.args[1] in linear or is_zero(n.args[1])) and (whole or n.args[0] in linear or is_zero(n.args[0]))
+        overwritten = covers_same_memory(geometry_of(_torch.value(n.args[0])), strided_geometry(n, 2))
+        return linear_or_zero(n.args[1]) and (overwritten or linear_or_zero(n.args[0]))
     if n.target in _FACTORS:
         return sum(hits) == 1
-    if n.target in (aten.div.Tensor, aten.div.Scalar) or n.target in _INDEXED or (is_torch_op(n) and op_name(n).endswith(("_backward", "_backward_data"))):
-        return first_alone
+    if n.target in (aten.div.Tensor, aten.div.Scalar) or n.target in _INDEXED or (is_torch_op(n) and name.endswith(("_backward", "_backward_data"))):
+        return only_first
     if n.target is aten.where.self:
-        return n.args[0] not in linear and all(a in linear or is_zero(a) for a in n.args[1:3])
+        return n.args[0] not in linear and all(map(linear_or_zero, n.args[1:3]))
     if n.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
         return n.args[1] not in linear and is_zero(n.args[2])
     if n.target in (aten.index_put.default, aten._unsafe_index_put.default):
-        return all(a in linear or is_zero(a) for a in (n.args[0], n.args[2])) and not any(i in linear for i in n.args[1])  # type: ignore[union-attr]
-    if op_name(n) in ("scatter_add", "scatter"):
-        return (n.args[0] in linear or is_zero(n.args[0])) and n.args[2] not in linear and (n.args[3] in linear or is_zero(n.args[3]))
-    if op_name(n) == "_unsafe_masked_index_put_accumulate":
-        return (n.args[0] in linear or is_zero(n.args[0])) and n.args[1] not in linear and n.args[3] in linear
-    if n.target in (aten.addmm.default, aten.baddbmm.default):
-        return (n.args[0] in linear or is_zero(n.args[0])) and (n.args[1] in linear) != (n.args[2] in linear)
-    if n.target is aten.addcmul.default:
-        return (n.args[0] in linear or is_zero(n.args[0])) and (n.args[1] in linear) != (n.args[2] in linear)
-    return op_name(n) == "fma" and (n.args[2] in linear or is_zero(n.args[2])) and (n.args[0] in linear) != (n.args[1] in linear)
+        return linear_or_zero(n.args[0]) and linear_or_zero(n.args[2]) and not any(i in linear for i in n.args[1])  # type: ignore[union-attr]
+    if name in ("scatter_add", "scatter"):
+        return linear_or_zero(n.args[0]) and n.args[2] not in linear and linear_or_zero(n.args[3])
+    if name == "_unsafe_masked_index_put_accumulate":
+        return linear_or_zero(n.args[0]) and n.args[1] not in linear and n.args[3] in linear
+    if n.target in (aten.addmm.default, aten.baddbmm.default, aten.addcmul.default) or name == "fma":  # addend + x * y
+        addend, x, y = (n.args[2], *n.args[:2]) if name == "fma" else n.args[:3]
+        return linear_or_zero(addend) and (x in linear) != (y in linear)
+    return False

@@ -23,8 +23,8 @@ from approx_compile.rows.batch_dim import SampleLayout
 from approx_compile.rows.batch_norm import WEIGHTS
 from approx_compile.rows.controller import Draws, Owner, RowControl, control_for, draws_for
 from approx_compile.rows.gather_rows import copy_keeping_strides, put_rows, row_norms_sq, take_rows, with_strides
-from approx_compile.rows.partition import ALL, SAVED, BackwardOutput, Partition, StageInput
 from approx_compile.rows.row_sampling import choose_rows
+from approx_compile.rows.stages import ALL_ROWS, SAVED, BackwardOutput, Partition, StageInput
 
 MAX_CACHED_SIZES = 1024
 """Sizes for which shapes and legal numbers of rows are remembered."""
@@ -110,11 +110,11 @@ class RowBackward:
 
     def _watched(self, values: Mapping[str, Any], counts: Sequence[int], controls: Sequence[RowControl | None]) -> bool:
         """Show the controls that watch what they look at, if all of that has come into the graph; and whether it has. All rows are kept."""
-        watching = [level for level, c in enumerate(controls) if c is not None and c.watches and self._entering[level]]
+        watching = [level for level, c in enumerate(controls) if c is not None and c.should_observe and self._entering[level]]
         if any(e.name not in values for level in watching for e in self._entering[level]):
             return False
         for level in watching:
-            self._choose(level, values, dict.fromkeys(values, ALL), [None] * level, counts[level], counts, controls[level])
+            self._choose(level, values, dict.fromkeys(values, ALL_ROWS), [None] * level, counts[level], counts, controls[level])
         return True
 
     def _follow(self, values: Mapping[str, Any], symbols: Mapping[sympy.Symbol, int]) -> tuple[RowSelection | None, bool]:
@@ -123,7 +123,7 @@ class RowBackward:
         Rows that are zero already can be left out for nothing. Where other gradients have been added, all rows are needed; choosing among them anew
         would add variance that nobody has accounted for.
         """
-        entering = [e for s in self.found.stages if s.level != ALL for e in s.entries if e.gradient and e.source in (SAVED, ALL)]
+        entering = [e for s in self.found.stages if s.level != ALL_ROWS for e in s.entries if e.gradient and e.source in (SAVED, ALL_ROWS)]
         size = symbols[self.found.batch]
         marks = [_mark_of(values[e.name]) if e.source == SAVED and e.layout == SampleLayout(0) and values[e.name].shape[0] == size else None for e in entering]
         first = marks[0] if marks else None
@@ -145,7 +145,7 @@ class RowBackward:
             if level == 0 and followed is not None:
                 most = followed.k
             elif self._entering[level]:
-                ratio = control.begin() if control is not None else asked.ratio
+                ratio = control.start_step() if control is not None else asked.ratio
                 assert ratio is not None
                 most = min(most, self._legal(max(asked.min_k, LEAST_ROWS, int(ratio * size + 0.5)), symbols))
             counts.append(most)
@@ -179,7 +179,7 @@ class RowBackward:
         kept: list[RowSelection | None] = [] if followed is None else [followed]
         live = dict(values)
         values.clear()
-        made: dict[str, int] = dict.fromkeys(live, ALL)
+        made: dict[str, int] = dict.fromkeys(live, ALL_ROWS)
         for s, (stage, call) in enumerate(zip(self.found.stages, self.calls, strict=True)):
             while len(kept) < stage.level:
                 level = len(kept)
@@ -215,7 +215,7 @@ class RowBackward:
         """The rows of level + 1, by the norms of the gradients that enter there. None: all that the level before has."""
         before = counts[level - 1] if level else size
         k = counts[level]
-        watched = control if control is not None and control.watches else None
+        watched = control if control is not None and control.should_observe else None
         if k >= before and watched is None:
             return None
         total: Tensor | None = None
@@ -229,7 +229,7 @@ class RowBackward:
             total = own if total is None else total + own
         assert total is not None
         if watched is not None:
-            watched.see(total)
+            watched.observe(total)
         if k >= before:
             return None
         method = self.levels[level].method
@@ -248,8 +248,8 @@ class RowBackward:
         value = live[entry.name]
         if entry.layout is None or made[entry.name] == level:
             return value
-        if level == ALL:
-            return put_rows(value, entry.layout, _path(kept, ALL, made[entry.name])[0], size, *shape)
+        if level == ALL_ROWS:
+            return put_rows(value, entry.layout, _path(kept, ALL_ROWS, made[entry.name])[0], size, *shape)
         idx, weight = _path(kept, made[entry.name], level)
         if idx is None:
             return with_strides(value, shape[1]) if entry.name in self._dense else value
@@ -269,7 +269,7 @@ class RowBackward:
         value = live[result.name]
         if result.layout is None:
             return value
-        idx, _ = _path(kept, ALL, made[result.name])
+        idx, _ = _path(kept, ALL_ROWS, made[result.name])
         full = put_rows(value, result.layout, idx, size, [_number(e, symbols) for e in result.size])
         if idx is not None and result.layout == SampleLayout(0):
             _mark(full, idx, _weights(kept, made[result.name]))
@@ -283,7 +283,7 @@ class RowBackward:
         if key not in self._plans:
             plan = []
             for stage in self.found.stages:
-                here = dict(symbols) | ({self.found.batch: counts[stage.level - 1]} if stage.level != ALL else {})
+                here = dict(symbols) | ({self.found.batch: counts[stage.level - 1]} if stage.level != ALL_ROWS else {})
                 plan.append([_shape_of(e, here, symbols) for e in stage.entries])
             self._plans[key] = plan
         return self._plans[key]
@@ -347,7 +347,7 @@ def _mark_of(gradient: Tensor) -> tuple[Tensor, Tensor | None] | None:
 
 def _weights(kept: Sequence[RowSelection | None], level: int) -> Tensor | None:
     """All the weight that the rows of a level have; None: 1."""
-    _, weight = _path(kept, ALL, level)
+    _, weight = _path(kept, ALL_ROWS, level)
     first = next((k for k in kept[:level] if k is not None), None)
     if first is None or first.before is None:
         return weight

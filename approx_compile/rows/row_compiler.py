@@ -21,22 +21,13 @@ from approx_compile.config.resolve import LEAST_ROWS, RowSettings
 from approx_compile.passes.planning.plan import RowCut
 from approx_compile.rows import row_cost
 from approx_compile.rows.batch_dim import SampleLayout, ValueLayout
+from approx_compile.rows.coverage import estimate_coverage
 from approx_compile.rows.gather_rows import copy_keeping_strides, may_overlap
 from approx_compile.rows.opaque_backward import ROW_BACKWARD_ATTRIBUTE
-from approx_compile.rows.partition import (
-    ALL,
-    SAVED,
-    CoverageEstimate,
-    Partition,
-    Stage,
-    StageInput,
-    estimate_coverage,
-    output_layouts,
-    partition_backward,
-    tangent_layouts,
-)
+from approx_compile.rows.partition import partition_backward
 from approx_compile.rows.row_backward import GraphControls, RowBackward, WholeBatchBackward, entering_gradients
 from approx_compile.rows.specialize import specialize_sizes
+from approx_compile.rows.stages import ALL_ROWS, SAVED, CoverageEstimate, Partition, Stage, StageInput, output_layouts, tangent_layouts
 
 LEAST_SHARE = 0.3
 """Under the policies that look at the cost: the share of the backward pass's FLOPs that must run on the rows kept."""
@@ -67,7 +58,7 @@ class RowCompiler:
         self.key = key
         self.inner = inner or _torch.compile_graph
         self.levels: list[RowSettings] = []
-        self.default = ALL
+        self.default = ALL_ROWS
         self.cuts: list[RowCut] = []
         self._known: dict[str, ValueLayout] = {}
 
@@ -102,7 +93,7 @@ class RowCompiler:
     def _why_not(self, found: CoverageEstimate, graph: fx.Graph) -> str | None:
         """Why it is not worth it, if so. By the machine's profile, where one is stored: what it says decides only whether rows are sampled at all, never
         what is compiled for them, so that no cache's key has to name it."""
-        reason = found.why_not(self._least_share)
+        reason = found.rejection_reason(self._least_share)
         if reason is not None or self.config.policy == "always":
             return reason
         device = next((n.meta["val"].device.type for n in graph.nodes if isinstance(n.meta.get("val"), Tensor)), "cpu")
@@ -113,7 +104,7 @@ class RowCompiler:
         return 0.0 if self.config.policy == "always" else LEAST_SHARE
 
     def _level(self, settings: RowSettings | None) -> int:
-        return self.levels.index(settings) + 1 if settings is not None else ALL
+        return self.levels.index(settings) + 1 if settings is not None else ALL_ROWS
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, is_backward: bool = False, **kwargs: Any) -> Any:
         if self.own:
@@ -132,8 +123,8 @@ class RowCompiler:
         known = self._known | tangent_layouts(gm.graph, self._known)
         plain = copy.deepcopy(gm) if self._approximate_batch_norm else gm
         found = partition_backward(gm, self.batch, known, self.default, _levels_of(gm), self._approximate_batch_norm)
-        exact = self._why_not(found.outlook, gm.graph)
-        self._note(found.outlook, found.products, gm.graph, exact)
+        exact = self._why_not(found.coverage, gm.graph)
+        self._note(found.coverage, found.products, gm.graph, exact)
         if exact is not None:
             return _sparing(self.inner(plain, example_inputs, is_backward=True, **kwargs), names, donated)
         given = dict(zip(names, example_inputs, strict=True))
@@ -289,13 +280,13 @@ def _restrided(found: Partition, given: Mapping[str, Any], dense: Mapping[str, T
 
 def _here(stage: Stage, given: Mapping[str, Any], dense: Mapping[str, Tensor]) -> dict[str, Any]:
     """What a stage gets of the backward graph's inputs."""
-    return dict(given) if stage.level == ALL else {**given, **{e.name: dense[e.name] for e in stage.entries if e.layout is not None and e.name in dense}}
+    return dict(given) if stage.level == ALL_ROWS else {**given, **{e.name: dense[e.name] for e in stage.entries if e.layout is not None and e.name in dense}}
 
 
 def _dense(found: Partition, given: Mapping[str, Any]) -> dict[str, Tensor]:
     """The saved tensors whose rows can't be laid out as the tensor is: rows that overlap, or share one memory but not their weights."""
     new = {}
-    for e in (e for s in found.stages if s.level != ALL for e in s.entries):
+    for e in (e for s in found.stages if s.level != ALL_ROWS for e in s.entries):
         value = given.get(e.name)
         if e.source != SAVED or e.layout is None or not isinstance(value, Tensor):
             continue

@@ -30,9 +30,9 @@ def run(control: OutputControl, errors: dict[float, float], steps: int) -> list[
     """The ratios of some steps in which the rungs have these errors."""
     found = []
     for _ in range(steps):
-        found.append(control.begin())
-        if control.watches and (candidates := control.candidates()):
-            control.see(candidates, torch.tensor([errors[r] for r in candidates]))
+        found.append(control.start_step())
+        if control.should_observe and (candidates := control.candidates()):
+            control.observe(candidates, torch.tensor([errors[r] for r in candidates]))
     return found
 
 
@@ -141,7 +141,7 @@ def test_no_gradient_no_measurement() -> None:
     x = torch.ones(2, requires_grad=True)
     outputs(x).sum().backward()
     assert torch.equal(x.grad, torch.full((2,), 2.0)) and seen == [1.0, 1.0, 1.0]
-    assert outputs._own.begin() == 1.0  # a candidate that is half as large again: |0.5|^2
+    assert outputs._own.start_step() == 1.0  # a candidate that is half as large again: |0.5|^2
 
 
 def test_explain_shows_the_smallest_ratio() -> None:
@@ -242,4 +242,4 @@ def test_an_exact_phase_leaves_the_ratio_alone() -> None:
 def test_state_of_another_ladder() -> None:
     control = OutputControl(AdaptiveTable(outputs=(0.3, 0.7)), "outputs")
     control.load_state_dict({"step": 7, "measured": 0.0, "changes": [[0, 1.0], [3, 0.25]]})
-    assert control.ratio == 0.3 and control.begin() == 0.3
+    assert control.ratio == 0.3 and control.start_step() == 0.3

@@ -17,7 +17,7 @@ from torch import fx
 from approx_compile import Backend
 from approx_compile.backend import diagnostics, dynamic_batch, run_as_is
 from approx_compile.passes.planning.plan import Plan
-from approx_compile.rows import partition, row_compiler, row_cost
+from approx_compile.rows import coverage, partition, row_compiler, row_cost, stages
 
 BATCH = 12
 ON = 0.9
@@ -78,7 +78,7 @@ class Watched:
 def watching(once: bool = False) -> Iterator[Watched]:
     """Inside, whatever is compiled tells why it stops rows. `once`: a graph without rows is not traced again without a symbol, which would take a third
     of the time and decide nothing."""
-    watched, plain, symbol, ask = Watched(), partition._assign, dynamic_batch.batch_symbols, row_compiler.RowCompiler.ask
+    watched, plain, symbol, ask = Watched(), stages.assign_stages, dynamic_batch.batch_symbols, row_compiler.RowCompiler.ask
 
     def batch_symbols(gm: fx.GraphModule, *more: Any) -> Any:
         found = symbol(gm, *more)
@@ -95,24 +95,26 @@ def watching(once: bool = False) -> Iterator[Watched]:
         try:
             ask(self, *more)
         except row_compiler.Declined:
-            self.default = partition.ALL
+            self.default = stages.ALL_ROWS
             for n in more[2]:
-                n.meta[row_compiler.LEVEL] = partition.ALL
+                n.meta[row_compiler.LEVEL] = stages.ALL_ROWS
 
-    partition._assign, dynamic_batch.batch_symbols = assign, batch_symbols
+    coverage.assign_stages = partition.assign_stages = assign
+    dynamic_batch.batch_symbols = batch_symbols
     if once:
         row_compiler.RowCompiler.ask = ask_once  # type: ignore[method-assign]
     try:
         yield watched
     finally:
-        partition._assign, dynamic_batch.batch_symbols = plain, symbol
+        coverage.assign_stages = partition.assign_stages = plain
+        dynamic_batch.batch_symbols = symbol
         row_compiler.RowCompiler.ask = ask  # type: ignore[method-assign]
 
 
 def frontier(graph: fx.Graph, work: Any) -> Iterator[str]:
     """The ops that block rows although everything above them runs on rows (for a merge in an unknown order with the op of the forward pass that began it),
     and what else is blocked behind them: it would stop rows next, unless it only follows from the first."""
-    known = work.followed
+    known = work.batch_dims
     behind: Counter[str] = Counter()
     for n in graph.nodes:
         if n not in known.blocked or work.stage.get(n) != work.post:

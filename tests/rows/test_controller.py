@@ -31,9 +31,9 @@ def heavy(size: int, share: float) -> Tensor:
 def steps(c: RowControl, norms_sq: Tensor, count: int) -> list[float]:
     found = []
     for _ in range(count):
-        found.append(c.begin())
-        if c.watches:
-            c.see(norms_sq)
+        found.append(c.start_step())
+        if c.should_observe:
+            c.observe(norms_sq)
     return found
 
 
@@ -51,10 +51,10 @@ def test_a_control_starts_exact_relaxes_and_goes_back() -> None:
 
 def test_a_number_is_used_in_the_step_after_it_was_made() -> None:
     c = RowControl(AdaptiveTable(), "cut")
-    c.begin()
-    c.see(heavy(1000, 0.01))
+    c.start_step()
+    c.observe(heavy(1000, 0.01))
     before = c.measured
-    c.begin()
+    c.start_step()
     assert before == 1 and c.measured == pytest.approx(0.9 + 0.1 * 0.01, abs=1e-3)
 
 

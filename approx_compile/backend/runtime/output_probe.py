@@ -48,8 +48,8 @@ class AdaptiveOutputs:
         control = control_for(owner, self.settings, self.key, OutputControl) if owner is not None else self._own_control
         if _torch.current_backward_id() >= 0:  # a checkpointed block is recomputed at the ratio that it ran with
             return self.rungs[control.ratio](*args)
-        ratio = control.begin()
-        candidates = control.candidates() if control.watches and torch.is_grad_enabled() else []
+        ratio = control.start_step()
+        candidates = control.candidates() if control.should_observe and torch.is_grad_enabled() else []
         if not candidates:
             return self.rungs[ratio](*args)
         snapshot = _CallSnapshot(args)
@@ -61,7 +61,7 @@ class AdaptiveOutputs:
                 warn_once("approx: a model's parameters are gone when its backward pass begins (FSDP2): outputs whose ratio is to be found stay exact")
                 return
             exact = snapshot.gradient(self.rungs[1.0], gradients)
-            control.see(candidates, torch.stack([_relative_squared_error(snapshot.gradient(self.rungs[r], gradients), exact) for r in candidates]))
+            control.observe(candidates, torch.stack([_relative_squared_error(snapshot.gradient(self.rungs[r], gradients), exact) for r in candidates]))
 
         if outs:
             torch.autograd.graph.register_multi_grad_hook(outs, measure)

@@ -1,0 +1,214 @@
+"""The stages of a backward graph: the data classes of its partition, and the assignment of every gradient node to a stage.
+
+Level 0 keeps all rows; levels 1, 2, .. keep fewer and fewer. A cut is the point where a level begins: rows are selected by the norms of the gradients that
+enter there. Below the last level comes a stage that runs on all rows again: the blocked nodes and all that depend on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from approx_compile import _torch
+from approx_compile.passes.fx_utils import BMM, CONV, MM
+from approx_compile.passes.rewrite.custom_ops import CUSTOM_CONV, CUSTOM_MM
+from approx_compile.rows.batch_dim import REDUCED_GRAD, ROW_GRAD, BatchDimState, SampleLayout, ValueLayout
+from approx_compile.rows.batch_dim_analysis import analyze_batch_dim
+from approx_compile.rows.reasons import describe_reason
+from approx_compile.rows.row_cost import RowWork
+
+aten = torch.ops.aten
+
+PRODUCT_OPS = MM | BMM | CONV | CUSTOM_MM | CUSTOM_CONV | {aten.convolution_backward.default}
+"""Ops at which a level may begin."""
+
+ALL_ROWS = 0
+"""The level that keeps all rows; 1, 2, .. keep fewer."""
+
+
+@dataclass(frozen=True)
+class StageInput:
+    """A value that a stage reads from outside."""
+
+    name: str
+    source: int
+    """The stage that computes it, or SAVED."""
+    layout: SampleLayout | None
+    gradient: bool
+    """Whether it is a gradient with rows: these are multiplied by their weights at the cut."""
+    size: tuple[Any, ...] = ()
+    stride: tuple[Any, ...] = ()
+    """Size and stride as expressions in the symbols, the batch's among them."""
+    number: Any = None
+    """For a symbolic size: its expression. It is passed as a number; with a `dtype` as a scalar tensor that keeps the value for the whole batch."""
+    dtype: torch.dtype | None = None
+
+
+SAVED = -1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One piece of the backward graph, compiled on its own: `entries` in the order of its placeholders, `outputs` by name.
+
+    `level` is ALL_ROWS or the number of the cut that it begins at; `flops` is counted for the whole batch.
+    """
+
+    level: int
+    entries: tuple[StageInput, ...]
+    outputs: tuple[str, ...]
+    gm: fx.GraphModule
+    flops: int
+
+
+@dataclass(frozen=True)
+class BackwardOutput:
+    """One output of the backward graph: a value of a stage, and its layout if its rows must be put back among all rows.
+
+    With `name` None the output is `constant`.
+    """
+
+    name: str | None
+    source: int
+    layout: SampleLayout | None
+    size: tuple[Any, ...] = ()
+    constant: Any = None
+
+
+@dataclass(frozen=True)
+class CoverageEstimate:
+    """How many of the FLOPs of a backward pass's gradients can run on selected rows, and the reasons why the rest cannot."""
+
+    flops_all: int
+    flops_on_rows: int
+    blocked: tuple[str, ...]
+    work: RowWork
+    """The state that running on rows takes. An estimate if it comes from the joint graph, exact if from the partition."""
+
+    def rejection_reason(self, least_share: float) -> str | None:
+        """Return why running on rows is not worth it, or None if at least `least_share` of the FLOPs can run on them."""
+        if not self.flops_on_rows:
+            return "; ".join(self.blocked) or "no product of the backward pass depends on rows of the output's gradient"
+        share = self.flops_on_rows / self.flops_all
+        if share >= least_share:
+            return None
+        return f"only {share:.0%} of the backward pass's FLOPs could run on some of the rows" + (f": {'; '.join(self.blocked)}" if self.blocked else "")
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A backward graph as stages in order, and its outputs."""
+
+    batch: sympy.Symbol
+    stages: tuple[Stage, ...]
+    results: tuple[BackwardOutput, ...]
+    coverage: CoverageEstimate
+    products: Mapping[str, int]
+    """The level of every product that runs on selected rows, by node name."""
+
+
+@dataclass
+class PartitionState:
+    """What is known while a graph is partitioned."""
+
+    batch_dims: BatchDimState
+    stage: dict[fx.Node, int] = field(default_factory=dict)
+    """The stage of every node that is computed from the output gradients."""
+    post: int = 0
+    """The stage of what is blocked, one more than the last level."""
+    blocked: dict[str, str] = field(default_factory=dict)
+    """The reasons why rows end, each with the text that the user reads about the first op it concerns."""
+    dense: dict[fx.Node, Any] = field(default_factory=dict)
+    """Values passed between stages in which several entries share memory: fake contiguous tensors in their place."""
+
+    def add_blocked(self, n: fx.Node, reason: str) -> None:
+        """Note the reason why rows end at a node, unless the same reason is known from another node."""
+        if reason not in self.blocked:
+            self.blocked[reason] = describe_reason(n, reason)
+
+
+def output_layouts(graph: fx.Graph, batch: sympy.Symbol) -> dict[str, ValueLayout]:
+    """Return the layouts of a forward graph's outputs by name (a saved tensor has that name in the backward graph, too) and by description."""
+    found = analyze_batch_dim(graph, batch)
+    output = next(n for n in reversed(graph.nodes) if n.op == "output")
+    named = {n.name: n for n in output.all_input_nodes} | _torch.outputs_by_description(output)
+    return {name: found.layout[n] for name, n in named.items() if n not in found.unlocated and isinstance(n.meta.get("val"), torch.Tensor)}
+
+
+def tangent_layouts(graph: fx.Graph, known: Mapping[str, ValueLayout]) -> dict[str, ValueLayout]:
+    """Return the layouts of the output gradients, which are those of the outputs."""
+    return {n.name: known[d] for n in graph.nodes if n.op == "placeholder" and (d := _torch.tangent_output_description(n) or "") in known}
+
+
+def stage_of_row_nodes(state: PartitionState) -> dict[fx.Node, int]:
+    """Return the level of every node that runs on selected rows."""
+    return {n: s for n, s in state.stage.items() if 0 < s != state.post}
+
+
+def assign_stages(graph: fx.Graph, state: PartitionState, tangents: Sequence[fx.Node], default: int, levels: Mapping[str, int]) -> None:
+    """Set the stage of every node that is computed from the output gradients.
+
+    Args:
+        graph: The joint or the backward graph.
+        state: The state to fill in; it holds the analysis of the graph.
+        tangents: The placeholders that are output gradients.
+        default: The level that begins at the tangents, ALL_ROWS for none.
+        levels: The levels that begin at products, by node name.
+    """
+    known = state.batch_dims
+    by_rows = {t for t in tangents if known.kind.get(t) == ROW_GRAD}
+    start = ALL_ROWS if any(levels.get(n.name, default) == ALL_ROWS for n in _first_products(by_rows)) else default
+    raw: dict[fx.Node, int] = {}
+    exact = _read_by_nonlinear(graph, known)
+    post = max([default, *levels.values()]) + 1
+    for n in graph.nodes:
+        if n.op != "call_function" or known.kind.get(n) not in (ROW_GRAD, REDUCED_GRAD):
+            continue
+        above = [raw.get(a, start if a in by_rows else ALL_ROWS) for a in n.all_input_nodes if known.kind.get(a) in (ROW_GRAD, REDUCED_GRAD)]
+        stage = max([ALL_ROWS, *above])
+        if n in exact:
+            stage = ALL_ROWS
+            if n in known.nonlinear:
+                state.add_blocked(n, f"{known.nonlinear[n]}, so that all above it runs on all rows")
+        elif n.target in PRODUCT_OPS or "attention" in str(n.target):
+            stage = max(stage, levels.get(n.name, default))
+        elif above == [] and known.kind.get(n) == ROW_GRAD:
+            stage = ALL_ROWS  # the loss is inside the graph, and its gradient is expanded to the rows here
+        if stage != ALL_ROWS and stage != post and n in known.blocked:
+            state.add_blocked(n, known.blocked[n])
+            stage = post
+        raw[n] = stage
+    state.stage, state.post = raw, post
+
+
+def _read_by_nonlinear(graph: fx.Graph, known: BatchDimState) -> set[fx.Node]:
+    """The nodes whose gradients must be exact because a nonlinear node is computed from them, and that node itself.
+
+    The expectation of a nonlinear function over random rows is not the function of the expectation. Below the nonlinear node rows may be selected as at an
+    output gradient.
+    """
+    found = set(known.nonlinear)
+    for n in reversed(graph.nodes):
+        if n in found:
+            found.update(a for a in n.all_input_nodes if known.kind.get(a) in (ROW_GRAD, REDUCED_GRAD))
+    return found
+
+
+def _first_products(tangents: Iterable[fx.Node]) -> Iterator[fx.Node]:
+    """The products that output gradients reach through no other product: if one of them is to keep all rows, the cut is below it."""
+    seen: set[fx.Node] = set()
+    todo = list(tangents)
+    while todo:
+        n = todo.pop()
+        for u in n.users:
+            if u.op == "call_function" and u not in seen:
+                seen.add(u)
+                if u.target in PRODUCT_OPS:
+                    yield u
+                else:
+                    todo.append(u)
