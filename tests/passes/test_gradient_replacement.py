@@ -512,6 +512,7 @@ def test_beside_rows_of_the_batch(method: str, images: bool, monkeypatch: pytest
             assert relative(a, b) < 1e-5, name
 
 
+@pytest.mark.slow
 def test_a_batch_of_any_size() -> None:
     model, settings = cnn(), options({"method": "max", "j": 2}, rules=[{"layers": "3", "grad_weight": "zero"}])
     f, _, plans = compiled(model, settings)
@@ -525,6 +526,7 @@ def test_a_batch_of_any_size() -> None:
     assert len(plans) == 1 and [s.products[-1].decision for s in plans.sites] == ["replaced"] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["zero", "random", "max"])
 @pytest.mark.parametrize("lowering", [run_as_is, None])
 def test_an_empty_batch_has_no_gradient(method: str, lowering: Any) -> None:
@@ -549,6 +551,7 @@ def test_images_of_any_size() -> None:
     assert all(relative(got[i], exact[i]) < 1e-5 for i in (0, 1, 3))
 
 
+@pytest.mark.slow
 def test_obeyed_under_every_policy_with_the_reason() -> None:
     model, x = cnn(), torch.randn(4, 3, 12, 12)
     for policy in ("cost", "always", "adaptive"):
@@ -563,6 +566,7 @@ def test_obeyed_under_every_policy_with_the_reason() -> None:
     assert (zero.decision, zero.method, zero.flops_sampled) == ("replaced", "zero", 0)
 
 
+@pytest.mark.slow
 def test_what_can_not_be_replaced_is_exact_with_the_reason() -> None:
     def reason(model: Any, settings: dict[str, Any], *args: Tensor) -> str:
         plans = Plans()

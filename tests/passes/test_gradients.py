@@ -185,6 +185,7 @@ def run_case(name: str, sampling: str, method: str, group: int, dtype: torch.dty
     return [relative(got, ref) for got, ref in zip((y, da, db), want, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", ["forward", "backward", "blackbox"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", OPS)
@@ -202,6 +203,7 @@ def test_bfloat16_against_float32(name: str) -> None:
         assert max(errors) < 1e-2, (method, errors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_other_dtypes(dtype: torch.dtype) -> None:
     for name in ("linear", "conv2d", "bmm"):

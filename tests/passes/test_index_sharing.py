@@ -113,6 +113,7 @@ def test_both_convolutions_of_a_block(memory_format: torch.memory_format) -> Non
     assert [p.skips for p in stem.products[1:]] == ["main"]  # what both dropped is zero in the stem's gradient
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["topk", "wta", "topk_weights"])
 @pytest.mark.parametrize("residual", [False, True])
 def test_kernels_of_ours_share_the_choice_alone(method: str, residual: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,6 +136,7 @@ def test_kernels_of_ours_share_the_choice_alone(method: str, residual: bool, mon
     assert all(relative(a, b) < 1e-5 for a, b in zip(found[1][1], found[0][1], strict=True))
 
 
+@pytest.mark.slow
 def test_convolutions_share_by_kernels_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(availability, "unavailable_reason", lambda lowering, device: None)
     model, x = Down().to(memory_format=torch.channels_last), torch.randn(4, 64, 8, 8).to(memory_format=torch.channels_last)
@@ -149,6 +151,7 @@ def test_convolutions_share_by_kernels_of_ours(monkeypatch: pytest.MonkeyPatch) 
     assert all(relative(a, b) < 1e-5 for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.slow
 def test_only_one_code_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     """`k` has no kernel; left alone, time may choose a way that all have."""
     monkeypatch.setattr(availability, "unavailable_reason", lambda lowering, device: None)
@@ -197,6 +200,7 @@ def test_every_product_stays_unbiased(method: str) -> None:
             assert abs(spread.mean() - variance) < 5 * spread.std() / 20000**0.5
 
 
+@pytest.mark.slow
 def test_only_what_chooses_alike_shares() -> None:
     x = torch.randn(4, 8, 64, requires_grad=True)
 
@@ -224,6 +228,7 @@ class Readers(nn.Module):
         return self.o(self.a(x) * self.b(x) + self.c(x))
 
 
+@pytest.mark.slow
 def test_left_alone_predicted_time_decides() -> None:
     """Three wide layers gain little; of narrow ones the activation's norms and gather are most of the time. Under policy "cost" narrow ones that would not pay
     each by itself are sampled together where that pays."""
@@ -247,6 +252,7 @@ def test_left_alone_predicted_time_decides() -> None:
     assert "together" in together[1].reason
 
 
+@pytest.mark.slow
 def test_told_to_it_needs_no_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device that no profile is made for, sites that are sampled anyway share where the user says so, and only there."""
     monkeypatch.setattr(machine, "DEVICES", ())

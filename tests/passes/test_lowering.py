@@ -47,6 +47,7 @@ def trained(model: nn.Module, x: Tensor, options: dict[str, Any]) -> tuple[list[
     return grads(model, x), choices, plans
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("sampling", ["forward", "backward", "blackbox"])
 @pytest.mark.parametrize("method", ["topk", "topk_weights", "bernoulli", "wta"])
@@ -68,6 +69,7 @@ def test_linear_layers_get_the_numbers_of_gathers(method: str, sampling: str) ->
     assert max(relative(a, b) for a, b in zip(got, want, strict=True)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("sampling", ["forward", "blackbox"])
 @pytest.mark.parametrize("method", ["topk", "bernoulli"])
@@ -96,6 +98,7 @@ def test_a_stride_that_is_one_number_for_both_dims() -> None:
     assert max(relative(a, b) for a, b in zip(found[0][0], found[1][0], strict=True)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("everywhere")
 def test_convolutions_with_nothing_between_them() -> None:
     """The second reads an output that another node gives since the first is an op of ours."""
@@ -161,6 +164,7 @@ def test_every_device_is_asked_for_its_own_capability(monkeypatch: pytest.Monkey
     assert "NVIDIA" in missing("triton", torch.device("cuda", 0)) and "NVIDIA" in missing("cuda", torch.device("cuda", 0))
 
 
+@pytest.mark.slow
 def test_without_a_gpu_the_reason_is_said_and_inductor_runs_it() -> None:
     x = torch.randn(32, 256)
     for lowering in ("triton", "cuda"):
@@ -218,6 +222,7 @@ def test_groups_of_the_users_choice(lowering: str, group: int) -> None:
     assert max(relative(a, b) for a, b in zip(*found, strict=True)) < (1e-2 if lowering == "cuda" else 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("everywhere")
 def test_groups_of_convolutions_that_are_not_what_was_measured() -> None:
     """Of 16 channels by name; `auto`, which would go by the rates of longer steps, leaves them to Inductor."""
@@ -259,6 +264,7 @@ def test_a_bias_that_is_not_one_for_every_output() -> None:
             skip_matmul.skip_matmul(torch.randn(8, 64), torch.randn(64, 32), torch.arange(1), None, 32, bias)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("everywhere")
 def test_time_decides_between_the_lowerings() -> None:
     """The profile's tables for a kernel, 20 times as fast as the products or as slow, make it the choice or not."""
@@ -356,6 +362,7 @@ def test_another_precision_is_another_cache_key(backend: Any) -> None:
     assert len(found) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("everywhere")
 def test_patches_of_max_are_added_up_by_an_op_of_ours() -> None:
     """The same gradient as by Inductor's lowering, of plain 2-D convolutions; others, and more entries than the kernel takes, stay Inductor's."""
@@ -374,6 +381,7 @@ def test_patches_of_max_are_added_up_by_an_op_of_ours() -> None:
     assert [s.products[-1].replacement.lowering for s in plans.sites] == ["inductor"] * 2
 
 
+@pytest.mark.slow
 def test_max_says_why_it_is_not_run_by_the_lowering_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 4)), torch.randn(4, 3, 8, 8)
 
@@ -391,6 +399,7 @@ def test_max_says_why_it_is_not_run_by_the_lowering_asked_for(monkeypatch: pytes
     assert reasons("cuda", j=9)[0].endswith("by inductor: the kernel for max keeps 1 to 8 entries")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("everywhere")
 def test_what_a_kernel_of_ours_runs_is_not_narrowed_for_its_consumer() -> None:
     """A choice by the weight alone lets the layer before make fewer channels, but where a kernel reads whole operands."""

@@ -194,6 +194,7 @@ def test_kernels_of_ours_or_narrow_producers_whichever_is_faster(policy: str, mo
     assert planned(1.0, lowering="triton")[:2] == ({}, ["triton"] * 2)
 
 
+@pytest.mark.slow
 def test_sites_that_share_a_choice_change_their_code_together(whole: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gate has another reader, so `up` alone is narrowed; both keep the same entries of x, which Inductor gathers once."""
     monkeypatch.setattr(availability, "unavailable_reason", lambda lowering, device: None)
@@ -234,6 +235,7 @@ def test_a_residual_and_a_second_consumer_forbid_it() -> None:
         assert not shrinks(sites) and "as well" in sites[1].reason
 
 
+@pytest.mark.slow
 def test_a_branch_with_other_readers_stays_whole_beside_one_that_has_none(whole: Any) -> None:
     class Partly(Gated):
         def forward(self, x: Tensor) -> Tensor:
@@ -248,6 +250,7 @@ def test_a_branch_with_other_readers_stays_whole_beside_one_that_has_none(whole:
     assert max(relative(a, b) for a, b in zip(found, expected, strict=True)) < 2e-6
 
 
+@pytest.mark.slow
 def test_gradients_that_are_hooked_are_whole(whole: Any) -> None:
     seen: list[Tensor] = []
 
@@ -288,6 +291,7 @@ def test_what_is_saved_is_narrow_and_no_mask() -> None:
     assert sorted(v.shape[1] for v in forward if v.dim() == 2 and v.shape[0] == 40) == [8, 8, 12, 16]  # the output, x, and both activations
 
 
+@pytest.mark.slow
 def test_under_autocast(whole: Any) -> None:
     model, x = mlp(16, 32, 24), torch.randn(LINEAR)
 
@@ -349,6 +353,7 @@ def test_rows_are_sampled_of_what_is_narrow(whole: Any, small_work_counts: None)
     assert max(relative(a, b) for a, b in zip(found, expected, strict=True)) < 2e-6
 
 
+@pytest.mark.slow
 def test_producers_that_share_a_choice_are_predicted_so(whole: Any) -> None:
     """What the second of two producers leaves to the first while its output is whole it leaves to it when that is narrow; no value changes."""
 

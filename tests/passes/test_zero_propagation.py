@@ -148,6 +148,7 @@ OWN: dict[str, tuple[dict[str, str], set[tuple[str, str]]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OWN)
 @pytest.mark.parametrize("method", ["topk", "wta"])
 @pytest.mark.usefixtures("skip_all", "everywhere")
@@ -182,6 +183,7 @@ def test_kernels_step_over_zeros(name: str, method: str, monkeypatch: pytest.Mon
         assert max(relative(a, b) for a, b in zip(got, want, strict=True)) < 2e-6
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("skip_all", "everywhere")
 def test_convolutions_step_over_input_channels_and_gather_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = Three(conv=True).to(memory_format=torch.channels_last), torch.randn(2, 128, 5, 5).contiguous(memory_format=torch.channels_last)
@@ -199,6 +201,7 @@ def test_convolutions_step_over_input_channels_and_gather_the_others(monkeypatch
         assert max(relative(a, b) for a, b in zip(got, want, strict=True)) < 2e-6
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("everywhere")
 def test_zeros_by_kernels_are_decided_by_time_and_by_the_lowering() -> None:
     """`auto` takes a kernel where it is measured and faster, a lowering that is named where it fits, and Inductor's name forbids it."""
@@ -256,6 +259,7 @@ def test_grouped_convolutions_are_left_out(skip_all: None) -> None:
     assert [s.decision for s in sites] == ["sampled"] * 3 and not skipped(sites)
 
 
+@pytest.mark.slow
 def test_batched_products_are_left_out_whatever_the_batch(skip_all: None) -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:

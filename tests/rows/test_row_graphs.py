@@ -19,6 +19,7 @@ from approx_compile.backend import run_as_is
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", ["breaks", "blocks"])
 def test_several_graphs_share_one_set_of_rows(cut: str, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = ChosenRows(monkeypatch)
@@ -55,6 +56,7 @@ def test_several_graphs_share_one_set_of_rows(cut: str, monkeypatch: pytest.Monk
     assert max(relative(a, b) for a, b in zip(got, grads(model), strict=True)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.usefixtures("one_rank")
 def test_the_buckets_of_ddp_share_one_set_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,6 +110,7 @@ def test_rows_of_another_axis_are_not_followed(monkeypatch: pytest.MonkeyPatch) 
     assert max(relative(a, b) for a, b in zip(got, grads(lower) + grads(upper), strict=True)) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_graph_with_a_loss_of_its_own_does_not_follow(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = ChosenRows(monkeypatch)
     lower, upper, x = Body(lambda h: (torch.tanh(h), h.square().sum())), Body(), torch.randn(16, 8)

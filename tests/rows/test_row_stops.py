@@ -113,6 +113,7 @@ def test_small_models_are_left_alone() -> None:
     assert {s.decision for s in plans.sites} == {"sampled"}
 
 
+@pytest.mark.slow
 def test_no_symbol_no_rows() -> None:
     model = nn.Linear(20, 5)
 

@@ -132,6 +132,7 @@ class Modulated(nn.Module):
         return F.conv2d(x.reshape(1, -1, 6, 6), w.flatten(0, 1), groups=b).view(b, 4, 4, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"policy": "cost"}, {"policy": "always"}, EVEN, {"rules": [{"layers": "conv", "grad_weight": "max"}]}])
 def test_as_many_groups_as_samples_are_exact(options: dict[str, Any]) -> None:
     model, x, z = Modulated(), torch.randn(16, 3, 6, 6), torch.randn(16, 5)

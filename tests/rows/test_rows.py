@@ -19,6 +19,7 @@ from approx_compile.rows import row_backward
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["bernoulli", "topk"])
 @pytest.mark.parametrize("name", [n for n in ZOO if n != "dropout"])  # whose masks only Inductor draws like Inductor
 def test_gradients_are_those_of_masked_tangents(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,6 +92,7 @@ def test_a_loss_inside_the_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert relative(got[last], whole.flatten(0, -2).sum(0)) < 1e-5
 
 
+@pytest.mark.slow
 def test_lower_blocks_keep_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = ChosenRows(monkeypatch)
     model, x = nn.Sequential(mlp(20, 32, 24), nn.Tanh(), mlp(24, 32, 5)), torch.randn(48, 20)
@@ -143,6 +145,7 @@ def test_users_tensors_keep_no_marks() -> None:
     assert not hasattr(x, "_approx_compile_marked") and not hasattr(x, "_dynamo_weak_dynamic_indices")
 
 
+@pytest.mark.slow
 def test_ratio_one_is_exact_and_evaluation_is_untouched() -> None:
     model, x = mlp(20, 16, 5), torch.randn(24, 20)
     torch.compile(model, backend="inductor")(x).square().sum().backward()
@@ -266,6 +269,7 @@ def test_backends_differ_by_their_rows() -> None:
     assert len(seen) == 4 and Backend({"policy": "adaptive"}) not in seen
 
 
+@pytest.mark.slow
 def test_rows_that_only_a_lower_level_needs_are_kept_above() -> None:
     """One branch has no gradient in half the rows, the other, which keeps fewer, has."""
 
@@ -314,6 +318,7 @@ def test_an_exact_last_layer_has_all_rows(monkeypatch: pytest.MonkeyPatch) -> No
     assert [s.reason for s in plans.sites][-1] == "exact by the settings"
 
 
+@pytest.mark.slow
 def test_channels_last_below_the_rows_through_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients put back among all rows have the strides that the code below was compiled for."""
     chosen = ChosenRows(monkeypatch)

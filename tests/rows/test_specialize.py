@@ -55,6 +55,7 @@ def compiled(model: nn.Module, options: dict[str, Any] = ADAPTIVE, inner: Any = 
     return torch.compile(model, backend=Backend(options, inner_compile=inner))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in ZOO if n != "dropout"])  # whose masks only Inductor draws like Inductor
 def test_nothing_is_left_symbolic_and_gradients_are_exact(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[fx.GraphModule] = []
@@ -206,6 +207,7 @@ class Narrowed(nn.Module):
         return self.b(torch.relu(self.a(x))) * self.e.narrow(0, 0, k).sin().sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", [run_as_is, None])
 def test_a_size_that_only_running_tells_is_not_pinned(inner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = Passes(monkeypatch)
@@ -234,6 +236,7 @@ class Centred(nn.Module):
         return self.c(torch.tanh(self.b(h)))
 
 
+@pytest.mark.slow
 def test_a_cut_that_another_compilation_has_is_not_watched_here(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = Passes(monkeypatch)
     model = Centred()

@@ -111,6 +111,7 @@ def failed(code: int, *words: str) -> str:
 # --- explain ---
 
 
+@pytest.mark.slow
 def test_explain_table_json_graphs_and_page(folder: Path) -> None:
     done = run("explain", "factories.py:make", *ALWAYS, "--set", "ratio=0.25", "--html", "report.html", "--graphs")
     assert done.exit_code == 0, done.output
@@ -268,6 +269,7 @@ def test_factory_is_called_once_and_may_use_what_is_beside_it(folder: Path) -> N
 # --- tune, calibrate ---
 
 
+@pytest.mark.slow
 def test_explain_costs_and_steps(folder: Path) -> None:
     (folder / "steps.toml").write_text('policy = "always"\nmethod = "exact"\n[[rules]]\nsteps = "1::2"\nmethod = "topk"\n')
     done = run("explain", "factories.py:make", "--config", "steps.toml")
@@ -294,6 +296,7 @@ def test_tune_writes_a_plan_that_explain_takes(folder: Path) -> None:
     assert "max_error" in failed(2, "tune", "factories.py:make", "--max-error", "-1")
 
 
+@pytest.mark.slow
 def test_calibrate_stores_a_profile(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     done = run("calibrate", "--quick", "--device", "cpu", "--json")

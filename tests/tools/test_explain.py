@@ -96,6 +96,7 @@ def test_graph_of_sites() -> None:
     assert graph.nodes["b"]["decision"] == "sampled" and graph.nodes["b"]["k"] == 32
 
 
+@pytest.mark.slow
 def test_it_changes_nothing() -> None:
     model = Net()
     x = torch.randn(8, 16, 6, 6)
@@ -116,6 +117,7 @@ def test_it_changes_nothing() -> None:
     assert not x.requires_grad
 
 
+@pytest.mark.slow
 def test_it_spends_no_recompiles_of_the_user() -> None:
     model = nn.Sequential(nn.Conv2d(16, 64, 3), nn.Conv2d(64, 64, 3))
     f, _, plans = compiled(model, ALWAYS)
@@ -130,6 +132,7 @@ def test_it_spends_no_recompiles_of_the_user() -> None:
         f(x)
 
 
+@pytest.mark.slow
 def test_config_of_a_compiled_model() -> None:
     x = torch.randn(8, 64)
     by_name = torch.compile(mlp(64, 64, 64), backend="approx", options=ALWAYS | {"ratio": 0.25})
@@ -150,6 +153,7 @@ class Held(nn.Module):
         return self.inner(x)
 
 
+@pytest.mark.slow
 def test_config_of_a_model_compiled_in_place() -> None:
     """By name and with a Backend; the code compiled in place goes on being used, and another backend's says nothing of ours."""
     x, quarter = torch.randn(8, 64), ALWAYS | {"ratio": 0.25}
@@ -227,6 +231,7 @@ class Regression(nn.Module):
         return self.head(h) + self.eyes(h)
 
 
+@pytest.mark.slow
 def test_a_layer_without_a_product_is_named_where_a_rule_asks_for_it() -> None:
     """Of one row a layer with one output is no matrix product to Inductor."""
     model, x = Regression(), torch.randn(1, 32)
@@ -252,6 +257,7 @@ def test_nothing_to_explain_and_bad_input() -> None:
         explain(nn.Linear(4, 4), torch.randn(2, 4), config={"ratio": 2})
 
 
+@pytest.mark.slow
 def test_dynamic_sizes_are_shown_as_symbols() -> None:
     x = torch.randn(48, 64)
     torch._dynamo.mark_dynamic(x, 0)

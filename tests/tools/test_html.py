@@ -107,6 +107,7 @@ def written(report: Report, path: Path, machine: Peaks | None = None) -> Page:
 # --- the file ---
 
 
+@pytest.mark.slow
 def test_self_contained_with_every_site_product_and_total(small: Report, tmp_path: Path) -> None:
     page = written(small, tmp_path / "report.html")
     assert page.fetched == []
@@ -121,6 +122,7 @@ def test_self_contained_with_every_site_product_and_total(small: Report, tmp_pat
     assert any("peaks were not given" in text for text in page.texts["p"])
 
 
+@pytest.mark.slow
 def test_names_and_reasons_are_escaped(tmp_path: Path) -> None:
     model = nn.Sequential(OrderedDict([(EVIL, nn.Linear(64, 64)), ("b", nn.Linear(64, 64))]))
     report = explain(model, torch.randn(8, 64), config=ALWAYS | {"rules": [{"layers": "</script><b>", "ratio": 0.1}]})
@@ -132,6 +134,7 @@ def test_names_and_reasons_are_escaped(tmp_path: Path) -> None:
     assert "<img src=x" not in text and "<script>alert" not in text and text.count("<script") == text.count("</script>")
 
 
+@pytest.mark.slow
 def test_cuts(tmp_path: Path, small_work_counts: None) -> None:
     report = explain(mlp(64, 256, 256, 10), torch.randn(32, 64), config={"grad": {"axis": "rows", "ratio": 0.25}})
     (cut,) = report.cuts
@@ -156,6 +159,7 @@ def test_nothing_found(tmp_path: Path) -> None:
     assert any("No matrix product" in text for text in page.texts["p"])
 
 
+@pytest.mark.slow
 def test_times_are_drawn_where_a_report_has_them(small: Report, tmp_path: Path) -> None:
     @dataclass(frozen=True)
     class Timed(SiteReport):
@@ -174,6 +178,7 @@ def test_times_are_drawn_where_a_report_has_them(small: Report, tmp_path: Path) 
     assert "time, µs" not in written(replace(small, sites=untimed), tmp_path / "without.html").texts["h3"]
 
 
+@pytest.mark.slow
 def test_machine_without_a_dtype_and_with(small: Report, tmp_path: Path) -> None:
     for machine, said in (
         (None, "peaks were not given"),
@@ -214,6 +219,7 @@ def test_graph_of_sites(small: Report) -> None:
     assert edges.x.count(None) == 4  # a reads nothing; a -> d is implied by a -> b -> d
 
 
+@pytest.mark.slow
 def test_same_name_in_two_graphs() -> None:
     layer = nn.Linear(64, 64)
 

@@ -140,6 +140,7 @@ def test_errors_are_those_of_the_gradients(measured: Any) -> None:
     assert 0.01 < found.alone["conv", 0.5].error < 3
 
 
+@pytest.mark.slow
 def test_errors_of_a_random_choice_are_of_several_draws() -> None:
     model, x = mlp(64, 64, 64), torch.randn(8, 64)
     space = SearchSpace.of({"policy": "always", "method": "crs"})
@@ -151,6 +152,7 @@ def test_errors_of_a_random_choice_are_of_several_draws() -> None:
     assert len(set(each)) == 3 and found.measure_error(options).error == pytest.approx((sum(e * e for e in each) / 3) ** 0.5)
 
 
+@pytest.mark.slow
 def test_rows_are_measured(small_work_counts: None) -> None:
     model, x, y = mlp(64, 64, 10), torch.randn(32, 64), torch.randint(10, (32,))
     space = SearchSpace.of({"rules": [{"layers": "site", "method": "exact"}]})
@@ -195,6 +197,7 @@ def test_the_sites_chosen_are_those_sampled() -> None:
         assert kept_of == {n: round(64 * choices.get(n, 1.0)) for n in names}
 
 
+@pytest.mark.slow
 def test_rules_of_the_config_hold() -> None:
     model, x = mlp(64, 64, 64, 64), torch.randn(8, 64)
     rules = [{"layers": "0", "method": "exact"}, {"layers": "2", "sampling": "backward", "grad_weight": {"method": "crs", "min_k": 4}}]
@@ -325,6 +328,7 @@ def test_a_plan_from_beginning_to_end(tmp_path: Any) -> None:
         assert plan.tuned.achieved_speedup is not None and plan.tuned.achieved_speedup > 1 and 0 < (plan.tuned.error or 0) <= 5
 
 
+@pytest.mark.slow
 def test_reasons_are_those_of_the_plan_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the others do to an exact site is said as the plan chosen has it, whatever the survey, at the lowest ratio, had planned."""
     monkeypatch.setattr(margins, "pays", lambda *anything: True)
@@ -452,6 +456,7 @@ def test_the_time_budget_is_kept(budget: float, rows: bool, monkeypatch: pytest.
         assert "achieved not measured" in str(plan)
 
 
+@pytest.mark.slow
 def test_how_long_it_would_take_is_said_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune_module, "Trials", Counted)
     monkeypatch.setattr(measurements, "now", lambda: Counted.clock)
@@ -471,6 +476,7 @@ def test_nothing_within_the_error_allowed() -> None:
     assert [s.reason for s in plan.tuned.sites[::4]] == ["fed with raw data", "the last layer"] and "everything stays exact" in str(plan)
 
 
+@pytest.mark.slow
 def test_a_model_compiled_in_place_is_measured_as_written() -> None:
     """Not with the code that it was compiled to, under any settings."""
     model, x, y = net_and_batch()
@@ -482,6 +488,7 @@ def test_a_model_compiled_in_place_is_measured_as_written() -> None:
     assert before == after > 0
 
 
+@pytest.mark.slow
 def test_losses() -> None:
     model, x = nn.Linear(64, 64), torch.randn(8, 64)
     squares = Trials(model, (x,), torch.randn(8, 64), None, {"method": "exact"}).gradients({"method": "exact"})
