@@ -1,4 +1,4 @@
-"""`explain`: what would be rewritten, why, and what it saves, without compiling to machine code or touching the model."""
+"""`explain`: report what would be rewritten, why, and what it saves, without compiling to machine code or changing the model."""
 
 from __future__ import annotations
 

@@ -29,11 +29,17 @@ HEIGHTS = {
 class Peaks(Protocol):
     """What a roofline asks of a machine: the dtypes it knows ("float32", ...), the GFLOP/s (10^9) of large products in one, GB/s (10^9) of memory."""
 
-    def dtypes(self) -> list[str]: ...
+    def dtypes(self) -> list[str]:
+        """Return the dtypes that have peaks, such as "float32"."""
+        ...
 
-    def peak_gflops(self, dtype: str) -> float: ...
+    def peak_gflops(self, dtype: str) -> float:
+        """Return the GFLOP/s (10^9) of large products in a dtype."""
+        ...
 
-    def bandwidth_gb_s(self) -> float: ...
+    def bandwidth_gb_s(self) -> float:
+        """Return the GB/s (10^9) of memory."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,17 @@ class Difference:
 
 
 def write(report: ReportData, path: str | Path, machine: Peaks | None = None) -> None:
-    """Write `report` to `path`. Raises ImportError where the extra `report` is missing, OSError where the file can't be written."""
+    """Write a report as one HTML file.
+
+    Args:
+        report: The report.
+        path: The file.
+        machine: The machine's peaks for the roofline; None leaves its roof out.
+
+    Raises:
+        ImportError: If the extra `report` is not installed.
+        OSError: If the file cannot be written.
+    """
     try:
         page = render(report, machine)
     except ModuleNotFoundError as e:
@@ -110,7 +126,7 @@ def _tables() -> dict[str, str]:
 
 
 def _templates() -> str:
-    """plotly's light and dark look, for the page to choose from."""
+    """Plotly's light and dark look, for the page to choose from."""
     import plotly.io
 
     clear = {"paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)"}

@@ -60,7 +60,8 @@ def kind_of(site: SiteReport) -> str:
 
 def site_graph(report: ReportData) -> go.Figure:
     """The sites from top to bottom by the longest chain of sites before them, coloured by decision, with an arrow from each to those that read it, less
-    the arrows that others imply: behind residual sums every site reads all before it."""
+    the arrows that others imply: behind residual sums every site reads all before it.
+    """
     graph = report.to_networkx()
     places = _places(graph)
     figure = go.Figure()
@@ -132,7 +133,8 @@ def _short(text: str, limit: int = 48) -> str:
 
 def roofline(report: ReportData, roofs: Mapping[str, Roof]) -> tuple[go.Figure, str]:
     """Every product over its FLOPs per byte (operands and result once, exact), with what its height means. Height: the predicted rate where the report
-    has times; else the most that `roofs` allow; else, no rate being known, FLOPs."""
+    has times; else the most that `roofs` allow; else, no rate being known, FLOPs.
+    """
     what, rated = _rated(report, roofs)
     figure = go.Figure()
     for kind in dict.fromkeys(r.decision for r in rated):

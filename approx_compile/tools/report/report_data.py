@@ -21,7 +21,8 @@ from approx_compile.passes.planning.selection import PREDICTION_ERROR
 class SiteReport:
     """One site. `k` of `size` entries, `method` and `ratio` are the output product's, or the first approximated one's; FLOPs are summed over products. Symbols
     in `shape`, such as that of a batch whose size is dynamic, were traced with the sizes in `traced`. `break_even`: the ratio at which sampling stops to
-    pay, and where it would be if sampling took 1.2 times as long as predicted, or 1 / 1.2 times."""
+    pay, and where it would be if sampling took 1.2 times as long as predicted, or 1 / 1.2 times.
+    """
 
     name: str
     op: str
@@ -45,6 +46,7 @@ class SiteReport:
 
     @staticmethod
     def of(plan: SitePlan) -> SiteReport:
+        """Make the report of a site from its plan."""
         own = {f.name: getattr(plan, f.name) for f in fields(SiteReport) if f.name not in (*_SHOWN, "products")}
         shown = {name: getattr(plan.shown, name) for name in _SHOWN}
         return SiteReport(**own, **shown, products={p.name: p for p in plan.products})
@@ -73,10 +75,12 @@ class ReportData:
 
     @property
     def flops_exact(self) -> int:
+        """FLOPs of all sites in an exact training step."""
         return sum(s.flops_exact for s in self.sites)
 
     @property
     def flops_sampled(self) -> int:
+        """FLOPs of all sites in a step as planned, the sampling included."""
         return sum(s.flops_sampled for s in self.sites)
 
     @property
@@ -91,7 +95,8 @@ class ReportData:
 
     def to_networkx(self) -> nx.DiGraph[str]:
         """The graph of sites, named as in `keys`: an edge from a site to every site that reads its output through no other product; node attributes
-        as in `sites`."""
+        as in `sites`.
+        """
         graph: nx.DiGraph[str] = nx.DiGraph()
         latest: dict[str, str] = {}  # a site reads those of its own graph, and in a graph names are used once
         for key, site in zip(self.keys, self.sites, strict=True):
@@ -158,7 +163,7 @@ class ReportData:
         return out.getvalue().rstrip()
 
     def traced(self) -> str:
-        """ "s77 = 64, s12 = 128": the symbols in shapes and what they were traced with."""
+        """List the symbols in shapes and the sizes that they were traced with, such as "s77 = 64, s12 = 128"."""
         return ", ".join(dict.fromkeys(f"{symbol} = {size}" for s in self.sites for symbol, size in s.traced))
 
     def _table(self) -> Table:
