@@ -1,1 +1,1 @@
-"""The row-sampled backward pass: where samples lie in every tensor, how the graph is cut, compiled, run and controlled."""
+"""The backward pass on selected rows of the batch: analysis, partition, compilation, execution and control. See README.md."""

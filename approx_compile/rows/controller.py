@@ -25,22 +25,23 @@ from approx_compile.rows.row_sampling import needed_share
 log = logging.getLogger("approx_compile")
 
 MOMENTUM = 0.9
-"""Of the running mean: a batch says little about the next ten."""
+"""The momentum of the running mean: one batch says little about the next ten."""
 
 OBSERVE_EVERY = 4
-"""Steps from one look at the norms to the next."""
+"""Steps from one observation of the norms to the next."""
 
 HISTORY = 100_000
-"""Changes of the ratio that are remembered."""
+"""The most changes of the ratio that are kept."""
 
 
 class DeferredScalar:
-    """A number on the device that is read a step after it was made."""
+    """A number on the device that is read one step after it was made, so that the host does not wait for it."""
 
     def __init__(self) -> None:
         self._waiting: tuple[Tensor, Any] | None = None
 
     def put(self, value: Tensor) -> None:
+        """Start to copy a number to the host."""
         if value.device.type == "cuda":
             host = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=True).copy_(value, non_blocking=True)
             event = torch.cuda.Event()
@@ -50,6 +51,7 @@ class DeferredScalar:
             self._waiting = (value, None)
 
     def take(self) -> Tensor | None:
+        """Return the number that was put last, once; None if there is none."""
         if self._waiting is None:
             return None
         (value, event), self._waiting = self._waiting, None
@@ -59,7 +61,7 @@ class DeferredScalar:
 
 
 class Checkpointed:
-    """Something of a model that a run goes by, and that its checkpoint must have."""
+    """State of a run, attached to a model, that its checkpoint must contain."""
 
     def state_dict(self) -> dict[str, Any]:
         raise NotImplementedError
@@ -132,13 +134,13 @@ class Control(Checkpointed):
         return sum(n * r for n, (_, r) in zip(steps, self.changes, strict=True)) / sum(steps) if any(steps) else 1.0
 
     def start_step(self) -> float:
-        """Start a step: the share that holds in it."""
+        """Start a step and return the share of rows that holds in it."""
         self._apply_pending()
         self.step += 1
         return self.ratio
 
     def _apply_pending(self) -> None:
-        """Take in the number that the last look gave, if there is one."""
+        """Decide on the ratio by the number that the last observation gave, if there is one."""
         value = self._late.take()
         if value is None:
             return
@@ -168,10 +170,11 @@ class RowControl(Control):
 
     @property
     def should_observe(self) -> bool:
-        """Whether this step looks at the norms."""
+        """Whether this step observes the norms."""
         return self.step % OBSERVE_EVERY == 1
 
     def observe(self, norms_sq: Tensor) -> None:
+        """Take in the squared gradient norms (B,) of a step; they count from the next step on."""
         self._late.put(needed_share(norms_sq, self.settings.tau))
 
     def _decide(self, value: Tensor) -> float:

@@ -29,7 +29,7 @@ def _unfolded(value: Tensor, layout: SampleLayout, size: int) -> tuple[Tensor, i
 
 
 def row_norms_sq(value: Tensor, layout: SampleLayout | None, size: int) -> Tensor:
-    """Squared Euclidean norm of every row, (size,) in fp32 (fp64 for fp64)."""
+    """Return the squared Euclidean norm of every row, (size,) in fp32 (fp64 for fp64)."""
     assert layout is not None
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
     if not value.numel():
@@ -43,8 +43,11 @@ def row_norms_sq(value: Tensor, layout: SampleLayout | None, size: int) -> Tenso
 
 
 def take_rows(value: Tensor, layout: SampleLayout, idx: Tensor, weight: Tensor | None, size: Sequence[int], stride: Sequence[int]) -> Tensor:
-    """The rows `idx` of a tensor, times their weights, with the strides that the compiled code expects. A stride of 0 there means that the tensor is
-    expanded along that dim: it is gathered once and expanded again; all its rows are one where that dim is the batch's (they can't have weights then)."""
+    """Return the rows `idx` of a tensor, multiplied by their weights, with the strides that the compiled code expects.
+
+    A stride of 0 means that the tensor is expanded along that dim: it is gathered once and expanded again. If that dim is the batch's, all its rows share
+    memory and can have no weights.
+    """
     if 0 in size:
         return torch.empty_strided(tuple(size), tuple(stride), dtype=value.dtype, device=value.device)
     expanded = 0 in stride
@@ -70,7 +73,7 @@ def take_rows(value: Tensor, layout: SampleLayout, idx: Tensor, weight: Tensor |
 
 
 def put_rows(value: Tensor, layout: SampleLayout, idx: Tensor | None, batch: int, size: Sequence[int], stride: Sequence[int] | None = None) -> Tensor:
-    """Rows put back in their places among `batch`, zeros elsewhere; with the strides that the compiled code expects, if any."""
+    """Return rows put back at their indices `idx` among `batch` rows, with zeros elsewhere, and with the given strides if any."""
     if idx is None:
         return value
     if 0 in size:
@@ -81,14 +84,14 @@ def put_rows(value: Tensor, layout: SampleLayout, idx: Tensor | None, batch: int
 
 
 def with_strides(x: Tensor, stride: Sequence[int] | None) -> Tensor:
-    """The same values with these strides; the tensor itself where it has them. Along a dim of stride 0 all values are one."""
+    """Return the same values with these strides; the tensor itself if it has them already. Along a dim of stride 0 all values must be equal."""
     if stride is None or all(a == b for a, b, s in zip(x.stride(), stride, x.shape, strict=True) if s > 1):
         return x
     return _copied(x, stride)
 
 
 def copy_keeping_strides(x: Tensor) -> Tensor:
-    """A copy with the same strides, for which code was compiled; an expanded dim stays one."""
+    """Return a copy with the same strides, as compiled code expects them; an expanded dim stays expanded."""
     return _copied(x, x.stride())
 
 
@@ -106,7 +109,7 @@ def _once(x: Tensor, stride: Sequence[int]) -> Tensor:
 
 
 def may_overlap(size: Sequence[int], stride: Sequence[int]) -> bool:
-    """Whether entries of a tensor may share their memory otherwise than by a stride of 0 (windows of a sequence do). May be true where none do."""
+    """Return whether entries may share memory in another way than by a stride of 0, as windows of a sequence do. May be true where none do."""
     reach = 0  # how far the dims with smaller strides go
     for t, n in sorted((t, n) for t, n in zip(stride, size, strict=True) if t and n > 1):
         if t <= reach:
