@@ -1,6 +1,6 @@
-"""A backward pass on some rows of the batch: compiled once, with a symbol for the batch, and called with fewer rows.
+"""Run a backward pass on selected rows of the batch: its code is compiled once, with a symbol for the batch, and called with fewer rows.
 
-`RowBackward` runs the compiled stages of a backward graph: chooses rows by the norm of their gradient, gathers what the stages need of them, and puts
+`RowBackward` runs the compiled stages of a backward graph: it selects rows by the norms of their gradients, gathers what the stages read of them, and puts
 input gradients back in place. `GraphControls` finds the adaptive state of whatever model it is called for.
 """
 
@@ -109,7 +109,7 @@ class RowBackward:
         return self.run(values, symbols, counts, controls, followed, spared, self.controls.draws(owner))
 
     def _watched(self, values: Mapping[str, Any], counts: Sequence[int], controls: Sequence[RowControl | None]) -> bool:
-        """Show the controls that watch what they look at, if all of that has come into the graph; and whether it has. All rows are kept."""
+        """Let observing controllers see this step's gradient norms without dropping rows; return False if some norms are not available."""
         watching = [level for level, c in enumerate(controls) if c is not None and c.should_observe and self._entering[level]]
         if any(e.name not in values for level in watching for e in self._entering[level]):
             return False
@@ -321,7 +321,7 @@ _all_rows = [False]
 
 @contextlib.contextmanager
 def all_rows() -> Iterator[None]:
-    """Inside, backward passes run on all rows, and nobody takes notice of them."""
+    """Run backward passes inside on all rows, without any controller observing them."""
     before, _all_rows[0] = _all_rows[0], True
     try:
         yield

@@ -1,6 +1,6 @@
 """From a backward graph to code that runs on some rows of the batch: what stands between AOTAutograd and Inductor.
 
-`RowCompiler` splits the backward graph at its cuts (`passes.stages`), compiles the pieces once, with a symbol for the batch, and hands back a
+`RowCompiler` splits the backward graph at its cuts (`partition`), compiles the pieces once, with a symbol for the batch, and hands back a
 `RowBackward` that calls them with as many rows as a step needs. Where that may be all of them it compiles the whole graph, too, for the size at hand.
 """
 
