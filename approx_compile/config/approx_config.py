@@ -1,6 +1,6 @@
-"""What the user asks for: one schema for `options`, `ApproxConfig` and plan files, checked on construction.
+"""`ApproxConfig`: the settings of the backend, checked on construction. `options`, `ApproxConfig` and plan files share one schema.
 
-Rules are merged key by key, later wins; `settings` says what the merged keys ask of a site.
+The rules that match a site are merged key by key, later ones over earlier ones; `resolve` turns the merged keys into what is asked of the site.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from approx_compile.config.schema import AdaptiveTable, ProductTable, nearest
 from approx_compile.config.selectors import LayerPattern, StepSlice, needs_total
 
 FINAL_EXACT = 0.2
-"""The last share of a run of known length in which no output is sampled: training ends on the network that is evaluated."""
+"""Default of `final_exact`: in this last share of a run of known length no output is sampled, so that training ends on the network that is evaluated."""
 
 
 _SAMPLING_KEYS = ("ratio", "sampling", "group", "min_k", "share", "method")
@@ -29,7 +29,7 @@ _SAMPLING_KEYS = ("ratio", "sampling", "group", "min_k", "share", "method")
 
 
 class ConfigError(_torch.UnwrappedBackendError, ValueError):
-    """A wrong key, value, pattern or combination. Says the key, what it got, what is valid and the nearest match."""
+    """A wrong key, value, pattern or combination. The message names the key, what it got, what is valid and the nearest match."""
 
 
 class ApproxConfig(RuleKeys):
@@ -43,7 +43,7 @@ class ApproxConfig(RuleKeys):
     of tables with `layers`, `steps`, `phase`: see `Rule`), `plan` (a plan file, a `TunedPlan` or a table like a plan file: its settings, under the keys given
     beside it; the attribute then holds its record), `total_steps` (the optimizer steps of the whole run), `final_exact` (the last share of them in which
     no output is sampled), `lowering` (the code that runs sampled products: auto | inductor | triton | cuda, the last two on GPUs), `huge_pages` (whether
-    large new buffers on CPUs ask for them: `pages`), `inductor` (Inductor's own options, `mode` included). Frozen, hashable, deep-copyable,
+    large new buffers on CPUs ask for them: `machine.huge_pages`), `inductor` (Inductor's own options, `mode` included). Frozen, hashable, deep-copyable,
     picklable. Raises `ConfigError`.
     """
 
@@ -70,7 +70,17 @@ class ApproxConfig(RuleKeys):
 
     @staticmethod
     def of(config: ApproxConfig | Mapping[str, Any] | None) -> ApproxConfig:
-        """A config from a config, a mapping with the same keys, or None for the defaults."""
+        """Return a config from a config, a mapping with the same keys, or None for the defaults.
+
+        Args:
+            config: The config or mapping.
+
+        Returns:
+            The config itself, or a new one.
+
+        Raises:
+            ConfigError: A key, value or combination is wrong, or the argument is neither a config nor a mapping.
+        """
         if isinstance(config, ApproxConfig):
             return config
         if config is None:
@@ -88,8 +98,10 @@ class ApproxConfig(RuleKeys):
 
     @model_validator(mode="after")
     def _default_policy(self) -> ApproxConfig:
-        """ "adaptive", unless something asks for sampled products: then "cost". What makes something exact, or has no effect by itself, changes no policy, so
-        that asking for more exactness samples no output."""
+        """Set the policy if it is not given: "cost" if a key asks for sampled products, else "adaptive".
+
+        Keys that make something exact, or that have no effect by themselves, do not change the policy, so that asking for more exactness samples no output.
+        """
         if "policy" not in self.model_fields_set:
             said = {"ratio", "sampling"} | ({"method"} if self.method != "exact" else set())
             asked = bool(said & self.model_fields_set) or any(t.samples for t in self.tables.values()) or any(r.samples for r in self.rules)
@@ -98,7 +110,7 @@ class ApproxConfig(RuleKeys):
 
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> ApproxConfig:
-        """Under "adaptive" the forward pass is exact and the number of rows is found: keys that say otherwise would do nothing."""
+        """Refuse keys without effect: under "adaptive" the forward pass is exact and the number of rows is found automatically."""
         idle = "has no effect under policy 'adaptive', which keeps the forward pass exact and finds the number of rows itself; "
         products = "for sampled products set policy 'cost' or 'always' beside it"
         for where, keys, others in (("", self, self.rules), *((f"rules[{i}]: ", r, self._near(r)) for i, r in enumerate(self.rules))):
@@ -113,7 +125,7 @@ class ApproxConfig(RuleKeys):
         return self
 
     def _near(self, rule: Rule) -> list[Rule]:
-        """The rules that hold for what this rule holds for, as far as their layers say so."""
+        """Return the rules that hold for the sites of this rule, as far as their `layers` show."""
         return [r for r in self.rules if r.layers == rule.layers or ("site",) in (r.layers, rule.layers)]
 
     @model_validator(mode="after")
@@ -157,15 +169,16 @@ class ApproxConfig(RuleKeys):
         return hash(self.digest())
 
     def digest(self) -> str:
-        """A hash of everything that decides a rewrite (Inductor's own options are in Inductor's own key)."""
+        """Return a hash of everything that decides a rewrite; Inductor's options are part of Inductor's own key."""
         content = self.model_dump(mode="python", exclude={"inductor", "plan"}) | {"plan": self.plan.fingerprint() if self.plan is not None else None}
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=list).encode()).hexdigest()
 
     def patterns(self) -> tuple[LayerPattern, ...]:
+        """Return the patterns of all rules, each once, in the order of the rules."""
         return tuple({p.text: p for rule in self.rules for p in rule.patterns}.values())
 
     def all_rules(self) -> tuple[Rule, ...]:
-        """The rules, and the final exact phase of a run of known length that samples outputs."""
+        """Return the rules, with one more for the final exact phase of a run of known length that samples outputs."""
         if self.total_steps is None or not self.final_exact or not self._samples_outputs():
             return self.rules
         begin = round((1 - self.final_exact) * self.total_steps)
@@ -175,19 +188,27 @@ class ApproxConfig(RuleKeys):
         return any(interpret(keys, False).output.method != "exact" for keys in self.each_alone())
 
     def each_alone(self) -> list[dict[str, Any]]:
-        """The keys at the top, and these with each rule by itself over them."""
+        """Return the keys at the top, and for each rule these keys with that rule alone merged over them."""
         return [set_keys(self), *(merge_rule(set_keys(self), r) for r in self.rules)]
 
     def at(self, step: int = 0, phase: str | None = None) -> ApproxConfig:
-        """The settings that hold after `step` optimizer steps in a phase: the same, with the rules that hold and without times."""
+        """Return the settings that hold at one moment of a run.
+
+        Args:
+            step: Completed optimizer steps.
+            phase: The phase that is set, or None.
+
+        Returns:
+            The config with only the rules that hold then, without their `steps` and `phase`.
+        """
         held = [r for r in self.all_rules() if r.when(self.total_steps).holds(step, phase)]
         whole = [i for i, r in enumerate(held) if r.layers == ("site",) and r.method == "exact" and all(later.only_exact for later in held[i:])]
-        held = held[whole[-1] if whole else 0 :]  # what such a rule overrules makes no other assignment
+        held = held[whole[-1] if whole else 0 :]  # rules that it overrules must not make another assignment
         bare = tuple(r.model_copy(update={"steps": None, "phase": None}) for r in held)
         return self.model_copy(update={"rules": bare, "total_steps": None, "final_exact": FINAL_EXACT})
 
     def rungs(self) -> tuple[tuple[float, ApproxConfig], ...]:
-        """The ratios of outputs to choose from, from the smallest to 1, and the settings with each; one if there is nothing to choose."""
+        """Return the ratios of outputs to choose from, from the smallest to 1, with the settings for each; only (1, self) if there is nothing to choose."""
         places = [(), *(r.layers for r in self.rules)]
         if not any(
             chooses_output_ratio(keys) and not self._exact_later(i, layers) for i, (keys, layers) in enumerate(zip(self.each_alone(), places, strict=True))
@@ -196,12 +217,12 @@ class ApproxConfig(RuleKeys):
         return tuple((r, self._with_outputs(r)) for r in self.adaptive.outputs)
 
     def _exact_later(self, place: int, layers: tuple[str, ...]) -> bool:
-        """Whether a rule from `place` on makes the outputs of these layers (empty: all), or of every site, exact."""
+        """Whether a rule from index `place` on makes the outputs of these layers (empty: of all layers), or of every site, exact."""
         later = (r for r in self.rules[place:] if r.layers == ("site",) or r.layers == layers)
         return any(r.method == "exact" or (r.output is not None and r.output.method == "exact") for r in later)
 
     def _with_outputs(self, ratio: float) -> ApproxConfig:
-        """The same with a ratio at every output that has none."""
+        """Return the settings with this ratio at every output that has none."""
 
         def filled(keys: Any) -> dict[str, Any]:
             output = keys.output
@@ -214,8 +235,10 @@ class ApproxConfig(RuleKeys):
         return any(row_settings(keys) is not None for keys in self.each_alone())
 
     def asks_for_products(self) -> bool:
-        """Whether a product may be sampled along its own axis: by the settings at the top, or by these and one rule (where rules combine, one of them or
-        the top names the method)."""
+        """Whether a product may be sampled along its own axis, by the settings at the top or by these and one rule.
+
+        Combinations of rules need no check, because one of them or the top names the method.
+        """
         asked = [p for s in (interpret(keys, False) for keys in self.each_alone()) for p in (s.output, s.grad_input, s.grad_weight)]
         return any(p.method != "exact" and not p.replaces for p in asked)
 
@@ -224,15 +247,29 @@ class ApproxConfig(RuleKeys):
         return "measure" in [self.policy, *(rule.policy for rule in self.rules)]
 
     def least_rows(self) -> int:
-        """The smallest `min_k` that row sampling may meet."""
+        """Return the smallest `min_k` of row sampling, at the top or in a rule."""
         return min(r.grad.min_k if r.grad is not None and r.grad.min_k is not None else LEAST_ROWS for r in (self, *self.rules))
 
     def settings(self, matches: Sequence[bool]) -> SiteSettings:
-        """The settings of a site, given which of `rules` match it."""
+        """Return what is asked of a site.
+
+        Args:
+            matches: For each of `rules`, whether it matches the site.
+
+        Returns:
+            The settings of the site's products and rows.
+        """
         return interpret(self.merged(matches), any(hit and rule.names for rule, hit in zip(self.rules, matches, strict=True)))
 
     def merged(self, matches: Sequence[bool]) -> dict[str, Any]:
-        """The keys that hold for a site, given which of `rules` match it."""
+        """Return the keys that hold for a site.
+
+        Args:
+            matches: For each of `rules`, whether it matches the site.
+
+        Returns:
+            The keys at the top with those of the matching rules merged over them, in order.
+        """
         keys = set_keys(self)
         for rule, hit in zip(self.rules, matches, strict=True):
             keys = merge_rule(keys, rule) if hit else keys
@@ -240,8 +277,8 @@ class ApproxConfig(RuleKeys):
 
 
 def _with_plan(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys with a plan's under them, and of the plan the record alone."""
-    own = {k: v for k, v in data.items() if k != "plan"}
+    """Return the given keys merged over those of the plan they name; under `plan` only the plan's record is left."""
+    beside = {k: v for k, v in data.items() if k != "plan"}
     given = data.get("plan")
     if given is None or isinstance(given, Tuned):
         return dict(data)
@@ -249,16 +286,16 @@ def _with_plan(data: Mapping[str, Any]) -> dict[str, Any]:
         plan, where = TunedPlan.given(given)
     except ValueError as e:
         raise ConfigError(str(e)) from None
-    products = {"policy": "cost"}  # what a plan without a policy means: it says what to sample
+    products = {"policy": "cost"}  # the policy of a plan that names none, because a plan says what to sample
     try:
-        ApproxConfig(**products | dict(plan.options))  # what is wrong with the file is the file's fault, not that of the keys beside it
+        ApproxConfig(**products | dict(plan.options))  # so that an error in the file is not reported as one in the keys beside it
     except ConfigError as e:
         raise ConfigError(f"{where}: {e}") from None
-    return products | plan.overridden(own) | {"plan": plan.tuned}
+    return products | plan.overridden(beside) | {"plan": plan.tuned}
 
 
 def _message(error: pydantic.ValidationError) -> str:
-    """pydantic's report as one line per problem: `rules[1].ratio: got 3; ...`."""
+    """Return the problems that pydantic reports, joined into one line: `rules[1].ratio: got 3; ...`."""
     lines = []
     for item in error.errors(include_url=False, include_context=False):
         where = ""

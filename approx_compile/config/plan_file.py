@@ -1,7 +1,7 @@
-"""Tuned plans and their files: the keys of `options` as TOML that a person edits, and a table `tuned` that says what they were made for.
+"""Read, merge and write tuned plans: the keys of `options` as TOML that a person may edit, and a table `tuned` that says what they were made for.
 
-A plan is settings and a record. The settings are checked by `config.ApproxConfig` like any others; the record names every site of the model it was
-made for, so that a plan for another model is refused (`passes.fit`) and not silently without effect.
+A plan consists of settings and a record. `ApproxConfig` checks the settings like any others. The record names every site of the model that the plan was
+made for, so that a plan for another model is refused (`passes.planning.plan_validation`) instead of having no effect silently.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from rich.table import Table
 from tomlkit.exceptions import TOMLKitError
 
 NOT_MEASURED = "not measured"
-"""How the reason of a site begins that is exact for want of a measurement."""
+"""Begin of the reason of a site that is exact because it was not measured."""
 
 RECORD = "tuned"
-"""The table of a plan file that is no setting."""
+"""The key of the table in a plan file that holds the record and no settings."""
 
 
 class TunedSite(BaseModel):
     """One site of the model that was tuned. `ratio`: the share kept, 1 for an exact site; `saved`: predicted share of the exact step's time; `error`: relative
-    error of the whole gradient with this site alone approximated, |g - g_exact| / |g_exact|; `reason`: why an exact site is exact."""
+    error of the whole gradient with this site alone approximated, |g - g_exact| / |g_exact|; `reason`: why an exact site is exact.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -1,5 +1,6 @@
-"""What the keys that hold for a site ask of its products and of the backward pass: one request per product. Whether the site can honour it is
-`passes.plan`'s business.
+"""Resolve the keys that hold for a site into settings: one request for each of its products, and one for the rows of the backward pass.
+
+Whether a site can honour the request is decided in `passes.planning`.
 """
 
 from __future__ import annotations
@@ -12,13 +13,25 @@ from approx_compile.config.rules import RuleKeys
 from approx_compile.config.schema import PRODUCTS, REPLACEMENTS, GradTable, ProductTable
 
 LEAST_ROWS = 2
-"""`min_k` of row sampling, if its table has none. (Compiled code takes one row for another case than many.)"""
+"""`min_k` of row sampling if its table has none. (Compiled code treats a single row as another case than several.)"""
 
 
 @dataclass(frozen=True)
 class ProductSettings:
-    """What is asked of one product of one site. `method` "coupled" = through the entries that the output kept; `whole`: k is rounded up to its
-    multiples; `lowering`: which code runs it. `j`, `scale`, `tile`, `std`: of a replacement."""
+    """What is asked of one product of one site.
+
+    Attributes:
+        method: An estimator, "exact", a replacement, or "coupled": through the entries that the output kept.
+        ratio: The share of the axis that is kept.
+        min_k: Axes that would keep fewer entries are exact.
+        group: Contiguous entries that are kept or dropped together.
+        whole: k is rounded up to a multiple of this.
+        lowering: The code that runs the product.
+        j: Of a replacement "max": the entries that count.
+        scale: Of a replacement "max": the factor of its result.
+        std: Of a replacement "random": the standard deviation.
+        tile: Of a replacement "max": the side of the tiles with an entry each.
+    """
 
     method: str
     ratio: float
@@ -33,12 +46,20 @@ class ProductSettings:
 
     @property
     def replaces(self) -> bool:
+        """Whether the product is replaced and not sampled."""
         return any(self.method in methods for methods in REPLACEMENTS.values())
 
 
 @dataclass(frozen=True)
 class RowSettings:
-    """What is asked of the backward pass from a site down: which rows go on. `ratio` None: as many as the measured variance asks for."""
+    """What is asked of the backward pass from a site down: which rows of the batch it keeps.
+
+    Attributes:
+        method: The method that chooses rows, one of `ROW_METHODS`.
+        ratio: The share of the rows that is kept; None for as many as the measured variance asks for.
+        min_k: The smallest number of rows.
+        approximate_batch_norm: Whether batch norm may be differentiated from the kept rows alone.
+    """
 
     method: str
     ratio: float | None
@@ -48,8 +69,17 @@ class RowSettings:
 
 @dataclass(frozen=True)
 class SiteSettings:
-    """What is asked of one site. `named` = a rule matched it (which lifts the default policy's modesty); `share`: whether its output is sampled
-    at the entries that other sites keep of the same activation (None: where that is predicted to pay)."""
+    """What is asked of one site.
+
+    Attributes:
+        output: The request for the output.
+        grad_input: The request for the gradient of the input.
+        grad_weight: The request for the gradient of the weight.
+        policy: The policy that decides whether requests are followed.
+        named: Whether a rule that is about sampling matched the site, which lifts the exclusions of the default policy.
+        rows: The request for rows of the batch; None for all rows.
+        share: Whether the output is sampled at the entries that other sites keep of the same activation; None where that is predicted to pay.
+    """
 
     output: ProductSettings
     grad_input: ProductSettings
@@ -60,18 +90,29 @@ class SiteSettings:
     share: bool | None = None
 
     def of(self, product: str) -> ProductSettings:
-        """By a product's name (a second grad_input is asked for what the first is)."""
+        """Return the request for a product by its name; a second grad_input has the request of the first."""
         return {"output": self.output, "grad_weight": self.grad_weight}.get(product, self.grad_input)
 
 
 def set_keys(rules: RuleKeys) -> dict[str, Any]:
+    """Return the keys that are set in a rule, or at the top of a config."""
     names = RuleKeys.model_fields
     return {k: getattr(rules, k) for k in names if getattr(rules, k) is not None}
 
 
 def merge_rule(keys: Mapping[str, Any], rule: RuleKeys) -> dict[str, Any]:
-    """The keys with a rule's over them. `method: exact` takes back what tables ask for, not what they leave exact; rows that are made exact stay a matter of
-    rows, so that the forward pass remains exact."""
+    """Return keys with those of a rule merged over them.
+
+    `method: exact` drops tables that ask for something, and keeps tables that leave something exact. Where rows are made exact, the table still says
+    `axis: rows`, so that the forward pass remains exact.
+
+    Args:
+        keys: The merged keys so far.
+        rule: The rule.
+
+    Returns:
+        The merged keys.
+    """
     below, above = dict(keys), set_keys(rule)
     if above.get("method") == "exact":
         for key in (*PRODUCTS, "grad"):
@@ -83,7 +124,15 @@ def merge_rule(keys: Mapping[str, Any], rule: RuleKeys) -> dict[str, Any]:
 
 
 def interpret(keys: dict[str, Any], named: bool) -> SiteSettings:
-    """Merged keys -> one request per product: a product's key beats `grad`, which beats `sampling`."""
+    """Return what merged keys ask of a site; the key of a product beats `grad`, which beats `sampling`.
+
+    Args:
+        keys: The merged keys.
+        named: Whether a rule that is about sampling matched the site.
+
+    Returns:
+        One request for each product, and one for the rows.
+    """
     base = ProductSettings(keys["method"], keys["ratio"], keys["min_k"], keys["group"], lowering=keys["lowering"])
     exact = replace(base, method="exact")
     on_rows = _on_rows(keys)
@@ -92,7 +141,7 @@ def interpret(keys: dict[str, Any], named: bool) -> SiteSettings:
         "backward": (exact, base),
         "blackbox": (base, exact),
     }
-    # rows, all of them too, are those of the backward pass of an exact forward pass, unless an output is set by itself
+    # Row sampling, even of all rows, means an exact forward pass, unless an output is set by itself.
     output, grad = (exact, exact) if base.method == "exact" or on_rows or keys["policy"] == "adaptive" else by_sampling[keys["sampling"]]
 
     def with_table(start: ProductSettings, *tables: ProductTable | None) -> ProductSettings:
@@ -100,16 +149,16 @@ def interpret(keys: dict[str, Any], named: bool) -> SiteSettings:
         for table in tables:
             if table is not None:
                 given |= {k: v for k, v in table.model_dump(exclude={"axis", "batch_norm"}).items() if v is not None}
-        if not given or (start.method == "exact" and not given.keys() & {"method", "ratio"}):  # how to sample, where nothing is sampled
+        if not given or (start.method == "exact" and not given.keys() & {"method", "ratio"}):  # other keys do not make an exact product sampled
             return start
         return replace(base, **given)
 
     both = keys.get("grad") if not on_rows else None
     output = with_table(output, keys.get("output"))
-    if keys["policy"] == "adaptive" and output.method != "exact":  # a rule allows it: then as everywhere else
+    if keys["policy"] == "adaptive" and output.method != "exact":  # a rule allows a sampled output: then its gradients follow `sampling`
         grad = by_sampling[keys["sampling"]][1]
     grads = [with_table(grad, both, keys.get(name)) for name in ("grad_input", "grad_weight")]
-    if output.method == "exact":  # nothing to couple to
+    if output.method == "exact":  # there is no selection to couple to
         grads = [replace(g, method="exact") if g.method == "coupled" else g for g in grads]
     return SiteSettings(output, grads[0], grads[1], keys["policy"], named, row_settings(keys), keys.get("share"))
 
@@ -119,6 +168,7 @@ def _on_rows(keys: Mapping[str, Any]) -> bool:
 
 
 def row_settings(keys: dict[str, Any]) -> RowSettings | None:
+    """Return what merged keys ask of the rows of the backward pass, None for all rows."""
     table: GradTable | None = keys.get("grad")
     adaptive = keys["policy"] == "adaptive"
     if keys["method"] == "exact" or not (table.axis == "rows" if table is not None else adaptive):
@@ -132,11 +182,11 @@ def row_settings(keys: dict[str, Any]) -> RowSettings | None:
 
 
 def chooses_output_ratio(keys: Mapping[str, Any]) -> bool:
-    """Whether a site's output is to be sampled at a ratio that nobody says."""
+    """Whether a site's output is sampled at a ratio that the "adaptive" policy chooses because no key gives one."""
     output = keys.get("output")
     return keys["policy"] == "adaptive" and output is not None and output.samples and output.ratio is None
 
 
 def samples_products(keys: Mapping[str, Any]) -> bool:
-    """Whether products are sampled where these keys hold, so that keys that say how have an effect."""
+    """Whether products are sampled where these keys hold, so that keys that say how to sample have an effect."""
     return keys["policy"] != "adaptive" or any(keys[k].samples for k in (*PRODUCTS, "grad") if k in keys)

@@ -107,7 +107,7 @@ class Rule(RuleKeys):
     def _check_steps(cls, value: Any) -> Any:
         if not isinstance(value, str):
             raise ValueError(f"got {value!r}; a slice over optimizer steps as a string is expected: '::2', '3::4', ':8000', '80%:'")
-        StepSlice.parse(value, 1_000_000)  # the syntax; what is a share is checked where total_steps is known
+        StepSlice.parse(value, 1_000_000)  # checks the syntax; shares are checked where total_steps is known
         return value
 
     @field_validator("phase", mode="before")
@@ -125,25 +125,27 @@ class Rule(RuleKeys):
 
     @property
     def timed(self) -> bool:
+        """Whether the rule holds at some steps or phases only."""
         return self.steps is not None or self.phase is not None
 
     def when(self, total: int | None) -> ActivePeriod:
+        """Return the steps and phases at which the rule holds, in a run of `total` optimizer steps (None if unknown)."""
         return ActivePeriod(StepSlice.parse(self.steps, total) if self.steps is not None else None, self.phase)
 
     @property
     def samples(self) -> bool:
-        """Whether it asks for sampled products; not for exact or replaced ones, nor for rows of the batch."""
-        own = self.method != "exact" and self.ratio != 1 and any(v is not None for v in (self.method, self.ratio, self.sampling))
-        return own or any(t.samples for t in self.tables.values())
+        """Whether the rule asks for sampled products; exact or replaced products and rows of the batch do not count."""
+        itself = self.method != "exact" and self.ratio != 1 and any(v is not None for v in (self.method, self.ratio, self.sampling))
+        return itself or any(t.samples for t in self.tables.values())
 
     @property
     def only_exact(self) -> bool:
-        """Whether all it says is that something is to be exact."""
+        """Whether the rule only makes something exact."""
         return self._only_tables and all(t.method == "exact" for t in self.tables.values())
 
     @property
     def names(self) -> bool:
-        """Whether it is about sampling the sites that it matches: it does not only make some of their products exact, or put others in their place."""
+        """Whether the rule is about sampling its sites, and does not only make some of their products exact or replace them."""
         return not (self._only_tables and all(t.method == "exact" or t.replaces for t in self.tables.values()))
 
     @property

@@ -1,5 +1,6 @@
-"""The tables of keys that a config is made of, checked on construction: of a product, of gradients, of a rule. What they say together, of one site, is
-`settings`' business.
+"""The words that settings may use, and the tables of keys for products, gradients and the adaptive policy, checked on construction.
+
+`resolve` says what the tables ask of a site together.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 ESTIMATORS = ("topk", "topk_weights", "crs", "bernoulli", "uniform", "wta")
 METHODS = (*ESTIMATORS, "exact")
 REPLACEMENTS = {"grad_input": ("max",), "grad_weight": ("zero", "random", "max")}
-"""What may stand in the place of a gradient product, where it is not sampled but made up (`kernels.replacements`)."""
+"""Methods that replace a gradient product by another value, without sampling it (`kernels.gradient_replacements`)."""
 SAMPLINGS = ("forward", "backward", "blackbox")
 POLICIES = ("cost", "always", "adaptive", "measure")
 ROW_METHODS = ("bernoulli", "topk", "uniform", "wta")
@@ -25,20 +26,35 @@ LADDER = (0.0625, 0.09, 0.125, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0)
 """Shares of the batch, a factor of about the square root of 2 apart."""
 
 OUTPUT_LADDER = (0.25, 0.35, 0.5, 0.7, 1.0)
-"""Ratios of outputs under "adaptive": few, for each is a compilation."""
+"""Ratios of outputs under "adaptive". There are few, because each of them is compiled."""
 
-# Named in the design and the papers, not in this version: refused by name, so that nobody waits for an effect.
+# Methods of the design and the papers that this version lacks. They are refused by name, so that nobody expects an effect.
 _NOT_BUILT: dict[str, tuple[str, ...]] = {
     "method": ("dropout", "adaptive_dropout", "alsh"),
 }
 
 
 def nearest(word: str, valid: Sequence[str]) -> str:
+    """Return a hint for an error message that names the valid word most similar to `word`; empty if none is similar."""
     match = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
     return f" Did you mean {match[0]!r}?" if match else ""
 
 
 def choice(key: str, value: Any, valid: Sequence[str], kind: str) -> str:
+    """Return the value if it is one of the valid words.
+
+    Args:
+        key: The key that has the value.
+        value: The value.
+        valid: The valid words.
+        kind: What the words are, which selects the words that are known but not built yet.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: The value is not valid; the message lists what is.
+    """
     if value in valid and isinstance(value, str):
         return value
     if isinstance(value, str) and value in _NOT_BUILT.get(kind, ()):
@@ -121,16 +137,17 @@ class ProductTable(SamplingKeys):
 
     @property
     def samples(self) -> bool:
-        """Whether it asks for the product to be sampled: by a method or a ratio. `min_k` and `group` only say how, if it is."""
+        """Whether a method or a ratio asks for the product to be sampled; `min_k` and `group` only say how."""
         return self.ratio != 1 and (self.method in ESTIMATORS or (self.method is None and self.ratio is not None))
 
     @property
     def replaces(self) -> bool:
+        """Whether the method replaces the product."""
         return any(self.method in methods for methods in REPLACEMENTS.values())
 
     @property
     def only_how(self) -> str | None:
-        """The key that says how to sample, where none says that the product is to be sampled."""
+        """A key that says how to sample although none asks for the product to be sampled; None if there is no such key."""
         if self.method is not None or self.ratio is not None:
             return None
         return next((k for k in ("min_k", "group") if getattr(self, k) is not None), None)
@@ -186,7 +203,8 @@ class WeightTable(InputTable):
     """Settings of `grad_weight`. Method "zero": zeros; "random": normal numbers with mean 0 and standard deviation `std` (1 / batch); "max": for a
     convolution, of every sample's output channel only the `j` (1) entries of largest magnitude, which carry the channel's whole sum, for a linear
     layer those of every row, times `scale` (1); with `tile`, of a convolution's output channels every tile of so many places by side has its own
-    largest entry, which carries the tile's sum ("auto": of 4 places, or of so many more that a channel has 16 tiles; 0.5: of half the longest side)."""
+    largest entry, which carries the tile's sum ("auto": of 4 places, or of so many more that a channel has 16 tiles; 0.5: of half the longest side).
+    """
 
     methods = (*METHODS, *REPLACEMENTS["grad_weight"])
 
@@ -204,7 +222,8 @@ class WeightTable(InputTable):
 
 class GradTable(InputTable):
     """Settings of both gradients. `axis`: "contraction" (each product along its own axis) or "rows": the backward pass runs on some samples of the
-    batch, chosen by the norm of their gradient; `method` is then one of `ROW_METHODS`. `batch_norm`: "exact" or "approximate"."""
+    batch, chosen by the norm of their gradient; `method` is then one of `ROW_METHODS`. `batch_norm`: "exact" or "approximate".
+    """
 
     axis: str | None = None
     batch_norm: str | None = None
@@ -221,10 +240,12 @@ class GradTable(InputTable):
 
     @property
     def samples(self) -> bool:
+        """Whether the table asks for sampled products, not for rows of the batch."""
         return self.axis != "rows" and super().samples
 
     @property
     def only_how(self) -> str | None:
+        """As for other products; None with axis "rows", which is sampled without further keys."""
         return None if self.axis == "rows" else super().only_how
 
     @model_validator(mode="after")

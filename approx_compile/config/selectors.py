@@ -1,4 +1,4 @@
-"""Where and when a rule holds: patterns over layers, slices over optimizer steps, names of phases."""
+"""Parse and match what says where and when a rule holds: patterns over layers, slices over optimizer steps, names of phases."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ KINDS = ("conv", "linear", "matmul", "site")
 
 @dataclass(frozen=True)
 class LayerPattern:
-    """One parsed entry of `layers`."""
+    """One parsed entry of `layers`.
+
+    Attributes:
+        text: The entry as written.
+        kind: The kind of sites that it matches, one of `KINDS`; None if it matches names.
+        index: Which sites of the kind match, in execution order; None for all.
+        regex: The expression that a name must match; None for a kind or a glob.
+    """
 
     text: str
     kind: str | None = None
@@ -22,6 +29,17 @@ class LayerPattern:
     @staticmethod
     @functools.lru_cache(maxsize=4096)
     def parse(text: str) -> LayerPattern:
+        """Parse an entry of `layers`. Results are cached.
+
+        Args:
+            text: The entry.
+
+        Returns:
+            The pattern.
+
+        Raises:
+            ValueError: The entry is empty, or is no valid regular expression, slice or glob.
+        """
         if not text.strip():
             raise ValueError("layers: an empty pattern; write 'site' for every site")
         if text.startswith("re:"):
@@ -40,16 +58,17 @@ class LayerPattern:
 
     @property
     def is_name(self) -> bool:
-        """Whether it is matched against module names (and not against kinds)."""
+        """Whether the pattern is matched against names of modules and not against kinds."""
         return self.kind is None
 
     def matches_name(self, *names: str) -> bool:
+        """Whether the expression or glob matches one of the names."""
         if self.regex is not None:
             return any(self.regex.fullmatch(n) for n in names)
         return any(fnmatchcase(n, self.text) for n in names)
 
     def matches_position(self, position: int, count: int) -> bool:
-        """Whether `index` holds the site at `position` among `count` of its kind."""
+        """Whether `index` selects the site at `position` among `count` sites of its kind."""
         if self.index is None:
             return True
         if isinstance(self.index, int):
@@ -77,7 +96,14 @@ def _parse_slice(text: str, brackets: str) -> slice | int:
 
 @dataclass(frozen=True)
 class StepSlice:
-    """A slice over completed optimizer steps, from 0. Ends may be shares of `total_steps`: "80%:" is the last fifth of a run."""
+    """A slice over completed optimizer steps, from 0. Ends may be shares of `total_steps`: "80%:" is the last fifth of a run.
+
+    Attributes:
+        text: The slice as written.
+        start: The first step.
+        stop: The step after the last; None if the slice has no end.
+        stride: Steps from one selected step to the next.
+    """
 
     text: str
     start: int = 0
@@ -86,7 +112,18 @@ class StepSlice:
 
     @staticmethod
     def parse(text: str, total: int | None = None) -> StepSlice:
-        """Raises ValueError; with shares in `text` and no `total` too, unless there is no need to know yet (see `needs_total`)."""
+        """Parse a slice over steps.
+
+        Args:
+            text: The slice, such as "::2", ":8000" or "80%:".
+            total: The optimizer steps of the whole run, which shares refer to (see `needs_total`).
+
+        Returns:
+            The slice.
+
+        Raises:
+            ValueError: The text is no slice, selects no step, or has shares while `total` is None.
+        """
         found = _STEPS.fullmatch(text.replace(" ", ""))
         if found is None or not text.strip():
             raise ValueError(f"steps: got {text!r}; a slice over optimizer steps is expected: '::2', '3::4', ':8000', or shares of total_steps: '80%:'")
@@ -99,17 +136,19 @@ class StepSlice:
         return StepSlice(text, start or 0, stop, stride)
 
     def hold(self, step: int) -> bool:
+        """Whether the slice selects a step."""
         return step >= self.start and (self.stop is None or step < self.stop) and (step - self.start) % self.stride == 0
 
 
 @dataclass(frozen=True)
 class ActivePeriod:
-    """The steps and the phases at which a rule holds; None: all."""
+    """The steps and the phases at which a rule holds; None means all."""
 
     steps: StepSlice | None
     phases: tuple[str, ...] | None
 
     def holds(self, step: int, phase: str | None) -> bool:
+        """Whether the rule holds after `step` completed optimizer steps in a phase."""
         return (self.steps is None or self.steps.hold(step)) and (self.phases is None or phase in self.phases)
 
 
@@ -117,6 +156,7 @@ _STEPS = re.compile(r"(\d+(?:\.\d+)?%|\d+)?:(\d+(?:\.\d+)?%|\d+)?(?::(\d+)?)?")
 
 
 def needs_total(text: str) -> bool:
+    """Whether a slice over steps has ends that are shares of the whole run."""
     return "%" in text
 
 
