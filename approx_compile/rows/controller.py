@@ -64,9 +64,11 @@ class Checkpointed:
     """State of a run, attached to a model, that its checkpoint must contain."""
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the state as numbers, strings and lists."""
         raise NotImplementedError
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a state that `state_dict` returned."""
         raise NotImplementedError
 
 
@@ -103,10 +105,12 @@ class Draws(Checkpointed):
                 self.count = 0
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the state as numbers, strings and lists."""
         self._restart_if_reseeded()
         return {"draws": self.count}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a state that `state_dict` returned."""
         self.count = int(state["draws"])
         self._seeding = _torch.seeding_marker()
 
@@ -124,6 +128,7 @@ class Control(Checkpointed):
 
     @property
     def ratio(self) -> float:
+        """The ratio that holds now."""
         return self.changes[-1][1]
 
     @property
@@ -153,10 +158,12 @@ class Control(Checkpointed):
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the state as numbers, strings and lists."""
         self._apply_pending()
         return {"step": self.step, "measured": self.measured, "changes": [list(c) for c in self.changes]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a state that `state_dict` returned."""
         self.step, self.measured = int(state["step"]), float(state["measured"])
         self.changes = deque([(int(s), float(r)) for s, r in state["changes"]], maxlen=HISTORY)
         self._late = DeferredScalar()
@@ -196,6 +203,7 @@ class OutputControl(Control):
         return self.step % self.settings.every == 1 % self.settings.every
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a state that `state_dict` returned."""
         super().load_state_dict(state)
         if self.ratio not in self.settings.outputs:  # another ladder: the next rung up
             self.changes.append((self.step, next((r for r in self.settings.outputs if r > self.ratio), 1.0)))
@@ -231,7 +239,8 @@ K = TypeVar("K", bound=Checkpointed)
 
 def control_for(owner: Owner, settings: AdaptiveTable, key: str, kind: type[C]) -> C:
     """The control of a cut, or of a graph's outputs: that of an earlier compilation of the same graph if there is one, or a new one, with loaded state if
-    some waits."""
+    some waits.
+    """
     found = _known.setdefault(owner, {}).get(key)
     if isinstance(found, kind) and found.settings == settings:
         return found

@@ -68,7 +68,8 @@ class RowBackward:
         donated: Iterable[str] = (),
     ) -> None:
         """`dense`: the saved tensors that stages on rows were compiled to get with other strides than they have; `donated`: those that compiled code may
-        write to. Where the user keeps the graph it gets copies of them: what the forward pass saved may be needed once more."""
+        write to. Where the user keeps the graph it gets copies of them: what the forward pass saved may be needed once more.
+        """
         self.found = found
         self.calls = tuple(calls)
         self.levels = tuple(levels)
@@ -173,7 +174,8 @@ class RowBackward:
         draws: Draws | None = None,
     ) -> list[Any]:
         """One backward pass with `counts` rows at each level; `followed`: the first level's rows, if they are given; `spared`: what nobody may write to;
-        `draws`: where the random numbers come from that choose rows."""
+        `draws`: where the random numbers come from that choose rows.
+        """
         size = symbols[self.found.batch]
         plan = self._plan(symbols, counts)
         kept: list[RowSelection | None] = [] if followed is None else [followed]

@@ -39,7 +39,8 @@ class Declined(Exception):
 
 class RowCompiler:
     """An `inner_compile` for one call of `compile_fx`. `symbols`: those that may be the batch's size, the likeliest first; `own`: they are there because this
-    package asked for them; `root`, `key`: the module and the graph of it that adaptive state belongs to."""
+    package asked for them; `root`, `key`: the module and the graph of it that adaptive state belongs to.
+    """
 
     def __init__(
         self,
@@ -92,7 +93,8 @@ class RowCompiler:
 
     def _why_not(self, found: CoverageEstimate, graph: fx.Graph) -> str | None:
         """Why it is not worth it, if so. By the machine's profile, where one is stored: what it says decides only whether rows are sampled at all, never
-        what is compiled for them, so that no cache's key has to name it."""
+        what is compiled for them, so that no cache's key has to name it.
+        """
         reason = found.rejection_reason(self._least_share)
         if reason is not None or self.config.policy == "always":
             return reason
@@ -166,7 +168,8 @@ class RowCompiler:
         self, found: Partition, gm: fx.GraphModule, given: Mapping[str, Any], dense: Mapping[str, Tensor], kwargs: dict[str, Any]
     ) -> tuple[list[Any], Partition]:
         """The stages compiled, and what that has settled about them. `given`: the inputs, which may have other strides than the graph says; `dense`:
-        those that stages on rows get as tensors of their own."""
+        those that stages on rows get as tensors of their own.
+        """
         donated = _torch.donated_placeholders(gm)
         uses: dict[str, int] = {}
         for stage in found.stages:

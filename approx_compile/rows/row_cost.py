@@ -147,7 +147,8 @@ def rejection_reason(work: RowWork, levels: Sequence[RowSettings], machine: Mach
 
 def too_little_work(flops: int, device: str, machine: Machine | None = None) -> str | None:
     """Why so few FLOPs on rows are not worth it, if that is certain without a look at what is gathered: with a profile, if they are a quarter of what
-    decides where there is none."""
+    decides where there is none.
+    """
     least = LEAST_FLOPS.get(device, LEAST_FLOPS["cuda"]) * (1 if machine is None else 0.25)
     if ANY_SIZE or flops >= least:
         return None

@@ -19,7 +19,8 @@ from approx_compile import _torch
 
 def specialize_sizes(gm: fx.GraphModule, example_inputs: Sequence[Any], sizes: Mapping[sympy.Symbol, int]) -> tuple[fx.GraphModule, list[Any]] | None:
     """A copy of the graph, and inputs like these to compile it with. It takes what the original takes, symbolic sizes included, but they are not read.
-    None where something is left symbolic: a symbol that `sizes` does not have, or a graph inside the graph."""
+    None where something is left symbolic: a symbol that `sizes` does not have, or a graph inside the graph.
+    """
     if any(n.op == "get_attr" and isinstance(getattr(gm, str(n.target), None), fx.GraphModule) for n in gm.graph.nodes):
         return None
     inputs = [_number(v, sizes) if isinstance(v, _torch.SYMBOLIC) else _fixed(v, sizes) if isinstance(v, Tensor) else v for v in example_inputs]

@@ -24,7 +24,8 @@ def gather_scatter(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
 
 class _Indices(NamedTuple):
     """The index tensors of x[.., i, j, ..]: `tensors` with the dim that each indexes; `first`: the first such dim; `width`: the rank of all, broadcast
-    together; `adjacent`: whether they index adjacent dims, in whose place the indices' own dims then are. Else these come first in the result."""
+    together; `adjacent`: whether they index adjacent dims, in whose place the indices' own dims then are. Else these come first in the result.
+    """
 
     tensors: Sequence[tuple[int, fx.Node]]
     first: int

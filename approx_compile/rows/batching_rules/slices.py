@@ -42,7 +42,7 @@ def slice_(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
 
 
 def slice_scatter(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
-    """Apply to slice_scatter(target, source): a copy of the target with a slice of it replaced by the source."""
+    """Apply to slice_scatter with a target and a source: a copy of the target with a slice of it replaced by the source."""
     target, source = state.layout_of(n.args[0]), state.layout_of(n.args[1])
     dim = (int(n.args[2]) if len(n.args) > 2 else 0) % value.dim()  # type: ignore[arg-type]
     if source is None or source.uniform or dim != source.dim:
@@ -56,7 +56,7 @@ def slice_scatter(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
 
 
 def select_scatter(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
-    """Apply to select_scatter(target, source): a copy of the target with one index of a dim replaced by the source."""
+    """Apply to select_scatter with a target and a source: a copy of the target with one index of a dim replaced by the source."""
     source = state.layout_of(n.args[1])
     if source is not None:  # the source lacks the dim that is written to
         source = source.at_dim(source.dim + (int(n.args[2]) % _torch.value(n.args[0]).dim() <= source.dim))  # type: ignore[arg-type]
