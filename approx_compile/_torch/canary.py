@@ -46,7 +46,7 @@ _AOT = "torch._functorch._aot_autograd"
 _BUILDER = "torch._dynamo.variables.builder"
 _INDUCTOR = "torch._inductor"
 _SYMBOLS = "torch.fx.experimental.symbolic_shapes"
-_ERRORS = "a layer's name, mode and parameters"
+_LAYERS = "a layer's name, mode and parameters"
 _GUARDS = "guards on a layer's mode and attributes"
 _RETRACE = "no symbol is asked for the batch's size, so rows of models that were traced without one are not sampled"
 _NO_SEEDING = "the same seed given twice is not noticed: sampled rows then go on from the first one's"
@@ -57,8 +57,8 @@ _CODE = "additions to the code that Inductor writes"
 NAMES: tuple[PrivateName, ...] = (
     # Dynamo
     PrivateName("torch._dynamo.symbolic_convert.InstructionTranslator.current_tx", "the frame being compiled"),
-    PrivateName("torch._dynamo.symbolic_convert.InstructionTranslator:f_locals", _ERRORS),
-    PrivateName("torch._dynamo.symbolic_convert.InstructionTranslator:f_globals", _ERRORS),
+    PrivateName("torch._dynamo.symbolic_convert.InstructionTranslator:f_locals", _LAYERS),
+    PrivateName("torch._dynamo.symbolic_convert.InstructionTranslator:f_globals", _LAYERS),
     PrivateName("torch._dynamo.symbolic_convert.InstructionTranslator:f_code", "the code object of the frame being compiled"),
     PrivateName("torch._dynamo.symbolic_convert.InstructionTranslator:speculation_log", "tracing a frame again after a failure"),
     PrivateName("torch._dynamo.output_graph.OutputGraph:root_tx", "the frame being compiled"),
