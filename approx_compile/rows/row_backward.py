@@ -1,7 +1,8 @@
-"""Run a backward pass on selected rows of the batch: its code is compiled once, with a symbol for the batch, and called with fewer rows.
+"""Run a backward pass on selected rows of the batch.
 
-`RowBackward` runs the compiled stages of a backward graph: it selects rows by the norms of their gradients, gathers what the stages read of them, and puts
-input gradients back in place. `GraphControls` finds the adaptive state of whatever model it is called for.
+The backward pass is compiled once, with a symbol for the batch's size, and called with fewer rows. `RowBackward` runs its compiled stages: it selects rows
+by the norms of their gradients, gathers what the stages read of them, and puts the input gradients back among all rows. `GraphControls` finds the adaptive
+state of the model that the backward pass runs for, because models of one class share compiled code.
 """
 
 from __future__ import annotations
@@ -27,11 +28,16 @@ from approx_compile.rows.row_sampling import choose_rows
 from approx_compile.rows.stages import ALL_ROWS, SAVED, BackwardOutput, Partition, StageInput
 
 MAX_CACHED_SIZES = 1024
-"""Sizes for which shapes and legal numbers of rows are remembered."""
+"""The most entries in each cache of shapes and of legal numbers of rows; a cache that exceeds it is cleared."""
 
 
 class WholeBatchBackward(NamedTuple):
-    """The backward pass on all rows, compiled for one size of each symbol."""
+    """The backward pass on all rows, compiled for one value of each symbol.
+
+    Attributes:
+        call: The compiled code, called with a list of its arguments that it empties.
+        sizes: The value of each symbol that it was compiled for.
+    """
 
     call: Callable[[list[Any]], list[Any]]
     sizes: Mapping[sympy.Symbol, int]
@@ -39,19 +45,26 @@ class WholeBatchBackward(NamedTuple):
 
 @dataclass
 class RowSelection:
-    """The rows of one level: `idx` among the rows of the level before (sorted), `weight` on them (None: 1), `k` of them."""
+    """The rows that one level keeps.
+
+    Attributes:
+        idx: Their indices (k,) among the rows of the previous level, sorted.
+        weight: The factors (k,) that their gradients are multiplied by; None for 1.
+        k: The number of rows.
+    """
 
     idx: Tensor
     weight: Tensor | None
     k: int
     before: Tensor | None = None
-    """The weights that these rows' gradients had already, where a graph further up chose them."""
+    """The weights that the gradients of these rows already carry, if an earlier graph of the same backward pass selected them."""
 
 
 class RowBackward:
     """The compiled backward pass of one graph, called as AOTAutograd calls it (boxed).
 
-    Rows of all levels are chosen on the device; how many is an integer known before the call, so no step waits for the device.
+    The rows of all levels are selected on the device. How many there are is an integer on the host that is known before the call, so no step waits for the
+    device.
     """
 
     def __init__(
@@ -67,8 +80,20 @@ class RowBackward:
         dense: Iterable[str] = (),
         donated: Iterable[str] = (),
     ) -> None:
-        """`dense`: the saved tensors that stages on rows were compiled to get with other strides than they have; `donated`: those that compiled code may
-        write to. Where the user keeps the graph it gets copies of them: what the forward pass saved may be needed once more.
+        """Store the compiled stages and derive from the partition what every call needs.
+
+        Args:
+            found: The partition of the backward graph.
+            calls: The compiled code of each stage, in order.
+            levels: The settings of level 1, 2, ...
+            names: The names of the backward graph's inputs, in order.
+            example_inputs: The inputs that the graph was compiled with. They say in which size each symbol is found.
+            guards: The conditions on the batch's size that the compiled code assumes.
+            controls: Where the adaptive ratios and the random numbers of a call come from.
+            whole: The backward pass on all rows, compiled for fixed sizes; None if there is none.
+            dense: The names of saved tensors that the stages on selected rows were compiled to get with other strides than the tensors have.
+            donated: The names of saved tensors that compiled code may write to. Where the user keeps the graph (`retain_graph`), compiled code gets copies
+                of them, because a second backward pass may need what the forward pass saved.
         """
         self.found = found
         self.calls = tuple(calls)
@@ -77,7 +102,7 @@ class RowBackward:
         self.controls = controls
         self.whole = whole
         self.as_one_op: Any = None
-        """Kept for as long as this is (`one_op`)."""
+        """The op of `opaque_backward` that runs this backward pass. It is stored here so that it lives as long as this object."""
         self._dense = frozenset(dense)
         self._donated = frozenset(donated)
         self.guards = tuple(guards)
@@ -90,7 +115,15 @@ class RowBackward:
         self._plans: dict[tuple[Any, ...], list[list[Any]]] = {}
 
     def __call__(self, args: list[Any], keep: bool = False) -> list[Any]:
-        """`keep`: nothing that was saved may be written to, whatever the engine says of the graph."""
+        """Run the backward pass.
+
+        Args:
+            args: The inputs of the backward graph. The list is emptied, so that tensors can be freed during the call.
+            keep: Whether saved tensors must stay unchanged even if the autograd engine says that the graph is freed after this pass.
+
+        Returns:
+            The outputs of the backward graph.
+        """
         symbols = self._values(args)
         values = dict(zip(self.names, args, strict=True))
         args.clear()
@@ -119,10 +152,10 @@ class RowBackward:
         return True
 
     def _follow(self, values: Mapping[str, Any], symbols: Mapping[sympy.Symbol, int]) -> tuple[RowSelection | None, bool]:
-        """The rows that a graph further up in this backward pass chose, if all gradients come from there; and whether this one may choose its own.
+        """Return the rows that an earlier graph of this backward pass selected, if all entering gradients come from there, and whether rows may be dropped.
 
-        Rows that are zero already can be left out for nothing. Where other gradients have been added, all rows are needed; choosing among them anew
-        would add variance that nobody has accounted for.
+        Leaving out rows whose gradients are already zero changes nothing. Where other gradients have been added to them all rows are needed: a second
+        selection would add variance that the settings do not account for.
         """
         entering = [e for s in self.found.stages if s.level != ALL_ROWS for e in s.entries if e.gradient and e.source in (SAVED, ALL_ROWS)]
         size = symbols[self.found.batch]
@@ -139,7 +172,10 @@ class RowBackward:
         return {s: _torch.size_at(args, i, d) for s, i, d in self._symbols}
 
     def _counts(self, symbols: Mapping[sympy.Symbol, int], controls: Sequence[RowControl | None], followed: RowSelection | None) -> list[int]:
-        """Rows kept at each level, never more than at the level before. The first level's number may be given; its control then has no say."""
+        """Return the number of rows kept at each level, which never exceeds that of the previous level.
+
+        If an earlier graph selected the rows (`followed`), the first level keeps these, and its control is not asked.
+        """
         size = most = symbols[self.found.batch]
         counts = []
         for level, (asked, control) in enumerate(zip(self.levels, controls, strict=True)):
@@ -153,7 +189,7 @@ class RowBackward:
         return counts
 
     def _legal(self, k: int, symbols: Mapping[sympy.Symbol, int]) -> int:
-        """The smallest number of rows, k or more, of which everything is true that the compiled code assumed of the batch's size."""
+        """The smallest number of rows, `k` or more, that satisfies everything that the compiled code assumes of the batch's size."""
         key = (k, *symbols.values())
         if len(self._legal_counts) > MAX_CACHED_SIZES:
             self._legal_counts.clear()
@@ -173,8 +209,19 @@ class RowBackward:
         spared: frozenset[str] = frozenset(),
         draws: Draws | None = None,
     ) -> list[Any]:
-        """One backward pass with `counts` rows at each level; `followed`: the first level's rows, if they are given; `spared`: what nobody may write to;
-        `draws`: where the random numbers come from that choose rows.
+        """Run one backward pass with given numbers of rows.
+
+        Args:
+            values: The inputs of the backward graph by name. The dictionary is emptied.
+            symbols: The values of the symbols in this call.
+            counts: The number of rows that each level keeps.
+            controls: The control of each level, None for a level with a fixed ratio.
+            followed: The rows of the first level, if an earlier graph of this backward pass selected them.
+            spared: The names of the inputs that must not be written to. Compiled code gets copies of them.
+            draws: The source of the random numbers that select rows; None for torch's own stream.
+
+        Returns:
+            The outputs of the backward graph.
         """
         size = symbols[self.found.batch]
         plan = self._plan(symbols, counts)
@@ -214,7 +261,7 @@ class RowBackward:
         control: RowControl | None,
         draws: Draws | None = None,
     ) -> RowSelection | None:
-        """The rows of level + 1, by the norms of the gradients that enter there. None: all that the level before has."""
+        """Select the rows of level `level` + 1 by the norms of the gradients that enter it; None for all rows of the previous level."""
         before = counts[level - 1] if level else size
         k = counts[level]
         watched = control if control is not None and control.should_observe else None
@@ -242,6 +289,7 @@ class RowBackward:
     def _entry(
         self, entry: StageInput, shape: Any, level: int, live: Mapping[str, Any], made: Mapping[str, int], kept: Sequence[RowSelection | None], size: int
     ) -> Any:
+        """The value of a stage's input with the rows of the stage's level: gathered from a larger level, or put back among all rows."""
         if entry.number is not None:
             return shape
         if entry.name == WEIGHTS:
@@ -266,6 +314,7 @@ class RowBackward:
         size: int,
         symbols: Mapping[Any, int],
     ) -> Any:
+        """An output of the backward graph. If it was computed on selected rows, these are put back among all rows and the result is marked with them."""
         if result.name is None:
             return result.constant
         value = live[result.name]
@@ -278,7 +327,7 @@ class RowBackward:
         return full
 
     def _plan(self, symbols: Mapping[sympy.Symbol, int], counts: Sequence[int]) -> list[list[Any]]:
-        """Shape and stride (or number) of every entry, for these symbols and counts."""
+        """The size and stride of every input of every stage (or its value, if it is a number), for these symbols and numbers of rows."""
         key = (*symbols.values(), *counts)
         if len(self._plans) > MAX_CACHED_SIZES:
             self._plans.clear()
@@ -292,7 +341,10 @@ class RowBackward:
 
 
 class GraphControls:
-    """Where the controls of a graph's cuts, and its draws, are found: with a parameter among what was saved, or else with the module that was compiled."""
+    """Finds the controls and draws of one graph for the model that it is called for.
+
+    They belong to a parameter among the tensors that the forward pass saved, or else to the module that was compiled.
+    """
 
     def __init__(self, config: ApproxConfig, root: nn.Module | None, key: str, levels: Sequence[RowSettings]) -> None:
         self.adaptive = config.adaptive
@@ -303,14 +355,22 @@ class GraphControls:
         self.own_draws = Draws(f"{key}draws")
 
     def owner(self, saved: Iterable[Any]) -> Owner | None:
-        """Whose controls those of a backward pass are, by what was saved for it."""
+        """Return the parameter or module that the controls of a backward pass belong to.
+
+        Args:
+            saved: The inputs of the backward pass; the first parameter among them is the owner.
+
+        Returns:
+            The owner; None if no parameter was saved and the compiled module is gone or was never known.
+        """
         return next((v for v in saved if isinstance(v, nn.Parameter)), self.root() if self.root is not None else None)
 
     def draws(self, owner: Owner | None) -> Draws:
+        """Return the random draws of this graph for an owner; without an owner those of this object."""
         return draws_for(owner, self.own_draws.name) if owner is not None else self.own_draws
 
     def of(self, owner: Owner | None) -> list[RowControl | None]:
-        """One for every level whose ratio is to be found."""
+        """Return the control of every level for an owner, with None for the levels whose ratio is fixed."""
         if not any(self.asked):
             return [None] * len(self.asked)
         if owner is None:
@@ -332,23 +392,27 @@ def all_rows() -> Iterator[None]:
 
 
 _last_sampled = [-1]
-"""The backward pass (torch's number of it) in which rows were last left out."""
+"""The backward pass in which rows were last dropped, by the number that torch gives it."""
 
 _ROWS_MARK = "_approx_compile_rows"
 
 
 def _mark(gradient: Tensor, idx: Tensor, weight: Tensor | None) -> None:
-    """Tell the graph that gets this gradient next which of its rows are not zero. Whatever is added in place makes the mark invalid."""
+    """Record on a gradient which of its rows are not zero, for the next graph that reads it.
+
+    The mark holds the tensor's version: adding another gradient in place changes the version and makes the mark invalid.
+    """
     setattr(gradient, _ROWS_MARK, (idx, weight, gradient._version))
 
 
 def _mark_of(gradient: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """The rows and weights that `_mark` recorded on a gradient; None if there are none or the gradient has been written to since."""
     mark = getattr(gradient, _ROWS_MARK, None)
     return mark[:2] if mark is not None and mark[2] == gradient._version else None
 
 
 def _weights(kept: Sequence[RowSelection | None], level: int) -> Tensor | None:
-    """All the weight that the rows of a level have; None: 1."""
+    """The total weight of the rows of a level, including what they carried before this graph; None for 1."""
     _, weight = _path(kept, ALL_ROWS, level)
     first = next((k for k in kept[:level] if k is not None), None)
     if first is None or first.before is None:
@@ -359,6 +423,10 @@ def _weights(kept: Sequence[RowSelection | None], level: int) -> Tensor | None:
 
 
 def _shape_of(entry: StageInput, here: Mapping[Any, int], whole: Mapping[Any, int]) -> Any:
+    """The size and stride of a stage's input, or its value if it is a number.
+
+    `here` holds the symbols' values with the number of rows of the stage's level as the batch's size, `whole` those with the size of the whole batch.
+    """
     if entry.number is not None:
         if entry.dtype is not None:
             return torch.tensor(_number(entry.number, whole), dtype=entry.dtype, device="cpu")
@@ -372,13 +440,18 @@ def _number(expression: Any, symbols: Mapping[Any, int]) -> Any:
 
 
 def entering_gradients(found: Partition, level: int) -> list[StageInput]:
-    """The gradients that come into any stage below a cut from above it: a row is worth keeping if one of them says so."""
+    """Return the gradients that stages below a cut read from above it. Their norms together decide which rows the cut keeps.
+
+    Args:
+        found: The partition of the backward graph.
+        level: The level above the cut; the cut begins level `level` + 1.
+    """
     below = [e for s in found.stages if s.level > level for e in s.entries if e.gradient]
     return list({e.name: e for e in below if e.source <= level}.values())
 
 
 def _last_use(found: Partition) -> dict[str, int]:
-    """The last stage that reads a value, for those that are no outputs of the graph."""
+    """The last stage that reads each value, by name. Outputs of the graph are left out, because they are needed until the end."""
     last = {e.name: s for s, stage in enumerate(found.stages) for e in stage.entries}
     for r in found.results:
         last.pop(r.name or "", None)
@@ -386,7 +459,10 @@ def _last_use(found: Partition) -> dict[str, int]:
 
 
 def _path(kept: Sequence[RowSelection | None], start: int, end: int) -> tuple[Tensor | None, Tensor | None]:
-    """The rows of level `end` among those of level `start` (0: all), and the weights picked up on the way; None: all of them; 1."""
+    """The indices of the rows of level `end` among those of level `start` (0: all rows), and the product of the weights of the levels in between.
+
+    None as indices means all rows, None as weights means 1.
+    """
     idx: Tensor | None = None
     weight: Tensor | None = None
     for step in kept[start:end]:

@@ -1,7 +1,8 @@
-"""From a backward graph to code that runs on some rows of the batch: what stands between AOTAutograd and Inductor.
+"""Compile a backward graph into code that runs on some rows of the batch, between AOTAutograd and Inductor.
 
-`RowCompiler` splits the backward graph at its cuts (`partition`), compiles the pieces once, with a symbol for the batch, and hands back a
-`RowBackward` that calls them with as many rows as a step needs. Where that may be all of them it compiles the whole graph, too, for the size at hand.
+`RowCompiler` cuts the backward graph into stages (`partition`), compiles each once, with a symbol for the batch's size, and returns a `RowBackward` that
+calls them with as many rows as a step needs. Where a step may keep all rows, `RowCompiler` also compiles the whole graph for the batch size at hand,
+because code for a known size is faster.
 """
 
 from __future__ import annotations
@@ -30,16 +31,17 @@ from approx_compile.rows.specialize import specialize_sizes
 from approx_compile.rows.stages import ALL_ROWS, SAVED, CoverageEstimate, Partition, Stage, StageInput, output_layouts, tangent_layouts
 
 LEAST_SHARE = 0.3
-"""Under the policies that look at the cost: the share of the backward pass's FLOPs that must run on the rows kept."""
+"""The share of the backward pass's FLOPs that must be able to run on selected rows, under the policies that consider the cost."""
 
 
 class Declined(Exception):
-    """Row sampling is not worth it in this graph; the message says why."""
+    """Raised if sampling rows is not worth it in a graph; the message says why."""
 
 
 class RowCompiler:
-    """An `inner_compile` for one call of `compile_fx`. `symbols`: those that may be the batch's size, the likeliest first; `own`: they are there because this
-    package asked for them; `root`, `key`: the module and the graph of it that adaptive state belongs to.
+    """An `inner_compile` for one call of `compile_fx`.
+
+    AOTAutograd calls it once for the forward and once for the backward graph. `ask` must be called before, with the joint graph.
     """
 
     def __init__(
@@ -51,6 +53,16 @@ class RowCompiler:
         key: str = "",
         own: bool = False,
     ) -> None:
+        """Store the settings of one compilation.
+
+        Args:
+            symbols: The symbols that may be the batch's size, the likeliest first.
+            config: The user's configuration.
+            inner: The function that compiles a graph; None for Inductor's.
+            root: The module that is compiled. Adaptive state belongs to it where no parameter is saved.
+            key: The name of the graph within the module, by which its adaptive state is found.
+            own: Whether the sizes are symbolic because this package asked for it, rather than the user.
+        """
         self.symbols = tuple(symbols)
         self.batch = self.symbols[0]
         self.own = own
@@ -64,7 +76,18 @@ class RowCompiler:
         self._known: dict[str, ValueLayout] = {}
 
     def ask(self, graph: fx.Graph, top: RowSettings | None, sites: Mapping[fx.Node, RowSettings | None]) -> None:
-        """Levels for what is asked, the most rows first; written on the gradient products. Raises Declined if it will not be worth it."""
+        """Number the levels that the settings ask for, the one with the most rows first, and choose the batch's symbol.
+
+        Each gradient product gets the number of its level in its meta (key `LEVEL`), from where the backward graph inherits it.
+
+        Args:
+            graph: The joint graph.
+            top: The settings that begin at the output gradients; None to keep all rows there.
+            sites: The settings that begin at gradient products; None for a product that keeps all rows.
+
+        Raises:
+            Declined: If running on selected rows will not be worth it for any of the symbols.
+        """
         distinct = dict.fromkeys(s for s in (top, *sites.values()) if s is not None)
         self.levels = sorted(distinct, key=lambda s: -1.0 if s.ratio is None else -s.ratio)
         self.default = self._level(top)
@@ -83,7 +106,7 @@ class RowCompiler:
             raise Declined(reason)
 
     def _try(self, graph: fx.Graph, batch: sympy.Symbol, levels: Mapping[str, int]) -> tuple[sympy.Symbol, CoverageEstimate, str | None]:
-        """What is to be had with this symbol as the batch's, and why it is not worth it, if so."""
+        """Estimate with this symbol as the batch's size what can run on rows; return the symbol, the estimate, and why it is not worth it, if so."""
         found = estimate_coverage(graph, batch, self.default, levels, self._approximate_batch_norm)
         return batch, found, _fixed(graph, batch) or self._why_not(found, graph)
 
@@ -92,8 +115,9 @@ class RowCompiler:
         return any(s.approximate_batch_norm for s in self.levels)
 
     def _why_not(self, found: CoverageEstimate, graph: fx.Graph) -> str | None:
-        """Why it is not worth it, if so. By the machine's profile, where one is stored: what it says decides only whether rows are sampled at all, never
-        what is compiled for them, so that no cache's key has to name it.
+        """Why running on rows is not worth it, if so, by the machine's profile where one is stored.
+
+        The profile decides only whether rows are sampled at all and never what is compiled for them, so cache keys need not name it.
         """
         reason = found.rejection_reason(self._least_share)
         if reason is not None or self.config.policy == "always":
@@ -109,6 +133,17 @@ class RowCompiler:
         return self.levels.index(settings) + 1 if settings is not None else ALL_ROWS
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, is_backward: bool = False, **kwargs: Any) -> Any:
+        """Compile a forward graph as it is, or a backward graph to run on selected rows.
+
+        Args:
+            gm: The graph. It may be edited.
+            example_inputs: Fake inputs to compile it with.
+            is_backward: Whether it is the backward graph.
+            **kwargs: Further arguments for the inner compiler.
+
+        Returns:
+            The compiled graph.
+        """
         if self.own:
             _torch.drop_dynamic_marks()
         if not is_backward:
@@ -117,9 +152,10 @@ class RowCompiler:
         try:
             return self._backward(gm, example_inputs, kwargs)
         finally:
-            _torch.clear_donated_inputs()  # so far: what `_backward` gives back sees to that itself
+            _torch.clear_donated_inputs()  # the function that `_backward` returns handles donated inputs itself
 
     def _backward(self, gm: fx.GraphModule, example_inputs: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Compile a backward graph to run on selected rows, or on all rows where selecting them turns out not to be worth it or not possible."""
         names = [n.name for n in _placeholders(gm)]
         donated = _torch.donated_placeholders(gm)
         known = self._known | tangent_layouts(gm.graph, self._known)
@@ -149,11 +185,12 @@ class RowCompiler:
         return call
 
     def _whole(self, gm: fx.GraphModule, example_inputs: Sequence[Any], sizes: Mapping[sympy.Symbol, int], kwargs: dict[str, Any]) -> WholeBatchBackward | None:
-        """The backward pass for batches of the size at hand with all rows kept, as it is without a symbol; None where some size is not known yet."""
+        """Compile the backward pass on all rows for the sizes at hand, without symbols; None where some size is not known yet."""
         fixed = specialize_sizes(gm, example_inputs, sizes)
         return WholeBatchBackward(self.inner(*fixed, is_backward=True, **kwargs), sizes) if fixed is not None else None
 
     def _note(self, found: CoverageEstimate, products: Mapping[str, int], graph: fx.Graph, exact: str | None) -> None:
+        """Add a `RowCut` for each level to what is reported. `exact` is the reason why all rows are kept, if they are."""
         rows = next((_torch.hint(s) for n in graph.nodes if n.op == "placeholder" for s in _sizes(n) if _torch.size_expr(s) == self.batch), 0)
         for i, asked in enumerate(self.levels, 1):
             mine = tuple(name for name, level in products.items() if level == i)
@@ -167,8 +204,10 @@ class RowCompiler:
     def _stages(
         self, found: Partition, gm: fx.GraphModule, given: Mapping[str, Any], dense: Mapping[str, Tensor], kwargs: dict[str, Any]
     ) -> tuple[list[Any], Partition]:
-        """The stages compiled, and what that has settled about them. `given`: the inputs, which may have other strides than the graph says; `dense`:
-        those that stages on rows get as tensors of their own.
+        """Compile the stages; return the code of each, and the partition with the sizes that compiling has fixed.
+
+        `given` holds the example inputs by name, which may have other strides than the graph says. `dense` holds those that stages on selected rows get as
+        separate contiguous tensors.
         """
         donated = _torch.donated_placeholders(gm)
         uses: dict[str, int] = {}
@@ -188,13 +227,16 @@ class RowCompiler:
 
 
 def _fixed(graph: fx.Graph, batch: sympy.Symbol) -> str | None:
-    """Why there is but one number of rows, if tracing has found so."""
+    """Why only one number of rows is possible, if tracing has replaced the batch's symbol by a number."""
     size = _torch.symbol_replacer(graph)(batch)
     return f"the model, or an op that is traced for known sizes alone, fixes the size of the batch to {size}" if size.is_Integer else None
 
 
 def _boxed(run: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
-    """As a function that empties the list of its arguments. (Wrappers on the way keep a function's attributes, not an object's.)"""
+    """Wrap a callable in a function with the boxed calling convention: it is passed a list that it empties.
+
+    It must be a function because the wrappers that torch adds copy the attributes of functions only.
+    """
 
     def call(args: list[Any]) -> Any:
         return run(args)
@@ -204,7 +246,7 @@ def _boxed(run: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
 
 
 def _sparing(compiled: Callable[[list[Any]], Any], names: Sequence[str], donated: set[str]) -> Callable[[list[Any]], Any]:
-    """The compiled graph, which writes to copies of what was donated where the user keeps the graph."""
+    """Wrap a compiled graph so that it gets copies of donated inputs, which it may write to, where the user keeps the graph for another pass."""
     indices = [i for i, name in enumerate(names) if name in donated]
     if not indices:
         return compiled
@@ -223,7 +265,7 @@ def _levels_of(gm: fx.GraphModule) -> dict[str, int]:
 
 
 LEVEL = "approx_compile_rows"
-"""Key in the meta of a gradient product's node: the level of rows that its site asks for."""
+"""Key in the meta of a gradient product's node: the level that its site asks for."""
 
 
 def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
@@ -231,12 +273,17 @@ def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
 
 
 def _sizes(n: fx.Node) -> Sequence[Any]:
+    """The sizes of a placeholder's tensor, or the one size that a node is."""
     value = n.meta.get("val")
     return value.shape if n.op == "placeholder" and isinstance(value, Tensor) else (value,) if isinstance(value, torch.SymInt) else ()
 
 
 def _why_fixed(batch: Any, sizes: Mapping[sympy.Symbol, int], guards: Sequence[Any]) -> str | None:
-    """Why no number of rows but the whole batch's can run, if so: what the compiled code has assumed of it."""
+    """The assumption of the compiled code under which only the whole batch can run, if there is one.
+
+    Testing every number of rows would be slow, so only likely ones are tried: numbers next to constants in the guards, 2 to 64, multiples of a 16th of the
+    batch, and those within 64 of the batch. A guard that only a larger batch satisfies is no obstacle: such a batch may have rows to leave out.
+    """
     if not batch.is_Symbol:
         return f"its code is for a batch of {batch} alone"
     size = sizes[batch]
@@ -245,7 +292,7 @@ def _why_fixed(batch: Any, sizes: Mapping[sympy.Symbol, int], guards: Sequence[A
     def broken_by(n: int) -> list[Any]:
         return [g for g in known if g.subs(dict(sizes) | {batch: n}) != sympy.true]
 
-    named = {int(c) + d for g in known for c in g.atoms(sympy.Integer) for d in (-1, 0, 1)}  # where a bound lies, or a multiple begins
+    named = {int(c) + d for g in known for c in g.atoms(sympy.Integer) for d in (-1, 0, 1)}  # bounds and divisors in the guards
     tried = sorted({*named, *range(LEAST_ROWS, 65), *(size * i // 16 for i in range(1, 64)), *range(size - 64, size + 65)})
     if any(not broken_by(n) for n in tried if LEAST_ROWS <= n < size):
         return None
@@ -255,7 +302,7 @@ def _why_fixed(batch: Any, sizes: Mapping[sympy.Symbol, int], guards: Sequence[A
 
 
 def _resolved(found: Partition, settled: Callable[[Any], Any]) -> Partition:
-    """With what compiling the stages has found out about symbols: an image's size, say, that a convolution's code is for alone."""
+    """The partition with every symbol replaced that compiling the stages has fixed, such as an image size that a convolution was compiled for."""
 
     def layout(rows: SampleLayout | None) -> SampleLayout | None:
         return rows if rows is None or rows.uniform else replace(rows, outer=settled(rows.outer), inner=settled(rows.inner))
@@ -270,7 +317,7 @@ def _resolved(found: Partition, settled: Callable[[Any], Any]) -> Partition:
 
 
 def _restrided(found: Partition, given: Mapping[str, Any], dense: Mapping[str, Tensor]) -> Partition:
-    """Entries with the strides that the forward pass really gives its saved tensors, or that they have as tensors of their own."""
+    """The partition with the strides that saved tensors really have: those that the forward pass gives them, or those of their contiguous copies (`dense`)."""
 
     def of(e: StageInput, here: Mapping[str, Any]) -> StageInput:
         value = here.get(e.name)
@@ -282,12 +329,15 @@ def _restrided(found: Partition, given: Mapping[str, Any], dense: Mapping[str, T
 
 
 def _here(stage: Stage, given: Mapping[str, Any], dense: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What a stage gets of the backward graph's inputs."""
+    """The backward graph's inputs as a stage gets them: a stage on selected rows gets contiguous copies of those in `dense`."""
     return dict(given) if stage.level == ALL_ROWS else {**given, **{e.name: dense[e.name] for e in stage.entries if e.layout is not None and e.name in dense}}
 
 
 def _dense(found: Partition, given: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The saved tensors whose rows can't be laid out as the tensor is: rows that overlap, or share one memory but not their weights."""
+    """Fake contiguous tensors for the saved tensors whose gathered rows cannot have the strides of the tensor, by name.
+
+    These are tensors whose entries overlap in memory, and gradients expanded along the batch: their rows share memory but get different weights.
+    """
     new = {}
     for e in (e for s in found.stages if s.level != ALL_ROWS for e in s.entries):
         value = given.get(e.name)
