@@ -34,7 +34,7 @@ DISABLE = "APPROX_COMPILE_DISABLE"
 class Backend:
     """The backend as an object: `torch.compile(model, backend=Backend(ApproxConfig(...)))`.
 
-    It checks its config at once, whereas the string form first sees its options when the model is first called.
+    The object checks its config when it is made. The string form, `backend="approx"`, receives its options only when the model is called for the first time.
 
     Args:
         config: An `ApproxConfig` or a mapping with the same keys; None for the defaults.
@@ -45,6 +45,13 @@ class Backend:
 
     Raises:
         ConfigError: If the settings are not valid, or their steps and phases make too many different assignments.
+
+    Example:
+        >>> import torch
+        >>> import approx_compile
+        >>> backend = approx_compile.Backend({"ratio": 0.5, "policy": "always"})
+        >>> model = torch.compile(torch.nn.Linear(64, 64), backend=backend)
+        >>> model(torch.randn(256, 64)).square().mean().backward()
     """
 
     def __init__(
@@ -62,7 +69,7 @@ class Backend:
         self.keep_graphs = keep_graphs
 
     def __eq__(self, other: object) -> bool:
-        """Equal settings share compiled code, as equal `options` of the string form do."""
+        """Compare the settings: backends with equal settings share compiled code, as equal `options` of the string form do."""
         return isinstance(other, Backend) and self._options() == other._options()
 
     def __hash__(self) -> int:
@@ -74,7 +81,7 @@ class Backend:
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, **kwargs: Any) -> Any:
         """Compile one of Dynamo's graphs; `mode` is that of `torch.compile`."""
         patches = inductor_patches(self.config, mode)
-        if os.environ.get(DISABLE) == "1" or not torch.is_grad_enabled():  # without gradients all is exact, and the modules' mode needs no guard
+        if os.environ.get(DISABLE) == "1" or not torch.is_grad_enabled():  # without gradients everything is exact, and the modules' mode needs no guard
             return _torch.compile_fx(gm, example_inputs, guarded(patches), self.inner_compile, self.inner_compile is None)
         context, layers, root = graph_context.read_graph(gm, example_inputs, self.config)
         assignments, index = self.schedule.relevant([context.root.name, *(m.name for m in context.modules.values())])
@@ -103,8 +110,8 @@ class Backend:
     ) -> Callable[..., Any]:
         """Combine the variants into one function, which runs the assignment that holds, at the ratio of outputs that the assignment's control chooses.
 
-        `rungs` has for each assignment its ratios of outputs; `variants` follow in the same order. `index` gives the compiled assignment for each of the
-        schedule's, `parameters` the places of parameters among the arguments.
+        `rungs` holds the ratios of outputs of each assignment, and `variants` the compiled graphs in the same order. `index` maps each assignment of the
+        schedule to a compiled one. `parameters` are the places of the parameters among the arguments.
         """
         remaining, compiled, name = iter(variants), [v.call for v in variants], diagnostics.model_name(root)
         by_assignment: list[Any] = []
@@ -141,7 +148,7 @@ def approx(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Any = 
         example_inputs: The values of its placeholders.
         options: The keys of `ApproxConfig`.
         mode: The mode of `torch.compile`.
-        **kwargs: What else `torch.compile` may pass.
+        **kwargs: Other arguments that `torch.compile` may pass; they have no effect.
 
     Returns:
         The compiled function.
@@ -153,12 +160,12 @@ def approx(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Any = 
 
 
 def _parameters(example_inputs: Sequence[Any]) -> list[int]:
-    """The places of the inputs that an optimizer may step: parameters, and leaves that need a gradient."""
+    """Return the places of the inputs that an optimizer may step: parameters, and leaves that need a gradient."""
     return [i for i, v in enumerate(example_inputs) if isinstance(v, nn.Parameter) or (isinstance(v, torch.Tensor) and v.is_leaf and v.requires_grad)]
 
 
 def _uncounted_reason(root: nn.Module | None, parameters: Sequence[int]) -> str | None:
-    """The reason why the optimizer's steps cannot be counted for a graph, or None if they can."""
+    """Return the reason why the optimizer's steps cannot be counted for a graph, or None if they can."""
     if root is not None and any(c.__name__ == "FSDPModule" for c in type(root).__mro__):
         return "is sharded by FSDP2, whose optimizers step other tensors than the graph reads"
     return None if parameters else "has no parameters in one of its graphs"

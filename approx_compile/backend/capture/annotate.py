@@ -1,8 +1,8 @@
 """Give modules their full names, for models that are compiled block by block.
 
 With `for block in model.layers: block.compile(backend="approx", ...)` the backend sees one block at a time, and equal blocks share one graph. After
-`annotate(model)` each module knows its name in the whole model, so that rules by layer work there too. Blocks of which the rules say the same still share
-their code.
+`annotate(model)` each module knows its name in the whole model, so that rules by layer work there too. Blocks to which the same rules apply still share their
+code.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ SIGNATURE = _NAME
 
 
 def annotate(model: nn.Module) -> nn.Module:
-    """Write every module's full name, and a weak link to `model`, on the module. These are plain attributes: no parameter, buffer or state_dict key.
+    """Write on every module its full name and a weak link to `model`, as plain attributes that are not parameters, buffers or keys of the `state_dict`.
 
-    Call it once, before the blocks are compiled. A module that occurs twice keeps its first name.
+    Call it once, before the blocks are compiled. A module that occurs twice gets the name of its first occurrence.
 
     Args:
         model: The whole model.
@@ -31,7 +31,7 @@ def annotate(model: nn.Module) -> nn.Module:
         The model.
 
     Raises:
-        TypeError: If `model` is no module.
+        TypeError: If `model` is not a module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"annotate: got {type(model).__name__}; the model (a torch.nn.Module) whose blocks are compiled is expected")
@@ -101,7 +101,7 @@ def last_module(root: nn.Module | None) -> str | None:
 
 
 def sign(root: nn.Module, config: ApproxConfig) -> str | None:
-    """Write on every module of an annotated model a signature of what the name patterns of `config` say of the modules below it.
+    """Write on every module of an annotated model a signature: a digest of which rules' name patterns match the modules below it.
 
     The backend guards the signature, so that blocks with equal signatures share compiled code.
 

@@ -1,4 +1,4 @@
-"""Show what the policy "adaptive" has decided so far, as a table and as a plot."""
+"""Show what the policy "adaptive" has decided so far, as a table and as a plot: `decisions(model)`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from approx_compile.rows.controller import Control, controls
 
 @dataclass(frozen=True)
 class Decisions:
-    """The controls of a model. `str()` is a table; `plot(path)` draws the share kept over the steps."""
+    """What the policy "adaptive" has decided for a model so far. `str()` is a table; `plot(path)` draws the share kept over the steps.
+
+    Attributes:
+        cuts: The controls of the model, by name. The control of a cut chooses the share of the rows; its `measured` is the share that is needed. The control
+            of sampled outputs chooses their ratio; its `measured` is the relative squared error of the gradient.
+    """
 
     cuts: dict[str, Control]
-    """By name, the controls of cuts (of the share of rows; `measured` is the share needed) and of sampled outputs (of their ratio; `measured` is the relative
-    squared error of the gradient)."""
 
     def __str__(self) -> str:
         if not self.cuts:
@@ -35,7 +38,7 @@ class Decisions:
         """Draw the share kept over the steps, one line for each control.
 
         Args:
-            path: The picture's file; its ending decides the format.
+            path: The file of the picture. Its extension decides the format.
 
         Raises:
             ImportError: If matplotlib is not installed (`pip install approx-compile[examples]`).
@@ -63,6 +66,14 @@ def decisions(model: nn.Module) -> Decisions:
         model: The model, compiled or not.
 
     Returns:
-        The controls, as a table and a plot.
+        The decisions, which can be printed and plotted.
+
+    Example:
+        >>> import torch
+        >>> import approx_compile
+        >>> model = torch.nn.Sequential(torch.nn.Linear(1024, 1024), torch.nn.ReLU(), torch.nn.Linear(1024, 1024), torch.nn.ReLU(), torch.nn.Linear(1024, 10))
+        >>> compiled = torch.compile(model, backend="approx")
+        >>> compiled(torch.randn(512, 1024)).square().mean().backward()
+        >>> print(approx_compile.decisions(model))  # a table with a line for each control
     """
     return Decisions(controls(model))

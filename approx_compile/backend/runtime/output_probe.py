@@ -1,11 +1,11 @@
-"""Measure on the user's own batch what sampling outputs does to a model's gradient, without a lasting effect on the training step.
+"""Measure on the user's own batch how much error sampled outputs cause in a model's gradient, without a lasting effect on the training step.
 
 At a step that measures, the forward pass leaves a hook on its outputs. When their gradients arrive, the exact graph and the candidate graphs run once more on
 the same inputs, random state and output gradients. The relative squared error of each candidate's gradient goes to the `OutputControl`, which chooses the
 ratio. Parameters' gradients, buffers, the random state and the user's own graph stay as they are.
 
-The gradients of the outputs are those of the step's own forward pass. The error therefore leaves out what a loss outside the graph would have made of a
-candidate's outputs.
+The gradients of the outputs are those of the step's own forward pass. If the loss is outside the graph, the error therefore leaves out how the gradient of the
+loss would have changed with a candidate's outputs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class AdaptiveOutputs:
     """The graphs of one assignment, compiled with different ratios of outputs, as one function.
 
     Args:
-        settings: The key `adaptive` of the settings.
+        settings: The value of the key `adaptive` of the settings.
         rungs: The compiled graph for each ratio; ratio 1 is exact.
         parameters: The places of the graph's parameters among its arguments.
         key: The graph's name, the same in every process.
@@ -46,7 +46,7 @@ class AdaptiveOutputs:
         """Run the graph at the ratio that holds; at a step that measures, leave a hook on its outputs."""
         owner = next((args[i] for i in self.parameters), None)
         control = control_for(owner, self.settings, self.key, OutputControl) if owner is not None else self._own_control
-        if _torch.current_backward_id() >= 0:  # a checkpointed block is recomputed at the ratio that it ran with
+        if _torch.current_backward_id() >= 0:  # a checkpointed block is recomputed at the ratio that it was run with
             return self.rungs[control.ratio](*args)
         ratio = control.start_step()
         candidates = control.candidates() if control.should_observe and torch.is_grad_enabled() else []
@@ -72,7 +72,7 @@ class _CallSnapshot:
     """The inputs of a call and the random state before it, from which the call can be repeated."""
 
     def __init__(self, args: Sequence[Any]) -> None:
-        # copies of all but parameters: the graph itself may write to buffers, and the user to inputs before the backward pass
+        # everything but parameters is copied: the graph itself may write to buffers, and the user to inputs before the backward pass
         self.args = [a if isinstance(a, nn.Parameter) or not isinstance(a, Tensor) else copy_keeping_strides(a.detach()) for a in args]
         self.needs = [isinstance(a, Tensor) and a.requires_grad for a in args]
         self.random = _random_state(args)
@@ -90,11 +90,11 @@ class _CallSnapshot:
             gradients: The gradient of each differentiable output; None for one that gets none.
 
         Returns:
-            The gradients of the inputs that need one and take part.
+            The gradients of the inputs that need one and take part in the computation.
         """
         with torch.enable_grad(), all_rows(), _random_state_set(self.random):
             leaves = [a.detach().requires_grad_(n) if isinstance(a, Tensor) else a for a, n in zip(self.args, self.needs, strict=True)]
-            # the graph may write to what is no parameter, which autograd does not allow for a leaf that needs a gradient
+            # the graph may write to tensors that are not parameters, which autograd does not allow for a leaf that needs a gradient
             out = call(
                 *(v if isinstance(a, nn.Parameter) or not isinstance(v, Tensor) else copy_keeping_strides(v) for a, v in zip(self.args, leaves, strict=True))
             )
@@ -106,7 +106,7 @@ class _CallSnapshot:
 
 
 def _relative_squared_error(sampled: Sequence[Tensor], exact: Sequence[Tensor]) -> Tensor:
-    """|g' - g|^2 / |g|^2 over all gradients; infinite where that is no number."""
+    """Return ``|g' - g|^2 / |g|^2``, taken over all gradients together; infinite if the quotient is not a number."""
     difference = sum((a - b).float().square().sum() for a, b in zip(sampled, exact, strict=True))
     size = sum(b.float().square().sum() for b in exact)
     return torch.nan_to_num(torch.as_tensor(difference / size), nan=torch.inf)
@@ -119,7 +119,7 @@ def _random_state(args: Sequence[Any]) -> tuple[Tensor, dict[int, Tensor]]:
 
 @contextlib.contextmanager
 def _random_state_set(state: tuple[Tensor, dict[int, Tensor]]) -> Iterator[None]:
-    """Inside, random numbers start from a given state; afterwards they continue as if none had been drawn."""
+    """Draw random numbers from a given state inside the block; afterwards the previous sequence continues as if none had been drawn."""
     with torch.random.fork_rng(devices=list(state[1])):
         torch.set_rng_state(state[0])
         for device, device_state in state[1].items():

@@ -1,6 +1,6 @@
-"""Save and load what a checkpoint of a run needs besides the model, the optimizer and the random state.
+"""Save and load the state that a checkpoint of a run needs besides the model, the optimizer and the random state.
 
-That is how many rows were kept, how often rows were drawn, and which step of its schedule the model is at.
+This state says how many rows were kept, how often rows were drawn, and which step of its schedule the model is at.
 """
 
 from __future__ import annotations
@@ -24,8 +24,17 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
         model: The model, compiled or not.
 
     Returns:
-        Numbers, strings, lists and dicts only. `controls`: {parameter or module: {cut or draws of a graph: state}}; `clocks`: [{step, phase, parameters}],
-        one for every optimizer.
+        A dict of numbers, strings, lists and dicts only. Its key `controls` holds `{parameter or module: {cut or draws of a graph: state}}`, and its key
+        `clocks` holds a list with one `{step, phase, parameters}` for every optimizer.
+
+    Example:
+        >>> import torch
+        >>> import approx_compile
+        >>> model = torch.nn.Linear(64, 64)
+        >>> checkpoint = {"model": model.state_dict(), "approx": approx_compile.state_dict(model)}
+        >>> model.load_state_dict(checkpoint["model"])
+        <All keys matched successfully>
+        >>> approx_compile.load_state_dict(model, checkpoint["approx"])
     """
     model = _torch.uncompiled(model)
     return {"controls": controls_state(model), "clocks": step_counts_state(dict(model.named_parameters()))}
@@ -39,7 +48,7 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
         state: What `state_dict` returned.
 
     Raises:
-        KeyError: If `state` names something the model lacks, or is no such state. Nothing is changed then.
+        KeyError: If `state` names a parameter or module that the model lacks, or is not what `state_dict` returned. Nothing is changed then.
     """
     model = _torch.uncompiled(model)
     if set(state) != {"controls", "clocks"}:

@@ -1,6 +1,6 @@
-"""Count the optimizer steps that a model's parameters have made, and hold the phase that the user has set for them.
+"""Count the completed optimizer steps of a model's parameters, and hold the phase that the user has set for them.
 
-A step is a completed step of the `torch.optim` optimizer that owns the parameters, counted by torch's own hooks on all optimizers. All parameters of one
+A step is a completed step of the `torch.optim` optimizer that owns the parameters. Torch's own hooks on all optimizers count it. All parameters of one
 optimizer share one count, so that counting costs the same for any number of parameters.
 """
 
@@ -53,7 +53,7 @@ def count_optimizer_steps() -> None:
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Find the step counts of an optimizer's parameters.
 
-    An optimizer that steps the same parameters from inside another optimizer's step takes them over, so that the step counts once.
+    An optimizer that steps the same parameters from inside another optimizer's step takes them over, so that the step is counted only once.
     """
     parameters = sum(len(g["params"]) for g in optimizer.param_groups)
     known = _counted_optimizers.get(optimizer)
@@ -76,9 +76,9 @@ def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None
 
 
 def _share_step_counts(parameters: Iterable[Tensor], by: int) -> list[StepCount]:
-    """Give all parameters of an optimizer that are at the same step of the same phase one count.
+    """Give one count to all parameters of an optimizer that are at the same step of the same phase.
 
-    An optimizer that counted them before must look its counts up again, so the version is increased.
+    An optimizer that counted them before must look up its counts again, so the version is increased.
     """
     shared: dict[tuple[int, str | None], StepCount] = {}
     for p in parameters:
@@ -90,7 +90,7 @@ def _share_step_counts(parameters: Iterable[Tensor], by: int) -> list[StepCount]
 
 
 def _replace_step_counts(parameters: Iterable[Tensor], step: int | None, phase: tuple[str | None] | None) -> None:
-    """Give each parameter a count of its own, with another step or phase; the optimizer's next step joins counts that are equal."""
+    """Give each parameter a separate count with another step or phase. The optimizer's next step joins counts that are equal."""
     for p in parameters:
         old = _step_counts.get(p) or StepCount()
         _step_counts[p] = StepCount(old.step if step is None else step, old.phase if phase is None else phase[0], old.owned)
@@ -98,7 +98,7 @@ def _replace_step_counts(parameters: Iterable[Tensor], step: int | None, phase: 
 
 
 def set_step(model: nn.Module, step: int) -> None:
-    """Set how many optimizer steps a model has completed.
+    """Set the number of optimizer steps that a model has completed.
 
     This is for training that is resumed without `load_state_dict`, or that uses no `torch.optim` optimizer.
 
@@ -107,8 +107,14 @@ def set_step(model: nn.Module, step: int) -> None:
         step: The number of completed steps, 0 or more.
 
     Raises:
-        TypeError: If `model` is no module.
-        ValueError: If `step` is no such number.
+        TypeError: If `model` is not a module.
+        ValueError: If `step` is not an integer of 0 or more.
+
+    Example:
+        >>> import torch
+        >>> import approx_compile
+        >>> model = torch.nn.Linear(64, 64)
+        >>> approx_compile.set_step(model, 1000)
     """
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
         raise ValueError(f"set_step: got {step!r}; the number of completed optimizer steps is expected, 0 or more")
@@ -123,7 +129,7 @@ def set_phase(model: nn.Module, name: str | None) -> None:
         name: The phase, or None for no phase.
 
     Raises:
-        TypeError: If `model` is no module.
+        TypeError: If `model` is not a module.
         ValueError: If `name` is neither None nor a non-empty string.
     """
     if name is not None and (not isinstance(name, str) or not name):

@@ -23,24 +23,63 @@ from approx_compile.tools.report.report_data import ReportData, SiteReport
 
 @dataclass
 class Report(ReportData):
-    """What `explain` returns: `ReportData`, which it can write as a page."""
+    """The result of `explain`: all of `ReportData`, and a method that writes it as an HTML page.
+
+    `str(report)` is a table of the sites.
+
+    Example:
+        >>> import torch
+        >>> import approx_compile
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+        >>> report = approx_compile.explain(model, torch.randn(256, 64), config={"ratio": 0.5, "policy": "always"})
+        >>> [(site.name, site.decision) for site in report.sites]
+        [('0', 'sampled'), ('2', 'sampled')]
+        >>> report.to_html("report.html")  # needs the extra `report`
+    """
 
     def to_html(self, path: str | Path, machine: html.Peaks | None = None) -> None:
-        """Write one HTML file that needs nothing else and works offline: totals, a sortable table, the graph of sites, a roofline, FLOPs before and after
-        by site, the graphs with changed lines marked; dark or light as the reader's system is.
+        """Write the report as a single HTML file that loads nothing else and therefore works offline.
 
-        `machine`: what knows its peaks (`html.Peaks`); without one the roofline has no roof. Raises ImportError without the libraries of
-        `pip install approx-compile[report]`, OSError where `path` can't be written.
+        The page shows the totals, a sortable table of the sites, the graph of sites, a roofline, the FLOPs of every site before and after the rewrite, and the
+        graphs with changed lines marked. Its colours are dark or light, as the reader's system asks for.
+
+        Args:
+            path: The file to write.
+            machine: The peak rates of the machine, for example its profile (`approx_compile.machine.current()`); None leaves out the roof of the roofline.
+
+        Raises:
+            ImportError: If the libraries of `pip install approx-compile[report]` are not installed.
+            OSError: If `path` cannot be written.
         """
         html.write(self, path, machine)
 
 
 def explain(model: Callable[..., Any], *args: Any, config: ApproxConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
-    """What `backend="approx"` would do with `model(*args, **kwargs)` in a training step, as a `Report`.
+    """Report what `backend="approx"` would do with `model(*args, **kwargs)` in a training step.
 
-    `config`: an `ApproxConfig` or a mapping with the same keys; without one, that of what is compiled already, also in place (`model.compile`), else the
-    defaults; of settings that change over the run those of step 0, of outputs whose ratio is to be found the smallest. The forward pass runs once, op by op;
-    parameters, buffers, gradients, random state, hooks and the user's compiled code stay as they are. Raises `ConfigError`.
+    The forward pass runs once, op by op. Parameters, buffers, gradients, the random state, hooks and the user's compiled code stay as they are.
+
+    Args:
+        model: The model or function, compiled or not.
+        *args: Its positional arguments.
+        config: An `ApproxConfig` or a mapping with the same keys. By default the settings that `model` is compiled with, also in place (`model.compile`), and
+            the default settings if it is not compiled with this backend. If the settings change during the run, those of step 0 are reported. If the ratio of
+            sampled outputs is chosen during the run, the smallest is reported.
+        **kwargs: The model's keyword arguments.
+
+    Returns:
+        The sites with the decision and the reason for each, the FLOPs before and after, and the graphs.
+
+    Raises:
+        ConfigError: If the settings are not valid.
+        TypeError: If `model` cannot be called.
+
+    Example:
+        >>> import torch
+        >>> import approx_compile
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+        >>> report = approx_compile.explain(model, torch.randn(256, 64), config={"ratio": 0.5, "policy": "always"})
+        >>> print(report)  # a table with a line for each site
     """
     model, own = _unwrap(model)
     report = Report()
@@ -65,7 +104,7 @@ def explain(model: Callable[..., Any], *args: Any, config: ApproxConfig | Mappin
 
 
 def _unwrap(model: Any) -> tuple[Any, ApproxConfig | None]:
-    """The model below torch.compile, and the config it was compiled with, in place or not, if this is its backend."""
+    """Return the model inside a compiled model, and the config that it was compiled with, in place or not; None if another backend compiled it."""
     if not callable(model):
         raise TypeError(f"explain: got {type(model).__name__}; a torch.nn.Module or a function is expected")
     inner = _torch.uncompiled(model)

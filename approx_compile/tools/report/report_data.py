@@ -1,4 +1,4 @@
-"""What a report says of a model: its sites, where rows are chosen, FLOPs and times, as tables and as plain values."""
+"""The content of a report on a model (its sites, where rows are chosen, FLOPs and times), and its form as tables and as plain values."""
 
 from __future__ import annotations
 
@@ -19,9 +19,40 @@ from approx_compile.passes.planning.selection import PREDICTION_ERROR
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One site. `k` of `size` entries, `method` and `ratio` are the output product's, or the first approximated one's; FLOPs are summed over products. Symbols
-    in `shape`, such as that of a batch whose size is dynamic, were traced with the sizes in `traced`. `break_even`: the ratio at which sampling stops to
-    pay, and where it would be if sampling took 1.2 times as long as predicted, or 1 / 1.2 times.
+    """One site: a forward product (linear, convolution or matmul) with the products of its gradients, and what is decided for them.
+
+    One product stands for the site in `method`, `ratio`, `k` and `size`: the output, or the first approximated product if the output is exact. FLOPs and times
+    are summed over all products of the site.
+
+    Attributes:
+        name: The name of the site.
+        op: The name of the op.
+        kind: "linear", "conv" or "matmul".
+        shape: The sizes of the operands; a dynamic size, such as that of the batch, stands as a symbol.
+        dtype: The name of the dtype.
+        decision: What is done with the site.
+        reason: Why this is done.
+        method: How the entries are chosen.
+        ratio: The share of the entries that is kept.
+        k: The number of entries that are kept.
+        size: The number of all entries.
+        flops_exact: FLOPs of the exact products.
+        flops_sampled: FLOPs of the products as planned, including those of the sampling.
+        time_exact_us: Time of the exact products in us; None if it is not known.
+        time_sampled_us: Time of the products as planned in us; None if it is not known.
+        products: The plan of every product, by its name.
+        reads: The sites whose outputs this one reads through no other product.
+        traced: The symbols in `shape`, and the sizes that they were traced with.
+        break_even: The ratio at which sampling stops to pay, and where it would be if sampling took 1.2 times as long as predicted, or 1 / 1.2 times.
+
+    Example:
+        >>> import torch
+        >>> import approx_compile
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+        >>> report = approx_compile.explain(model, torch.randn(256, 64), config={"ratio": 0.5, "policy": "always"})
+        >>> site = report.sites[0]
+        >>> site.decision, site.k, site.size
+        ('sampled', 32, 64)
     """
 
     name: str
@@ -46,23 +77,38 @@ class SiteReport:
 
     @staticmethod
     def of(plan: SitePlan) -> SiteReport:
-        """Make the report of a site from its plan."""
+        """Make the report of a site from its plan.
+
+        Args:
+            plan: The plan of the site.
+
+        Returns:
+            The report of the site.
+        """
         own = {f.name: getattr(plan, f.name) for f in fields(SiteReport) if f.name not in (*_SHOWN, "products")}
         shown = {name: getattr(plan.shown, name) for name in _SHOWN}
         return SiteReport(**own, **shown, products={p.name: p for p in plan.products})
 
 
 _SHOWN = ("method", "ratio", "k", "size")
-"""What a site takes from the product that stands for it."""
+"""The fields that a site takes from the product that stands for it."""
 
 
 @dataclass
 class ReportData:
-    """What `explain` found. `sites` in execution order; `cuts`: where rows of the batch are chosen, or why not; `before` and `after`: readable joint
-    graphs, one per compiled graph; `unmatched`: rule patterns that match no site of any graph; `remarks`: layers for which no rule can hold, and where a tuned
-    plan was made for something else; `assignments`: how many the settings go through over a run, all but the first of which `explain(...,
-    config=config.at(step, phase))` shows. `str(report)` is a table. FLOPs are those of the sites' products in one training step (2 per multiply-add), the
-    sampling's own included in `flops_sampled`.
+    """What `explain` found out about a model. `str(report)` is a table.
+
+    FLOPs are those of the sites' products in one training step, 2 for each multiply-add. `flops_sampled` includes those of the sampling itself.
+
+    Attributes:
+        sites: The sites, in execution order.
+        cuts: Where rows of the batch are chosen in the backward pass, or why they are not.
+        before: The joint graphs before the rewrite as readable code, one for each compiled graph.
+        after: The same graphs after the rewrite.
+        unmatched: The patterns of rules that match no site of any graph.
+        remarks: The layers for which no rule can hold, and how the model differs from the one that a tuned plan was made for.
+        assignments: How many assignments the settings go through during a run. The report shows the first; `explain(..., config=config.at(step, phase))`
+            shows another.
     """
 
     sites: list[SiteReport] = field(default_factory=list)
@@ -85,7 +131,7 @@ class ReportData:
 
     @property
     def keys(self) -> list[str]:
-        """A name for every site that no other has: its own, or `name (2)`, ... where several graphs have a site of that name."""
+        """A unique name for every site: its own, or `name (2)` and so on if several graphs have a site of that name."""
         seen: Counter[str] = Counter()
         found = []
         for site in self.sites:
@@ -94,11 +140,13 @@ class ReportData:
         return found
 
     def to_networkx(self) -> nx.DiGraph[str]:
-        """The graph of sites, named as in `keys`: an edge from a site to every site that reads its output through no other product; node attributes
-        as in `sites`.
+        """Build the graph of sites, with an edge from each site to every site that reads its output through no other product.
+
+        Returns:
+            The graph. Its nodes are named as in `keys` and have the fields of `SiteReport` as attributes.
         """
         graph: nx.DiGraph[str] = nx.DiGraph()
-        latest: dict[str, str] = {}  # a site reads those of its own graph, and in a graph names are used once
+        latest: dict[str, str] = {}  # a site reads only sites of its own graph, in which names are unique
         for key, site in zip(self.keys, self.sites, strict=True):
             graph.add_node(key, **{k: v for k, v in vars(site).items() if k not in ("name", "reads")})
             graph.add_edges_from((latest[source], key) for source in site.reads)
@@ -106,7 +154,11 @@ class ReportData:
         return graph
 
     def costs(self) -> str:
-        """Where the predicted times come from: for every product as planned its sizes and, term by term, an expression over them and its microseconds."""
+        """Explain the predicted times term by term.
+
+        Returns:
+            A table. For every product as planned it shows the sizes, and each term of the prediction as an expression of the sizes with its time in us.
+        """
         table = Table()
         for title in ("site", "product", "as planned", "term"):
             table.add_column(title, overflow="fold")
@@ -127,7 +179,11 @@ class ReportData:
         return out.getvalue().rstrip()
 
     def to_dict(self) -> dict[str, Any]:
-        """Sites with their products, cuts, unmatched patterns, remarks and totals as plain values, for JSON; without the graphs' text."""
+        """Return the sites with their products, the cuts, unmatched patterns, remarks and totals as plain values, for JSON.
+
+        Returns:
+            Dicts, lists, numbers and strings. The code of the graphs is left out.
+        """
         content = {f.name: [asdict(item) for item in getattr(self, f.name)] for f in fields(self) if f.name in ("sites", "cuts")}
         totals = {"graphs": len(self.before), "flops_exact": self.flops_exact, "flops_sampled": self.flops_sampled}
         return content | totals | {"unmatched": self.unmatched, "remarks": self.remarks, "assignments": self.assignments}
@@ -163,7 +219,11 @@ class ReportData:
         return out.getvalue().rstrip()
 
     def traced(self) -> str:
-        """List the symbols in shapes and the sizes that they were traced with, such as "s77 = 64, s12 = 128"."""
+        """List the symbols in shapes and the sizes that they were traced with.
+
+        Returns:
+            Text such as "s77 = 64, s12 = 128"; empty if no shape has symbols.
+        """
         return ", ".join(dict.fromkeys(f"{symbol} = {size}" for s in self.sites for symbol, size in s.traced))
 
     def _table(self) -> Table:
@@ -181,7 +241,14 @@ class ReportData:
 
 
 def si(number: float) -> str:
-    """Three digits and a letter: 1.23M."""
+    """Write a number with three significant digits and the letter of its order of magnitude.
+
+    Args:
+        number: The number.
+
+    Returns:
+        Text such as "1.23M".
+    """
     for unit in ("", "k", "M", "G", "T"):
         if abs(number) < 1000:
             return f"{number:.3g}{unit}"

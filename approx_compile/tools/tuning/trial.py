@@ -1,4 +1,4 @@
-"""Run one training step under trial settings: measure its gradients, its plan, and its time beside the exact step's. The model is left as it was."""
+"""Run one training step under trial settings, to measure its gradients, its plan, and its time beside the exact step's. The model is left as it was."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ LEAST_ROUNDS, MOST_ROUNDS, SECONDS = 5, 41, 2.0
 
 @dataclass(frozen=True)
 class Gradients:
-    """The gradients of one step (None: the parameter takes no part), and the sites as planned."""
+    """The gradients of one step (None for a parameter that takes no part in it), and the sites as planned."""
 
     values: tuple[Tensor | None, ...]
     sites: tuple[SitePlan, ...]
 
     def error(self, exact: Gradients) -> float:
-        """Compute the relative error |g - g_exact| / |g_exact| over all parameters together.
+        """Compute the relative error ``|g - g_exact| / |g_exact|``, taken over the gradients of all parameters together.
 
         Args:
             exact: The gradients of the exact step.
 
         Returns:
-            The error; 0 where the exact gradient is zero.
+            The error; 0 if the exact gradient is zero.
         """
         pairs = [(a, b) for a, b in zip(self.values, exact.values, strict=True) if a is not None and b is not None]
         difference = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
@@ -133,11 +133,13 @@ class Trials:
         return step
 
     def times(self, step: Step, late: Callable[[], bool]) -> StepTimes:
-        """Time the exact step and a trial step in turn. On one CPU thread the CPU time of this process is taken, on which other processes have no effect.
+        """Time the exact step and a trial step in turn.
+
+        With one CPU thread, the CPU time of this process is measured, because other processes have no effect on it.
 
         Args:
             step: The compiled trial step.
-            late: Whether no time is left; the comparison then ends with the fewest pairs.
+            late: Tells whether no time is left; the comparison then ends as soon as it has the least number of pairs.
 
         Returns:
             The medians.

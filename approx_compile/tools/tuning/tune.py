@@ -40,16 +40,16 @@ def tune(
     rows: bool = True,
     progress: Progress | bool = True,
 ) -> TunedPlan:
-    """Choose the ratio of every site of `model` so that a training step takes the least time, with the gradient off by at most `max_error`.
+    """Choose the ratio of every site of `model` so that a training step takes the least time, while the gradient's error is at most `max_error`.
 
-    The step is `loss(model(*inputs), target)` and its backward pass, in the model's training mode, on the device that the model is on. The error of a plan is
-    |g - g_exact| / |g_exact| over all parameters together, both from the same random numbers. (A random `method` in the forward pass shifts the random numbers
-    of dropout, which then counts as error.)
+    The step is `loss(model(*inputs), target)` and its backward pass, in training mode, on the model's device. The error of a plan is
+    ``|g - g_exact| / |g_exact|``, taken over the gradients of all parameters together. Both gradients are computed with the same random numbers. (A random
+    `method` in the forward pass shifts the random numbers of dropout, and the difference counts as error.)
 
-    Measured are the error of every site at every ratio; the time of whole compiled steps with each group of equal sites sampled; and in the end the error and
-    the time of the chosen plan, its error also with sites that read one activation at shared entries and at entries of their own (`share`). What is measured
-    to be slower than the exact step, or to exceed the error, stays exact. A keyboard interrupt, or the end of the time budget, gives the best plan so far;
-    its record says which sites were not measured. Parameters, their `.grad`, buffers, random states and modules' attributes are left as they were.
+    `tune` measures the error of every site at every ratio, then the time of whole compiled steps in which each group of equal sites is sampled, and finally
+    the error and the time of the chosen plan. If several sites read one activation, it measures the plan's error both with the same entries for all of them
+    and with separate entries for each (`share`). Whatever is measured to be slower than the exact step, or to exceed the error, stays exact. After a keyboard interrupt, or at the end of the time budget, `tune` returns the best plan so far, whose record says which sites were not measured.
+    Parameters, their `.grad`, buffers, random states and modules' attributes are left as they were.
 
     Args:
         model: The module, before `torch.compile`, in training mode.
@@ -59,18 +59,26 @@ def tune(
             output, or its `.loss`.
         max_error: The relative error that the gradient may have.
         time_budget_s: Seconds that tuning may take; a compilation that has begun is finished.
-        config: How sites are sampled (`method`, `sampling`, rules, ...). Sites that read raw data, and the last layer, stay exact unless its policy is
-            "always".
+        config: How sites are sampled (`method`, `sampling`, rules and so on). Sites that read raw data, and the last layer, stay exact unless the policy of
+            `config` is "always".
         ladder: The ratios to try.
-        rows: Whether to try, in place of sampled sites, the backward pass of the whole model on some of the rows.
+        rows: Whether to also try running the backward pass of the whole model on some of the rows, in place of sampled sites.
         progress: A rich Progress to add a bar to, or whether to show one on stderr, with an estimate of how long all of it would take.
 
     Returns:
         The plan, with a record of what was measured.
 
     Raises:
-        ConfigError: (a ValueError) If the arguments are not valid.
+        ConfigError: If the arguments are not valid. It is a `ValueError`.
         ValueError: If the step has no loss.
+
+    Example:
+        >>> import torch
+        >>> import approx_compile
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+        >>> x, y = torch.randn(256, 64), torch.randint(0, 10, (256,))
+        >>> plan = approx_compile.tune(model, x, target=y, max_error=0.5, time_budget_s=60, progress=False)
+        >>> compiled = torch.compile(model, backend="approx", options={"plan": plan})
     """
     _check(model, max_error, time_budget_s, ladder)
     space = SearchSpace.of(config)
