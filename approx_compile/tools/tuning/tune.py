@@ -46,10 +46,11 @@ def tune(
     ``|g - g_exact| / |g_exact|``, taken over the gradients of all parameters together. Both gradients are computed with the same random numbers. (A random
     `method` in the forward pass shifts the random numbers of dropout, and the difference counts as error.)
 
-    `tune` measures the error of every site at every ratio, then the time of whole compiled steps in which each group of equal sites is sampled, and finally
-    the error and the time of the chosen plan. If several sites read one activation, it measures the plan's error both with the same entries for all of them
-    and with separate entries for each (`share`). Whatever is measured to be slower than the exact step, or to exceed the error, stays exact. After a keyboard interrupt, or at the end of the time budget, `tune` returns the best plan so far, whose record says which sites were not measured.
-    Parameters, their `.grad`, buffers, random states and modules' attributes are left as they were.
+    `tune` measures the error of every site at every ratio, then the time of whole compiled steps in which each group of equal sites is sampled, and finally the
+    error and the time of the chosen plan. If several sites read one activation, it measures the plan's error both with the same entries for all of them and
+    with separate entries for each (`share`). Whatever is measured to be slower than the exact step, or to exceed the error, stays exact. After a keyboard
+    interrupt, or at the end of the time budget, `tune` returns the best plan so far, whose record says which sites were not measured. Parameters, their
+    `.grad`, buffers, random states and modules' attributes are left as they were.
 
     Args:
         model: The module, before `torch.compile`, in training mode.
