@@ -1,8 +1,8 @@
-"""Follow the batch through a graph: find where every tensor holds its samples, and decide for every op whether it may run on a subset of them.
+"""Find where every tensor of a graph holds the samples of the batch, and decide for every op whether it may run on a subset of them.
 
-The batch has a symbol of its own, so that sizes show which dim holds it. What remains to be proved is that samples stay apart. An op may run on a subset of
-the rows in two cases: entry i of its result is computed from entries i of its operands (elementwise ops, views, products over other axes), or it sums
-over the rows something that is linear in the output gradient (weight gradients). Leaving out rows is then the same as setting their gradients to zero,
+The batch's size is a symbol that nothing else has, so sizes show which dim holds the batch. It remains to be proved that samples stay apart. An op may run on
+a subset of the rows in two cases: entry i of its result is computed from entries i of its operands (elementwise ops, views, products over other axes), or it
+sums something over the rows that is linear in the output gradient (weight gradients). Leaving out rows is then the same as setting their gradients to zero,
 and scaling a row's gradient scales all that is computed from it. Any other op is blocked, with the reason. The graph is not edited.
 """
 
@@ -49,7 +49,7 @@ _FACTORIES |= {aten.empty_strided.default}
 """Ops that fill a tensor of given sizes with one value."""
 _REARRANGING: set[Any] = {*VIEWS, *CASTS, aten.permute.default, aten.t.default, aten.transpose.int, aten.expand.default, aten.unsqueeze.default}
 _REARRANGING |= {aten.clone.default, aten.squeeze.dims, aten.squeeze.dim, aten.squeeze.default}
-"""Ops whose result has the operand's entries at other positions: the indices of the samples remain such indices."""
+"""Ops whose result holds the operand's entries at other positions. Where the entries are the indices of the samples, they still are in the result."""
 _ARITHMETIC: set[Any] = {aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor}
 
 
@@ -97,6 +97,7 @@ def _analyze_input(n: fx.Node, state: BatchDimState, known: Mapping[str, ValueLa
 
 
 def _analyze_op(n: fx.Node, state: BatchDimState) -> None:
+    """Determine kind, linearity, layout and legality of an op. A blocked op gets the layout that sizes suggest, so that the analysis can go on."""
     value = n.meta.get("val")
     operands = [a for a in n.all_input_nodes if not isinstance(a.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool)]
     gradients = [a for a in operands if state.kind.get(a) in _GRADIENTS]
@@ -120,6 +121,7 @@ def _analyze_op(n: fx.Node, state: BatchDimState) -> None:
 
 
 def _kind(n: fx.Node, value: Any, operands: list[fx.Node], gradients: list[fx.Node], state: BatchDimState) -> str:
+    """The kind of an op's result (see `batch_dim`), by those of its operands and by whether it holds the batch."""
     holds = holds_batch(value, state.batch)
     if not gradients:
         return FORWARD if holds or any(state.kind.get(a) == FORWARD for a in operands) else CONSTANT
@@ -134,7 +136,7 @@ def _kind(n: fx.Node, value: Any, operands: list[fx.Node], gradients: list[fx.No
 
 
 def _layout(n: fx.Node, value: Any, operands: list[fx.Node], state: BatchDimState) -> ValueLayout:
-    """The layout of an op's result, by its batching rule or, for an op that makes samples, by what it makes."""
+    """The layout of an op's result, by its batching rule or, for an op that creates a tensor, by the values it is filled with."""
     if any(a in state.unlocated for a in operands) and not _locate_from_others(n, value, operands, state):
         raise Blocked("the batch is merged with other axes in an order that is not known")
     if n.target is operator.getitem:
@@ -185,7 +187,7 @@ def _locate_from_others(n: fx.Node, value: Any, operands: list[fx.Node], state: 
 
 
 def _matching_layout(n: fx.Node, unlocated: fx.Node, operands: list[fx.Node], state: BatchDimState) -> SampleLayout | None:
-    """The layout at which an operand's samples would meet those of the others."""
+    """The layout that an operand must have for its samples to be combined with the same samples of the other operands; None if that is not known."""
     rank = _torch.value(unlocated).dim()
     others = [(a, layout) for a in operands if (layout := state.layout_of(a)) is not None and not layout.uniform]
     if n.target in MM | BMM:
@@ -256,7 +258,7 @@ def _fits(layout: ValueLayout, value: Any, state: BatchDimState) -> bool:
 
 
 def _with_definite_layout(n: fx.Node, value: Any, layout: ValueLayout, state: BatchDimState) -> ValueLayout:
-    """The layout, made definite for a gradient: one that is the same for every row differs between rows once they have weights."""
+    """The layout, with a definite position of the samples for a gradient: even if its rows are all equal, they differ once they are multiplied by weights."""
     if not isinstance(layout, SampleLayout) or not layout.uniform or state.kind[n] != ROW_GRAD:
         return layout
     definite = layout_from_size(value, state.batch)

@@ -1,9 +1,9 @@
-"""Rows through BatchNorm, approximately: sums over the batch that go back to its rows, made into sums for every row.
+"""Approximate the backward pass of BatchNorm on selected rows: replace each sum over the batch that goes back to its rows by one sum per row.
 
-BatchNorm's backward gives row i the gradient dz_i = (dy_i - m - x_i q) / s with m and q means over the batch of dy and dy x. On kept rows only, with
-weights w_i = 1/p_i on the incoming gradients, T = sum_kept w_j dy_j estimates the sum, but together with row i's own weight its own term is counted
-w_i times too often. With T_i = w_i T - (w_i - 1) w_i dy_i in its place the result is unbiased where rows are drawn independently (w_i dz_i in
-expectation); through several layers a bias of order 1 / batch may remain. It costs one more sum per row.
+The backward pass of BatchNorm gives row i the gradient dz_i = (dy_i - m - x_i q) / s, where m and q are the means over the batch of dy and dy x. On kept
+rows only, with weights w_i = 1/p_i on the incoming gradients, T = sum_kept w_j dy_j estimates the sum. But when the result for row i is multiplied by w_i,
+the term of row i itself is counted w_i times too often. With T_i = w_i T - (w_i - 1) w_i dy_i in place of T the result is unbiased (its expectation is that
+of w_i dz_i) where rows are drawn independently. Through several layers a bias of order 1 / batch may remain. The approximation costs one more sum per row.
 """
 
 from __future__ import annotations
@@ -20,11 +20,19 @@ from approx_compile.rows.batch_dim import CROSS_SAMPLE, DECOUPLED, REDUCED_GRAD,
 aten = torch.ops.aten
 
 WEIGHTS = "row_weights"
-"""The placeholder that holds w, one per row kept."""
+"""The name of the placeholder that holds the weights w, one per kept row."""
 
 
 def decouple_batch_norm(gm: fx.GraphModule, known: BatchDimState) -> bool:
-    """Replace what can be; says whether anything was. `known`: `gm`'s graph followed."""
+    """Replace the sums over the batch in every elementwise op that combines them with rows, where their terms can be found.
+
+    Args:
+        gm: The backward graph. It is edited: it gets `WEIGHTS` as its last placeholder if anything is replaced.
+        known: The analysis of the graph.
+
+    Returns:
+        Whether anything was replaced.
+    """
     todo = [n for n in gm.graph.nodes if known.blocked.get(n) == CROSS_SAMPLE]
     rows = next((n for n in gm.graph.nodes if known.layout_of(n) == SampleLayout(0)), None)
     if not todo or rows is None:
@@ -36,7 +44,7 @@ def decouple_batch_norm(gm: fx.GraphModule, known: BatchDimState) -> bool:
         dtype = torch.float64 if _torch.value(rows).dtype == torch.float64 else torch.float32
         work.weights.meta["val"] = torch.empty(work.size, dtype=dtype, device=_torch.value(rows).device)
         done = [work.recombine(n) for n in todo]
-    gm.graph.eliminate_dead_code()  # what a recombination began that then failed
+    gm.graph.eliminate_dead_code()  # remove the nodes of recombinations that failed halfway
     if not any(done):
         gm.graph.erase_node(work.weights)
     gm.graph.lint()
@@ -45,6 +53,8 @@ def decouple_batch_norm(gm: fx.GraphModule, known: BatchDimState) -> bool:
 
 
 class _Rewriter:
+    """The edits of one graph. `each` caches the terms of every sum, None for a sum whose terms cannot be found."""
+
     def __init__(self, graph: fx.Graph, known: BatchDimState, size: Any) -> None:
         self.graph = graph
         self.known = known
@@ -53,7 +63,7 @@ class _Rewriter:
         self.each: dict[fx.Node, fx.Node | None] = {}
 
     def recombine(self, n: fx.Node) -> bool:
-        """Give an elementwise op that reads sums over the batch beside rows, every row's own."""
+        """Let an elementwise op that combines rows with sums over the batch read one sum per row instead; return whether that was possible."""
         rank = _torch.value(n).dim()
         if not _torch.is_pointwise(n):
             return False
@@ -69,7 +79,7 @@ class _Rewriter:
         return True
 
     def _own(self, total: fx.Node, rank: int) -> fx.Node | None:
-        """w_i T - (w_i - 1) own_i for every row, to be broadcast against rows in dim 0."""
+        """The sum for every row, w_i T - (w_i - 1) t_i with the term t_i of row i, in a shape that broadcasts against rows in dim 0."""
         each = self._each(total)
         shape = [1] * (rank - _torch.value(total).dim()) + list(_torch.value(total).shape)
         if each is None or shape[0] != 1:
@@ -82,12 +92,16 @@ class _Rewriter:
         return self._emit(torch.ops.prims.convert_element_type.default, result, _torch.value(total).dtype)
 
     def _each(self, total: fx.Node) -> fx.Node | None:
-        """The terms of a sum, (rows, *sum's shape): what a chain of linear ops makes of each row's part."""
+        """The terms of a sum over the batch, with shape (rows, *shape of the sum), or None if they cannot be found.
+
+        The sum may have passed through linear ops since: these are applied to every term.
+        """
         if total not in self.each:
             self.each[total] = self._terms(total)
         return self.each[total]
 
     def _terms(self, t: fx.Node) -> fx.Node | None:
+        """Build the terms of one sum, or of one op that is applied to a sum."""
         shape = [self.size, *_torch.value(t).shape]
         source = t.args[0]
         if t.target is aten.sum.dim_IntList and isinstance(source, fx.Node) and self.known.layout_of(source) == SampleLayout(0):
@@ -107,6 +121,7 @@ class _Rewriter:
         return self._emit(aten.reshape.default, x, [self._emit(aten.sym_size.int, self.weights, 0) if s is self.size else s for s in shape])
 
     def _emit(self, target: Any, *args: Any) -> fx.Node:
+        """Insert a call with its fake value in the meta."""
         node = self.graph.call_function(target, args)
         node.meta["val"] = target(*fx.map_arg(args, lambda a: a.meta["val"]))
         return node

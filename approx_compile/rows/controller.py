@@ -1,9 +1,11 @@
-"""How many rows a step needs, and what share of sampled outputs: the policy "adaptive".
+"""Find during a run how many rows a step needs and which ratio sampled outputs need: the policy "adaptive".
 
-Of the gradients that reach a cut the norms g are known anyway. `needed` says what share of the rows keeps the added variance under tau of the
-gradient's own; its running mean, rounded up on the ladder, is the share kept from the next step on. For outputs `probe.py` measures, every few
-hundred steps, what a ratio does to the gradient. A number is read one step after it was made, so the device never waits for it. The state is small
-and part of a checkpoint (`state.py`), or a resumed run would start exact again; so is the number of draws made, whatever the policy.
+For rows, the norms g of the gradients that reach a cut are known in any case. `row_sampling.needed_share` computes the share of the rows that keeps the added
+variance below tau times the gradient's own. The running mean of this share, rounded up to a rung of the ladder, is the share kept from the next step on. For
+outputs, a probe measures every few hundred steps what error a ratio causes in the gradient (`OutputControl`).
+
+A measured number is read one step after it was computed, so the host never waits for the device. The state is small and must be part of a checkpoint, because
+a resumed run would otherwise start with all rows again. So must the number of random draws made, whatever the policy.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from approx_compile.rows.row_sampling import needed_share
 log = logging.getLogger("approx_compile")
 
 MOMENTUM = 0.9
-"""The momentum of the running mean: one batch says little about the next ten."""
+"""The momentum of the running mean. It is high because a single batch says little about the next ten."""
 
 OBSERVE_EVERY = 4
 """Steps from one observation of the norms to the next."""
@@ -56,7 +58,7 @@ class DeferredScalar:
             return None
         (value, event), self._waiting = self._waiting, None
         if event is not None:
-            event.synchronize()  # of the step before: the device has the next forward pass to do meanwhile
+            event.synchronize()  # it belongs to the previous step, so this hardly waits, and the device still has the next forward pass to run
         return value
 
 
@@ -73,11 +75,11 @@ class Checkpointed:
 
 
 class Draws(Checkpointed):
-    """The random numbers that choose the rows of one graph: a stream of their own, so that the user's is as in an exact run.
+    """The random numbers that select the rows of one graph. They are a separate stream, so that the user's random numbers stay as in an exact run.
 
-    Every draw has a generator, seeded with torch's seed and the number of draws made: nothing more is needed to go on with a run. `torch.manual_seed`
-    begins the count anew, with the same seed, too; another stretch of torch's stream (`fork_rng`) does not. Ranks with one seed draw the same numbers,
-    for other data.
+    Every draw seeds a generator with torch's seed, the graph's name and the number of draws made, so that a checkpoint needs only this number.
+    `torch.manual_seed` resets the count, even with the same seed; restoring a state of torch's stream (`fork_rng`) does not. Ranks with the same seed draw the
+    same numbers, which they use for different data.
     """
 
     def __init__(self, name: str) -> None:
@@ -87,7 +89,14 @@ class Draws(Checkpointed):
         self._seeding = _torch.seeding_marker()
 
     def random(self, device: torch.device) -> torch.Generator | None:
-        """For the next draw; None: torch's own stream, where a CUDA graph is recorded."""
+        """Return the generator for the next draw.
+
+        Args:
+            device: The device of the generator.
+
+        Returns:
+            The seeded generator; None while a CUDA graph is recorded, where torch's own stream must be used.
+        """
         if _torch.is_capturing_cuda_graph(device):
             return None
         if self._random.device != device:
@@ -98,6 +107,7 @@ class Draws(Checkpointed):
         return self._random.manual_seed(int.from_bytes(drawn.digest(), "little"))
 
     def _restart_if_reseeded(self) -> None:
+        """Reset the count if the user has seeded torch since the last draw."""
         seeding = _torch.seeding_marker()
         if seeding != self._seeding:
             self._seeding = seeding
@@ -116,7 +126,15 @@ class Draws(Checkpointed):
 
 
 class Control(Checkpointed):
-    """A share that is found over a run, on a ladder. `measured`: what it goes by; `ratio`: what holds now; `changes`: (step, ratio), the first (0, 1)."""
+    """A share that is found during a run, among the rungs of a ladder.
+
+    Attributes:
+        settings: The settings of the policy.
+        name: The name in logs and checkpoints.
+        step: The number of steps started.
+        measured: The number that the ratio is decided by.
+        changes: (step, ratio) of every change of the ratio, starting with (0, 1).
+    """
 
     def __init__(self, settings: AdaptiveTable, name: str, measured: float) -> None:
         self.settings = settings
@@ -155,6 +173,7 @@ class Control(Checkpointed):
             self.changes.append((self.step, ratio))
 
     def _decide(self, value: Tensor) -> float:
+        """Choose the ratio by a number that an observation gave."""
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
@@ -170,7 +189,7 @@ class Control(Checkpointed):
 
 
 class RowControl(Control):
-    """Of one cut of one graph: the share of the rows that is kept. `measured`: the running mean of what was needed, 1 at first."""
+    """The control of the share of the rows that one cut of a graph keeps. `measured` is the running mean of the share needed, 1 at first."""
 
     def __init__(self, settings: AdaptiveTable, name: str) -> None:
         super().__init__(settings, name, 1.0)
@@ -181,7 +200,7 @@ class RowControl(Control):
         return self.step % OBSERVE_EVERY == 1
 
     def observe(self, norms_sq: Tensor) -> None:
-        """Take in the squared gradient norms (B,) of a step; they count from the next step on."""
+        """Observe the squared gradient norms (B,) of a step. They affect the ratio from the next step on."""
         self._late.put(needed_share(norms_sq, self.settings.tau))
 
     def _decide(self, value: Tensor) -> float:
@@ -190,9 +209,9 @@ class RowControl(Control):
 
 
 class OutputControl(Control):
-    """Of the sampled outputs of one graph: their ratio. `measured`: the last relative squared error |g' - g|^2 / |g|^2 of the gradient.
+    """The control of the ratio of one graph's sampled outputs. `measured` is the last relative squared error |g' - g|^2 / |g|^2 of the gradient.
 
-    One rung down where that rung's error is small enough, one up where the present one's is not.
+    The ratio goes down one rung if the error at that rung is small enough, and up one rung if the error at the present one is not.
     """
 
     def __init__(self, settings: AdaptiveTable, name: str) -> None:
@@ -200,20 +219,22 @@ class OutputControl(Control):
 
     @property
     def should_observe(self) -> bool:
+        """Whether this step measures errors."""
         return self.step % self.settings.every == 1 % self.settings.every
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a state that `state_dict` returned."""
         super().load_state_dict(state)
-        if self.ratio not in self.settings.outputs:  # another ladder: the next rung up
+        if self.ratio not in self.settings.outputs:  # the ladder has changed since: take the next rung up
             self.changes.append((self.step, next((r for r in self.settings.outputs if r > self.ratio), 1.0)))
 
     def candidates(self) -> list[float]:
-        """The rungs whose errors this step is to measure: the next one down and the present one (which has none if it is 1)."""
+        """Return the ratios whose errors this step is to measure: the next rung down, and the present one unless it is 1, which has no error."""
         down = [r for r in self.settings.outputs if r < self.ratio][-1:]
         return [*down, *([self.ratio] if self.ratio < 1 else [])]
 
     def observe(self, candidates: Sequence[float], errors: Tensor) -> None:
+        """Observe the relative squared errors of the gradient, one for each candidate ratio. They affect the ratio from the next step on."""
         self._candidates = list(candidates)
         self._late.put(errors)
 
@@ -226,11 +247,12 @@ class OutputControl(Control):
         return ratio
 
 
-# Models of one class share compiled code, so a control belongs to a parameter that its backward pass reads: the first one saved for it. Where none
-# is saved (a single layer) it belongs to the module that was compiled.
+# Models of one class share compiled code, so a control belongs to a parameter that the backward pass reads: the first one that was saved for it. Where no
+# parameter is saved (as for a single layer) the control belongs to the module that was compiled.
 Owner = nn.Parameter | nn.Module
 _known = WeakIdKeyDictionary()
-"""{cut: its control, or graph: its draws, or the state loaded for it as long as it is not compiled}, by owner."""
+"""For each owner a dictionary from the key of a cut to its control, or of a graph to its draws. As long as it is not compiled, a loaded state takes the
+place of either."""
 
 
 C = TypeVar("C", bound=Control)
@@ -238,8 +260,16 @@ K = TypeVar("K", bound=Checkpointed)
 
 
 def control_for(owner: Owner, settings: AdaptiveTable, key: str, kind: type[C]) -> C:
-    """The control of a cut, or of a graph's outputs: that of an earlier compilation of the same graph if there is one, or a new one, with loaded state if
-    some waits.
+    """Return the control of a cut, or of a graph's outputs.
+
+    It is that of an earlier compilation of the same graph if there is one with the same settings, else a new one. A new one takes up the state that was loaded
+    for it, if any.
+
+    Args:
+        owner: The parameter or module that it belongs to.
+        settings: The settings of the policy.
+        key: The key of the cut or graph.
+        kind: The class of the control.
     """
     found = _known.setdefault(owner, {}).get(key)
     if isinstance(found, kind) and found.settings == settings:
@@ -248,12 +278,13 @@ def control_for(owner: Owner, settings: AdaptiveTable, key: str, kind: type[C]) 
 
 
 def draws_for(owner: Owner, key: str) -> Draws:
-    """The draws of a graph, likewise."""
+    """Return the draws of a graph for an owner: those of an earlier compilation, or new ones with the loaded state if there is one."""
     found = _known.setdefault(owner, {}).get(key)
     return found if isinstance(found, Draws) else _begin(owner, key, Draws(key))
 
 
 def _begin(owner: Owner, key: str, new: K) -> K:
+    """Register a new control or new draws, and load the state that waits for them, if any."""
     waiting = _known[owner].get(key)
     _known[owner][key] = new
     if isinstance(waiting, Mapping):
@@ -266,13 +297,21 @@ def _owners(model: nn.Module) -> dict[str, Owner]:
 
 
 def controls_state(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """{parameter or module: {cut: state}}."""
+    """Return the state of all controls and draws of a model, by the name of the parameter or module and then by the key of the cut or graph."""
     found = {name: _known.get(owner, {}) for name, owner in _owners(model).items()}
     return {name: {key: c.state_dict() if isinstance(c, Checkpointed) else dict(c) for key, c in own.items()} for name, own in found.items() if own}
 
 
 def load_controls(model: nn.Module, state: Mapping[str, Mapping[str, Any]]) -> None:
-    """At once where a cut is compiled, else when it is."""
+    """Load what `controls_state` returned: at once for what is compiled, else when it is compiled.
+
+    Args:
+        model: The model.
+        state: The state.
+
+    Raises:
+        KeyError: If the model has no parameter or module of a name in the state.
+    """
     owners = _owners(model)
     for name, states in state.items():
         known = _known.setdefault(owners[name], {})
@@ -284,6 +323,6 @@ def load_controls(model: nn.Module, state: Mapping[str, Mapping[str, Any]]) -> N
 
 
 def controls(model: nn.Module) -> dict[str, Control]:
-    """The controls of a model, compiled or not, by name: parameter or module, and cut."""
+    """Return the controls of a model, whether it is given compiled or not, by the name of the parameter or module and the key of the cut."""
     owned = ((name, key, c) for name, owner in _owners(_torch.uncompiled(model)).items() for key, c in _known.get(owner, {}).items())
     return {".".join(p for p in (name, key) if p): c for name, key, c in owned if isinstance(c, Control)}

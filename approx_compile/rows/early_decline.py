@@ -1,6 +1,7 @@
-"""Whether rows can be worth it at all, told from Dynamo's graph: before it is traced again, with a symbol for the batch, and its joint graph after that.
+"""Decide from Dynamo's graph whether running on rows can be worth it at all, before the model is traced again with a symbol for the batch.
 
-What comes out is no more than a bound: a graph that passes here may still be declined by `RowCompiler.ask`. One that does not pass would be, for sure.
+This saves the time of that second trace and of its joint graph. The decision is only a bound: a graph that passes here may still be declined by
+`RowCompiler.ask`, but a graph that does not pass would be declined there for certain.
 """
 
 from __future__ import annotations
@@ -19,11 +20,21 @@ from approx_compile.rows.batch_dim import CROSS_SAMPLE
 from approx_compile.rows.row_compiler import LEAST_SHARE
 
 _MARGIN = 0.8
-"""A share is compared with so much of the bound: of a product's gradients one may be missing that is counted here, or the other way round."""
+"""Factor on the least share that a graph must reach here. It allows for errors in counting the gradients of products: one that is counted here may not be
+computed, or the other way round."""
 
 
 def early_rejection(gm: fx.GraphModule, config: ApproxConfig, rows: int) -> tuple[str, tuple[RowCut, ...]] | None:
-    """The reason why rows can't be worth it, if that is certain, and the cuts that might have been."""
+    """Return why running on rows cannot be worth it, if that is certain.
+
+    Args:
+        gm: Dynamo's graph.
+        config: The user's configuration.
+        rows: The batch's size.
+
+    Returns:
+        The reason, and the cuts that were asked for, for the report; None if rows may be worth it.
+    """
     asked = [s for keys in config.each_alone() if (s := row_settings(keys)) is not None]
     flops = _torch.count_dynamo_flops(gm)
     if flops is None or config.policy == "always":
@@ -46,7 +57,7 @@ def _cut(asked: RowSettings, rows: int, reason: str, flops: int, level: int) -> 
 
 
 def _gradients(n: fx.Node) -> float:
-    """How many times its own FLOPs the gradients of a product have: as many as operands need one. Attention has five products for two."""
+    """The FLOPs of a product's gradients relative to its own: one for each operand that needs a gradient. Attention has five products for two (2.5)."""
     if "attention" in str(n.target):
         return 2.5
     operands = [v for a in n.all_input_nodes if isinstance(v := a.meta.get("example_value"), torch.Tensor) and v.dim() > 1]
@@ -54,7 +65,7 @@ def _gradients(n: fx.Node) -> float:
 
 
 def _above_batch_norm(gm: fx.GraphModule) -> set[fx.Node]:
-    """The nodes whose gradient comes, on some way, through a normalisation over the batch."""
+    """The nodes whose gradient passes, on at least one path, through a normalisation over the batch."""
     found: set[fx.Node] = set()
     for n in reversed(gm.graph.nodes):
         if any(u in found or _is_batch_norm(u) for u in n.users):
@@ -63,6 +74,7 @@ def _above_batch_norm(gm: fx.GraphModule) -> set[fx.Node]:
 
 
 def _is_batch_norm(n: fx.Node) -> bool:
+    """Whether a node is a BatchNorm that uses the statistics of the batch."""
     if n.op != "call_function" or n.target not in (torch.nn.functional.batch_norm, torch.batch_norm):
         return False
     training: Any = n.kwargs.get("training", n.args[5] if len(n.args) > 5 else False)

@@ -1,6 +1,7 @@
-"""Decide which ops are linear in the gradients they read: scaling or leaving out a sample's gradient then does the same to all that is computed from it.
+"""Decide which ops are linear in the gradients that they read.
 
-An op that is not known here counts as not linear.
+If an op is linear, scaling or leaving out a sample's gradient scales or leaves out all that is computed from it. An op that this module does not know counts
+as not linear.
 """
 
 from __future__ import annotations
@@ -39,18 +40,18 @@ _MAPS |= {aten.split_with_sizes.default, aten.split.Tensor, aten.unbind.int}
 _ZERO_OR_ALL = {aten.add.Tensor, aten.sub.Tensor, aten.slice_scatter.default, aten.select_scatter.default}
 _FACTORS = {aten.mul.Tensor, aten.mul.Scalar, aten.mm.default, aten.bmm.default, *CUSTOM_MM, *CUSTOM_CONV}
 _SOLVED = {"linalg_solve_triangular": 1, "linalg_lu_solve": 2, "_linalg_solve_ex": 1, "triangular_solve": 0, "cholesky_solve": 0}
-"""By solver, the position of the right-hand side, in which the solution is linear."""
+"""The position of the right-hand side, in which the solution is linear, for each solver."""
 _EMPTY: set[Any] = {aten.empty.memory_format, aten.empty_permuted.default, aten.empty_like.default, aten.new_empty.default, aten.new_empty_strided.default}
-"""Tensors that are made to be written to: their values are never read."""
+"""Ops that allocate a tensor to be written to, whose values are never read."""
 _INDEXED = {aten.gather.default, aten.index_select.default, aten.index.Tensor, aten._unsafe_index.Tensor}
 
 
 def is_linear(n: fx.Node, linear: set[fx.Node]) -> bool:
-    """Return whether a node is jointly linear in the gradients it reads, so that a row that is scaled or left out is so in the result.
+    """Return whether a node is jointly linear in the gradients it reads, so that a row that is scaled or left out is also scaled or left out in the result.
 
     Args:
         n: The node.
-        linear: Those of its operands that are linear in the output gradients.
+        linear: Its operands that are linear in the output gradients.
     """
 
     def linear_or_zero(a: Any) -> bool:

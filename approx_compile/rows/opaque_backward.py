@@ -1,7 +1,7 @@
-"""A backward pass on rows as one op of a graph.
+"""Represent a backward pass on rows as one op of a graph, for compiled autograd.
 
-Compiled autograd does not call the backward pass that was compiled with a model: it copies the model's backward graph into a graph of its own. That graph
-holds the exact gradients; here it is replaced by one op that runs the `RowBackward`.
+Compiled autograd does not call the backward pass that was compiled with a model. It copies the model's backward graph, which computes the exact gradients,
+into a larger graph. This module replaces that backward graph by a single op that runs the `RowBackward`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from approx_compile.rows.gather_rows import copy_keeping_strides, with_strides
 from approx_compile.rows.row_backward import RowBackward
 
 ROW_BACKWARD_ATTRIBUTE = "approx_compile_rows"
-"""Attribute of a compiled backward pass: the `RowBackward` that it calls."""
+"""The attribute of a compiled backward pass that holds the `RowBackward` it calls."""
 
 
 @dataclass(frozen=True)
 class _Output:
-    """One tensor that the op gives: which of the backward pass's results, and what it looks like."""
+    """One output of the op: the position `place` among the results of the backward pass, and the tensor's properties, with sizes as expressions."""
 
     place: int
     size: tuple[Any, ...]
@@ -38,17 +38,20 @@ class _Output:
 
 @dataclass(frozen=True, eq=False)
 class _OpaqueBackward:
+    """What the op needs to run. `symbols` says for each symbol which input holds its value, and in which dim (None for an input that is a number)."""
+
     backward: RowBackward
     symbols: Sequence[tuple[sympy.Symbol, int, int | None]]
     outputs: Sequence[_Output]
 
     def values(self, numbers: Sequence[Any], tensors: Sequence[Tensor]) -> dict[sympy.Symbol, Any]:
+        """The values of the symbols in one call."""
         args = [*numbers, *tensors]
         return {s: _torch.size_at(args, i, d) for s, i, d in self.symbols}
 
 
 _known: weakref.WeakValueDictionary[int, _OpaqueBackward] = weakref.WeakValueDictionary()
-"""By a random number: it stands in graphs, whose code is kept on disk for other processes."""
+"""The backward passes by key. Keys are random numbers because they are constants in graphs, whose code is cached on disk for other processes."""
 
 _library = torch.library.Library("approx_compile_rows", "FRAGMENT")
 _library.define("backward(int key, SymInt[] numbers, Tensor[] tensors) -> Tensor[]", tags=(torch.Tag.nondeterministic_seeded,))
@@ -81,7 +84,16 @@ def _numbers(expressions: Sequence[Any], values: Mapping[sympy.Symbol, Any]) -> 
 
 
 def expose_to_compiled_autograd(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """The compiled model. When it has run once with gradients, compiled autograd finds the op in place of its backward graph."""
+    """Wrap a compiled model so that compiled autograd finds the op in place of its backward graph.
+
+    The graph is replaced after the first call with gradients, when it can be reached from the outputs.
+
+    Args:
+        compiled: The compiled model.
+
+    Returns:
+        A function that calls it.
+    """
     done = False
 
     def call(*args: Any) -> Any:
@@ -94,6 +106,7 @@ def expose_to_compiled_autograd(compiled: Callable[..., Any]) -> Callable[..., A
 
 
 def _show(out: Any) -> bool:
+    """Replace the backward graph that is reached from a model's outputs; return whether there was one that runs on rows."""
     for value in _torch.tree_leaves(out):
         for run, gm in _torch.compiled_backwards(value) if isinstance(value, Tensor) else ():
             backward = getattr(run, ROW_BACKWARD_ATTRIBUTE, None)
@@ -104,12 +117,12 @@ def _show(out: Any) -> bool:
 
 
 def _replace(gm: fx.GraphModule, backward: RowBackward) -> None:
-    """Put the op in the place of the nodes of a backward graph."""
+    """Replace the nodes of a backward graph by the op, unless its inputs are not symbolic sizes followed by tensors."""
     placeholders = gm.graph.find_nodes(op="placeholder")
     values = [n.meta.get("val") for n in placeholders]
     numbers = [n for n, v in zip(placeholders, values, strict=True) if isinstance(v, _torch.SYMBOLIC)]
     if [*numbers, *(n for n, v in zip(placeholders, values, strict=True) if isinstance(v, Tensor))] != placeholders:
-        return  # something else among them, or in another order: as it was
+        return  # the op takes sizes first and tensors after them, nothing else: the graph stays as it is
     graph = fx.Graph()
     new = {n: graph.placeholder(n.name) for n in placeholders}
     results = next(n for n in reversed(gm.graph.nodes) if n.op == "output").args[0]

@@ -1,4 +1,4 @@
-"""What a user is told of an op that stops rows: why, where in the model it is, and what may be written instead."""
+"""Describe to the user an op that cannot run on selected rows: why, where in the model it is, and what may be written instead."""
 
 from __future__ import annotations
 
@@ -17,27 +17,32 @@ ADVICE = {
     "uses the batch's size as a number": "a mean over the batch outside of the compiled model",
     "one sample is taken out of the batch": "what depends on a single sample outside of the compiled model",
 }
-"""What may be written instead, by what a reason says."""
+"""What may be written instead, by a part of the reason's text."""
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in \S+\n\s+(.+)')
 
 
 def describe_reason(n: fx.Node, reason: str) -> str:
-    """The reason with the module and the source line that the op comes from, and with advice where there is some."""
+    """Return a reason with the module and the source line that an op comes from, and with advice where there is some.
+
+    Args:
+        n: The node of the op.
+        reason: Why it cannot run on selected rows.
+    """
     place = ", ".join(p for p in (_module(n), _line(n)) if p)
     advice = next((text for what, text in ADVICE.items() if what in reason), "")
     return reason + (f" (at {place})" if place else "") + (f"; instead: {advice}" if advice else "")
 
 
 def _module(n: fx.Node) -> str:
-    """The name of the innermost module that called the op, as the model has it."""
+    """The name within the model of the innermost module that called the op."""
     stack = n.meta.get("fwd_nn_module_stack") or n.meta.get("nn_module_stack") or {}
     path = next((str(path) for path, _ in reversed(list(stack.values()))), "")
     return re.sub(r"^[LG]\['\w+'\](\._modules)?\.?", "", path).replace("._modules", "").replace("['", ".").replace("']", "")
 
 
 def _line(n: fx.Node) -> str:
-    """The line of the model, not of torch, that the op comes from: file:number and its code."""
+    """The innermost source line outside torch that the op comes from, as file:number and code."""
     frames = [f for f in _FRAME.findall(n.meta.get("stack_trace") or "") if "/torch/" not in f[0]]
     if not frames:
         return ""

@@ -1,15 +1,17 @@
-"""Whether leaving out rows is worth it: the time that it saves against that of choosing rows, gathering what is needed of them and putting results back.
+"""Predict whether leaving out rows is worth it.
+
+The time saved is compared with the time to select rows, to gather what is needed of them and to put the results back:
 
 | term | its time |
 |---|---|
-| saved: each product on rows | FLOPs / rate at all rows, less the same at the rows kept (fewer rows have another rate: a weight is read whole for few, too) |
-| choosing, each level | `select.METHOD` of the batch |
+| saved: each product on rows | FLOPs / rate at all rows, minus the same at the kept rows (the rate depends on the rows: a weight is read whole for few, too) |
+| selecting rows, each level | `select.METHOD` at the batch's size |
 | norms of the gradients that enter | bytes / `norms` |
-| gathering them, and each saved tensor with rows | 2 x bytes kept / `take`, new memory / `fresh`, `LAUNCHES_PER_TENSOR` launches |
-| putting back input gradients, and what all rows need again | bytes of all rows / `untake`, `LAUNCHES_PER_TENSOR` launches |
-| calling compiled code in pieces, with a symbol for the batch | `CALL_OVERHEAD` choices from few |
+| gathering these, and each saved tensor with rows | 2 x bytes kept / `take`, new memory / `fresh`, `LAUNCHES_PER_TENSOR` launches |
+| putting back input gradients, and what later runs on all rows again | bytes of all rows / `untake`, new memory / `fresh`, `LAUNCHES_PER_TENSOR` launches |
+| calling compiled code in pieces, with a symbol for the batch | `CALL_OVERHEAD` selections from the smallest batch |
 
-What elementwise ops save is left out. Rates are tables of the machine's profile (`gauges`), read as `cost` reads them.
+What elementwise ops save is left out. Rates are tables of the machine's profile (`gauges`), read as in `passes.cost`.
 """
 
 from __future__ import annotations
@@ -32,31 +34,42 @@ from approx_compile.passes.fx_utils import BMM, MM
 from approx_compile.rows.batch_dim import SampleLayout
 
 ANY_SIZE = False
-"""Tests set this: rows are worth it in models that are too small for it to pay."""
+"""Whether rows count as worth it at any size. Tests set this, because their models are too small for rows to pay."""
 
 ASSUMED_RATIO = 0.5
-"""The share of the rows kept where nobody says: the policy "adaptive" finds it while it runs, begins with all and may come to a quarter and less. What pays
-at half pays through much of such a run; what pays at a quarter only would cost time on the way there, and for good where it never comes to it."""
+"""The share of kept rows that is assumed under the policy "adaptive", which finds the share during the run: it starts with all rows and may reach a quarter
+or less. A graph that pays at half the rows pays through much of such a run. A graph that pays only at a quarter would cost time on the way there, and in the
+whole run if the share never gets so low."""
 
 MARGIN = 1.2
-"""What is saved must be so many times the cost (`margins.QUICK_MARGIN` times more where the machine was measured quickly)."""
+"""The ratio of the time saved to the cost that must be exceeded (times `margins.QUICK_MARGIN` where the machine was measured quickly)."""
 
 CALL_OVERHEAD = 3
-"""What running a backward pass on rows takes besides, in choices of rows from the fewest: Python that calls two or more pieces of compiled code in place of
-one, checks of the batch's symbol, and small ops that are slower in a step than in a loop of their own. (Multilayer perceptrons on one core of a Xeon,
-batches from 64 to 1024, widths from 64 to 256: half the rows came to 1000 us more where nothing was saved, 200 us of them for choosing, 100 for moving.)"""
+"""The remaining overhead of a backward pass on rows, in units of the time to select rows from the smallest batch: Python that calls two or more pieces of
+compiled code instead of one, checks of the batch's symbol, and small ops that are slower in a step than in a loop by themselves. (Measured with multilayer
+perceptrons on one core of a Xeon, batches from 64 to 1024, widths from 64 to 256: with half the rows, where nothing was saved, a step took 1000 us more, of
+which 200 us were for selecting rows and 100 us for moving them.)"""
 
 LAUNCHES_PER_TENSOR = 4
-"""Launches of gathering one tensor or putting it back, besides its bytes: views, the op, its weights."""
+"""Kernel launches to gather one tensor or put it back, in addition to the time for its bytes: views, the op itself, and the weights."""
 
 LEAST_FLOPS = {"cpu": 2e8, "cuda": 2e10}
-"""Where the machine has no profile: the FLOPs on rows from which on they are worth it. Nothing is measured for this question alone, the first call would
-take seconds longer. (A perceptron of batch and width 256 broke even there on one core of a Xeon; the number for CUDA is no measurement: a hundred times as
-many. Other devices count as CUDA.)"""
+"""The least FLOPs on rows for which rows are worth it, by device type, where the machine has no profile. No profile is measured for this question alone,
+because the first call would take seconds longer. (A perceptron with batch and width 256 broke even at this number on one core of a Xeon. The number for CUDA
+is not measured; it is a hundred times that of the CPU. Other devices count as CUDA.)"""
 
 
 class ProductWork(NamedTuple):
-    """A product on rows: its FLOPs, the table with its rate, the sizes to read that at and which of them hold the rows. No table: the best rate of all."""
+    """A product that runs on selected rows.
+
+    Attributes:
+        level: The level of rows that it runs on.
+        flops: Its FLOPs on all rows.
+        dtype: The dtype of its operands.
+        rate: The table with its rate in GFLOP/s; if empty, the highest rate of the machine counts.
+        sizes: The sizes at which the table is read.
+        rows: Which of these sizes are proportional to the number of rows.
+    """
 
     level: int
     flops: int
@@ -66,6 +79,7 @@ class ProductWork(NamedTuple):
     rows: tuple[bool, ...] = ()
 
     def time_us(self, share: float, machine: Machine) -> float:
+        """Return the predicted time in us on a share of the rows, 1.0 for all."""
         if not self.rate:
             return self.flops * share / machine.peak_gflops(self.dtype) / 1e3
         at = [max(1.0, s * share) if r else s for s, r in zip(self.sizes, self.rows, strict=True)]
@@ -73,7 +87,14 @@ class ProductWork(NamedTuple):
 
 
 class RowTraffic(NamedTuple):
-    """A tensor of which rows are read: the bytes of all, and how many entries of a row lie together."""
+    """A tensor whose rows are read or written.
+
+    Attributes:
+        level: The level of rows.
+        bytes: The bytes of all rows.
+        run: How many entries of one row are contiguous in memory.
+        dtype: The dtype of the entries.
+    """
 
     level: int
     bytes: int
@@ -83,7 +104,15 @@ class RowTraffic(NamedTuple):
 
 @dataclass(frozen=True)
 class RowWork:
-    """What a backward pass on some rows does: `entering` gradients, by whose norms rows are chosen, are also `gathered`."""
+    """The work of a backward pass on selected rows.
+
+    Attributes:
+        batch: The number of all rows.
+        products: The products that run on selected rows.
+        entering: The gradients by whose norms rows are selected.
+        gathered: The tensors whose rows are gathered, the entering gradients among them.
+        scattered: The gradients that are put back among all rows.
+    """
 
     batch: int
     products: tuple[ProductWork, ...]
@@ -94,13 +123,20 @@ class RowWork:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Microseconds of a backward pass: what leaving out rows saves, and what it takes."""
+    """The predicted effect of leaving out rows in a backward pass.
+
+    Attributes:
+        saved_us: The time that products save, in us.
+        cost_us: The time that selecting, gathering and putting back takes, in us.
+        share: The share of the rows that the first level in use keeps.
+    """
 
     saved_us: float
     cost_us: float
     share: float
 
     def pays(self, machine: Machine) -> bool:
+        """Return whether the time saved exceeds the cost by the margin that holds for this machine's profile."""
         return self.saved_us > self.cost_us * MARGIN * (margins.QUICK_MARGIN if machine.quick else 1)
 
     def __str__(self) -> str:
@@ -110,7 +146,13 @@ class Prediction:
 
 
 def predict(work: RowWork, levels: Sequence[RowSettings], machine: Machine) -> Prediction:
-    """Of a backward pass with these levels of rows (1, 2, ..)."""
+    """Predict the times of a backward pass by the terms in the table above.
+
+    Args:
+        work: What the backward pass does.
+        levels: The settings of level 1, 2, ...
+        machine: The profile of the machine.
+    """
     shares = [ASSUMED_RATIO if s.ratio is None else s.ratio for s in levels]
     used = sorted({p.level for p in work.products})
 
@@ -136,7 +178,14 @@ def predict(work: RowWork, levels: Sequence[RowSettings], machine: Machine) -> P
 
 
 def rejection_reason(work: RowWork, levels: Sequence[RowSettings], machine: Machine | None, device: str) -> str | None:
-    """Why rows would not be worth their time, if so."""
+    """Return why rows would not be worth their time, or None if they would.
+
+    Args:
+        work: What the backward pass does.
+        levels: The settings of level 1, 2, ...
+        machine: The profile of the machine. None: the number of FLOPs decides.
+        device: The type of the device.
+    """
     if ANY_SIZE:
         return None
     if machine is not None:
@@ -146,8 +195,12 @@ def rejection_reason(work: RowWork, levels: Sequence[RowSettings], machine: Mach
 
 
 def too_little_work(flops: int, device: str, machine: Machine | None = None) -> str | None:
-    """Why so few FLOPs on rows are not worth it, if that is certain without a look at what is gathered: with a profile, if they are a quarter of what
-    decides where there is none.
+    """Return why so few FLOPs on rows are not worth it, if that is certain without knowing what is gathered; else None.
+
+    Args:
+        flops: The FLOPs that can run on rows.
+        device: The type of the device.
+        machine: The profile of the machine. Where there is one, only less than a quarter of `LEAST_FLOPS` is certain to be too little.
     """
     least = LEAST_FLOPS.get(device, LEAST_FLOPS["cuda"]) * (1 if machine is None else 0.25)
     if ANY_SIZE or flops >= least:
@@ -159,7 +212,13 @@ def too_little_work(flops: int, device: str, machine: Machine | None = None) -> 
 
 
 def product_work(n: fx.Node, level: int, batch: sympy.Symbol) -> ProductWork | None:
-    """A product of a backward graph; None for other ops."""
+    """Return the work of a node of a backward graph that is a product; None for other ops.
+
+    Args:
+        n: The node.
+        level: The level of rows that it runs on.
+        batch: The symbol of the batch's size.
+    """
     flops = _torch.flops(n)
     if not flops:
         return None
@@ -170,7 +229,7 @@ def product_work(n: fx.Node, level: int, batch: sympy.Symbol) -> ProductWork | N
 
 
 def _rate(n: fx.Node, operands: Sequence[Tensor], batch: sympy.Symbol) -> tuple[str, list[Any]]:
-    """The table of a product's rate, and the sizes in the order of its axes."""
+    """The table that holds a product's rate, and the sizes to read it at in the order of its axes."""
     if n.target in MM or n.target in BMM:
         a, b = operands[-2:]
         rows, inner, columns = a.shape[-2], a.shape[-1], b.shape[-1]
@@ -185,7 +244,7 @@ def _rate(n: fx.Node, operands: Sequence[Tensor], batch: sympy.Symbol) -> tuple[
 
 
 def row_traffic(value: Any, layout: SampleLayout | None, level: int) -> list[RowTraffic]:
-    """A tensor with rows; none if it has none, or all of them the same."""
+    """Return the traffic of a tensor's rows as a list of one entry, or an empty list if it holds no rows or they are all the same."""
     if not isinstance(value, Tensor) or layout is None or layout.uniform:
         return []
     inner = int(layout.inner) if layout.inner.is_Integer else 1

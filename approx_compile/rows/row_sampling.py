@@ -1,8 +1,10 @@
-"""Choose which rows of a batch go through the backward pass, and estimate how many are needed: readable torch on the device, no host synchronisation.
+"""Choose which rows of a batch go through the backward pass, and estimate how many are needed.
 
-Row i has gradient norm g_i at the cut. A row kept with probability p_i and scaled by 1/p_i leaves the gradient's mean as it is and adds to its
-variance about sum (1 - p_i) / p_i g_i^2, where the gradient's own second moment over the batch is sum g_i^2. For a given number of rows the best
-p_i is min(1, c g_i): all rows that are not certain then weigh the same, 1 / c.
+This is readable torch code that runs on the device and never makes the host wait.
+
+Let g_i be the norm of row i's gradient at the cut. Keeping the row with probability p_i and scaling it by 1/p_i does not change the mean of the gradient and
+adds about sum (1 - p_i) / p_i g_i^2 to its variance, while the gradient's second moment over the batch is sum g_i^2. For a given number of rows the best
+probabilities are p_i = min(1, c g_i). All rows with p_i < 1 then have gradients of the same norm 1 / c after scaling.
 """
 
 from __future__ import annotations
@@ -13,14 +15,20 @@ from torch import Tensor
 from approx_compile.kernels.estimators import Estimator, select
 
 _BEYOND = 1e200
-"""What an inf or NaN norm counts as: such rows are kept first."""
+"""The finite value that replaces a norm of inf or NaN. It is larger than any other, so such rows are kept first."""
 
 
 def choose_rows(method: str, norms_sq: Tensor, k: int, random: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
-    """Squared norms (B,) -> indices (k,) int64, sorted and distinct, and their weights (k,) or None (topk keeps rows as they are).
+    """Choose rows by the norms of their gradients. Rows whose norm is inf or NaN are kept first, with weight 1.
 
-    `bernoulli` is here the fixed-size scheme of `systematic_sample`. Rows whose norm is inf or NaN are kept first, with weight 1.
-    `random`: what is drawn from in place of torch's own stream.
+    Args:
+        method: An estimator. For rows, `bernoulli` means the fixed-size scheme of `systematic_sample`.
+        norms_sq: Squared gradient norms (B,).
+        k: The number of rows to keep.
+        random: The generator to draw from; None for torch's own stream.
+
+    Returns:
+        Indices (k,) int64, sorted and distinct, and their weights (k,); None as weights for 1 (`topk` does not scale rows).
     """
     if method == "bernoulli":
         idx, p = systematic_sample(inclusion_probabilities(norms_sq, k), k, random)
@@ -34,9 +42,17 @@ def _norms(norms_sq: Tensor) -> Tensor:
 
 
 def inclusion_probabilities(norms_sq: Tensor, k: int) -> Tensor:
-    """p_i = min(1, c g_i), fp64 (B,), with c such that sum p = k. Where fewer than k rows have a gradient, those have p = 1 and the sum is less.
+    """Compute p_i = min(1, c g_i) with c such that the sum of p is k.
 
-    If the n smallest rows are the uncertain ones, c = (k - (B - n)) / (g_1 + .. + g_n); the n at which that fits is the solution.
+    If the rows with the n smallest norms are those with p < 1, then c = (k - (B - n)) / (g_1 + .. + g_n); the solution is the n for which this c indeed
+    leaves exactly these rows below 1.
+
+    Args:
+        norms_sq: Squared gradient norms (B,).
+        k: The expected number of rows.
+
+    Returns:
+        Probabilities (B,), fp64. Where fewer than `k` rows have a gradient, these have p = 1 and the sum is less than `k`.
     """
     g = _norms(norms_sq)
     size = g.shape[0]
@@ -48,40 +64,54 @@ def inclusion_probabilities(norms_sq: Tensor, k: int) -> Tensor:
 
 
 def _first_fit(c: Tensor, ascending: Tensor) -> Tensor:
-    """The smallest c[n - 1] under which just the n smallest norms are uncertain: c g_n <= 1 <= c g_(n + 1). inf where there is none."""
+    """The smallest c[n - 1] under which exactly the n smallest norms have p < 1, that is c g_n <= 1 <= c g_(n + 1); inf if there is none."""
     above = torch.cat([ascending[1:], ascending.new_full((1,), torch.inf)])
     fits = (c * ascending <= 1 + 1e-12) & (c * above >= 1 - 1e-12)
     return torch.where(fits, c, torch.inf).amin()
 
 
 def systematic_sample(p: Tensor, k: int, random: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """k distinct rows, row i among them with probability p_i (sum p = k): indices (k,), sorted, and their p.
+    """Draw `k` distinct rows such that row i is among them with probability p_i.
 
-    The rows are laid end to end in random order, row i with length p_i, and cut at u, u + 1, .., u + k - 1 with u uniform in [0, 1): every row is
-    hit with probability p_i and none twice (Madow 1949; random order as in Hartley and Rao 1962). With sum p < k the rest of the k are rows without
-    a gradient, whose p is given as 1.
+    The rows are laid end to end in random order, row i with length p_i, and the points u, u + 1, .., u + k - 1 are marked, with u uniform in [0, 1). Every row
+    is hit with probability p_i, and none is hit twice (Madow 1949; random order as in Hartley and Rao 1962).
+
+    Args:
+        p: Inclusion probabilities (B,) with sum `k`. If the sum is less, the rest of the `k` rows are rows with p = 0, which have no gradient.
+        k: The number of rows.
+        random: The generator to draw from; None for torch's own stream.
+
+    Returns:
+        Indices (k,), sorted, and the probabilities (k,) of these rows, 1 for those without a gradient.
     """
     size = p.shape[0]
     p = torch.where(p.sum() < k - 0.5, torch.where(p > 0, p, _spare(p, k)), p)
     order = torch.randperm(size, device=p.device, generator=random)
     ends = p[order].cumsum(0)
     first = torch.rand((), device=p.device, dtype=p.dtype, generator=random)
-    cuts = (first + torch.arange(k, device=p.device)) * (ends[-1] / k)  # ends[-1] is k but for rounding
+    cuts = (first + torch.arange(k, device=p.device)) * (ends[-1] / k)  # ends[-1] is k up to rounding
     idx = order[torch.searchsorted(ends, cuts, right=True).clamp_(max=size - 1)].sort().values
     return idx, p[idx]
 
 
 def _spare(p: Tensor, k: int) -> Tensor:
-    """1 for just so many rows without a gradient that the sum is k."""
+    """Probability 1 for as many rows without a gradient as are missing from a sum of `k`, 0 for all others."""
     empty = p == 0
     return (empty & (empty.cumsum(0) <= k - p.sum())).to(p.dtype)
 
 
 def needed_share(norms_sq: Tensor, tau: float) -> Tensor:
-    """The smallest expected share of rows, a scalar in (0, 1], at which sum (1 - p) / p g^2 <= tau sum g^2 with p = min(1, c g).
+    """Compute the smallest share of rows that keeps the added variance within a bound: sum (1 - p) / p g^2 <= tau sum g^2 with p = min(1, c g).
 
-    With the n smallest norms uncertain the left side is G1 / c - G2, where G1 = sum g and G2 = sum g^2 over those: c = G1 / (tau S + G2), for the n
-    at which it fits. 1 where a norm is inf or NaN or all are 0: then nothing is to be saved.
+    If the n smallest norms have p < 1, the left side is G1 / c - G2, where G1 and G2 are the sums of g and g^2 over these. Hence c = G1 / (tau S + G2) with
+    S = sum g^2 over all rows, for the n for which this c leaves exactly these rows below 1.
+
+    Args:
+        norms_sq: Squared gradient norms (B,).
+        tau: The bound on the added variance, relative to the gradient's second moment.
+
+    Returns:
+        The expected share, a scalar in (0, 1]. It is 1 where a norm is inf or NaN, or where all norms are 0, because then no rows can be saved.
     """
     g = _norms(norms_sq)
     ascending, _ = g.sort()

@@ -88,7 +88,7 @@ class CoverageEstimate:
     flops_on_rows: int
     blocked: tuple[str, ...]
     work: RowWork
-    """The state that running on rows takes. An estimate if it comes from the joint graph, exact if from the partition."""
+    """The work of running on rows: an estimate if it comes from the joint graph, exact if it comes from the partition."""
 
     def rejection_reason(self, least_share: float) -> str | None:
         """Return why running on rows is not worth it, or None if at least `least_share` of the FLOPs can run on them."""

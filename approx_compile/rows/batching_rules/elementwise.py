@@ -15,18 +15,18 @@ aten = torch.ops.aten
 
 
 def pointwise(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
-    """Apply to elementwise ops: operands are broadcast, and all that hold samples hold them at one position."""
+    """Apply to elementwise ops: operands are broadcast, and all that hold samples must hold them at the same position."""
     rank = len(value[0].shape if isinstance(value, tuple | list) else value.shape)
     return common_layout(*(broadcast_layout(a, rank, state) for a in n.all_input_nodes))
 
 
 def copy(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
-    """Apply to copy(target, source): the result is `source`, broadcast to the shape of `target`, whose values are not read."""
+    """Apply to `copy`, whose result is its second argument, broadcast to the shape of the first, whose values are not read."""
     return broadcast_layout(n.args[1], value.dim(), state)
 
 
 def reduction(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
-    """Apply to reductions. A reduction over the batch has a result without samples; `batch_dim_analysis` checks whether it is allowed."""
+    """Apply to reductions. The result of a reduction over the batch holds no samples; `batch_dim_analysis` checks whether it is allowed."""
     layout = state.layout_of(n.args[0])
     rank = _torch.value(n.args[0]).dim()
     dim = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim")
