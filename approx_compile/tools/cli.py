@@ -1,7 +1,7 @@
-"""`approx-compile`: what the library does, on the command line.
+"""The command line `approx-compile`: explain, time and tune a model, and measure the machine.
 
-A new command is a function with `@app.command()` whose body stands in `with failures(debug):`. Exit codes: 0, 2 for wrong usage (options, config,
-factory), 1 for every other failure; the reason is one line on stderr.
+A new command is a function with `@app.command()` whose body is inside `with failures(debug):`. The exit code is 0 after success, 2 after wrong usage (options,
+config, factory), and 1 after any other failure. The reason for a failure is one line on stderr.
 """
 
 from __future__ import annotations
@@ -63,12 +63,22 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a fa
 
 
 class Failure(Exception):
-    """What could not be done, in one line."""
+    """A command cannot be carried out; the message is one line."""
 
 
 @contextlib.contextmanager
 def failures(debug: bool) -> Iterator[None]:
-    """Inside, exceptions become one line on stderr and an exit code; with `debug` they pass."""
+    """Turn exceptions inside the block into one line on stderr and an exit code.
+
+    Args:
+        debug: Whether to let exceptions pass, so that the traceback is shown.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        typer.Exit: With code 2 after wrong usage, and 1 after any other exception.
+    """
     try:
         yield
     except Exception as e:
@@ -195,7 +205,7 @@ def calibrate(
 
 
 def _prepared(model: str, config: Path | None, settings: list[str] | None, threads: int | None, **defaults: Any) -> tuple[ApproxConfig | None, Example]:
-    """What a command that times things works on: checked options (over `defaults`, where any are given), then the model, under so many threads."""
+    """Check the options, which override `defaults` if any options are given; then set the number of threads, and load the model."""
     options = read_options(config, settings or [], **defaults)
     _set_threads(threads)
     return options, example_of(model)
@@ -212,19 +222,29 @@ def _check_folder(option: str, path: Path | None) -> None:
 
 
 def _device(example: Example) -> str:
-    """The device that the model's tensors are on."""
+    """Return the device that the model's tensors are on."""
     tensors = [*(example.model.parameters() if isinstance(example.model, torch.nn.Module) else ()), *example.args, *example.kwargs.values()]
     return next((t.device.type for t in tensors if isinstance(t, torch.Tensor)), "cpu")
 
 
 def example_of(spec: str) -> Example:
-    """The model that `spec` names, the same weights and data at every call."""
+    """Load the model that a specification names, with the same weights and data at every call.
+
+    Args:
+        spec: `package.module:factory` or `path/to/file.py:factory`.
+
+    Returns:
+        The model and its arguments.
+
+    Raises:
+        FactoryError: If there is no such model.
+    """
     torch.manual_seed(0)
     return load(spec)
 
 
 def _report(example: Example, options: ApproxConfig | None) -> Report:
-    """What `explain` finds. A model without products is one thing; one whose products torch.compile never shows to a backend is another."""
+    """Make the report of `explain`. A model whose products torch.compile does not show to the backend is a failure; a model without products is not."""
     if os.environ.get(DISABLE) == "1":
         raise Failure(f"{DISABLE}=1 is set, with which nothing is rewritten; unset it")
     flops = example.forward_flops()
@@ -235,7 +255,19 @@ def _report(example: Example, options: ApproxConfig | None) -> Report:
 
 
 def read_options(path: Path | None, settings: list[str], **defaults: Any) -> ApproxConfig | None:
-    """The file's keys with `settings` ("key=value", the value as in TOML or a bare word, the key dotted for tables) laid over; None if nothing is given."""
+    """Read the options of the backend from a file and from the command line.
+
+    Args:
+        path: A TOML file with the keys of the options, or None.
+        settings: Texts "key=value", which override the file. The value is written as in TOML, or is a bare word. The key has dots for tables.
+        **defaults: Options that hold unless the file or `settings` override them.
+
+    Returns:
+        The checked options; None if neither a file nor settings are given.
+
+    Raises:
+        ConfigError: If the file cannot be read, or a key or value is not valid.
+    """
     if path is None and not settings:
         return None
     options: dict[str, Any] = {}

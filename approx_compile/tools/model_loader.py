@@ -1,4 +1,4 @@
-"""A model named on the command line: `package.module:factory` or `path/to/file.py:factory`, the factory returning `(model, example_inputs)`."""
+"""Load the model that a command line names as `package.module:factory` or `path/to/file.py:factory`. The factory returns `(model, example_inputs)`."""
 
 from __future__ import annotations
 
@@ -21,19 +21,26 @@ _PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.
 
 
 class FactoryError(ValueError):
-    """A factory that can't be found or imported, fails, or does not return a model that runs on its example inputs."""
+    """The factory cannot be found or imported, fails, or does not return a model that runs on its example inputs."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A model and what it is called with."""
+    """A model and the arguments that it is called with."""
 
     model: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     def forward_flops(self) -> int:
-        """FLOPs of the products of one forward pass as torch runs it, without compiling; FactoryError if the model does not run."""
+        """Count the FLOPs of the products in one forward pass as torch runs it, without compiling.
+
+        Returns:
+            FLOPs of matrix products and convolutions.
+
+        Raises:
+            FactoryError: If the model fails on its example inputs.
+        """
         counter = FlopCounterMode(display=False)
         try:
             with counter:
@@ -44,7 +51,19 @@ class Example:
 
 
 def load(spec: str) -> Example:
-    """The example that `spec` names. The factory takes no arguments; its inputs are a tensor, a sequence of positional or a mapping of keyword arguments."""
+    """Load the example that a specification names.
+
+    The factory takes no arguments. The example inputs that it returns are a tensor, a sequence of positional arguments, or a mapping of keyword arguments.
+
+    Args:
+        spec: `package.module:factory` or `path/to/file.py:factory`.
+
+    Returns:
+        The model and its arguments.
+
+    Raises:
+        FactoryError: If the factory cannot be found or imported, fails, or returns something else.
+    """
     place, colon, name = spec.rpartition(":")
     if not (colon and place and name):
         raise FactoryError(f"model: got {spec!r}; package.module:factory or path/to/file.py:factory is expected")
@@ -76,7 +95,7 @@ def _module(place: str) -> ModuleType:
     is_file = place.endswith(".py")
     if is_file and not path.is_file():
         raise FactoryError(f"model: there is no file {place}")
-    # what is beside the file, or in the working folder, can be imported, as with `python file.py` and `python -m package.module`
+    # the folder of the file, or the working folder, becomes importable, as with `python file.py` and `python -m package.module`
     folder = str(path.resolve().parent if is_file else Path.cwd())
     if folder not in sys.path:
         sys.path.insert(0, folder)
@@ -86,7 +105,7 @@ def _module(place: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(path.stem, path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        sys.modules.setdefault(path.stem, module)  # dataclasses and pickle look a class's module up by name
+        sys.modules.setdefault(path.stem, module)  # dataclasses and pickle look up a class's module by its name
         spec.loader.exec_module(module)
         return module
     except (Exception, SystemExit) as e:

@@ -1,1 +1,1 @@
-"""`explain`: what would be approximated and why, as tables, plain values and a page."""
+"""`explain`: report what would be approximated and why, as tables, as plain values and as an HTML page."""

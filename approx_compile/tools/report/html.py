@@ -1,4 +1,7 @@
-"""A report as one HTML file that needs nothing else: jinja2 fills in the page, plotly draws, DataTables (as itables ships it) sorts, pygments marks lines."""
+"""Write a report as a single HTML file that loads nothing else.
+
+jinja2 fills in the page, plotly draws the figures, DataTables (in the build that itables ships) makes the table sortable, and pygments marks changed lines.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
     from approx_compile.tools.report.report_data import ReportData, SiteReport
 
 MEASURES = (("FLOPs", "flops_exact", "flops_sampled"), ("time, µs", "time_exact_us", "time_sampled_us"))
-"""What a site may cost, before and after; shown where the report has it."""
+"""The measures of a site's cost, as (title, field before the rewrite, field after it). A measure is shown if the report has values for it."""
 
 NO_ROOFS = "The lines of the roof are left out: the machine's peaks were not given."
 HEIGHTS = {
@@ -27,24 +30,39 @@ HEIGHTS = {
 
 
 class Peaks(Protocol):
-    """What a roofline asks of a machine: the dtypes it knows ("float32", ...), the GFLOP/s (10^9) of large products in one, GB/s (10^9) of memory."""
+    """The peak rates of a machine that a roofline needs. The profiles of `approx_compile.machine` have these methods."""
 
     def dtypes(self) -> list[str]:
-        """Return the dtypes that have peaks, such as "float32"."""
+        """Return the names of the dtypes whose peaks are known, such as "float32"."""
         ...
 
     def peak_gflops(self, dtype: str) -> float:
-        """Return the GFLOP/s (10^9) of large products in a dtype."""
+        """Return the rate of large products in a dtype.
+
+        Args:
+            dtype: One of `dtypes()`.
+
+        Returns:
+            GFLOP/s (10^9 FLOPs per second).
+        """
         ...
 
     def bandwidth_gb_s(self) -> float:
-        """Return the GB/s (10^9) of memory."""
+        """Return the bandwidth of the memory in GB/s (10^9 bytes per second)."""
         ...
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One compiled graph as HTML: before and after with changed lines marked, the changes alone, and how many lines went and came."""
+    """The differences between the code of one graph before and after the rewrite, as HTML.
+
+    Attributes:
+        before: The code before the rewrite, with the removed lines marked.
+        after: The code after the rewrite, with the added lines marked.
+        changes: The changed lines alone, with some context.
+        removed: The number of removed lines.
+        added: The number of added lines.
+    """
 
     before: str
     after: str
@@ -59,7 +77,7 @@ def write(report: ReportData, path: str | Path, machine: Peaks | None = None) ->
     Args:
         report: The report.
         path: The file.
-        machine: The machine's peaks for the roofline; None leaves its roof out.
+        machine: The machine's peaks for the roofline; None leaves out the roof.
 
     Raises:
         ImportError: If the extra `report` is not installed.
@@ -75,7 +93,18 @@ def write(report: ReportData, path: str | Path, machine: Peaks | None = None) ->
 
 
 def render(report: ReportData, machine: Peaks | None) -> str:
-    """The page's text."""
+    """Render a report as an HTML page.
+
+    Args:
+        report: The report.
+        machine: The machine's peaks for the roofline; None leaves out the roof.
+
+    Returns:
+        The text of the page.
+
+    Raises:
+        ModuleNotFoundError: If a library of the extra `report` is not installed.
+    """
     import jinja2
     import pygments.formatters
     from plotly.offline import get_plotlyjs
@@ -113,12 +142,12 @@ def _measures(report: ReportData) -> list[tuple[str, str, str]]:
 
 
 def _cost(site: SiteReport, measure: str) -> float:
-    """0 where a site's cost is not known."""
+    """Return a site's cost in one of the measures; 0 if it is not known."""
     return getattr(site, measure, None) or 0
 
 
 def _tables() -> dict[str, str]:
-    """DataTables' module (base64, loaded from memory) and style."""
+    """Return the JavaScript module of DataTables, in base64 so that the page loads it from memory, and its style sheet."""
     import itables.options
 
     bundle = Path(itables.options.dt_bundle)
@@ -126,7 +155,7 @@ def _tables() -> dict[str, str]:
 
 
 def _templates() -> str:
-    """Plotly's light and dark look, for the page to choose from."""
+    """Return plotly's light and dark templates as JSON; the page chooses one of them."""
     import plotly.io
 
     clear = {"paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)"}
@@ -139,7 +168,7 @@ def _plain(value: Any) -> Any:
 
 
 def _figures(report: ReportData, roofs: Mapping[str, Roof]) -> dict[str, Any]:
-    """The figures as JSON, and what is to be said of the roofline."""
+    """Return the figures as JSON, and the notes below the roofline."""
     from approx_compile.tools.report import plots
 
     if not report.sites:
@@ -160,13 +189,21 @@ def _figures(report: ReportData, roofs: Mapping[str, Roof]) -> dict[str, Any]:
 
 
 def _data(figure: Any) -> str:
-    """A figure as JSON that may stand in a script (plotly escapes `<`, `>` and `/`); without a template, which the page chooses."""
+    """Return a figure as JSON that is safe inside a script element, because plotly escapes `<`, `>` and `/`. It has no template; the page chooses one."""
     figure.update_layout(template=None)
     return str(figure.to_json())
 
 
 def difference(before: str, after: str) -> Difference:
-    """Two texts of Python, line by line."""
+    """Compare the code of a graph before and after the rewrite line by line.
+
+    Args:
+        before: The code before.
+        after: The code after.
+
+    Returns:
+        The differences as HTML.
+    """
     a, b = before.splitlines(), after.splitlines()
     removed: list[int] = []
     added: list[int] = []
@@ -179,10 +216,14 @@ def difference(before: str, after: str) -> Difference:
 
 
 def _marked(text: str, lines: list[int], language: str = "text") -> str:
-    """Graphs have thousands of lines: as Python, coloured word by word, a page would take browsers half a minute."""
+    """Return code as HTML with some lines marked.
+
+    The default language is plain text, because graphs have thousands of lines: with Python's syntax coloured word by word, a browser would take half a minute
+    to show the page.
+    """
     from pygments import highlight
     from pygments.formatters import HtmlFormatter
     from pygments.lexers import get_lexer_by_name
 
-    lexer = get_lexer_by_name(language, stripnl=False)  # line numbers must stay those of the text
+    lexer = get_lexer_by_name(language, stripnl=False)  # empty lines at the beginning must stay, because lines are marked by number
     return str(highlight(text, lexer, HtmlFormatter(hl_lines=lines, wrapcode=True)))

@@ -1,6 +1,7 @@
-"""A report's pictures as plotly figures: the graph of sites, the roofline, what every site costs before and after.
+"""Draw the figures of a report with plotly: the graph of sites, the roofline, and the cost of every site before and after the rewrite.
 
-Plotly is an extra (`approx-compile[report]`), so this module is imported only where a page is written. Names are escaped: plotly reads tags in text.
+Plotly is an optional dependency (`approx-compile[report]`), so this module is imported only when a page is written. Names are escaped, because plotly
+interprets HTML tags in text.
 """
 
 from __future__ import annotations
@@ -24,33 +25,52 @@ SYMBOLS = {"sampled": "circle", "replaced": "triangle-up", "rows": "diamond", "e
 LABELS = {"sampled": "sampled", "replaced": "gradient replaced", "rows": "backward on rows", "exact": "exact"}
 BEFORE = "#9aa3ad"
 LABELLED_COLUMNS = 6
-"""Sites side by side up to which their names are written beside them; with more the names are in the hover text alone."""
+"""The largest number of columns of sites at which names are written beside the sites. With more columns the names are only in the hover text."""
 
 
 @dataclass(frozen=True)
 class Roof:
-    """What a machine can do in one dtype: `gflops` (10^9 FLOP/s of large products) and `gb_s` (10^9 bytes/s of memory)."""
+    """The peak rates of a machine in one dtype."""
 
     gflops: float
+    """The rate of large products in 10^9 FLOP/s."""
     gb_s: float
+    """The bandwidth of the memory in 10^9 bytes/s."""
 
     def at(self, intensity: float) -> float:
-        """GFLOP/s at most, at `intensity` FLOPs per byte: min(peak, intensity * bandwidth)."""
+        """Compute the highest rate that the machine allows: min(peak, intensity * bandwidth).
+
+        Args:
+            intensity: FLOPs per byte.
+
+        Returns:
+            GFLOP/s.
+        """
         return min(self.gflops, intensity * self.gb_s)
 
 
 @dataclass(frozen=True)
 class Rated:
-    """A product on the roofline: FLOPs per byte and `height` (GFLOP/s, or FLOPs where no rate is known)."""
+    """A product as a point of the roofline."""
 
     text: str
+    """The hover text."""
     decision: str
     intensity: float
+    """FLOPs per byte."""
     height: float
+    """GFLOP/s, or FLOPs if no rate is known."""
 
 
 def kind_of(site: SiteReport) -> str:
-    """`sampled`; else `replaced`: a gradient is; else `rows`: the backward pass runs on some of the rows; else `exact`."""
+    """Classify a site by what is done with its products; the first kind that applies counts.
+
+    Args:
+        site: The site.
+
+    Returns:
+        "sampled" if a product is sampled; else "replaced" if a gradient is replaced; else "rows" if the backward pass runs on some of the rows; else "exact".
+    """
     kinds = {"sampled" if p.decision == "coupled" else p.decision for p in site.products.values()}
     return next((kind for kind in COLORS if kind in kinds), "exact")
 
@@ -59,8 +79,16 @@ def kind_of(site: SiteReport) -> str:
 
 
 def site_graph(report: ReportData) -> go.Figure:
-    """The sites from top to bottom by the longest chain of sites before them, coloured by decision, with an arrow from each to those that read it, less
-    the arrows that others imply: behind residual sums every site reads all before it.
+    """Draw the graph of sites, coloured by decision, with an arrow from each site to those that read it.
+
+    The layer of a site, from top to bottom, is the length of the longest chain of sites before it. Arrows that follow from others are left out, because behind
+    residual sums every site reads all sites before it.
+
+    Args:
+        report: The report.
+
+    Returns:
+        The figure.
     """
     graph = report.to_networkx()
     places = _places(graph)
@@ -98,7 +126,7 @@ def site_graph(report: ReportData) -> go.Figure:
 
 
 def _places(graph: nx.DiGraph[str]) -> dict[str, tuple[float, float]]:
-    """(column, -layer) of every site; sites come in execution order, so those a site reads have theirs already."""
+    """Return (column, -layer) of every site. Sites come in execution order, so the sites that a site reads have been placed before it."""
     layer: dict[str, int] = {}
     layers: dict[int, list[str]] = defaultdict(list)
     for name in graph:
@@ -108,7 +136,7 @@ def _places(graph: nx.DiGraph[str]) -> dict[str, tuple[float, float]]:
 
 
 def _arrow(a: tuple[float, float], b: tuple[float, float]) -> Iterator[tuple[float, float]]:
-    """A line; one that skips layers in its own column bends around the sites between."""
+    """Yield the points of a line between two sites. A line that skips layers within one column bends around the sites between."""
     yield a
     span = a[1] - b[1]
     if span > 1 and a[0] == b[0]:
@@ -124,7 +152,7 @@ def _hover(key: str, site: SiteReport) -> str:
 
 
 def _short(text: str, limit: int = 48) -> str:
-    """The end of a long name says more than its beginning."""
+    """Shorten a long name to its end, which says more than its beginning."""
     return text if len(text) <= limit else "…" + text[1 - limit :]
 
 
@@ -132,8 +160,17 @@ def _short(text: str, limit: int = 48) -> str:
 
 
 def roofline(report: ReportData, roofs: Mapping[str, Roof]) -> tuple[go.Figure, str]:
-    """Every product over its FLOPs per byte (operands and result once, exact), with what its height means. Height: the predicted rate where the report
-    has times; else the most that `roofs` allow; else, no rate being known, FLOPs.
+    """Draw the roofline, with every exact product at its FLOPs per byte; the bytes are those of its operands and its result, each counted once.
+
+    The height of a product is its predicted rate if the report has times for all products. Otherwise it is the highest rate that `roofs` allow, if they have
+    all dtypes of the report. Otherwise no rate is known, and the height is the number of FLOPs.
+
+    Args:
+        report: The report.
+        roofs: The peak rates by dtype.
+
+    Returns:
+        The figure, and what the height means: the title of the vertical axis.
     """
     what, rated = _rated(report, roofs)
     figure = go.Figure()
@@ -190,7 +227,17 @@ def _time_us(p: ProductPlan) -> float:
 
 
 def before_and_after(names: Sequence[str], before: Iterable[float], after: Iterable[float], what: str) -> go.Figure:
-    """Two bars for every site, in execution order from the top."""
+    """Draw two bars for every site, its cost before and after the rewrite, in execution order from the top.
+
+    Args:
+        names: The names of the sites.
+        before: The costs before.
+        after: The costs after.
+        what: What the costs are, with their unit.
+
+    Returns:
+        The figure.
+    """
     places = list(range(len(names)))
     figure = go.Figure()
     for title, values, color in (("before", before, BEFORE), ("after", after, COLORS["sampled"])):
@@ -206,7 +253,8 @@ def before_and_after(names: Sequence[str], before: Iterable[float], after: Itera
     legend = {"orientation": "h", "yref": "container", "y": 1, "yanchor": "top", "traceorder": "normal"}
     figure.update_layout(barmode="group", height=150 + 30 * len(names), legend=legend)
     longest = max((len(_short(n)) for n in names), default=0)
-    figure.update_layout(margin={"l": 20 + 7 * longest, "r": 10, "t": 90, "b": 50}, bargap=0.25)  # "automargin" measures every name, for seconds
+    # the margin is computed here, because plotly's "automargin" takes seconds to measure every name
+    figure.update_layout(margin={"l": 20 + 7 * longest, "r": 10, "t": 90, "b": 50}, bargap=0.25)
     figure.update_xaxes(title=what, tickformat="~s", side="top" if len(names) > 15 else "bottom")
     ticks = {"tickvals": places, "ticktext": [escape(_short(n)) for n in names]}
     figure.update_yaxes(range=[len(names) - 0.4, -0.6], **ticks)
