@@ -1,4 +1,4 @@
-"""What the user asks for: settings, rules by layer and step, plan files, presets; checked, and resolved for every site."""
+"""The user's configuration: settings, rules by layer and step, plan files and presets. They are checked here, and resolved for every site of a model."""
 
 from approx_compile.config.approx_config import ApproxConfig, ConfigError
 

@@ -1,6 +1,7 @@
-"""`ApproxConfig`: the settings of the backend, checked on construction. `options`, `ApproxConfig` and plan files share one schema.
+"""Define `ApproxConfig`, the settings of the backend, which are checked on construction.
 
-The rules that match a site are merged key by key, later ones over earlier ones; `resolve` turns the merged keys into what is asked of the site.
+`options`, `ApproxConfig` and plan files share one schema. The keys of all rules that match a site are merged, later rules over earlier ones, and `resolve`
+turns the merged keys into what is asked of the site.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from approx_compile.config.schema import AdaptiveTable, ProductTable, nearest
 from approx_compile.config.selectors import LayerPattern, StepSlice, needs_total
 
 FINAL_EXACT = 0.2
-"""Default of `final_exact`: in this last share of a run of known length no output is sampled, so that training ends on the network that is evaluated."""
+"""The default of `final_exact`. In this last share of a run of known length no output is sampled, so that training ends on the network that is evaluated."""
 
 
 _SAMPLING_KEYS = ("ratio", "sampling", "group", "min_k", "share", "method")
@@ -29,22 +30,35 @@ _SAMPLING_KEYS = ("ratio", "sampling", "group", "min_k", "share", "method")
 
 
 class ConfigError(_torch.UnwrappedBackendError, ValueError):
-    """A wrong key, value, pattern or combination. The message names the key, what it got, what is valid and the nearest match."""
+    """Raised for a wrong key, value, pattern or combination. The message names the key, what it got, what is valid and the nearest match."""
 
 
 class ApproxConfig(RuleKeys):
-    """The backend's settings; the same keys as `options` of `torch.compile(model, backend="approx", options=...)`.
+    """The backend's settings, with the same keys as `options` of `torch.compile(model, backend="approx", options=...)`.
 
-    Keys: `method` (one of `ESTIMATORS` or "exact"), `ratio` in (0, 1], `min_k` (shorter axes are exact), `group` (contiguous indices kept or
-    dropped together), `sampling` (forward | backward | blackbox), `output` / `grad_input` / `grad_weight` / `grad` (a method's name or a
-    table; `grad` with `axis: "rows"`: samples of the batch), `policy` (adaptive | cost | measure | always; without
-    it, adaptive if no other key asks for sampled products, else cost), `share` (whether sites that read the same activation keep the same entries of it; left
-    out: where that saves more than it loses), `adaptive` (see `AdaptiveTable`), `rules` (a list
-    of tables with `layers`, `steps`, `phase`: see `Rule`), `plan` (a plan file, a `TunedPlan` or a table like a plan file: its settings, under the keys given
-    beside it; the attribute then holds its record), `total_steps` (the optimizer steps of the whole run), `final_exact` (the last share of them in which
-    no output is sampled), `lowering` (the code that runs sampled products: auto | inductor | triton | cuda, the last two on GPUs), `huge_pages` (whether
-    large new buffers on CPUs ask for them: `machine.huge_pages`), `inductor` (Inductor's own options, `mode` included). Frozen, hashable, deep-copyable,
-    picklable. Raises `ConfigError`.
+    A config is frozen and hashable, and can be deep-copied and pickled. Construction raises `ConfigError` if anything in it is wrong.
+
+    Attributes:
+        method: How products are approximated: one of `ESTIMATORS`, or "exact".
+        ratio: The share of an axis that is kept, in (0, 1].
+        min_k: The fewest entries to keep of an axis; axes that are not longer are exact.
+        group: How many contiguous indices are kept or dropped together, or "auto".
+        sampling: Which products `method` applies to: "forward", "backward" or "blackbox".
+        output: The method's name or a table for the output.
+        grad_input: The same for the gradient of the input.
+        grad_weight: The same for the gradient of the weight.
+        grad: The same for both gradients. With `axis: "rows"` the backward pass runs on selected samples of the batch.
+        policy: What decides whether a product is sampled: "adaptive", "cost", "measure" or "always". The default is "cost" if another key asks for sampled
+            products, else "adaptive".
+        share: Whether sites that read the same activation keep the same entries of it. By default they do where that is predicted to save more than it loses.
+        adaptive: Settings of the policy "adaptive" (see `AdaptiveTable`).
+        rules: Settings for some layers, steps or phases, as a list of tables (see `Rule`).
+        plan: A plan file, a `TunedPlan` or a table like a plan file. The keys given beside it override its settings. The attribute holds the plan's record.
+        total_steps: The number of optimizer steps of the whole run.
+        final_exact: The last share of these steps, in which no output is sampled.
+        lowering: The code that runs sampled products: "auto", "inductor", or on GPUs "triton" or "cuda".
+        huge_pages: Whether large new buffers on CPUs ask for huge pages (see `machine.huge_pages`).
+        inductor: Inductor's own options, including `mode`.
     """
 
     method: str = "topk"
@@ -92,6 +106,7 @@ class ApproxConfig(RuleKeys):
     @field_validator("method", "ratio", "min_k", "group", "sampling", "policy", "lowering", mode="before")
     @classmethod
     def _not_none(cls, value: Any) -> Any:
+        """Refuse None for keys that have a default at the top."""
         if value is None:
             raise ValueError("got None; leave the key out for its default")
         return value
@@ -105,7 +120,7 @@ class ApproxConfig(RuleKeys):
         if "policy" not in self.model_fields_set:
             said = {"ratio", "sampling"} | ({"method"} if self.method != "exact" else set())
             asked = bool(said & self.model_fields_set) or any(t.samples for t in self.tables.values()) or any(r.samples for r in self.rules)
-            object.__setattr__(self, "policy", "cost" if asked else "adaptive")  # frozen from here on
+            object.__setattr__(self, "policy", "cost" if asked else "adaptive")  # the config is frozen, so a plain assignment would raise
         return self
 
     @model_validator(mode="after")
@@ -130,6 +145,7 @@ class ApproxConfig(RuleKeys):
 
     @model_validator(mode="after")
     def _shares_of_a_known_run(self) -> ApproxConfig:
+        """Refuse shares of a run, in the steps of a rule or in `final_exact`, if `total_steps` is missing."""
         for i, rule in enumerate(self.rules):
             if rule.steps is not None and needs_total(rule.steps):
                 try:
@@ -203,7 +219,7 @@ class ApproxConfig(RuleKeys):
         """
         held = [r for r in self.all_rules() if r.when(self.total_steps).holds(step, phase)]
         whole = [i for i, r in enumerate(held) if r.layers == ("site",) and r.method == "exact" and all(later.only_exact for later in held[i:])]
-        held = held[whole[-1] if whole else 0 :]  # rules that it overrules must not make another assignment
+        held = held[whole[-1] if whole else 0 :]  # drop the rules that it overrides, so that they do not lead to another compilation
         bare = tuple(r.model_copy(update={"steps": None, "phase": None}) for r in held)
         return self.model_copy(update={"rules": bare, "total_steps": None, "final_exact": FINAL_EXACT})
 

@@ -1,7 +1,8 @@
-"""Read, merge and write tuned plans: the keys of `options` as TOML that a person may edit, and a table `tuned` that says what they were made for.
+"""Read, merge and write tuned plans.
 
-A plan consists of settings and a record. `ApproxConfig` checks the settings like any others. The record names every site of the model that the plan was
-made for, so that a plan for another model is refused (`passes.planning.plan_validation`) instead of having no effect silently.
+A plan file holds settings, which are the keys of `options` as TOML that a person may edit, and a record of the tuning in the table `tuned`. `ApproxConfig`
+checks the settings like any others. The record names every site of the model that the plan was made for, so that a plan for another model is refused
+(`passes.planning.plan_validation`) instead of silently having no effect.
 """
 
 from __future__ import annotations
@@ -21,15 +22,24 @@ from rich.table import Table
 from tomlkit.exceptions import TOMLKitError
 
 NOT_MEASURED = "not measured"
-"""Begin of the reason of a site that is exact because it was not measured."""
+"""How the reason begins for a site that is exact because it was not measured."""
 
 RECORD = "tuned"
-"""The key of the table in a plan file that holds the record and no settings."""
+"""The key of the table in a plan file that holds the record instead of settings."""
 
 
 class TunedSite(BaseModel):
-    """One site of the model that was tuned. `ratio`: the share kept, 1 for an exact site; `saved`: predicted share of the exact step's time; `error`: relative
-    error of the whole gradient with this site alone approximated, |g - g_exact| / |g_exact|; `reason`: why an exact site is exact.
+    """One site of the model that was tuned.
+
+    Attributes:
+        name: The site's name.
+        op: The kind of op.
+        shape: The shape of the site's product, as text.
+        dtype: The dtype of the product.
+        ratio: The share that is kept, 1 for an exact site.
+        saved: The predicted time saved, as a share of the exact step's time.
+        error: The relative error |g - g_exact| / |g_exact| of the whole gradient with only this site approximated.
+        reason: Why an exact site is exact.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,10 +55,24 @@ class TunedSite(BaseModel):
 
 
 class Tuned(BaseModel):
-    """What a plan was made for, and with what result. Times in milliseconds, of one training step without the optimizer (on one CPU thread: of this
-    process alone); None: not measured.
+    """The record of a plan: what it was made for, and with what result.
 
-    `error`: relative error of the whole gradient under the plan; `stopped`: why tuning ended early, if it did.
+    Times are in milliseconds, for one training step without the optimizer (on one CPU thread: process time). None means not measured.
+
+    Attributes:
+        model: The name of the model's class.
+        torch: The version of torch.
+        device: The type of the device.
+        threads: The number of CPU threads.
+        max_error: The largest relative error of the gradient that was allowed.
+        error: The relative error of the whole gradient under the plan.
+        predicted_speedup: The predicted ratio of the exact step's time to the plan's.
+        achieved_speedup: The measured ratio.
+        step_exact_ms: The time of an exact step.
+        step_ms: The time of a step under the plan.
+        rows: The share of the rows that the backward pass runs on; None if the plan does not sample rows.
+        stopped: Why tuning ended early, if it did.
+        sites: The sites of the model.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -68,29 +92,51 @@ class Tuned(BaseModel):
     sites: tuple[TunedSite, ...] = Field(default=())
 
     def fingerprint(self) -> list[tuple[str, str]]:
-        """What decides whether the plan fits a model."""
+        """Return the names and shapes of the sites, which decide whether the plan fits a model."""
         return [(s.name, s.shape) for s in self.sites]
 
 
 @dataclass(frozen=True)
 class TunedPlan:
-    """Settings and the record of how they were found. `torch.compile(model, backend="approx", options={"plan": plan})` runs it.
+    """Settings and the record of how they were found. `torch.compile(model, backend="approx", options={"plan": plan})` runs a plan.
 
-    `options`: keys of `ApproxConfig`; `tuned`: the record, None in a file written by hand. `str()` is a table, predicted beside achieved.
+    `str()` of a plan is a table for people, with predicted and achieved speed-up.
+
+    Attributes:
+        options: Settings, with the keys of `ApproxConfig`.
+        tuned: The record; None in a file that was written by hand.
+        comments: Comments that the file has beside a rule.
     """
 
     options: Mapping[str, Any]
     tuned: Tuned | None = None
     comments: Mapping[str, str] = field(default_factory=dict, compare=False)
-    """What the file says beside a rule, by the rule's `layers`."""
+    """By the rule's `layers`."""
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as TOML. Raises OSError where the path cannot be written."""
+        """Write the plan as TOML.
+
+        Args:
+            path: Where to write it.
+
+        Raises:
+            OSError: The path cannot be written.
+        """
         Path(path).write_text(self.to_toml(), encoding="utf-8")
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> TunedPlan:
-        """Read a plan file; its settings are checked where they are used. Raises ValueError with the place of what is wrong."""
+        """Read a plan file. Its settings are checked only when a config is made of them.
+
+        Args:
+            path: The plan file.
+
+        Returns:
+            The plan.
+
+        Raises:
+            ValueError: The file cannot be read, is not TOML, or has a wrong record. The message names the place of the error.
+        """
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as e:
@@ -104,7 +150,18 @@ class TunedPlan:
 
     @staticmethod
     def of(content: Mapping[str, Any], where: str) -> TunedPlan:
-        """A plan from the content of a plan file; `where` begins the messages."""
+        """Make a plan from the content of a plan file.
+
+        Args:
+            content: The content.
+            where: What error messages begin with.
+
+        Returns:
+            The plan.
+
+        Raises:
+            ValueError: The content names another plan, or its record is wrong.
+        """
         options = {k: v for k, v in content.items() if k != RECORD}
         if "plan" in options:
             raise ValueError(f"{where}: key 'plan': a plan holds no other plan; write its keys out")
@@ -119,7 +176,17 @@ class TunedPlan:
 
     @staticmethod
     def given(value: Any) -> tuple[TunedPlan, str]:
-        """The plan that the key `plan` asks for: a path, a plan, or the content of a plan file; and what to call it in messages. Raises ValueError."""
+        """Return the plan that the key `plan` asks for.
+
+        Args:
+            value: The value of the key: a path, a plan, or the content of a plan file.
+
+        Returns:
+            The plan, and what to call it in messages.
+
+        Raises:
+            ValueError: The value is none of these, or the plan is wrong.
+        """
         if isinstance(value, TunedPlan):
             return value, "plan"
         if isinstance(value, (str, os.PathLike)):
@@ -129,9 +196,16 @@ class TunedPlan:
         raise ValueError(f"plan: got {value!r}; the path of a plan file, a TunedPlan or a table like a plan file is expected")
 
     def overridden(self, own: Mapping[str, Any]) -> dict[str, Any]:
-        """The plan's settings with the keys of `own` over them: at the top and in each of its rules, save what the plan leaves exact; own rules come last.
+        """Return the plan's settings, overridden by other keys.
 
-        `method: exact` drops the plan's rules: everything is exact but what own rules name.
+        The keys override those at the top of the plan and in each of its rules, except that what the plan leaves exact stays exact. Rules in `own` come after
+        the plan's. With `method: exact` in `own` the plan's rules are dropped, so that everything is exact except what the rules in `own` name.
+
+        Args:
+            own: The keys given beside the plan.
+
+        Returns:
+            The merged settings.
         """
         rest = {k: v for k, v in own.items() if k != "rules"}
         if own.get("method") == "exact":
@@ -141,13 +215,13 @@ class TunedPlan:
         return top | {"rules": [*(_over(r, own) for r in self.options.get("rules", ())), *own.get("rules", ())]}
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of the plan file, of plain types (for JSON)."""
+        """Return the content of the plan file as plain types, for JSON."""
         record = {RECORD: self.tuned.model_dump(exclude_none=True)} if self.tuned is not None else {}
         content: dict[str, Any] = _plain(dict(self.options) | record)
         return content
 
     def to_toml(self) -> str:
-        """The plan file."""
+        """Return the text of the plan file."""
         content = self.to_dict()
         record, rules = content.pop(RECORD, None), content.pop("rules", [])
         document = tomlkit.document()
@@ -189,13 +263,14 @@ _HEADER = (
 )
 
 _SAMPLING = ("method", "ratio", "sampling", "output", "grad", "grad_input", "grad_weight")
-"""Keys that say what is sampled: they don't change what a plan leaves exact."""
+"""Keys that say what is sampled. They do not override what a plan leaves exact."""
 
 _EVERYWHERE = (*_SAMPLING, "min_k", "group", "policy")
-"""Keys that a rule may have, too."""
+"""Keys that override those of every rule of a plan."""
 
 
 def _over(table: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan's settings at the top or in a rule, with the keys of `own` that may override them."""
     exact = table.get("method") == "exact"
     return dict(table) | {k: v for k, v in own.items() if k in _EVERYWHERE and not (exact and k in _SAMPLING)}
 
@@ -207,7 +282,7 @@ def _plain(value: Any) -> Any:
 
 
 def _inline(value: Any) -> Any:
-    """A nested table on one line."""
+    """A nested table as an inline table, on one line; other values as they are."""
     if not isinstance(value, Mapping):
         return value
     table = tomlkit.inline_table()

@@ -1,4 +1,4 @@
-"""Schedules by name, as lists of rules for the key `rules`: those of Wang and Nelaturu, and any table of a method per layer and batch.
+"""Make lists of rules for the key `rules`: the schedules of Wang and Nelaturu, and rules from any table with a method per layer and batch.
 
     torch.compile(model, backend="approx", options={"policy": "always", "method": "exact", "rules": presets.schedule_3("max")})
 
@@ -20,38 +20,49 @@ FIGURE_3 = (
     ("max", "exact", "exact", "exact"),
     ("max", "zero", "exact", "zero"),
 )
-"""The paper's example: rows are the convolutions of a network, columns four batches, which repeat."""
+"""The paper's example. Its rows are the convolutions of a network, its columns four batches, which repeat."""
 
 
 def schedule_1(method: Method) -> RuleList:
-    """Every fourth convolution from the second on, at every step: about 25% of the weight gradients (ResNet-20 and VGG-19, tables 3 and 4)."""
+    """Return rules for every fourth convolution from the second on, at every step.
+
+    They replace about 25% of the weight gradients (ResNet-20 and VGG-19, tables 3 and 4).
+    """
     return [{"layers": "conv[1::4]", "grad_weight": method}]
 
 
 def schedule_2(method: Method) -> RuleList:
-    """Every other convolution at every other step (table 5)."""
+    """Return rules for every other convolution at every other step (table 5)."""
     return [{"layers": "conv[1::2]", "steps": "1::2", "grad_weight": method}]
 
 
 def schedule_3(method: Method) -> RuleList:
-    """Every convolution at every fourth step (table 5)."""
+    """Return rules for every convolution at every fourth step (table 5)."""
     return [{"layers": "conv", "steps": "3::4", "grad_weight": method}]
 
 
 def two_layers(method: Method) -> RuleList:
-    """The second convolution at every other step (figure 4, table 2)."""
+    """Return rules for the second convolution at every other step (figure 4, table 2)."""
     return [{"layers": "conv[1]", "steps": "1::2", "grad_weight": method}]
 
 
 def figure_3() -> RuleList:
-    """The example of figure 3, for a network of five convolutions."""
+    """Return the rules of the example in figure 3, for a network of five convolutions."""
     return from_table(FIGURE_3)
 
 
 def from_table(table: Sequence[Sequence[Method]], layers: str = "conv") -> RuleList:
-    """Rules for the weight gradients from a table with a row per layer (of one kind, in execution order) and a column per step; the steps repeat.
+    """Return rules for the weight gradients from a table of methods.
 
-    Raises ValueError if the rows differ in length or `layers` is no kind ("conv", "linear", "matmul", "site").
+    Args:
+        table: A row for each layer, in execution order, with a method for each step. The steps repeat.
+        layers: The kind of layers: "conv", "linear", "matmul" or "site".
+
+    Returns:
+        A rule for every entry of the table that is not "exact".
+
+    Raises:
+        ValueError: The rows differ in length or are empty, or `layers` is not a kind.
     """
     lengths = {len(row) for row in table}
     if len(lengths) != 1 or not min(lengths):

@@ -13,7 +13,7 @@ from approx_compile.config.rules import RuleKeys
 from approx_compile.config.schema import PRODUCTS, REPLACEMENTS, GradTable, ProductTable
 
 LEAST_ROWS = 2
-"""`min_k` of row sampling if its table has none. (Compiled code treats a single row as another case than several.)"""
+"""The default of `min_k` for row sampling. It is 2 because compiled code treats a batch of one row as a case by itself."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class ProductSettings:
     Attributes:
         method: An estimator, "exact", a replacement, or "coupled": through the entries that the output kept.
         ratio: The share of the axis that is kept.
-        min_k: Axes that would keep fewer entries are exact.
+        min_k: The fewest entries to keep of an axis; axes that are not longer are exact.
         group: Contiguous entries that are kept or dropped together.
         whole: k is rounded up to a multiple of this.
         lowering: The code that runs the product.

@@ -1,4 +1,4 @@
-"""The keys of a rule: those that may also stand at the top of a config, and `layers`, `steps` and `phase`, which say where and when the rule holds."""
+"""Define the keys of rules: those that may also stand at the top of a config, and `layers`, `steps` and `phase`, which say where and when a rule holds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from approx_compile.config.selectors import ActivePeriod, LayerPattern, StepSlic
 
 
 class RuleKeys(SamplingKeys):
-    """Keys that may stand in a rule and at the top."""
+    """The keys that may stand in a rule and at the top of a config (see `ApproxConfig`). None means not set here."""
 
     sampling: str | None = None
     policy: str | None = None
@@ -75,10 +75,12 @@ class RuleKeys(SamplingKeys):
 class Rule(RuleKeys):
     """Settings for the sites that `layers` matches, while `steps` and `phase` hold.
 
-    `layers`: a kind (`conv`, `linear`, `matmul`, `site`), bare or with an index or slice in execution order (`conv[1::4]`); else a glob
-    on the module's name, `*` crossing dots, or `re:` and a regular expression; a list means any of them. May be left out beside `steps` or `phase`: then
-    every site. `steps`: a Python slice over completed optimizer steps, from 0 ("::2", "3::4", ":8000"), ends as shares of `total_steps` too ("80%:").
-    `phase`: the name, or names, under which the rule holds (`set_phase`).
+    Attributes:
+        layers: A pattern, or a list of which any may match. A pattern is a kind (`conv`, `linear`, `matmul`, `site`), alone or with an index or slice in
+            execution order (`conv[1::4]`); a glob on the module's name, in which `*` matches dots too; or `re:` followed by a regular expression. In a
+            rule with `steps` or `phase` it may be left out and means every site.
+        steps: A Python slice over completed optimizer steps, from 0 ("::2", "3::4", ":8000"). Its ends may be shares of `total_steps` ("80%:").
+        phase: The name or names of the phases in which the rule holds (see `set_phase`).
     """
 
     layers: tuple[str, ...] = ("site",)
@@ -99,7 +101,7 @@ class Rule(RuleKeys):
         if not isinstance(items, (list, tuple)) or not items or not all(isinstance(i, str) for i in items):
             raise ValueError(f"got {value!r}; a pattern or a list of patterns (strings) is expected")
         for item in items:
-            LayerPattern.parse(item)  # raises for what is no pattern
+            LayerPattern.parse(item)  # raises if it is not a pattern
         return tuple(items)
 
     @field_validator("steps", mode="before")

@@ -1,6 +1,6 @@
-"""The words that settings may use, and the tables of keys for products, gradients and the adaptive policy, checked on construction.
+"""Define the words that settings may use, and the tables of keys for products, gradients and the adaptive policy.
 
-`resolve` says what the tables ask of a site together.
+The tables are checked on construction. `resolve` combines them into what is asked of a site.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LADDER = (0.0625, 0.09, 0.125, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0)
 OUTPUT_LADDER = (0.25, 0.35, 0.5, 0.7, 1.0)
 """Ratios of outputs under "adaptive". There are few, because each of them is compiled."""
 
-# Methods of the design and the papers that this version lacks. They are refused by name, so that nobody expects an effect.
+# Methods of the design and the papers that this version lacks. The error message names them as not built yet.
 _NOT_BUILT: dict[str, tuple[str, ...]] = {
     "method": ("dropout", "adaptive_dropout", "alsh"),
 }
@@ -154,7 +154,14 @@ class ProductTable(SamplingKeys):
 
 
 class InputTable(ProductTable):
-    """Settings of `grad_input`. Method "max": through the `j` (1) entries of largest magnitude of every row of the output gradient, times `scale` (1)."""
+    """Settings of `grad_input`.
+
+    The method "max" computes it from only the `j` entries of largest magnitude in every row of the output gradient.
+
+    Attributes:
+        j: The number of entries that "max" keeps of a row; 1 if not set.
+        scale: The factor on the result of "max"; 1 if not set.
+    """
 
     methods = (*METHODS, *REPLACEMENTS["grad_input"])
 
@@ -200,10 +207,16 @@ class InputTable(ProductTable):
 
 
 class WeightTable(InputTable):
-    """Settings of `grad_weight`. Method "zero": zeros; "random": normal numbers with mean 0 and standard deviation `std` (1 / batch); "max": for a
-    convolution, of every sample's output channel only the `j` (1) entries of largest magnitude, which carry the channel's whole sum, for a linear
-    layer those of every row, times `scale` (1); with `tile`, of a convolution's output channels every tile of so many places by side has its own
-    largest entry, which carries the tile's sum ("auto": of 4 places, or of so many more that a channel has 16 tiles; 0.5: of half the longest side).
+    """Settings of `grad_weight`.
+
+    The method "zero" replaces it by zeros, "random" by normal numbers with mean 0. The method "max" computes it from only the entries of largest magnitude of
+    the output gradient. For a linear layer these are the `j` largest of every row. For a convolution they are the `j` largest of every sample's output
+    channel, which carry the sum of the whole channel, or with `tile` the largest of every tile of a channel, which carries the sum of the tile.
+
+    Attributes:
+        tile: The side of a convolution's tiles: in places, as a share of the longest side (0.5: half of it), or "auto", the smallest side of 4 places or more
+            with which a channel has at most 16 tiles. It excludes `j`.
+        std: The standard deviation of "random"; 1 / batch if not set.
     """
 
     methods = (*METHODS, *REPLACEMENTS["grad_weight"])
@@ -221,8 +234,12 @@ class WeightTable(InputTable):
 
 
 class GradTable(InputTable):
-    """Settings of both gradients. `axis`: "contraction" (each product along its own axis) or "rows": the backward pass runs on some samples of the
-    batch, chosen by the norm of their gradient; `method` is then one of `ROW_METHODS`. `batch_norm`: "exact" or "approximate".
+    """Settings of both gradients.
+
+    Attributes:
+        axis: "contraction" samples each product along its own axis. "rows" runs the backward pass on some samples of the batch, which are selected by the
+            norms of their gradients; `method` is then one of `ROW_METHODS`.
+        batch_norm: With axis "rows", whether BatchNorm's backward pass is "exact", on all rows, or "approximate", on the selected ones.
     """
 
     axis: str | None = None
@@ -261,11 +278,14 @@ class GradTable(InputTable):
 
 
 class AdaptiveTable(BaseModel):
-    """How `policy: "adaptive"` decides how many rows a step needs, and what share of outputs that a rule allows to be sampled.
+    """Settings of the policy "adaptive", which finds how many rows a step needs, and the ratio of outputs that a rule allows to be sampled.
 
-    `tau`: the variance that leaving out rows may add, as a share of the gradient's own; `ladder`: the shares of the batch to choose from. For outputs:
-    `error`, what sampling them may do to the gradient g of a batch, |g' - g|^2 / |g|^2; `outputs`, the ratios to choose from, each of which is compiled;
-    `every`, the steps from one measurement to the next.
+    Attributes:
+        tau: The variance that leaving out rows may add, as a share of the gradient's own.
+        ladder: The shares of the batch to choose from.
+        error: The relative squared error |g' - g|^2 / |g|^2 that sampled outputs may cause in the gradient g of a batch.
+        outputs: The ratios of outputs to choose from, each of which is compiled.
+        every: The steps from one measurement of this error to the next.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

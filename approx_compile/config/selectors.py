@@ -1,4 +1,4 @@
-"""Parse and match what says where and when a rule holds: patterns over layers, slices over optimizer steps, names of phases."""
+"""Parse and match the selectors that say where and when a rule holds: patterns over layers, slices over optimizer steps, and names of phases."""
 
 from __future__ import annotations
 
@@ -77,6 +77,7 @@ class LayerPattern:
 
 
 def _parse_slice(text: str, brackets: str) -> slice | int:
+    """Parse the index or slice in brackets of the pattern `text`."""
     inside = re.fullmatch(r"\[\s*(-?\d*)\s*(?::\s*(-?\d*)\s*(?::\s*(-?\d*)\s*)?)?\]", brackets)
     try:
         if inside is None:
@@ -161,6 +162,7 @@ def needs_total(text: str) -> bool:
 
 
 def _place(text: str, part: str | None, total: int | None) -> int | None:
+    """The step at one end of the slice `text`; None if that end is left out."""
     if not part:
         return None
     if not part.endswith("%"):
