@@ -1,4 +1,4 @@
-"""The backend that `torch.compile` calls: it captures a graph, compiles it with the joint-graph pass, and steers what runs between the steps.
+"""The backend that `torch.compile` calls: it captures a graph, compiles it with the joint-graph pass, and selects at each step which variant runs.
 
 The entry point `approx` of `torch.compile(model, backend="approx")` is `approx_compile.backend:approx`.
 """

@@ -1,6 +1,6 @@
-"""Notify the user of what was decided for a graph: once per model and settings.
+"""Notify the user of what was decided for a graph, once for each model and settings.
 
-After a hit in Inductor's cache the pass does not run. The summary that the compiling process stored is used then.
+After a hit in Inductor's cache the pass does not run. The notice then comes from the summary that the compiling process has stored.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class GraphRecord:
 
     config: ApproxConfig
     root: nn.Module | None
+    """The module that the graph belongs to, if there is exactly one."""
     layers: tuple[str, ...]
     """The key of the innermost module of every call, in graph order."""
     context: Context
@@ -93,7 +94,7 @@ class GraphRecord:
             warn_once(f"approx: nothing was approximated in {name}: {reasons}. approx_compile.explain(model, *inputs) shows every site")
 
     def _unmatched_in_model(self, unmatched: Sequence[str]) -> list[str]:
-        """Of the patterns that match nothing in this graph those that cannot match in another graph of the same model either."""
+        """Return those of the patterns without a match in this graph that cannot match in another graph of the same model either."""
         if self.root is None:
             return list(unmatched)
         model = whole_model(self.root) or self.root
@@ -107,7 +108,7 @@ class GraphRecord:
 
 
 _seen_graphs: dict[tuple[str, int], set[tuple[str, ...]]] = {}
-"""The graphs, as the keys of their modules, that were compiled for each pair of settings (their digest) and root module (its id)."""
+"""The graphs that were compiled for each pair of settings (their digest) and root module (its id). A graph stands as the keys of its modules."""
 
 
 def _graphs_seen(config: ApproxConfig, root: nn.Module | None, layers: tuple[str, ...]) -> set[tuple[str, ...]]:
@@ -152,7 +153,7 @@ def _description(plan: Plan, config: ApproxConfig, assignments: int) -> str:
 
 
 def _methods_and_ratios(plan: Plan, config: ApproxConfig) -> str:
-    """The methods and ratios that the sampled products have; those of the top-level settings where nothing is sampled."""
+    """Describe the methods and ratios of the sampled products, or those of the top-level settings if nothing is sampled."""
     if config.plan is not None:
         return "by a tuned plan"
     products = [p for s in plan.sites for p in s.products if p.decision == "sampled"]
@@ -169,7 +170,7 @@ def _summary_key(uuid: str, text: str, example_inputs: Sequence[Any]) -> str:
 
 
 def _store_summary(path: Any, summary: dict[str, Any]) -> None:
-    """Store the summary for processes that hit the cache. If the folder cannot be written, they give no notice."""
+    """Store the summary for processes that hit the cache. If the folder cannot be written, those processes give no notice."""
     try:
         write_atomically(path, json.dumps(summary))
     except OSError as e:
@@ -185,6 +186,6 @@ def _load_summary(path: Any) -> dict[str, Any] | None:
 
 
 def forget() -> None:
-    """Give every notice again, for tests and for a new model in the same process."""
+    """Forget which notices were given, so that each is given again: for tests, and for a new model in the same process."""
     emitted.clear()
     _seen_graphs.clear()

@@ -1,6 +1,6 @@
-"""Find the symbol that stands for the batch's size in a Dynamo graph, and have Dynamo trace again where the size is still a number.
+"""Find the symbol that stands for the batch's size in a Dynamo graph, and have Dynamo trace again if the size is still a number.
 
-The batch is dim 0 of the model's data: of the inputs that are neither parameters nor buffers.
+The batch is dim 0 of the model's data, that is of the inputs that are neither parameters nor buffers.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class NoRows:
 def batch_symbols(gm: fx.GraphModule, config: ApproxConfig) -> list[sympy.Symbol] | NoRows:
     """Find the symbols that may stand for the batch's size.
 
-    Where the size is still a number, and sampled rows may pay, Dynamo is asked to trace again with a symbol; this function does not return then.
+    If the size is still a number and sampled rows may pay, Dynamo is asked to trace again with a symbol. This function does not return then.
 
     Args:
         gm: Dynamo's graph.
-        config: The settings; they give the least number of rows, and decide whether rows may pay.
+        config: The settings, which give the least number of rows and decide whether rows may pay.
 
     Returns:
-        The symbols, the likeliest first, or the reason why there is none.
+        The symbols, the most likely first, or the reason why there is none.
     """
     data = [n for n in gm.graph.find_nodes(op="placeholder") if is_data(n)]
     if not data:
@@ -64,17 +64,17 @@ def is_data(n: fx.Node) -> bool:
         n: The placeholder.
 
     Returns:
-        True for a tensor with at least one dimension that is neither a parameter nor other state of a module.
+        True for a tensor that has at least one dimension and is neither a parameter nor other state of a module.
     """
     value = n.meta.get("example_value")
     return isinstance(value, torch.Tensor) and value.dim() > 0 and not isinstance(value, nn.Parameter) and not _torch.is_module_state(n)
 
 
 def _batch_size(gm: fx.GraphModule, data: Sequence[fx.Node]) -> tuple[int, list[torch.Tensor]]:
-    """The batch's size, and the outputs that get a gradient.
+    """Return the batch's size, and the outputs that get a gradient.
 
-    The size is the dim 0 that most elements of the data have, among those that are the dim 0 of an output too. Where no output has the dim 0 of any data, as
-    where the loss is inside the graph, all data count.
+    The size is the dim 0 that most elements of the data have, among the sizes that are also the dim 0 of an output. If no output shares its dim 0 with any
+    data, for example because the loss is inside the graph, all data count.
     """
     returned = next(n for n in reversed(gm.graph.nodes) if n.op == "output").all_input_nodes
     outputs = [v for n in returned if isinstance(v := n.meta.get("example_value"), torch.Tensor) and v.is_floating_point() and v.requires_grad]

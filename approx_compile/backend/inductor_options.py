@@ -1,4 +1,4 @@
-"""The options that Inductor compiles with: those of a mode, those of the `inductor` key, and the list of custom passes."""
+"""Collect the options that Inductor compiles with: those of a mode, those of the `inductor` key, and the custom passes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def inductor_patches(config: ApproxConfig, mode: str | None) -> dict[str, Any]:
 
 
 def after_user_passes(approx_pass: ApproxPass) -> Any:
-    """Order the joint-graph passes: those that the user has set in `torch._inductor.config` run before this package's.
+    """Order the joint-graph passes: the passes that the user has set in `torch._inductor.config` run before this package's pass.
 
     Args:
         approx_pass: This package's pass.

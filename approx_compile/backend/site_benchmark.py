@@ -1,7 +1,7 @@
-"""Time single sites: the child process behind `policy: measure`, run as `python -m approx_compile.backend.site_benchmark`.
+"""Time single sites in the child process behind `policy: measure`, run as `python -m approx_compile.backend.site_benchmark`.
 
-Each site becomes a model of a single product. Its forward and backward pass is compiled exactly and with each of the given options, and these steps are timed
-in turn in one process. `approx_compile.machine.site_timings` is the parent's side.
+Each site becomes a model with a single product. Its forward and backward pass is compiled exactly and with each of the given options, and these steps are
+timed in turn in one process. `approx_compile.machine.site_timings` is the side of the parent process.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from approx_compile.machine.site_timings import TimedProduct
 from approx_compile.machine.timer import BenchmarkTimer
 
 BackendSpec = str | Callable[..., Any]
-"""What `torch.compile` takes for `backend`."""
+"""The type of the argument `backend` of `torch.compile`."""
 
 EXACT_OPTIONS = {"policy": "always", "method": "exact"}
 
 
 class SingleProduct(nn.Module):
-    """A product as a model: operands that are weights are parameters, the others are inputs.
+    """A model that computes a single product. Its operand that is a weight becomes a parameter; the others are inputs.
 
     Args:
         product: The product to compute.
@@ -41,7 +41,7 @@ class SingleProduct(nn.Module):
             self.weight = nn.Parameter(_operand(product, product.weight), requires_grad=product.needs_grad[product.weight])
 
     def given(self) -> list[Tensor]:
-        """Make the inputs: the operands that are no weights.
+        """Make the inputs, which are the operands that are not weights.
 
         Returns:
             Random tensors with the product's shapes and strides, the same at every call.
@@ -115,8 +115,8 @@ def times_us(product: TimedProduct, backends: Sequence[BackendSpec], rounds: int
     Args:
         product: The product.
         backends: The backends to compare.
-        rounds: How often each has its turn.
-        least_s: About how many seconds a turn takes.
+        rounds: The number of turns of each backend.
+        least_s: The approximate duration of a turn in seconds.
 
     Returns:
         Microseconds of a step under each backend: the median over the rounds.
@@ -140,7 +140,7 @@ def main() -> None:
     for request in asked["questions"]:
         fields = request["product"]
         product = TimedProduct(**fields | {k: _to_tuples(fields[k]) for k in ("layouts", "needs_grad", "rest")})
-        options = [EXACT_OPTIONS, *request["options"]]  # the exact step by this backend too, which allocates memory in a way of its own
+        options = [EXACT_OPTIONS, *request["options"]]  # the exact step uses this backend too, because the backend has its own way of allocating memory
         times.append(times_us(product, [silent_backend(o | {"huge_pages": request["huge_pages"]}) for o in options]))
     print(json.dumps(times))
 

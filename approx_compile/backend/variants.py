@@ -1,7 +1,7 @@
 """Compile one Dynamo graph with each of several settings: the assignments of a schedule, and the ratios that an adaptive output may take.
 
-A variant whose backward pass may run on sampled rows is compiled first. If rows turn out not to pay, or compiling with them fails, the graph is compiled
-without rows, and the plan says why.
+If the settings allow it, a variant is first compiled with a backward pass on sampled rows. If rows turn out not to pay, or compiling with them fails, the
+graph is compiled without rows, and the plan says why.
 """
 
 from __future__ import annotations
@@ -121,7 +121,10 @@ class GraphCompiler:
         return hashlib.sha256(names.encode()).hexdigest()[:12] + ":"
 
     def _compile_with_rows(self, config: ApproxConfig, symbols: Sequence[sympy.Symbol], symbol_was_requested: bool) -> Variant | NoRows:
-        """Compile the graph with a backward pass on sampled rows, or say why that is not done. Any failure but the user's counts as such a reason."""
+        """Compile the graph with a backward pass on sampled rows, or return the reason why that is not done.
+
+        A failure is such a reason too. Only errors in the settings and errors that Dynamo passes to the user unchanged are raised.
+        """
         rows = RowCompiler(symbols, config, self.options.inner_compile, self.root, self.key(), symbol_was_requested)
         try:
             with _warnings_if_successful():
@@ -135,7 +138,7 @@ class GraphCompiler:
             return NoRows(_internal_defect(e) or _torch.symbol_failure_reason(e))
 
     def _compile_one(self, config: ApproxConfig, rows: RowCompiler | None, no_rows: NoRows | None = None, may_compile_again: bool = False) -> Variant:
-        """Compile the graph with one setting: with `rows`; or with `no_rows`, the reason against them, in the plan; or, with neither, without sampled rows."""
+        """Compile the graph with one setting: on sampled rows if `rows` is given, else without them. The plan then shows the reason `no_rows`, if any."""
         options, planned = self.options, list[tuple[Plan, fx.Graph | None, fx.Graph | None]]()
         profile = _device_profile(self.example_inputs) if config.asks_for_products() else None
         approx = ApproxPass(config, self.context, self.layers, lambda *plan: planned.append(plan), options.keep_graphs, rows.ask if rows else None, profile)
@@ -153,7 +156,7 @@ class GraphCompiler:
         return Variant(compiled, approx.uuid(), whole)
 
     def _batch_symbols(self, request: _torch.SymbolRequest | None) -> Sequence[sympy.Symbol] | NoRows:
-        """The symbols that may be the batch's size, or why rows cannot be sampled. May make Dynamo trace again, with a symbol or without one."""
+        """Return the symbols that may be the batch's size, or the reason why rows cannot be sampled. May make Dynamo trace again, with or without a symbol."""
         if self.context.nothing_trains():
             return NoRows("no module is in training mode")
         if self.context.exact is not None:
@@ -174,7 +177,7 @@ def representative_plan(variants: Sequence[Variant], configs: Sequence[ApproxCon
         config: The user's settings.
 
     Returns:
-        The plan, whose `unmatched` holds the patterns that match no site in any variant whose settings have them; None if a variant comes from a cache.
+        The plan, whose `unmatched` holds the patterns that match no site in any variant whose settings have them. None if a variant comes from a cache.
     """
     plans = [v.plan for v in variants if v.plan is not None]
     if len(plans) < len(variants):
@@ -187,7 +190,7 @@ def representative_plan(variants: Sequence[Variant], configs: Sequence[ApproxCon
 
 @contextlib.contextmanager
 def _warnings_if_successful() -> Iterator[None]:
-    """Show the warnings raised inside only if nothing fails there: after a failure the graph is compiled in another way, and they do not concern the user."""
+    """Show the warnings of the block only if it succeeds. After a failure the graph is compiled in another way, and they do not concern the user."""
     with warnings.catch_warnings(record=True) as caught:
         yield
     for w in caught:
@@ -195,7 +198,7 @@ def _warnings_if_successful() -> Iterator[None]:
 
 
 def _internal_defect(error: Exception) -> str | None:
-    """Describe, and warn of, an error that this package's own code has raised; None for any other error."""
+    """Describe an error that this package's own code has raised, and warn the user of it; return None for any other error."""
     *_, last = traceback.extract_tb(error.__traceback__)
     if not Path(last.filename).is_relative_to(Path(__file__).parent.parent):
         return None
@@ -205,7 +208,7 @@ def _internal_defect(error: Exception) -> str | None:
 
 
 def _device_profile(example_inputs: Sequence[Any]) -> machine.Machine | None:
-    """The profile of the device that the model is on, if that device can be measured."""
+    """Return the profile of the device that the model is on, if that device can be measured."""
     devices = {v.device.type for v in example_inputs if isinstance(v, torch.Tensor)}
     device = next(iter(devices - {"cpu"}), "cpu")
     return machine.current(device, log_once) if device in machine.DEVICES else None

@@ -1,1 +1,1 @@
-"""Registration of the backend with other libraries. These are imported only when a function here is called."""
+"""Register the backend with other libraries. Each library is imported only when its function here is called."""

@@ -1,9 +1,10 @@
-"""Add the backend to Accelerate's list of backends, from which Transformers' Trainer takes its names, too.
+"""Add the backend to Accelerate's list of backends, which Transformers' Trainer uses too.
 
-from approx_compile.integrations.accelerate import register
+Example:
+    from approx_compile.integrations.accelerate import register
 
-register()
-Accelerator(dynamo_backend="approx")  # or TorchDynamoPlugin(backend="approx", options={...}), TrainingArguments(torch_compile_backend="approx")
+    register()
+    Accelerator(dynamo_backend="approx")  # or TorchDynamoPlugin(backend="approx", options={...}), TrainingArguments(torch_compile_backend="approx")
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ def register(name: str = "approx") -> None:
         name: The name under which torch.compile knows the backend.
 
     Raises:
-        ImportError: accelerate is not installed.
-        ValueError: torch.compile does not know the name, or it is not in lower case, as Accelerate writes it.
-        RuntimeError: Accelerate's list has changed, so that nothing can be added to it.
+        ImportError: If accelerate is not installed.
+        ValueError: If torch.compile does not know the name, or the name is not in lower case, which Accelerate requires.
+        RuntimeError: If Accelerate's list has changed, so that nothing can be added to it.
     """
     known = _torch.backend_names()
     if name not in known or name != name.lower():
@@ -43,13 +44,16 @@ def register(name: str = "approx") -> None:
 
 
 def _members(backends: Any) -> list[str]:
-    """The enum's values; none if it is not the enum of strings that this module knows."""
+    """Return the enum's values; none if it is not the enum of strings that this module expects."""
     of_text = isinstance(backends, enum.EnumMeta) and issubclass(backends, str)
     return [m.value for m in backends if backends(m.value) is m] if of_text else []
 
 
 def _add(backends: Any, member: str) -> None:
-    """Add a member where Python's `enum` keeps the others, as an enum is closed once it is made. Without such a place nothing is changed."""
+    """Add a member to the tables in which Python's `enum` keeps its members, because an enum is closed once it is made.
+
+    If these tables do not exist, nothing is changed.
+    """
     try:
         by_name, by_value, names = backends._member_map_, backends._value2member_map_, backends._member_names_
         new = str.__new__(backends, member)

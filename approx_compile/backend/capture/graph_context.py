@@ -1,7 +1,7 @@
 """Read from Dynamo's graph what AOTAutograd later loses (module names, train/eval mode, parameters), and install guards on it.
 
-What is read becomes the pass's `Context`. The guards make a change of a module's mode compile the graph once more, so that the code of one mode never runs
-in the other.
+The result is the pass's `Context`. Because of the guards, the graph is compiled once more when a module changes its mode, so that the code of one mode never
+runs in the other.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from approx_compile.passes.planning.plan_validation import check_modules
 from approx_compile.passes.sites.site import Context, Input, Module
 
 _TRANSFORMS = ("_vmap_increment_nesting", "_grad_increment_nesting", "_jvp_increment_nesting")
-"""The calls with which torch.func's transforms begin in Dynamo's graph; each ends with the same name with "decrement"."""
+"""The calls with which torch.func's transforms begin in Dynamo's graph. The call that ends a transform has the same name with "decrement"."""
 
 _UNTRACED_MODULE = "the module could not be traced back to the model, so a change of its train/eval mode would go unnoticed"
 
@@ -55,7 +55,7 @@ def read_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Approx
 
 
 def _guard_training_mode(module: nn.Module | None, source: Any, frame: Any) -> str | None:
-    """Install a guard on a module's `training`. Returns the reason why the module's products must be exact, or None if they need not be."""
+    """Install a guard on a module's `training`, and return the reason why the module's products must be exact, or None if they need not be."""
     if module is None or source is None:
         return _UNTRACED_MODULE if frame is not None else None
     _torch.guard_attribute(source, "training")
@@ -63,9 +63,9 @@ def _guard_training_mode(module: nn.Module | None, source: Any, frame: Any) -> s
 
 
 def _root_module(layers: Layers, gm: fx.GraphModule, frame: Any) -> Module:
-    """The module whose own forward is compiled. It is in no `nn_module_stack`, and the products written in its forward belong to it.
+    """Return the module whose own forward is compiled. It is in no `nn_module_stack`, and the products written in its forward belong to it.
 
-    Where several modules may be that one, its products are sampled only if all of them are in training mode.
+    If it can be one of several modules, its products are sampled only if all of these are in training mode.
     """
     if frame is None:
         return Module("")
@@ -76,7 +76,10 @@ def _root_module(layers: Layers, gm: fx.GraphModule, frame: Any) -> Module:
 
 
 def _guard_rules(root: nn.Module, source: Any, config: ApproxConfig) -> None:
-    """Guard what the rules say of an annotated model's block: blocks of which they say the same share code; a later `annotate` compiles once more."""
+    """Install a guard on which rules apply to a block of an annotated model.
+
+    Blocks to which the same rules apply share code. After a later call of `annotate` the graph is compiled once more.
+    """
     name = sign(root, config)
     if name is None:
         _torch.guard_absent(source, SIGNATURE)
@@ -85,7 +88,7 @@ def _guard_rules(root: nn.Module, source: Any, config: ApproxConfig) -> None:
 
 
 def _calls(gm: fx.GraphModule) -> Iterator[fx.Node]:
-    """Every call of the graph and of the graphs inside it (checkpointed blocks), in order."""
+    """Yield every call of the graph and of the graphs inside it (checkpointed blocks), in order."""
     for n in gm.graph.nodes:
         if n.op in ("call_function", "call_method", "call_module"):
             yield n
@@ -105,7 +108,7 @@ def _inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Iterator[Input
 
 
 def _unsupported_input_reason(example_inputs: Sequence[Any]) -> str | None:
-    """The reason why the whole graph must be exact, if an input is a wrapper subclass such as DTensor."""
+    """Return the reason why the whole graph must be exact if an input is a wrapper subclass such as DTensor; else None."""
     for value in example_inputs:
         if _torch.is_wrapper_subclass(value):
             return f"the graph has {type(value).__name__} inputs, whose products are distributed or packed"
@@ -113,7 +116,7 @@ def _unsupported_input_reason(example_inputs: Sequence[Any]) -> str | None:
 
 
 def _mark_unsupported_autograd(gm: fx.GraphModule) -> None:
-    """Mark the nodes inside torch.func transforms and custom autograd functions as exact: their gradients may not be those of the chain rule."""
+    """Mark the nodes inside torch.func transforms and custom autograd functions as exact, because their gradients may not be those of the chain rule."""
     depth = 0
     for body in (getattr(gm, str(n.target), None) for n in gm.graph.nodes if n.op == "get_attr"):
         if isinstance(body, fx.GraphModule):

@@ -21,12 +21,12 @@ from approx_compile.backend.capture.annotate import full_name
 _VARIABLE = re.compile(r"([LG])\['(\w+)'\](?:\.(.*))?")
 
 _COMPILED_ITSELF = ("L['self']", "L['fn']")
-"""The variables in which a frame holds the module that was given to torch.compile. Any other variable is that of a function, and its name is shown."""
+"""The variables in which a frame holds the module that was given to torch.compile. Any other variable belongs to a function, and its name is shown."""
 
 
 @dataclass
 class StackModule:
-    """A module in the stacks: its path, its class, and, if it could be traced back, the module and Dynamo's source for it."""
+    """A module in the stacks: its path, its class, and, if it could be found, the module object and Dynamo's source for it."""
 
     path: str
     cls: type
@@ -84,15 +84,15 @@ class Layers:
             self.root_source = next((f.source for f in self.modules.values() if f.module is self.root), None) or known.get(id(self.root), (None, None))[1]
 
     def owners(self, gm: fx.GraphModule, frame: Any) -> list[tuple[nn.Module | None, Any]]:
-        """Find the modules in whose forward the calls outside of every stack may stand.
+        """Find the modules whose forward may contain the calls that have no stack.
 
         Args:
             gm: Dynamo's graph.
             frame: Dynamo's translator of the frame.
 
         Returns:
-            Modules and their sources: the module whose own method is compiled; else all modules that the compiled function holds, calls, or reads parameters
-            of. (None, None) stands for a module that cannot be found. The list is empty for a function of tensors alone.
+            Modules and their sources. This is the module whose own method is compiled, or else all modules that the compiled function holds or calls, or whose
+            parameters it reads. (None, None) stands for a module that cannot be found. The list is empty for a function of tensors alone.
         """
         scope, code = _torch.frame_scope(frame), _torch.frame_code(frame)
         names = _arguments(code)
@@ -123,7 +123,7 @@ class Layers:
             key: The module's id as text.
 
         Returns:
-            Its name below the root; after `annotate` its name in the whole model. Where there are several roots, the root's variable comes first.
+            Its name below the root, or after `annotate` its name in the whole model. If there are several roots, the name begins with the root's variable.
         """
         root, path = self._roots[key], self.modules[key].path
         below = path[len(root) :].lstrip(".")
@@ -139,7 +139,7 @@ class Layers:
 
 
 def _from_parameters(placeholders: Sequence[fx.Node], scope: Mapping[str, Any]) -> dict[int, tuple[nn.Module, Any]]:
-    """The modules that the sources of parameters pass through, with their sources, by id."""
+    """Return the modules that the sources of parameters pass through, with their sources, by id."""
     known: dict[int, tuple[nn.Module, Any]] = {}
     seen: set[str] = set()
     for placeholder in placeholders:
@@ -154,7 +154,7 @@ def _from_parameters(placeholders: Sequence[fx.Node], scope: Mapping[str, Any]) 
 
 
 def _evaluated(expression: str, scope: Mapping[str, Any]) -> nn.Module | None:
-    """The module that one of Dynamo's own expressions stands for, which its guards evaluate too; None if it is no module."""
+    """Evaluate one of Dynamo's own expressions, as its guards do; return the module that it stands for, or None if it is not a module."""
     try:
         module = eval(expression, {"__builtins__": {}}, dict(scope))
     except Exception:
@@ -163,20 +163,20 @@ def _evaluated(expression: str, scope: Mapping[str, Any]) -> nn.Module | None:
 
 
 def _arguments(code: Any) -> list[str]:
-    """The names of a function's positional arguments, or of the `*args` that takes them all."""
+    """Return the names of a function's positional arguments, or the name of the `*args` that takes all of them."""
     count = code.co_argcount or (bool(code.co_flags & inspect.CO_VARARGS) and 1)
     start = 0 if code.co_argcount else code.co_kwonlyargcount
     return list(code.co_varnames[start : start + count])
 
 
 def _is_method(module: nn.Module, code: Any) -> bool:
-    """Whether the code is that of one of the module's methods, or of a function assigned to the module, with or without wrappers."""
+    """Tell whether the code belongs to one of the module's methods, or to a function assigned to the module, with or without wrappers."""
     values = [v for cls in type(module).__mro__ for v in vars(cls).values()] + list(vars(module).values())
     return any(code in _codes(v) for v in values)
 
 
 def _codes(value: Any) -> Iterator[Any]:
-    """The code objects that a method or its wrappers run."""
+    """Yield the code objects that a method or its wrappers run."""
     for _ in range(8):
         if isinstance(value, types.FunctionType):
             yield value.__code__
@@ -187,7 +187,7 @@ def _codes(value: Any) -> Iterator[Any]:
 
 
 def _resolve(key: int, path: str, cls: type, above: Sequence[StackModule], known: dict[int, tuple[nn.Module, Any]], scope: Mapping[str, Any]) -> StackModule:
-    """Trace a stack entry back to its module: by the parameters' sources, below an outer entry of the stack, or below a variable of the frame."""
+    """Find the module of a stack entry: by the parameters' sources, below an outer entry of the stack, or below a variable of the frame."""
     if key in known:
         return StackModule(path, cls, *known[key])
     for parent in reversed(above):
@@ -206,17 +206,17 @@ def _resolve(key: int, path: str, cls: type, above: Sequence[StackModule], known
 
 
 def _below(module: Any, names: Sequence[str]) -> nn.Module | None:
-    """The submodule that these names lead to, if there is one."""
+    """Return the submodule that these names lead to, or None if there is none."""
     for name in names:
         module = module._modules.get(name) if isinstance(module, nn.Module) else None
     return module if isinstance(module, nn.Module) else None
 
 
 def _root(entry: StackModule, outermost: str, scope: Mapping[str, Any]) -> tuple[str, nn.Module | None, Any]:
-    """The root of an entry as (path, module, source).
+    """Return the root of an entry as (path, module, source).
 
-    The root is the first module on the entry's path (a variable of the frame, or the module that a bound method in a variable belongs to); else the outermost
-    module of the stack.
+    The root is the first module on the entry's path, which is a variable of the frame or the module that a bound method in a variable belongs to. If there is
+    none, it is the outermost module of the stack.
     """
     match = _VARIABLE.match(entry.path)
     if match and isinstance(held := scope[match[1]].get(match[2]), nn.Module):

@@ -1,6 +1,6 @@
 """Run, at each call of a compiled graph, the assignment of settings that holds at the current step and phase.
 
-Every assignment of a graph is compiled when the graph is. A switch costs a few dictionary lookups, and never recompiles.
+All assignments are compiled together with the graph. A switch between them therefore costs only a few dictionary lookups and never recompiles.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Dispatch:
 
     Args:
         schedule: The schedule.
-        compiled: The compiled assignments, those that are equal for this graph once.
-        index: For every assignment of the schedule its place in `compiled`.
+        compiled: The compiled assignments. Assignments that are equal for this graph are in it only once.
+        index: The place in `compiled` of every assignment of the schedule.
         parameters: The places of the graph's parameters among its arguments.
         name: The model's name, for warnings.
     """

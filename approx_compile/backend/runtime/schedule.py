@@ -1,4 +1,4 @@
-"""Settings that change during a run: the distinct assignments of settings that rules with steps and phases go through, and which holds when."""
+"""Enumerate the settings of a run that change with its steps and phases: the distinct assignments of settings, and which of them holds when."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.config.selectors import ActivePeriod, LayerPattern, StepSlice
 
 MAX_ASSIGNMENTS = 32
-"""The most assignments that one model may have; each of them is compiled."""
+"""The largest number of assignments that one model may have, because each of them is compiled."""
 
 _OP_NAMES = ("mm", "addmm", "bmm", "baddbmm", *(f"conv{kind}{d}d" for kind in ("", "_transpose") for d in (1, 2, 3)))
-"""The names of sites whose products no module's forward made: they are named by their op."""
+"""The names of sites whose products come from no module's forward. Such sites are named by their op."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The assignments of a config, and which of them holds when. `assignments[0]` holds at the start."""
+    """The assignments of a config, and which of them holds when."""
 
     assignments: tuple[ApproxConfig, ...]
+    """The distinct settings; the first holds at step 0 without a phase."""
     timed: tuple[ActivePeriod, ...]
     """The conditions of the rules that have steps or phases."""
     phases: tuple[str | None, ...]
@@ -42,7 +43,7 @@ class Schedule:
             The schedule, the same object for equal settings.
 
         Raises:
-            ConfigError: If there are more than `MAX_ASSIGNMENTS` assignments, or strides that repeat only after very many steps.
+            ConfigError: If there are more than `MAX_ASSIGNMENTS` assignments, or the strides of the steps repeat only after more than 100,000 steps.
         """
         timed = tuple(r.when(config.total_steps) for r in config.all_rules() if r.timed)
         phases = (None, *dict.fromkeys(name for w in timed for name in w.phases or ()))
@@ -81,7 +82,7 @@ class Schedule:
             names: The names of the graph's modules.
 
         Returns:
-            The distinct assignments, and for each of `assignments` its place among them.
+            The distinct assignments, and the place among them of each of `assignments`.
         """
         if len(self.assignments) == 1:
             return self.assignments, (0,)
@@ -101,7 +102,7 @@ def _active_rules(timed: Sequence[ActivePeriod], step: int, phase: str | None) -
 
 
 def _representative_steps(slices: Sequence[StepSlice]) -> Iterable[int]:
-    """Steps at which every combination of slices occurs that ever holds. Between two neighbouring ends of slices the combinations are periodic."""
+    """Return steps that together show every combination of slices that ever holds. Between neighbouring ends of slices the combinations are periodic."""
     period = math.lcm(*(s.stride for s in slices)) if slices else 1
     ends = sorted({0, *(s.start for s in slices), *(s.stop for s in slices if s.stop is not None)})
     if period > 100_000:
@@ -111,5 +112,5 @@ def _representative_steps(slices: Sequence[StepSlice]) -> Iterable[int]:
 
 
 def _may_match(pattern: LayerPattern, names: Sequence[str]) -> bool:
-    """Whether a rule's pattern may match a site of a graph with modules of these names; True where the names alone do not tell."""
+    """Tell whether a rule's pattern may match a site of a graph with modules of these names; True if the names alone cannot decide it."""
     return not pattern.is_name or "#" in pattern.text or pattern.regex is not None or pattern.matches_name(*names, *_OP_NAMES)
