@@ -24,7 +24,7 @@ from approx_compile.machine import device_name
 from approx_compile.machine.timer import BenchmarkTimer
 
 WARM_UP = 2
-"""Rounds that are run before any is timed; compiling happens there."""
+"""The number of rounds that are run before any is timed; compilation happens in them."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class Comparison:
     inductor: Timing
     approx: Timing
     speedup: float
-    """The median time under Inductor over that under approx."""
+    """The median time under Inductor divided by the median time under approx."""
     speedup_p20: float
-    """The 20th percentile of the ratios of the two, round by round."""
+    """The 20th percentile of the speed-ups of the single rounds."""
     speedup_p80: float
-    """Their 80th percentile."""
+    """The 80th percentile of the speed-ups of the single rounds."""
     repeats: int
     threads: int
     device: str
@@ -91,7 +91,7 @@ def compare(model: Callable[..., Any], *args: Any, config: ApproxConfig | Mappin
         model: The model or function.
         *args: Its positional arguments.
         config: The settings of this backend.
-        repeats: How many steps of each are timed, after two of each for compiling.
+        repeats: The number of timed steps of each backend, after two of each for compilation.
         **kwargs: The model's keyword arguments.
 
     Returns:
@@ -128,8 +128,8 @@ def race(steps: Mapping[str, Callable[[], None]], rounds: int, warm_up: int = WA
 
     Args:
         steps: The steps by name.
-        rounds: How often each is timed.
-        warm_up: How often each runs before.
+        rounds: The number of times that each step is timed.
+        warm_up: The number of times that each step runs before.
         now: The clock, in seconds.
 
     Returns:
@@ -154,13 +154,14 @@ def _step(model: Callable[..., Any], compiled: Callable[..., Any], args: tuple[A
 
 
 def loss_of(output: Any) -> Tensor:
-    """Find or make the number that a step's backward pass starts from.
+    """Find or compute the scalar that a step's backward pass starts from.
 
     Args:
         output: What the model returned.
 
     Returns:
-        The output's own `loss` (attribute or key); else the output, if it is one number; else the sum of the mean squares of its tensors.
+        The output's own `loss` (attribute or key); else the only tensor that needs a gradient, if it is a scalar; else the sum
+        of the mean squares of these tensors.
 
     Raises:
         ValueError: If no gradient flows to any of them.

@@ -32,7 +32,7 @@ class ModelState:
         """Record a model's attributes and buffers.
 
         Args:
-            model: The model; of a function there is nothing to record.
+            model: The model. For a function nothing is recorded.
 
         Returns:
             The state. Attributes are recorded by reference, buffers' contents as copies.
@@ -44,7 +44,7 @@ class ModelState:
         return ModelState(modules, attributes, buffers, contents)
 
     def restore(self) -> None:
-        """Put attributes and buffers back as they were; attributes that are new are deleted."""
+        """Restore attributes and buffers as they were, and delete attributes that are new."""
         for m, attributes, buffers in zip(self.modules, self.attributes, self.buffers, strict=True):
             for key in [k for k in m.__dict__ if k not in attributes and not annotation_of(k)]:
                 del m.__dict__[key]

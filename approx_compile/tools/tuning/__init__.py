@@ -1,1 +1,1 @@
-"""`tune`: find the approximation of every layer that saves most time within an error budget."""
+"""`tune`: find for every layer the approximation that together saves the most time within an error budget."""

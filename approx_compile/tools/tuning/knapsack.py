@@ -1,4 +1,4 @@
-"""Choose which sites to sample at which ratio: the most time saved within an error budget, as a mixed-integer program."""
+"""Choose which sites to sample at which ratio, so that the most time is saved within an error budget. The choice is solved as a mixed-integer program."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ TIME_LIMIT_S = 10.0
 
 @dataclass(frozen=True)
 class Option:
-    """One way to treat a site: `gain` in any unit of time, `cost` in the unit of the error budget."""
+    """One way to treat a site."""
 
     site: str
     gain: float
+    """The time that it saves, in any unit."""
     cost: float
+    """Its error, in the unit of the error budget."""
 
 
 def solve_knapsack(options: Sequence[Option], budget: float, overlaps: Mapping[tuple[int, int], float] | None = None) -> list[int]:
     """Choose at most one option for each site.
 
-    It maximizes sum_i gain_i x_i - sum_(i,j) overlap_ij x_i x_j subject to sum_i cost_i x_i <= budget, with x in {0, 1}; the products x_i x_j become variables
-    z_ij >= x_i + x_j - 1.
+    The choice maximizes ``sum_i gain_i x_i - sum_(i,j) overlap_ij x_i x_j`` subject to ``sum_i cost_i x_i <= budget``, with x in {0, 1}. Each product
+    ``x_i x_j`` is replaced by a variable ``z_ij >= x_i + x_j - 1``, so that the objective is linear.
 
     Args:
         options: The options.
         budget: The most that the chosen options may cost together.
-        overlaps: What two options both save, 0 or more, by their indices. It counts once.
+        overlaps: The gain, 0 or more, that two options have in common, by the indices of the two. It is counted only once.
 
     Returns:
         The indices of the chosen options.

@@ -1,4 +1,4 @@
-"""The measurements of `tune`: errors first, because what exceeds the allowed error need not be timed.
+"""Make the measurements of `tune`. Errors are measured first, because settings that exceed the allowed error need not be timed.
 
 A trial begins only if it is expected to end within the time budget, judged by the last trial of its kind, and leaves enough time to measure the error and the
 time of the chosen plan. A trial that has begun is finished; only a comparison of steps can be cut short.
@@ -20,16 +20,16 @@ from approx_compile.tools.tuning.step_time_model import MeasuredPlan, group_of
 from approx_compile.tools.tuning.trial import SECONDS, Gradients, StepTimes, Trials
 
 DRAWS = 3
-"""The number of steps over which the error is averaged (root mean square) if entries are chosen at random."""
+"""The number of steps over which the error is averaged (as the root mean square) if entries are chosen at random."""
 
 REVISIONS = 6
 """The number of plans whose error is measured before the best of them is chosen."""
 
 COMPILING = 10.0
-"""The assumed time of a compilation, in steps run op by op with their tracing, before one has been measured."""
+"""The assumed time of a compilation before one has been measured, in multiples of the time of a step that is traced and run op by op."""
 
 RESERVE = 1.25
-"""The time left for the chosen plan at the end, in multiples of what it is expected to need."""
+"""The time that is reserved for the chosen plan at the end, in multiples of the time that it is expected to need."""
 
 now = monotonic
 """The clock of the time budget, in seconds."""
@@ -43,17 +43,20 @@ class OutOfTime(Exception):
 
 @dataclass
 class _TrialCosts:
-    """Seconds of each kind of trial: a step run op by op, a compilation (None: not known yet), a comparison of steps."""
+    """The seconds that each kind of trial takes."""
 
     gradient: float = 0.0
+    """A step run op by op."""
     compiling: float | None = None
+    """A compilation; None if none has been measured yet."""
     comparing: float = 2 * SECONDS
+    """A comparison of steps."""
 
     def of_times(self, compilations: int) -> float:
-        """Estimate a comparison of steps.
+        """Estimate the time of a comparison of steps.
 
         Args:
-            compilations: The number of steps to compile first.
+            compilations: The number of steps that must be compiled first.
 
         Returns:
             Seconds.
@@ -63,16 +66,19 @@ class _TrialCosts:
 
 @dataclass(frozen=True)
 class TrialError:
-    """The measured error of some settings: the sites as planned, and the relative error of the gradient."""
+    """The measured error of some settings."""
 
     options: Mapping[str, Any]
+    """The settings."""
     sites: tuple[SitePlan, ...]
+    """The sites as planned."""
     error: float
+    """The relative error of the gradient."""
 
 
 @dataclass
 class Measurements:
-    """What has been measured so far, and how to measure more."""
+    """The results of all measurements so far, and methods that measure more."""
 
     trials: Trials
     space: SearchSpace
@@ -87,7 +93,7 @@ class Measurements:
     times: list[MeasuredPlan] = field(default_factory=list)
     """Whole compiled steps with several sites sampled."""
     rows: dict[float, tuple[TrialError, float]] = field(default_factory=dict)
-    """By the share of the rows that the backward pass runs on: its error, and the share of the step's time that it saved."""
+    """The error and the saved share of the step's time, by the share of the rows that the backward pass runs on."""
 
     def __post_init__(self) -> None:
         self._began = now()
@@ -134,8 +140,8 @@ class Measurements:
 
         Args:
             options: The settings.
-            random: Whether entries are chosen at random, so that the error is averaged over several draws; by default whether any site of the search space
-                chooses at random.
+            random: Whether entries are chosen at random, so that the error is averaged over several draws. By default this is so if any site of the search
+                space chooses at random.
 
         Returns:
             The error, and the sites as planned.
@@ -157,7 +163,7 @@ class Measurements:
             The times.
 
         Raises:
-            OutOfTime: If, once the exact step is compiled, no time is left for the other.
+            OutOfTime: If no time is left for the other step after the exact step is compiled.
         """
         if not self.trials.exact_is_compiled:
             self._compiling(lambda: self.trials.exact)
@@ -184,18 +190,25 @@ class Measurements:
             return None
 
     def no_time_for_errors(self, plans: int) -> bool:
-        """Tell whether the time budget does not allow to measure the errors of more plans, given that one of them must still be compiled and timed.
+        """Tell whether the time left is too short to measure the errors of more plans, given that one of them must still be compiled and timed.
 
         Args:
             plans: The number of plans.
 
         Returns:
-            True if it does not.
+            True if it is too short.
         """
         return self.no_time_for(plans * self._draws(None) * self._costs.gradient + RESERVE * self._timing_s)
 
     def no_time_for(self, seconds: float) -> bool:
-        """Tell whether less than `seconds` of the time budget are left."""
+        """Tell whether less than `seconds` of the time budget is left.
+
+        Args:
+            seconds: The time that is needed.
+
+        Returns:
+            True if less is left.
+        """
         return now() - self._began + seconds > self.time_budget_s
 
     @property
@@ -223,7 +236,7 @@ class Measurements:
         return step
 
     def _say_how_long(self, errors: int, groups: int, rows: int) -> None:
-        """Print how long all of it would take at most, judged by one gradient of the exact step, which is needed anyhow."""
+        """Print an upper estimate of how long all measurements take. It is based on one gradient of the exact step, which is needed in any case."""
         if self.bar.disable:
             return
         self._exact_gradients(0)
@@ -259,7 +272,7 @@ class Measurements:
                 return
 
     def _times_of(self, usable: Mapping[str, Sequence[float]]) -> None:
-        """Time steps with some sites sampled together: all at the highest ratio that they may have, and all at the lowest."""
+        """Time steps in which some sites are sampled together: once all at the highest ratio that they may have, and once all at the lowest."""
         choices = [{name: pick(ratios) for name, ratios in usable.items()} for pick in (max, min)]
         for chosen in choices[: 1 if choices[0] == choices[1] else 2] if usable else ():
             options = self.space.options(chosen)
@@ -268,7 +281,7 @@ class Measurements:
             self.times.append(MeasuredPlan(self.trials.planned(options), 1 - times.share))
 
     def _rows(self) -> None:
-        """Measure error and time of the backward pass on a share of the rows, from the highest share down, until the error is too large."""
+        """Measure the error and the time of the backward pass on a share of the rows, from the highest share down, until the error is too large."""
         for ratio in self.ladder:
             options = self.space.on_rows(ratio)
             each = DRAWS * self._costs.gradient

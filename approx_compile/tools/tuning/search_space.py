@@ -1,4 +1,4 @@
-"""The search space of `tune`: the sites that may be sampled, and the settings that sample some of them, as a plan file holds them."""
+"""Define the search space of `tune`: the sites that may be sampled, and the settings that sample some of them, in the form that a plan file holds."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class SearchSpace:
         base: The user's settings.
         sites: All sites of the model, in execution order.
         sampled: Those of them that may be sampled, as planned at the lowest ratio.
-        excluded: The reason why a site may not be sampled, by its name.
+        excluded: The reasons why the other sites may not be sampled, by their names.
     """
 
     def __init__(self, base: ApproxConfig) -> None:
@@ -48,7 +48,7 @@ class SearchSpace:
             The search space.
 
         Raises:
-            ConfigError: If the settings leave nothing to tune, or belong beside a tuned plan.
+            ConfigError: If the settings leave nothing to tune, ask for sampled rows, or change during the run.
         """
         if config is None or isinstance(config, Mapping):
             config = ApproxConfig(**{"policy": "cost", **(config or {})})
@@ -62,10 +62,10 @@ class SearchSpace:
         return SearchSpace(config.model_copy(update={"policy": policy, "plan": None}))
 
     def survey(self, trials: Trials, ratio: float) -> None:
-        """Find the sites, and which of them the settings, the rules and their shapes allow to be sampled.
+        """Find the sites, and decide by the settings, the rules and the shapes which of them may be sampled.
 
         Args:
-            trials: Plans the model's step.
+            trials: Makes the plan of the model's step.
             ratio: The lowest ratio to be tried.
         """
         planned = trials.planned(self.base.model_copy(update={"policy": "always", "ratio": ratio}))
@@ -86,7 +86,7 @@ class SearchSpace:
         return any(p.method not in _DETERMINISTIC for s in self.sampled for p in s.products if p.decision != "exact")
 
     def options(self, choices: Mapping[str, float]) -> dict[str, Any]:
-        """Write the settings of a plan.
+        """Make the settings of a plan.
 
         Args:
             choices: The ratio of each sampled site, by its name. All other sites are exact.
@@ -100,7 +100,7 @@ class SearchSpace:
         for s in self.sites:
             by_module.setdefault(s.module or s.name, []).append(s)
         for sites in by_module.values():
-            begun = False  # the name of the first call is the module's and matches its later calls too, so these get rules of their own
+            begun = False  # the first call has the module's name, whose rule matches the later calls too, so these get separate rules
             for name in dict.fromkeys(s.name for s in sites):
                 if name in choices:
                     rules.append(self._rules[name] | {"ratio": choices[name]})
@@ -110,7 +110,7 @@ class SearchSpace:
         return options | ({"rules": rules} if rules else {})
 
     def on_rows(self, ratio: float) -> dict[str, Any]:
-        """Write settings under which the backward pass runs on a share of the rows, and nothing else is sampled.
+        """Make settings under which the backward pass runs on a share of the rows, and nothing else is sampled.
 
         Args:
             ratio: The share of the rows.
@@ -121,16 +121,23 @@ class SearchSpace:
         return self._top | {"ratio": ratio, "grad": {"axis": "rows"}}
 
     def pattern(self, name: str) -> str:
-        """Return the pattern of `layers` that matches the site of this name."""
+        """Return the pattern of a rule's key `layers` that matches a site.
+
+        Args:
+            name: The name of the site.
+
+        Returns:
+            The pattern.
+        """
         return str(self._rules[name]["layers"])
 
     def overlaps(self) -> dict[tuple[str, str], tuple[SitePlan, int]]:
-        """Find the products that two sites both make smaller.
+        """Find the products whose size two sites reduce.
 
-        Such a product shrinks with the entries that its own site keeps of the input, and with those that a later site keeps of the output.
+        Such a product shrinks with the entries that its own site keeps of the input, and with the entries that a later site keeps of the output.
 
         Returns:
-            {(site, later site): (plan of the site, FLOPs of its products that both shrink)}.
+            A dict ``{(site, later site): (plan of the site, FLOPs of its products that both reduce)}``.
         """
         overlaps: dict[tuple[str, str], tuple[SitePlan, int]] = {}
         for s in self.sampled:
@@ -141,7 +148,7 @@ class SearchSpace:
 
     @property
     def _top(self) -> dict[str, Any]:
-        """The settings at the top level of every plan."""
+        """The settings at the top level of all plans."""
         top: dict[str, Any] = {"policy": "always"} | ({"lowering": self.base.lowering} if self.base.lowering != "auto" else {})
         top |= {} if self.base.huge_pages else {"huge_pages": False}
         return top | ({"inductor": dict(self.base.inductor)} if self.base.inductor else {})
@@ -156,7 +163,7 @@ class SearchSpace:
 
 
 def _pattern(name: str) -> str:
-    """A pattern of `layers` that matches this name: the name itself, unless it has another meaning as a pattern."""
+    """Return a pattern of a rule's key `layers` that matches this name: the name itself, unless it has another meaning as a pattern."""
     parsed = LayerPattern.parse(name) if "[" not in name else None
     plain = parsed is not None and parsed.is_name and parsed.regex is None and not set(name) & set("*?[")
     return name if plain else "re:" + re.escape(name)

@@ -1,10 +1,10 @@
-"""Predict what share of a training step's time a plan saves, from a few steps that were measured whole.
+"""Predict the share of a training step's time that a plan saves, from measurements of a few whole steps.
 
     saved = sum over sites of rate[group] * (FLOPs saved there / FLOPs of all sites) - sum over sampled sites of overhead[group]
 
-Sites of one op, shape and dtype form a group. A size that is a symbol in one trial and a number in another counts as the number that it was traced with. FLOPs
-are those of the plan, so that what two sites both save (zeros that are skipped) counts once. The rates are fitted to whole compiled steps, because a site alone
-has other neighbours to fuse with than in its model.
+Sites with the same op, shape and dtype form a group. A size that is a symbol in one trial and a number in another counts as the number that it was traced
+with. FLOPs are those of the plan, so that work which two sites both save (zeros that are skipped) is counted once. The rates are fitted to whole compiled
+steps, because the operations that a site can be fused with are those of its model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NOISE = 0.01
 """The assumed standard deviation of a measured share of the step's time."""
 
 SPREAD = 0.5
-"""How far a group's rate is expected to be from the mean rate, relatively. This prior decides where little was measured."""
+"""The expected relative deviation of a group's rate from the mean rate. This prior decides if little was measured."""
 
 
 def shape_of(site: SitePlan) -> str:
@@ -30,10 +30,10 @@ def shape_of(site: SitePlan) -> str:
         site: The site as planned.
 
     Returns:
-        Its shape, with symbols replaced by the sizes that they were traced with.
+        Its shape. Symbols are replaced by the sizes that they were traced with.
     """
     shape = site.shape
-    for expression, size in sorted(site.traced, key=lambda t: -len(t[0])):  # longest first, because s3 is a part of 2*s3 and of s33
+    for expression, size in sorted(site.traced, key=lambda t: -len(t[0])):  # the longest first, because s3 is a part of 2*s3 and of s33
         shape = shape.replace(expression, str(size))
     return shape
 
@@ -59,7 +59,7 @@ class MeasuredPlan:
 
 
 class StepTimeModel:
-    """The model above, fitted to measured plans; without any, time is taken to be proportional to FLOPs.
+    """The model in the docstring of this module, fitted to measured plans. Without measured plans, time is assumed to be proportional to FLOPs.
 
     Args:
         sites: All sites of the exact step.
@@ -111,7 +111,7 @@ class StepTimeModel:
 
 
 def _solve(rows: np.ndarray, measured: np.ndarray, prior: np.ndarray, spread: np.ndarray) -> np.ndarray:
-    """Non-negative least squares with a prior for what the rows leave undetermined."""
+    """Solve a non-negative least squares problem, with a prior for the unknowns that the rows leave undetermined."""
     from scipy.optimize import lsq_linear  # imported here because only tuning needs it
 
     a = np.concatenate([rows / NOISE, np.diag(1 / spread)])

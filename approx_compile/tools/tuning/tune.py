@@ -1,4 +1,4 @@
-"""`tune`: measure on the user's own batch what time every site would save and what error it would bring, and choose the plan that saves most time."""
+"""`tune`: measure on the user's own batch how much time every site saves and how much error it causes, and choose the plan that saves the most time."""
 
 from __future__ import annotations
 
@@ -142,10 +142,10 @@ class _Choice:
 
 
 def _solve_for_budget(measured: Measurements, budget: float) -> tuple[dict[str, float], float]:
-    """The ratio of every site to sample, and the share of the step's time that this saves.
+    """Return the ratio of every site to sample, and the share of the step's time that this saves.
 
-    It solves the knapsack problem whose gains are what each site saves alone, less what two sites both save, and whose costs are squared errors. `budget` is
-    the sum of squared errors that is allowed.
+    They are the solution of a knapsack problem. Its gains are the time that each site saves alone, less the time that two sites both save. Its costs are
+    squared errors, and `budget` is the allowed sum of squared errors.
     """
     model = StepTimeModel(measured.space.sites, measured.times)
     keys = measured.usable
@@ -170,9 +170,9 @@ def _exact_choice(measured: Measurements) -> _Choice:
 
 
 def _choose_plan(measured: Measurements) -> tuple[_Choice, StepTimes | None, bool]:
-    """The plan that saves most time, its measured time, and whether the time budget did not allow to measure it.
+    """Return the plan that saves the most time, its measured time, and whether the time budget was too short to measure this time.
 
-    In the last case a plan with sampled rows, whose time is known, is preferred to a plan whose time is not.
+    If it was too short, a plan with sampled rows, whose time is known, is preferred to a plan whose time is not known.
     """
     good = _choices_within_error(measured)
     best = max(good, key=lambda c: c.saved)
@@ -184,10 +184,10 @@ def _choose_plan(measured: Measurements) -> tuple[_Choice, StepTimes | None, boo
 
 
 def _choices_within_error(measured: Measurements) -> list[_Choice]:
-    """Plans whose measured error is allowed.
+    """Return plans whose measured error is allowed.
 
     The squared errors of sites do not add up exactly. The knapsack's budget is therefore adjusted by bisection until the error of the whole plan is close to
-    the one allowed.
+    the allowed error.
     """
     model = StepTimeModel(measured.space.sites, measured.times)
     good = [_exact_choice(measured), *_row_choices(measured)]
@@ -211,7 +211,10 @@ def _choices_within_error(measured: Measurements) -> list[_Choice]:
 
 
 def _trials_with_sharing(measured: Measurements, tried: TrialError) -> list[TrialError]:
-    """The same settings with shared entries for sites that read one activation, and with none, where that differs and no setting has `share`."""
+    """Measure the error of the same settings with shared and with separate entries for sites that read one activation.
+
+    Only variants whose plan differs are measured, and none if the settings already contain `share`.
+    """
     if any("share" in keys for keys in (tried.options, *tried.options.get("rules", ()))):
         return []
     others = [{**tried.options, "share": share} for share in (True, False)]
@@ -220,7 +223,7 @@ def _trials_with_sharing(measured: Measurements, tried: TrialError) -> list[Tria
 
 
 def _best_unmeasured(measured: Measurements) -> _Choice:
-    """The best plan by what is known so far; its error is not measured unless it is exact or samples rows."""
+    """Return the best plan according to the measurements so far. Its own error is not measured, unless it is exact or samples rows."""
     ratios, saved = _solve_for_budget(measured, measured.max_error**2)
     return max([_exact_choice(measured), _Choice(measured.space.options(ratios), ratios, saved, None), *_row_choices(measured)], key=lambda c: c.saved)
 
@@ -251,7 +254,7 @@ def _result(measured: Measurements, best: _Choice, times: StepTimes | None, stop
 
 
 def _site(measured: Measurements, model: StepTimeModel, site: SitePlan, best: _Choice) -> TunedSite:
-    """The record of a site: what was measured at its ratio; if it stays exact, what was measured at the highest ratio, and why it stays exact."""
+    """Make the record of a site from the measurements at its ratio. If the site stays exact, the record gives the reason, from those at the highest ratio."""
     known = {ratio: tried for (name, ratio), tried in measured.alone.items() if name == site.name}
     ratio = best.ratios.get(site.name)
     at = ratio if ratio is not None else max(known, default=None)
