@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import sympy
@@ -25,6 +24,7 @@ from approx_compile.rows.batch_norm import WEIGHTS
 from approx_compile.rows.controller import Draws, Owner, RowControl, control_for, draws_for
 from approx_compile.rows.gather_rows import copy_keeping_strides, put_rows, row_norms_sq, take_rows, with_strides
 from approx_compile.rows.row_sampling import choose_rows
+from approx_compile.rows.row_selection import RowSelection, _path, _weights, mark_selection, selection_of
 from approx_compile.rows.stages import ALL_ROWS, SAVED, BackwardOutput, Partition, StageInput
 
 MAX_CACHED_SIZES = 1024
@@ -41,23 +41,6 @@ class WholeBatchBackward(NamedTuple):
 
     call: Callable[[list[Any]], list[Any]]
     sizes: Mapping[sympy.Symbol, int]
-
-
-@dataclass
-class RowSelection:
-    """The rows that one level keeps.
-
-    Attributes:
-        idx: Their indices (k,) among the rows of the previous level, sorted.
-        weight: The factors (k,) that their gradients are multiplied by; None for 1.
-        k: The number of rows.
-    """
-
-    idx: Tensor
-    weight: Tensor | None
-    k: int
-    before: Tensor | None = None
-    """The weights that the gradients of these rows already carry, if an earlier graph of the same backward pass selected them."""
 
 
 class RowBackward:
@@ -159,7 +142,9 @@ class RowBackward:
         """
         entering = [e for s in self.found.stages if s.level != ALL_ROWS for e in s.entries if e.gradient and e.source in (SAVED, ALL_ROWS)]
         size = symbols[self.found.batch]
-        marks = [_mark_of(values[e.name]) if e.source == SAVED and e.layout == SampleLayout(0) and values[e.name].shape[0] == size else None for e in entering]
+        marks = [
+            selection_of(values[e.name]) if e.source == SAVED and e.layout == SampleLayout(0) and values[e.name].shape[0] == size else None for e in entering
+        ]
         first = marks[0] if marks else None
         if first is not None and all(m is not None and m[0] is first[0] for m in marks):
             idx, before = first
@@ -323,7 +308,7 @@ class RowBackward:
         idx, _ = _path(kept, ALL_ROWS, made[result.name])
         full = put_rows(value, result.layout, idx, size, [_number(e, symbols) for e in result.size])
         if idx is not None and result.layout == SampleLayout(0):
-            _mark(full, idx, _weights(kept, made[result.name]))
+            mark_selection(full, idx, _weights(kept, made[result.name]))
         return full
 
     def _plan(self, symbols: Mapping[sympy.Symbol, int], counts: Sequence[int]) -> list[list[Any]]:
@@ -394,34 +379,6 @@ def all_rows() -> Iterator[None]:
 _last_sampled = [-1]
 """The backward pass in which rows were last dropped, by the number that torch gives it."""
 
-_ROWS_MARK = "_approx_compile_rows"
-
-
-def _mark(gradient: Tensor, idx: Tensor, weight: Tensor | None) -> None:
-    """Record on a gradient which of its rows are not zero, for the next graph that reads it.
-
-    The mark holds the tensor's version: adding another gradient in place changes the version and makes the mark invalid.
-    """
-    setattr(gradient, _ROWS_MARK, (idx, weight, gradient._version))
-
-
-def _mark_of(gradient: Tensor) -> tuple[Tensor, Tensor | None] | None:
-    """The rows and weights that `_mark` recorded on a gradient; None if there are none or the gradient has been written to since."""
-    mark = getattr(gradient, _ROWS_MARK, None)
-    return mark[:2] if mark is not None and mark[2] == gradient._version else None
-
-
-def _weights(kept: Sequence[RowSelection | None], level: int) -> Tensor | None:
-    """The total weight of the rows of a level, including what they carried before this graph; None for 1."""
-    _, weight = _path(kept, ALL_ROWS, level)
-    first = next((k for k in kept[:level] if k is not None), None)
-    if first is None or first.before is None:
-        return weight
-    idx, _ = _path(kept, kept.index(first) + 1, level)
-    before = first.before if idx is None else first.before[idx]
-    return before if weight is None else before * weight
-
-
 def _shape_of(entry: StageInput, here: Mapping[Any, int], whole: Mapping[Any, int]) -> Any:
     """The size and stride of a stage's input, or its value if it is a number.
 
@@ -456,19 +413,3 @@ def _last_use(found: Partition) -> dict[str, int]:
     for r in found.results:
         last.pop(r.name or "", None)
     return last
-
-
-def _path(kept: Sequence[RowSelection | None], start: int, end: int) -> tuple[Tensor | None, Tensor | None]:
-    """The indices of the rows of level `end` among those of level `start` (0: all rows), and the product of the weights of the levels in between.
-
-    None as indices means all rows, None as weights means 1.
-    """
-    idx: Tensor | None = None
-    weight: Tensor | None = None
-    for step in kept[start:end]:
-        if step is None:
-            continue
-        idx = step.idx if idx is None else idx[step.idx]
-        carried = weight[step.idx] if weight is not None else None
-        weight = step.weight if carried is None else carried if step.weight is None else carried * step.weight
-    return idx, weight
