@@ -25,6 +25,7 @@ from approx_compile.rows.controller import Draws, Owner, RowControl, control_for
 from approx_compile.rows.gather_rows import copy_keeping_strides, put_rows, row_norms_sq, take_rows, with_strides
 from approx_compile.rows.row_sampling import choose_rows
 from approx_compile.rows.row_selection import RowSelection, _path, _weights, mark_selection, selection_of
+from approx_compile.rows.stage_shapes import entering_gradients, last_use_of_saved, number_of, shape_of
 from approx_compile.rows.stages import ALL_ROWS, SAVED, BackwardOutput, Partition, StageInput
 
 MAX_CACHED_SIZES = 1024
@@ -92,7 +93,7 @@ class RowBackward:
         placeholders = [n for s in found.stages for n in s.gm.graph.find_nodes(op="placeholder")]
         self._weights: Any = next((n.meta["val"] for n in placeholders if n.name == WEIGHTS), None)
         self._symbols = _torch.symbol_sources(example_inputs)
-        self._last_use = _last_use(found)
+        self._last_use = last_use_of_saved(found)
         self._entering = [entering_gradients(found, level) for level in range(len(self.levels))]
         self._legal_counts: dict[tuple[Any, ...], int] = {}
         self._plans: dict[tuple[Any, ...], list[list[Any]]] = {}
@@ -306,7 +307,7 @@ class RowBackward:
         if result.layout is None:
             return value
         idx, _ = _path(kept, ALL_ROWS, made[result.name])
-        full = put_rows(value, result.layout, idx, size, [_number(e, symbols) for e in result.size])
+        full = put_rows(value, result.layout, idx, size, [number_of(e, symbols) for e in result.size])
         if idx is not None and result.layout == SampleLayout(0):
             mark_selection(full, idx, _weights(kept, made[result.name]))
         return full
@@ -320,7 +321,7 @@ class RowBackward:
             plan = []
             for stage in self.found.stages:
                 here = dict(symbols) | ({self.found.batch: counts[stage.level - 1]} if stage.level != ALL_ROWS else {})
-                plan.append([_shape_of(e, here, symbols) for e in stage.entries])
+                plan.append([shape_of(e, here, symbols) for e in stage.entries])
             self._plans[key] = plan
         return self._plans[key]
 
@@ -378,38 +379,3 @@ def all_rows() -> Iterator[None]:
 
 _last_sampled = [-1]
 """The backward pass in which rows were last dropped, by the number that torch gives it."""
-
-def _shape_of(entry: StageInput, here: Mapping[Any, int], whole: Mapping[Any, int]) -> Any:
-    """The size and stride of a stage's input, or its value if it is a number.
-
-    `here` holds the symbols' values with the number of rows of the stage's level as the batch's size, `whole` those with the size of the whole batch.
-    """
-    if entry.number is not None:
-        if entry.dtype is not None:
-            return torch.tensor(_number(entry.number, whole), dtype=entry.dtype, device="cpu")
-        return _number(entry.number, here)
-    return [_number(e, here) for e in entry.size], [_number(e, here) for e in entry.stride]
-
-
-def _number(expression: Any, symbols: Mapping[Any, int]) -> Any:
-    value = expression.subs(symbols)
-    return int(value) if value.is_Integer else float(value)
-
-
-def entering_gradients(found: Partition, level: int) -> list[StageInput]:
-    """Return the gradients that stages below a cut read from above it. Their norms together decide which rows the cut keeps.
-
-    Args:
-        found: The partition of the backward graph.
-        level: The level above the cut; the cut begins level `level` + 1.
-    """
-    below = [e for s in found.stages if s.level > level for e in s.entries if e.gradient]
-    return list({e.name: e for e in below if e.source <= level}.values())
-
-
-def _last_use(found: Partition) -> dict[str, int]:
-    """The last stage that reads each value, by name. Outputs of the graph are left out, because they are needed until the end."""
-    last = {e.name: s for s, stage in enumerate(found.stages) for e in stage.entries}
-    for r in found.results:
-        last.pop(r.name or "", None)
-    return last

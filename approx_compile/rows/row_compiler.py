@@ -26,8 +26,9 @@ from approx_compile.rows.coverage import estimate_coverage
 from approx_compile.rows.gather_rows import copy_keeping_strides, may_overlap
 from approx_compile.rows.opaque_backward import ROW_BACKWARD_ATTRIBUTE
 from approx_compile.rows.partition import partition_backward
-from approx_compile.rows.row_backward import GraphControls, RowBackward, WholeBatchBackward, entering_gradients
+from approx_compile.rows.row_backward import GraphControls, RowBackward, WholeBatchBackward
 from approx_compile.rows.specialize import specialize_sizes
+from approx_compile.rows.stage_shapes import entering_gradients
 from approx_compile.rows.stages import ALL_ROWS, SAVED, CoverageEstimate, Partition, Stage, StageInput, output_layouts, tangent_layouts
 
 LEAST_SHARE = 0.3
