@@ -131,7 +131,7 @@ class Backend:
 
         def call(*args: Any) -> Any:  # wrappers of compiled code expect a plain function
             nonlocal first_is_fake
-            if first_is_fake:  # the first call is that of DDPOptimizer, after which every compiled function expects real tensors
+            if first_is_fake:  # DDPOptimizer makes the first call; after it, every compiled function expects real tensors
                 first_is_fake = False
                 first, *_ = [f(*args) for f in compiled]
                 return first

@@ -1,1 +1,1 @@
-"""What people run beside training: the command line, `explain` and its pages, `tune`, comparisons of two backends."""
+"""Tools that are used beside training: the command line, `explain` and its pages, `tune`, and the comparison of two backends."""

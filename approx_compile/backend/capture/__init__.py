@@ -1,1 +1,1 @@
-"""What the backend reads from Dynamo's graph before AOTAutograd takes over: modules and their names, training mode, parameters, annotations by the user."""
+"""Read from Dynamo's graph, before AOTAutograd takes over, the modules and their names, training mode, parameters, and annotations by the user."""

@@ -24,8 +24,8 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
         model: The model, compiled or not.
 
     Returns:
-        A dict of numbers, strings, lists and dicts only. Its key `controls` holds `{parameter or module: {cut or draws of a graph: state}}`, and its key
-        `clocks` holds a list with one `{step, phase, parameters}` for every optimizer.
+        A dict of numbers, strings, lists and dicts only. Its key `controls` holds ``{parameter or module: {cut or draws of a graph: state}}``. Its key
+        `clocks` holds a list with one ``{step, phase, parameters}`` for every optimizer.
 
     Example:
         >>> import torch

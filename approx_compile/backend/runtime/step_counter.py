@@ -155,7 +155,7 @@ def step_count_of(parameters: Iterable[Any]) -> StepCount | None:
     fallback: StepCount | None = None
     for p in parameters:
         count: StepCount | None = _step_counts.get(p)
-        if count is not None and (count.owned or not _counted_optimizers):  # before any optimizer has made a step no parameter is owned
+        if count is not None and (count.owned or not _counted_optimizers):  # no parameter is owned before an optimizer has made a step
             return count
         fallback = fallback or count
     return fallback
