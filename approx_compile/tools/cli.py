@@ -92,7 +92,7 @@ def failures(debug: bool) -> Iterator[None]:
 
 
 @app.callback(invoke_without_command=True)
-def main(show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:  # noqa: D103, RUF100
+def main(show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:  # noqa: D103
     if show_version:
         typer.echo(version("approx-compile"))
         raise typer.Exit
