@@ -23,9 +23,11 @@ from approx_compile.tools.report.report_data import ReportData, SiteReport
 
 @dataclass
 class Report(ReportData):
-    """The result of `explain`: all of `ReportData`, and a method that writes it as an HTML page.
+    """The result of `explain`, which `to_html` writes as a page. `str(report)` is a table of the sites.
 
-    `str(report)` is a table of the sites.
+    The fields are those of `ReportData`: `sites`, a list of `SiteReport` in execution order; `cuts`, where rows of the batch are chosen or why they are not;
+    `before` and `after`, the readable joint graphs; `unmatched`, the rule patterns without a site; `remarks`; and `assignments`, the number of assignments
+    that the settings go through during a run. `flops_exact` and `flops_sampled` are the totals of a training step.
 
     Example:
         >>> import torch
