@@ -19,7 +19,7 @@ demo: $(READY)
 
 # Parallel workers share the cores: torch's thread pool and Inductor's compile processes in each would multiply them.
 PYTEST := $(BIN)/python -m pytest
-PARALLEL := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(PYTEST) -n auto --dist worksteal
+PARALLEL := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(PYTEST) -n logical --dist loadgroup
 
 # All tests: those that may share the machine on all cores, then those that time or count memory by themselves. ARGS go to both runs; one that selects no
 # test (exit code 5) is no failure unless the other selects none either.
