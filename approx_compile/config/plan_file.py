@@ -105,13 +105,12 @@ class TunedPlan:
     Attributes:
         options: Settings, with the keys of `ApproxConfig`.
         tuned: The record; None in a file that was written by hand.
-        comments: Comments that the file has beside a rule.
+        comments: Comments that the file has beside a rule, by the rule's layers.
     """
 
     options: Mapping[str, Any]
     tuned: Tuned | None = None
     comments: Mapping[str, str] = field(default_factory=dict, compare=False)
-    """By the rule's `layers`."""
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as TOML.
