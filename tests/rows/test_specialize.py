@@ -67,7 +67,7 @@ def test_nothing_is_left_symbolic_and_gradients_are_exact(name: str, monkeypatch
         assert not any(isinstance(v, torch.SymInt) for v in found[1])
         return found
 
-    monkeypatch.setattr(row_compiler, "pinned", noted)
+    monkeypatch.setattr(row_compiler, "specialize_sizes", noted)
     passes = Passes(monkeypatch)
     make, data = ZOO[name]
     model, x = make(), data()
@@ -155,7 +155,7 @@ def test_a_cut_further_down_is_watched_in_stages(monkeypatch: pytest.MonkeyPatch
 
 def test_a_fixed_ratio_compiles_none(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = Passes(monkeypatch)
-    monkeypatch.setattr(row_compiler, "pinned", lambda *args: pytest.fail("compiled for all rows"))
+    monkeypatch.setattr(row_compiler, "specialize_sizes", lambda *args: pytest.fail("compiled for all rows"))
     model = mlp(20, 32, 5)
     compiled(model, {"policy": "always", "grad": {"axis": "rows", "ratio": 0.5}})(torch.randn(64, 20)).sum().backward()
     assert passes.found == [[32]]
@@ -250,7 +250,7 @@ def test_a_cut_that_another_compilation_has_is_not_watched_here(monkeypatch: pyt
 
 
 def test_a_fixed_ratio_beside_compiles_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_compiler, "pinned", lambda *args: pytest.fail("compiled for all rows, which are never kept"))
+    monkeypatch.setattr(row_compiler, "specialize_sizes", lambda *args: pytest.fail("compiled for all rows, which are never kept"))
     passes = Passes(monkeypatch)
     model = mlp(20, 32, 5)
     f = compiled(model, ADAPTIVE | {"rules": [{"layers": "0", "grad": {"axis": "rows", "ratio": 0.5}}]})
