@@ -238,7 +238,7 @@ def test_it_is_told_once(recwarn: pytest.WarningsRecorder) -> None:
 
 
 @pytest.mark.usefixtures("one_thread", "small_work_counts")
-@pytest.mark.parametrize("where", ["outlook", "split"])
+@pytest.mark.parametrize("where", ["estimate_coverage", "partition_backward"])
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_a_defect_of_ours_is_told_and_exact(where: str, dynamic: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any) -> Any:

@@ -205,12 +205,12 @@ def test_an_expanded_output(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Copies:
-    """`copied`, counted."""
+    """`copy_keeping_strides`, counted."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
         for module in (row_backward, row_compiler):
-            monkeypatch.setattr(module, "copied", self)
+            monkeypatch.setattr(module, "copy_keeping_strides", self)
 
     def __call__(self, x: Tensor) -> Tensor:
         self.count += 1
