@@ -188,7 +188,10 @@ def _locate_from_others(n: fx.Node, value: Any, operands: list[fx.Node], state: 
 
 def _matching_layout(n: fx.Node, unlocated: fx.Node, operands: list[fx.Node], state: BatchDimState) -> SampleLayout | None:
     """The layout that an operand must have for its samples to be combined with the same samples of the other operands; None if that is not known."""
-    rank = _torch.value(unlocated).dim()
+    value = _torch.value(unlocated)
+    if not isinstance(value, torch.Tensor):  # an op with several results
+        return None
+    rank = value.dim()
     others = [(a, layout) for a in operands if (layout := state.layout_of(a)) is not None and not layout.uniform]
     if n.target in MM | BMM:
         left, right = n.args[-2:]
