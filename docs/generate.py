@@ -6,6 +6,7 @@ mixes versions of the code.
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import sys
@@ -46,6 +47,7 @@ def newest_whole(rows: Sequence[Row]) -> list[Row]:
     return max(by_commit.values(), key=lambda own: (min(seeds(own), 3), max(r["date"] for r in own)))
 
 
+@functools.cache
 def accuracy() -> dict[str, dict[str, list[Row]]]:
     """Stored trainings by work and setting."""
     rows: dict[str, list[Row]] = defaultdict(list)
@@ -87,7 +89,7 @@ def accuracy_table(works: Sequence[str]) -> str:
     lines += [
         "",
         f"Test accuracy in % (mean ± standard deviation over seeds) and seconds of the training steps as a share of exact training's. "
-        f"{row['device']}, one thread, {row['dtype']}, "
+        f"{row['device']}, threads: {row['threads']}, {row['dtype']}, "
         f"torch {row['torch']}; {min(dates)} to {max(dates)}, commits {', '.join(sorted(commits))}; from `benchmarks/results/accuracy.jsonl`.",
     ]
     return "\n".join(lines)
@@ -96,7 +98,6 @@ def accuracy_table(works: Sequence[str]) -> str:
 def accuracy_picture(work: str, path: Path) -> None:
     """Accuracy over seconds: at most three labelled lines, the mean over seeds at the same steps."""
     colors = {"exact": "#4c566a", "adaptive": "#1b7f4d", "fewer steps": "#c2571a"}
-    plt.rcParams["svg.hashsalt"] = work
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
     for setting, color in colors.items():
         runs = accuracy()[work].get(setting, [])
