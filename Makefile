@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LIBRARIES := $(VENV)/.conformance
 
-.PHONY: demo docs test test-fast lint bench gpu conformance clean
+.PHONY: demo docs site test test-fast lint bench gpu conformance clean
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; set PYTHON=python3.11")'
@@ -28,7 +28,7 @@ test: $(READY)
 	$(PYTEST) -m serial $(ARGS); second=$$?; \
 	[ $$first -eq 5 ] && exit $$second; [ $$second -eq 5 ] && exit $$first; [ $$first -eq 0 ] && exit $$second; exit $$first
 
-# What a change is tried with first: under three minutes on two cores with a warm compile cache.
+# What a change is tried with first: the tests without the mark `slow`.
 test-fast: $(READY)
 	$(PARALLEL) -m "not slow and not serial" $(ARGS)
 
@@ -37,11 +37,13 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-docs: $(READY)
-	$(BIN)/python docs/generate.py --check
+# The site alone; `make docs` also runs the tests of the documentation, which `make test` has among its own.
+site: $(READY)
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
-	$(BIN)/python -m pytest -q tests/e2e/test_documentation.py
 	@echo "written: docs/_build/html/index.html"
+
+docs: site
+	$(BIN)/python -m pytest -q tests/e2e/test_documentation.py
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.speed.bench $(ARGS)
