@@ -1,4 +1,4 @@
-"""Messages that appear once in a process, and atomic writes of files."""
+"""Messages that appear once for each model, shares in percent, and atomic writes of files."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 log = logging.getLogger("approx_compile")
-emitted: set[str] = set()
-"""The messages that this process has emitted."""
+_emitted: set[str] = set()
+"""The messages without a model that this process has emitted."""
+_emitted_for = WeakIdKeyDictionary()
+"""The set of the messages that were emitted about each model."""
 
 
 class ApproxWarning(UserWarning):
@@ -43,26 +47,52 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def log_once(text: str) -> None:
-    """Log a message at the level of warnings, if this process has not emitted it yet.
+def percent(share: float) -> str:
+    """Write a share in percent with three significant digits.
+
+    Args:
+        share: The share, 1 for all.
+
+    Returns:
+        Text such as "12.5 %".
+    """
+    return f"{100 * share:.3g} %"
+
+
+def log_once(text: str, model: nn.Module | None = None) -> None:
+    """Log a message at the level of warnings, if it has not been emitted yet.
 
     Args:
         text: The message.
+        model: The model that it is about; the same words about another model are another message.
     """
-    if text not in emitted:
-        emitted.add(text)
+    if _is_new(text, model):
         log.warning(text)
 
 
-def warn_once(text: str) -> None:
-    """Give an `ApproxWarning` at the user's line of code, if this process has not emitted the message yet.
+def warn_once(text: str, model: nn.Module | None = None) -> None:
+    """Give an `ApproxWarning` at the user's line of code, if the message has not been emitted yet.
 
     Args:
         text: The message.
+        model: The model that it is about; the same words about another model are another message.
     """
-    if text not in emitted:
-        emitted.add(text)
+    if _is_new(text, model):
         warnings.warn(text, ApproxWarning, stacklevel=_users_level())
+
+
+def _is_new(text: str, model: nn.Module | None) -> bool:
+    messages: set[str] = _emitted if model is None else _emitted_for.setdefault(model, set())
+    if text in messages:
+        return False
+    messages.add(text)
+    return True
+
+
+def forget_messages() -> None:
+    """Forget which messages were emitted, so that each is emitted again."""
+    _emitted.clear()
+    _emitted_for.clear()
 
 
 _INNER = (str(Path(__file__).parent), str(Path(torch.__file__).parent), contextlib.__file__, functools.__file__)

@@ -20,9 +20,9 @@ from approx_compile import _torch
 from approx_compile.backend.capture.annotate import full_name, whole_model
 from approx_compile.config import ApproxConfig
 from approx_compile.config.selectors import LayerPattern
-from approx_compile.passes.planning.plan import Plan
+from approx_compile.passes.planning.plan import Plan, ProductPlan
 from approx_compile.passes.sites.site import Context
-from approx_compile.utils import emitted, log_once, warn_once, write_atomically
+from approx_compile.utils import forget_messages, log_once, percent, warn_once, write_atomically
 
 log = logging.getLogger("approx_compile")
 
@@ -76,7 +76,7 @@ class GraphRecord:
             warn_once(f"approx: {remark}")
         if not sites:
             return
-        name = model_name(self.root)
+        name, model = model_name(self.root), (whole_model(self.root) or self.root) if self.root is not None else None
         for pattern in self._unmatched_in_model(summary["unmatched"]):
             warn_once(f"approx: rule pattern {pattern!r} matches no site of {name}; approx_compile.explain(model, *inputs) lists the sites")
         sliced = any(p.kind is not None and p.index is not None for p in self.config.patterns())
@@ -85,13 +85,11 @@ class GraphRecord:
         if not sampled and (self.context.root.exact or self.context.nothing_trains()):
             return
         if sampled:
-            log_once(
-                f"approx: {summary['what'].format(name=name)}. Evaluation stays exact. "
-                "Check the accuracy against a run with APPROX_COMPILE_DISABLE=1; approx_compile.explain(model, *inputs) shows what was rewritten and why"
-            )
+            look = "decisions(model)" if summary["adaptive"] else "explain(model, *inputs)"
+            log_once(f"approx: {summary['what'].format(name=name)}. See approx_compile.{look}. Compare accuracy: APPROX_COMPILE_DISABLE=1.", model)
         elif self.config.method != "exact" and self.config.ratio < 1:
             reasons = "; ".join(f"{count}x {reason}" for reason, count in summary["reasons"][:3])
-            warn_once(f"approx: nothing was approximated in {name}: {reasons}. approx_compile.explain(model, *inputs) shows every site")
+            warn_once(f"approx: nothing was approximated in {name}: {reasons}. approx_compile.explain(model, *inputs) shows every layer", model)
 
     def _unmatched_in_model(self, unmatched: Sequence[str]) -> list[str]:
         """Return those of the patterns without a match in this graph that cannot match in another graph of the same model either."""
@@ -133,35 +131,59 @@ def _summary(plan: Plan, config: ApproxConfig, assignments: int) -> dict[str, An
     reasons = Counter(s.reason for s in plan.sites if s.decision == "exact")
     counts = {"sites": len(plan.sites), "sampled": plan.sampled}
     details = {"unmatched": list(plan.unmatched), "remarks": list(plan.remarks), "reasons": [list(r) for r in reasons.most_common()]}
-    return counts | details | {"what": _description(plan, config, assignments)}
+    adaptive = len(config.rungs()) > 1 or any(c.decision == "rows" and c.ratio is None for c in plan.cuts)
+    return counts | details | {"what": _description(plan, config, assignments), "adaptive": adaptive}
 
 
 def _description(plan: Plan, config: ApproxConfig, assignments: int) -> str:
-    decisions = [{p.decision for p in s.products} for s in plan.sites]
-    sampled, rows, replaced = (sum(bool(d & kinds) for d in decisions) for kinds in ({"sampled", "coupled"}, {"rows"}, {"replaced"}))
-    parts = []
-    if sampled or not (rows or replaced):
-        parts.append(f"{sampled} of {len(plan.sites)} sites of {{name}} are sampled ({_methods_and_ratios(plan, config)})")
+    """Describe in sentences what happens in the forward and in the backward pass. `{name}` stands for the model's name."""
+    layers = f"of {len(plan.sites)} {'layer' if len(plan.sites) == 1 else 'layers'}"
+    sentences = [f"{{name}}: {_forward(plan, config, layers)}"]
+    decisions = [{p.decision for p in s.products[1:]} for s in plan.sites]
+    rows, replaced = (sum(kind in d for d in decisions) for kind in ("rows", "replaced"))
+    gradients = [p for s in plan.sites for p in s.products[1:] if p.decision == "sampled"]
+    if rows and any(c.decision == "rows" and c.ratio is None for c in plan.cuts):
+        sentences.append(f"Backward starts on the whole batch and may use fewer samples later ({rows} {layers})")
+    elif rows:
+        shares = [c.ratio for c in plan.cuts if c.decision == "rows" and c.ratio is not None]
+        sentences.append(f"Backward on {_range(shares)} of the samples ({rows} {layers})")
+    if gradients:
+        sentences.append(f"Gradients sampled in {sum('sampled' in d for d in decisions)} {layers} ({_methods_and_shares(gradients)})")
     if replaced:
-        parts.append(f"gradients of {replaced} of {len(plan.sites)} sites of {{name}} are replaced")
-    if rows:
-        shares = ", ".join(f"{c.ratio:g}" if c.ratio is not None else "as many as the gradient's variance asks for" for c in plan.cuts)
-        parts.append(f"the backward pass of {rows} of {len(plan.sites)} sites of {{name}} runs on rows of the batch ({shares})")
+        sentences.append(f"Gradients replaced in {replaced} {layers}")
     if assignments > 1:
-        parts.append(f"these are the most of {assignments} assignments that its steps and phases go through")
-    return "; ".join(parts)
+        sentences.append(f"This is the most that any of {assignments} assignments of steps and phases does")
+    return ". ".join(sentences)
 
 
-def _methods_and_ratios(plan: Plan, config: ApproxConfig) -> str:
-    """Describe the methods and ratios of the sampled products, or those of the top-level settings if nothing is sampled."""
-    if config.plan is not None:
-        return "by a tuned plan"
-    products = [p for s in plan.sites for p in s.products if p.decision == "sampled"]
-    methods = sorted({p.method for p in products}) or [config.method]
-    ratios = sorted({p.ratio for p in products}) or [config.ratio]
+def _forward(plan: Plan, config: ApproxConfig, layers: str) -> str:
+    """Describe the forward pass. A sampled one is written in capitals, because its failures are silent."""
+    sampled = [s.products[0] for s in plan.sites if s.products[0].name == "output" and s.products[0].decision == "sampled"]
+    if not sampled:
+        return "forward exact"
+    because = f"because the options include {_key_that_samples(config)!r}. This can cost accuracy"
     if len(config.rungs()) > 1:
-        return f"{', '.join(methods)}, at the ratio that the gradient's error allows"
-    return f"{', '.join(methods)}, ratio {ratios[0]:g}" + (f" to {ratios[-1]:g}" if len(ratios) > 1 else "")
+        methods = ", ".join(sorted({p.method for p in sampled}))
+        return f"forward starts exact; LATER FORWARD PASSES MAY BE SAMPLED in {len(sampled)} {layers} ({methods}), {because}"
+    return f"FORWARD PASS SAMPLED in {len(sampled)} {layers} ({_methods_and_shares(sampled)}), {because}"
+
+
+def _key_that_samples(config: ApproxConfig) -> str:
+    """Return the key of the options that asks for sampled outputs."""
+    given = config.model_fields_set
+    asks = {"method": config.method != "exact", "output": config.output is not None and config.output.samples, "rules": any(r.samples for r in config.rules)}
+    asks["sampling"] = config.sampling != "backward"
+    keys = [k for k in ("plan", "ratio", "method", "sampling", "output", "rules") if k in given and asks.get(k, True)]
+    return keys[0] if keys else "policy"
+
+
+def _methods_and_shares(products: Sequence[ProductPlan]) -> str:
+    return f"{', '.join(sorted({p.method for p in products}))}, keeps {_range([p.ratio for p in products])}"
+
+
+def _range(shares: Sequence[float]) -> str:
+    least, most = percent(min(shares)), percent(max(shares))
+    return least if least == most else f"{least} to {most}"
 
 
 def _summary_key(uuid: str, text: str, example_inputs: Sequence[Any]) -> str:
@@ -180,12 +202,12 @@ def _store_summary(path: Any, summary: dict[str, Any]) -> None:
 def _load_summary(path: Any) -> dict[str, Any] | None:
     try:
         summary = json.loads(path.read_text())
-        return summary if {"sites", "sampled", "unmatched", "reasons", "remarks", "what"} <= set(summary) else None
+        return summary if {"sites", "sampled", "unmatched", "reasons", "remarks", "what", "adaptive"} <= set(summary) else None
     except (OSError, ValueError, TypeError):
         return None
 
 
 def forget() -> None:
     """Forget which notices were given, so that each is given again: for tests, and for a new model in the same process."""
-    emitted.clear()
+    forget_messages()
     _seen_graphs.clear()

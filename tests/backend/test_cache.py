@@ -53,7 +53,7 @@ def test_processes_that_share_a_cache(uncached: dict[str, Any], folder: Path) ->
         assert cold[name]["hits"] == 0, name
         assert (warm[name]["hits"], warm[name]["misses"], warm[name]["bypasses"]) == (1, 0, 0), name
     # after a hit the pass does not run; the user is told all the same
-    assert "3 of 3 sites of Net are sampled" in notices
+    assert "Net: FORWARD PASS SAMPLED in 3 of 3 layers" in notices
 
 
 @pytest.mark.slow
@@ -76,4 +76,4 @@ def test_rows_that_share_a_cache(folder: Path) -> None:
     for name, found in want.items():
         assert cold[name]["grads"] == found["grads"] and warm[name]["grads"] == found["grads"], name
         assert (warm[name]["hits"], warm[name]["graph_misses"]) == (0, 0) and warm[name]["graph_hits"] >= 2, name
-    assert "runs on rows of the batch (0.5, 0.25)" in notices
+    assert "Net: forward exact. Backward on 25 % to 50 % of the samples" in notices

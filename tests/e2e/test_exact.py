@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.compile import Plans, compiled, plans_of
+from helpers.compile import HALF, Plans, compiled, plans_of
 from helpers.models import mlp
 from torch import Tensor, nn
 
@@ -205,7 +205,8 @@ def test_one_notice_says_how_many(capfd: pytest.CaptureFixture[str]) -> None:
     f(torch.randn(32, 64))
     f(torch.randn(16, 64))
     text = capfd.readouterr().err
-    assert text.count("2 of 2 sites of Sequential are sampled") == 1 and "APPROX_COMPILE_DISABLE=1" in text
+    assert text.count("Sequential: FORWARD PASS SAMPLED in 2 of 2 layers (topk, keeps 50 %), because the options include 'ratio'") == 1
+    assert "APPROX_COMPILE_DISABLE=1" in text
 
 
 @pytest.mark.parametrize(
@@ -213,19 +214,44 @@ def test_one_notice_says_how_many(capfd: pytest.CaptureFixture[str]) -> None:
     [
         (
             {"sampling": "backward", "grad_input": "exact", "grad_weight": {"method": "bernoulli", "ratio": 0.25}},
-            "2 of 2 sites of Sequential are sampled (bernoulli, ratio 0.25)",
+            "Sequential: forward exact. Gradients sampled in 2 of 2 layers (bernoulli, keeps 25 %). See approx_compile.explain",
         ),
-        ({"rules": [{"layers": "0", "ratio": 0.25}, {"layers": "1", "method": "crs"}]}, "are sampled (crs, topk, ratio 0.25 to 0.5)"),
+        (
+            {"rules": [{"layers": "0", "ratio": 0.25}, {"layers": "1", "method": "crs"}]},
+            "Sequential: FORWARD PASS SAMPLED in 2 of 2 layers (crs, topk, keeps 25 % to 50 %), because the options include 'rules'. This can cost accuracy.",
+        ),
+        ({}, "(topk, keeps 50 %), because the options include 'policy'. This can cost accuracy."),
         (
             {"method": "exact", "rules": [{"layers": "1", "output": {"method": "uniform", "ratio": 0.75}}]},
-            "1 of 2 sites of Sequential are sampled (uniform, ratio 0.75)",
+            "FORWARD PASS SAMPLED in 1 of 2 layers (uniform, keeps 75 %), because the options include 'rules'",
         ),
+        (HALF, "Sequential: forward exact. Backward on 50 % of the samples (2 of 2 layers). See approx_compile.explain"),
+        ({"policy": "adaptive", "output": "topk", "grad": "exact"}, "forward starts exact; LATER FORWARD PASSES MAY BE SAMPLED in 2 of 2 layers (topk)"),
+        ({"output": "exact", "grad_input": "exact", "grad_weight": "zero"}, "Sequential: forward exact. Gradients replaced in 2 of 2 layers. See"),
     ],
 )
 def test_the_notice_says_how(options: dict[str, Any], words: str, capfd: pytest.CaptureFixture[str]) -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     torch.compile(model, backend=Backend({"policy": "always"} | options, inner_compile=run_as_is))(torch.randn(32, 64))
     assert words in capfd.readouterr().err
+
+
+def test_the_default_notice_comes_once_for_each_model(small_work_counts: None, capfd: pytest.CaptureFixture[str]) -> None:
+    says = (
+        "approx: Sequential: forward exact. Backward starts on the whole batch and may use fewer samples later (2 of 2 layers). "
+        "See approx_compile.decisions(model). Compare accuracy: APPROX_COMPILE_DISABLE=1."
+    )
+    for i, width in enumerate((64, 32), 1):
+        f = torch.compile(mlp(width, 64, 64), backend=Backend(None, inner_compile=run_as_is))
+        for batch in (32, 16):
+            f(torch.randn(batch, width))
+        assert capfd.readouterr().err.count(says) == 1, i
+
+
+def test_warnings_point_at_the_users_line() -> None:
+    with pytest.warns(ApproxWarning, match="nothing was approximated") as found:
+        torch.compile(mlp(8, 8, 8), backend=Backend({}, inner_compile=run_as_is))(torch.randn(4, 8))
+    assert [w.filename for w in found if issubclass(w.category, ApproxWarning)] == [__file__]
 
 
 def test_user_passes_run_first() -> None:

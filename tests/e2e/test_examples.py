@@ -311,7 +311,7 @@ def test_demo_output(demo: tuple[str, Path]) -> None:
     for text in (
         "mlp (width 64) on digits, 300 training images, batches of 128; 8 epochs, 16 steps per run",
         "approx: ratio 0.5, policy always",
-        "sites of Sequential are sampled",
+        "Sequential: FORWARD PASS SAMPLED in",
         "Speed-up:",
         "A difference below the spread over the 2 seeds",
         "The last 44 of an epoch's 300 samples",
