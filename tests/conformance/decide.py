@@ -82,8 +82,10 @@ def watching(once: bool = False) -> Iterator[Watched]:
 
     def batch_symbols(gm: fx.GraphModule, *more: Any) -> Any:
         found = symbol(gm, *more)
+        if isinstance(found, dynamic_batch.NoRows):  # its reason is the plan's
+            return found
         sizes = {n.name: str(v.shape[0]) for n in gm.graph.nodes if n.op == "placeholder" and dynamic_batch.is_data(n) and (v := n.meta["example_value"]).dim()}
-        watched.symbols = f"batch: {found}, inputs: {', '.join(f'{name} {size}' for name, size in sizes.items())}"
+        watched.symbols = f"batch: {', '.join(map(str, found))}; inputs: {', '.join(f'{name} {size}' for name, size in sizes.items())}"
         return found
 
     def assign(graph: fx.Graph, work: Any, *more: Any) -> None:

@@ -117,15 +117,18 @@ def write(root: Path, kept: Path) -> None:
         writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    (root / "docs").mkdir(exist_ok=True)
-    (root / "docs" / "conformance.md").write_text(page(rows))
+    (root / "docs" / "results" / "conformance.md").write_text(page(rows))
 
 
 def page(rows: list[dict[str, Any]]) -> str:
     counts = Counter(r["decision"] for r in rows)
     right = sum(r["verdict"] == "right" for r in rows)
     libraries = len({r["library"] for r in rows})
-    head = f"""# Library models under the one line
+    head = f"""---
+orphan: true
+---
+
+# Library models under the one line
 
 `make conformance` builds {len(rows)} models of {libraries} libraries from small configurations with random weights, compiles each with
 `backend="approx"` alone, and checks it against eager. Rows are on in {counts["on"]}, in part in {counts["partly"]}, declined in {counts["declined"]};
