@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from generators import PICTURES, blocks
+from generators import DRAWINGS, PICTURES, blocks
 
 ROOT = Path(__file__).resolve().parents[1]
+IMAGES = ROOT / "docs" / "images"
 BEGIN, END = "<!-- generated: {} -->", "<!-- end of generated part -->"
 
 
@@ -36,9 +37,33 @@ def filled(text: str, made: Mapping[str, str], page: Path) -> str:
     return out + rest
 
 
-def main(check: Annotated[bool, typer.Option(help="Change nothing; fail where a page is not what would be written.")] = False) -> None:
+def images(check: bool) -> list[Path]:
+    """The files in docs/images that are not what the code and the stored results give; they are written unless `check` is set.
+
+    Drawings are compared as text. A picture of stored results is compared by the digest of the rows that it shows.
+    """
+    stale = []
+    for name, text in ((name, draw()) for name, draw in DRAWINGS.items()):
+        path = IMAGES / name
+        if not path.exists() or path.read_text() != text:
+            stale.append(path)
+            if not check:
+                path.write_text(text)
+    for name, picture in PICTURES.items():
+        path = IMAGES / name
+        if not picture.is_current(path):
+            stale.append(path)
+            if not check:
+                picture.write(path)
+    return stale
+
+
+def main(
+    check: Annotated[bool, typer.Option(help="Change nothing; fail where a page or an image is not what would be written.")] = False,
+    redraw: Annotated[bool, typer.Option(help="Draw all pictures anew, for example after a change of how they look.")] = False,
+) -> None:
     """Write the generated parts of README.md and docs/."""
-    made, stale = blocks(), []
+    made, stale = blocks(), images(check)
     for page in pages():
         before = page.read_text()
         after = filled(before, made, page)
@@ -46,11 +71,11 @@ def main(check: Annotated[bool, typer.Option(help="Change nothing; fail where a 
             stale.append(page)
             if not check:
                 page.write_text(after)
-    if not check:
-        for name, draw in PICTURES.items():
-            draw(ROOT / "docs" / "images" / name)
-    for page in stale:
-        print(f"{'differs' if check else 'written'}: {page.relative_to(ROOT)}")
+    if redraw and not check:
+        for name, picture in PICTURES.items():
+            picture.write(IMAGES / name)
+    for path in stale:
+        print(f"{'differs' if check else 'written'}: {path.relative_to(ROOT)}")
     if check and stale:
         sys.exit("generated parts differ from what the code and the stored results give: run `python docs/generate.py`")
 

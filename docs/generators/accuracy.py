@@ -1,4 +1,4 @@
-"""Tables and the picture of accuracy, from the stored trainings in `benchmarks/results/accuracy.jsonl`.
+"""Tables and pictures of accuracy, from the stored trainings in `benchmarks/results/accuracy.jsonl`.
 
 A table takes, of every piece of work, the runs of one commit (the newest with at least three seeds of exact training and of the default), so that no row
 mixes versions of the code.
@@ -7,89 +7,108 @@ mixes versions of the code.
 from __future__ import annotations
 
 import functools
-import json
 import statistics
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
+from generators.stored import Row, block, by, caption, named, rows, seeds, spread, table
+
 NAMES = {
     "mnist-mlp": "MNIST, MLP 3 x 500",
     "mnist-cnn": "MNIST (20,000 images), small CNN",
     "fashion-mlp": "Fashion-MNIST, MLP 3 x 1024",
+    "emnist-finetune": "MNIST CNN fine-tuned on EMNIST-Letters, 3 epochs",
     "emnist-finetune-8": "MNIST CNN fine-tuned on EMNIST-Letters, 8 epochs",
     "char-transformer": "characters, 4 transformer blocks, from scratch (test loss)",
     "cifar-wrn": "CIFAR-10 (12,800 images), WRN-10-2 with BatchNorm",
+    "mnist-mlp-constant": "MNIST, MLP 3 x 500, batches of 50, constant learning rate",
+    "mnist-cnn-constant": "MNIST, CNN of Adelman et al., batches of 50, constant learning rate",
 }
+IN_SHORT = ("mnist-mlp", "fashion-mlp", "char-transformer", "cifar-wrn")
+COMPARED = ("mnist-mlp", "mnist-cnn", "fashion-mlp", "emnist-finetune", "emnist-finetune-8", "char-transformer", "cifar-wrn")
+PICTURED = ("mnist-mlp", "fashion-mlp", "mnist-cnn", "emnist-finetune-8")
 SHOWN = {"exact": "exact", "adaptive": "approx (default)", "fewer steps": "exact, fewer steps", "narrower": "smaller exact model"}
+SETTINGS = {
+    "adaptive": "default",
+    "adaptive tau .1": '`adaptive: {"tau": 0.1}`',
+    "rows .25": "rows, ratio 0.25",
+    "rows .125": "rows, ratio 0.125",
+    "rows .25 uniform": "rows, ratio 0.25, method `uniform`",
+    "rows .5 through BatchNorm": 'rows, ratio 0.5, `batch_norm: "approximate"`',
+    "tokens .5": "`grad_weight` on half of its rows (tokens)",
+    "fewer steps": "exact, fewer steps",
+    "narrower": "exact, smaller model",
+    "forward topk .5": "forward `topk`, ratio 0.5",
+    "forward topk .25": "forward `topk`, ratio 0.25",
+    "forward topk .33": "forward `topk`, ratio 0.33",
+    "forward topk .5, end exact": "forward `topk`, ratio 0.5, exact end",
+    "forward topk .33, end exact": "forward `topk`, ratio 0.33, exact end",
+}
 
-Row = dict[str, Any]
 
-
-def newest_whole(rows: Sequence[Row]) -> list[Row]:
+def newest_whole(found: Sequence[Row]) -> list[Row]:
     """The runs of the newest commit that has at least three seeds (else of the one with most) of both exact training and the default."""
-    by_commit: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        by_commit[row["commit"]].append(row)
 
-    def seeds(own: Sequence[Row]) -> int:
+    def count(own: Sequence[Row]) -> int:
         return min(len({r["seed"] for r in own if r["setting"] == setting}) for setting in ("exact", "adaptive"))
 
-    return max(by_commit.values(), key=lambda own: (min(seeds(own), 3), max(r["date"] for r in own)))
+    return max(by(found, lambda r: r["commit"]).values(), key=lambda own: (min(count(own), 3), max(r["date"] for r in own)))
 
 
 @functools.cache
 def accuracy() -> dict[str, dict[str, list[Row]]]:
     """Stored trainings by work and setting."""
-    rows: dict[str, list[Row]] = defaultdict(list)
-    for line in (RESULTS / "accuracy.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        rows[row["work"]].append(row)
     found = {}
-    for work in NAMES:
-        own = newest_whole(rows[work])
+    for work in COMPARED:
+        own = newest_whole(rows("accuracy.jsonl", work=work))
         found[work] = {setting: same for setting in SHOWN if (same := [r for r in own if r["setting"] == setting])}
     return found
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation over seeds."""
-    digits = 3 if max(values) < 10 else 2
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
+def _share(runs: Sequence[Row]) -> float:
+    return statistics.mean(r["seconds_of_exact"] for r in runs)
 
 
 def accuracy_table(works: Sequence[str]) -> str:
     """One line for each work: the score of every setting and its seconds as a share of exact training's."""
-    lines = ["| training | seeds | " + " | ".join(SHOWN.values()) + " |", "|---" * (2 + len(SHOWN)) + "|"]
-    found, commits, dates = accuracy(), set(), set()
+    lines, used = [], []
     for work in works:
-        settings = found[work]
         cells = []
         for setting in SHOWN:
-            runs = settings.get(setting)
-            if not runs:
-                cells.append("not run")
-                continue
-            share = statistics.mean(r["seconds_of_exact"] for r in runs)
-            cells.append(spread([r["final"] for r in runs]) + ("" if setting == "exact" else f" in {share:.2f} of the time"))
-            commits |= {r["commit"] for r in runs}
-            dates |= {r["date"] for r in runs}
-        lines.append(f"| {NAMES[work]} | {len(settings['exact'])} | " + " | ".join(cells) + " |")
-    row = next(iter(found[works[0]].values()))[0]
-    lines += [
-        "",
-        f"Test accuracy in % (mean ± standard deviation over seeds) and seconds of the training steps as a share of exact training's. "
-        f"{row['device']}, threads: {row['threads']}, {row['dtype']}, "
-        f"torch {row['torch']}; {min(dates)} to {max(dates)}, commits {', '.join(sorted(commits))}; from `benchmarks/results/accuracy.jsonl`.",
-    ]
-    return "\n".join(lines)
+            runs = accuracy()[work].get(setting, [])
+            used += runs
+            score = spread([r["final"] for r in runs]) if runs else "not run"
+            cells.append(score + (f" in {_share(runs):.2f} of the time" if runs and setting != "exact" else ""))
+        exact = accuracy()[work]["exact"]
+        lines.append([NAMES[work], len(exact), *cells, exact[0]["commit"]])
+    what = "Test accuracy in % (mean ± standard deviation over seeds) and seconds of the training steps as a share of exact training's."
+    return block(table(["training", "seeds", *SHOWN.values(), "commit"], lines), caption(what, used, "accuracy.jsonl"))
+
+
+def settings_table(works: Sequence[str], only: Sequence[str] = ()) -> str:
+    """A line for every work, commit and setting, with exact training of the same commit and the same seeds beside it."""
+    lines, used = [], []
+    for work in works:
+        for commit, own in by(rows("accuracy.jsonl", work=work), lambda r: r["commit"]).items():
+            exact = {r["seed"]: r for r in own if r["setting"] == "exact"}
+            for setting, runs in by([r for r in own if r["setting"] in (only or SETTINGS)], lambda r: r["setting"]).items():
+                beside = [exact[r["seed"]] for r in runs if r["seed"] in exact]
+                reference = spread([r["final"] for r in beside]) if len(beside) == len(runs) else "not run"
+                kept = [r["rows_kept"] for r in runs if r["rows_kept"] is not None]
+                share = f"{_share(runs):.2f}" if reference != "not run" else ""
+                rows_kept = f"{statistics.mean(kept):.2f}" if kept else ""
+                lines.append([NAMES[work], named(SETTINGS, setting), seeds(runs), spread([r["final"] for r in runs]), reference, share, rows_kept, commit])
+                used += runs + beside
+    what = (
+        "Test accuracy in % (characters: test loss), mean ± standard deviation over seeds, beside exact training of the same commit and seeds; "
+        "seconds of the training steps as a share "
+        "of exact training's; share of the rows kept, on average over the steps."
+    )
+    head = ["training", "setting", "seeds", "result", "exact", "time", "rows kept", "commit"]
+    return block(table(head, lines), caption(what, used, "accuracy.jsonl"))
 
 
 def accuracy_picture(work: str, path: Path) -> None:
@@ -113,6 +132,26 @@ def accuracy_picture(work: str, path: Path) -> None:
     plt.close(figure)
 
 
+def picture_rows(work: str) -> list[Row]:
+    """The stored trainings that the picture of a work shows."""
+    return [r for setting in ("exact", "adaptive", "fewer steps") for r in accuracy()[work][setting]]
+
+
+def picture_caption(work: str) -> str:
+    """What the picture of a work shows, and its conditions."""
+    what = f"{NAMES[work]}: test accuracy over seconds of training steps, mean over seeds {seeds(accuracy()[work]['exact'])}."
+    return caption(what, picture_rows(work), "accuracy.jsonl")
+
+
 def blocks() -> dict[str, str]:
     """The blocks that this module makes, by name."""
-    return {"accuracy": accuracy_table(list(NAMES)), "accuracy in short": accuracy_table(["mnist-mlp", "fashion-mlp", "char-transformer", "cifar-wrn"])}
+    forward = [s for s in SETTINGS if s.startswith("forward")]
+    return {
+        "accuracy": accuracy_table(COMPARED),
+        "accuracy in short": accuracy_table(IN_SHORT),
+        "accuracy by setting": settings_table(COMPARED, [s for s in SETTINGS if s not in forward]),
+        "accuracy of forward sampling": settings_table(list(NAMES), forward),
+        "accuracy of fixed rows": settings_table(["mnist-mlp"], ["adaptive", "rows .25", "rows .125", "rows .25 uniform"]),
+        "accuracy through BatchNorm": settings_table(["cifar-wrn"], ["rows .5 through BatchNorm"]),
+        **{f"caption: {work}": picture_caption(work) for work in PICTURED},
+    }
