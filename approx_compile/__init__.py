@@ -1,6 +1,6 @@
 """approx_compile: a torch.compile backend that trains with approximate matrix products and convolutions."""
 
-from approx_compile.backend import Backend
+from approx_compile.backend import Backend, old_pickles
 from approx_compile.backend.capture.annotate import annotate
 from approx_compile.backend.runtime.decisions import Decisions, decisions
 from approx_compile.backend.runtime.state import load_state_dict, state_dict
@@ -33,3 +33,5 @@ __all__ = [
     "state_dict",
     "tune",
 ]
+
+old_pickles.register()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,6 +75,10 @@ class Backend:
 
     def __hash__(self) -> int:
         return hash(self.config)
+
+    def __reduce__(self) -> tuple[Callable[[], Backend], tuple[()]]:
+        """Pickle the arguments, so that a pickle does not depend on how the schedule is kept."""
+        return partial(Backend, self.config, inner_compile=self.inner_compile, on_plan=self.on_plan, keep_graphs=self.keep_graphs), ()
 
     def _options(self) -> BackendOptions:
         return BackendOptions(self.config, self.inner_compile, self.on_plan, self.keep_graphs)

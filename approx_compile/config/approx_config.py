@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import pydantic
 from pydantic import Field, field_validator, model_validator
 
 from approx_compile import _torch
-from approx_compile.config.plan_file import Tuned, TunedPlan
+from approx_compile.config.plan_file import RECORD, Tuned, TunedPlan
 from approx_compile.config.resolve import LEAST_ROWS, SiteSettings, chooses_output_ratio, interpret, merge_rule, row_settings, samples_products, set_keys
 from approx_compile.config.rules import Rule, RuleKeys
 from approx_compile.config.schema import AdaptiveTable, ProductTable, nearest
@@ -184,6 +184,20 @@ class ApproxConfig(RuleKeys):
     def __hash__(self) -> int:
         return hash(self.digest())
 
+    def __reduce__(self) -> tuple[Callable[[dict[str, Any]], ApproxConfig], tuple[dict[str, Any]]]:
+        """Pickle the config as plain options, so that a pickle does not depend on the modules and classes of the tables."""
+        return unpickle, (self.options(),)
+
+    def options(self) -> dict[str, Any]:
+        """Return plain options, of which an equal config can be made."""
+        defaults = {k: field.get_default(call_default_factory=True) for k, field in type(self).model_fields.items()}
+        options = {k: v for k, v in self.model_dump(exclude_none=True, exclude={"inductor", "plan"}).items() if getattr(self, k) != defaults[k]}
+        if self.inductor:
+            options["inductor"] = dict(self.inductor)
+        if self.plan is not None:
+            options["plan"] = {RECORD: self.plan.model_dump(exclude_none=True)}
+        return options | {"policy": self.policy}  # its default depends on the other keys
+
     def digest(self) -> str:
         """Return a hash of everything that decides a rewrite; Inductor's options are part of Inductor's own key."""
         content = self.model_dump(mode="python", exclude={"inductor", "plan"}) | {"plan": self.plan.fingerprint() if self.plan is not None else None}
@@ -290,6 +304,11 @@ class ApproxConfig(RuleKeys):
         for rule, hit in zip(self.rules, matches, strict=True):
             keys = merge_rule(keys, rule) if hit else keys
         return keys
+
+
+def unpickle(options: dict[str, Any]) -> ApproxConfig:
+    """Make a config of pickled options. Pickles name this function as `approx_compile.config.unpickle`."""
+    return ApproxConfig(**options)
 
 
 def _with_plan(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,27 +35,25 @@ def annotate(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"annotate: got {type(model).__name__}; the model (a torch.nn.Module) whose blocks are compiled is expected")
-    link = _Link(model)
+    link = Link(model)
     for name, module in model.named_modules():
         module.__dict__[_NAME] = name
         module.__dict__[_MODEL] = link
     return model
 
 
-class _Link:
-    """A weak reference to a model. A deepcopy or pickle of it is empty, because the copied module is not part of this model."""
+class Link:
+    """A weak reference to a model. Its deepcopy or pickle is None, because a copied module is not part of this model."""
 
     def __init__(self, model: nn.Module | None = None) -> None:
         self.ref = weakref.ref(model) if model is not None else None
 
     def __call__(self) -> nn.Module | None:
+        """Return the model, or None if it is gone."""
         return self.ref() if self.ref is not None else None
 
-    def __reduce__(self) -> tuple[type[_Link], tuple[()]]:
-        return (_Link, ())
-
-    def __deepcopy__(self, memo: object) -> _Link:
-        return _Link()
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
 
 
 def full_name(module: nn.Module) -> str | None:
@@ -81,7 +79,7 @@ def whole_model(module: nn.Module) -> nn.Module | None:
         The model, or None if the module is not annotated or the model is gone.
     """
     link = module.__dict__.get(_MODEL)
-    return link() if isinstance(link, _Link) else None
+    return link() if isinstance(link, Link) else None
 
 
 def last_module(root: nn.Module | None) -> str | None:
