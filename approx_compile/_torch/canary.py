@@ -227,12 +227,12 @@ def exists(name: str) -> bool:
     parts = path.split(".")
     loaded = next(i for i in range(len(parts), -1, -1) if not i or ".".join(parts[:i]) in sys.modules)
     try:
-        found = functools.reduce(getattr, parts[loaded:], sys.modules[".".join(parts[:loaded])]) if loaded else _NOT_LOADED
+        target = functools.reduce(getattr, parts[loaded:], sys.modules[".".join(parts[:loaded])]) if loaded else _NOT_LOADED
     except AttributeError:
-        found = _NOT_LOADED
-    if found is _NOT_LOADED:
+        target = _NOT_LOADED
+    if target is _NOT_LOADED:
         return _is_in_source(parts, loaded, word)
-    return not word or _mentions(found, word)
+    return not word or _mentions(target, word)
 
 
 def missing() -> list[PrivateName]:

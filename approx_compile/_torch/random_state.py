@@ -9,8 +9,8 @@ import torch
 
 def initial_seed(device: torch.device) -> int:
     """Return the seed that torch's default generator of a device last got."""
-    own = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
-    return int(own.initial_seed())
+    generator = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
+    return int(generator.initial_seed())
 
 
 _SEED_TRACKERS: list[Any] = [t for m in (torch.cuda, torch.xpu) if hasattr(t := getattr(m, "_lazy_seed_tracker", None), "manual_seed_all_cb")]

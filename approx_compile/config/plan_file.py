@@ -194,24 +194,25 @@ class TunedPlan:
             return TunedPlan.of(value, "plan"), "plan"
         raise ValueError(f"plan: got {value!r}; the path of a plan file, a TunedPlan or a table like a plan file is expected")
 
-    def overridden(self, own: Mapping[str, Any]) -> dict[str, Any]:
+    def overridden(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
         """Return the plan's settings, overridden by other keys.
 
-        The keys override those at the top of the plan and in each of its rules, except that what the plan leaves exact stays exact. Rules in `own` come after
-        the plan's. With `method: exact` in `own` the plan's rules are dropped, so that everything is exact except what the rules in `own` name.
+        The keys override those at the top of the plan and in each of its rules, except that what the plan leaves exact stays exact. The rules in `overrides`
+        come after the plan's. With `method: exact` in `overrides` the plan's rules are dropped, so that everything is exact except what the rules in
+        `overrides` name.
 
         Args:
-            own: The keys given beside the plan.
+            overrides: The keys given beside the plan.
 
         Returns:
             The merged settings.
         """
-        rest = {k: v for k, v in own.items() if k != "rules"}
-        if own.get("method") == "exact":
+        rest = {k: v for k, v in overrides.items() if k != "rules"}
+        if overrides.get("method") == "exact":
             top = {k: v for k, v in self.options.items() if k not in _SAMPLING and k != "rules"} | rest
-            return top | {"rules": list(own.get("rules", ()))}
-        top = _over(self.options, own) | {k: v for k, v in rest.items() if k not in _SAMPLING}
-        return top | {"rules": [*(_over(r, own) for r in self.options.get("rules", ())), *own.get("rules", ())]}
+            return top | {"rules": list(overrides.get("rules", ()))}
+        top = _over(self.options, overrides) | {k: v for k, v in rest.items() if k not in _SAMPLING}
+        return top | {"rules": [*(_over(r, overrides) for r in self.options.get("rules", ())), *overrides.get("rules", ())]}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of the plan file as plain types, for JSON."""
@@ -268,10 +269,10 @@ _EVERYWHERE = (*_SAMPLING, "min_k", "group", "policy")
 """Keys that override those of every rule of a plan."""
 
 
-def _over(table: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """A plan's settings at the top or in a rule, with the keys of `own` that may override them."""
+def _over(table: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan's settings at the top or in a rule, with the keys of `overrides` that may override them."""
     exact = table.get("method") == "exact"
-    return dict(table) | {k: v for k, v in own.items() if k in _EVERYWHERE and not (exact and k in _SAMPLING)}
+    return dict(table) | {k: v for k, v in overrides.items() if k in _EVERYWHERE and not (exact and k in _SAMPLING)}
 
 
 def _plain(value: Any) -> Any:

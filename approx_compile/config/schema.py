@@ -97,9 +97,9 @@ class SamplingKeys(BaseModel):
     @field_validator("method", mode="before")
     @classmethod
     def _check_method(cls, value: Any) -> Any:
-        found = [product for product, methods in REPLACEMENTS.items() if isinstance(value, str) and value in methods]
-        if found and value not in cls.methods:
-            raise ValueError(f"{value!r} replaces a gradient and can be the method of {' and '.join(found)} only; valid here are {', '.join(cls.methods)}")
+        products = [product for product, methods in REPLACEMENTS.items() if isinstance(value, str) and value in methods]
+        if products and value not in cls.methods:
+            raise ValueError(f"{value!r} replaces a gradient and can be the method of {' and '.join(products)} only; valid here are {', '.join(cls.methods)}")
         return value if value is None else choice("method", value, cls.methods, "method")
 
     @field_validator("ratio", mode="before")

@@ -125,11 +125,11 @@ class StepSlice:
         Raises:
             ValueError: The text is no slice, selects no step, or has shares while `total` is None.
         """
-        found = _STEPS.fullmatch(text.replace(" ", ""))
-        if found is None or not text.strip():
+        match = _STEPS.fullmatch(text.replace(" ", ""))
+        if match is None or not text.strip():
             raise ValueError(f"steps: got {text!r}; a slice over optimizer steps is expected: '::2', '3::4', ':8000', or shares of total_steps: '80%:'")
-        start, stop = (_place(text, part, total) for part in found.group(1, 2))
-        stride = int(found[3]) if found[3] else 1
+        start, stop = (_place(text, part, total) for part in match.group(1, 2))
+        stride = int(match[3]) if match[3] else 1
         if stride == 0:
             raise ValueError(f"steps: {text!r} has a stride of 0")
         if stop is not None and stop <= (start or 0):

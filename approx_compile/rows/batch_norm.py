@@ -71,10 +71,10 @@ class _Rewriter:
         with self.graph.inserting_before(n):
             for a in n.all_input_nodes:
                 if self.known.kind.get(a) == REDUCED_GRAD:
-                    found = self._own(a, rank)
-                    if found is None:
+                    by_row = self._own(a, rank)
+                    if by_row is None:
                         return False
-                    new[a] = found
+                    new[a] = by_row
         n.args = fx.map_arg(n.args, lambda a: new.get(a, a))
         return True
 
@@ -87,8 +87,8 @@ class _Rewriter:
         w = self._view(self.weights, [self.size, *[1] * (rank - 1)])
         scaled = self._emit(aten.mul.Tensor, w, self._view(total, shape))
         scaled.meta[DECOUPLED] = True
-        own = self._emit(aten.mul.Tensor, self._emit(aten.sub.Tensor, w, 1), self._view(each, [self.size, *shape[1:]]))
-        result = self._emit(aten.sub.Tensor, scaled, own)
+        counted_twice = self._emit(aten.mul.Tensor, self._emit(aten.sub.Tensor, w, 1), self._view(each, [self.size, *shape[1:]]))
+        result = self._emit(aten.sub.Tensor, scaled, counted_twice)
         return self._emit(torch.ops.prims.convert_element_type.default, result, _torch.value(total).dtype)
 
     def _each(self, total: fx.Node) -> fx.Node | None:

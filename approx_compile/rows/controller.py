@@ -271,16 +271,16 @@ def control_for(owner: Owner, settings: AdaptiveTable, key: str, kind: type[C]) 
         key: The key of the cut or graph.
         kind: The class of the control.
     """
-    found = _known.setdefault(owner, {}).get(key)
-    if isinstance(found, kind) and found.settings == settings:
-        return found
+    registered = _known.setdefault(owner, {}).get(key)
+    if isinstance(registered, kind) and registered.settings == settings:
+        return registered
     return _begin(owner, key, kind(settings, key))  # type: ignore[call-arg]
 
 
 def draws_for(owner: Owner, key: str) -> Draws:
     """Return the draws of a graph for an owner: those of an earlier compilation, or new ones with the loaded state if there is one."""
-    found = _known.setdefault(owner, {}).get(key)
-    return found if isinstance(found, Draws) else _begin(owner, key, Draws(key))
+    registered = _known.setdefault(owner, {}).get(key)
+    return registered if isinstance(registered, Draws) else _begin(owner, key, Draws(key))
 
 
 def _begin(owner: Owner, key: str, new: K) -> K:
@@ -298,8 +298,8 @@ def _owners(model: nn.Module) -> dict[str, Owner]:
 
 def controls_state(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Return the state of all controls and draws of a model, by the name of the parameter or module and then by the key of the cut or graph."""
-    found = {name: _known.get(owner, {}) for name, owner in _owners(model).items()}
-    return {name: {key: c.state_dict() if isinstance(c, Checkpointed) else dict(c) for key, c in own.items()} for name, own in found.items() if own}
+    by_owner = {name: _known.get(owner, {}) for name, owner in _owners(model).items()}
+    return {name: {key: c.state_dict() if isinstance(c, Checkpointed) else dict(c) for key, c in by_key.items()} for name, by_key in by_owner.items() if by_key}
 
 
 def load_controls(model: nn.Module, state: Mapping[str, Mapping[str, Any]]) -> None:
@@ -315,11 +315,11 @@ def load_controls(model: nn.Module, state: Mapping[str, Mapping[str, Any]]) -> N
     owners = _owners(model)
     for name, states in state.items():
         known = _known.setdefault(owners[name], {})
-        for key, own in states.items():
+        for key, loaded in states.items():
             if isinstance(kept := known.get(key), Checkpointed):
-                kept.load_state_dict(own)
+                kept.load_state_dict(loaded)
             else:
-                known[key] = own
+                known[key] = loaded
 
 
 def controls(model: nn.Module) -> dict[str, Control]:

@@ -60,10 +60,10 @@ def _rows_at_hand(graph: fx.Graph, batch: sympy.Symbol) -> int:
 
 def _entering(state: PartitionState) -> tuple[RowTraffic, ...]:
     """The gradients by whose norms rows are selected."""
-    known, found = state.batch_dims, dict[tuple[fx.Node, int], None]()
+    known, gradients = state.batch_dims, dict[tuple[fx.Node, int], None]()
     for n, s in stage_of_row_nodes(state).items():
-        found |= {(a, s): None for a in n.all_input_nodes if known.kind.get(a) == ROW_GRAD and state.stage.get(a, ALL_ROWS) < s}
-    return tuple(m for a, s in found for m in row_traffic(a.meta.get("val"), known.layout_of(a), s))
+        gradients |= {(a, s): None for a in n.all_input_nodes if known.kind.get(a) == ROW_GRAD and state.stage.get(a, ALL_ROWS) < s}
+    return tuple(m for a, s in gradients for m in row_traffic(a.meta.get("val"), known.layout_of(a), s))
 
 
 def _put_back(graph: fx.Graph, state: PartitionState) -> tuple[RowTraffic, ...]:

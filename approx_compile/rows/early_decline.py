@@ -66,11 +66,11 @@ def _gradients(n: fx.Node) -> float:
 
 def _above_batch_norm(gm: fx.GraphModule) -> set[fx.Node]:
     """The nodes whose gradient passes, on at least one path, through a normalisation over the batch."""
-    found: set[fx.Node] = set()
+    above: set[fx.Node] = set()
     for n in reversed(gm.graph.nodes):
-        if any(u in found or _is_batch_norm(u) for u in n.users):
-            found.add(n)
-    return found
+        if any(u in above or _is_batch_norm(u) for u in n.users):
+            above.add(n)
+    return above
 
 
 def _is_batch_norm(n: fx.Node) -> bool:

@@ -61,11 +61,11 @@ _library.define("backward(int key, SymInt[] numbers, Tensor[] tensors) -> Tensor
 def _backward(key: int, numbers: list[int], tensors: list[Tensor]) -> list[Tensor]:
     op = _known[key]
     values = op.values(numbers, tensors)
-    found = op.backward([*numbers, *tensors], keep=True)
+    results = op.backward([*numbers, *tensors], keep=True)
     seen = {t.untyped_storage().data_ptr() for t in tensors}
     new = []
     for o in op.outputs:  # an op's outputs share no memory with each other, nor with its inputs
-        value = with_strides(found[o.place], _numbers(o.stride, values))
+        value = with_strides(results[o.place], _numbers(o.stride, values))
         value = copy_keeping_strides(value) if value.untyped_storage().data_ptr() in seen else value
         seen.add(value.untyped_storage().data_ptr())
         new.append(value)

@@ -114,7 +114,7 @@ def _members(graph: fx.Graph, state: PartitionState) -> tuple[dict[int, dict[fx.
         for a in n.all_input_nodes:
             want(a, stage)
     order = {n: i for i, n in enumerate(graph.nodes)}
-    return {s: dict.fromkeys(sorted(found, key=order.__getitem__)) for s, found in members.items()}, wanted
+    return {s: dict.fromkeys(sorted(nodes, key=order.__getitem__)) for s, nodes in members.items()}, wanted
 
 
 def _is_number(n: fx.Node) -> bool:

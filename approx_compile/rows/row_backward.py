@@ -53,7 +53,7 @@ class RowBackward:
 
     def __init__(
         self,
-        found: Partition,
+        partition: Partition,
         calls: Sequence[Callable[..., Any]],
         levels: Sequence[RowSettings],
         names: Sequence[str],
@@ -67,7 +67,7 @@ class RowBackward:
         """Store the compiled stages and derive from the partition what every call needs.
 
         Args:
-            found: The partition of the backward graph.
+            partition: The partition of the backward graph.
             calls: The compiled code of each stage, in order.
             levels: The settings of level 1, 2, ...
             names: The names of the backward graph's inputs, in order.
@@ -79,7 +79,7 @@ class RowBackward:
             donated: The names of saved tensors that compiled code may write to. Where the user keeps the graph (`retain_graph`), compiled code gets copies
                 of them, because a second backward pass may need what the forward pass saved.
         """
-        self.found = found
+        self.partition = partition
         self.calls = tuple(calls)
         self.levels = tuple(levels)
         self.names = tuple(names)
@@ -90,11 +90,11 @@ class RowBackward:
         self._dense = frozenset(dense)
         self._donated = frozenset(donated)
         self.guards = tuple(guards)
-        placeholders = [n for s in found.stages for n in s.gm.graph.find_nodes(op="placeholder")]
+        placeholders = [n for s in partition.stages for n in s.gm.graph.find_nodes(op="placeholder")]
         self._weights: Any = next((n.meta["val"] for n in placeholders if n.name == WEIGHTS), None)
         self._symbols = _torch.symbol_sources(example_inputs)
-        self._last_use = last_use_of_saved(found)
-        self._entering = [entering_gradients(found, level) for level in range(len(self.levels))]
+        self._last_use = last_use_of_saved(partition)
+        self._entering = [entering_gradients(partition, level) for level in range(len(self.levels))]
         self._legal_counts: dict[tuple[Any, ...], int] = {}
         self._plans: dict[tuple[Any, ...], list[list[Any]]] = {}
 
@@ -113,12 +113,12 @@ class RowBackward:
         args.clear()
         spared = self._donated if self._donated and (keep or _torch.graph_is_kept()) else frozenset[str]()
         if _all_rows[0]:
-            return self.run(values, symbols, [symbols[self.found.batch]] * len(self.levels), [None] * len(self.levels), None, spared)
+            return self.run(values, symbols, [symbols[self.partition.batch]] * len(self.levels), [None] * len(self.levels), None, spared)
         owner = self.controls.owner(values.values())
         controls = self.controls.of(owner)
-        followed, own = self._follow(values, symbols)
-        size = symbols[self.found.batch]
-        counts = self._counts(symbols, controls, followed) if own else [size] * len(self.levels)
+        followed, may_drop = self._follow(values, symbols)
+        size = symbols[self.partition.batch]
+        counts = self._counts(symbols, controls, followed) if may_drop else [size] * len(self.levels)
         whole = self.whole
         if whole is not None and whole.sizes == symbols and followed is None and set(counts) == {size} and self._watched(values, counts, controls):
             inputs = [copy_keeping_strides(v) if name in spared else v for name, v in values.items()]
@@ -141,8 +141,8 @@ class RowBackward:
         Leaving out rows whose gradients are already zero changes nothing. Where other gradients have been added to them all rows are needed: a second
         selection would add variance that the settings do not account for.
         """
-        entering = [e for s in self.found.stages if s.level != ALL_ROWS for e in s.entries if e.gradient and e.source in (SAVED, ALL_ROWS)]
-        size = symbols[self.found.batch]
+        entering = [e for s in self.partition.stages if s.level != ALL_ROWS for e in s.entries if e.gradient and e.source in (SAVED, ALL_ROWS)]
+        size = symbols[self.partition.batch]
         marks = [
             selection_of(values[e.name]) if e.source == SAVED and e.layout == SampleLayout(0) and values[e.name].shape[0] == size else None for e in entering
         ]
@@ -162,7 +162,7 @@ class RowBackward:
 
         If an earlier graph selected the rows (`followed`), the first level keeps these, and its control is not asked.
         """
-        size = most = symbols[self.found.batch]
+        size = most = symbols[self.partition.batch]
         counts = []
         for level, (asked, control) in enumerate(zip(self.levels, controls, strict=True)):
             if level == 0 and followed is not None:
@@ -180,8 +180,8 @@ class RowBackward:
         if len(self._legal_counts) > MAX_CACHED_SIZES:
             self._legal_counts.clear()
         if key not in self._legal_counts:
-            size = symbols[self.found.batch]
-            legal = (n for n in range(k, size) if all(g.subs(dict(symbols) | {self.found.batch: n}) == sympy.true for g in self.guards))
+            size = symbols[self.partition.batch]
+            legal = (n for n in range(k, size) if all(g.subs(dict(symbols) | {self.partition.batch: n}) == sympy.true for g in self.guards))
             self._legal_counts[key] = next(legal, size)
         return self._legal_counts[key]
 
@@ -209,13 +209,13 @@ class RowBackward:
         Returns:
             The outputs of the backward graph.
         """
-        size = symbols[self.found.batch]
+        size = symbols[self.partition.batch]
         plan = self._plan(symbols, counts)
         kept: list[RowSelection | None] = [] if followed is None else [followed]
         live = dict(values)
         values.clear()
         made: dict[str, int] = dict.fromkeys(live, ALL_ROWS)
-        for s, (stage, call) in enumerate(zip(self.found.stages, self.calls, strict=True)):
+        for s, (stage, call) in enumerate(zip(self.partition.stages, self.calls, strict=True)):
             while len(kept) < stage.level:
                 level = len(kept)
                 kept.append(self._choose(level, live, made, kept, size, counts, controls[level], draws))
@@ -232,7 +232,7 @@ class RowBackward:
                 made[name] = stage.level
         if any(k is not None for k in kept):
             _last_sampled[0] = _torch.current_backward_id()
-        return [self._result(r, live, made, kept, size, symbols) for r in self.found.results]
+        return [self._result(r, live, made, kept, size, symbols) for r in self.partition.results]
 
     # --- rows ---
 
@@ -257,11 +257,11 @@ class RowBackward:
         for entry in self._entering[level]:
             if entry.name not in made or made[entry.name] > level:
                 continue
-            own = row_norms_sq(live[entry.name], entry.layout, counts[made[entry.name] - 1] if made[entry.name] else size)
+            entry_norms_sq = row_norms_sq(live[entry.name], entry.layout, counts[made[entry.name] - 1] if made[entry.name] else size)
             idx, weight = _path(kept, made[entry.name], level)
-            own = own if idx is None else own[idx]
-            own = own if weight is None else own * weight.square()
-            total = own if total is None else total + own
+            entry_norms_sq = entry_norms_sq if idx is None else entry_norms_sq[idx]
+            entry_norms_sq = entry_norms_sq if weight is None else entry_norms_sq * weight.square()
+            total = entry_norms_sq if total is None else total + entry_norms_sq
         assert total is not None
         if watched is not None:
             watched.observe(total)
@@ -319,8 +319,8 @@ class RowBackward:
             self._plans.clear()
         if key not in self._plans:
             plan = []
-            for stage in self.found.stages:
-                here = dict(symbols) | ({self.found.batch: counts[stage.level - 1]} if stage.level != ALL_ROWS else {})
+            for stage in self.partition.stages:
+                here = dict(symbols) | ({self.partition.batch: counts[stage.level - 1]} if stage.level != ALL_ROWS else {})
                 plan.append([shape_of(e, here, symbols) for e in stage.entries])
             self._plans[key] = plan
         return self._plans[key]
@@ -337,8 +337,8 @@ class GraphControls:
         self.key = key
         self.root = weakref.ref(root) if root is not None else None
         self.asked = [s.ratio is None for s in levels]
-        self.own = [RowControl(config.adaptive, f"{key}{i}") for i, _ in enumerate(levels, 1)]
-        self.own_draws = Draws(f"{key}draws")
+        self.unowned = [RowControl(config.adaptive, f"{key}{i}") for i, _ in enumerate(levels, 1)]
+        self.unowned_draws = Draws(f"{key}draws")
 
     def owner(self, saved: Iterable[Any]) -> Owner | None:
         """Return the parameter or module that the controls of a backward pass belong to.
@@ -353,14 +353,14 @@ class GraphControls:
 
     def draws(self, owner: Owner | None) -> Draws:
         """Return the random draws of this graph for an owner; without an owner those of this object."""
-        return draws_for(owner, self.own_draws.name) if owner is not None else self.own_draws
+        return draws_for(owner, self.unowned_draws.name) if owner is not None else self.unowned_draws
 
     def of(self, owner: Owner | None) -> list[RowControl | None]:
         """Return the control of every level for an owner, with None for the levels whose ratio is fixed."""
         if not any(self.asked):
             return [None] * len(self.asked)
         if owner is None:
-            return [c if a else None for a, c in zip(self.asked, self.own, strict=True)]
+            return [c if a else None for a, c in zip(self.asked, self.unowned, strict=True)]
         return [control_for(owner, self.adaptive, f"{self.key}{i}", RowControl) if a else None for i, a in enumerate(self.asked, 1)]
 
 

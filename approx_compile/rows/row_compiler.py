@@ -52,7 +52,7 @@ class RowCompiler:
         inner: Callable[..., Any] | None,
         root: nn.Module | None = None,
         key: str = "",
-        own: bool = False,
+        symbol_was_requested: bool = False,
     ) -> None:
         """Store the settings of one compilation.
 
@@ -62,11 +62,11 @@ class RowCompiler:
             inner: The function that compiles a graph; None for Inductor's.
             root: The module that is compiled. Adaptive state belongs to it where no parameter is saved.
             key: The name of the graph within the module, by which its adaptive state is found.
-            own: Whether the sizes are symbolic because this package asked for it, rather than the user.
+            symbol_was_requested: Whether the sizes are symbolic because this package asked for it, rather than the user.
         """
         self.symbols = tuple(symbols)
         self.batch = self.symbols[0]
-        self.own = own
+        self.symbol_was_requested = symbol_was_requested
         self.config = config
         self.root = root
         self.key = key
@@ -98,33 +98,33 @@ class RowCompiler:
             return
         levels = {n.name: n.meta[LEVEL] for n in sites}
         tried = [self._try(graph, batch, levels) for batch in self.symbols]
-        self.batch, found, reason = max(tried, key=lambda t: (t[2] is None, t[1].flops_on_rows))
+        self.batch, coverage, reason = max(tried, key=lambda t: (t[2] is None, t[1].flops_on_rows))
         partners = [s for s in self.symbols if s != self.batch and (reason is not None or _torch.are_compared(s, self.batch, graph))]
-        if partners and self.own:  # nothing in the graph says yet that they are one size
-            self.batch, found, reason = self._try(graph, _torch.unify_symbols([self.batch, *partners], graph), levels)
+        if partners and self.symbol_was_requested:  # nothing in the graph says yet that they are one size
+            self.batch, coverage, reason = self._try(graph, _torch.unify_symbols([self.batch, *partners], graph), levels)
         if reason is not None:
-            self._note(found, {}, graph, reason)
+            self._note(coverage, {}, graph, reason)
             raise Declined(reason)
 
     def _try(self, graph: fx.Graph, batch: sympy.Symbol, levels: Mapping[str, int]) -> tuple[sympy.Symbol, CoverageEstimate, str | None]:
         """Estimate with this symbol as the batch's size what can run on rows; return the symbol, the estimate, and why it is not worth it, if so."""
-        found = estimate_coverage(graph, batch, self.default, levels, self._approximate_batch_norm)
-        return batch, found, _fixed(graph, batch) or self._why_not(found, graph)
+        coverage = estimate_coverage(graph, batch, self.default, levels, self._approximate_batch_norm)
+        return batch, coverage, _fixed(graph, batch) or self._why_not(coverage, graph)
 
     @property
     def _approximate_batch_norm(self) -> bool:
         return any(s.approximate_batch_norm for s in self.levels)
 
-    def _why_not(self, found: CoverageEstimate, graph: fx.Graph) -> str | None:
+    def _why_not(self, coverage: CoverageEstimate, graph: fx.Graph) -> str | None:
         """Why running on rows is not worth it, if so, by the machine's profile where one is stored.
 
         The profile decides only whether rows are sampled at all and never what is compiled for them, so cache keys need not name it.
         """
-        reason = found.rejection_reason(self._least_share)
+        reason = coverage.rejection_reason(self._least_share)
         if reason is not None or self.config.policy == "always":
             return reason
         device = next((n.meta["val"].device.type for n in graph.nodes if isinstance(n.meta.get("val"), Tensor)), "cpu")
-        return row_cost.rejection_reason(found.work, self.levels, machine.stored(device), device)
+        return row_cost.rejection_reason(coverage.work, self.levels, machine.stored(device), device)
 
     @property
     def _least_share(self) -> float:
@@ -145,7 +145,7 @@ class RowCompiler:
         Returns:
             The compiled graph.
         """
-        if self.own:
+        if self.symbol_was_requested:
             _torch.drop_dynamic_marks()
         if not is_backward:
             self._known |= output_layouts(gm.graph, self.batch)
@@ -161,25 +161,25 @@ class RowCompiler:
         donated = _torch.donated_placeholders(gm)
         known = self._known | tangent_layouts(gm.graph, self._known)
         plain = copy.deepcopy(gm) if self._approximate_batch_norm else gm
-        found = partition_backward(gm, self.batch, known, self.default, _levels_of(gm), self._approximate_batch_norm)
-        exact = self._why_not(found.coverage, gm.graph)
-        self._note(found.coverage, found.products, gm.graph, exact)
+        partition = partition_backward(gm, self.batch, known, self.default, _levels_of(gm), self._approximate_batch_norm)
+        exact = self._why_not(partition.coverage, gm.graph)
+        self._note(partition.coverage, partition.products, gm.graph, exact)
         if exact is not None:
             return _sparing(self.inner(plain, example_inputs, is_backward=True, **kwargs), names, donated)
         given = dict(zip(names, example_inputs, strict=True))
-        dense = _dense(found, given)
-        calls, found = self._stages(found, gm, given, dense, kwargs)
-        guards = _torch.guards_on_symbol(found.batch, gm) if found.batch.is_Symbol else []
+        dense = _dense(partition, given)
+        calls, partition = self._stages(partition, gm, given, dense, kwargs)
+        guards = _torch.guards_on_symbol(partition.batch, gm) if partition.batch.is_Symbol else []
         hints = {s: _torch.known_hint(_torch.size_at(example_inputs, i, d)) for s, i, d in _torch.symbol_sources(example_inputs)}
         sizes = {s: n for s, n in hints.items() if n is not None}
-        fixed = _why_fixed(found.batch, sizes, guards)
+        fixed = _why_fixed(partition.batch, sizes, guards)
         if fixed is not None:
             self.cuts = [replace(c, decision="exact", reason=fixed, stops=True) for c in self.cuts]
             return _sparing(self.inner(plain, example_inputs, is_backward=True, **kwargs), names, donated)
         controls = GraphControls(self.config, self.root, self.key, self.levels)
-        asked = {s for level, s in enumerate(self.levels) if entering_gradients(found, level)}
+        asked = {s for level, s in enumerate(self.levels) if entering_gradients(partition, level)}
         whole = self._whole(plain, example_inputs, sizes, kwargs) if all(s.ratio is None for s in asked) else None
-        backward = RowBackward(found, calls, self.levels, names, example_inputs, guards, controls, whole, dense, donated)
+        backward = RowBackward(partition, calls, self.levels, names, example_inputs, guards, controls, whole, dense, donated)
 
         call = _boxed(backward)
         setattr(call, ROW_BACKWARD_ATTRIBUTE, backward)
@@ -190,20 +190,21 @@ class RowCompiler:
         fixed = specialize_sizes(gm, example_inputs, sizes)
         return WholeBatchBackward(self.inner(*fixed, is_backward=True, **kwargs), sizes) if fixed is not None else None
 
-    def _note(self, found: CoverageEstimate, products: Mapping[str, int], graph: fx.Graph, exact: str | None) -> None:
+    def _note(self, coverage: CoverageEstimate, products: Mapping[str, int], graph: fx.Graph, exact: str | None) -> None:
         """Add a `RowCut` for each level to what is reported. `exact` is the reason why all rows are kept, if they are."""
         rows = next((_torch.hint(s) for n in graph.nodes if n.op == "placeholder" for s in _sizes(n) if _torch.size_expr(s) == self.batch), 0)
         for i, asked in enumerate(self.levels, 1):
             mine = tuple(name for name, level in products.items() if level == i)
             if exact is None and not mine:
                 continue
-            stops = "; ".join(found.blocked)
+            stops = "; ".join(coverage.blocked)
             reason = exact or (f"rows end where {stops}" if stops else "the whole backward pass")
             decision = "exact" if exact else "rows"
-            self.cuts.append(RowCut(asked.method, asked.ratio, rows, decision, reason, found.flops_all, found.flops_on_rows, mine, i, bool(exact or stops)))
+            flops = (coverage.flops_all, coverage.flops_on_rows)
+            self.cuts.append(RowCut(asked.method, asked.ratio, rows, decision, reason, *flops, mine, i, bool(exact or stops)))
 
     def _stages(
-        self, found: Partition, gm: fx.GraphModule, given: Mapping[str, Any], dense: Mapping[str, Tensor], kwargs: dict[str, Any]
+        self, partition: Partition, gm: fx.GraphModule, given: Mapping[str, Any], dense: Mapping[str, Tensor], kwargs: dict[str, Any]
     ) -> tuple[list[Any], Partition]:
         """Compile the stages; return the code of each, and the partition with the sizes that compiling has fixed.
 
@@ -212,19 +213,19 @@ class RowCompiler:
         """
         donated = _torch.donated_placeholders(gm)
         uses: dict[str, int] = {}
-        for stage in found.stages:
+        for stage in partition.stages:
             for entry in stage.entries:
                 uses[entry.name] = uses.get(entry.name, 0) + 1
-        found = _restrided(found, given, dense)
+        partition = _restrided(partition, given, dense)
         calls = []
-        for stage in found.stages:
+        for stage in partition.stages:
             here = _here(stage, given, dense)
             inputs = [here.get(e.name, n.meta["val"]) for e, n in zip(stage.entries, _placeholders(stage.gm), strict=True)]
             mine = [i for i, e in enumerate(stage.entries) if e.name in donated and uses[e.name] == 1]
             static = [i for i, e in enumerate(stage.entries) if e.source == SAVED and e.layout is None and e.number is None and e.name not in donated]
             with _torch.donate_inputs(mine):
                 calls.append(self.inner(stage.gm, inputs, is_backward=True, **(kwargs | {"static_input_idxs": static})))
-        return calls, _resolved(found, _torch.symbol_replacer(gm.graph))
+        return calls, _resolved(partition, _torch.symbol_replacer(gm.graph))
 
 
 def _fixed(graph: fx.Graph, batch: sympy.Symbol) -> str | None:
@@ -302,7 +303,7 @@ def _why_fixed(batch: Any, sizes: Mapping[sympy.Symbol, int], guards: Sequence[A
     return None if larger or not broken else f"its code assumes {broken[0]} of the batch's size {batch}"  # a larger batch may have rows to leave out
 
 
-def _resolved(found: Partition, settled: Callable[[Any], Any]) -> Partition:
+def _resolved(partition: Partition, settled: Callable[[Any], Any]) -> Partition:
     """The partition with every symbol replaced that compiling the stages has fixed, such as an image size that a convolution was compiled for."""
 
     def layout(rows: SampleLayout | None) -> SampleLayout | None:
@@ -312,12 +313,12 @@ def _resolved(found: Partition, settled: Callable[[Any], Any]) -> Partition:
         number = None if e.number is None else settled(e.number)
         return replace(e, layout=layout(e.layout), size=tuple(map(settled, e.size)), stride=tuple(map(settled, e.stride)), number=number)
 
-    stages = tuple(replace(s, entries=tuple(map(entry, s.entries))) for s in found.stages)
-    results = tuple(replace(r, layout=layout(r.layout), size=tuple(map(settled, r.size))) for r in found.results)
-    return replace(found, batch=settled(found.batch), stages=stages, results=results)
+    stages = tuple(replace(s, entries=tuple(map(entry, s.entries))) for s in partition.stages)
+    results = tuple(replace(r, layout=layout(r.layout), size=tuple(map(settled, r.size))) for r in partition.results)
+    return replace(partition, batch=settled(partition.batch), stages=stages, results=results)
 
 
-def _restrided(found: Partition, given: Mapping[str, Any], dense: Mapping[str, Tensor]) -> Partition:
+def _restrided(partition: Partition, given: Mapping[str, Any], dense: Mapping[str, Tensor]) -> Partition:
     """The partition with the strides that saved tensors really have: those that the forward pass gives them, or those of their contiguous copies (`dense`)."""
 
     def of(e: StageInput, here: Mapping[str, Any]) -> StageInput:
@@ -326,7 +327,7 @@ def _restrided(found: Partition, given: Mapping[str, Any], dense: Mapping[str, T
             return e
         return replace(e, stride=tuple(map(_torch.size_expr, value.stride())))
 
-    return replace(found, stages=tuple(replace(s, entries=tuple(of(e, _here(s, given, dense)) for e in s.entries)) for s in found.stages))
+    return replace(partition, stages=tuple(replace(s, entries=tuple(of(e, _here(s, given, dense)) for e in s.entries)) for s in partition.stages))
 
 
 def _here(stage: Stage, given: Mapping[str, Any], dense: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -334,13 +335,13 @@ def _here(stage: Stage, given: Mapping[str, Any], dense: Mapping[str, Tensor]) -
     return dict(given) if stage.level == ALL_ROWS else {**given, **{e.name: dense[e.name] for e in stage.entries if e.layout is not None and e.name in dense}}
 
 
-def _dense(found: Partition, given: Mapping[str, Any]) -> dict[str, Tensor]:
+def _dense(partition: Partition, given: Mapping[str, Any]) -> dict[str, Tensor]:
     """Fake contiguous tensors for the saved tensors whose gathered rows cannot have the strides of the tensor, by name.
 
     These are tensors whose entries overlap in memory, and gradients expanded along the batch: their rows share memory but get different weights.
     """
     new = {}
-    for e in (e for s in found.stages if s.level != ALL_ROWS for e in s.entries):
+    for e in (e for s in partition.stages if s.level != ALL_ROWS for e in s.entries):
         value = given.get(e.name)
         if e.source != SAVED or e.layout is None or not isinstance(value, Tensor):
             continue

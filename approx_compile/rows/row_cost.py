@@ -189,8 +189,8 @@ def rejection_reason(work: RowWork, levels: Sequence[RowSettings], machine: Mach
     if ANY_SIZE:
         return None
     if machine is not None:
-        found = predict(work, levels, machine)
-        return None if found.pays(machine) else str(found)
+        prediction = predict(work, levels, machine)
+        return None if prediction.pays(machine) else str(prediction)
     return too_little_work(sum(p.flops for p in work.products), device)
 
 

@@ -33,8 +33,8 @@ def choose_rows(method: str, norms_sq: Tensor, k: int, random: torch.Generator |
     if method == "bernoulli":
         idx, p = systematic_sample(inclusion_probabilities(norms_sq, k), k, random)
         return idx, p.reciprocal().to(norms_sq.dtype)
-    how = Estimator(method, norms_sq.shape[0], k)
-    return select(how, norms_sq, torch.ones_like(norms_sq), random)
+    estimator = Estimator(method, norms_sq.shape[0], k)
+    return select(estimator, norms_sq, torch.ones_like(norms_sq), random)
 
 
 def _norms(norms_sq: Tensor) -> Tensor:

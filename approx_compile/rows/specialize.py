@@ -51,10 +51,10 @@ def _number(value: Any, sizes: Mapping[sympy.Symbol, int]) -> Any:
     """The value of a symbolic number; None if a symbol is left in it."""
     if not isinstance(value, _torch.SYMBOLIC):
         return value
-    found = _torch.size_expr(value).subs(sizes)
+    number = _torch.size_expr(value).subs(sizes)
     if isinstance(value, torch.SymBool):
-        return bool(found) if found in (sympy.true, sympy.false) else None
-    return None if found.free_symbols else int(found) if isinstance(value, torch.SymInt) else float(found)
+        return bool(number) if number in (sympy.true, sympy.false) else None
+    return None if number.free_symbols else int(number) if isinstance(value, torch.SymInt) else float(number)
 
 
 def _fixed(value: Tensor, sizes: Mapping[sympy.Symbol, int]) -> Tensor | None:

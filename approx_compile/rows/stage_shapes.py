@@ -28,20 +28,20 @@ def number_of(expression: Any, symbols: Mapping[Any, int]) -> Any:
     return int(value) if value.is_Integer else float(value)
 
 
-def entering_gradients(found: Partition, level: int) -> list[StageInput]:
+def entering_gradients(partition: Partition, level: int) -> list[StageInput]:
     """Return the gradients that stages below a cut read from above it. Their norms together decide which rows the cut keeps.
 
     Args:
-        found: The partition of the backward graph.
+        partition: The partition of the backward graph.
         level: The level above the cut; the cut begins level `level` + 1.
     """
-    below = [e for s in found.stages if s.level > level for e in s.entries if e.gradient]
+    below = [e for s in partition.stages if s.level > level for e in s.entries if e.gradient]
     return list({e.name: e for e in below if e.source <= level}.values())
 
 
-def last_use_of_saved(found: Partition) -> dict[str, int]:
+def last_use_of_saved(partition: Partition) -> dict[str, int]:
     """The last stage that reads each value, by name. Outputs of the graph are left out, because they are needed until the end."""
-    last = {e.name: s for s, stage in enumerate(found.stages) for e in stage.entries}
-    for r in found.results:
+    last = {e.name: s for s, stage in enumerate(partition.stages) for e in stage.entries}
+    for r in partition.results:
         last.pop(r.name or "", None)
     return last

@@ -134,10 +134,10 @@ class PartitionState:
 
 def output_layouts(graph: fx.Graph, batch: sympy.Symbol) -> dict[str, ValueLayout]:
     """Return the layouts of a forward graph's outputs by name (a saved tensor has that name in the backward graph, too) and by description."""
-    found = analyze_batch_dim(graph, batch)
+    batch_dims = analyze_batch_dim(graph, batch)
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
     named = {n.name: n for n in output.all_input_nodes} | _torch.outputs_by_description(output)
-    return {name: found.layout[n] for name, n in named.items() if n not in found.unlocated and isinstance(n.meta.get("val"), torch.Tensor)}
+    return {name: batch_dims.layout[n] for name, n in named.items() if n not in batch_dims.unlocated and isinstance(n.meta.get("val"), torch.Tensor)}
 
 
 def tangent_layouts(graph: fx.Graph, known: Mapping[str, ValueLayout]) -> dict[str, ValueLayout]:
@@ -192,11 +192,11 @@ def _read_by_nonlinear(graph: fx.Graph, known: BatchDimState) -> set[fx.Node]:
     The expectation of a nonlinear function over random rows is not the function of the expectation. Below the nonlinear node rows may be selected as at an
     output gradient.
     """
-    found = set(known.nonlinear)
+    exact = set(known.nonlinear)
     for n in reversed(graph.nodes):
-        if n in found:
-            found.update(a for a in n.all_input_nodes if known.kind.get(a) in (ROW_GRAD, REDUCED_GRAD))
-    return found
+        if n in exact:
+            exact.update(a for a in n.all_input_nodes if known.kind.get(a) in (ROW_GRAD, REDUCED_GRAD))
+    return exact
 
 
 def _first_products(tangents: Iterable[fx.Node]) -> Iterator[fx.Node]:

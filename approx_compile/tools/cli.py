@@ -84,10 +84,10 @@ def failures(debug: bool) -> Iterator[None]:
     except Exception as e:
         if debug or isinstance(e, typer.Exit):
             raise
-        own = isinstance(e, (ConfigError, FactoryError, Failure, ImportError, OSError))
+        expected = isinstance(e, (ConfigError, FactoryError, Failure, ImportError, OSError))
         lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [""]
-        text = " ".join(lines) if own else lines[0] + ("" if len(lines) == 1 else " (--debug shows all of it)")
-        typer.echo(f"approx-compile: {text if own else f'{type(e).__name__}: {text}'}", err=True)
+        text = " ".join(lines) if expected else lines[0] + ("" if len(lines) == 1 else " (--debug shows all of it)")
+        typer.echo(f"approx-compile: {text if expected else f'{type(e).__name__}: {text}'}", err=True)
         raise typer.Exit(2 if isinstance(e, (ConfigError, FactoryError)) else 1) from e
 
 
@@ -147,10 +147,10 @@ def bench(
     with failures(debug):
         options, example = _prepared(model, config, settings, threads)
         report = _report(example, options)
-        found = timing.compare(example.model, *example.args, config=options, repeats=repeats, **example.kwargs)
+        comparison = timing.compare(example.model, *example.args, config=options, repeats=repeats, **example.kwargs)
         sampled = sum(s.decision == "sampled" for s in report.sites)
         counts = {"sites": len(report.sites), "sampled": sampled, "flops_exact": report.flops_exact, "flops_sampled": report.flops_sampled}
-        typer.echo(json.dumps(found.to_dict() | counts) if as_json else f"{found}; {sampled} of {len(report.sites)} sites sampled")
+        typer.echo(json.dumps(comparison.to_dict() | counts) if as_json else f"{comparison}; {sampled} of {len(report.sites)} sites sampled")
 
 
 @app.command(epilog=_EXAMPLES.format(command="tune", more="--out plan.toml --max-error 0.3 --budget 300"))
@@ -196,12 +196,12 @@ def calibrate(
         _set_threads(threads)
         if float32 is not None:
             torch.set_float32_matmul_precision(float32)
-        found = machines.calibrate(device, quick=quick, progress=not as_json)
+        profile = machines.calibrate(device, quick=quick, progress=not as_json)
         if as_json:
-            typer.echo(found.model_dump_json())
+            typer.echo(profile.model_dump_json())
             return
-        Console().print(found)
-        typer.echo(f"stored: {machines.path_of(found.device)}")
+        Console().print(profile)
+        typer.echo(f"stored: {machines.path_of(profile.device)}")
 
 
 def _prepared(model: str, config: Path | None, settings: list[str] | None, threads: int | None, **defaults: Any) -> tuple[ApproxConfig | None, Example]:

@@ -101,14 +101,14 @@ class Layers:
         first = scope["L"].get(names[0]) if names else None
         spread = isinstance(first, tuple) and not code.co_argcount
         held: list[tuple[nn.Module | None, Any]] = []
-        held += [found for n, v in scope["L"].items() for found in _torch.reachable_modules(v, _torch.variable_source("L", n))]
+        held += [reached for n, v in scope["L"].items() for reached in _torch.reachable_modules(v, _torch.variable_source("L", n))]
         for module, source in held:
             if source is not None and module is not None and _is_method(module, code) and module is (first[0] if spread and first else first):
                 return [(module, source)]
         if _torch.is_resume_function(frame) and any(n not in scope["L"] for n in names):
             return [(None, None)]
         for n in code.co_names:
-            held += [found for found in _torch.reachable_modules(scope["G"].get(n), _torch.variable_source("G", n)) if found[1] is not None]
+            held += [reached for reached in _torch.reachable_modules(scope["G"].get(n), _torch.variable_source("G", n)) if reached[1] is not None]
         held += [f for key, f in self._known.items() if str(key) not in self.modules]
         held += [(f.module, f.source) for key, f in self.modules.items() if f.path == self._outer[key]]
         bare = [n for n in gm.graph.nodes if n.op.startswith("call_") and not n.meta.get("nn_module_stack")]

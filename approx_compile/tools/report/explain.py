@@ -83,7 +83,7 @@ def explain(model: Callable[..., Any], *args: Any, config: ApproxConfig | Mappin
         >>> report = approx_compile.explain(model, torch.randn(256, 64), config={"ratio": 0.5, "policy": "always"})
         >>> print(report)  # a table with a line for each site
     """
-    model, own = _unwrap(model)
+    model, options = _unwrap(model)
     report = Report()
     plans: list[Plan] = []
 
@@ -93,7 +93,7 @@ def explain(model: Callable[..., Any], *args: Any, config: ApproxConfig | Mappin
             if graph is not None:
                 texts.append(_torch.readable_code(graph))
 
-    schedule = Schedule.of(ApproxConfig.of(config if config is not None else own))
+    schedule = Schedule.of(ApproxConfig.of(config if config is not None else options))
     report.assignments = len(schedule.assignments)
     backend = Backend(schedule.assignments[0].rungs()[0][1], inner_compile=_torch.run_as_is, on_plan=listen, keep_graphs=True)
     with torch.enable_grad(), model_state_preserved(model), _torch.preserve_shape_history():

@@ -106,14 +106,14 @@ def site_graph(report: ReportData) -> go.Figure:
     by_kind: dict[str, list[tuple[str, SiteReport]]] = defaultdict(list)
     for key, site in zip(report.keys, report.sites, strict=True):
         by_kind[kind_of(site)].append((key, site))
-    for kind, found in by_kind.items():
+    for kind, members in by_kind.items():
         figure.add_scatter(
-            x=[places[key][0] for key, _ in found],
-            y=[places[key][1] for key, _ in found],
+            x=[places[key][0] for key, _ in members],
+            y=[places[key][1] for key, _ in members],
             mode="markers+text" if columns <= LABELLED_COLUMNS else "markers",
-            text=["  " + escape(_short(key)) for key, _ in found],
+            text=["  " + escape(_short(key)) for key, _ in members],
             textposition="middle right",
-            hovertext=[_hover(key, site) for key, site in found],
+            hovertext=[_hover(key, site) for key, site in members],
             hoverinfo="text",
             marker={"color": COLORS[kind], "symbol": SYMBOLS[kind], "size": 12},
             name=LABELS[kind],

@@ -85,9 +85,9 @@ class SiteReport:
         Returns:
             The report of the site.
         """
-        own = {f.name: getattr(plan, f.name) for f in fields(SiteReport) if f.name not in (*_SHOWN, "products")}
+        copied = {f.name: getattr(plan, f.name) for f in fields(SiteReport) if f.name not in (*_SHOWN, "products")}
         shown = {name: getattr(plan.shown, name) for name in _SHOWN}
-        return SiteReport(**own, **shown, products={p.name: p for p in plan.products})
+        return SiteReport(**copied, **shown, products={p.name: p for p in plan.products})
 
 
 _SHOWN = ("method", "ratio", "k", "size")
@@ -133,11 +133,11 @@ class ReportData:
     def keys(self) -> list[str]:
         """A unique name for every site: its own, or `name (2)` and so on if several graphs have a site of that name."""
         seen: Counter[str] = Counter()
-        found = []
+        keys = []
         for site in self.sites:
             seen[site.name] += 1
-            found.append(site.name if seen[site.name] == 1 else f"{site.name} ({seen[site.name]})")
-        return found
+            keys.append(site.name if seen[site.name] == 1 else f"{site.name} ({seen[site.name]})")
+        return keys
 
     def to_networkx(self) -> nx.DiGraph[str]:
         """Build the graph of sites, with an edge from each site to every site that reads its output through no other product.
