@@ -69,9 +69,12 @@ def along_dim(position: int) -> Rule:
 
 
 def batch_first(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
-    """Apply to ops that treat dim 0 as the batch: every operand holds the samples in dim 0, or none."""
+    """Apply to ops that treat dim 0 as the batch, one problem for each of its entries: every operand holds the samples there, or none.
+
+    A sample may have several entries, such as its frames.
+    """
     layout = common_layout(*(state.layout_of(a) for a in n.all_input_nodes))
-    if layout is None or layout.dim != 0 or not (layout.uniform or layout == SampleLayout(0)):
+    if layout is None or layout.dim != 0:
         raise Blocked(f"{op_name(n)}: the batch is not the first axis")
     if isinstance(value, tuple | list):
         return tuple(layout if holds_batch(v, state.batch) else None for v in value)

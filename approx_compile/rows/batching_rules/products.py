@@ -55,15 +55,20 @@ def convolution_backward(n: fx.Node, value: Any, state: BatchDimState) -> ValueL
     if state.layout_of(w) is not None:
         raise Blocked("the convolution's weight depends on the sample")
     layout = common_layout(state.layout_of(dy), state.layout_of(x))
-    if layout != SampleLayout(0):
+    if not _is_first(layout):
         raise Blocked(f"{op_name(n)}: the batch is not the first axis")
     return (layout if value[0] is not None else None, None, None)
+
+
+def _is_first(layout: SampleLayout | None) -> bool:
+    """Whether dim 0 holds the samples, each with one or several entries."""
+    return layout is not None and layout.dim == 0 and not layout.uniform
 
 
 def custom_convolution(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
     """Apply to this package's kernels for a convolution's gradient in selected input channels: of x, from dY and W, or of W, from x and dY."""
     layout = common_layout(*(state.layout_of(a) for a in n.args[:2]))
-    if layout != SampleLayout(0) or (n.target is skip_conv_input and state.layout_of(n.args[1]) is not None):
+    if not _is_first(layout) or (n.target is skip_conv_input and state.layout_of(n.args[1]) is not None):
         raise Blocked(f"{op_name(n)}: the batch is not the first axis")
     return layout if n.target is skip_conv_input else None
 
