@@ -92,8 +92,8 @@ class Backend:
         assignments, index = self.schedule.relevant([context.root.name, *(m.name for m in context.modules.values())])
         if context.nothing_trains():
             assignments = assignments[:1]
-        rungs = [c.rungs() if not context.nothing_trains() else c.rungs()[-1:] for c in assignments]
-        configs = [config for ladder in rungs for _, config in ladder]
+        ladders = [c.by_output_ratio() if not context.nothing_trains() else c.by_output_ratio()[-1:] for c in assignments]
+        configs = [config for ladder in ladders for _, config in ladder]
         compiler = GraphCompiler(self._options(), gm, example_inputs, patches, context, layers, root, len(configs) > 1)
         variants = compiler.compile(configs)
         if self.on_plan is None:
@@ -102,11 +102,11 @@ class Backend:
             record.notify("".join(v.uuid for v in variants), example_inputs)
         if len(variants) == 1:
             return variants[0].call
-        return self._select_at_run_time(rungs, variants, index, _parameters(example_inputs), compiler.key(), root)
+        return self._select_at_run_time(ladders, variants, index, _parameters(example_inputs), compiler.key(), root)
 
     def _select_at_run_time(
         self,
-        rungs: Sequence[Sequence[tuple[float, ApproxConfig]]],
+        ladders: Sequence[Sequence[tuple[float, ApproxConfig]]],
         variants: Sequence[Variant],
         index: Sequence[int],
         parameters: Sequence[int],
@@ -115,12 +115,12 @@ class Backend:
     ) -> Callable[..., Any]:
         """Combine the variants into one function, which runs the assignment that holds, at the ratio of outputs that the assignment's control chooses.
 
-        `rungs` holds the ratios of outputs of each assignment, and `variants` the compiled graphs in the same order. `index` maps each assignment of the
+        `ladders` holds the ratios of outputs of each assignment, and `variants` the compiled graphs in the same order. `index` maps each assignment of the
         schedule to a compiled one. `parameters` are the places of the parameters among the arguments.
         """
         remaining, compiled, name = iter(variants), [v.call for v in variants], diagnostics.model_name(root)
         by_assignment: list[Any] = []
-        for i, ladder in enumerate(rungs):
+        for i, ladder in enumerate(ladders):
             by_ratio = {ratio: next(remaining) for ratio, _ in ladder}
             samples_outputs = any(v.plan is None or any(s.products[0].decision == "sampled" for s in v.plan.sites) for v in by_ratio.values())
             calls = {r: v.call for r, v in by_ratio.items()}

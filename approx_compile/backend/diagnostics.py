@@ -131,7 +131,7 @@ def _summary(plan: Plan, config: ApproxConfig, assignments: int) -> dict[str, An
     reasons = Counter(s.reason for s in plan.sites if s.decision == "exact")
     counts = {"sites": len(plan.sites), "sampled": plan.sampled}
     details = {"unmatched": list(plan.unmatched), "remarks": list(plan.remarks), "reasons": [list(r) for r in reasons.most_common()]}
-    adaptive = len(config.rungs()) > 1 or any(c.decision == "rows" and c.ratio is None for c in plan.cuts)
+    adaptive = len(config.by_output_ratio()) > 1 or any(c.decision == "rows" and c.ratio is None for c in plan.cuts)
     return counts | details | {"what": _description(plan, config, assignments), "adaptive": adaptive}
 
 
@@ -162,7 +162,7 @@ def _forward(plan: Plan, config: ApproxConfig, layers: str) -> str:
     if not sampled:
         return "forward exact"
     because = f"because the options include {_key_that_samples(config)!r}. This can cost accuracy"
-    if len(config.rungs()) > 1:
+    if len(config.by_output_ratio()) > 1:
         methods = ", ".join(sorted({p.method for p in sampled}))
         return f"forward starts exact; LATER FORWARD PASSES MAY BE SAMPLED in {len(sampled)} {layers} ({methods}), {because}"
     return f"FORWARD PASS SAMPLED in {len(sampled)} {layers} ({_methods_and_shares(sampled)}), {because}"

@@ -215,11 +215,15 @@ class ApproxConfig(RuleKeys):
         return (*self.rules, Rule(steps=f"{begin}:", output=ProductTable(method="exact")))
 
     def _samples_outputs(self) -> bool:
-        return any(interpret(keys, False).output.method != "exact" for keys in self.each_alone())
+        return any(s.output.method != "exact" for s in self._settings_alone())
 
     def each_alone(self) -> list[dict[str, Any]]:
         """Return the keys at the top, and for each rule these keys with that rule alone merged over them."""
         return [set_keys(self), *(merge_rule(set_keys(self), r) for r in self.rules)]
+
+    def _settings_alone(self) -> list[SiteSettings]:
+        """Return what the keys of `each_alone` ask of a site."""
+        return [interpret(keys, False) for keys in self.each_alone()]
 
     def at(self, step: int = 0, phase: str | None = None) -> ApproxConfig:
         """Return the settings that hold at one moment of a run.
@@ -237,7 +241,7 @@ class ApproxConfig(RuleKeys):
         bare = tuple(r.model_copy(update={"steps": None, "phase": None}) for r in held)
         return self.model_copy(update={"rules": bare, "total_steps": None, "final_exact": FINAL_EXACT})
 
-    def rungs(self) -> tuple[tuple[float, ApproxConfig], ...]:
+    def by_output_ratio(self) -> tuple[tuple[float, ApproxConfig], ...]:
         """Return the ratios of outputs to choose from, from the smallest to 1, with the settings for each; only (1, self) if there is nothing to choose."""
         places = [(), *(r.layers for r in self.rules)]
         if not any(
@@ -269,7 +273,7 @@ class ApproxConfig(RuleKeys):
 
         Combinations of rules need no check, because one of them or the top names the method.
         """
-        asked = [p for s in (interpret(keys, False) for keys in self.each_alone()) for p in (s.output, s.grad_input, s.grad_weight)]
+        asked = [p for s in self._settings_alone() for p in (s.output, s.grad_input, s.grad_weight)]
         return any(p.method != "exact" and not p.replaces for p in asked)
 
     def measures(self) -> bool:

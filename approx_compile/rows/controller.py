@@ -1,8 +1,8 @@
-"""Find during a run how many rows a step needs and which ratio sampled outputs need: the policy "adaptive".
+"""Find during a run how many rows a step needs, and keep the state that a model's checkpoint must hold: the policy "adaptive".
 
 For rows, the norms g of the gradients that reach a cut are known in any case. `row_sampling.needed_share` computes the share of the rows that keeps the added
-variance below tau times the gradient's own. The running mean of this share, rounded up to a rung of the ladder, is the share kept from the next step on. For
-outputs, a probe measures every few hundred steps what error a ratio causes in the gradient (`OutputControl`).
+variance below tau times the gradient's own. The running mean of this share, rounded up to a rung of the ladder, is the share kept from the next step on.
+(The ratio of sampled outputs has a control in `backend.runtime.output_probe`.)
 
 A measured number is read one step after it was computed, so the host never waits for the device. The state is small and must be part of a checkpoint, because
 a resumed run would otherwise start with all rows again. So must the number of random draws made, whatever the policy.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -206,45 +206,6 @@ class RowControl(Control):
     def _decide(self, value: Tensor) -> float:
         self.measured = MOMENTUM * self.measured + (1 - MOMENTUM) * float(value)
         return next(r for r in self.settings.ladder if r >= min(1.0, self.measured * (1 - 1e-9)))
-
-
-class OutputControl(Control):
-    """The control of the ratio of one graph's sampled outputs. `measured` is the last relative squared error |g' - g|^2 / |g|^2 of the gradient.
-
-    The ratio goes down one rung if the error at that rung is small enough, and up one rung if the error at the present one is not.
-    """
-
-    def __init__(self, settings: AdaptiveTable, name: str) -> None:
-        super().__init__(settings, name, 0.0)
-
-    @property
-    def should_observe(self) -> bool:
-        """Whether this step measures errors."""
-        return self.step % self.settings.every == 1 % self.settings.every
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a state that `state_dict` returned."""
-        super().load_state_dict(state)
-        if self.ratio not in self.settings.outputs:  # the ladder has changed since: take the next rung up
-            self.changes.append((self.step, next((r for r in self.settings.outputs if r > self.ratio), 1.0)))
-
-    def candidates(self) -> list[float]:
-        """Return the ratios whose errors this step is to measure: the next rung down, and the present one unless it is 1, which has no error."""
-        down = [r for r in self.settings.outputs if r < self.ratio][-1:]
-        return [*down, *([self.ratio] if self.ratio < 1 else [])]
-
-    def observe(self, candidates: Sequence[float], errors: Tensor) -> None:
-        """Observe the relative squared errors of the gradient, one for each candidate ratio. They affect the ratio from the next step on."""
-        self._candidates = list(candidates)
-        self._late.put(errors)
-
-    def _decide(self, value: Tensor) -> float:
-        errors = dict(zip(self._candidates, value.tolist(), strict=True))
-        good = [r for r, e in errors.items() if e <= self.settings.error]
-        up = next((r for r in self.settings.outputs if r > self.ratio), 1.0)
-        ratio = min(good) if good else up
-        self.measured = errors.get(ratio, 0.0)
-        return ratio
 
 
 # Models of one class share compiled code, so a control belongs to a parameter that the backward pass reads: the first one that was saved for it. Where no

@@ -11,7 +11,7 @@ The time saved is compared with the time to select rows, to gather what is neede
 | putting back input gradients, and what later runs on all rows again | bytes of all rows / `untake`, new memory / `fresh`, `LAUNCHES_PER_TENSOR` launches |
 | calling compiled code in pieces, with a symbol for the batch | `CALL_OVERHEAD` selections from the smallest batch |
 
-What elementwise ops save is left out. Rates are tables of the machine's profile (`gauges`), read as in `passes.cost`.
+What elementwise ops save is left out. Rates are tables of the machine's profile, which `CostModel` reads.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from approx_compile import _torch
 from approx_compile.config.resolve import RowSettings
 from approx_compile.machine import Machine
 from approx_compile.passes.cost import margins
+from approx_compile.passes.cost.estimates import CostModel
 from approx_compile.passes.cost.expressions import WORKING_SET_FACTOR
 from approx_compile.passes.fx_utils import BMM, MM
 from approx_compile.rows.batch_dim import SampleLayout
@@ -83,7 +84,7 @@ class ProductWork(NamedTuple):
         if not self.rate:
             return self.flops * share / machine.peak_gflops(self.dtype) / 1e3
         at = [max(1.0, s * share) if r else s for s, r in zip(self.sizes, self.rows, strict=True)]
-        return self.flops * share / machine.table(self.rate, self.dtype).at(*at) / 1e3
+        return CostModel(machine).time_us(self.rate, self.flops * share, at, self.dtype)
 
 
 class RowTraffic(NamedTuple):
@@ -153,28 +154,27 @@ def predict(work: RowWork, levels: Sequence[RowSettings], machine: Machine) -> P
         levels: The settings of level 1, 2, ...
         machine: The profile of the machine.
     """
+    cost = CostModel(machine)
     shares = [ASSUMED_RATIO if s.ratio is None else s.ratio for s in levels]
     used = sorted({p.level for p in work.products})
 
-    def moved(m: RowTraffic, table: str, size: float) -> float:
-        sizes = (m.run, WORKING_SET_FACTOR * size) if table != "norms" else (WORKING_SET_FACTOR * size,)
-        return size / machine.table(table, m.dtype).at(*sizes) / 1e3
+    def new_memory_us(size: float) -> float:
+        return cost.time_us("fresh", size, [WORKING_SET_FACTOR * size])
 
-    def made(size: float) -> float:
-        return size / machine.table("fresh").at(WORKING_SET_FACTOR * size) / 1e3
-
-    def gathering(m: RowTraffic) -> float:
+    def gather_us(m: RowTraffic) -> float:
         kept = shares[m.level - 1] * m.bytes
-        return moved(m, "take", 2 * kept) + made(kept)
+        return cost.time_us("take", 2 * kept, [m.run, 2 * kept], m.dtype) + new_memory_us(kept)
+
+    def put_back_us(m: RowTraffic) -> float:
+        return cost.time_us("untake", m.bytes, [m.run, m.bytes], m.dtype) + new_memory_us(m.bytes)
 
     saved = math.fsum(p.time_us(1.0, machine) - p.time_us(shares[p.level - 1], machine) for p in work.products)
-    choosing = math.fsum(machine.table(f"select.{levels[level - 1].method}").at(work.batch, 1) for level in used)
-    calls = CALL_OVERHEAD * machine.table("select.bernoulli").at(1, 1)
-    launches = LAUNCHES_PER_TENSOR * (len(work.gathered) + len(work.scattered)) * machine.table("kernel").at()
-    norms = math.fsum(moved(m, "norms", m.bytes) for m in work.entering)
-    back = math.fsum(moved(m, "untake", m.bytes) + made(m.bytes) for m in work.scattered)
-    taken = choosing + calls + launches + norms + back + math.fsum(map(gathering, work.gathered))
-    return Prediction(max(0.0, saved), taken, shares[used[0] - 1] if used else 1.0)
+    select = math.fsum(cost.time_us(f"select.{levels[level - 1].method}", 1, [work.batch, 1]) for level in used)
+    calls = cost.time_us("select.bernoulli", CALL_OVERHEAD, [1, 1])
+    launches = cost.time_us("kernel", LAUNCHES_PER_TENSOR * (len(work.gathered) + len(work.scattered)))
+    norms = math.fsum(cost.time_us("norms", m.bytes, [m.bytes], m.dtype) for m in work.entering)
+    moves = math.fsum(map(gather_us, work.gathered)) + math.fsum(map(put_back_us, work.scattered))
+    return Prediction(max(0.0, saved), select + calls + launches + norms + moves, shares[used[0] - 1] if used else 1.0)
 
 
 def rejection_reason(work: RowWork, levels: Sequence[RowSettings], machine: Machine | None, device: str) -> str | None:

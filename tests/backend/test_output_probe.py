@@ -14,9 +14,8 @@ from torch import nn
 import approx_compile
 from approx_compile import ApproxConfig, Backend, controls
 from approx_compile.backend import run_as_is
-from approx_compile.backend.runtime.output_probe import AdaptiveOutputs
+from approx_compile.backend.runtime.output_probe import AdaptiveOutputs, OutputControl
 from approx_compile.config.schema import OUTPUT_LADDER, AdaptiveTable
-from approx_compile.rows.controller import OutputControl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,4 +1,4 @@
-"""Measure on the user's own batch how much error sampled outputs cause in a model's gradient, without a lasting effect on the training step.
+"""Find during a run which ratio sampled outputs need, by measuring on the user's own batch how much error they cause in the model's gradient.
 
 At a step that measures, the forward pass leaves a hook on its outputs. When their gradients arrive, the exact graph and the candidate graphs run once more on
 the same inputs, random state and output gradients. The relative squared error of each candidate's gradient goes to the `OutputControl`, which chooses the
@@ -19,10 +19,49 @@ from torch import Tensor, nn
 
 from approx_compile import _torch
 from approx_compile.config.schema import AdaptiveTable
-from approx_compile.rows.controller import OutputControl, control_for
+from approx_compile.rows.controller import Control, control_for
 from approx_compile.rows.gather_rows import copy_keeping_strides
 from approx_compile.rows.row_backward import all_rows
 from approx_compile.utils import warn_once
+
+
+class OutputControl(Control):
+    """The control of the ratio of one graph's sampled outputs. `measured` is the last relative squared error |g' - g|^2 / |g|^2 of the gradient.
+
+    The ratio goes down one rung if the error at that rung is small enough, and up one rung if the error at the present one is not.
+    """
+
+    def __init__(self, settings: AdaptiveTable, name: str) -> None:
+        super().__init__(settings, name, 0.0)
+
+    @property
+    def should_observe(self) -> bool:
+        """Whether this step measures errors."""
+        return self.step % self.settings.every == 1 % self.settings.every
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a state that `state_dict` returned."""
+        super().load_state_dict(state)
+        if self.ratio not in self.settings.outputs:  # the ladder has changed since: take the next rung up
+            self.changes.append((self.step, next((r for r in self.settings.outputs if r > self.ratio), 1.0)))
+
+    def candidates(self) -> list[float]:
+        """Return the ratios whose errors this step is to measure: the next rung down, and the present one unless it is 1, which has no error."""
+        down = [r for r in self.settings.outputs if r < self.ratio][-1:]
+        return [*down, *([self.ratio] if self.ratio < 1 else [])]
+
+    def observe(self, candidates: Sequence[float], errors: Tensor) -> None:
+        """Observe the relative squared errors of the gradient, one for each candidate ratio. They affect the ratio from the next step on."""
+        self._candidates = list(candidates)
+        self._late.put(errors)
+
+    def _decide(self, value: Tensor) -> float:
+        errors = dict(zip(self._candidates, value.tolist(), strict=True))
+        good = [r for r, e in errors.items() if e <= self.settings.error]
+        up = next((r for r in self.settings.outputs if r > self.ratio), 1.0)
+        ratio = min(good) if good else up
+        self.measured = errors.get(ratio, 0.0)
+        return ratio
 
 
 class AdaptiveOutputs:
@@ -30,38 +69,38 @@ class AdaptiveOutputs:
 
     Args:
         settings: The value of the key `adaptive` of the settings.
-        rungs: The compiled graph for each ratio; ratio 1 is exact.
+        graphs: The compiled graph for each ratio; ratio 1 is exact.
         parameters: The places of the graph's parameters among its arguments.
         key: The graph's name, the same in every process.
     """
 
-    def __init__(self, settings: AdaptiveTable, rungs: Mapping[float, Callable[..., Any]], parameters: Sequence[int], key: str) -> None:
+    def __init__(self, settings: AdaptiveTable, graphs: Mapping[float, Callable[..., Any]], parameters: Sequence[int], key: str) -> None:
         self.settings = settings
-        self.rungs = dict(rungs)
+        self.graphs = dict(graphs)
         self.parameters = tuple(parameters)
         self.key = f"{key}outputs"
-        self._own_control = OutputControl(settings, self.key)
+        self._unowned_control = OutputControl(settings, self.key)
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph at the ratio that holds; at a step that measures, leave a hook on its outputs."""
         owner = next((args[i] for i in self.parameters), None)
-        control = control_for(owner, self.settings, self.key, OutputControl) if owner is not None else self._own_control
+        control = control_for(owner, self.settings, self.key, OutputControl) if owner is not None else self._unowned_control
         if _torch.current_backward_id() >= 0:  # a checkpointed block is recomputed at the ratio that it was run with
-            return self.rungs[control.ratio](*args)
+            return self.graphs[control.ratio](*args)
         ratio = control.start_step()
         candidates = control.candidates() if control.should_observe and torch.is_grad_enabled() else []
         if not candidates:
-            return self.rungs[ratio](*args)
+            return self.graphs[ratio](*args)
         snapshot = _CallSnapshot(args)
-        out = self.rungs[ratio](*args)
+        out = self.graphs[ratio](*args)
         outs = [o for o in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(o, Tensor) and o.requires_grad]
 
         def measure(gradients: Sequence[Tensor | None]) -> None:
             if snapshot.parameters_freed:
                 warn_once("approx: a model's parameters are gone when its backward pass begins (FSDP2): outputs whose ratio is to be found stay exact")
                 return
-            exact = snapshot.gradient(self.rungs[1.0], gradients)
-            control.observe(candidates, torch.stack([_relative_squared_error(snapshot.gradient(self.rungs[r], gradients), exact) for r in candidates]))
+            exact = snapshot.gradient(self.graphs[1.0], gradients)
+            control.observe(candidates, torch.stack([_relative_squared_error(snapshot.gradient(self.graphs[r], gradients), exact) for r in candidates]))
 
         if outs:
             torch.autograd.graph.register_multi_grad_hook(outs, measure)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from approx_compile.kernels.availability import CUSTOM_KERNELS
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.kernels.gradient_replacements import Replacement
 from approx_compile.machine import Machine
+from approx_compile.machine.profile import Table
 from approx_compile.passes.cost import margins
 from approx_compile.passes.cost.expressions import SYMBOLS, WORKING_SET_FACTOR, Case, k, p, q, r, skip, terms, u
 from approx_compile.passes.cost.site_sizes import contiguous_run, kind_of, role, sizes_of
@@ -54,6 +55,18 @@ class CostModel:
         """Return whether predicted times call for sampling (see `margins.is_worth_sampling`). The model must have a machine."""
         assert self.machine is not None
         return margins.is_worth_sampling(kind, exact_us, sampled_us, self.machine)
+
+    def time_us(self, rate: str, amount: float, at: Sequence[float] = (), dtype: Any = "float32") -> float:
+        """Return the time of some work at a measured rate, in us. The model must have a machine.
+
+        Args:
+            rate: The name of the table of rates.
+            amount: FLOPs, bytes or launches, by the table's unit.
+            at: The sizes at which the table is read.
+            dtype: The dtype of the operands.
+        """
+        assert self.machine is not None
+        return _time_us(_table(self.machine, rate, dtype), amount, at)
 
     def exact(self, site: Site, product: Product) -> Estimate:
         """Estimate the exact product."""
@@ -164,10 +177,8 @@ class CostModel:
             if self.machine is None:
                 continue
             table = _table(self.machine, term.rate, dtype)
-            at = [x * WORKING_SET_FACTOR if axis == "bytes" else x for x, axis in zip(at, table.axes, strict=True)]
-            rate, unit = table.at(*at), table.unit
-            amount = {"flops": term_flops, "bytes": term_bytes, "launches": launches}[_AMOUNT_BY_UNIT[unit]]
-            times.append((str(term), amount * rate if unit == "us" else amount / rate / 1e3))
+            amount = {"flops": term_flops, "bytes": term_bytes, "launches": launches}[_AMOUNT_BY_UNIT[table.unit]]
+            times.append((str(term), _time_us(table, amount, at)))
         used = sorted({str(s) for t in terms(case) for x in (t.flops, t.bytes, *t.at) for s in x.free_symbols})
         known = {str(s): float(v) for s, v in sizes.items()}
         time_us = sum(t for _, t in times) if self.machine is not None else None
@@ -184,7 +195,13 @@ def _amounts(case: Case) -> Any:
     return sympy.lambdify(SYMBOLS, [[t.flops, t.bytes, t.launches, list(t.at)] for t in terms(case)], "math")
 
 
-def _table(machine: Machine, rate: str, dtype: Any) -> Any:
+def _time_us(table: Table, amount: float, at: Sequence[float]) -> float:
+    """The time of some work. Bandwidths are read at `WORKING_SET_FACTOR` times the bytes, because a step touches other memory in between."""
+    rate = table.at(*(x * WORKING_SET_FACTOR if axis == "bytes" else x for x, axis in zip(at, table.axes, strict=True)))
+    return amount * rate if table.unit == "us" else amount / rate / 1e3
+
+
+def _table(machine: Machine, rate: str, dtype: Any) -> Table:
     """A table of the profile. A kernel that the profile has no rates for gets those of the exact product."""
     lowering, _, exact = rate.partition(".")
     return machine.table(exact if lowering in CUSTOM_KERNELS and not machine.has(rate, dtype) else rate, dtype)

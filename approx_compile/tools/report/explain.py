@@ -95,7 +95,7 @@ def explain(model: Callable[..., Any], *args: Any, config: ApproxConfig | Mappin
 
     schedule = Schedule.of(ApproxConfig.of(config if config is not None else options))
     report.assignments = len(schedule.assignments)
-    backend = Backend(schedule.assignments[0].rungs()[0][1], inner_compile=_torch.run_as_is, on_plan=listen, keep_graphs=True)
+    backend = Backend(schedule.assignments[0].by_output_ratio()[0][1], inner_compile=_torch.run_as_is, on_plan=listen, keep_graphs=True)
     with torch.enable_grad(), model_state_preserved(model), _torch.preserve_shape_history():
         _torch.compile_isolated(model, backend)(*args, **kwargs)
     if plans:
