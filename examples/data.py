@@ -121,9 +121,9 @@ def read_idx(path: Path, shape: Sequence[int] = ()) -> Bytes:
     start = 4 + 4 * dimensions
     if len(content) < start:
         raise DataError(f"{path} ends within its header, after {len(content)} of {start} bytes: get it again")
-    count, *found = (int(size) for size in np.frombuffer(content, ">u4", dimensions, 4))
-    if found != list(shape):
-        raise DataError(f"{path} holds entries of {_times(found)}; {_times(shape)} is expected: it belongs to another data set")
+    count, *sizes = (int(size) for size in np.frombuffer(content, ">u4", dimensions, 4))
+    if sizes != list(shape):
+        raise DataError(f"{path} holds entries of {_times(sizes)}; {_times(shape)} is expected: it belongs to another data set")
     expected = start + count * math.prod(shape)
     if len(content) != expected:
         state = "truncated" if len(content) < expected else "too long"
@@ -207,10 +207,10 @@ def _normalised(name: str, train: Part, test: Part, classes: int) -> Dataset:
 def _find_idx(name: str, directory: Path, file: str) -> Path:
     layout = _IDX[name]
     places = [folder / (file + end) for folder in (directory / layout.folder, directory) for end in (".gz", "")]
-    found = next((p for p in places if p.is_file()), None)
-    if found is None:
+    path = next((p for p in places if p.is_file()), None)
+    if path is None:
         raise DataError(f"{name} lacks {file}.gz (or {file}) in {places[0].parent} and in {directory}. Try {layout.source}")
-    return found
+    return path
 
 
 def _read(path: Path) -> bytes:

@@ -187,5 +187,5 @@ def _initialised(net: nn.Module) -> nn.Module:
 
 def _check_size(name: str, in_shape: Shape, least: int) -> None:
     if min(in_shape[1:]) < least:
-        found, needed = f"{in_shape[1]}x{in_shape[2]}", f"{least}x{least}"
-        raise ValueError(f"{name}: images of {found} are too small; it halves them on its way and needs at least {needed}. Try mlp, or pad the images")
+        size, needed = f"{in_shape[1]}x{in_shape[2]}", f"{least}x{least}"
+        raise ValueError(f"{name}: images of {size} are too small; it halves them on its way and needs at least {needed}. Try mlp, or pad the images")

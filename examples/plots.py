@@ -53,20 +53,20 @@ class StepFlops:
 
 def summarise(name: str, runs: Sequence[Run], flops: StepFlops) -> Summary:
     """Medians over the steps of all seeds; times and memory of a whole run as means; the compile time of the first run, whose cache was empty."""
-    own = [r for r in runs if r.name == name]
-    percent = [100 * r.accuracy for r in own]
-    p10, *_, p90 = _deciles([t for r in own for t in r.step_s])
-    step_s = statistics.median(t for r in own for t in r.step_s)
+    chosen = [r for r in runs if r.name == name]
+    percent = [100 * r.accuracy for r in chosen]
+    p10, *_, p90 = _deciles([t for r in chosen for t in r.step_s])
+    step_s = statistics.median(t for r in chosen for t in r.step_s)
     return Summary(
         name,
         statistics.mean(percent),
-        statistics.stdev(percent) if len(own) > 1 else float("nan"),
+        statistics.stdev(percent) if len(chosen) > 1 else float("nan"),
         step_s,
         p90 / p10,
-        max(0.0, own[0].first_step_s - step_s),
-        statistics.mean(sum(r.step_s) for r in own),
-        round(statistics.mean(flops.of(r) for r in own)),
-        round(statistics.mean(r.peak_bytes for r in own)),
+        max(0.0, chosen[0].first_step_s - step_s),
+        statistics.mean(sum(r.step_s) for r in chosen),
+        round(statistics.mean(flops.of(r) for r in chosen)),
+        round(statistics.mean(r.peak_bytes for r in chosen)),
     )
 
 

@@ -28,8 +28,8 @@ COLUMNS = ("layers", "norm", "batch", "ratio", "draws", "bias", "error", "noise"
 def net(layers: int, norm: str, channels: int = 16) -> nn.Sequential:
     stack: list[nn.Module] = []
     for i in range(layers):
-        own = nn.BatchNorm2d(channels) if norm == "batch" else nn.GroupNorm(4, channels)
-        stack += [nn.Conv2d(channels if i else 3, channels, 3, padding=1, bias=False), own, nn.ReLU()]
+        normalisation = nn.BatchNorm2d(channels) if norm == "batch" else nn.GroupNorm(4, channels)
+        stack += [nn.Conv2d(channels if i else 3, channels, 3, padding=1, bias=False), normalisation, nn.ReLU()]
     return nn.Sequential(*stack, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
 
 
@@ -87,13 +87,13 @@ def main(
     """The bias by depth and size of the batch, and without BatchNorm."""
     if threads is not None:
         torch.set_num_threads(threads)
-    found = []
+    rows = []
     control = [("group", 4, 64)] if layers is None and batch is None else []
     for norm, n, b in [("batch", n, b) for n in layers or [1, 2, 4, 8] for b in batch or [64, 256]] + control:
         values = measure(n, norm, b, ratio, draws)
-        found.append(conditions() | {"layers": n, "norm": norm, "batch": b, "ratio": ratio, "draws": draws} | {k: round(v, 4) for k, v in values.items()})
-        store("row_bias", found[-1:])
-    show("gradient with some of the rows against the exact one", found, COLUMNS)
+        rows.append(conditions() | {"layers": n, "norm": norm, "batch": b, "ratio": ratio, "draws": draws} | {k: round(v, 4) for k, v in values.items()})
+        store("row_bias", rows[-1:])
+    show("gradient with some of the rows against the exact one", rows, COLUMNS)
 
 
 if __name__ == "__main__":

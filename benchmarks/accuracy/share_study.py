@@ -92,11 +92,11 @@ def errors() -> list[dict[str, Any]]:
             for what, layers in READERS.items():
                 for ratio in (0.5, 0.25):
                     rule = {"layers": layers, "method": "topk", "ratio": ratio, "group": 1}
-                    own, shared = (trials.gradients(EXACT | {"rules": [rule | {"share": share}]}).error(exact) for share in (False, True))
-                    rows.append({"what": what, "step": step, "ratio": ratio, "own": own, "shared": shared, "unit": "error"})
-        found = loss(model(tokens), target)
+                    separate, shared = (trials.gradients(EXACT | {"rules": [rule | {"share": share}]}).error(exact) for share in (False, True))
+                    rows.append({"what": what, "step": step, "ratio": ratio, "own": separate, "shared": shared, "unit": "error"})
+        value = loss(model(tokens), target)
         optimizer.zero_grad()
-        found.backward()
+        value.backward()
         optimizer.step()
     return rows
 
@@ -120,8 +120,8 @@ def times(width: int, out: int, tokens: int, ratio: float, rounds: int = 9) -> d
     clock = BenchmarkTimer("cpu", 0.05)
     calls = [clock.calls(s) for s in steps]
     seconds = itertools.islice(clock.in_turn(steps, calls), rounds)
-    exact, own, shared = (statistics.median(column) * 1e3 for column in zip(*seconds, strict=True))
-    return {"what": f"{tokens} x {width} to 3 x {out}", "ratio": ratio, "exact": exact, "own": own, "shared": shared, "unit": "ms"}
+    exact, separate, shared = (statistics.median(column) * 1e3 for column in zip(*seconds, strict=True))
+    return {"what": f"{tokens} x {width} to 3 x {out}", "ratio": ratio, "exact": exact, "own": separate, "shared": shared, "unit": "ms"}
 
 
 def main(threads: int = 1) -> None:

@@ -33,7 +33,7 @@ console = Console()
 
 
 @dataclass(frozen=True)
-class How:
+class Scheme:
     """A way to sample. `final`: share of the steps at the end that are exact; `ends`: first and last layer exact; `renew`: steps between choices."""
 
     ratio: float
@@ -45,8 +45,8 @@ class How:
     unbiased: bool = False
 
 
-def hows(ratio: float) -> dict[str, How | None]:
-    plain = How(ratio)
+def schemes(ratio: float) -> dict[str, Scheme | None]:
+    plain = Scheme(ratio)
     return {
         "exact": None,
         "topk": plain,
@@ -72,22 +72,22 @@ class Clock:
 class Sampled(nn.Module):
     """A linear layer or convolution that samples its contraction channels while it trains."""
 
-    def __init__(self, layer: nn.Module, how: How, clock: Clock) -> None:
+    def __init__(self, layer: nn.Module, scheme: Scheme, clock: Clock) -> None:
         super().__init__()
-        self.layer, self.how, self.clock = layer, how, clock
+        self.layer, self.scheme, self.clock = layer, scheme, clock
         self.idx: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         w: Tensor = self.layer.weight  # type: ignore[assignment]
         channels = w.shape[1]
-        k = max(16, round(self.how.ratio * channels))
+        k = max(16, round(self.scheme.ratio * channels))
         if not self.clock.on or k >= channels:
             return self._product(x, w)
         with torch.no_grad():
             dim = 1 if x.dim() == 4 else x.dim() - 1
             a = x.square().sum([d for d in range(x.dim()) if d != dim]).sqrt()
             s = a * w.square().sum([d for d in range(w.dim()) if d != 1]).sqrt()
-            if self.idx is None or self.clock.step % self.how.renew == 0:
+            if self.idx is None or self.clock.step % self.scheme.renew == 0:
                 self.idx = self._choose(s, k)
             idx = self.idx
             scale = self._scale(s, idx, k)
@@ -95,20 +95,20 @@ class Sampled(nn.Module):
         return self._product(x.index_select(dim, idx), w if scale is None else w * scale.view(1, -1, *[1] * (w.dim() - 2)))
 
     def _choose(self, s: Tensor, k: int) -> Tensor:
-        if self.how.unbiased:
+        if self.scheme.unbiased:
             p = self._inclusion(s, k)
             order = torch.randperm(len(s))
             ends = p[order].cumsum(0)
             cuts = torch.rand(()) + torch.arange(k)
             return order[torch.searchsorted(ends, cuts, right=True).clamp_(max=len(s) - 1)].sort().values
-        if self.how.noise:
-            s = s * torch.exp(self.how.noise * torch.randn_like(s))
+        if self.scheme.noise:
+            s = s * torch.exp(self.scheme.noise * torch.randn_like(s))
         return s.topk(k).indices.sort().values
 
     def _scale(self, s: Tensor, idx: Tensor, k: int) -> Tensor | None:
-        if self.how.unbiased:
+        if self.scheme.unbiased:
             return 1 / self._inclusion(s, k)[idx].clamp_min(1e-6)
-        if self.how.keep_norm:
+        if self.scheme.keep_norm:
             return (s.square().sum() / s[idx].square().sum().clamp_min(1e-30)).sqrt().expand(k)
         return None
 
@@ -128,20 +128,20 @@ class Sampled(nn.Module):
         return F.conv2d(x, w, layer.bias, layer.stride, layer.padding, layer.dilation)
 
 
-def sampled(model: nn.Module, how: How, clock: Clock) -> None:
+def sampled(model: nn.Module, scheme: Scheme, clock: Clock) -> None:
     """Put `Sampled` around the layers."""
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    for name, layer in layers[1:-1] if how.ends else layers:
-        parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, Sampled(layer, how, clock))
+    for name, layer in layers[1:-1] if scheme.ends else layers:
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, Sampled(layer, scheme, clock))
 
 
-def train(work: Work, how: How | None, seed: int, epochs: int, parts: tuple[Tensor, ...]) -> dict[str, Any]:
+def train(work: Work, scheme: Scheme | None, seed: int, epochs: int, parts: tuple[Tensor, ...]) -> dict[str, Any]:
     x, y, test_x, test_y = parts
     torch.manual_seed(seed)
-    model, clock = work.make(1.0), Clock(on=how is not None)
-    if how is not None:
-        sampled(model, how, clock)
+    model, clock = work.make(1.0), Clock(on=scheme is not None)
+    if scheme is not None:
+        sampled(model, scheme, clock)
     if work.momentum is None:
         optimizer: torch.optim.Optimizer = torch.optim.Adam(model.parameters(), lr=work.lr, fused=True)
     else:
@@ -153,12 +153,12 @@ def train(work: Work, how: How | None, seed: int, epochs: int, parts: tuple[Tens
         for batch in torch.randperm(len(x), generator=order).split(work.batch)[: min(len(x) // work.batch, steps - clock.step)]:
             for group in optimizer.param_groups:
                 group["lr"] = work.lr * 0.5 * (1 + math.cos(math.pi * clock.step / steps))
-            clock.on = how is not None and clock.step < round((1 - how.final) * steps)
+            clock.on = scheme is not None and clock.step < round((1 - scheme.final) * steps)
             optimizer.zero_grad()
             loss(model(x[batch]), y[batch]).backward()
             optimizer.step()
             clock.step += 1
-    clock.on = how is not None
+    clock.on = scheme is not None
     with_sampling = score(model, work, test_x, test_y)
     clock.on = False
     exact = score(model, work, test_x, test_y)
@@ -188,18 +188,18 @@ def run(
         for name in work or list(PLAN):
             ratio, epochs = PLAN[name]
             parts = load(WORKS[name], directory)
-            for setting, how in hows(ratio).items():
+            for setting, scheme in schemes(ratio).items():
                 if (name, setting, seed) in {(r["work"], r["setting"], r["seed"]) for r in done()}:
                     continue
-                found = train(WORKS[name], how, seed, epochs, parts)
+                result = train(WORKS[name], scheme, seed, epochs, parts)
                 row = (
                     conditions()
                     | {"work": name, "setting": setting, "seed": seed, "ratio": ratio, "epochs": epochs}
-                    | {k: round(v, 3) for k, v in found.items()}
+                    | {k: round(v, 3) for k, v in result.items()}
                 )
                 with ROWS.open("a") as f:
                     f.write(json.dumps(row) + "\n")
-                console.print(f"{name} seed {seed} {setting}: {found}", highlight=False)
+                console.print(f"{name} seed {seed} {setting}: {result}", highlight=False)
 
 
 @app.command()

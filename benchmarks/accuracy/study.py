@@ -225,14 +225,14 @@ class Study:
         """Mean and spread over seeds of the final score, and of the seconds as a share of exact's in the same process."""
         for name, settings in self.groups(works).items():
             t = Table("setting", "seeds", self.works[name].score, "spread", "seconds / exact's", "rows kept", "first step s", title=name)
-            for s, found in settings.items():
-                final = [r["final"] for r in found]
-                share = statistics.mean(r["seconds_of_exact"] for r in found)
-                kept = [r["rows_kept"] for r in found if r["rows_kept"] is not None]
+            for s, runs in settings.items():
+                final = [r["final"] for r in runs]
+                share = statistics.mean(r["seconds_of_exact"] for r in runs)
+                kept = [r["rows_kept"] for r in runs if r["rows_kept"] is not None]
                 spread = f"{statistics.stdev(final):.3f}" if len(final) > 1 else ""
-                first = statistics.mean(r["first_step_s"] for r in found)
+                first = statistics.mean(r["first_step_s"] for r in runs)
                 t.add_row(
-                    s, str(len(found)), f"{statistics.mean(final):.3f}", spread, f"{share:.3f}", f"{statistics.mean(kept):.3f}" if kept else "", f"{first:.1f}"
+                    s, str(len(runs)), f"{statistics.mean(final):.3f}", spread, f"{share:.3f}", f"{statistics.mean(kept):.3f}" if kept else "", f"{first:.1f}"
                 )
             console.print(t)
 

@@ -44,23 +44,23 @@ def norms(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float
         rows = torch.cat([v.flatten(1) for v in each.values()], 1)
         squares.append(rows.square().sum(1))
         total += rows.sum(0)
-    own = torch.cat(squares).double()
+    sample_sq = torch.cat(squares).double()
     out = model(x)
     (tangent,) = torch.autograd.grad(loss(out, y), out)
     g = tangent.flatten(1).double().norm(dim=1)
-    return g, own.sqrt(), (own.sum() - total.double().square().sum() / len(x)).item()
+    return g, sample_sq.sqrt(), (sample_sq.sum() - total.double().square().sum() / len(x)).item()
 
 
-def added(p: Tensor, own: Tensor) -> float:
-    return ((1 - p) / p.clamp_min(1e-30) * own.square()).sum().item()
+def added(p: Tensor, sample_norms: Tensor) -> float:
+    return ((1 - p) / p.clamp_min(1e-30) * sample_norms.square()).sum().item()
 
 
-def smallest(score: Tensor, own: Tensor, bound: float) -> float:
+def smallest(score: Tensor, sample_norms: Tensor, bound: float) -> float:
     """The smallest mean p = min(1, c score) with A(p) <= bound, by bisection on c."""
     low, high = 1e-12, 1e12
     for _ in range(200):
         c = (low * high) ** 0.5
-        low, high = (low, c) if added((c * score).clamp(max=1), own) <= bound else (c, high)
+        low, high = (low, c) if added((c * score).clamp(max=1), sample_norms) <= bound else (c, high)
     return (high * score).clamp(max=1).mean().item()
 
 
@@ -95,12 +95,13 @@ def main(
             batch = torch.randint(len(x), (w.batch,), generator=order)
             if step in (0, 50, 200, 600, 1200, steps - 1):
                 seen = batch[:256]
-                g, own, variance = norms(model, x[seen], y[seen])
+                g, sample_norms, variance = norms(model, x[seen], y[seen])
                 for t in tau or [0.025, 0.1]:
                     p = rule_probabilities(g, t)
-                    found = {"rule": p.mean().item(), "added": added(p, own) / variance, "by_variance": smallest(g, own, t * variance)}
-                    found |= {"ideal": smallest(own, own, t * variance), "correlation": torch.corrcoef(torch.stack([g, own]))[0, 1].item()}
-                    rows.append(conditions() | {"work": name, "step": step, "tau": t} | {k: round(v, 4) for k, v in found.items()})
+                    shares = {"rule": p.mean().item(), "added": added(p, sample_norms) / variance, "by_variance": smallest(g, sample_norms, t * variance)}
+                    correlation = torch.corrcoef(torch.stack([g, sample_norms]))[0, 1].item()
+                    shares |= {"ideal": smallest(sample_norms, sample_norms, t * variance), "correlation": correlation}
+                    rows.append(conditions() | {"work": name, "step": step, "tau": t} | {k: round(v, 4) for k, v in shares.items()})
             optimizer.zero_grad()
             loss(model(x[batch]), y[batch]).backward()
             optimizer.step()

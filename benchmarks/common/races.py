@@ -17,13 +17,13 @@ def raced(title: str, contest: dict[str, Callable[[], None]], rounds: int, bars:
     rows = []
     times = race(contest, rounds)
     base = statistics.median(times["inductor"])
-    for setting, found in times.items():
-        low, median, high = (round(statistics.quantiles(found, n=10)[i], 1) for i in (1, 4, 7))
-        pairs = sorted(a / b for a, b in zip(times["inductor"], found, strict=True))
+    for setting, milliseconds in times.items():
+        low, median, high = (round(statistics.quantiles(milliseconds, n=10)[i], 1) for i in (1, 4, 7))
+        pairs = sorted(a / b for a, b in zip(times["inductor"], milliseconds, strict=True))
         rows.append(
             conditions()
             | {"work": title, "setting": setting, "rounds": rounds, "median_ms": median, "p20_ms": low, "p80_ms": high}
-            | {"speedup": round(base / statistics.median(found), 3)}
+            | {"speedup": round(base / statistics.median(milliseconds), 3)}
             | {"speedup_p20": round(pairs[len(pairs) // 5], 3), "speedup_p80": round(pairs[-1 - len(pairs) // 5], 3), "bar": bars.get(setting, "")}
         )
     return rows

@@ -163,7 +163,7 @@ def hugging_face(kind: str) -> Callable[[], Work]:
 
 
 def works() -> dict[str, Callable[[], Work]]:
-    found = dict(OWN)
+    works_by_name = dict(OWN)
     if importlib.util.find_spec("transformers"):
-        found |= {f"Hugging Face {CLASSES[kind]}, 2 x 256, 8 x 64 tokens": hugging_face(kind) for kind in CLASSES}
-    return found
+        works_by_name |= {f"Hugging Face {CLASSES[kind]}, 2 x 256, 8 x 64 tokens": hugging_face(kind) for kind in CLASSES}
+    return works_by_name

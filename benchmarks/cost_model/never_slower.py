@@ -52,7 +52,7 @@ def row(name: str, make: Callable[[], Work], policy: str, rounds: int) -> dict[s
     clock = BenchmarkTimer("cpu", 0.0)
     with torch._inductor.config.patch(force_disable_caches=True):  # of a cached graph nothing is planned
         times = race({"inductor": stepper(make, inductor), "ours": stepper(make, ours)}, rounds, now=clock.now)
-    base, found = (statistics.median(times[s]) for s in ("inductor", "ours"))
+    base, approx = (statistics.median(times[s]) for s in ("inductor", "ours"))
     sites = [s for plan in plans for s in plan.sites]
     return conditions() | {
         "profile": machine.current().digest[:12],
@@ -61,10 +61,10 @@ def row(name: str, make: Callable[[], Work], policy: str, rounds: int) -> dict[s
         "sites": len(sites),
         "sampled": sum(s.decision == "sampled" for s in sites),
         "inductor_ms": round(base, 3),
-        "ours_ms": round(found, 3),
+        "ours_ms": round(approx, 3),
         "rounds": rounds,
         "clock": clock.now.__name__,
-        "speedup": round(base / found, 3),
+        "speedup": round(base / approx, 3),
     }
 
 

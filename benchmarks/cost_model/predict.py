@@ -61,14 +61,14 @@ def conv(pick: random.Random) -> tuple[float, Any]:
 
 def grid() -> list[tuple[str, TimedProduct, float]]:
     """Drawn once and for all: sizes that are too large to time many of are drawn again."""
-    pick, found = random.Random(0), []
+    pick, sites = random.Random(0), []
     for kind, make, count in (("linear", linear, 44), ("bmm", bmm, 20), ("conv", conv, 26)):
-        while sum(f[0] == kind for f in found) < count:
+        while sum(f[0] == kind for f in sites) < count:
             flops, given = make(pick)
             if 1e4 < flops < LARGEST_FLOP:
-                found.append((kind, TimedProduct(dtype=pick.choice(("float32", "bfloat16")), device="cpu", **given), pick.choice(RATIOS)))
-    pick.shuffle(found)  # so that a part of them is a fair sample
-    return found
+                sites.append((kind, TimedProduct(dtype=pick.choice(("float32", "bfloat16")), device="cpu", **given), pick.choice(RATIOS)))
+    pick.shuffle(sites)  # so that a part of them is a fair sample
+    return sites
 
 
 def planned(product: TimedProduct, ratio: float, rounds: int) -> tuple[SitePlan, list[float]]:
@@ -158,9 +158,9 @@ def main(
     done = [{k: r[k] for k in KEY} for r in rows]
     todo = [g for g in grid() if {k: str(v) for k, v in identity(*g).items()} not in done]
     for site in track(todo[: limit or None], "timing sites", console=console):
-        found = row(*site, rounds)
-        store("predict", [found])
-        rows.append(found)
+        result = row(*site, rounds)
+        store("predict", [result])
+        rows.append(result)
     summary(rows)
 
 

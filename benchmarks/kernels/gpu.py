@@ -183,7 +183,7 @@ def model_rows(
 
 
 def linears(b: Bench) -> list[dict[str, Any]]:
-    found = []
+    rows = []
     for (m, k, n), bars in (((8192, 4096, 4096), {"0.5": 1.55, "0.3": 2.1}), ((32768, 4096, 16384), {"0.5": 1.7, "0.3": 2.7})):
         m, k, n = b.of(m, 32), b.of(k, 256), b.of(n, 64)
 
@@ -191,13 +191,13 @@ def linears(b: Bench) -> list[dict[str, Any]]:
             return nn.Linear(k, n, bias=False, device=b.device, dtype=torch.bfloat16), b.rand(m, k).requires_grad_(), None
 
         contest = {f"{r:g}": options(r) for r in (0.5, 0.3)}
-        found += model_rows(b, f"linear {m} x {k} x {n}", make, contest, bars)
-    return found
+        rows += model_rows(b, f"linear {m} x {k} x {n}", make, contest, bars)
+    return rows
 
 
 def at_ratio_one(b: Bench) -> list[dict[str, Any]]:
     """The group-skip kernel with all groups kept, against the library's product."""
-    found = []
+    rows = []
     for m, k, n in ((8192, 4096, 4096), (32768, 4096, 16384)):
         m, k, n = b.of(m, 32), b.of(k, 256), b.of(n, 64)
         x, w = b.rand(m, k), b.rand(n, k)
@@ -206,13 +206,13 @@ def at_ratio_one(b: Bench) -> list[dict[str, Any]]:
             "inductor": lambda x=x, w=w: x @ w.t(),
             "skip": lambda x=x, w=w, i=idx: skip_matmul.skip_matmul(x, w.t(), i, None, DEFAULT_UNITS["triton"][0]),
         }  # type: ignore[misc]
-        found += raced(f"every group kept, {m} x {k} x {n}, against cuBLAS", contest, b.rounds(50), {"skip": 0.9})
-    return found
+        rows += raced(f"every group kept, {m} x {k} x {n}, against cuBLAS", contest, b.rounds(50), {"skip": 0.9})
+    return rows
 
 
 def replaced(b: Bench) -> list[dict[str, Any]]:
     """`max` against cuDNN's weight gradient."""
-    found = []
+    rows = []
     geometry = ConvGeometry((3, 3), (1, 1), (1, 1), (1, 1))
     for inputs, outputs, size in PAPER:
         x, dy, w = b.image(b.of(128, 4), inputs, size, size), b.image(b.of(128, 4), outputs, size, size), b.image(outputs, inputs, 3, 3)
@@ -224,11 +224,11 @@ def replaced(b: Bench) -> list[dict[str, Any]]:
         }
         if availability.unavailable_reason("cuda", torch.device(b.device)) is None:
             contest["max, cuda"] = lambda x=x, dy=dy: own_max(x, dy)  # type: ignore[misc]
-        found += raced(
+        rows += raced(
             f"grad_weight {inputs} -> {outputs}, {size} x {size}, batch {len(x)}, against cuDNN", contest, b.rounds(30), dict.fromkeys(list(contest)[1:], 1.0)
         )
         torch._dynamo.reset()
-    return found
+    return rows
 
 
 def own_max(x: Tensor, dy: Tensor) -> Tensor:

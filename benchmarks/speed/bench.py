@@ -77,7 +77,7 @@ def rows_speed(
 ) -> None:
     """Training step with the backward pass on 0.5, 0.25 and 0.1 of the rows; "adaptive" here keeps all, for the data is noise. Each setting in turn with
     Inductor alone: five models in a process take each other's caches, which cost the blocks 2% at 0.25."""
-    found = []
+    rows = []
     for name in work or [w for w in ROW_WORKS if w != "resnet"]:
         shares = [] if name == "wrn" else [0.5, 0.25, 0.1]
         settings: dict[str, dict[str, Any]] = {f"{r:g}": {"grad": {"axis": "rows", "ratio": r}} for r in shares}
@@ -85,9 +85,9 @@ def rows_speed(
         bars = {f"{r:g}": bar for (w, r), bar in ROW_BARS.items() if w == name} | {"adaptive": round(1 / 1.03, 3)}
         for setting, options in settings.items():
             torch._dynamo.reset()
-            found += raced(ROW_WORKS[name][0], {"inductor": stepper(name, None), setting: stepper(name, options)}, rounds, bars)
-    show("training step, backward on some rows, against Inductor", found, SPEED_COLUMNS)
-    store("rows", found)
+            rows += raced(ROW_WORKS[name][0], {"inductor": stepper(name, None), setting: stepper(name, options)}, rounds, bars)
+    show("training step, backward on some rows, against Inductor", rows, SPEED_COLUMNS)
+    store("rows", rows)
 
 
 @app.command()
@@ -104,7 +104,7 @@ def schedule(rounds: Annotated[int, typer.Option(help="timed periods of each, fo
     }.items():
         cycles[f"schedule 3, {name}"] = cycle("resnet", {**EXACT, "rules": presets.schedule_3(method)}, range(4))
     torch._dynamo.reset()
-    found = raced(
+    raced_rows = raced(
         ROW_WORKS["resnet"][0],
         cycles,
         rounds,
@@ -120,8 +120,8 @@ def schedule(rounds: Annotated[int, typer.Option(help="timed periods of each, fo
     costs = conditions() | {"work": ROW_WORKS["resnet"][0], "in_turn_over_mean": round(by_name["in turn"] / mean, 4), "bar": 1.03} | _switch_us()
     show("switching", [costs], ("in_turn_over_mean", "bar", "dispatch_us", "count_us"))
     store("switch", [costs])
-    show("training step, mean over the schedule", found + switched, SPEED_COLUMNS)
-    store("schedule", found + switched)
+    show("training step, mean over the schedule", raced_rows + switched, SPEED_COLUMNS)
+    store("schedule", raced_rows + switched)
 
 
 EXACT = {"policy": "always", "method": "exact"}
@@ -130,8 +130,8 @@ EXACT = {"policy": "always", "method": "exact"}
 def _switch_us() -> dict[str, float]:
     """Microseconds of picking an assignment (figure 3's ten rules, 100 parameters) and of counting an optimizer step, medians of 2,000."""
     model = nn.ParameterList(torch.zeros(2) for _ in range(100))
-    found = Schedule.of(ApproxConfig(**EXACT, rules=presets.figure_3()))
-    pick = Dispatch(found, [lambda *args: None] * len(found.assignments), range(len(found.assignments)), range(100), "")
+    timetable = Schedule.of(ApproxConfig(**EXACT, rules=presets.figure_3()))
+    pick = Dispatch(timetable, [lambda *args: None] * len(timetable.assignments), range(len(timetable.assignments)), range(100), "")
     set_step(model, 1)
     parameters = list(model.parameters())
     optimizer = torch.optim.SGD(parameters)
@@ -173,10 +173,10 @@ def _profile(step: Callable[[], None], steps: int) -> tuple[float, float]:
     """Milliseconds per step outside and inside matrix products and convolutions (time of the calling thread)."""
     for _ in range(3):
         step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         for _ in range(steps):
             step()
-    events = found.key_averages()
+    events = profile.key_averages()
     total = sum(e.self_cpu_time_total for e in events)
     products = sum(e.self_cpu_time_total for e in events if any(p in e.key for p in PRODUCTS) and "cpp_fused" not in e.key)
     return round((total - products) / steps / 1e3, 2), round(products / steps / 1e3, 2)
@@ -189,7 +189,7 @@ def compile_times(
     rows: Annotated[bool, typer.Option(help="instead: policy adaptive, with every rung of its ladder")] = False,
 ) -> None:
     """Seconds of the first step in a fresh process: cold (empty cache folder) and warm (second process on it), approx beside Inductor."""
-    found = []
+    results = []
     works = [w for w in ROW_WORKS if w not in ("mlp1000", "resnet")] if rows else list(WORKS)
     ours: dict[str, Any] = {"policy": "adaptive"} if rows else ALWAYS | {"ratio": ratio}
     for name in works:
@@ -201,14 +201,14 @@ def compile_times(
                         seconds.setdefault((compiler, state), []).append(_first_step(name, options, folder))
         medians = {key: statistics.median(v) for key, v in seconds.items()}
         for state, bar in (("cold", 2.0), ("warm", "")) if rows else (("cold", 1.5), ("warm", 1.2)):
-            exact, own = medians["inductor", state], medians["approx", state]
-            found.append(
+            exact, approx = medians["inductor", state], medians["approx", state]
+            results.append(
                 conditions()
                 | {"work": (WORKS | ROW_WORKS)[name][0], "ratio": "adaptive" if rows else ratio, "cache": state, "repeats": repeats}
-                | {"inductor_s": round(exact, 2), "approx_s": round(own, 2), "times": round(own / exact, 3), "bar": bar}
+                | {"inductor_s": round(exact, 2), "approx_s": round(approx, 2), "times": round(approx / exact, 3), "bar": bar}
             )
-    show("seconds to the first step", found, ("work", "ratio", "cache", "inductor_s", "approx_s", "times", "bar"))
-    store("compile", found)
+    show("seconds to the first step", results, ("work", "ratio", "cache", "inductor_s", "approx_s", "times", "bar"))
+    store("compile", results)
 
 
 def _first_step(work: str, options: dict[str, Any] | None, folder: str) -> float:
@@ -221,7 +221,7 @@ def _first_step(work: str, options: dict[str, Any] | None, folder: str) -> float
 @app.command()
 def deciding(work: Annotated[list[str] | None, typer.Option(help="mlp, block, wrn, blocks; all by default")] = None) -> None:
     """Seconds in the pass itself (sites, costs, plan, rewriting, and reading the model for it) beside those of the whole first step, caches off."""
-    found = []
+    rows = []
     for name in work or ["mlp", "block", "wrn", "blocks"]:
         torch._dynamo.reset()
         spent = [0.0]
@@ -246,9 +246,9 @@ def deciding(work: Annotated[list[str] | None, typer.Option(help="mlp, block, wr
             step()
             total = time.perf_counter() - begin
         row = {"work": (WORKS | ROW_WORKS)[name][0], "deciding_s": round(spent[0], 3), "first_step_s": round(total, 2), "share": round(spent[0] / total, 4)}
-        found.append(conditions() | row | {"bar": 0.05})
-    show("deciding and rewriting", found, ("work", "deciding_s", "first_step_s", "share", "bar"))
-    store("deciding", found)
+        rows.append(conditions() | row | {"bar": 0.05})
+    show("deciding and rewriting", rows, ("work", "deciding_s", "first_step_s", "share", "bar"))
+    store("deciding", rows)
 
 
 def first_step(work: str, options: dict[str, Any] | None) -> None:

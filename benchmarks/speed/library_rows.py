@@ -111,7 +111,7 @@ def row(name: str, batch: int, rounds: int, ratio: float) -> dict[str, Any]:
         steps[who]()
         first[who] = time.perf_counter() - begin
     times = race(steps, rounds)
-    base, found = (statistics.median(times[s]) for s in ("inductor", "rows"))
+    base, on_rows = (statistics.median(times[s]) for s in ("inductor", "rows"))
     ratios = statistics.quantiles([a / b for a, b in zip(times["inductor"], times["rows"], strict=True)], n=5, method="inclusive")
     cuts = [c for plan in plans for c in plan.cuts]
     return conditions() | {
@@ -121,9 +121,9 @@ def row(name: str, batch: int, rounds: int, ratio: float) -> dict[str, Any]:
         "decision": "; ".join(dict.fromkeys(c.decision for c in cuts)),
         "share_on_rows": round(sum(c.flops_on_rows for c in cuts) / max(1, sum(c.flops_all for c in cuts)), 3),
         "inductor_ms": round(base, 2),
-        "rows_ms": round(found, 2),
+        "rows_ms": round(on_rows, 2),
         "rounds": rounds,
-        "speedup": round(base / found, 3),
+        "speedup": round(base / on_rows, 3),
         "p20": round(ratios[0], 3),
         "p80": round(ratios[-1], 3),
         "first_inductor_s": round(first["inductor"], 1),
@@ -158,10 +158,10 @@ def main(
             ):
                 console.print(f"{name}: not measured, see above")
         return
-    found = row(work[0], batch, ratio=ratio, rounds=rounds)
-    store("library_rows", [found])
-    show("training step on rows against Inductor", [found], ("work", "decision", "share_on_rows", "inductor_ms", "rows_ms", "speedup", "p20", "p80"))
-    console.print(f"bar {BAR}: {'met' if found['speedup'] >= BAR else 'missed'}")
+    result = row(work[0], batch, ratio=ratio, rounds=rounds)
+    store("library_rows", [result])
+    show("training step on rows against Inductor", [result], ("work", "decision", "share_on_rows", "inductor_ms", "rows_ms", "speedup", "p20", "p80"))
+    console.print(f"bar {BAR}: {'met' if result['speedup'] >= BAR else 'missed'}")
 
 
 def _same(batch: int, ratio: float, rounds: int, threads: int) -> list[str]:

@@ -39,11 +39,11 @@ def rows(
     """Backward passes on rows against Inductor."""
     settings: dict[str, Any] = {"inductor": None, "adaptive, all rows": {"policy": "adaptive", "adaptive": {"tau": 1e-9}}}
     settings |= {f"{r:g}": {"grad": {"axis": "rows", "ratio": r}} for r in (0.5, 0.25, 0.1)}
-    found = []
+    results = []
     for name in work or ("mlp1024", "blocks", "cnn"):
-        found += _compared(ROW_WORKS[name][0], {s: f"works.stepper({name!r}, {o!r})" for s, o in settings.items()}, threads)
-    show("memory of a training step", found, ("work", "setting", "peak_mb", "share"))
-    store("row_memory", found)
+        results += _compared(ROW_WORKS[name][0], {s: f"works.stepper({name!r}, {o!r})" for s, o in settings.items()}, threads)
+    show("memory of a training step", results, ("work", "setting", "peak_mb", "share"))
+    store("row_memory", results)
 
 
 @app.command()
@@ -53,11 +53,11 @@ def zero(
 ) -> None:
     """Weight gradients that are zero against Inductor."""
     settings = {"inductor": None} | {f"zero {layers}": replacing(layers, "zero") for layers in ("conv[1::2]", "conv")}
-    found = []
+    results = []
     for name in work or ZERO_WORKS:
-        found += _compared(f"{name}, batch {BATCH}", {s: f"memory.training({name!r}, {o!r})" for s, o in settings.items()}, threads)
-    show("memory of a training step", found, ("work", "setting", "peak_mb", "share"))
-    store("gradient_memory", found)
+        results += _compared(f"{name}, batch {BATCH}", {s: f"memory.training({name!r}, {o!r})" for s, o in settings.items()}, threads)
+    show("memory of a training step", results, ("work", "setting", "peak_mb", "share"))
+    store("gradient_memory", results)
 
 
 def replacing(layers: str, method: str) -> dict[str, Any]:
@@ -107,13 +107,13 @@ def _in_child(step: str, threads: int | None) -> int:
 def report(make: Callable[[], Callable[[], None]], threads: int | None) -> None:
     """Print the bytes (run in a child)."""
     torch.set_num_threads(threads or torch.get_num_threads())
-    step, device, found = make(), torch.device("cpu"), []
+    step, device, peaks = make(), torch.device("cpu"), []
     for _ in range(5):
         reset_peak(device)
         before = peak_bytes(device)
         step()
-        found.append(peak_bytes(device) - before)
-    print(json.dumps(min(found[1:])))  # the first step compiles
+        peaks.append(peak_bytes(device) - before)
+    print(json.dumps(min(peaks[1:])))  # the first step compiles
 
 
 @app.callback(invoke_without_command=True)

@@ -68,16 +68,16 @@ def main(
 ) -> None:
     """Tune, then race the plan against Inductor."""
     torch.set_num_threads(threads)
-    found = []
+    results = []
     for name in work or ["wrn", "blocks"]:
         if not again and _has_row(WORKS[name][0], ladder, max_error, rows):
             console.print(f"{name}: has a row; --again measures it again")
             continue
         row = _measured(name, [float(r) for r in ladder.split(",")], max_error, rows, budget, rounds)
         store("tune", [row])
-        found.append(row)
-    if found:
-        show("tune: predicted against achieved", found, COLUMNS)
+        results.append(row)
+    if results:
+        show("tune: predicted against achieved", results, COLUMNS)
 
 
 def _measured(name: str, ladder: list[float], max_error: float, rows: bool, budget: float, rounds: int) -> dict[str, Any]:
@@ -106,10 +106,10 @@ def _measured(name: str, ladder: list[float], max_error: float, rows: bool, budg
     achieved = tuned.achieved_speedup
     apart = round(tuned.predicted_speedup / achieved - 1, 4) if achieved is not None else ""
     kept = " ".join(f"{s.name}:{s.ratio:g}" for s in tuned.sites if s.ratio < 1) or (f"rows:{tuned.rows:g}" if tuned.rows else "all")
-    found = {"error": tuned.error, "kept": kept, "predicted": tuned.predicted_speedup, "achieved": achieved or "", "apart": apart, "bar": BAR}
+    figures = {"error": tuned.error, "kept": kept, "predicted": tuned.predicted_speedup, "achieved": achieved or "", "apart": apart, "bar": BAR}
     race_found = {"race": round(pairs[len(pairs) // 2], 3), "race_p20": round(pairs[len(pairs) // 5], 3), "race_p80": round(pairs[-1 - len(pairs) // 5], 3)}
     head = conditions() | {"work": title, "ladder": " ".join(f"{r:g}" for r in ladder), "max_error": max_error, "rows": rows}
-    return head | found | race_found | {"rounds": rounds, "tune_s": round(spent), "stopped": tuned.stopped or ""}
+    return head | figures | race_found | {"rounds": rounds, "tune_s": round(spent), "stopped": tuned.stopped or ""}
 
 
 def _has_row(title: str, ladder: str, max_error: float, rows: bool) -> bool:
