@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from approx_compile.reasons import Reason
+
 
 def has_backward(graph: fx.Graph) -> bool:
     """Return whether a joint graph has nodes of the backward pass."""
@@ -105,7 +107,7 @@ def tangent_output_description(n: fx.Node) -> str | None:
 EXACT_MARK_KEY = "approx_compile"
 
 
-def mark_exact(node: fx.Node, reason: str) -> None:
+def mark_exact(node: fx.Node, reason: Reason) -> None:
     """Mark a node of Dynamo's graph as one to be computed exactly. AOTAutograd carries the mark into the joint graph.
 
     Args:
@@ -115,10 +117,10 @@ def mark_exact(node: fx.Node, reason: str) -> None:
     node.meta["custom"] = {**(node.meta.get("custom") or {}), EXACT_MARK_KEY: reason}
 
 
-def exact_mark(node: fx.Node) -> str | None:
+def exact_mark(node: fx.Node) -> Reason | None:
     """Return the reason with which `mark_exact` has marked a node, None without one."""
     reason = (node.meta.get("custom") or {}).get(EXACT_MARK_KEY)
-    return reason if isinstance(reason, str) else None
+    return reason if isinstance(reason, Reason) else None
 
 
 def _forward_metadata() -> Any:

@@ -12,6 +12,8 @@ import torch
 from torch import fx
 
 from approx_compile._torch.dynamo import dynamo_frame
+from approx_compile.reasons import Reason
+from approx_compile.reasons.rows import SYMBOL_FAILS
 
 try:
     from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis
@@ -165,7 +167,7 @@ def _end_request(tx: Any, key: Any) -> None:
     del pending_requests[key]
 
 
-def symbol_failure_reason(error: Exception) -> str:
+def symbol_failure_reason(error: Exception) -> Reason:
     """Return the reason for reports from an error in tracing or compiling with a symbol.
 
     Args:
@@ -175,4 +177,4 @@ def symbol_failure_reason(error: Exception) -> str:
         The reason, with the first line of the error's text.
     """
     text = next(iter(str(error).strip().splitlines()), "")
-    return f"it can't be compiled with a symbol for the batch's size ({type(error).__name__}: {text[:200]})"
+    return SYMBOL_FAILS(error=f"{type(error).__name__}: {text[:200]}")

@@ -128,8 +128,8 @@ class Backend:
             by_assignment.append(AdaptiveOutputs(self.config.adaptive, calls, parameters, f"{key}{i or ''}") if adaptive else calls[max(calls)])
         run = by_assignment[0]
         if len(by_assignment) > 1:
-            if (reason := _uncounted_reason(root, parameters)) is not None:
-                warn_once(f"approx: {name} {reason}: the settings of step 0, without a phase, go on holding there")
+            if (why := _why_uncounted(root, parameters)) is not None:
+                warn_once(f"approx: {name} {why}: the settings of step 0, without a phase, go on holding there")
             count_optimizer_steps()
             run = Dispatch(self.schedule, by_assignment, index, parameters, name)
         first_is_fake = _torch.first_call_is_fake()
@@ -169,7 +169,7 @@ def _parameters(example_inputs: Sequence[Any]) -> list[int]:
     return [i for i, v in enumerate(example_inputs) if isinstance(v, nn.Parameter) or (isinstance(v, torch.Tensor) and v.is_leaf and v.requires_grad)]
 
 
-def _uncounted_reason(root: nn.Module | None, parameters: Sequence[int]) -> str | None:
+def _why_uncounted(root: nn.Module | None, parameters: Sequence[int]) -> str | None:
     """Return the reason why the optimizer's steps cannot be counted for a graph, or None if they can."""
     if root is not None and any(c.__name__ == "FSDPModule" for c in type(root).__mro__):
         return "is sharded by FSDP2, whose optimizers step other tensors than the graph reads"

@@ -22,6 +22,7 @@ from approx_compile.config import ApproxConfig
 from approx_compile.config.selectors import LayerPattern
 from approx_compile.passes.planning.plan import Plan, ProductPlan
 from approx_compile.passes.sites.site import Context
+from approx_compile.reasons import join
 from approx_compile.utils import forget_messages, log_once, percent, warn_once, write_atomically
 
 log = logging.getLogger("approx_compile")
@@ -56,7 +57,7 @@ class GraphRecord:
             summary = _summary(self.plan, self.config, self.assignments)
             _store_summary(path, summary)
             for site in self.plan.sites:
-                log.info("%s: %s (%s %s %s)", site.name, site.decision, site.op, site.shape, site.reason)
+                log.info("%s: %s (%s %s %s)", site.name, site.decision, site.op, site.shape, site.reason_with_notes)
                 for p in site.products:
                     log.debug("%s.%s: %s, %d of %d (%s)", site.name, p.name, p.decision, p.k, p.size, p.reason)
             plan = self.plan
@@ -89,7 +90,8 @@ class GraphRecord:
             log_once(f"approx: {summary['what'].format(name=name)}. See approx_compile.{look}. Compare accuracy: APPROX_COMPILE_DISABLE=1.", model)
         elif self.config.method != "exact" and self.config.ratio < 1:
             reasons = "; ".join(f"{count}x {reason}" for reason, count in summary["reasons"][:3])
-            warn_once(f"approx: nothing was approximated in {name}: {reasons}. approx_compile.explain(model, *inputs) shows every layer", model)
+            advice = "".join(f" {a}" for a in summary["advice"])
+            warn_once(f"approx: nothing was approximated in {name}: {reasons}.{advice} approx_compile.explain(model, *inputs) shows every layer", model)
 
     def _unmatched_in_model(self, unmatched: Sequence[str]) -> list[str]:
         """Return those of the patterns without a match in this graph that cannot match in another graph of the same model either."""
@@ -128,11 +130,12 @@ def model_name(root: nn.Module | None) -> str:
 
 
 def _summary(plan: Plan, config: ApproxConfig, assignments: int) -> dict[str, Any]:
-    reasons = Counter(s.reason for s in plan.sites if s.decision == "exact")
+    reasons = Counter(s.reason_with_notes for s in plan.sites if s.decision == "exact")
     counts = {"sites": len(plan.sites), "sampled": plan.sampled}
     details = {"unmatched": list(plan.unmatched), "remarks": list(plan.remarks), "reasons": [list(r) for r in reasons.most_common()]}
+    advice = list(join(r for r, _ in reasons.most_common(1)).advice)
     adaptive = len(config.by_output_ratio()) > 1 or any(c.decision == "rows" and c.ratio is None for c in plan.cuts)
-    return counts | details | {"what": _description(plan, config, assignments), "adaptive": adaptive}
+    return counts | details | {"advice": advice, "what": _description(plan, config, assignments), "adaptive": adaptive}
 
 
 def _description(plan: Plan, config: ApproxConfig, assignments: int) -> str:
@@ -202,7 +205,7 @@ def _store_summary(path: Any, summary: dict[str, Any]) -> None:
 def _load_summary(path: Any) -> dict[str, Any] | None:
     try:
         summary = json.loads(path.read_text())
-        return summary if {"sites", "sampled", "unmatched", "reasons", "remarks", "what", "adaptive"} <= set(summary) else None
+        return summary if {"sites", "sampled", "unmatched", "reasons", "advice", "remarks", "what", "adaptive"} <= set(summary) else None
     except (OSError, ValueError, TypeError):
         return None
 

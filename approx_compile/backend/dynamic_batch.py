@@ -16,6 +16,8 @@ from torch import fx, nn
 from approx_compile import _torch
 from approx_compile.config import ApproxConfig
 from approx_compile.passes.planning.plan import RowCut
+from approx_compile.reasons import Reason
+from approx_compile.reasons.rows import FIXED_BATCH, NO_SAMPLES, SMALL_BATCH
 from approx_compile.rows import early_decline
 
 
@@ -23,7 +25,7 @@ from approx_compile.rows import early_decline
 class NoRows:
     """The reason why the rows of a graph are not sampled, and the cuts that were considered."""
 
-    reason: str
+    reason: Reason
     cuts: tuple[RowCut, ...] = ()
 
 
@@ -41,7 +43,7 @@ def batch_symbols(gm: fx.GraphModule, config: ApproxConfig) -> list[sympy.Symbol
     """
     data = [n for n in gm.graph.find_nodes(op="placeholder") if is_data(n)]
     if not data:
-        return NoRows("the graph has no input with samples")
+        return NoRows(NO_SAMPLES())
     size, outputs = _batch_size(gm, data)
     batched = [n for n in data if _torch.hint(_first_dim(n)) == size]
     symbols = dict.fromkeys(e for n in batched if (e := _torch.size_expr(_first_dim(n))).is_Symbol)
@@ -50,11 +52,11 @@ def batch_symbols(gm: fx.GraphModule, config: ApproxConfig) -> list[sympy.Symbol
         elements = {s: sum(_torch.numel_of(_value(n)) for n in batched if _torch.size_expr(_first_dim(n)) == s) for s in symbols}
         return sorted(symbols, key=lambda s: (s in in_outputs, elements[s]), reverse=True)
     if size <= config.least_rows():
-        return NoRows(f"a batch of {size}, min_k is {config.least_rows()}")
+        return NoRows(SMALL_BATCH(size=size, least=config.least_rows()))
     if (certain := early_decline.early_rejection(gm, config, size)) is not None:
         return NoRows(*certain)
     _torch.ask_for_symbol([n for n in batched if _torch.size_expr(_first_dim(n)).is_Integer], _torch.count_tensors(gm))
-    return NoRows(f"the model fixes the size of the batch to {size}")
+    return NoRows(FIXED_BATCH(size=size))
 
 
 def is_data(n: fx.Node) -> bool:

@@ -30,6 +30,8 @@ from approx_compile.machine import huge_pages
 from approx_compile.passes.joint_graph_pass import ApproxPass, Listener
 from approx_compile.passes.planning.plan import Plan
 from approx_compile.passes.sites.site import Context
+from approx_compile.reasons import Reason
+from approx_compile.reasons.rows import DEFECT, NOT_TRAINING, SYMBOL_BREAKS
 from approx_compile.rows.opaque_backward import expose_to_compiled_autograd
 from approx_compile.rows.row_compiler import Declined, RowCompiler
 from approx_compile.utils import log_once, warn_once
@@ -130,7 +132,7 @@ class GraphCompiler:
             with _warnings_if_successful():
                 return self._compile_one(config, rows, may_compile_again=not symbol_was_requested)
         except Declined as e:
-            return NoRows(str(e), tuple(rows.cuts))
+            return NoRows(e.reason, tuple(rows.cuts))
         except (ConfigError, _torch.UnwrappedBackendError):
             raise
         except Exception as e:
@@ -158,13 +160,13 @@ class GraphCompiler:
     def _batch_symbols(self, request: _torch.SymbolRequest | None) -> Sequence[sympy.Symbol] | NoRows:
         """Return the symbols that may be the batch's size, or the reason why rows cannot be sampled. May make Dynamo trace again, with or without a symbol."""
         if self.context.nothing_trains():
-            return NoRows("no module is in training mode")
+            return NoRows(NOT_TRAINING())
         if self.context.exact is not None:
             return NoRows(self.context.exact)
         if request is not None and request.why_not is not None:
             return request.why_not if isinstance(request.why_not, NoRows) else NoRows(request.why_not)
         if request is not None and _torch.count_tensors(self.gm) < request.size:
-            _torch.retrace_without_symbol(request, NoRows("with a symbol for the batch's size Dynamo can't trace all of it"))
+            _torch.retrace_without_symbol(request, NoRows(SYMBOL_BREAKS()))
         return dynamic_batch.batch_symbols(self.gm, self.options.config)
 
 
@@ -197,14 +199,14 @@ def _warnings_if_successful() -> Iterator[None]:
         warnings.warn_explicit(w.message, w.category, w.filename, w.lineno, source=w.source)
 
 
-def _internal_defect(error: Exception) -> str | None:
+def _internal_defect(error: Exception) -> Reason | None:
     """Describe an error that this package's own code has raised, and warn the user of it; return None for any other error."""
     *_, last = traceback.extract_tb(error.__traceback__)
     if not Path(last.filename).is_relative_to(Path(__file__).parent.parent):
         return None
-    text = f"a defect of approx_compile ({type(error).__name__}: {str(error)[:200]}, {Path(last.filename).name}:{last.lineno}); please report it"
-    warn_once(f"approx: rows are not sampled: {text}")
-    return text
+    defect = DEFECT(error=f"{type(error).__name__}: {str(error)[:200]}, {Path(last.filename).name}:{last.lineno}")
+    warn_once(f"approx: rows are not sampled: {defect}")
+    return defect
 
 
 def _device_profile(example_inputs: Sequence[Any]) -> machine.Machine | None:

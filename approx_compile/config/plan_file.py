@@ -21,8 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from tomlkit.exceptions import TOMLKitError
 
-NOT_MEASURED = "not measured"
-"""How the reason begins for a site that is exact because it was not measured."""
+from approx_compile.reasons.tuning import NOT_MEASURED
 
 RECORD = "tuned"
 """The key of the table in a plan file that holds the record instead of settings."""
@@ -332,6 +331,6 @@ def _lines(tuned: Tuned) -> list[str]:
     if tuned.rows is not None:
         lines.append(f"the backward pass runs on {tuned.rows:g} of the rows")
     elif all(s.ratio == 1 for s in tuned.sites):
-        unmeasured = sum(s.reason is not None and s.reason.startswith(NOT_MEASURED) for s in tuned.sites)
+        unmeasured = sum(s.reason is not None and s.reason.startswith(NOT_MEASURED.text) for s in tuned.sites)
         lines.append("everything stays exact" + (f", {unmeasured} of {len(tuned.sites)} sites for want of a measurement" if unmeasured else ""))
     return lines + ([f"stopped early: {tuned.stopped}"] if tuned.stopped else [])

@@ -15,6 +15,8 @@ import itertools
 import torch
 
 from approx_compile.kernels.cuda import launch
+from approx_compile.reasons import Reason
+from approx_compile.reasons.kernels import NO_TRITON, NOT_NVIDIA, NOT_ON_CUDA, TRITON_CAPABILITY
 
 CUSTOM_KERNELS = ("triton", "cuda")
 """Lowerings to custom kernels, as opposed to code that Inductor generates."""
@@ -31,7 +33,7 @@ _TRITON_CAPABILITIES = (8, 9)
 
 
 @functools.cache
-def unavailable_reason(lowering: str, device: torch.device) -> str | None:
+def unavailable_reason(lowering: str, device: torch.device) -> Reason | None:
     """Say why no custom kernel of a lowering can run on a device.
 
     Args:
@@ -39,18 +41,18 @@ def unavailable_reason(lowering: str, device: torch.device) -> str | None:
         device: The device of the site's tensors.
 
     Returns:
-        The reason in words, or None if the kernels can run.
+        The reason, or None if the kernels can run.
     """
     if device.type != "cuda":
-        return f"{lowering} needs a CUDA device, the site is on {device.type}"
+        return NOT_ON_CUDA(lowering=lowering, device=device.type)
     if torch.version.hip is not None:
-        return f"{lowering} has kernels for NVIDIA's devices only"
+        return NOT_NVIDIA(lowering=lowering)
     if lowering == "cuda":
         return launch.unavailable_reason(device)
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: pip install 'approx-compile[triton]'"
+        return NO_TRITON()
     major, minor = torch.cuda.get_device_capability(device)
-    return None if major in _TRITON_CAPABILITIES else f"there are Triton kernels for compute capability 8.x and 9.x, the device has {major}.{minor}"
+    return None if major in _TRITON_CAPABILITIES else TRITON_CAPABILITY(major=major, minor=minor)
 
 
 def supports_unit(lowering: str, conv: bool, unit: int) -> bool:

@@ -14,17 +14,21 @@ import torch
 from torch import fx
 
 from approx_compile import _torch
+from approx_compile.reasons import Reason
 
 
 class Blocked(Exception):
-    """Raised for an op that may not run on a subset of the rows; the message says why."""
+    """Raised for an op that may not run on a subset of the rows, with the reason."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
 CONSTANT, FORWARD, LOSS_GRAD, ROW_GRAD, REDUCED_GRAD = "const", "forward", "head", "rows", "total"
 """The kinds of a node. CONSTANT: computed from parameters alone. FORWARD: computed from rows of the forward pass. LOSS_GRAD: linear in output gradients
 that have no rows (the loss is inside the graph). ROW_GRAD: linear in the output gradient, row by row. REDUCED_GRAD: a sum over such rows."""
 
-CROSS_SAMPLE = "a sum over the batch goes back to its rows, as in BatchNorm"
 DECOUPLED = "approx_compile_decoupled"
 """Key in the meta of a node that combines rows with a sum over the batch and is allowed to (see `batch_norm`)."""
 
@@ -64,9 +68,9 @@ class BatchDimState:
     layout: dict[fx.Node, ValueLayout] = field(default_factory=dict)
     kind: dict[fx.Node, str] = field(default_factory=dict)
     """One of CONSTANT, FORWARD, LOSS_GRAD, ROW_GRAD, REDUCED_GRAD."""
-    blocked: dict[fx.Node, str] = field(default_factory=dict)
+    blocked: dict[fx.Node, Reason] = field(default_factory=dict)
     """Nodes that may not run on a subset of the rows, with the reason."""
-    nonlinear: dict[fx.Node, str] = field(default_factory=dict)
+    nonlinear: dict[fx.Node, Reason] = field(default_factory=dict)
     """Nodes that are not known to be linear in the gradients they read, with the reason: those gradients must be exact."""
     unlocated: set[fx.Node] = field(default_factory=set)
     """Nodes that hold the batch somewhere in a merged dim, at a position that is not known."""

@@ -20,9 +20,23 @@ from torch import fx
 from approx_compile import _torch
 from approx_compile.passes.fx_utils import BMM, CASTS, MM, VIEWS, op_name
 from approx_compile.passes.rewrite.graph_edit import BY_SAMPLE_KEY
+from approx_compile.reasons.rows import (
+    BATCH_MEAN,
+    BATCH_MOVED,
+    BATCH_RESIZED,
+    CROSS_SAMPLE,
+    GRADIENT_MERGED,
+    MAKES_ROWS,
+    MERGED_UNKNOWN,
+    NOT_LINEAR,
+    RANDOM_FOR_BATCH,
+    SIZE_AS_NUMBER,
+    TWO_BATCH_AXES,
+    UNKNOWN_OP,
+    WHOLE_FORWARD_BATCH,
+)
 from approx_compile.rows.batch_dim import (
     CONSTANT,
-    CROSS_SAMPLE,
     DECOUPLED,
     FORWARD,
     LOSS_GRAD,
@@ -106,13 +120,13 @@ def _analyze_op(n: fx.Node, state: BatchDimState) -> None:
         state.layout[n] = None
         return
     if gradients and BY_SAMPLE_KEY not in n.meta and not is_linear(n, set(gradients)):
-        state.nonlinear[n] = f"{op_name(n)} is not linear in the gradient"
+        state.nonlinear[n] = NOT_LINEAR(op=op_name(n))
     try:
         state.layout[n] = _with_definite_layout(n, value, _checked(n, value, _layout(n, value, operands, state), state), state)
         _check_sums(n, gradients, state)
         _check_batch_size(n, state)
     except Blocked as e:
-        state.blocked[n] = str(e)
+        state.blocked[n] = e.reason
         values = value if isinstance(value, tuple | list) else (value,)
         guesses = tuple(layout_from_size(v, state.batch) for v in values)
         state.layout[n] = guesses if isinstance(value, tuple | list) else guesses[0]
@@ -138,13 +152,13 @@ def _kind(n: fx.Node, value: Any, operands: list[fx.Node], gradients: list[fx.No
 def _layout(n: fx.Node, value: Any, operands: list[fx.Node], state: BatchDimState) -> ValueLayout:
     """The layout of an op's result, by its batching rule or, for an op that creates a tensor, by the values it is filled with."""
     if any(a in state.unlocated for a in operands) and not _locate_from_others(n, value, operands, state):
-        raise Blocked("the batch is merged with other axes in an order that is not known")
+        raise Blocked(MERGED_UNKNOWN())
     if n.target is operator.getitem:
         layouts = state.layout[n.args[0]]  # type: ignore[index]
         return layouts[n.args[1]] if isinstance(layouts, tuple) else layouts  # type: ignore[index,return-value]
     if _torch.is_random(n):
         if holds_batch(value, state.batch):
-            raise Blocked("random numbers are drawn for the whole batch")
+            raise Blocked(RANDOM_FOR_BATCH())
         return None
     if n.target in _INDEX_FACTORIES and _makes_sample_indices(n, value, state.batch):
         state.whole_batch_only.add(n)
@@ -156,10 +170,10 @@ def _layout(n: fx.Node, value: Any, operands: list[fx.Node], state: BatchDimStat
             return None
         if n.target is aten.expand.default:
             return _filled_layout(value, state.batch)
-        raise Blocked(f"{op_name(n)} makes rows")
+        raise Blocked(MAKES_ROWS(op=op_name(n)))
     rule = rule_of(n)
     if rule is None:
-        raise Blocked(f"{op_name(n)} is not known to keep samples apart")
+        raise Blocked(UNKNOWN_OP(op=op_name(n)))
     layout = rule(n, value, state)
     if n.target in _REARRANGING and isinstance(layout, SampleLayout) and not value.dtype.is_floating_point:
         operand = state.layout_of(n.args[0])
@@ -242,12 +256,12 @@ def _checked(n: fx.Node, value: Any, layout: ValueLayout, state: BatchDimState) 
     dims = [d for d, s in enumerate(value.shape) if _torch.has_symbol(s, state.batch)]
     if layout is None:
         if dims:
-            raise Blocked(f"{op_name(n)} makes rows")
+            raise Blocked(MAKES_ROWS(op=op_name(n)))
         return None
     if dims != [layout.dim]:
-        raise Blocked(f"two axes of {op_name(n)} have the batch's size" if len(dims) > 1 else f"{op_name(n)} moves the batch")
+        raise Blocked(TWO_BATCH_AXES(op=op_name(n)) if len(dims) > 1 else BATCH_MOVED(op=op_name(n)))
     if not _fits(layout, value, state):
-        raise Blocked(f"{op_name(n)} changes the batch's size")
+        raise Blocked(BATCH_RESIZED(op=op_name(n)))
     return layout
 
 
@@ -266,7 +280,7 @@ def _with_definite_layout(n: fx.Node, value: Any, layout: ValueLayout, state: Ba
         return layout
     definite = layout_from_size(value, state.batch)
     if definite is None:
-        raise Blocked("a gradient spreads over the batch merged with other axes")
+        raise Blocked(GRADIENT_MERGED())
     return definite
 
 
@@ -277,15 +291,15 @@ def _check_sums(n: fx.Node, gradients: list[fx.Node], state: BatchDimState) -> N
     holds = any(p is not None for p in layout) if isinstance(layout, tuple) else layout is not None
     if not gradients:
         if reads_samples and not holds and n.target not in _FACTORIES:
-            raise Blocked(f"{op_name(n)} takes the forward pass's batch as a whole")
+            raise Blocked(WHOLE_FORWARD_BATCH(op=op_name(n)))
         return
     if n in state.nonlinear:
         raise Blocked(state.nonlinear[n])
     kinds = {state.kind[a] for a in gradients}
     if holds and REDUCED_GRAD in kinds and DECOUPLED not in n.meta:
-        raise Blocked(CROSS_SAMPLE)
+        raise Blocked(CROSS_SAMPLE())
     if n.target in (aten.mean.dim, aten.mean.default) and state.kind[n] == REDUCED_GRAD and ROW_GRAD in kinds:
-        raise Blocked("a mean over the batch divides by the number of rows")
+        raise Blocked(BATCH_MEAN())
 
 
 def _check_batch_size(n: fx.Node, state: BatchDimState) -> None:
@@ -297,4 +311,4 @@ def _check_batch_size(n: fx.Node, state: BatchDimState) -> None:
     if arithmetic and (state.kind[n] not in _GRADIENTS or n.target in (aten.mul.Tensor, aten.div.Tensor)):
         state.batch_size_factors.add(n)
         return
-    raise Blocked(f"{op_name(n)} uses the batch's size as a number")
+    raise Blocked(SIZE_AS_NUMBER(op=op_name(n)))

@@ -15,7 +15,8 @@ from torch import fx
 
 from approx_compile import _torch
 from approx_compile.passes.fx_utils import VIEWS
-from approx_compile.rows.batch_dim import CROSS_SAMPLE, DECOUPLED, REDUCED_GRAD, BatchDimState, SampleLayout
+from approx_compile.reasons.rows import CROSS_SAMPLE
+from approx_compile.rows.batch_dim import DECOUPLED, REDUCED_GRAD, BatchDimState, SampleLayout
 
 aten = torch.ops.aten
 
@@ -33,7 +34,7 @@ def decouple_batch_norm(gm: fx.GraphModule, known: BatchDimState) -> bool:
     Returns:
         Whether anything was replaced.
     """
-    todo = [n for n in gm.graph.nodes if known.blocked.get(n) == CROSS_SAMPLE]
+    todo = [n for n in gm.graph.nodes if CROSS_SAMPLE.explains(known.blocked.get(n))]
     rows = next((n for n in gm.graph.nodes if known.layout_of(n) == SampleLayout(0)), None)
     if not todo or rows is None:
         return False

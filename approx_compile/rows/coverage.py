@@ -12,7 +12,8 @@ import torch
 from torch import fx
 
 from approx_compile import _torch
-from approx_compile.rows.batch_dim import CROSS_SAMPLE, FORWARD, ROW_GRAD
+from approx_compile.reasons.rows import CROSS_SAMPLE
+from approx_compile.rows.batch_dim import FORWARD, ROW_GRAD
 from approx_compile.rows.batch_dim_analysis import analyze_batch_dim
 from approx_compile.rows.row_cost import ProductWork, RowTraffic, RowWork, product_work, row_traffic
 from approx_compile.rows.stages import (
@@ -41,7 +42,7 @@ def estimate_coverage(graph: fx.Graph, batch: sympy.Symbol, default: int, levels
     tangents = [n for n in graph.nodes if _torch.is_tangent(n)]
     state = PartitionState(analyze_batch_dim(graph, batch, tangent_layouts(graph, output_layouts(graph, batch)), tangents))
     if approximate_batch_norm:  # the partition will try it, and may fail
-        for n in [n for n, why in state.batch_dims.blocked.items() if why == CROSS_SAMPLE]:
+        for n in [n for n, why in state.batch_dims.blocked.items() if CROSS_SAMPLE.explains(why)]:
             del state.batch_dims.blocked[n]
     assign_stages(graph, state, tangents, default, levels)
     backward = [n for n in graph.nodes if n in state.stage]

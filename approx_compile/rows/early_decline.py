@@ -15,16 +15,18 @@ from approx_compile import _torch, machine
 from approx_compile.config import ApproxConfig
 from approx_compile.config.resolve import RowSettings, row_settings
 from approx_compile.passes.planning.plan import RowCut
+from approx_compile.reasons import Reason, join
+from approx_compile.reasons.rows import CROSS_SAMPLE, FEW_FLOPS_ON_ROWS
 from approx_compile.rows import row_cost
-from approx_compile.rows.batch_dim import CROSS_SAMPLE
 from approx_compile.rows.row_compiler import LEAST_SHARE
+from approx_compile.rows.source_place import source_place
 
 _MARGIN = 0.8
 """Factor on the least share that a graph must reach here. It allows for errors in counting the gradients of products: one that is counted here may not be
 computed, or the other way round."""
 
 
-def early_rejection(gm: fx.GraphModule, config: ApproxConfig, rows: int) -> tuple[str, tuple[RowCut, ...]] | None:
+def early_rejection(gm: fx.GraphModule, config: ApproxConfig, rows: int) -> tuple[Reason, tuple[RowCut, ...]] | None:
     """Return why running on rows cannot be worth it, if that is certain.
 
     Args:
@@ -43,16 +45,17 @@ def early_rejection(gm: fx.GraphModule, config: ApproxConfig, rows: int) -> tupl
     device = next((v.device.type for n in gm.graph.find_nodes(op="placeholder") if isinstance(v := n.meta.get("example_value"), torch.Tensor)), "cpu")
     coupled = set() if any(s.approximate_batch_norm for s in asked) else _above_batch_norm(gm)
     total, on_rows = sum(gradients.values()), sum(f for n, f in gradients.items() if n not in coupled)
-    reason = None
+    reason: Reason | None = None
     if total and on_rows < _MARGIN * LEAST_SHARE * total:
-        reason = f"only {on_rows / total:.0%} of the backward pass's FLOPs could run on some of the rows: {CROSS_SAMPLE}" if on_rows else CROSS_SAMPLE
+        mixing = CROSS_SAMPLE().at(source_place(next(n for n in reversed(gm.graph.nodes) if _is_batch_norm(n))))
+        reason = join((FEW_FLOPS_ON_ROWS(share=on_rows / total), mixing), ": ") if on_rows else mixing
     reason = reason or row_cost.too_little_work(on_rows, device, machine.stored(device))
     if reason is None:
         return None
     return reason, tuple(_cut(s, rows, reason, total, i) for i, s in enumerate(dict.fromkeys(asked), 1))
 
 
-def _cut(asked: RowSettings, rows: int, reason: str, flops: int, level: int) -> RowCut:
+def _cut(asked: RowSettings, rows: int, reason: Reason, flops: int, level: int) -> RowCut:
     return RowCut(asked.method, asked.ratio, rows, "exact", reason, flops, 0, (), level)
 
 

@@ -20,6 +20,9 @@ from approx_compile import _torch, machine
 from approx_compile.config import ApproxConfig
 from approx_compile.config.resolve import LEAST_ROWS, RowSettings
 from approx_compile.passes.planning.plan import RowCut
+from approx_compile.reasons import Reason, join
+from approx_compile.reasons.decisions import ROWS_END, WHOLE_BACKWARD
+from approx_compile.reasons.rows import BATCH_ASSUMED, FIXED_BATCH_CODE, FIXED_BATCH_TRACED
 from approx_compile.rows import row_cost
 from approx_compile.rows.batch_dim import SampleLayout, ValueLayout
 from approx_compile.rows.coverage import estimate_coverage
@@ -36,7 +39,11 @@ LEAST_SHARE = 0.3
 
 
 class Declined(Exception):
-    """Raised if sampling rows is not worth it in a graph; the message says why."""
+    """Raised if sampling rows is not worth it in a graph, with the reason."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
 class RowCompiler:
@@ -106,7 +113,7 @@ class RowCompiler:
             self._note(coverage, {}, graph, reason)
             raise Declined(reason)
 
-    def _try(self, graph: fx.Graph, batch: sympy.Symbol, levels: Mapping[str, int]) -> tuple[sympy.Symbol, CoverageEstimate, str | None]:
+    def _try(self, graph: fx.Graph, batch: sympy.Symbol, levels: Mapping[str, int]) -> tuple[sympy.Symbol, CoverageEstimate, Reason | None]:
         """Estimate with this symbol as the batch's size what can run on rows; return the symbol, the estimate, and why it is not worth it, if so."""
         coverage = estimate_coverage(graph, batch, self.default, levels, self._approximate_batch_norm)
         return batch, coverage, _fixed(graph, batch) or self._why_not(coverage, graph)
@@ -115,7 +122,7 @@ class RowCompiler:
     def _approximate_batch_norm(self) -> bool:
         return any(s.approximate_batch_norm for s in self.levels)
 
-    def _why_not(self, coverage: CoverageEstimate, graph: fx.Graph) -> str | None:
+    def _why_not(self, coverage: CoverageEstimate, graph: fx.Graph) -> Reason | None:
         """Why running on rows is not worth it, if so, by the machine's profile where one is stored.
 
         The profile decides only whether rows are sampled at all and never what is compiled for them, so cache keys need not name it.
@@ -190,18 +197,17 @@ class RowCompiler:
         fixed = specialize_sizes(gm, example_inputs, sizes)
         return WholeBatchBackward(self.inner(*fixed, is_backward=True, **kwargs), sizes) if fixed is not None else None
 
-    def _note(self, coverage: CoverageEstimate, products: Mapping[str, int], graph: fx.Graph, exact: str | None) -> None:
+    def _note(self, coverage: CoverageEstimate, products: Mapping[str, int], graph: fx.Graph, exact: Reason | None) -> None:
         """Add a `RowCut` for each level to what is reported. `exact` is the reason why all rows are kept, if they are."""
         rows = next((_torch.hint(s) for n in graph.nodes if n.op == "placeholder" for s in _sizes(n) if _torch.size_expr(s) == self.batch), 0)
         for i, asked in enumerate(self.levels, 1):
             mine = tuple(name for name, level in products.items() if level == i)
             if exact is None and not mine:
                 continue
-            stops = "; ".join(coverage.blocked)
-            reason = exact or (f"rows end where {stops}" if stops else "the whole backward pass")
-            decision = "exact" if exact else "rows"
+            reason = exact or (ROWS_END(stops=join(coverage.blocked)) if coverage.blocked else WHOLE_BACKWARD())
+            decision, stops = "exact" if exact else "rows", bool(exact or coverage.blocked)
             flops = (coverage.flops_all, coverage.flops_on_rows)
-            self.cuts.append(RowCut(asked.method, asked.ratio, rows, decision, reason, *flops, mine, i, bool(exact or stops)))
+            self.cuts.append(RowCut(asked.method, asked.ratio, rows, decision, reason, *flops, mine, i, stops))
 
     def _stages(
         self, partition: Partition, gm: fx.GraphModule, given: Mapping[str, Any], dense: Mapping[str, Tensor], kwargs: dict[str, Any]
@@ -228,10 +234,10 @@ class RowCompiler:
         return calls, _resolved(partition, _torch.symbol_replacer(gm.graph))
 
 
-def _fixed(graph: fx.Graph, batch: sympy.Symbol) -> str | None:
+def _fixed(graph: fx.Graph, batch: sympy.Symbol) -> Reason | None:
     """Why only one number of rows is possible, if tracing has replaced the batch's symbol by a number."""
     size = _torch.symbol_replacer(graph)(batch)
-    return f"the model, or an op that is traced for known sizes alone, fixes the size of the batch to {size}" if size.is_Integer else None
+    return FIXED_BATCH_TRACED(size=size) if size.is_Integer else None
 
 
 def _boxed(run: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
@@ -280,14 +286,14 @@ def _sizes(n: fx.Node) -> Sequence[Any]:
     return value.shape if n.op == "placeholder" and isinstance(value, Tensor) else (value,) if isinstance(value, torch.SymInt) else ()
 
 
-def _why_fixed(batch: Any, sizes: Mapping[sympy.Symbol, int], guards: Sequence[Any]) -> str | None:
+def _why_fixed(batch: Any, sizes: Mapping[sympy.Symbol, int], guards: Sequence[Any]) -> Reason | None:
     """The assumption of the compiled code under which only the whole batch can run, if there is one.
 
     Testing every number of rows would be slow, so only likely ones are tried: numbers next to constants in the guards, 2 to 64, multiples of a 16th of the
     batch, and those within 64 of the batch. A guard that only a larger batch satisfies is no obstacle: such a batch may have rows to leave out.
     """
     if not batch.is_Symbol:
-        return f"its code is for a batch of {batch} alone"
+        return FIXED_BATCH_CODE(size=batch)
     size = sizes[batch]
     known = [g for g in guards if g.free_symbols <= sizes.keys()]
 
@@ -300,7 +306,7 @@ def _why_fixed(batch: Any, sizes: Mapping[sympy.Symbol, int], guards: Sequence[A
         return None
     broken = broken_by(size - 1)
     larger = all(g.free_symbols == {batch} for g in broken) and any(not broken_by(n) for n in tried if n > size)
-    return None if larger or not broken else f"its code assumes {broken[0]} of the batch's size {batch}"  # a larger batch may have rows to leave out
+    return None if larger or not broken else BATCH_ASSUMED(guard=broken[0], size=batch)  # a larger batch may have rows to leave out
 
 
 def _resolved(partition: Partition, settled: Callable[[Any], Any]) -> Partition:

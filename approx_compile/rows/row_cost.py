@@ -32,6 +32,8 @@ from approx_compile.passes.cost import margins
 from approx_compile.passes.cost.estimates import CostModel
 from approx_compile.passes.cost.expressions import WORKING_SET_FACTOR
 from approx_compile.passes.fx_utils import BMM, MM
+from approx_compile.reasons import Reason
+from approx_compile.reasons.rows import GATHERING_COSTS, SHORT_BACKWARD
 from approx_compile.rows.batch_dim import SampleLayout
 
 ANY_SIZE = False
@@ -140,10 +142,11 @@ class Prediction:
         """Return whether the time saved exceeds the cost by the margin that holds for this machine's profile."""
         return self.saved_us > self.cost_us * MARGIN * (margins.QUICK_MARGIN if machine.quick else 1)
 
-    def __str__(self) -> str:
+    def describe(self) -> Reason:
+        """Return the reason that holds where it does not pay."""
         left_out = "half" if self.share == 0.5 else f"{1 - self.share:.0%}"
         cost_us, saved_us = (f"{t:.0f}" if t >= 10 else f"{t:.1g}" for t in (self.cost_us, self.saved_us))
-        return f"choosing and gathering rows would take about {cost_us} us, leaving out {left_out} of them saves {saved_us} us"
+        return GATHERING_COSTS(cost=cost_us, left_out=left_out, saved=saved_us)
 
 
 def predict(work: RowWork, levels: Sequence[RowSettings], machine: Machine) -> Prediction:
@@ -177,7 +180,7 @@ def predict(work: RowWork, levels: Sequence[RowSettings], machine: Machine) -> P
     return Prediction(max(0.0, saved), select + calls + launches + norms + moves, shares[used[0] - 1] if used else 1.0)
 
 
-def rejection_reason(work: RowWork, levels: Sequence[RowSettings], machine: Machine | None, device: str) -> str | None:
+def rejection_reason(work: RowWork, levels: Sequence[RowSettings], machine: Machine | None, device: str) -> Reason | None:
     """Return why rows would not be worth their time, or None if they would.
 
     Args:
@@ -190,11 +193,11 @@ def rejection_reason(work: RowWork, levels: Sequence[RowSettings], machine: Mach
         return None
     if machine is not None:
         prediction = predict(work, levels, machine)
-        return None if prediction.pays(machine) else str(prediction)
+        return None if prediction.pays(machine) else prediction.describe()
     return too_little_work(sum(p.flops for p in work.products), device)
 
 
-def too_little_work(flops: int, device: str, machine: Machine | None = None) -> str | None:
+def too_little_work(flops: int, device: str, machine: Machine | None = None) -> Reason | None:
     """Return why so few FLOPs on rows are not worth it, if that is certain without knowing what is gathered; else None.
 
     Args:
@@ -205,7 +208,7 @@ def too_little_work(flops: int, device: str, machine: Machine | None = None) -> 
     least = LEAST_FLOPS.get(device, LEAST_FLOPS["cuda"]) * (1 if machine is None else 0.25)
     if ANY_SIZE or flops >= least:
         return None
-    return f"a backward pass of {flops / 1e6:.3g} MFLOP is over before its rows would be chosen"
+    return SHORT_BACKWARD(mflop=flops / 1e6)
 
 
 # --- of a graph's nodes ---

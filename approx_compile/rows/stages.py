@@ -17,10 +17,13 @@ from torch import fx
 from approx_compile import _torch
 from approx_compile.passes.fx_utils import BMM, CONV, MM
 from approx_compile.passes.rewrite.custom_ops import CUSTOM_CONV, CUSTOM_MM
+from approx_compile.reasons import Reason, join
+from approx_compile.reasons.decisions import ROWS_END_ABOVE
+from approx_compile.reasons.rows import FEW_FLOPS_ON_ROWS, NO_ROW_PRODUCT
 from approx_compile.rows.batch_dim import REDUCED_GRAD, ROW_GRAD, BatchDimState, SampleLayout, ValueLayout
 from approx_compile.rows.batch_dim_analysis import analyze_batch_dim
-from approx_compile.rows.reasons import describe_reason
 from approx_compile.rows.row_cost import RowWork
+from approx_compile.rows.source_place import source_place
 
 aten = torch.ops.aten
 
@@ -86,18 +89,19 @@ class CoverageEstimate:
 
     flops_all: int
     flops_on_rows: int
-    blocked: tuple[str, ...]
+    blocked: tuple[Reason, ...]
     work: RowWork
     """The work of running on rows: an estimate if it comes from the joint graph, exact if it comes from the partition."""
 
-    def rejection_reason(self, least_share: float) -> str | None:
+    def rejection_reason(self, least_share: float) -> Reason | None:
         """Return why running on rows is not worth it, or None if at least `least_share` of the FLOPs can run on them."""
         if not self.flops_on_rows:
-            return "; ".join(self.blocked) or "no product of the backward pass depends on rows of the output's gradient"
+            return join(self.blocked) if self.blocked else NO_ROW_PRODUCT()
         share = self.flops_on_rows / self.flops_all
         if share >= least_share:
             return None
-        return f"only {share:.0%} of the backward pass's FLOPs could run on some of the rows" + (f": {'; '.join(self.blocked)}" if self.blocked else "")
+        few = FEW_FLOPS_ON_ROWS(share=share)
+        return join((few, join(self.blocked)), ": ") if self.blocked else few
 
 
 @dataclass(frozen=True)
@@ -121,15 +125,15 @@ class PartitionState:
     """The stage of every node that is computed from the output gradients."""
     post: int = 0
     """The stage of what is blocked, one more than the last level."""
-    blocked: dict[str, str] = field(default_factory=dict)
-    """The reasons why rows end, each with the text that the user reads about the first op it concerns."""
+    blocked: dict[Reason, Reason] = field(default_factory=dict)
+    """The reasons why rows end, each with the place of the first op that it concerns."""
     dense: dict[fx.Node, Any] = field(default_factory=dict)
     """Values passed between stages in which several entries share memory: fake contiguous tensors in their place."""
 
-    def add_blocked(self, n: fx.Node, reason: str) -> None:
+    def add_blocked(self, n: fx.Node, reason: Reason) -> None:
         """Note the reason why rows end at a node, unless the same reason is known from another node."""
         if reason not in self.blocked:
-            self.blocked[reason] = describe_reason(n, reason)
+            self.blocked[reason] = reason.at(source_place(n))
 
 
 def output_layouts(graph: fx.Graph, batch: sympy.Symbol) -> dict[str, ValueLayout]:
@@ -174,7 +178,7 @@ def assign_stages(graph: fx.Graph, state: PartitionState, tangents: Sequence[fx.
         if n in exact:
             stage = ALL_ROWS
             if n in known.nonlinear:
-                state.add_blocked(n, f"{known.nonlinear[n]}, so that all above it runs on all rows")
+                state.add_blocked(n, ROWS_END_ABOVE(why=known.nonlinear[n]))
         elif n.target in PRODUCT_OPS or "attention" in str(n.target):
             stage = max(stage, levels.get(n.name, default))
         elif above == [] and known.kind.get(n) == ROW_GRAD:

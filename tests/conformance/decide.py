@@ -67,7 +67,7 @@ class Watched:
         share = rows / total if total else 0.0
         told = [c for plan in self.plans if plan.cuts for c in ([plan.cuts[0]] if plan.cuts[0].decision == "exact" else plan.cuts)]
         reasons = Counter(dict.fromkeys((c.reason for c in told if c.stops), 1))
-        reasons.update(s.reason for plan in self.plans if not plan.cuts for s in plan.sites if s.decision == "exact")
+        reasons.update(s.reason_with_notes for plan in self.plans if not plan.cuts for s in plan.sites if s.decision == "exact")
         reason = "; ".join(r for r, _ in reasons.most_common(3)) if self.plans else "torch.compile makes no graph of it"
         decision = "declined" if not on else "on" if share >= ON and not without else "partly"
         wrong_symbol = [self.symbols] if not rows and self.symbols else []

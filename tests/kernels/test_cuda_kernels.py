@@ -25,7 +25,7 @@ from approx_compile.kernels.max_conv import max_conv_weight
 ARCHS = (80, 90)
 PARAMETERS_AT = {80: 352, 90: 528}
 """Bytes of the constant bank before a kernel's parameters."""
-needs_nvrtc = pytest.mark.skipif(nvrtc.unavailable_reason() is not None, reason=f"no CUDA C++ compiler: {nvrtc.unavailable_reason()}")
+needs_nvrtc = pytest.mark.skipif(nvrtc.compiler_error() is not None, reason=f"no CUDA C++ compiler: {nvrtc.compiler_error()}")
 
 
 def max_conv_variants() -> list[Program]:

@@ -376,7 +376,7 @@ def test_producers_that_share_a_choice_are_predicted_so(whole: Any) -> None:
 def test_why_there_are_no_rows_is_said_of_a_narrowed_site() -> None:
     rules = [{"layers": "0", "output": "exact", "grad": {"axis": "rows"}}]
     site = plans_of(mlp(16, 32, 24), ALWAYS | {"rules": rules}, torch.randn(2, 16))[0]
-    assert site.reason == "a batch of 2, min_k is 2; only the 16 of 32 channels that 2 keeps"
+    assert site.reason_with_notes == "a batch of 2, min_k is 2; only the 16 of 32 channels that 2 keeps"
 
 
 def test_time_counts_what_producers_save(monkeypatch: pytest.MonkeyPatch) -> None:

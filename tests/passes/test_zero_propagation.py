@@ -244,7 +244,7 @@ def test_costs_of_zeros_by_a_kernel() -> None:
 def test_exact_sites_skip_too_and_say_so(skip_all: None) -> None:
     sites = plans_of(Plain(), ALWAYS | {"rules": [{"layers": "two", "method": "exact"}]}, torch.randn(256, 64, requires_grad=True))
     two = sites[1]
-    assert two.decision == "exact" and "gradients skip what later sites dropped" in two.reason
+    assert two.decision == "exact" and "its gradients skip what later sites dropped" in two.notes
     assert two.flops_sampled < two.flops_exact and two.products[0].flops_sampled == two.products[0].flops_exact
 
 

@@ -17,6 +17,7 @@ from approx_compile import Backend, machine
 from approx_compile.backend import run_as_is
 from approx_compile.config.resolve import RowSettings
 from approx_compile.machine import Machine, calibration, store
+from approx_compile.reasons.rows import GATHERING_COSTS
 from approx_compile.rows import early_decline, row_cost
 from approx_compile.rows.row_cost import Prediction, ProductWork, RowTraffic, RowWork, predict
 
@@ -161,7 +162,8 @@ def test_convolutions_and_attention_have_rates(monkeypatch: pytest.MonkeyPatch) 
 def test_a_split_that_has_more_to_gather_is_declined(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second look, at what the partitioner has really saved."""
     monkeypatch.setattr(early_decline, "early_rejection", lambda *args: None)
-    model, x, answers = mlp(20, 32, 4), torch.randn(24, 20), iter([None, "too much to gather"])
+    too_much = GATHERING_COSTS(cost="20", left_out="half", saved="1")
+    model, x, answers = mlp(20, 32, 4), torch.randn(24, 20), iter([None, too_much])
     monkeypatch.setattr(row_cost, "rejection_reason", lambda *args: next(answers))
     plans = Plans()
     f = torch.compile(model, backend=Backend({"grad": {"axis": "rows", "ratio": 0.5}, "policy": "cost"}, inner_compile=run_as_is, on_plan=plans))
@@ -170,7 +172,7 @@ def test_a_split_that_has_more_to_gather_is_declined(monkeypatch: pytest.MonkeyP
     got = grads(model)
     model(x).sum().backward()
     assert all(torch.allclose(a, b, atol=1e-5, rtol=1e-4) for a, b in zip(got, grads(model), strict=True))
-    assert [(c.decision, c.reason) for c in plans[-1].cuts] == [("exact", "too much to gather")]
+    assert [(c.decision, c.reason) for c in plans[-1].cuts] == [("exact", too_much)]
 
 
 def test_nothing_is_measured_for_this(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:

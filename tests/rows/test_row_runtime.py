@@ -22,6 +22,7 @@ import approx_compile
 from approx_compile import Backend
 from approx_compile._torch import random_state
 from approx_compile.backend import run_as_is
+from approx_compile.reasons.rows import FIXED_BATCH_CODE
 from approx_compile.rows import gather_rows, row_backward, row_compiler
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_work_counts")
@@ -235,7 +236,7 @@ KEPT: dict[str, dict[str, Any]] = {
 def test_graphs_may_be_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through Inductor, whose code writes to saved tensors when it may. The first backward pass of all keeps its graph, and so do some in a row."""
     if name == "fixed":
-        monkeypatch.setattr(row_compiler, "_why_fixed", lambda *args: "a reason")
+        monkeypatch.setattr(row_compiler, "_why_fixed", lambda *args: FIXED_BATCH_CODE(size=64))
     chosen, copies = ChosenRows(monkeypatch), Copies(monkeypatch)
     model, x = generator(), torch.randn(64, 8)
     f = torch.compile(model, backend="approx", options=KEPT[name])

@@ -19,6 +19,7 @@ from helpers.models import mlp
 from torch import Tensor, nn
 
 from approx_compile import Report, explain
+from approx_compile.reasons import Reason
 from approx_compile.tools.report.html import difference
 from approx_compile.tools.report.plots import COLORS, Roof, roofline, site_graph
 from approx_compile.tools.report.report_data import SiteReport
@@ -127,7 +128,7 @@ def test_names_and_reasons_are_escaped(tmp_path: Path) -> None:
     model = nn.Sequential(OrderedDict([(EVIL, nn.Linear(64, 64)), ("b", nn.Linear(64, 64))]))
     report = explain(model, torch.randn(8, 64), config=ALWAYS | {"rules": [{"layers": "</script><b>", "ratio": 0.1}]})
     assert report.sites[0].name == EVIL and report.unmatched == ["</script><b>"]
-    report.sites[1] = replace(report.sites[1], reason="</td><script>alert(2)</script>")
+    report.sites[1] = replace(report.sites[1], reason=Reason("</td><script>alert(2)</script>"))
     page = written(report, tmp_path / "report.html")
     assert EVIL in page.texts["td"] and page.fetched == [] and "</script><b>" in page.texts["code"]
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -298,7 +299,7 @@ def becomes(page: Any, number: int, expected: list[str]) -> bool:
 def test_browser_opens_sorts_and_draws(small: Report, tmp_path: Path, browser: Any) -> None:
     flops = (9_000, 10_000_000, 2_500_000, 800)  # as they are written, 9k, 10M, 2.5M and 800, they would be in another order
     sites = [replace(s, flops_exact=f) for s, f in zip(small.sites, flops, strict=True)]
-    report = replace(small, sites=[*sites[:3], replace(sites[3], name=EVIL, reason=EVIL)])
+    report = replace(small, sites=[*sites[:3], replace(sites[3], name=EVIL, reason=Reason(EVIL))])
     report.to_html(tmp_path / "report.html", Peaks())
     page, wrong = opened(browser, tmp_path / "report.html")
     names = [s.name for s in report.sites]

@@ -18,11 +18,11 @@ from approx_compile.backend.capture.module_resolution import Layers
 from approx_compile.config import ApproxConfig
 from approx_compile.passes.planning.plan_validation import check_modules
 from approx_compile.passes.sites.site import Context, Input, Module
+from approx_compile.reasons import Reason
+from approx_compile.reasons.products import CUSTOM_FUNCTION, EVAL_MODE, FUNC_TRANSFORM, TENSOR_SUBCLASS, UNTRACED_MODULE
 
 _TRANSFORMS = ("_vmap_increment_nesting", "_grad_increment_nesting", "_jvp_increment_nesting")
 """The calls with which torch.func's transforms begin in Dynamo's graph. The call that ends a transform has the same name with "decrement"."""
-
-_UNTRACED_MODULE = "the module could not be traced back to the model, so a change of its train/eval mode would go unnoticed"
 
 
 def read_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: ApproxConfig) -> tuple[Context, tuple[str, ...], nn.Module | None]:
@@ -54,12 +54,12 @@ def read_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Approx
     return Context(modules, _root_module(layers, gm, frame), inputs, _unsupported_input_reason(example_inputs), last_module(layers.root)), keys, layers.root
 
 
-def _guard_training_mode(module: nn.Module | None, source: Any, frame: Any) -> str | None:
+def _guard_training_mode(module: nn.Module | None, source: Any, frame: Any) -> Reason | None:
     """Install a guard on a module's `training`, and return the reason why the module's products must be exact, or None if they need not be."""
     if module is None or source is None:
-        return _UNTRACED_MODULE if frame is not None else None
+        return UNTRACED_MODULE() if frame is not None else None
     _torch.guard_attribute(source, "training")
-    return None if module.training else "the module is in eval mode"
+    return None if module.training else EVAL_MODE()
 
 
 def _root_module(layers: Layers, gm: fx.GraphModule, frame: Any) -> Module:
@@ -107,11 +107,11 @@ def _inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Iterator[Input
         )
 
 
-def _unsupported_input_reason(example_inputs: Sequence[Any]) -> str | None:
+def _unsupported_input_reason(example_inputs: Sequence[Any]) -> Reason | None:
     """Return the reason why the whole graph must be exact if an input is a wrapper subclass such as DTensor; else None."""
     for value in example_inputs:
         if _torch.is_wrapper_subclass(value):
-            return f"the graph has {type(value).__name__} inputs, whose products are distributed or packed"
+            return TENSOR_SUBCLASS(kind=type(value).__name__)
     return None
 
 
@@ -126,9 +126,9 @@ def _mark_unsupported_autograd(gm: fx.GraphModule) -> None:
         depth += name in _TRANSFORMS
         depth -= name in tuple(t.replace("increment", "decrement") for t in _TRANSFORMS)
         if depth > 0:
-            _torch.mark_exact(n, "inside a torch.func transform")
+            _torch.mark_exact(n, FUNC_TRANSFORM())
         if n.op == "call_function" and "autograd_function_apply" in name:
             for body in (a for a in n.args if isinstance(a, fx.Node) and a.op == "get_attr"):
                 inner = getattr(gm, str(body.target), None)
                 for m in inner.graph.nodes if isinstance(inner, fx.GraphModule) else ():
-                    _torch.mark_exact(m, "inside a custom autograd.Function")
+                    _torch.mark_exact(m, CUSTOM_FUNCTION())

@@ -20,6 +20,8 @@ from torch import Tensor
 from approx_compile.kernels.cuda import nvrtc
 from approx_compile.kernels.cuda.nvrtc import Program
 from approx_compile.kernels.gradient_replacements import ConvGeometry
+from approx_compile.reasons import Reason
+from approx_compile.reasons.kernels import CUDA_CAPABILITY, NO_NVRTC
 from approx_compile.utils import warn_once
 
 Run = Callable[[Program, str, tuple[int, int, int], int, Sequence[Any], torch.device], None]
@@ -33,13 +35,13 @@ MIN_CAPABILITY = (8, 0)
 address, i32, i64, f32 = Tensor.data_ptr, ctypes.c_int, ctypes.c_longlong, ctypes.c_float
 
 
-def unavailable_reason(device: torch.device) -> str | None:
+def unavailable_reason(device: torch.device) -> Reason | None:
     """Say why the kernels cannot run on a CUDA device; None if they can."""
-    if nvrtc.unavailable_reason() is not None:
-        return f"CUDA C++ can't be compiled ({nvrtc.unavailable_reason()}): pip install 'approx-compile[cuda]'"
+    if (error := nvrtc.compiler_error()) is not None:
+        return NO_NVRTC(error=error)
     capability = torch.cuda.get_device_capability(device)
     if capability < MIN_CAPABILITY:
-        return f"the device has compute capability {capability[0]}.{capability[1]}, and the kernels need {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
+        return CUDA_CAPABILITY(has=".".join(map(str, capability)), needed=".".join(map(str, MIN_CAPABILITY)))
     return None
 
 
@@ -52,7 +54,7 @@ def available_or_warn(device: torch.device, what: str) -> bool:
     """
     why = unavailable_reason(device)
     if why is not None:
-        warn_once(f"approx: {what} is lowered by Inductor in place of CUDA C++: {why}")
+        warn_once(f"approx: {what} is lowered by Inductor in place of CUDA C++: {'. '.join((why, *why.advice))}")
     return why is None
 
 

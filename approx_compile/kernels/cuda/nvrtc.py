@@ -45,7 +45,7 @@ class Program:
 
 
 @functools.cache
-def unavailable_reason() -> str | None:
+def compiler_error() -> str | None:
     """Say why this installation cannot compile CUDA C++; None if it can."""
     try:
         importlib.import_module("cuda.core.utils")

@@ -12,17 +12,16 @@ from approx_compile.passes.cost.estimates import CostModel
 from approx_compile.passes.planning import lowering
 from approx_compile.passes.planning.plan import Candidates, SitePlan
 from approx_compile.passes.planning.product_plans import exact_site, long_run, plan_products
-from approx_compile.passes.sites.dataflow import BATCH_NORM, RAW_DATA
+from approx_compile.passes.sites import dataflow
 from approx_compile.passes.sites.site import Site
+from approx_compile.reasons import Reason
+from approx_compile.reasons.products import AFTER_BATCH_NORM, FEW_CHANNELS, KIND_BY_DEFAULT, LAST_LAYER, RAW_DATA
 
 TIMED_POLICIES = ("cost", "measure")
 """The policies under which a site is sampled only if that saves time."""
 
 KEPT_MULTIPLE = 16
 """Under these policies the number of entries kept is a multiple of this, which suits vector units and product kernels."""
-
-RAW, LAST = "fed with raw data", "the last layer"
-"""Reasons for which a site is better left exact, however much time sampling would save."""
 
 LEAST_CHANNELS = 512
 """Contraction channels that a linear site needs to be sampled by default. Narrow layers lose accuracy for little time."""
@@ -67,24 +66,24 @@ def enumerate_candidates(site: Site, settings: SiteSettings, cost: CostModel) ->
     return candidates
 
 
-def default_exclusion_reason(site: Site, settings: SiteSettings) -> str | None:
+def default_exclusion_reason(site: Site, settings: SiteSettings) -> Reason | None:
     """Return why the default policy leaves a site exact, or None if it does not.
 
     Sites that are known to lose accuracy are always left exact, others unless a rule matches them.
     """
-    if RAW_DATA in site.hazards:
-        return RAW
+    if dataflow.RAW_DATA in site.hazards:
+        return RAW_DATA()
     if site.last:
-        return LAST
+        return LAST_LAYER()
     if settings.named:
         return None
     if site.kind != "linear":
-        return f"{site.kind}s are exact by default; a rule whose layers match it samples it"
-    if BATCH_NORM in site.hazards:
-        return "fed by BatchNorm: exact by default; a rule whose layers match it samples it"
+        return KIND_BY_DEFAULT(kind=site.kind)
+    if dataflow.BATCH_NORM in site.hazards:
+        return AFTER_BATCH_NORM()
     size = site.products[0].size
     if isinstance(size, int) and size < LEAST_CHANNELS:
-        return f"{size} contraction channels, fewer than the {LEAST_CHANNELS} of the default; a rule whose layers match it samples it"
+        return FEW_CHANNELS(size=size, least=LEAST_CHANNELS)
     return None
 
 

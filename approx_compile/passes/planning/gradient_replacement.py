@@ -18,8 +18,19 @@ from approx_compile.passes.cost.estimates import replacement_flops
 from approx_compile.passes.fx_utils import CONV, MM, has_fixed_sizes
 from approx_compile.passes.planning import lowering
 from approx_compile.passes.planning.candidates import PlanInputs
-from approx_compile.passes.planning.plan import BY_SETTINGS, Plan, ProductPlan, SitePlan
+from approx_compile.passes.planning.plan import Plan, ProductPlan, SitePlan
 from approx_compile.passes.sites.site import Product, Site
+from approx_compile.reasons import Reason, join
+from approx_compile.reasons.decisions import EMPTY_BATCH, MAX, MAX_KERNEL_REFUSED, OF_PRODUCT, RANDOM, REST_EXACT, ZEROS
+from approx_compile.reasons.products import (
+    BY_SETTINGS,
+    MAX_ALL_ENTRIES,
+    MAX_BATCHED,
+    MAX_CONV_INPUT,
+    MAX_DYNAMIC,
+    MAX_TILE_LINEAR,
+    MAX_WITHOUT_WEIGHT,
+)
 
 
 class ReplacementChoice(NamedTuple):
@@ -35,7 +46,7 @@ class ReplacementChoice(NamedTuple):
     replacement: Replacement | None
     kept: int
     size: int
-    reason: str
+    reason: Reason
 
 
 def choose_replacement(site: Site, product: Product, wanted: ProductSettings) -> ReplacementChoice:
@@ -51,12 +62,12 @@ def choose_replacement(site: Site, product: Product, wanted: ProductSettings) ->
     """
     replacement = Replacement(wanted.method, wanted.j, wanted.scale, wanted.std)
     if _torch.hint(product.size) == 0 and replacement.method != "max":
-        return ReplacementChoice(Replacement("zero"), 0, 1, "zeros in its place: the batch is empty")
+        return ReplacementChoice(Replacement("zero"), 0, 1, EMPTY_BATCH())
     if replacement.method == "zero":
-        return ReplacementChoice(replacement, 0, _torch.hint(product.size), "zeros in its place")
+        return ReplacementChoice(replacement, 0, _torch.hint(product.size), ZEROS())
     if replacement.method == "random":
         std = "1 / batch" if replacement.std is None else f"{replacement.std:g}"
-        return ReplacementChoice(replacement, 0, _torch.hint(product.size), f"random numbers in its place, standard deviation {std}")
+        return ReplacementChoice(replacement, 0, _torch.hint(product.size), RANDOM(std=std))
     reason = _max_rejection_reason(site, product)
     if reason is not None:
         return ReplacementChoice(None, 1, 1, reason)
@@ -64,21 +75,20 @@ def choose_replacement(site: Site, product: Product, wanted: ProductSettings) ->
     size = math.prod(sizes)
     if wanted.tile is not None:
         if site.node.target not in CONV:
-            return ReplacementChoice(None, size, size, "max with tile is for convolutions, whose output gradients are images; j is for linear layers")
+            return ReplacementChoice(None, size, size, MAX_TILE_LINEAR())
         replacement = replace(replacement, tile=_tile_side(wanted.tile, sizes))
     kept = replacement.entries(sizes)
     if kept >= size:
         asked = f"j {replacement.j}" if replacement.tile is None else f"tile {replacement.tile}"
-        return ReplacementChoice(None, size, size, f"max with {asked}: there are no more than {size} entries of the output gradient")
-    words = f"max, {kept} of {size} entries of the output gradient"
-    if replacement.tile is not None:
-        words += f", one of every tile of {replacement.tile}"
+        return ReplacementChoice(None, size, size, MAX_ALL_ENTRIES(asked=asked, size=size))
+    tiles = f", one of every tile of {replacement.tile}" if replacement.tile is not None else ""
+    words = MAX(kept=kept, size=size, tiles=tiles, by="")
     if wanted.lowering == "inductor":
         return ReplacementChoice(replacement, kept, size, words)
     no_kernel = lowering.max_kernel_refusal(site, "cuda" if wanted.lowering == "auto" else wanted.lowering, replacement)
     if no_kernel is None:
-        return ReplacementChoice(replace(replacement, lowering="cuda"), kept, size, f"{words}, by cuda")
-    return ReplacementChoice(replacement, kept, size, words if wanted.lowering == "auto" else f"{words}, by inductor: {no_kernel}")
+        return ReplacementChoice(replace(replacement, lowering="cuda"), kept, size, MAX(kept=kept, size=size, tiles=tiles, by=", by cuda"))
+    return ReplacementChoice(replacement, kept, size, words if wanted.lowering == "auto" else MAX_KERNEL_REFUSED(words=words, why=no_kernel))
 
 
 def smallest_useful_tile(sizes: Sequence[int]) -> int:
@@ -105,19 +115,19 @@ def _candidate_sizes(site: Site, product: Product) -> Sequence[Any]:
     return shape[2:] if site.node.target in CONV else (shape[product.output_grad_dim],)
 
 
-def _max_rejection_reason(site: Site, product: Product) -> str | None:
+def _max_rejection_reason(site: Site, product: Product) -> Reason | None:
     """Why `max` cannot replace this product, or None if it can."""
     if site.kind == "matmul":
-        return "max is for products with a weight"
+        return MAX_WITHOUT_WEIGHT()
     if site.node.target in CONV:
         if product.name != "grad_weight":
-            return "max for grad_input is for linear layers"
+            return MAX_CONV_INPUT()
     elif site.node.target not in MM:
-        return "max is not for batched products"
+        return MAX_BATCHED()
     for operand, axis in zip(product.operands, product.axes, strict=True):
         batch_dim = axis.dim if product.name == "grad_weight" else 1 - axis.dim
         if not has_fixed_sizes(operand, batch_dim):
-            return "max: an operand has a dynamic size beside the batch"
+            return MAX_DYNAMIC()
     return None
 
 
@@ -140,12 +150,12 @@ def _with_replacements(site: Site, plan: SitePlan, settings: SiteSettings) -> Si
         if not wanted.replaces:
             continue
         products[i] = _replaced(site, product, exact, wanted)
-        reasons.append(f"{product.name}: {products[i].reason}")
+        reasons.append(OF_PRODUCT(product=product.name, words=products[i].reason))
     if not reasons:
         return plan
-    rest = [] if plan.reason == BY_SETTINGS else [plan.reason] if plan.decision == "sampled" else [f"the rest exact: {plan.reason}"]
+    rest = [] if plan.reason == BY_SETTINGS() else [plan.reason] if plan.decision == "sampled" else [REST_EXACT(why=plan.reason)]
     replaced = any(p.decision == "replaced" for p in products)
-    return replace(plan, products=tuple(products), decision="sampled" if replaced else plan.decision, reason="; ".join(reasons + rest))
+    return replace(plan, products=tuple(products), decision="sampled" if replaced else plan.decision, reason=join(reasons + rest))
 
 
 def _replaced(site: Site, product: Product, exact: ProductPlan, wanted: ProductSettings) -> ProductPlan:

@@ -34,6 +34,8 @@ from approx_compile.passes.planning.plan import Plan, ProductPlan, SitePlan, tot
 from approx_compile.passes.planning.product_plans import planned_estimate
 from approx_compile.passes.planning.selection import prediction, rank
 from approx_compile.passes.sites.site import Product, Site
+from approx_compile.reasons import join
+from approx_compile.reasons.decisions import SHARES_INDICES, TOGETHER
 
 aten = torch.ops.aten
 
@@ -131,12 +133,12 @@ def _best_shared(sites: Sequence[Site], ways: Sequence[_Way], apart: Sequence[Si
     best = min(shared, key=lambda way: rank([p for products in way for p in products]))
     if cost.predicts_time and not _is_better(sites[0].kind, apart, best, settings, cost):
         return list(apart)
-    words, break_even = prediction(list(zip(sites, best, strict=True)), cost) if cost.predicts_time and by_time else ("", None)
+    words, break_even = prediction(list(zip(sites, best, strict=True)), cost) if cost.predicts_time and by_time else (None, None)
     plans = []
     for plan, products in zip(apart, best, strict=True):
-        reason = f"{products[0].reason}; {words} together" if by_time else plan.reason
+        reason = plan.reason if words is None else join((products[0].reason, TOGETHER(words=words)))
         others = products[0].shares or ", ".join(s.name for s in sites[1:])
-        reason = f"{reason}; shares its indices with {others}"
+        reason = join((reason, SHARES_INDICES(others=others)))
         plans.append(replace(plan, decision="sampled", reason=reason, products=products, break_even=break_even))
     return plans
 

@@ -16,6 +16,25 @@ from approx_compile.kernels.estimators import Estimator
 from approx_compile.kernels.gradient_replacements import Replacement
 from approx_compile.passes.fx_utils import CONV, MM, window_of
 from approx_compile.passes.sites.site import Product, Site
+from approx_compile.reasons import Reason
+from approx_compile.reasons.kernels import (
+    KERNEL_ALIGNMENT,
+    KERNEL_BATCHED,
+    KERNEL_BIAS,
+    KERNEL_CONV,
+    KERNEL_CONV_GRADIENT,
+    KERNEL_CONV_ZEROS,
+    KERNEL_DTYPE,
+    KERNEL_GROUPS,
+    KERNEL_PLAIN_CONV,
+    MAX_KERNEL,
+    MAX_KERNEL_CONV,
+    MAX_KERNEL_ENTRIES,
+    MAX_KERNEL_TILES,
+    NO_TF32,
+    NOT_CHANNELS_LAST,
+    STRIDE_AND_DILATION,
+)
 
 ALIGNMENT = 16
 """Rows of the operands and results of custom kernels have a multiple of this many entries."""
@@ -48,7 +67,7 @@ def kernel_groups(site: Site, lowering: str) -> tuple[int, ...]:
     return tuple(u for u in DEFAULT_UNITS[lowering] if size % u == 0 and size >= 4 * u)
 
 
-def kernel_refusal(site: Site, product: Product, estimator: Estimator, lowering: str) -> str | None:
+def kernel_refusal(site: Site, product: Product, estimator: Estimator, lowering: str) -> Reason | None:
     """Return why a custom kernel cannot run a product that is sampled along its own axis, or None if it can.
 
     Args:
@@ -61,7 +80,7 @@ def kernel_refusal(site: Site, product: Product, estimator: Estimator, lowering:
     if reason is not None:
         return reason
     if site.node.target in CONV and product.name != "output":
-        return "convolutions' gradients on their own axis have no kernel"
+        return KERNEL_CONV_GRADIENT()
     if product.name == "grad_weight" and estimator.group == 1 and lowering == "triton":
         return None  # its axis is the rows, and the kernel skips single rows
     return _unit_refusal(estimator, lowering, site.node.target in CONV)
@@ -78,15 +97,15 @@ def has_guessed_rates(site: Site, group: int | str) -> bool:
     return isinstance(group, int) and availability.supports_unit("triton", conv, group) and not availability.runs_at_measured_rate("triton", conv, group)
 
 
-def _unit_refusal(estimator: Estimator, lowering: str, conv: bool) -> str | None:
+def _unit_refusal(estimator: Estimator, lowering: str, conv: bool) -> Reason | None:
     """Why a kernel cannot skip the units of an estimator."""
     if not estimator.tail and availability.supports_unit(lowering, conv, estimator.unit):
         return None
     known = ", ".join(map(str, availability.CONV_UNITS)) if conv else "a multiple of 32" if lowering == "triton" else "an odd multiple of 16"
-    return f"{lowering} skips whole groups of {known}, not {estimator.group}" + (" with a tail" if estimator.tail else "")
+    return KERNEL_GROUPS(lowering=lowering, known=known, group=estimator.group, tail=" with a tail" if estimator.tail else "")
 
 
-def zero_skipping_refusal(site: Site, dropped: Estimator, lowering: str) -> str | None:
+def zero_skipping_refusal(site: Site, dropped: Estimator, lowering: str) -> Reason | None:
     """Return why no custom kernel can skip, in a site's gradients, the output channels that another site dropped, or None if one can.
 
     Args:
@@ -97,7 +116,7 @@ def zero_skipping_refusal(site: Site, dropped: Estimator, lowering: str) -> str 
     if (reason := _unfit(site, lowering)) is not None:
         return reason
     if site.node.target in CONV:
-        return "of a convolution's gradients a kernel leaves out input channels, not these"
+        return KERNEL_CONV_ZEROS()
     return _unit_refusal(dropped, lowering, conv=False)
 
 
@@ -106,43 +125,43 @@ def is_aligned(kept: int) -> bool:
     return kept % ALIGNMENT == 0
 
 
-def _unfit(site: Site, lowering: str) -> str | None:
+def _unfit(site: Site, lowering: str) -> Reason | None:
     """Why the kernels of a lowering cannot run the products of a site, whatever their groups."""
     value = _torch.value(site.products[0].operands[0])
     if (reason := availability.unavailable_reason(lowering, value.device)) is not None:
         return reason
     if site.dtype not in (_DTYPES if lowering == "triton" else _DTYPES[1:]):
-        return f"{lowering} has no kernel for {str(site.dtype).removeprefix('torch.')}"
+        return KERNEL_DTYPE(lowering=lowering, dtype=str(site.dtype).removeprefix("torch."))
     node = site.node
     if site.dtype == torch.float32 and value.device.type == "cuda" and not availability.allows_tf32(node.target in CONV):
-        return f"{lowering} multiplies float32 as TF32, which torch's fp32_precision does not allow"
+        return NO_TF32(lowering=lowering)
     if node.target in CONV:
         return _unfit_conv(site, lowering, value)
     if node.target not in MM:
-        return "batched products have no kernel of ours"
+        return KERNEL_BATCHED()
     sizes = tuple(s for n in (*site.products[0].operands, node) for s in _torch.value(n).shape[-1:])
     if any(not isinstance(s, int) or s % ALIGNMENT for s in sizes):
-        return f"{lowering} reads lines of whole multiples of {ALIGNMENT} entries, of inputs and of outputs"
+        return KERNEL_ALIGNMENT(lowering=lowering, alignment=ALIGNMENT)
     if node.kwargs or (len(node.args) == 3 and tuple(_torch.value(node.args[0]).shape) != sizes[-1:]):
-        return "the addmm adds no plain bias, one for every output"
+        return KERNEL_BIAS()
     return None
 
 
-def _unfit_conv(site: Site, lowering: str, x: torch.Tensor) -> str | None:
+def _unfit_conv(site: Site, lowering: str, x: torch.Tensor) -> Reason | None:
     transposed, groups = bool(site.node.args[6]), site.node.args[8]
     if lowering != "triton":
-        return f"{lowering} has no kernel for convolutions"
+        return KERNEL_CONV(lowering=lowering)
     if x.dim() != 4 or transposed or groups != 1:
-        return "of convolutions, plain 2-D ones without groups have a kernel"
+        return KERNEL_PLAIN_CONV()
     if not x.is_contiguous(memory_format=torch.channels_last):
-        return "its input is not channels-last"
+        return NOT_CHANNELS_LAST()
     stride, _, dilation = window_of(site.node.args[3:6], 2)
     if any(s > 1 and d > 1 for s, d in zip(stride, dilation, strict=True)):
-        return "stride and dilation are both above 1, for which the gradient has no kernel"
+        return STRIDE_AND_DILATION()
     return None
 
 
-def max_kernel_refusal(site: Site, lowering: str, replacement: Replacement) -> str | None:
+def max_kernel_refusal(site: Site, lowering: str, replacement: Replacement) -> Reason | None:
     """Return why no custom kernel computes the weight gradient that `max` asks for, or None if one does.
 
     Args:
@@ -152,15 +171,15 @@ def max_kernel_refusal(site: Site, lowering: str, replacement: Replacement) -> s
     """
     x = _torch.value(site.products[0].operands[0])
     if lowering != "cuda" or site.node.target not in CONV:
-        return f"{lowering} has no kernel for max" + (" but that of convolutions" if lowering == "cuda" else "")
+        return MAX_KERNEL(lowering=lowering, but=" but that of convolutions" if lowering == "cuda" else "")
     if (reason := availability.unavailable_reason(lowering, x.device)) is not None:
         return reason
     if x.dim() != 4 or site.node.args[6]:
-        return "of convolutions, plain 2-D ones have a kernel for max"
+        return MAX_KERNEL_CONV()
     if x.dtype not in _DTYPES:
-        return f"{lowering} has no kernel for {str(x.dtype).removeprefix('torch.')}"
+        return KERNEL_DTYPE(lowering=lowering, dtype=str(x.dtype).removeprefix("torch."))
     if replacement.tile is not None:
-        return "the kernel for max takes no tiles"
+        return MAX_KERNEL_TILES()
     if replacement.j > launch.MAX_ENTRIES or _torch.numel(site.node) == 0:
-        return f"the kernel for max keeps 1 to {launch.MAX_ENTRIES} entries"
+        return MAX_KERNEL_ENTRIES(most=launch.MAX_ENTRIES)
     return None

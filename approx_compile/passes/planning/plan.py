@@ -10,9 +10,9 @@ from typing import Any
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.kernels.gradient_replacements import Replacement
 from approx_compile.passes.cost.estimates import Estimate
-
-BY_SETTINGS = "exact by the settings"
-"""The reason of a site or product that the settings leave exact."""
+from approx_compile.reasons import Reason, join
+from approx_compile.reasons.decisions import BACKWARD_ON_ROWS, ON_ROWS
+from approx_compile.reasons.products import BY_SETTINGS
 
 
 def total(times: Iterable[float | None]) -> float | None:
@@ -65,7 +65,7 @@ class RowCut:
     ratio: float | None
     rows: int
     decision: str
-    reason: str
+    reason: Reason
     flops_all: int
     flops_on_rows: int
     products: tuple[str, ...] = ()
@@ -105,7 +105,7 @@ class ProductPlan:
 
     name: str
     decision: str
-    reason: str
+    reason: Reason
     method: str
     ratio: float
     k: int
@@ -146,14 +146,14 @@ class SitePlan:
         shape: Sizes of the operands in words; dynamic sizes stand as symbols.
         dtype: Name of the dtype.
         decision: "exact" or "sampled".
-        reason: Why, in words for the user; notes are appended.
+        reason: Why, in words for the user.
         products: The plans of its products, the output first.
         reads: The sites whose outputs it reads through no other product.
         traced: The symbols in `shape` and the values that they were traced with. FLOPs and times are those of these sizes.
         break_even: The ratio at which sampling stops to pay, where predicted time decided.
         shrinks: The sites that make only the channels which this one keeps of its activation.
         lowerings: The code that may run its products, by the settings and by the rates in the machine's profile.
-        notes: The parts of `reason` that say what other sites' choices do to this one.
+        notes: What other sites' choices do to this one.
     """
 
     name: str
@@ -163,23 +163,23 @@ class SitePlan:
     shape: str
     dtype: str
     decision: str
-    reason: str
+    reason: Reason
     products: tuple[ProductPlan, ...]
     reads: tuple[str, ...]
     traced: tuple[tuple[str, int], ...] = ()
     break_even: BreakEven | None = None
     shrinks: tuple[str, ...] = ()
     lowerings: tuple[str, ...] = ("inductor",)
-    notes: tuple[str, ...] = ()
+    notes: tuple[Reason, ...] = ()
 
-    def with_note(self, note: str) -> SitePlan:
-        """Return the plan with a note appended to its reason."""
-        return replace(self, reason=f"{self.reason}; {note}", notes=(*self.notes, note))
+    def with_note(self, note: Reason) -> SitePlan:
+        """Return the plan with one more note."""
+        return replace(self, notes=(*self.notes, note))
 
     @property
-    def reason_without_notes(self) -> str:
-        """The reason before notes were appended."""
-        return self.reason.removesuffix("".join(f"; {n}" for n in self.notes))
+    def reason_with_notes(self) -> Reason:
+        """The reason and the notes, for reports."""
+        return join((self.reason, *self.notes))
 
     @property
     def shown(self) -> ProductPlan:
@@ -252,19 +252,17 @@ class Plan:
         """
         on_rows = {name: cut for cut in cuts for name in cut.products if cut.decision == "rows"}
         sites = tuple(_on_rows(s, on_rows) for s in self.sites)
-        stops = "; ".join(dict.fromkeys(c.reason for c in cuts if c.stops))
-        return replace(self, sites=sites).without_rows(stops or BY_SETTINGS, cuts)
+        stops = list(dict.fromkeys(c.reason for c in cuts if c.stops))
+        return replace(self, sites=sites).without_rows(join(stops) if stops else BY_SETTINGS(), cuts)
 
-    def without_rows(self, reason: str, cuts: Sequence[RowCut] = ()) -> Plan:
+    def without_rows(self, reason: Reason, cuts: Sequence[RowCut] = ()) -> Plan:
         """Return the plan with a reason why no rows are chosen at every site that the settings leave exact.
 
         Args:
             reason: Why.
             cuts: The places where rows are chosen, or might have been.
         """
-        sites = tuple(
-            replace(s, reason="; ".join((reason, *s.notes))) if s.decision == "exact" and s.reason_without_notes == BY_SETTINGS else s for s in self.sites
-        )
+        sites = tuple(replace(s, reason=reason) if s.decision == "exact" and s.reason == BY_SETTINGS() else s for s in self.sites)
         return replace(self, sites=sites, cuts=tuple(cuts))
 
     def to_dict(self) -> dict[str, Any]:
@@ -282,7 +280,7 @@ def _on_rows(site: SitePlan, cuts: Mapping[str, RowCut]) -> SitePlan:
             products[i] = replace(
                 p,
                 decision="rows",
-                reason="on the rows kept",
+                reason=ON_ROWS(),
                 method=cut.method,
                 ratio=share,
                 k=k,
@@ -294,5 +292,6 @@ def _on_rows(site: SitePlan, cuts: Mapping[str, RowCut]) -> SitePlan:
         return site
     cut = next(cuts[p.node] for p in site.products if p.node in cuts)
     kept = f"{cut.ratio:g} of the rows" if cut.ratio is not None else "as many rows as the variance asks for"
-    reason = f"backward on {kept}" if site.decision == "exact" else f"{site.reason}; backward on {kept}"
+    on_rows = BACKWARD_ON_ROWS(kept=kept)
+    reason = on_rows if site.decision == "exact" else join((site.reason, on_rows))
     return replace(site, products=tuple(products), decision="sampled", reason=reason)

@@ -32,7 +32,27 @@ from approx_compile.passes.fx_utils import VIEWS, op_name
 from approx_compile.passes.planning import zero_propagation
 from approx_compile.passes.planning.plan import Plan, ProductPlan, SitePlan
 from approx_compile.passes.planning.product_plans import planned_estimate
-from approx_compile.passes.sites.site import NO_GRADIENT, Product, Site, one_contraction
+from approx_compile.passes.sites.site import Product, Site, one_contraction
+from approx_compile.reasons import Reason, join
+from approx_compile.reasons.decisions import BUT_BY_INDUCTOR, NARROWED, PRODUCERS_NARROWED
+from approx_compile.reasons.products import (
+    ALL_CHANNELS,
+    CHANNEL_NORM,
+    CONSUMER_UNFIT,
+    GRAPH_OUTPUT,
+    KERNEL_NO_SLOWER,
+    NARROWED_OTHERWISE,
+    NO_FASTER,
+    NO_GRADIENT,
+    OTHER_CHANNELS,
+    OTHER_READER,
+    PRODUCER_UNFIT,
+    READ_TWICE,
+    SHARED_GRADIENT,
+    STALE_STATISTICS,
+    WEIGHT_FROM_ACTIVATION,
+    WHOLE_OPERANDS,
+)
 
 aten = torch.ops.aten
 
@@ -45,7 +65,7 @@ NarrowedRegion = dict[fx.Node, int]
 # --- legal ---
 
 
-def narrowed_region(producer: Site, consumer: Site) -> NarrowedRegion | str:
+def narrowed_region(producer: Site, consumer: Site) -> NarrowedRegion | Reason:
     """Find the nodes that are narrowed if a producer makes only the channels that its consumer keeps.
 
     Args:
@@ -62,30 +82,30 @@ def narrowed_region(producer: Site, consumer: Site) -> NarrowedRegion | str:
     assert output.weight is not None
     activation, weight = output.operands[1 - output.weight], output.operands[output.weight]
     if producer.node in _ancestors(weight):
-        return f"the weight of {consumer.name} is made from it"
+        return WEIGHT_FROM_ACTIVATION(name=consumer.name)
     start = next((p.result for p in consumer.products if p.name == "grad_input"), None)
     region = _closure(producer.node, start, consumer.node, {p.node for p in consumer.products[1:]})
-    if isinstance(region, str):
+    if isinstance(region, Reason):
         return region
     if [n for n in consumer.node.all_input_nodes if n in region] != [activation]:
-        return f"{consumer.name} reads it in other ways, too"
+        return READ_TWICE(name=consumer.name)
     if region.get(activation) != output.axes[1 - output.weight].dim:
-        return f"what {consumer.name} keeps are not its output channels"
+        return OTHER_CHANNELS(name=consumer.name)
     if any(p.output_grad is None or region.get(p.output_grad) != p.output_grad_dim for p in producer.products[1:]):
-        return f"its gradient is not that of {consumer.name} alone"
+        return SHARED_GRADIENT(name=consumer.name)
     return region
 
 
-def _unfit_producer(site: Site) -> str | None:
-    if site.blocked not in (None, NO_GRADIENT):
+def _unfit_producer(site: Site) -> Reason | None:
+    if site.blocked is not None and not NO_GRADIENT.explains(site.blocked):
         return site.blocked
     if not one_contraction(site) or site.products[0].weight != 1:
-        return "it is batched, grouped or without a weight on its right"
+        return PRODUCER_UNFIT()
     return None
 
 
-def _unfit_consumer(site: Site) -> str | None:
-    return None if one_contraction(site) else f"{site.name} is batched or grouped"
+def _unfit_consumer(site: Site) -> Reason | None:
+    return None if one_contraction(site) else CONSUMER_UNFIT(name=site.name)
 
 
 def _ancestors(n: fx.Node) -> set[fx.Node]:
@@ -97,7 +117,7 @@ def _ancestors(n: fx.Node) -> set[fx.Node]:
     return ancestors
 
 
-def _closure(producer: fx.Node, start: tuple[fx.Node, int] | None, consumer: fx.Node, gradients: set[fx.Node]) -> NarrowedRegion | str:
+def _closure(producer: fx.Node, start: tuple[fx.Node, int] | None, consumer: fx.Node, gradients: set[fx.Node]) -> NarrowedRegion | Reason:
     """The region of a producer: everything elementwise that is computed from its output channels (dim 1).
 
     `start` is the consumer's gradient of the activation, with its channel dim, and `gradients` are all gradient nodes of the consumer.
@@ -148,16 +168,16 @@ def narrowed_dim(n: fx.Node, dims: dict[fx.Node, int], zero: bool) -> int | None
     return channel_dims.pop() if len(channel_dims) == 1 else None
 
 
-def _reader_reason(n: fx.Node, dims: NarrowedRegion) -> str:
+def _reader_reason(n: fx.Node, dims: NarrowedRegion) -> Reason:
     """Why a node that reads the activation, and is not narrowed, needs all of its channels."""
     if n.op == "output":
-        return "its activation is an output of the graph"
+        return GRAPH_OUTPUT()
     if n.target is aten.var_mean.correction:
         (activation,) = n.all_input_nodes
         over: Any = n.args[1]
         by_channel = dims[activation] not in {int(d) % _torch.value(activation).dim() for d in over}
-        return "the running statistics of BatchNorm would go stale" if by_channel else "a normalisation over channels reads its activation"
-    return f"{op_name(n)} reads its activation as well"
+        return STALE_STATISTICS() if by_channel else CHANNEL_NORM()
+    return OTHER_READER(op=op_name(n))
 
 
 # --- decided ---
@@ -176,9 +196,9 @@ class Producers:
         self.sites = sites
         self.cost = cost
         self._index = {s.name: i for i, s in enumerate(sites)}
-        self._regions: dict[int, dict[int, NarrowedRegion | str]] = {}
+        self._regions: dict[int, dict[int, NarrowedRegion | Reason]] = {}
 
-    def regions_of(self, consumer: int) -> dict[int, NarrowedRegion | str]:
+    def regions_of(self, consumer: int) -> dict[int, NarrowedRegion | Reason]:
         """Return the producers of a site's activation, each with the region that is narrowed with it or the reason why it cannot be.
 
         Args:
@@ -236,7 +256,7 @@ class Producers:
         return replace(plan, sites=tuple(sites))
 
     def _narrowable(self, consumer: int) -> list[int]:
-        return [j for j, region in self.regions_of(consumer).items() if not isinstance(region, str)]
+        return [j for j, region in self.regions_of(consumer).items() if not isinstance(region, Reason)]
 
     def _narrow_for(self, consumer: int, sites: Sequence[SitePlan], taken: set[fx.Node]) -> tuple[Sequence[SitePlan], set[fx.Node]]:
         """The sites with the producers of one consumer narrowed where that pays, and the nodes that are narrowed with them.
@@ -244,27 +264,27 @@ class Producers:
         The nodes in `taken` are narrowed for other consumers already.
         """
         i, new = consumer, list(sites)
-        names, remarks, mine = list[str](), list[str](), dict[fx.Node, int]()
+        names, remarks, mine = list[str](), list[Reason](), dict[fx.Node, int]()
         for j, region in self.regions_of(i).items():
             narrow, fed = self._narrowed_producer(j, new[j], new[i].name, new[i].products[0].how), self._fed_products(i, new[i].products)
-            if isinstance(region, str):
+            if isinstance(region, Reason):
                 reason = region
             elif (kernel := _custom_kernel_reason(new[i], new[j])) is not None:
                 reason = kernel
             elif taken & region.keys() or any(mine.get(n, d) != d for n, d in region.items()):
-                reason = "part of what is behind it is narrowed in another way"
+                reason = NARROWED_OTHERWISE()
             elif not margins.pays(_total((*new[j].products, *new[i].products)), _total((*narrow.products, *fed)), margins.SKIP_MARGIN):
-                reason = "fewer would take no less time"
+                reason = NO_FASTER()
             else:
                 new[j], mine = narrow, mine | region
                 new[i] = replace(new[i], products=fed)
                 names.append(self.sites[j].name)
                 continue
-            remarks.append(f"all channels of {self.sites[j].name} are made: {reason}")
+            remarks.append(ALL_CHANNELS(name=self.sites[j].name, why=reason))
         if names:
             new[i] = replace(new[i], shrinks=tuple(names))
-            remarks.insert(0, f"{' and '.join(names)} make{'s' if len(names) == 1 else ''} these channels only")
-        new[i] = replace(new[i], reason="; ".join([new[i].reason, *remarks]))
+            remarks.insert(0, PRODUCERS_NARROWED(names=" and ".join(names) + (" makes" if len(names) == 1 else " make")))
+        new[i] = replace(new[i], reason=join((new[i].reason, *remarks)))
         return new, set(mine)
 
     def _with_gathers(self, members: Sequence[int], sites: Sequence[SitePlan]) -> list[SitePlan] | None:
@@ -279,13 +299,13 @@ class Producers:
         new = list(sites)
         for i in by_kernel:
             products = tuple(self._with_gather(self.sites[i], p, d) for p, d in zip(self.sites[i].products, sites[i].products, strict=True))
-            new[i] = replace(sites[i], products=products, reason=f"{sites[i].reason}; but by inductor")
+            new[i] = replace(sites[i], products=products, reason=join((sites[i].reason, BUT_BY_INDUCTOR())))
         return new
 
     def _with_gather(self, site: Site, product: Product, plan: ProductPlan) -> ProductPlan:
         if plan.lowering not in CUSTOM_KERNELS or plan.how is None:
             return plan
-        new = replace(plan, reason=f"{plan.reason}; but by inductor", lowering="inductor")
+        new = replace(plan, reason=join((plan.reason, BUT_BY_INDUCTOR())), lowering="inductor")
         return new.with_estimate(planned_estimate(site, product, new, self.cost))
 
     def _fed_products(self, consumer: int, products: Sequence[ProductPlan]) -> tuple[ProductPlan, ...]:
@@ -300,26 +320,26 @@ class Producers:
         """A producer's plan when it makes only what the consumer keeps. A gradient that is sampled on its own axis, or replaced, is not changed."""
         site = self.sites[producer]
         assert estimator is not None
-        note = f"only the {estimator.kept} of {estimator.size} channels that {consumer} keeps"
+        note = NARROWED(kept=estimator.kept, size=estimator.size, consumer=consumer)
         products = list(plan.products)
         for n, (p, d) in enumerate(zip(site.products, plan.products, strict=True)):
             if p.name == "output" or d.decision in ("exact", "coupled"):
                 new = self._with_narrow_estimate(site, p, d, estimator, bool(plan.shrinks) and p.name != "grad_weight")
-                products[n] = replace(new, reason=f"{d.reason}; {note}", skips=consumer)
+                products[n] = replace(new, reason=join((d.reason, note)), skips=consumer)
         return replace(plan, products=tuple(products)).with_note(note)
 
     def _with_narrow_estimate(self, site: Site, product: Product, plan: ProductPlan, only: Estimator | None, fed: bool) -> ProductPlan:
         return plan.with_estimate(self.cost.narrowed(site, product, plan.how, only, fed, plan.shares is not None))
 
 
-def _custom_kernel_reason(*plans: SitePlan) -> str | None:
+def _custom_kernel_reason(*plans: SitePlan) -> Reason | None:
     """Why sites stay whole if a custom kernel runs one of them."""
     for plan in plans:
         kernel = _custom_kernel(plan.products)
         if kernel is not None and "inductor" not in plan.lowerings:
-            return f"{kernel} steps over what was not chosen of whole operands (lowering 'inductor' takes narrow ones)"
+            return WHOLE_OPERANDS(kernel=kernel)
         if kernel is not None:
-            return f"{kernel} on whole operands is predicted to be no slower"
+            return KERNEL_NO_SLOWER(kernel=kernel)
     return None
 
 

@@ -13,8 +13,11 @@ from approx_compile.kernels.estimators import Estimator, make_estimator
 from approx_compile.passes.cost.estimates import CostModel, Estimate
 from approx_compile.passes.cost.site_sizes import kind_of
 from approx_compile.passes.planning import lowering
-from approx_compile.passes.planning.plan import BY_SETTINGS, ProductPlan, SitePlan
+from approx_compile.passes.planning.plan import ProductPlan, SitePlan
 from approx_compile.passes.sites.site import Product, Site
+from approx_compile.reasons import Reason
+from approx_compile.reasons.decisions import BY_KERNEL, COUPLED, KERNEL_REFUSED, SAMPLED
+from approx_compile.reasons.products import BY_SETTINGS, COUPLED_TO_EXACT, DYNAMIC_AXIS, DYNAMIC_IMAGE, KEEPS_ALL, NO_WEIGHT, SHORT_AXIS
 
 
 def plan_products(site: Site, settings: SiteSettings, cost: CostModel) -> tuple[ProductPlan, ...]:
@@ -35,16 +38,16 @@ def plan_products(site: Site, settings: SiteSettings, cost: CostModel) -> tuple[
 def _gradient(site: Site, product: Product, settings: SiteSettings, output: ProductPlan, cost: CostModel) -> ProductPlan:
     wanted = settings.of(product.name)
     if wanted.replaces:
-        return _exact_product(site, product, BY_SETTINGS, cost)
+        return _exact_product(site, product, BY_SETTINGS(), cost)
     if wanted.method != "coupled":
         return _sampled_product(site, product, wanted, cost)
     if output.how is None:
-        return _exact_product(site, product, "the output it is coupled to is exact", cost)
+        return _exact_product(site, product, COUPLED_TO_EXACT(), cost)
     plan = replace(
         output,
         name=product.name,
         decision="coupled",
-        reason="through the entries the output kept",
+        reason=COUPLED(),
         node=product.node.name,
         bytes_exact=product.bytes_once,
     )
@@ -54,41 +57,41 @@ def _gradient(site: Site, product: Product, settings: SiteSettings, output: Prod
 def _sampled_product(site: Site, product: Product, wanted: ProductSettings, cost: CostModel) -> ProductPlan:
     """The plan of a product that is sampled along its own contraction axis, or exact where it cannot be."""
     if wanted.method == "exact":
-        return _exact_product(site, product, BY_SETTINGS, cost)
+        return _exact_product(site, product, BY_SETTINGS(), cost)
     size = product.size
     if not isinstance(size, int):
-        return _exact_product(site, product, "its contraction axis has a dynamic size", cost)
+        return _exact_product(site, product, DYNAMIC_AXIS(), cost)
     if wanted.method == "topk_weights" and product.weight is None:
-        return _exact_product(site, product, "topk_weights needs a weight, and neither operand is one", cost)
+        return _exact_product(site, product, NO_WEIGHT(), cost)
     group = auto_group(site, product) if wanted.group == "auto" else wanted.group
     ratio = wanted.ratio if size < 4 * wanted.whole else math.ceil(math.floor(wanted.ratio * size + 0.5) / wanted.whole) * wanted.whole / size
     estimator = make_estimator(wanted.method, size, ratio, wanted.min_k, group, product.weight)
     if estimator is None:
         short = size <= wanted.min_k
-        reason = f"axis of {size}, min_k is {wanted.min_k}" if short else f"keeps all {size} at ratio {wanted.ratio:g}, group {group}"
+        reason = SHORT_AXIS(size=size, least=wanted.min_k) if short else KEEPS_ALL(size=size, ratio=wanted.ratio, group=group)
         return _exact_product(site, product, reason, cost)
     if estimator.unit > 1 and kind_of(site) == "conv" and not all(isinstance(n, int) for n in _torch.value(product.operands[0]).shape[2:]):
-        return _exact_product(site, product, "an image of dynamic size, of which Inductor gathers single channels only: group 1 samples it", cost)
-    by, suffix = _lowering(site, product, estimator, wanted.lowering)
-    reason = f"{product.name}: {wanted.method}" + (f" in groups of {group}" if group > 1 else "") + suffix
+        return _exact_product(site, product, DYNAMIC_IMAGE(), cost)
+    words = SAMPLED(product=product.name, method=wanted.method, groups=f" in groups of {group}" if group > 1 else "")
+    by, reason = _lowering(site, product, estimator, wanted.lowering, words)
     plan = _product_plan(site, product, "sampled", reason, wanted.method, wanted.ratio, estimator.kept, size)
     return _with_times(site, product, replace(plan, how=estimator, lowering=by), cost)
 
 
-def _lowering(site: Site, product: Product, estimator: Estimator, wanted: str) -> tuple[str, str]:
-    """The code that runs a sampled product, and the words for it in the plan's reason."""
+def _lowering(site: Site, product: Product, estimator: Estimator, wanted: str, words: Reason) -> tuple[str, Reason]:
+    """The code that runs a sampled product, and the words for the product with those for its code."""
     if wanted not in CUSTOM_KERNELS:
-        return "inductor", ""
+        return "inductor", words
     refusal = lowering.kernel_refusal(site, product, estimator, wanted)
-    return (wanted, f" by {wanted}") if refusal is None else ("inductor", f" by inductor: {refusal}")
+    return (wanted, BY_KERNEL(words=words, kernel=wanted)) if refusal is None else ("inductor", KERNEL_REFUSED(words=words, why=refusal))
 
 
-def _exact_product(site: Site, product: Product, reason: str, cost: CostModel) -> ProductPlan:
+def _exact_product(site: Site, product: Product, reason: Reason, cost: CostModel) -> ProductPlan:
     size = _torch.hint(product.size)
     return _with_times(site, product, _product_plan(site, product, "exact", reason, "exact", 1.0, size, size), cost)
 
 
-def _product_plan(site: Site, product: Product, decision: str, reason: str, method: str, ratio: float, k: int, size: int) -> ProductPlan:
+def _product_plan(site: Site, product: Product, decision: str, reason: Reason, method: str, ratio: float, k: int, size: int) -> ProductPlan:
     flops = site.flops
     return ProductPlan(product.name, decision, reason, method, ratio, k, size, flops, flops, node=product.node.name, bytes_exact=product.bytes_once)
 
@@ -114,7 +117,7 @@ def planned_estimate(site: Site, product: Product, plan: ProductPlan, cost: Cost
     return estimate(site, product, plan.how, kept, plan.lowering, plan.shares is not None)
 
 
-def exact_site(site: Site, reason: str, cost: CostModel, products: Sequence[ProductPlan] = ()) -> SitePlan:
+def exact_site(site: Site, reason: Reason, cost: CostModel, products: Sequence[ProductPlan] = ()) -> SitePlan:
     """Plan a site that stays exact.
 
     Args:
@@ -126,7 +129,7 @@ def exact_site(site: Site, reason: str, cost: CostModel, products: Sequence[Prod
     return site_plan(site, "exact", reason, tuple(products) or tuple(_exact_product(site, p, reason, cost) for p in site.products))
 
 
-def site_plan(site: Site, decision: str, reason: str, products: tuple[ProductPlan, ...]) -> SitePlan:
+def site_plan(site: Site, decision: str, reason: Reason, products: tuple[ProductPlan, ...]) -> SitePlan:
     """Return the plan of a site from the plans of its products.
 
     Args:

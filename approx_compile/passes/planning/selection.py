@@ -14,6 +14,9 @@ from approx_compile.passes.planning.candidates import TIMED_POLICIES
 from approx_compile.passes.planning.plan import BreakEven, Candidates, ProductPlan, SitePlan, total
 from approx_compile.passes.planning.product_plans import device, exact_site, planned_estimate, site_plan
 from approx_compile.passes.sites.site import Site
+from approx_compile.reasons import Reason, join
+from approx_compile.reasons.decisions import MEASURED, PREDICTED, WITH_PRODUCERS
+from approx_compile.reasons.products import NO_COST_MODEL, WOULD_NOT_PAY
 
 PREDICTION_ERROR = 1.2
 """Factor by which predictions are taken to be off where the range of a break-even ratio is shown (`benchmarks.cost_model.predict` measures it)."""
@@ -49,10 +52,10 @@ def select_best(
     if settings.policy not in TIMED_POLICIES:
         return plan
     if not cost.predicts_time:
-        return exact_site(site, f"no cost model for {device(site)}", cost)
+        return exact_site(site, NO_COST_MODEL(device=device(site)), cost)
     break_even: BreakEven | None = None
     if times is not None:
-        exact, sampled, words = times[0], min(times[1:]), f"measured {times[0] / min(times[1:]):.2f}x at ratio {first.ratio:g}"
+        exact, sampled, words = times[0], min(times[1:]), MEASURED(speedup=times[0] / min(times[1:]), ratio=first.ratio)
     else:
         assert plan.time_exact_us is not None and plan.time_sampled_us is not None
         exact, sampled = plan.time_exact_us, plan.time_sampled_us
@@ -65,9 +68,9 @@ def select_best(
 
     before, after = others(best)
     if before > after:
-        words = f"{words}, {(exact + before) / (sampled + after):.2f}x with the sites before it"
+        words = WITH_PRODUCERS(words=words, speedup=(exact + before) / (sampled + after))
     worth_it = pays(0.0, 0.0) or pays(before, after)
-    decided = replace(plan, reason=f"{first.reason}; {words}") if worth_it else exact_site(site, f"would not pay: {words}", cost)
+    decided = replace(plan, reason=join((first.reason, words))) if worth_it else exact_site(site, WOULD_NOT_PAY(words=words), cost)
     return replace(decided, break_even=break_even)
 
 
@@ -90,7 +93,7 @@ def rank(products: Sequence[ProductPlan], more_us: float = 0.0) -> float:
     return 0.0 if time is None or time + more_us <= 0 else math.ceil(math.log(time + more_us) / math.log(TIE_FACTOR))
 
 
-def prediction(planned: Sequence[tuple[Site, Sequence[ProductPlan]]], cost: CostModel) -> tuple[str, BreakEven]:
+def prediction(planned: Sequence[tuple[Site, Sequence[ProductPlan]]], cost: CostModel) -> tuple[Reason, BreakEven]:
     """Describe the predicted speed of sites that are sampled together.
 
     Args:
@@ -110,7 +113,7 @@ def prediction(planned: Sequence[tuple[Site, Sequence[ProductPlan]]], cost: Cost
         return math.fsum(_time_at(site, p, cost, share) for site, p in products)
 
     break_even = BreakEven(*(_break_even(exact / off, sampled) for off in (1.0, PREDICTION_ERROR, 1 / PREDICTION_ERROR)))
-    return f"predicted {exact / time:.2f}x at ratio {ratio:g}, {break_even}", break_even
+    return PREDICTED(speedup=exact / time, ratio=ratio, break_even=break_even), break_even
 
 
 def _break_even(time_us: float, sampled: Callable[[float], float]) -> float:

@@ -24,6 +24,8 @@ from approx_compile.passes.planning import lowering, zero_propagation
 from approx_compile.passes.planning.candidates import PlanInputs
 from approx_compile.passes.planning.plan import Plan, ProductPlan, SitePlan
 from approx_compile.passes.sites.site import Product, Site, one_contraction
+from approx_compile.reasons import Reason, join
+from approx_compile.reasons.decisions import BY_KERNEL, GRADIENTS_SKIP_ZEROS, KERNEL_REFUSED, SKIPS_ZEROS
 
 
 def skip_zeros(plan: Plan, inputs: PlanInputs) -> Plan:
@@ -84,15 +86,19 @@ def _with_skip(site: Site, plan: SitePlan, j: int, source: str, dropped: Product
     assert current.time_sampled_us is not None and best.time_sampled_us is not None
     if not margins.pays(current.time_sampled_us, best.time_sampled_us, margins.SKIP_MARGIN):
         return plan
-    by = f" by {best.skips_by}" if best.skips_by in CUSTOM_KERNELS else f" by inductor: {refusal}" if refusal is not None else ""
+    skips = SKIPS_ZEROS(source=source)
+    if best.skips_by in CUSTOM_KERNELS:
+        skips = BY_KERNEL(words=skips, kernel=best.skips_by)
+    elif refusal is not None:
+        skips = KERNEL_REFUSED(words=skips, why=refusal)
     products = list(plan.products)
-    products[j] = replace(best, reason=f"{current.reason}; skips what {source} dropped{by}", skips=source)
-    note = "its gradients skip what later sites dropped"
+    products[j] = replace(best, reason=join((current.reason, skips)), skips=source)
+    note = GRADIENTS_SKIP_ZEROS()
     new = replace(plan, products=tuple(products))
     return new.with_note(note) if plan.decision == "exact" and note not in plan.notes else new
 
 
-def _ways(site: Site, plan: SitePlan, current: ProductPlan, dropped: Estimator) -> tuple[list[tuple[str, str]], str | None]:
+def _ways(site: Site, plan: SitePlan, current: ProductPlan, dropped: Estimator) -> tuple[list[tuple[str, str]], Reason | None]:
     """The pairs (lowering, skips_by) to choose from, and why a kernel that was asked for is not among them."""
     asked = [n for n in plan.lowerings if n in CUSTOM_KERNELS]
     refusals = {n: lowering.zero_skipping_refusal(site, dropped, n) for n in asked}

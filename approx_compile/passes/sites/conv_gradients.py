@@ -15,6 +15,8 @@ from approx_compile import _torch
 from approx_compile.kernels.gather import Axis
 from approx_compile.passes.fx_utils import PERMUTES, VIEWS
 from approx_compile.passes.sites.site import Product
+from approx_compile.reasons import Reason
+from approx_compile.reasons.products import BACKWARD_NOT_UNDERSTOOD, SYMBOLIC_GROUPS
 
 aten = torch.ops.aten
 
@@ -39,7 +41,7 @@ def conv_groups(n: fx.Node) -> int:
     return _torch.hint(groups.meta["val"] if isinstance(groups, fx.Node) else groups)
 
 
-def conv_products(n: fx.Node, x: fx.Node, w: fx.Node, weight: int | None, backward_nodes: list[fx.Node]) -> tuple[list[Product], str | None]:
+def conv_products(n: fx.Node, x: fx.Node, w: fx.Node, weight: int | None, backward_nodes: list[fx.Node]) -> tuple[list[Product], Reason | None]:
     """Return the products of a convolution: the output, and the gradients that the backward pass computes.
 
     Args:
@@ -58,16 +60,16 @@ def conv_products(n: fx.Node, x: fx.Node, w: fx.Node, weight: int | None, backwa
     c_in, c_out = _torch.value(x).shape[1] // groups, _torch.value(n).shape[1] // groups
     products = [Product("output", n, (x, w), (channels, w_in), c_in, groups, 1)]
     if not isinstance(n.args[8], int):  # for example one group per sample of a dynamic batch
-        return products, "the number of its groups is a symbol"
+        return products, SYMBOLIC_GROUPS()
     calls = [m for m in backward_nodes if m.target is aten.convolution_backward.default and m.args[1] is x and m.args[2] is w]
     if len(calls) != 1:
         other_readers = [m for m in backward_nodes if m.target not in PERMUTES | VIEWS and {x, w} & set(m.all_input_nodes)]
-        return products, "its backward pass is not understood" if calls or other_readers else None
+        return products, BACKWARD_NOT_UNDERSTOOD() if calls or other_readers else None
     m = calls[0]
     dy, mask = m.args[0], m.args[10]
     assert isinstance(dy, fx.Node) and isinstance(mask, (list, tuple))
     if any(u.target is not operator.getitem for u in m.users):
-        return products, "its backward pass is not understood"
+        return products, BACKWARD_NOT_UNDERSTOOD()
     if mask[0]:
         products.append(Product("grad_input", m, (dy, w), (channels, w_out), c_out, groups, 1, 1, 2, 0))
     if mask[1]:

@@ -19,7 +19,8 @@ from approx_compile.passes.fx_utils import CONV, PRODUCTS
 from approx_compile.passes.sites.conv_gradients import conv_groups, conv_products
 from approx_compile.passes.sites.dataflow import ForwardSources, last_products, module_of, nodes_after_tangents, trace_forward_sources
 from approx_compile.passes.sites.matmul_gradients import matmul_products
-from approx_compile.passes.sites.site import NO_GRADIENT, Context, Module, Site
+from approx_compile.passes.sites.site import Context, Module, Site
+from approx_compile.reasons.products import DTYPE, NO_GRADIENT
 
 
 def find_sites(graph: fx.Graph, context: Context) -> list[Site]:
@@ -82,13 +83,13 @@ def _make_site(n: fx.Node, name: str, owner: Module, backward_nodes: list[fx.Nod
     products, blocked = products_of(n, a, b, weight, backward_nodes)
     dtype = _torch.value(n).dtype
     if not dtype.is_floating_point:
-        blocked = f"{str(dtype).removeprefix('torch.')} products are not sampled"
+        blocked = DTYPE(dtype=str(dtype).removeprefix("torch."))
     elif context.exact or _torch.exact_mark(n):
         blocked = context.exact or _torch.exact_mark(n)
     elif owner.exact:
         blocked = owner.exact
     elif len(products) == 1 and blocked is None:
-        blocked = NO_GRADIENT
+        blocked = NO_GRADIENT()
     activation = a if weight != 0 else b
     hazards = sources.hazards_of(activation) | (frozenset() if weight is not None else sources.hazards_of(b))
     if last and context.last_module is not None:

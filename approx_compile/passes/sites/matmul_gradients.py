@@ -15,11 +15,13 @@ from approx_compile import _torch
 from approx_compile.kernels.gather import Axis
 from approx_compile.passes.fx_utils import BMM, PERMUTES, VIEWS
 from approx_compile.passes.sites.site import Product
+from approx_compile.reasons import Reason
+from approx_compile.reasons.products import BACKWARD_NOT_UNDERSTOOD, ONE_TENSOR
 
 aten = torch.ops.aten
 
 
-def matmul_products(n: fx.Node, a: fx.Node, b: fx.Node, weight: int | None, backward_nodes: list[fx.Node]) -> tuple[list[Product], str | None]:
+def matmul_products(n: fx.Node, a: fx.Node, b: fx.Node, weight: int | None, backward_nodes: list[fx.Node]) -> tuple[list[Product], Reason | None]:
     """Return the products of a matmul: the output, and the gradients that the backward pass computes.
 
     Args:
@@ -45,16 +47,16 @@ def matmul_products(n: fx.Node, a: fx.Node, b: fx.Node, weight: int | None, back
         if not reads:
             continue
         if root_a[0] is root_b[0]:
-            return products, "both operands are views of one tensor"
+            return products, ONE_TENSOR()
         if not (m.target is target or _is_outer_product(m)) or len(reads) != 1:
-            return products, "its backward pass is not understood"
+            return products, BACKWARD_NOT_UNDERSTOOD()
         (position, operand), lhs, rhs = reads[0], m.args[0], m.args[1]
         assert isinstance(lhs, fx.Node) and isinstance(rhs, fx.Node)
         # K must be the dim of the operand that this product does not contract, or it is not a gradient
         dim = _dim_in(m.args[position], (root_a, root_b)[operand], batched + 1 - operand)
         grad_of = 1 - operand
         if dim != batched + position or grad_of in gradients:
-            return products, "its backward pass is not understood"
+            return products, BACKWARD_NOT_UNDERSTOOD()
         weight_position = position if operand == weight else None
         name = "grad_weight" if grad_of == weight else "grad_input"
         if name == "grad_input" and weight is None and grad_of == 1:

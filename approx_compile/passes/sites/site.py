@@ -10,9 +10,7 @@ from torch import fx
 from approx_compile import _torch
 from approx_compile.kernels.gather import Axis
 from approx_compile.passes.fx_utils import CONV, MM, users_of_output
-
-NO_GRADIENT = "no gradient flows through it"
-"""Why a product that is not trained stays exact."""
+from approx_compile.reasons import Reason
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Module:
     """
 
     name: str
-    exact: str | None = None
+    exact: Reason | None = None
     batch_norm: bool = False
     linear: bool = False
 
@@ -62,7 +60,7 @@ class Context:
     modules: dict[str, Module] = field(default_factory=dict)
     root: Module = Module("")
     inputs: tuple[Input, ...] = ()
-    exact: str | None = None
+    exact: Reason | None = None
     last_module: str | None = None
 
     def nothing_trains(self) -> bool:
@@ -167,7 +165,7 @@ class Site:
     hazards: frozenset[str]
     reads: tuple[str, ...]
     last: bool
-    blocked: str | None
+    blocked: Reason | None
     symbolic: str
     traced: tuple[tuple[str, int], ...]
 

@@ -13,6 +13,7 @@ from torch import fx
 
 from approx_compile import _torch
 from approx_compile.passes.fx_utils import op_name
+from approx_compile.reasons.rows import ALONG_BATCH, BATCH_ELSEWHERE, NOT_FIRST_AXIS
 from approx_compile.rows.batch_dim import BatchDimState, Blocked, SampleLayout, ValueLayout, holds_batch
 
 Rule = Callable[[fx.Node, Any, BatchDimState], ValueLayout]
@@ -34,7 +35,7 @@ def common_layout(*layouts: SampleLayout | None) -> SampleLayout | None:
         if common is None or (common.uniform and layout.dim == common.dim):
             common = layout
         elif layout.dim != common.dim or not (layout.uniform or layout == common):
-            raise Blocked("the batch lies elsewhere in another operand")
+            raise Blocked(BATCH_ELSEWHERE())
     return common
 
 
@@ -62,7 +63,7 @@ def along_dim(position: int) -> Rule:
         layout = common_layout(*(state.layout_of(a) for a in n.all_input_nodes))
         dims = dim if isinstance(dim, list | tuple) else [dim]
         if layout is not None and any(int(d) % rank == layout.dim for d in dims):  # type: ignore[arg-type]
-            raise Blocked(f"{op_name(n)} runs along the batch")
+            raise Blocked(ALONG_BATCH(op=op_name(n)))
         return layout
 
     return rule
@@ -75,7 +76,7 @@ def batch_first(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
     """
     layout = common_layout(*(state.layout_of(a) for a in n.all_input_nodes))
     if layout is None or layout.dim != 0:
-        raise Blocked(f"{op_name(n)}: the batch is not the first axis")
+        raise Blocked(NOT_FIRST_AXIS(op=op_name(n)))
     if isinstance(value, tuple | list):
         return tuple(layout if holds_batch(v, state.batch) else None for v in value)
     return layout

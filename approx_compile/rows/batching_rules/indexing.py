@@ -10,6 +10,7 @@ from torch import fx
 
 from approx_compile import _torch
 from approx_compile.passes.fx_utils import op_name
+from approx_compile.reasons.rows import INDICES_APART, OPERAND_WITHOUT_SAMPLES, ROWS_ALL_OVER, ROWS_OVERWRITE, SAMPLES_BY_INDEX, SAMPLES_WRITTEN
 from approx_compile.rows.batch_dim import BatchDimState, Blocked, SampleLayout, ValueLayout
 from approx_compile.rows.batching_rules.common import along_dim, broadcast_layout, common_layout
 
@@ -18,7 +19,7 @@ def gather_scatter(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
     """Apply to gather and scatter. Away from their dim, entry i of an operand belongs to entry i of the others, so that all must hold samples."""
     tensors = [a for a in n.all_input_nodes if isinstance(a.meta.get("val"), torch.Tensor)]
     if any(state.layout_of(a) is None for a in tensors):
-        raise Blocked(f"{op_name(n)} has an operand without samples")
+        raise Blocked(OPERAND_WITHOUT_SAMPLES(op=op_name(n)))
     return along_dim(1)(n, value, state)
 
 
@@ -57,13 +58,13 @@ def index(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
     if layout is not None and (by_sample := _indexed_by_sample(n, layout, indices, state)) is not None:
         return indices.in_result(by_sample)
     if not indices.adjacent:
-        raise Blocked("indices of several axes apart")
+        raise Blocked(INDICES_APART())
     if layout is None:  # a table that every sample looks up by its own entries
         looked_up = indices.layout(state)
         return indices.in_result(looked_up) if looked_up is not None else None
     count = len(indices.tensors)
     if indices.hold_samples(state) or indices.first <= layout.dim < indices.first + count:
-        raise Blocked("samples are picked by index")
+        raise Blocked(SAMPLES_BY_INDEX())
     return layout if layout.dim < indices.first else layout.at_dim(layout.dim - count + indices.width)
 
 
@@ -84,12 +85,12 @@ def index_put(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
         return layout
     if layout is not None:
         if indices.hold_samples(state) or layout.dim in [d for d, _ in indices.tensors] or indices.first < layout.dim:
-            raise Blocked("samples are written by index")
+            raise Blocked(SAMPLES_WRITTEN())
         return common_layout(layout, written)
     if not accumulate or not indices.adjacent or indices.first:
-        raise Blocked("rows overwrite one another")
+        raise Blocked(ROWS_OVERWRITE())
     if common_layout(indices.layout(state), written) is None or (written is not None and written.dim >= indices.width):
-        raise Blocked("rows are written all over")
+        raise Blocked(ROWS_ALL_OVER())
     return None
 
 

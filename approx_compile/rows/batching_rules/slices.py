@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from approx_compile import _torch
+from approx_compile.reasons.rows import BATCH_EXTENDED, BATCH_PADDED, BATCH_SPLIT, EVERY_NTH, EVERY_NTH_WRITTEN, ONE_SAMPLE, ONE_SAMPLE_WRITTEN, PART_OF_BATCH
 from approx_compile.rows.batch_dim import BatchDimState, Blocked, SampleLayout, ValueLayout, argument_values
 from approx_compile.rows.batching_rules.common import common_layout
 
@@ -23,7 +24,7 @@ def select(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
     layout = state.layout_of(n.args[0])
     dim = int(n.args[1]) % _torch.value(n.args[0]).dim()  # type: ignore[arg-type]
     if layout is not None and dim == layout.dim:
-        raise Blocked("one sample is taken out of the batch")
+        raise Blocked(ONE_SAMPLE())
     return layout.at_dim(layout.dim - (dim < layout.dim)) if layout is not None else None
 
 
@@ -34,7 +35,7 @@ def slice_(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
     if layout is None or layout.uniform or dim % value.dim() != layout.dim:
         return layout
     if _step(n, 4) != 1:
-        raise Blocked("every so many samples are taken out of the batch")
+        raise Blocked(EVERY_NTH())
     if _torch.known_equal(value.shape[layout.dim], _torch.value(n.args[0]).shape[layout.dim]):
         return layout
     _batches_in(_start(n, 2), layout, state)
@@ -48,7 +49,7 @@ def slice_scatter(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
     if source is None or source.uniform or dim != source.dim:
         return common_layout(target, source)
     if _step(n, 5) != 1:
-        raise Blocked("every so many samples are written to")
+        raise Blocked(EVERY_NTH_WRITTEN())
     if _torch.known_equal(value.shape[dim], _torch.value(n.args[1]).shape[dim]):
         return common_layout(target, source)
     _batches_in(_start(n, 3), source, state)
@@ -63,7 +64,7 @@ def select_scatter(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
     layout = common_layout(state.layout_of(n.args[0]), source)
     dim = int(n.args[2]) if len(n.args) > 2 else 0  # type: ignore[arg-type]
     if layout is not None and dim % value.dim() == layout.dim:
-        raise Blocked("one sample is written to")
+        raise Blocked(ONE_SAMPLE_WRITTEN())
     return layout
 
 
@@ -76,7 +77,7 @@ def cat(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
     if layout is None or layout.dim != dim or layout.uniform:
         return layout
     if any(p is None for p in layouts):
-        raise Blocked("something without samples is concatenated with the batch")
+        raise Blocked(BATCH_EXTENDED())
     return SampleLayout(dim, sum(_batches_in(_torch.value(a).shape[dim], layout, state) for a in parts), layout.inner)
 
 
@@ -89,7 +90,7 @@ def split(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
     if layout is None or dim != layout.dim:
         return layout.at_dim(layout.dim - (unbind and dim < layout.dim)) if layout is not None else None
     if unbind or layout.uniform:
-        raise Blocked("the batch is split")
+        raise Blocked(BATCH_SPLIT())
     return tuple(SampleLayout(dim, _batches_in(v.shape[dim], layout, state), layout.inner) for v in value)
 
 
@@ -99,7 +100,7 @@ def pad(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
     if layout is not None and value.dim() - 1 - layout.dim < len(n.args[1]) // 2:  # type: ignore[arg-type]
         pads = n.args[1][2 * (value.dim() - 1 - layout.dim) :][:2]  # type: ignore[index]
         if any(p != 0 for p in pads):  # type: ignore[union-attr]
-            raise Blocked("the batch is padded")
+            raise Blocked(BATCH_PADDED())
     return layout
 
 
@@ -107,7 +108,7 @@ def _batches_in(length: Any, layout: SampleLayout, state: BatchDimState) -> Any:
     """How many whole batches a part of `length` entries holds, along a dim where several views of the batch may be concatenated."""
     count = sympy.cancel(_torch.size_expr(length) / (state.batch * layout.inner))
     if not count.is_Integer:
-        raise Blocked("a part of the batch is taken out or written")
+        raise Blocked(PART_OF_BATCH())
     return count
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from approx_compile import _torch
+from approx_compile.reasons.rows import COMPLEX_ALONG_BATCH, MEMORY_READ, MEMORY_WRITTEN, VIEW_DYNAMIC, VIEW_MIXES, VIEW_SPLITS, VIEW_UNIFORM
 from approx_compile.rows.batch_dim import (
     BatchDimState,
     Blocked,
@@ -37,16 +38,16 @@ def view(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
     old, new = _torch.value(n.args[0]).shape, value.shape
     dims = [d for d, s in enumerate(new) if _torch.has_symbol(s, state.batch)]
     if len(dims) != 1:
-        raise Blocked("a view splits the batch")
+        raise Blocked(VIEW_SPLITS())
     (dim,) = dims
     if layout.uniform:
         return _view_of_uniform(layout, old, new, dim)
     before, after = numel_of(old[: layout.dim]) * layout.outer, numel_of(old[layout.dim + 1 :]) * layout.inner
     outer, inner = sympy.cancel(before / numel_of(new[:dim])), sympy.cancel(after / numel_of(new[dim + 1 :]))
     if not (is_whole_number(outer) and is_whole_number(inner)):
-        raise Blocked("a view mixes the batch with other axes")
+        raise Blocked(VIEW_MIXES())
     if not (outer.is_Integer or inner.is_Integer):
-        raise Blocked("the batch is merged between two axes of dynamic size")
+        raise Blocked(VIEW_DYNAMIC())
     return SampleLayout(dim, outer, inner)
 
 
@@ -58,7 +59,7 @@ def _view_of_uniform(layout: SampleLayout, old: Sequence[Any], new: Sequence[Any
     """
     splits = (numel_of(new[:dim]) / numel_of(old[: layout.dim]), numel_of(new[dim + 1 :]) / numel_of(old[layout.dim + 1 :]))
     if not all(is_whole_number(sympy.cancel(e)) for e in splits):
-        raise Blocked("a view merges an axis that is the same for every sample with others")
+        raise Blocked(VIEW_UNIFORM())
     return layout.at_dim(dim)
 
 
@@ -103,7 +104,7 @@ def as_strided(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
     """Apply to as_strided that reads every entry of its tensor once, with other axes."""
     layout, base, new = state.layout_of(n.args[0]), geometry_of(_torch.value(n.args[0])), strided_geometry(n, 1)
     if layout is None or layout.uniform or not covers_same_memory(base, new):
-        raise Blocked("as_strided takes some entries of memory out")
+        raise Blocked(MEMORY_READ())
     return _layout_from_stride(new, sample_stride(base, layout), state)
 
 
@@ -111,14 +112,14 @@ def as_strided_scatter(n: fx.Node, value: Any, state: BatchDimState) -> ValueLay
     """Apply to as_strided_scatter that writes every entry of its tensor once, from a source with other axes."""
     layout, base, new = state.layout_of(n.args[1]), geometry_of(_torch.value(n.args[0])), strided_geometry(n, 2)
     if layout is None or layout.uniform or not covers_same_memory(base, new):
-        raise Blocked("as_strided_scatter writes to some entries of memory")
+        raise Blocked(MEMORY_WRITTEN())
     return _layout_from_stride(base, sample_stride(new, layout), state)
 
 
 def _layout_from_stride(geometry: StridedGeometry, step: Any, state: BatchDimState) -> SampleLayout:
     layout = layout_from_stride(geometry, step, state.batch)
     if layout is None:
-        raise Blocked("a view mixes the batch with other axes")
+        raise Blocked(VIEW_MIXES())
     return layout
 
 
@@ -126,5 +127,5 @@ def view_as_complex(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout
     """Apply to view_as_real and view_as_complex: the last dim, which holds real and imaginary part, is added or removed."""
     layout = state.layout_of(n.args[0])
     if layout is not None and layout.dim >= min(value.dim(), _torch.value(n.args[0]).dim()):
-        raise Blocked("real and imaginary parts along the batch")
+        raise Blocked(COMPLEX_ALONG_BATCH())
     return layout

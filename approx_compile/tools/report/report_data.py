@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -15,6 +15,7 @@ from rich.table import Table
 
 from approx_compile.passes.planning.plan import BreakEven, ProductPlan, RowCut, SitePlan
 from approx_compile.passes.planning.selection import PREDICTION_ERROR
+from approx_compile.reasons import Reason
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class SiteReport:
     shape: str
     dtype: str
     decision: str
-    reason: str
+    reason: Reason
     method: str
     ratio: float
     k: int
@@ -85,9 +86,9 @@ class SiteReport:
         Returns:
             The report of the site.
         """
-        copied = {f.name: getattr(plan, f.name) for f in fields(SiteReport) if f.name not in (*_SHOWN, "products")}
+        copied = {f.name: getattr(plan, f.name) for f in fields(SiteReport) if f.name not in (*_SHOWN, "products", "reason")}
         shown = {name: getattr(plan.shown, name) for name in _SHOWN}
-        return SiteReport(**copied, **shown, products={p.name: p for p in plan.products})
+        return SiteReport(**copied, **shown, reason=plan.reason_with_notes, products={p.name: p for p in plan.products})
 
 
 _SHOWN = ("method", "ratio", "k", "size")
@@ -182,9 +183,10 @@ class ReportData:
         """Return the sites with their products, the cuts, unmatched patterns, remarks and totals as plain values, for JSON.
 
         Returns:
-            Dicts, lists, numbers and strings. The code of the graphs is left out.
+            Dicts, lists, numbers and strings. The code of the graphs is left out. Beside each `reason` stand the ids of the reasons in it (`reason_ids`), which
+            `docs/reference/reasons.md` explains, and what the user can do (`advice`).
         """
-        content = {f.name: [asdict(item) for item in getattr(self, f.name)] for f in fields(self) if f.name in ("sites", "cuts")}
+        content = {f.name: [asdict(item, dict_factory=_with_advice) for item in getattr(self, f.name)] for f in fields(self) if f.name in ("sites", "cuts")}
         totals = {"graphs": len(self.before), "flops_exact": self.flops_exact, "flops_sampled": self.flops_sampled}
         return content | totals | {"unmatched": self.unmatched, "remarks": self.remarks, "assignments": self.assignments}
 
@@ -207,6 +209,8 @@ class ReportData:
             kept = f"{cut.ratio:g} of" if cut.ratio is not None else "as many as needed of"
             what = f"{cut.method}, {kept} {cut.rows} rows, {cut.flops_on_rows / max(1, cut.flops_all):.0%} of the backward FLOPs"
             console.print(f"rows, level {cut.level}: {what if cut.decision == 'rows' else 'all'}; {cut.reason}", highlight=False, markup=False)
+        for reason_id, advice in self.advice().items():
+            console.print(f"{reason_id}: {advice}", highlight=False, markup=False)
         if self.assignments > 1:
             console.print(
                 f"the settings of step 0, the first of {self.assignments} assignments over the run; explain(..., config=config.at(step, phase)) shows another",
@@ -217,6 +221,15 @@ class ReportData:
         for remark in self.remarks:
             console.print(remark, highlight=False, markup=False)
         return out.getvalue().rstrip()
+
+    def advice(self) -> dict[str, str]:
+        """Return what the user can do about the reasons of sites and cuts.
+
+        Returns:
+            The advice by the id of the reason. Reasons without anything to do are left out.
+        """
+        reasons = [*(s.reason for s in self.sites), *(c.reason for c in self.cuts)]
+        return {c.id: c.advice for reason in reasons for c in reason.causes if c.actionable}
 
     def traced(self) -> str:
         """List the symbols in shapes and the sizes that they were traced with.
@@ -238,6 +251,13 @@ class ReportData:
             kept = f"{s.k} of {s.size}"
             table.add_row(escape(s.name), s.op, s.shape, s.dtype, s.decision, kept, si(s.flops_exact), si(s.flops_sampled), escape(s.reason))
         return table
+
+
+def _with_advice(fields: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A data class as a dict, with the ids and the advice of its reason."""
+    found = dict(fields)
+    reason = found.get("reason")
+    return found | {"reason_ids": list(reason.ids), "advice": list(reason.advice)} if isinstance(reason, Reason) else found
 
 
 def si(number: float) -> str:

@@ -11,9 +11,10 @@ from pydantic import BaseModel
 from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.config.rules import Rule
 from approx_compile.config.selectors import LayerPattern
-from approx_compile.passes.planning.candidates import LAST, RAW
 from approx_compile.passes.planning.plan import SitePlan
 from approx_compile.passes.planning.rule_matching import match_rules
+from approx_compile.reasons import Reason
+from approx_compile.reasons.products import LAST_LAYER, RAW_DATA
 from approx_compile.tools.tuning.trial import Trials
 
 _DETERMINISTIC = ("topk", "topk_weights", "zero", "max", "exact")
@@ -34,7 +35,7 @@ class SearchSpace:
         self.base = base
         self.sites: tuple[SitePlan, ...] = ()
         self.sampled: tuple[SitePlan, ...] = ()
-        self.excluded: dict[str, str] = {}
+        self.excluded: dict[str, Reason] = {}
         self._rules: dict[str, dict[str, Any]] = {}
 
     @staticmethod
@@ -69,16 +70,16 @@ class SearchSpace:
             ratio: The lowest ratio to be tried.
         """
         planned = trials.planned(self.base.model_copy(update={"policy": "always", "ratio": ratio}))
-        default_exclusions: dict[str, str] = {}
+        default_exclusions: dict[str, Reason] = {}
         if self.base.policy != "always":
             everything = (*self.base.rules, Rule(layers=("site",)))
             planned_by_cost = trials.planned(self.base.model_copy(update={"rules": everything}))
-            default_exclusions = {s.name: s.reason_without_notes for s in planned_by_cost if s.reason_without_notes in (RAW, LAST)}
+            default_exclusions = {s.name: s.reason for s in planned_by_cost if s.reason in (RAW_DATA(), LAST_LAYER())}
         matches, _ = match_rules(planned, self.base)
         self._rules = {s.name: self._rule(planned, s, self.base.merged(m)) for s, m in zip(planned, matches, strict=True)}
         self.sites = planned
         self.sampled = tuple({s.name: s for s in planned if s.decision == "sampled" and s.name not in default_exclusions}.values())
-        self.excluded = {s.name: s.reason_without_notes for s in planned if s.decision == "exact"} | default_exclusions
+        self.excluded = {s.name: s.reason for s in planned if s.decision == "exact"} | default_exclusions
 
     @property
     def random(self) -> bool:

@@ -15,8 +15,10 @@ from torch import nn
 
 from approx_compile import _torch
 from approx_compile.config import ApproxConfig, ConfigError
-from approx_compile.config.plan_file import NOT_MEASURED, Tuned, TunedPlan, TunedSite
+from approx_compile.config.plan_file import Tuned, TunedPlan, TunedSite
 from approx_compile.passes.planning.plan import SitePlan
+from approx_compile.reasons import Reason, join
+from approx_compile.reasons.tuning import ERROR_TOO_DEAR, ERROR_TOO_LARGE, NOT_MEASURED, ROWS_SAVE_MORE, SAVES_NOTHING, TIME_NOT_MEASURED
 from approx_compile.tools.model_state import training_state_preserved
 from approx_compile.tools.tuning.knapsack import Option, solve_knapsack
 from approx_compile.tools.tuning.measurements import REVISIONS, Measurements, OutOfTime, TrialError
@@ -269,20 +271,20 @@ def _site(measured: Measurements, model: StepTimeModel, site: SitePlan, best: _C
         ratio=ratio if ratio is not None else 1.0,
         saved=saved if ratio is not None else 0.0,
         error=(_rounded(tried.error) or 0.0) if tried is not None and ratio is not None else 0.0,
-        reason=None if ratio is not None else "; ".join((_why_exact(measured, site, best, at, tried, saved), *notes)),
+        reason=None if ratio is not None else join((_why_exact(measured, site, best, at, tried, saved), *notes)),
     )
 
 
-def _why_exact(measured: Measurements, site: SitePlan, best: _Choice, at: float | None, tried: TrialError | None, saved: float) -> str:
+def _why_exact(measured: Measurements, site: SitePlan, best: _Choice, at: float | None, tried: TrialError | None, saved: float) -> Reason:
     if tried is None:
-        return measured.space.excluded.get(site.name, NOT_MEASURED)
+        return measured.space.excluded.get(site.name, NOT_MEASURED())
     if tried.error > measured.max_error:
-        return f"gradient error {tried.error:.2g} at {at:g}"
+        return ERROR_TOO_LARGE(error=tried.error, ratio=at)
     if site.name not in measured.timed_sites:
-        return f"{NOT_MEASURED}: the time it saves (gradient error {tried.error:.2g} at {at:g})"
+        return TIME_NOT_MEASURED(error=tried.error, ratio=at)
     if best.rows is not None:
-        return "rows save more"
-    return f"predicted to save {saved:.1%} at {at:g}" if saved <= 0 else f"error {tried.error:.2g} for {saved:.1%} of the step at {at:g}"
+        return ROWS_SAVE_MORE()
+    return SAVES_NOTHING(saved=saved, ratio=at) if saved <= 0 else ERROR_TOO_DEAR(error=tried.error, saved=saved, ratio=at)
 
 
 def _rounded(error: float | None) -> float | None:
