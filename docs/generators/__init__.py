@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
-from generators import accuracy, cost_model, gradients, papers, speed, studies
+from generators import accuracy, cost_model, gradients, papers, reasons, speed, studies
 from generators.drawings import DRAWINGS
 from generators.stored import Row
 
@@ -28,6 +28,7 @@ SOURCES: tuple[Callable[[], dict[str, str]], ...] = (
     studies.blocks,
     gradients.blocks,
     papers.blocks,
+    reasons.blocks,
 )
 """Functions that return blocks by name. No two of them may make a block of the same name."""
 
