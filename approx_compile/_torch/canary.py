@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
 import sys
 import types
 from collections.abc import Iterator
@@ -33,13 +32,11 @@ class PrivateName:
         name: The dotted name. What follows a colon is a word in the code of that object: an attribute of its instances, a key, a variable of a closure.
         used_for: What this package does with it.
         fallback: What holds without the name; None: the package can't be imported then.
-        since: The first version of torch that has the name; the fallback of older ones needs no warning.
     """
 
     name: str
     used_for: str
     fallback: str | None = None
-    since: tuple[int, int] = (0, 0)
 
 
 _AOT = "torch._functorch._aot_autograd"
@@ -119,10 +116,7 @@ NAMES: tuple[PrivateName, ...] = (
     PrivateName(f"{_AOT}.schemas.ViewAndMutationMeta:bw_donated_idxs", "inputs that the backward graph may write to"),
     PrivateName(f"{_AOT}.schemas.ViewAndMutationMeta:dynamic_outputs", "no marks on the user's tensors"),
     PrivateName(
-        f"{_AOT}.schemas.ViewAndMutationMeta:dynamic_saved_tensors_idxs",
-        "no marks on the user's tensors",
-        "a tensor that is saved may be marked dynamic",
-        (2, 12),
+        f"{_AOT}.schemas.ViewAndMutationMeta:dynamic_saved_tensors_idxs", "no marks on the user's tensors", "a tensor that is saved may be marked dynamic"
     ),
     PrivateName(f"{_AOT}.descriptors:PlainAOTInput", "which input a placeholder is"),
     PrivateName(f"{_AOT}.descriptors:ParamAOTInput", "parameters of a graph module"),
@@ -154,9 +148,7 @@ NAMES: tuple[PrivateName, ...] = (
     PrivateName(f"{_INDUCTOR}.config._pre_fusion_custom_pass", _ORDER),
     PrivateName(f"{_INDUCTOR}.config:fx_graph_cache", "compiling without Inductor's cache"),
     PrivateName(f"{_INDUCTOR}.custom_graph_pass.CustomGraphPass", "the key of the pass in Inductor's caches"),
-    PrivateName(
-        f"{_INDUCTOR}.custom_graph_pass.CustomSchedulerPass", "the key of the guards in Inductor's caches", "Inductor may keep nothing in its caches", (2, 13)
-    ),
+    PrivateName(f"{_INDUCTOR}.custom_graph_pass.CustomSchedulerPass", "the key of the guards in Inductor's caches"),
     PrivateName(f"{_INDUCTOR}.decomposition.select_decomp_table", "tracing a replacement"),
     PrivateName(f"{_INDUCTOR}.dependencies.StarDep", _ORDER),
     PrivateName(f"{_INDUCTOR}.dependencies.WeakDep", _ORDER),
@@ -241,9 +233,7 @@ def missing() -> list[PrivateName]:
     Returns:
         The entries, in the order of the table.
     """
-    version = re.match(r"(\d+)\.(\d+)", torch.__version__)
-    here = (int(version[1]), int(version[2])) if version else (sys.maxsize, 0)
-    return [n for n in NAMES if here >= n.since and not exists(n.name)]
+    return [n for n in NAMES if not exists(n.name)]
 
 
 def check() -> None:
@@ -254,7 +244,7 @@ def check() -> None:
     """
     gone = missing()
     if fatal := [f"{n.name} ({n.used_for})" for n in gone if n.fallback is None]:
-        raise ImportError(f"approx_compile uses private names that torch {torch.__version__} does not have: {', '.join(fatal)}. Use torch 2.11 to 2.13")
+        raise ImportError(f"approx_compile uses private names that torch {torch.__version__} does not have: {', '.join(fatal)}. Use torch 2.13")
     if gone:
         effects = "; ".join(f"{n.name}: {n.fallback}" for n in gone)
         warn_once(f"approx: torch {torch.__version__} does not have private names that approx_compile uses. Results stay correct, but: {effects}")

@@ -237,7 +237,7 @@ def copy_dynamo_graph(gm: fx.GraphModule) -> fx.GraphModule:
 def compile_isolated(model: Any, backend: Any) -> Any:
     """Compile a model separately from what the user has compiled.
 
-    The result has cache entries of its own, which do not count against the user's recompile limit (from torch 2.13 on), and ignores `model.compile()`.
+    The result has cache entries of its own, which do not count against the user's recompile limit, and ignores `model.compile()`.
 
     Args:
         model: A module or a function.
@@ -246,11 +246,8 @@ def compile_isolated(model: Any, backend: Any) -> Any:
     Returns:
         The compiled model.
     """
-    import inspect
-
     compile_any: Any = torch.compile
-    options = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
-    compiled = compile_any(model, backend=backend, **options)
+    compiled = compile_any(model, backend=backend, isolate_recompiles=True)
     in_place = [m for m in model.modules() if in_place_compiled_call(m) is not None] if isinstance(model, torch.nn.Module) else []
     if not in_place:
         return compiled

@@ -10,18 +10,13 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass  # the base class that Inductor's caches ask for
+from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass  # the base classes that Inductor's caches ask for
+from torch._inductor.custom_graph_pass import CustomSchedulerPass as CustomSchedulerPass
 
 from approx_compile._torch.fake_tensors import inductor_decompositions
 
 empty_strided_cpu: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor] = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]
 """The function that Inductor's generated code allocates with. Sizes and strides must be plain tuples."""
-
-
-try:
-    from torch._inductor.custom_graph_pass import CustomSchedulerPass as CustomSchedulerPass
-except ImportError:  # before torch 2.13 the caches asked scheduler passes for the other class, too
-    CustomSchedulerPass = CustomGraphPass  # type: ignore[assignment, misc]
 
 
 def inductor_modes() -> tuple[str, ...]:
