@@ -1,7 +1,8 @@
-"""A training step of library models on a quarter of the rows, against Inductor: BERT, GPT-2, Llama, ViT and their kin, of width 256 and random weights.
+"""A training step of library models on a quarter of the rows, against Inductor.
 
-Inductor (with its guards against torch's known faults) and `grad={"axis": "rows", "ratio": 0.25}` take steps without the optimizer in turn, in one process
-for each model; one row a model in results/library_rows.csv. Bar: 1.5. Needs the extra `conformance` (`make conformance` installs it).
+The models are BERT, GPT-2, Llama, ViT, T5, Whisper, CLIP and their kin, of width 256, with random weights. Inductor (with its guards against torch's known
+faults) and `grad={"axis": "rows", "ratio": 0.25}` take steps without the optimizer in turn, in one process for each model; one row a model in
+results/library_rows.csv. Bar: 1.5. Needs the extra `conformance` (`make conformance` installs it).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 DECODER = {**ENCODER, "num_key_value_heads": HEADS}
 GPT2 = {"vocab_size": VOCABULARY, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 IMAGES = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": 4 * WIDTH, "image_size": 64, "patch_size": 8}
-Data = dict[str, torch.Tensor]
+Data = dict[str, Any]
 Make = Callable[[int], tuple[nn.Module, Data]]
 
 
@@ -94,6 +95,19 @@ WORKS: dict[str, Make] = {
         "T5ForConditionalGeneration",
         text("tokens"),
         vocab_size=VOCABULARY, d_model=WIDTH, d_kv=64, d_ff=4 * WIDTH, num_layers=2, num_heads=HEADS, dropout_rate=0.0, decoder_start_token_id=0,
+    ),
+    "WhisperForConditionalGeneration": hugging_face(
+        "WhisperForConditionalGeneration",
+        lambda batch: {"input_features": torch.randn(batch, 16, 128), "labels": torch.randint(3, VOCABULARY, (batch, 32))},
+        vocab_size=VOCABULARY, d_model=WIDTH, encoder_layers=2, decoder_layers=2, encoder_attention_heads=HEADS, decoder_attention_heads=HEADS,
+        encoder_ffn_dim=4 * WIDTH, decoder_ffn_dim=4 * WIDTH, num_mel_bins=16, max_source_positions=64, max_target_positions=64, begin_suppress_tokens=None,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    ),
+    "CLIPModel": hugging_face(
+        "CLIPModel",
+        lambda batch: text()(batch) | pixels(batch) | {"return_loss": True},
+        config="CLIPConfig",
+        text_config={**ENCODER, "max_position_embeddings": 64, "eos_token_id": 2}, vision_config=IMAGES, projection_dim=WIDTH,
     ),
     "LlamaForCausalLM, LoRA": lora,
 }  # fmt: skip
