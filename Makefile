@@ -17,9 +17,10 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/python examples/train.py $(ARGS)
 
-# Parallel workers share the cores: torch's thread pool and Inductor's compile processes in each would multiply them.
+# Parallel workers share the cores: torch's thread pool and Inductor's compile processes in each would multiply them. A file's tests stay with one worker, so
+# a costly fixture of the file is made once; files are taken in their order, because pytest-xdist's own puts files of few but long tests last.
 PYTEST := $(BIN)/python -m pytest
-PARALLEL := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(PYTEST) -n logical --dist loadgroup
+PARALLEL := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(PYTEST) -n logical --dist loadfile --no-loadscope-reorder
 
 # All tests: those that may share the machine on all cores, then those that time or count memory by themselves. ARGS go to both runs; one that selects no
 # test (exit code 5) is no failure unless the other selects none either.

@@ -21,14 +21,6 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()) / f"pytest-{worker}")
 
 
-def pytest_collection_modifyitems(items):
-    """Keep the tests that share a costly fixture of their module with one worker (`--dist loadgroup`), so that it is made once."""
-    for item in items:
-        fixtures = item._fixtureinfo.name2fixturedefs
-        if any(name != "one_thread" and found[-1].scope == "module" for name, found in fixtures.items()):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 @pytest.fixture(autouse=True)
 def fresh():
     """Reset what torch.compile has compiled and which notices were given, and seed torch."""
