@@ -183,7 +183,7 @@ def test_plain_inductor_gets_them_wrong() -> None:
     assert off(gradients(model, torch.compile(model, backend=known_faults.inductor), x, y), want) < 1e-5
 
 
-CASES = [(two_convolutions, "relu", 8), (two_convolutions, "leaky", 64), (two_convolutions, "sigmoid", 8), (two_poolings, "leaky", 16)]
+CASES = [(two_convolutions, "sigmoid", 8), (two_poolings, "leaky", 16)]
 
 
 @pytest.mark.slow
@@ -195,10 +195,9 @@ def test_gradients_are_eagers(make: Callable[..., nn.Module], name: str, size: i
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["relu", "leaky"])
-def test_disabled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("APPROX_COMPILE_DISABLE", "1")
-    model, (x, y) = two_convolutions(ACTIVATIONS[name]), batch(8)
+    model, (x, y) = two_convolutions(nn.LeakyReLU), batch(8)
     want = gradients(model, model, x, y)
     assert off(gradients(model, torch.compile(model, backend="approx"), x, y), want) < 1e-5
 

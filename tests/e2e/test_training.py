@@ -165,8 +165,9 @@ def test_compiled_autograd() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["topk", "bernoulli"])
-def test_a_resumed_run_repeats_the_uninterrupted_one(method: str) -> None:
+def test_a_resumed_run_repeats_the_uninterrupted_one() -> None:
+    """With an estimator that draws, so that torch's random state must be resumed, too."""
+
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -181,7 +182,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(method: str) -> None:
     def start() -> tuple[nn.Module, torch.optim.Optimizer, Any]:
         torch.manual_seed(5)
         model = Net()
-        return model, torch.optim.Adam(model.parameters()), torch.compile(model, backend="approx", options=ALWAYS | {"method": method, "ratio": 0.25})
+        return model, torch.optim.Adam(model.parameters()), torch.compile(model, backend="approx", options=ALWAYS | {"method": "bernoulli", "ratio": 0.25})
 
     def train(f: Any, optimizer: torch.optim.Optimizer, steps: range) -> None:
         for i in steps:
