@@ -1,76 +1,19 @@
-"""Which indices are kept and with what scale: counts, probabilities, unbiasedness, edge cases.
-
-Statistical tests take a fixed number of draws from a fixed seed, as rows of one `select` call, and compare a mean with its expectation in
-units of its standard error. The file makes about 2,000 such comparisons; a normal variable passes 5 standard errors once in 1.7 million.
-"""
+"""Which indices an estimator keeps and with what scale: how many, by which scores, and in edge cases."""
 
 from __future__ import annotations
 
-import math
 import random
 
 import pytest
 import torch
-from torch import Tensor
+from helpers.selections import KINDS, METHODS, RANDOM, draws, scores, split, weights_of
 
 from approx_compile.kernels.estimators import FLOOR, Estimator, inverse_index, make_estimator, select, water_fill
 
-METHODS = ("topk", "topk_weights", "crs", "bernoulli", "uniform", "wta")
-RANDOM = ("crs", "bernoulli", "uniform", "wta")
 BY_SCORE = ("topk", "topk_weights", "crs", "bernoulli", "wta")
-DRAWS = 20_000
-Z = 5.0
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def i_power(power: float, size: int) -> Tensor:
-    return torch.arange(1, size + 1, dtype=torch.float64) ** -power
-
-
-def shuffled(x: Tensor, seed: int = 0) -> Tensor:
-    return x[torch.randperm(x.shape[-1], generator=torch.Generator().manual_seed(seed))]
-
-
-def scores(kind: str, size: int = 24) -> Tensor:
-    if kind == "dominant":
-        x = torch.ones(size, dtype=torch.float64)
-        x[size // 3] = 1e3
-        return x
-    if kind == "half zeros":
-        return torch.cat([i_power(0.5, size // 2), torch.zeros(size - size // 2, dtype=torch.float64)])
-    made = {"constant": i_power(0, size), "1/i": i_power(1, size), "1/i^2": i_power(2, size), "all zero": torch.zeros(size, dtype=torch.float64)}
-    return shuffled(made[kind])
-
-
-KINDS = ("constant", "1/i", "1/i^2", "dominant", "half zeros", "all zero")
-
-
-def split(score: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared norms of two operands whose product is `score`."""
-    a = torch.linspace(0.5, 2, score.shape[-1], dtype=score.dtype).expand_as(score).contiguous()
-    return a.square(), (score / a).square()
-
-
-def weights_of(estimator: Estimator, a_sq: Tensor, b_sq: Tensor) -> Tensor:
-    """A selection as the weight of every entry of the axis, 0 where dropped: (.., units) -> (.., size)."""
-    idx, scale = select(estimator, a_sq, b_sq)
-    scale = torch.ones(idx.shape, dtype=torch.float64) if scale is None else scale.double()
-    dense = torch.zeros(*idx.shape[:-1], estimator.size // estimator.unit, dtype=torch.float64).scatter(-1, idx, scale)
-    return dense.repeat_interleave(estimator.unit, -1)
-
-
-def draws(estimator: Estimator, score: Tensor, n: int = DRAWS) -> Tensor:
-    """n independent selections as weights, (n, size)."""
-    return weights_of(estimator, *(v.expand(n, -1) for v in split(score)))
-
-
-def z_score(mean: Tensor, expected: Tensor, variance: Tensor, n: int) -> Tensor:
-    """|mean - expected| in standard errors; where nothing is random the two must agree to rounding."""
-    error = (mean - expected).abs()
-    fixed = variance < 1e-12
-    return torch.where(fixed, (error > 1e-9) * torch.inf, error / (variance / n).sqrt().clamp_min(1e-30)).nan_to_num(0, posinf=torch.inf)
 
 
 # --- how many ---
@@ -262,129 +205,6 @@ def test_random_methods_follow_the_generator(method):
     first, second = draws(estimator, scores("1/i"), 20), draws(estimator, scores("1/i"), 20)
     torch.manual_seed(3)
     assert torch.equal(first, draws(estimator, scores("1/i"), 20)) and not torch.equal(first, second)
-
-
-# --- weights ---
-
-
-def wta_sure(score: Tensor, k: int) -> list[int]:
-    """The c* units that are kept surely, by brute force over c in [0, k): argmin of (1 - P_c) / (k - c)."""
-    p = sorted((score / score.sum()).tolist(), reverse=True)
-    cost = [math.fsum(p[c:]) / (k - c) for c in range(k)]
-    c = cost.index(min(cost))
-    return sorted(score.argsort(descending=True)[:c].tolist())
-
-
-def weight_variance(method: str, score: Tensor, k: int) -> Tensor:
-    """Var(weight_i), from the definition of each method."""
-    size = score.shape[-1]
-    score = score if score.sum() > 0 else torch.ones_like(score)
-    if method == "uniform":
-        return torch.full_like(score, size / k - 1)
-    if method == "bernoulli":
-        p = water_fill(score, k)
-        return (1 - p) / p
-    sure = wta_sure(score, k) if method == "wta" else []
-    rest = score.clone()
-    rest[sure] = 0
-    p = rest / rest.sum()
-    variance = (1 / p - 1) / (k - len(sure))
-    variance[sure] = 0
-    return variance  # inf for a unit without a score, which is never drawn
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", RANDOM)
-def test_mean_weight_is_one(method, kind, dtype):
-    """E[weight_i] = 1 for every unit, with the variance of the method's definition. The mean's standard error is the theoretical one: an
-    estimated one is too small just when a rare unit happens to be drawn too rarely."""
-    k, score = 7, scores(kind)
-    torch.manual_seed(4)
-    weights = draws(Estimator(method, 24, k), score.to(dtype))
-    variance = weight_variance(method, score, k)
-    possible = variance.isfinite()
-    assert possible.sum() == (24 if method in ("uniform", "bernoulli") or kind != "half zeros" else 12)
-    assert (weights[:, ~possible] == 0).all()  # a unit without a score adds nothing to the product
-    z = z_score(weights.mean(0), torch.ones(24, dtype=torch.float64), variance, DRAWS)[possible]
-    assert z.max() < Z, z
-    squared = (weights - 1).square()
-    z = z_score(squared.mean(0), variance, squared.var(0), DRAWS)[possible]
-    assert z.max() < Z, z
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_bernoulli_keeps_k_in_expectation_each_with_its_probability(kind):
-    k, score = 7, scores(kind)
-    estimator = Estimator("bernoulli", 24, k)
-    torch.manual_seed(5)
-    weights = draws(estimator, score)
-    p = water_fill(score, k)
-    kept = (weights > 0).double()
-    assert z_score(kept.mean(0), p, p * (1 - p), DRAWS).max() < Z
-    assert z_score(kept.sum(1).mean(), torch.tensor(7.0, dtype=torch.float64), (p * (1 - p)).sum(), DRAWS) < Z
-    torch.testing.assert_close(weights[kept > 0], (1 / p).expand_as(weights)[kept > 0])
-
-
-def binomial_tail(n: int, p: float, above: int) -> float:
-    """P(X > above) for a binomial X."""
-
-    def term(j: int) -> float:
-        return math.exp(math.lgamma(n + 1) - math.lgamma(j + 1) - math.lgamma(n - j + 1) + j * math.log(p) + (n - j) * math.log1p(-p))
-
-    return math.fsum(term(j) for j in range(above + 1, min(n, above + 200) + 1))
-
-
-def test_bernoulli_overflow_is_as_rare_as_documented():
-    """Above its mean, a sum of independent 0/1 variables has the heaviest tail when all are equally likely (Hoeffding 1956)."""
-    seen = 0
-    for k in (*range(1, 40), 64, 128, 512, 2048):
-        for units in {round(k / r) for r in (0.75, 0.5, 0.3, 0.2, 0.1, 0.03, 0.01)}:
-            estimator = Estimator("bernoulli", units, k)
-            if estimator.slots < units:
-                tail = binomial_tail(units, k / units, estimator.slots)
-                assert tail < (1.5e-4 if k >= 16 else 6e-4), (k, units)
-                assert k < 2048 or tail < 4e-5
-                seen += 1
-    assert seen > 100
-
-
-def test_bernoulli_overflow_is_cut_to_the_slots():
-    """With k = 1 of 64 there are 5 slots, and 5 or more units are drawn 36 times in 10,000 draws."""
-    estimator = Estimator("bernoulli", 64, 1)
-    assert estimator.slots == 5
-    torch.manual_seed(6)
-    weights = draws(estimator, scores("constant", 64))
-    full = ((weights > 0).sum(1) == 5).sum().item()
-    expected = DRAWS * binomial_tail(64, 1 / 64, 4)
-    assert expected > 50 and abs(full - expected) < Z * math.sqrt(expected)
-
-
-@pytest.mark.parametrize("k", [1, 2, 7, 13, 23])
-@pytest.mark.parametrize("kind", ["constant", "1/i", "1/i^2", "dominant"])
-def test_wta_keeps_the_best_number_surely(kind, k):
-    score = scores(kind) * torch.linspace(1, 1.01, 24, dtype=torch.float64)  # no ties
-    torch.manual_seed(7)
-    weights = draws(Estimator("wta", 24, k), score, 2000)
-    sure = (weights == 1).all(0).nonzero().flatten().tolist()
-    assert sure == wta_sure(score, k)
-    assert len(sure) < k  # the drawn part is never dropped
-    rest = score.clone()
-    rest[sure] = 0
-    drawn = torch.ones(24, dtype=torch.bool)
-    drawn[sure] = False
-    counts = weights[:, drawn] * (k - len(sure)) * score[drawn] / rest.sum()  # k - c* draws, every one counted
-    torch.testing.assert_close(counts, counts.round(), rtol=0.0, atol=1e-9)
-    assert (counts.round().sum(1) == k - len(sure)).all()
-
-
-def test_crs_counts_repeated_draws():
-    k, score = 7, scores("1/i^2")
-    torch.manual_seed(8)
-    weights = draws(Estimator("crs", 24, k), score, 2000)
-    counts = weights * k * score / score.sum()
-    torch.testing.assert_close(counts, counts.round(), rtol=0.0, atol=1e-9)
-    assert (counts.round().sum(1) == k).all() and (counts > 1.5).any()
 
 
 # --- edge cases ---

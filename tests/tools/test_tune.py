@@ -1,111 +1,28 @@
-"""tune: what it measures is what there is, what it chooses is best, and it leaves no trace. Few of these compile; no time decides."""
+"""`tune` measures the errors that gradients really have, chooses the best plan and gives reasons. Few of these tests compile, and no time decides."""
 
 from __future__ import annotations
 
-import io
-import itertools
-import os
 import random
-import signal
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers.compile import compiled, plans_of
 from helpers.models import mlp
 from helpers.oracles import relative
-from rich.console import Console
+from helpers.tuning import NOTHING, ModelState, net_and_batch
 from rich.progress import Progress
 from torch import Tensor, nn
 
 from approx_compile import ApproxConfig, ConfigError, TunedPlan, explain, tune
 from approx_compile.passes.cost import margins
-from approx_compile.tools.model_state import training_state_preserved
-from approx_compile.tools.tuning import measurements
-from approx_compile.tools.tuning.knapsack import Option, solve_knapsack
 from approx_compile.tools.tuning.measurements import Measurements
 from approx_compile.tools.tuning.search_space import SearchSpace
-from approx_compile.tools.tuning.step_time_model import MeasuredPlan, StepTimeModel
 from approx_compile.tools.tuning.trial import StepTimes, Trials
 from approx_compile.tools.tuning.tune import _Choice, _exact_choice, _result
 
-tune_module = sys.modules[tune.__module__]
-
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-NOTHING = 1e-9
-"""A gradient error that no sampling stays under: nothing is timed then, so nothing compiled."""
-
-
-class Net(nn.Module):
-    """Convolutions with BatchNorm and dropout, a layer called twice, and a counter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.conv, self.bn = nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32)
-        self.twice, self.drop, self.head = nn.Linear(32, 32), nn.Dropout(0.5), nn.Linear(32, 10)
-        self.calls = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        h = torch.relu(self.bn(self.conv(torch.relu(self.stem(x))))).mean((2, 3))
-        return self.head(self.drop(torch.relu(self.twice(torch.relu(self.twice(h))))))
-
-
-def net_and_batch() -> tuple[Net, Tensor, Tensor]:
-    return Net(), torch.randn(16, 3, 8, 8), torch.randint(10, (16,))
-
-
-class State:
-    """All that must not change, bit for bit, and whether it has."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.tensors = {k: v.detach().clone() for k, v in model.state_dict(keep_vars=True).items()}
-        self.objects = dict(model.state_dict(keep_vars=True))
-        self.grads = {n: (p.grad, p.grad.clone()) for n, p in model.named_parameters() if p.grad is not None}
-        self.attributes = [{k: v for k, v in m.__dict__.items() if not k.startswith("_")} for m in model.modules()]
-        self.states = torch.get_rng_state(), random.getstate(), np.random.get_state()
-
-    def unchanged(self) -> bool:
-        now = self.model.state_dict(keep_vars=True)
-        grads = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
-        numpy_state = np.random.get_state()
-        return (
-            all(now[k] is v for k, v in self.objects.items())
-            and all(torch.equal(now[k], v) for k, v in self.tensors.items())
-            and grads.keys() == self.grads.keys()
-            and all(grads[n] is g and torch.equal(g, content) for n, (g, content) in self.grads.items())
-            and self.attributes == [{k: v for k, v in m.__dict__.items() if not k.startswith("_")} for m in self.model.modules()]
-            and torch.equal(torch.get_rng_state(), self.states[0])
-            and random.getstate() == self.states[1]
-            and all(np.array_equal(a, b) for a, b in zip(numpy_state, self.states[2], strict=True))
-        )
-
-
-def trained(model: nn.Module, x: Tensor, y: Tensor) -> State:
-    """The state of a model that has gradients, all but one, and running statistics."""
-    F.cross_entropy(model(x), y).backward()
-    model.get_parameter("head.bias").grad = None
-    return State(model)
-
-
-def after(calls: int, act: Callable[[], Any]) -> Callable[[Tensor, Tensor], Tensor]:
-    """A loss that draws random numbers of all kinds, and does something at its n-th call."""
-    counter = itertools.count(1)
-
-    def loss(output: Tensor, target: Tensor) -> Tensor:
-        random.random(), np.random.rand(), torch.rand(())
-        if next(counter) == calls:
-            act()
-        return F.cross_entropy(output, target)
-
-    return loss
 
 
 # --- what it measures ---
@@ -222,56 +139,6 @@ def test_a_rules_lowering_beats_that_of_all() -> None:
 # --- what it chooses ---
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_the_knapsack_is_the_best_there_is(seed: int) -> None:
-    draw = random.Random(seed)
-    options = [Option(f"s{i}", draw.uniform(-0.1, 1), draw.uniform(0, 0.5)) for i in range(5) for _ in range(2)]
-    overlaps = {(i, j): draw.uniform(0, 0.6) for i, j in itertools.combinations(range(10), 2) if i // 2 != j // 2 and draw.random() < 0.3}
-
-    def value(chosen: tuple[int, ...]) -> float:
-        return sum(options[i].gain for i in chosen) - sum(w for (i, j), w in overlaps.items() if i in chosen and j in chosen)
-
-    legal = (
-        tuple(i for i in pick if i is not None)
-        for pick in itertools.product(*[(None, 2 * s, 2 * s + 1) for s in range(5)])
-        if sum(options[i].cost for i in pick if i is not None) <= 0.6
-    )
-    best = max(map(value, legal))
-    found = solve_knapsack(options, 0.6, overlaps)
-    assert value(tuple(found)) == pytest.approx(best, abs=1e-5) and sum(options[i].cost for i in found) <= 0.6 + 1e-6
-    assert len({options[i].site for i in found}) == len(found)
-
-
-def test_the_knapsack_with_nothing_to_choose() -> None:
-    assert solve_knapsack([], 1.0) == [] and solve_knapsack([Option("a", -1.0, 0.0), Option("b", 1.0, 2.0)], 1.0) == []
-
-
-def test_step_times_are_predicted_from_others() -> None:
-    """Two kinds of sites of which one saves twice as much per FLOP: found from four steps, right for a plan not among them."""
-    model, x = mlp(64, 64, 64, 128, 128), torch.randn(8, 64)
-    whole = tuple(plans_of(model, {"policy": "always", "group": 1}, x))
-
-    def plan(*ratios: float) -> tuple[Any, ...]:
-        sampled = [r < 1 for r in ratios]
-        return tuple(
-            replace(s, decision="sampled" if d else "exact", products=tuple(replace(p, flops_sampled=round(r * p.flops_exact)) for p in s.products))
-            for s, r, d in zip(whole, ratios, sampled, strict=True)
-        )
-
-    total = sum(s.flops_exact for s in whole)
-
-    def saved(sites: tuple[Any, ...]) -> float:
-        speed = {"64x64": 0.5, "64x128": 0.8, "128x128": 1.0}
-        return sum(speed[s.shape.split("x", 1)[1]] * (s.flops_exact - s.flops_sampled) / total - 0.004 * (s.decision == "sampled") for s in sites)
-
-    assert StepTimeModel(whole, []).saved(plan(0.5, 1, 1, 1)) == pytest.approx(0.5 * whole[0].flops_exact / total)
-    seen = [plan(r, r, q, s) for r, q, s in ((0.5, 1, 1), (0.25, 1, 1), (1, 0.5, 1), (1, 0.25, 1), (1, 1, 0.5), (1, 1, 0.25))]
-    model_of_time = StepTimeModel(whole, [MeasuredPlan(p, saved(p)) for p in seen])
-    new = plan(0.5, 0.25, 0.5, 0.25)
-    assert model_of_time.saved(new) == pytest.approx(saved(new), abs=0.01)
-    assert StepTimeModel((), []).saved(()) == 0
-
-
 class Four(nn.Sequential):
     """Four layers of which two are alike."""
 
@@ -313,7 +180,7 @@ def test_a_plan_from_beginning_to_end(tmp_path: Any) -> None:
     """Whatever the times: state, error and record are right, and the file runs."""
     model, x, y = mlp(64, 256, 256, 256), torch.randn(64, 64), torch.randint(10, (64,))
     F.cross_entropy(model(x), y).backward()
-    before, shown = State(model), Progress(disable=True)
+    before, shown = ModelState(model), Progress(disable=True)
     plan = tune(model, x, target=y, max_error=5.0, config={"group": 1, "rules": [{"layers": "4", "method": "exact"}]}, ladder=[0.5], rows=False, progress=shown)
     assert before.unchanged() and len(shown.tasks) == 1
     assert plan.tuned is not None and [s.name for s in plan.tuned.sites] == ["0", "2", "4"]
@@ -344,127 +211,6 @@ def test_reasons_are_those_of_the_plan_chosen(monkeypatch: pytest.MonkeyPatch) -
     ):
         tuned = _result(found, choice, None, None).tuned
         assert tuned is not None and tuned.sites[0].reason == reason
-
-
-def interrupt() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-@pytest.fixture
-def ctrl_c() -> Iterator[None]:
-    """SIGINT interrupts, also where the tests were started in the background of a shell, which then ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.serial
-def test_an_interrupt_gives_what_there_is(ctrl_c: None) -> None:
-    """Ctrl-C before anything is timed: the knapsack takes times to go with FLOPs."""
-    model, x, y = net_and_batch()
-    before = trained(model, x, y)
-    plan = tune(model, x, target=y, loss=after(4, interrupt), max_error=5.0, config={"group": 1}, ladder=[0.5], rows=False, progress=False)
-    assert before.unchanged() and plan.tuned is not None
-    assert plan.tuned.stopped == "a keyboard interrupt" and plan.tuned.achieved_speedup is None and plan.tuned.error is None
-    ratios = {s.name: s.ratio for s in plan.tuned.sites}
-    assert ratios["conv"] == 0.5 and plan.tuned.predicted_speedup > 1.1  # most of the FLOPs, measured first
-    assert ratios["stem"] == ratios["head"] == 1 and "not measured" in str(plan)
-    early = tune(model, x, target=y, loss=after(1, interrupt), progress=False)
-    assert before.unchanged() and "rules" not in early.options
-
-
-@pytest.mark.slow
-def test_an_exception_leaves_no_trace() -> None:
-    def fail() -> None:
-        raise RuntimeError("the user's own")
-
-    model, x, y = net_and_batch()
-    before = trained(model, x, y)
-    with pytest.raises(RuntimeError, match="the user's own"):
-        tune(model, x, target=y, loss=after(3, fail), progress=False)
-    assert before.unchanged()
-
-
-def test_kept_puts_everything_back() -> None:
-    model, x, y = net_and_batch()
-    before = trained(model, x, y)
-    with training_state_preserved(model), torch.no_grad():
-        model.conv.weight.mul_(2)
-        model.conv.weight.grad = None
-        model.bn(torch.randn(4, 32, 2, 2))
-        model.calls, model.extra = 7, 1
-        random.random(), np.random.rand(), torch.rand(())
-        assert not before.unchanged()
-    assert before.unchanged()
-
-
-@pytest.mark.slow
-def test_the_time_budget_ends_it() -> None:
-    model, x, y = net_and_batch()
-    before = trained(model, x, y)
-    plan = tune(model, x, target=y, time_budget_s=1e-6, progress=False)
-    assert before.unchanged() and plan.tuned is not None and plan.tuned.stopped == "the time budget of 1e-06 s"
-    assert plan.options == {"policy": "always", "method": "exact"} and plan.tuned.sites[1].reason == "not measured"
-
-
-class Counted(Trials):
-    """Trials whose seconds are counted, not spent: a step op by op takes 1, a compilation `COMPILING`, a pair of steps 1 and 41 of them at most."""
-
-    COMPILING = 20.0
-    clock = 0.0
-    compiled_for: ClassVar[list[str]] = []
-
-    def gradients(self, options: Any, draw: int = 0) -> Any:
-        Counted.clock += 1.0
-        return super().gradients(options, draw)
-
-    def compiled(self, options: Any) -> Any:
-        Counted.clock += self.COMPILING
-        Counted.compiled_for.append(str(options))
-        return lambda: None
-
-    def times(self, step: Any, late: Callable[[], bool]) -> StepTimes:
-        _ = self.exact
-        for pair in range(41):
-            if pair >= 5 and late():
-                break
-            Counted.clock += 1.0
-        return StepTimes(1.0, 0.8, 0.8)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("budget", "rows"), [(2.0, True), (20.0, False), (100.0, True), (100.0, False), (250.0, True), (1e9, True)])
-def test_the_time_budget_is_kept(budget: float, rows: bool, monkeypatch: pytest.MonkeyPatch, small_work_counts: None) -> None:
-    """To one trial, by a clock of its own; and what was not measured is said to be so."""
-    monkeypatch.setattr(tune_module, "Trials", Counted)
-    monkeypatch.setattr(measurements, "now", lambda: Counted.clock)
-    monkeypatch.setattr(Counted, "clock", 0.0)
-    monkeypatch.setattr(Counted, "compiled_for", [])
-    model, x = mlp(32, 64, 64, 10), torch.randn(32, 32)
-    plan = tune(model, x, loss=lambda y: y.square().mean(), max_error=5.0, time_budget_s=budget, config={"group": 1}, ladder=[0.5], rows=rows, progress=False)
-    assert plan.tuned is not None and Counted.clock <= max(budget + Counted.COMPILING, 2.0)
-    assert plan.tuned.stopped is None or plan.tuned.stopped == f"the time budget of {budget:g} s"
-    hidden = plan.tuned.sites[1]
-    assert hidden.name == "2"
-    if not Counted.compiled_for and hidden.ratio == 1:
-        assert hidden.reason is not None and hidden.reason.startswith("not measured") and "1 of 3 sites for want of a measurement" in str(plan)
-    if budget == 1e9:
-        assert plan.tuned.stopped is None and len(Counted.compiled_for) > 2 and plan.tuned.achieved_speedup == 1.25 and "not measured" not in str(plan)
-    if budget <= 20:
-        assert not Counted.compiled_for and plan.tuned.achieved_speedup is None and plan.tuned.stopped is not None
-    if plan.tuned.achieved_speedup is None and (hidden.ratio < 1 or plan.tuned.rows is not None):
-        assert "achieved not measured" in str(plan)
-
-
-@pytest.mark.slow
-def test_how_long_it_would_take_is_said_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune_module, "Trials", Counted)
-    monkeypatch.setattr(measurements, "now", lambda: Counted.clock)
-    console = Console(file=io.StringIO(), width=400)
-    with Progress(console=console) as shown:
-        tune(mlp(32, 64, 64, 10), torch.randn(32, 32), loss=torch.sum, time_budget_s=5.0, config={"group": 1}, ladder=[0.5], rows=False, progress=shown)
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "tune: up to 13 gradients and 4 compilations, at most about" in text and "the time budget is 5 s; what does not fit" in text
 
 
 @pytest.mark.slow
