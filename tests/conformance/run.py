@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +32,7 @@ import checks  # noqa: E402
 import decide  # noqa: E402
 import table  # noqa: E402
 
+from approx_compile.machine import device_name  # noqa: E402
 from approx_compile.passes.joint_graph_pass import code_version  # noqa: E402
 
 KEPT = ROOT / "out" / "conformance"
@@ -86,8 +88,14 @@ def _run(model: models.Model, part: str, limit: float, again: bool) -> str:
             code = f"not done after {limit:g} s"
     result = json.loads(fresh.read_text()) if fresh.exists() else {"died": code if isinstance(code, str) else f"exit status {code}"}
     fresh.unlink(missing_ok=True)
-    path.write_text(json.dumps({"code": code_version(), "result": result}, indent=1))
+    path.write_text(json.dumps({"code": code_version(), "conditions": _conditions(), "result": result}, indent=1))
     return f"{table.line(result)} ({time.perf_counter() - start:.0f} s)"
+
+
+def _conditions() -> dict[str, str]:
+    """When, with which commit and on what device a result was found."""
+    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {"date": date.today().isoformat(), "commit": commit, "device": device_name("cpu")}
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ LIMITS = {"fp32": 1e-4, "fp64": 1e-9, "narrow": 1e-5}
 """Relative errors; `narrow`: of double precision where the model itself computes in single precision."""
 
 COLUMNS = (
-    "library model versions decision share reason graphs first_call_approx first_call_inductor default_fp32 exact_fp32 exact_fp64 lin_fp32 lin_fp64 "
-    "mean_fp32 mean_fp64 other_sizes recompiled recompiled_by_torch inductor_gradients random_stream warnings marks single_precision_inside verdict"
+    "date commit device library model versions decision share reason graphs first_call_approx first_call_inductor default_fp32 exact_fp32 exact_fp64 "
+    "lin_fp32 lin_fp64 mean_fp32 mean_fp64 other_sizes recompiled recompiled_by_torch inductor_gradients random_stream warnings marks single_precision_inside verdict"
 ).split()
 DISTRIBUTIONS = {"vit_pytorch": "vit-pytorch", "x_transformers": "x-transformers", "pytorch_tabnet": "pytorch-tabnet"}
 
@@ -48,16 +48,19 @@ def _short(value: Any) -> str:
 def row(model: models.Model, kept: Path) -> dict[str, Any] | None:
     """One model's row of the CSV, with what its results come to; None if it has not been run."""
     found: dict[str, Any] = {}
+    conditions: dict[str, str] = {}
     died = []
     for path in sorted((kept / slug(model.name)).glob("*.json")):
-        result = json.loads(path.read_text())["result"]
+        stored = json.loads(path.read_text())
+        result = stored["result"]
+        conditions |= stored.get("conditions", {})
         died += [f"{path.stem}: {result['died']}"] if "died" in result else []
         for name, value in result.items():
             found |= _named(name, value)
     if not found:
         return None
     narrow = found.get("narrow") is True
-    out: dict[str, Any] = dict.fromkeys(COLUMNS, "") | {"library": model.library, "model": model.name, "versions": _versions(model.library)}
+    out: dict[str, Any] = dict.fromkeys(COLUMNS, "") | conditions | {"library": model.library, "model": model.name, "versions": _versions(model.library)}
     bad = [*died]
 
     def number(column: str, key: str, limit: float) -> None:
@@ -101,7 +104,7 @@ def row(model: models.Model, kept: Path) -> dict[str, Any] | None:
         if out[column] not in ("", good):
             bad.append(f"{key.removesuffix(' fp32')}: {out[column]}")
     out["single_precision_inside"] = "yes" if narrow else "no"
-    out["verdict"] = "; ".join(bad) or "right"
+    out["verdict"] = "; ".join(bad) or ("right" if out["default_fp32"] != "" else "not checked")
     return out
 
 
@@ -123,6 +126,8 @@ def write(root: Path, kept: Path) -> None:
 def page(rows: list[dict[str, Any]]) -> str:
     counts = Counter(r["decision"] for r in rows)
     right = sum(r["verdict"] == "right" for r in rows)
+    checked = sum(r["verdict"] != "not checked" for r in rows)
+    dates, commits, devices = (sorted({r[k] for r in rows if r[k]}) for k in ("date", "commit", "device"))
     libraries = len({r["library"] for r in rows})
     head = f"""---
 orphan: true
@@ -132,7 +137,7 @@ orphan: true
 
 `make conformance` builds {len(rows)} models of {libraries} libraries from small configurations with random weights, compiles each with
 `backend="approx"` alone, and checks it against eager. Rows are on in {counts["on"]}, in part in {counts["partly"]}, declined in {counts["declined"]};
-{right} are right in every check. The floor of work below which the default leaves a model alone is set to 0 here: the question is what rows can do,
+of the {checked} that were checked {right} are right in every check. The floor of work below which the default leaves a model alone is set to 0 here: the question is what rows can do,
 not whether it pays at this size.
 
 - **rows**: on (at least nine tenths of the backward pass's FLOPs can run on some of the rows), partly, or declined, with dropout as the library
@@ -146,6 +151,7 @@ not whether it pays at this size.
   compiles without this package.
 
 Bars: 1e-4 in single precision, 1e-9 in double (1e-5 where the model itself computes in single precision, marked *).
+{", ".join(dates)}; commit {", ".join(commits)}; {", ".join(devices)}, one thread; from `benchmarks/results/conformance.csv`.
 
 | model | rows | FLOPs on rows | why not | first call, s | default | exact | lin | mean | sizes | verdict |
 |---|---|---|---|---|---|---|---|---|---|---|
