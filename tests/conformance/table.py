@@ -17,8 +17,8 @@ LIMITS = {"fp32": 1e-4, "fp64": 1e-9, "narrow": 1e-5}
 """Relative errors; `narrow`: of double precision where the model itself computes in single precision."""
 
 COLUMNS = (
-    "date commit device library model versions decision share reason graphs first_call_approx first_call_inductor default_fp32 exact_fp32 exact_fp64 "
-    "lin_fp32 lin_fp64 mean_fp32 mean_fp64 other_sizes recompiled recompiled_by_torch inductor_gradients random_stream warnings marks single_precision_inside verdict"
+    "date commit device library model versions decision share reason graphs first_call_approx first_call_inductor default_fp32 exact_fp32 exact_fp64 lin_fp32 "
+    "lin_fp64 mean_fp32 mean_fp64 other_sizes recompiled recompiled_by_torch inductor_gradients random_stream warnings marks single_precision_inside verdict"
 ).split()
 DISTRIBUTIONS = {"vit_pytorch": "vit-pytorch", "x_transformers": "x-transformers", "pytorch_tabnet": "pytorch-tabnet"}
 
@@ -137,8 +137,8 @@ orphan: true
 
 `make conformance` builds {len(rows)} models of {libraries} libraries from small configurations with random weights, compiles each with
 `backend="approx"` alone, and checks it against eager. Rows are on in {counts["on"]}, in part in {counts["partly"]}, declined in {counts["declined"]};
-of the {checked} that were checked {right} are right in every check. The floor of work below which the default leaves a model alone is set to 0 here: the question is what rows can do,
-not whether it pays at this size.
+of the {checked} that were checked {right} are right in every check. The floor of work below which the default leaves a model alone is set to 0 here: the
+question is what rows can do, not whether it pays at this size.
 
 - **rows**: on (at least nine tenths of the backward pass's FLOPs can run on some of the rows), partly, or declined, with dropout as the library
   sets it; "why not" is the reason that the package gives.
