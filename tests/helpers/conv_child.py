@@ -16,7 +16,7 @@ from oracles import relative
 from torch import Tensor
 
 from approx_compile.kernels import skip_conv as reference
-from approx_compile.kernels.triton import conv_launch
+from approx_compile.kernels.triton import autotune, conv_launch
 from approx_compile.kernels.triton.autotune import DeviceLimits, TileConfig
 
 SMALL = TileConfig(32, 32, 16, 4, 3)
@@ -69,6 +69,6 @@ def errors(
 if __name__ == "__main__":
     torch.backends.cudnn.conv.fp32_precision = "tf32"
     torch.use_deterministic_algorithms(True)  # no configuration is timed, and what `torch.empty` returns is NaN
-    conv_launch.device_limits = lambda _: DeviceLimits("interpreter", 80, 4, 163 * 1024)
+    autotune.device_limits = lambda _: DeviceLimits("interpreter", 80, 4, 163 * 1024)
     for name, case in json.load(sys.stdin).items():
         print(json.dumps({name: errors(**case)}), flush=True)

@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="the extra `triton` is not installed")
 
 from helpers.gpu_code import Code, compile_for
 
-from approx_compile.kernels.triton import conv_kernels, conv_launch
+from approx_compile.kernels.triton import autotune, conv_kernels, conv_launch
 from approx_compile.kernels.triton.autotune import DeviceLimits, TileConfig
 
 CASES: dict[str, dict[str, Any]] = {
@@ -120,8 +120,8 @@ def test_candidates_depend_on_what_the_choice_is_kept_by(monkeypatch: pytest.Mon
         offered.setdefault(key, set()).add(tuple(candidates()))
         raise InterruptedError
 
-    monkeypatch.setattr(conv_launch, "fastest_config", pick)
-    monkeypatch.setattr(conv_launch, "device_limits", lambda _: DeviceLimits("none", 80, 4, 163 * 1024))
+    monkeypatch.setattr(autotune, "fastest_config", pick)
+    monkeypatch.setattr(autotune, "device_limits", lambda _: DeviceLimits("none", 80, 4, 163 * 1024))
     for samples in (11, 13, 16, 20):
         x, dy = (torch.empty(samples, c, 3, 8, dtype=torch.float16).to(memory_format=torch.channels_last) for c in (64, 24))
         dw = torch.empty(24, 64, 1, 1, dtype=torch.float16)

@@ -119,6 +119,28 @@ def next_power_of_two(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
+def config_for_result(
+    kernel: Any,
+    x: torch.Tensor,
+    size: tuple[int, int],
+    key: tuple[Hashable, ...],
+    candidates: Callable[[DeviceLimits], Sequence[TileConfig]],
+    run: Callable[[TileConfig], None],
+) -> TileConfig:
+    """Return the fastest configuration for a launch with an operand `x`. Results whose sizes have the same next powers of two share it.
+
+    Args:
+        kernel: The Triton kernel.
+        x: An operand; its device and dtype belong to the key.
+        size: Rows and columns of the result.
+        key: What else the choice depends on.
+        candidates: Makes all configurations for the kernel on a device, of which the promising ones are timed.
+        run: Launches the kernel with a configuration.
+    """
+    device, m, n = device_limits(x), next_power_of_two(size[0]), next_power_of_two(size[1])
+    return fastest_config(kernel, (*key, m, n, x.dtype), lambda: promising_configs(candidates(device), m, n, x.element_size(), device), device, run)
+
+
 def fastest_config(
     kernel: Any, key: tuple[Hashable, ...], candidates: Callable[[], Sequence[TileConfig]], device: DeviceLimits, run: Callable[[TileConfig], None]
 ) -> TileConfig:

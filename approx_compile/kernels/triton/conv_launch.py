@@ -15,8 +15,9 @@ import triton
 from torch import Tensor
 
 from approx_compile.kernels.availability import CONV_UNITS
+from approx_compile.kernels.triton import autotune
 from approx_compile.kernels.triton import conv_kernels as kernels
-from approx_compile.kernels.triton.autotune import TileConfig, device_context, device_limits, fastest_config, next_power_of_two, promising_configs
+from approx_compile.kernels.triton.autotune import TileConfig, device_context, next_power_of_two
 
 LARGE_TILES = {8: (), 9: (TileConfig(256, 128, 64, 8, 4),)}
 COMMON_TILES = (TileConfig(128, 128, 64, 8, 4), TileConfig(128, 64, 64, 4, 4))
@@ -82,7 +83,7 @@ def unsupported_reason(product: str, g: ConvConstants, unit: int, idx: Tensor, *
         return f"dtypes are {', '.join(sorted(str(d) for d in dtypes))}: one of bfloat16, float16 and float32 is needed"
     if torch.float32 in dtypes and torch.backends.cudnn.conv.fp32_precision != "tf32":  # type: ignore[attr-defined]
         return "fp32 without tf32 has no tensor cores: torch.backends.cudnn.conv.fp32_precision is not 'tf32'"
-    if any(t.is_cuda and device_limits(t).arch // 10 not in LARGE_TILES for t in operands):
+    if any(t.is_cuda and autotune.device_limits(t).arch // 10 not in LARGE_TILES for t in operands):
         return "there are kernels for compute capability 8.x and 9.x"
     if unit not in CONV_UNITS:  # a unit must be whole steps of the loop over the contraction axis
         return f"groups of {unit} channels: there are kernels for {', '.join(map(str, CONV_UNITS))}"
@@ -116,12 +117,9 @@ def candidate_configs(product: str, itemsize: int, length: int, capability: int)
 
 
 def _tuned(product: str, x: Tensor, size: tuple[int, int], length: int, key: tuple[Any, ...], launch: Callable[[TileConfig], None]) -> TileConfig:
-    """Look up or time the configuration for a result of `size` rows and columns, which is shared by sizes up to the next power of two."""
-    device, itemsize = device_limits(x), x.itemsize
-    m, n = next_power_of_two(size[0]), next_power_of_two(size[1])
-    return fastest_config(
-        getattr(kernels, product), (*key, m, n, x.dtype),
-        lambda: promising_configs(candidate_configs(product, itemsize, length, device.arch // 10), m, n, itemsize, device), device, launch,
+    """Look up or time the configuration for a product whose contraction axis has this length (see `candidate_configs`)."""
+    return autotune.config_for_result(
+        getattr(kernels, product), x, size, key, lambda device: candidate_configs(product, x.itemsize, length, device.arch // 10), launch
     )  # fmt: skip
 
 
@@ -209,7 +207,7 @@ def grad_weight(
 
         def launch(c: TileConfig) -> None:
             tiles = triton.cdiv(g.O, c.block_m) * triton.cdiv(kept, c.block_n) * taps
-            shares = splits or max(1, min(2 * device_limits(x).processors // tiles, places // _MIN_PLACES))
+            shares = splits or max(1, min(2 * autotune.device_limits(x).processors // tiles, places // _MIN_PLACES))
             share = triton.cdiv(triton.cdiv(places, shares), c.block_k) * c.block_k
             shares = triton.cdiv(places, share)
             sums = torch.empty(shares, g.O, taps, kept, dtype=torch.float32, device=x.device)

@@ -6,7 +6,6 @@ configuration is looked up or timed by `autotune`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -186,8 +185,8 @@ def skip(
 
     with device_context(a):
         a, b = (pack(a.T, idx, unit, 0).T, pack(b, idx, unit, 0)) if packed else (a, b)
-        key = ("skip", autotune.next_power_of_two(len(idx) * unit), unit, a.dtype, a.stride(1) == 1, b.stride(1) == 1, scale is None, bias is None)
-        run(config or _config(skip_kernel, a, m, n, unit, key, run))
+        key = ("skip", autotune.next_power_of_two(len(idx) * unit), unit, a.stride(1) == 1, b.stride(1) == 1, scale is None, bias is None)
+        run(config or autotune.config_for_result(skip_kernel, a, (m, n), key, lambda d: candidate_configs(a.element_size(), unit, d.arch), run))
     return y
 
 
@@ -230,8 +229,9 @@ def skip_into(
     with device_context(a):
         b = pack(b, idx, unit, 1) if packed else b
         lengths = autotune.next_power_of_two(n), autotune.next_power_of_two(length)
-        key = ("into", dim, *lengths, unit, a.dtype, a.stride(1) == 1, b.stride(1) == 1, scale is None)
-        run(config or _config(into_kernel, a, m, len(idx) * unit, 0, key, run))
+        key = ("into", dim, *lengths, unit, a.stride(1) == 1, b.stride(1) == 1, scale is None)
+        size = (m, len(idx) * unit)
+        run(config or autotune.config_for_result(into_kernel, a, size, key, lambda d: candidate_configs(a.element_size(), 0, d.arch), run))
     return y
 
 
@@ -241,11 +241,3 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 
 def _uses_tma(x: Tensor, given: bool | None) -> bool:
     return autotune.device_limits(x).arch // 10 == 9 if given is None else given
-
-
-def _config(kernel: Any, a: Tensor, m: int, n: int, unit: int, key: tuple[Any, ...], run: Callable[[TileConfig], None]) -> TileConfig:
-    """Look up or time the configuration, which is shared by sizes up to the next power of two."""
-    device, size, m, n = autotune.device_limits(a), a.element_size(), autotune.next_power_of_two(m), autotune.next_power_of_two(n)
-    return autotune.fastest_config(
-        kernel, (*key, m, n), lambda: autotune.promising_configs(candidate_configs(size, unit, device.arch), m, n, size, device), device, run
-    )
