@@ -1,4 +1,4 @@
-"""AOTAutograd: backward tags, descriptors of inputs and outputs, notes on nodes, metadata and donated buffers."""
+"""AOTAutograd: which nodes belong to the backward pass, what the inputs and outputs of its graphs stand for, and which buffers compiled code may overwrite."""
 
 from __future__ import annotations
 

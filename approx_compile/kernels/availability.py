@@ -1,7 +1,7 @@
-"""Tells which lowerings to custom kernels (Triton, CUDA C++) can run on this machine, and why one cannot.
+"""Tell whether custom kernels (Triton, CUDA C++) can run on this machine, and why they cannot.
 
-Only the installation, the device and torch's settings are looked at. Whether a kernel takes certain operands is the kernels' own question
-(`can_skip`, `supports_matmul`, `unsupported_reason`).
+This depends on the installation, the device and torch's settings. Whether a kernel takes certain operands is told by the launchers (`can_skip`,
+`supports_matmul`, `unsupported_reason`).
 """
 
 from __future__ import annotations

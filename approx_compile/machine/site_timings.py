@@ -1,4 +1,4 @@
-"""Measure how long single sites take, once per site and machine, and keep the times on disk beside the machine's profile.
+"""Have single sites timed in a child process, once per site and machine, and keep the times on disk beside the machine's profile.
 
 A child process (`approx_compile.backend.site_benchmark`) compiles and times the sites, because the times are asked for in the middle of a compilation.
 This module is the parent's side: it writes the requests, runs the child and stores the answers.

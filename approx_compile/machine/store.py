@@ -1,7 +1,7 @@
-"""Where profiles are stored, and which of them decisions read: paths, loading, the profile in use, the profiles loaded in this process.
+"""Find, load and remember the profiles of devices, and select the one that decisions read.
 
 The profile of a device is chosen in this order: the innermost `use` block, the file named by the environment variable `FILE`, the profile loaded before
-in this process, the file in the user's cache folder. `calibration.current` measures a profile where none of these exists; nothing here does.
+in this process, the file in the user's cache folder. `calibration.current` measures a profile where none of these exists; this module measures nothing.
 """
 
 from __future__ import annotations

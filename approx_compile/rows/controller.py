@@ -1,4 +1,4 @@
-"""Find during a run how many rows a step needs, and keep the state that a model's checkpoint must hold: the policy "adaptive".
+"""Find during a run how many rows each step needs (the policy "adaptive"), and keep the state of a run that a model's checkpoint must hold.
 
 For rows, the norms g of the gradients that reach a cut are known in any case. `row_sampling.needed_share` computes the share of the rows that keeps the added
 variance below tau times the gradient's own. The running mean of this share, rounded up to a rung of the ladder, is the share kept from the next step on.

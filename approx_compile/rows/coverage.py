@@ -1,6 +1,6 @@
-"""What share of a backward pass can run on selected rows, and the work that this takes.
+"""Estimate which share of a backward pass can run on selected rows, and the work that selecting and moving these rows takes.
 
-`estimate_coverage` tells it from the joint graph, before partitioning; `planned_work` describes a partition.
+`estimate_coverage` reads the joint graph, before partitioning; `planned_work` reads a partition.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where in the user's model the op of a node comes from."""
+"""Find the module and the line of the user's code that an op of a graph comes from."""
 
 from __future__ import annotations
 

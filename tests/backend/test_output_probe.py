@@ -140,7 +140,7 @@ def test_no_gradient_no_measurement() -> None:
     x = torch.ones(2, requires_grad=True)
     outputs(x).sum().backward()
     assert torch.equal(x.grad, torch.full((2,), 2.0)) and seen == [1.0, 1.0, 1.0]
-    assert outputs._own_control.start_step() == 1.0  # a candidate that is half as large again: |0.5|^2
+    assert outputs._unowned_control.start_step() == 1.0  # a candidate that is half as large again: |0.5|^2
 
 
 def test_explain_shows_the_smallest_ratio() -> None:

@@ -1,4 +1,4 @@
-"""Match the rules of a config to the sites of a graph, and report the layers and patterns that match nothing."""
+"""Match the rules of a config to the sites of a graph: which rules hold for a site, what they ask of its rows, and which layers and patterns match nothing."""
 
 from __future__ import annotations
 

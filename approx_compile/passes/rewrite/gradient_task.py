@@ -1,4 +1,4 @@
-"""The data of one edit in the backward pass: what is to be done to a gradient product, and where its result goes."""
+"""Data classes for the edit of one gradient product: the axes on which its operands and result are narrowed, and where the result goes."""
 
 from __future__ import annotations
 
