@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from generators.stored import Row, block, by, caption, newest, newest_commit, rows, table, times
+from generators.stored import RESULTS, Row, block, by, caption, newest, newest_commit, rows, table, times
 
 KEPT = ("0.5", "0.25", "0.1", "adaptive")
 
@@ -141,6 +141,14 @@ def tune_table() -> str:
     return block(table(["work", "error", "sites and ratios", "predicted", "achieved", "search", "commit"], lines), caption(what, found, "tune.csv"))
 
 
+def plan_block() -> str:
+    """The rules of a stored plan, without the record of how they were found."""
+    rules = (RESULTS / "tune-blocks.toml").read_text().split("[tuned]")[0].rstrip()
+    found = [r for r in newest(rows("tune.csv"), "work").values() if r["work"].startswith("four transformer blocks")]
+    what = f"Four transformer blocks, 8 x 128 tokens, `max_error` {found[0]['max_error']}: {float(found[0]['achieved']):.2f} times Inductor's speed."
+    return block(f"```toml\n{rules}\n```", caption(what, found, "tune-blocks.toml"))
+
+
 def blocks() -> dict[str, str]:
     """The blocks that this module makes, by name."""
     return {
@@ -154,4 +162,5 @@ def blocks() -> dict[str, str]:
         "memory of rows": row_memory_table(),
         "memory of zero": zero_memory_table(),
         "tuned plans": tune_table(),
+        "plan of blocks": plan_block(),
     }
