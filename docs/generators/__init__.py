@@ -81,8 +81,8 @@ def blocks() -> dict[str, str]:
     """Every generated block by name. Raises ValueError if two sources make a block of one name."""
     made: dict[str, str] = {}
     for source in SOURCES:
-        own = source()
-        if twice := made.keys() & own.keys():
+        more = source()
+        if twice := made.keys() & more.keys():
             raise ValueError(f"generated block {', '.join(sorted(twice))}: made by two sources")
-        made |= own
+        made |= more
     return made

@@ -49,23 +49,23 @@ SETTINGS = {
 }
 
 
-def newest_whole(found: Sequence[Row]) -> list[Row]:
+def newest_whole(stored: Sequence[Row]) -> list[Row]:
     """The runs of the newest commit that has at least three seeds (else of the one with most) of both exact training and the default."""
 
-    def count(own: Sequence[Row]) -> int:
-        return min(len({r["seed"] for r in own if r["setting"] == setting}) for setting in ("exact", "adaptive"))
+    def count(runs: Sequence[Row]) -> int:
+        return min(len({r["seed"] for r in runs if r["setting"] == setting}) for setting in ("exact", "adaptive"))
 
-    return max(by(found, lambda r: r["commit"]).values(), key=lambda own: (min(count(own), 3), max(r["date"] for r in own)))
+    return max(by(stored, lambda r: r["commit"]).values(), key=lambda runs: (min(count(runs), 3), max(r["date"] for r in runs)))
 
 
 @functools.cache
 def accuracy() -> dict[str, dict[str, list[Row]]]:
     """Stored trainings by work and setting."""
-    found = {}
+    by_work = {}
     for work in COMPARED:
-        own = newest_whole(rows("accuracy.jsonl", work=work))
-        found[work] = {setting: same for setting in SHOWN if (same := [r for r in own if r["setting"] == setting])}
-    return found
+        runs = newest_whole(rows("accuracy.jsonl", work=work))
+        by_work[work] = {setting: same for setting in SHOWN if (same := [r for r in runs if r["setting"] == setting])}
+    return by_work
 
 
 def _share(runs: Sequence[Row]) -> float:
@@ -92,9 +92,9 @@ def settings_table(works: Sequence[str], only: Sequence[str] = ()) -> str:
     """A line for every work, commit and setting, with exact training of the same commit and the same seeds beside it."""
     lines, used = [], []
     for work in works:
-        for commit, own in by(rows("accuracy.jsonl", work=work), lambda r: r["commit"]).items():
-            exact = {r["seed"]: r for r in own if r["setting"] == "exact"}
-            for setting, runs in by([r for r in own if r["setting"] in (only or SETTINGS)], lambda r: r["setting"]).items():
+        for commit, group in by(rows("accuracy.jsonl", work=work), lambda r: r["commit"]).items():
+            exact = {r["seed"]: r for r in group if r["setting"] == "exact"}
+            for setting, runs in by([r for r in group if r["setting"] in (only or SETTINGS)], lambda r: r["setting"]).items():
                 beside = [exact[r["seed"]] for r in runs if r["seed"] in exact]
                 reference = spread([r["final"] for r in beside]) if len(beside) == len(runs) else "not run"
                 kept = [r["rows_kept"] for r in runs if r["rows_kept"] is not None]

@@ -24,21 +24,21 @@ def _error(row: Row, what: str) -> float:
 
 def predictions_table() -> str:
     """How far predictions are off, and what wrong decisions cost."""
-    found, lines = predictions(), []
-    for kind, own in [*by(found, lambda r: r["kind"]).items(), ("all", found)]:
-        errors = [_error(r, what) for r in own for what in ("exact", "sampled")]
-        chosen = [r for r in own if r["decision"] == "sampled"]
+    stored, lines = predictions(), []
+    for kind, group in [*by(stored, lambda r: r["kind"]).items(), ("all", stored)]:
+        errors = [_error(r, what) for r in group for what in ("exact", "sampled")]
+        chosen = [r for r in group if r["decision"] == "sampled"]
         slower = sum(float(r["sampled_us"]) > 1.02 * float(r["exact_us"]) for r in chosen)
-        regret = statistics.mean(float(r["regret"]) for r in own)
+        regret = statistics.mean(float(r["regret"]) for r in group)
         ninth = statistics.quantiles(errors, n=10)[-1]
-        lines.append([kind, len(own), f"{100 * statistics.median(errors):.0f}%", f"{100 * ninth:.0f}%", f"{100 * regret:.1f}%", len(chosen), slower])
+        lines.append([kind, len(group), f"{100 * statistics.median(errors):.0f}%", f"{100 * ninth:.0f}%", f"{100 * regret:.1f}%", len(chosen), slower])
     what = (
         "Predicted against measured times of sites alone, in fp32 and bf16. Error: of the predicted time of a step, exact and sampled. Regret: how "
         "much longer the choice "
         "takes than the better one, on average."
     )
     head = ["kind", "sites", "median error", "90th percentile", "regret", "sampled", "of these over 2% slower than exact"]
-    return block(table(head, lines), caption(what, found, "predict.csv"))
+    return block(table(head, lines), caption(what, stored, "predict.csv"))
 
 
 def predictions_picture(path: Path) -> None:
@@ -59,10 +59,10 @@ def predictions_picture(path: Path) -> None:
 
 def never_slower_table(policy: str) -> str:
     """Every model's newest row, and the geometric mean of the newest commit that measured all models."""
-    found = rows("never_slower.csv", policy=policy)
-    whole = newest(newest_commit(found, "work", least=COMPLETE), "work")
+    stored = rows("never_slower.csv", policy=policy)
+    whole = newest(newest_commit(stored, "work", least=COMPLETE), "work")
     gains = [float(r["speedup"]) for r in whole.values()]
-    last = list(newest(found, "work").values())
+    last = list(newest(stored, "work").values())
     lines = [
         [
             r["work"],

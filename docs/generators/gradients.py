@@ -19,14 +19,14 @@ WORKS = {"resnet-20": "ResNet-20, 6,400 images, 8 epochs", "two-layer": "two con
 
 def kernel_table() -> str:
     """The weight gradient `max` beside the exact product, for the layers of the paper's table."""
-    found = newest_commit(rows("gradients.csv"), "work", "setting", least=40)
+    stored = newest_commit(rows("gradients.csv"), "work", "setting", least=40)
     lines = []
     for layer, paper in PAPER_KERNELS.items():
         cells = []
         for layout in ("channels-last", "NCHW"):
-            own = {r["setting"]: r for r in found if r["work"].startswith(layer) and r["work"].endswith(layout)}
-            tiled = next((r for s, r in own.items() if "tile" in s), None)
-            cells += [times(own["max"]), f"{float(tiled['speedup']):.2f}" if tiled else "one tile"]
+            by_setting = {r["setting"]: r for r in stored if r["work"].startswith(layer) and r["work"].endswith(layout)}
+            tiled = next((r for s, r in by_setting.items() if "tile" in s), None)
+            cells += [times(by_setting["max"]), f"{float(tiled['speedup']):.2f}" if tiled else "one tile"]
         lines.append([layer, *cells, f"{paper}"])
     what = (
         "3 x 3 convolutions of the paper's table 1 (channels, height and width), batch 128: the weight gradient `max` as times the speed of the "
@@ -34,15 +34,15 @@ def kernel_table() -> str:
         'percentile); with `tile: "auto"`; and the paper\'s factor over cuDNN on a Titan Xp.'
     )
     head = ["layer", "channels-last", "with tiles", "NCHW", "with tiles ", "paper, GPU"]
-    return block(table(head, lines), caption(what, found, "gradients.csv"))
+    return block(table(head, lines), caption(what, stored, "gradients.csv"))
 
 
 def training_table(work: str, paired: bool) -> str:
     """A line for every setting and commit: those with full gradients of the same commit and seeds beside (paired), or those without."""
     lines, used = [], []
-    for commit, own in by(rows("gradients.jsonl", work=work), lambda r: r["commit"]).items():
-        full = {r["seed"]: r for r in own if r["setting"] == "exact"}
-        for setting, runs in by(own, lambda r: r["setting"]).items():
+    for commit, group in by(rows("gradients.jsonl", work=work), lambda r: r["commit"]).items():
+        full = {r["seed"]: r for r in group if r["setting"] == "exact"}
+        for setting, runs in by(group, lambda r: r["setting"]).items():
             if setting == "exact":
                 continue
             beside = [full[r["seed"]] for r in runs if r["seed"] in full]
@@ -66,8 +66,8 @@ def _difference(runs: Sequence[Row], beside: Sequence[Row]) -> list[str]:
 
 def step_table() -> str:
     """Steps under schedule 3, beside Inductor: the newest commit."""
-    found = [r for r in rows("schedule.csv") if r["setting"].startswith("schedule")]
-    last = newest_commit(found, "setting")
+    stored = [r for r in rows("schedule.csv") if r["setting"].startswith("schedule")]
+    last = newest_commit(stored, "setting")
     lines = [[r["setting"], f"{float(r['median_ms']) / 4:.0f} ms", times(r)] for r in last]
     what = "ResNet-20, batch 128: mean step of a period of four, and its speed as times Inductor's (median, 20th to 80th percentile)."
     return block(table(["weight gradients", "step", "times Inductor's speed"], lines), caption(what, last, "schedule.csv"))
@@ -75,18 +75,18 @@ def step_table() -> str:
 
 def repeated_step_table() -> str:
     """The same of every commit, which shows how far single runs differ."""
-    found = [r for r in rows("schedule.csv") if r["setting"] in ("schedule 3, zero", "schedule 3, max")]
-    lines = [[r["date"], r["commit"], r["setting"], times(r)] for r in found]
+    stored = [r for r in rows("schedule.csv") if r["setting"] in ("schedule 3, zero", "schedule 3, max")]
+    lines = [[r["date"], r["commit"], r["setting"], times(r)] for r in stored]
     what = "All stored runs of schedule 3 with `zero` and `max`."
-    return block(table(["date", "commit", "weight gradients", "times Inductor's speed"], lines), caption(what, found, "schedule.csv"))
+    return block(table(["date", "commit", "weight gradients", "times Inductor's speed"], lines), caption(what, stored, "schedule.csv"))
 
 
 def switch_table() -> str:
     """Two assignments in turn, step by step, over the mean of both."""
-    found = rows("switch.csv")
-    lines = [[r["date"], r["commit"], r["in_turn_over_mean"], f"{float(r['dispatch_us']):.1f} µs"] for r in found]
+    stored = rows("switch.csv")
+    lines = [[r["date"], r["commit"], r["in_turn_over_mean"], f"{float(r['dispatch_us']):.1f} µs"] for r in stored]
     what = "ResNet-20, batch 128: two assignments in turn, step by step, as times the mean of the two by themselves; and what choosing one takes."
-    return block(table(["date", "commit", "in turn / mean", "choosing"], lines), caption(what, found, "switch.csv"))
+    return block(table(["date", "commit", "in turn / mean", "choosing"], lines), caption(what, stored, "switch.csv"))
 
 
 def blocks() -> dict[str, str]:

@@ -57,11 +57,11 @@ def adelman_table() -> str:
         ours = ["not run", "", "", ""]
         if network in OURS_OF_ADELMAN:
             work, setting = OURS_OF_ADELMAN[network]
-            own = by(newest_commit(rows("accuracy.jsonl", work=work), "setting", least=3), lambda r: r["setting"])
-            scores = [spread([r["final"] for r in own[s]]) for s in (setting, "exact")]
-            seconds = sum(r["seconds_of_exact"] for r in own[setting]) / len(own[setting])
-            ours = [*scores, f"{1 / seconds:.2f}", own[setting][0]["commit"]]
-            used += own[setting] + own["exact"]
+            by_setting = by(newest_commit(rows("accuracy.jsonl", work=work), "setting", least=3), lambda r: r["setting"])
+            scores = [spread([r["final"] for r in by_setting[s]]) for s in (setting, "exact")]
+            seconds = sum(r["seconds_of_exact"] for r in by_setting[setting]) / len(by_setting[setting])
+            ours = [*scores, f"{1 / seconds:.2f}", by_setting[setting][0]["commit"]]
+            used += by_setting[setting] + by_setting["exact"]
         lines.append([network, compute, communication, accuracy, exact, speed, *ours])
     head = [
         "network",
@@ -94,17 +94,17 @@ def wang_speed_table() -> str:
 
 def wang_schedule_table() -> str:
     """Table 5 of Wang and Nelaturu, with the short trainings stored here, those of one commit with most settings."""
-    found = rows("gradients.jsonl", work="resnet-20")
+    stored = rows("gradients.jsonl", work="resnet-20")
     lines, used = [], []
     for method, paper in WANG_SCHEDULES.items():
         cells = []
         for schedule in (1, 2, 3):
-            own = [r for r in found if r["setting"] == f"schedule {schedule} {method}"]
-            runs = max(by(own, lambda r: r["commit"]).values(), key=_seeds_and_date)
+            group = [r for r in stored if r["setting"] == f"schedule {schedule} {method}"]
+            runs = max(by(group, lambda r: r["commit"]).values(), key=_seeds_and_date)
             cells.append(f"{spread([r['final'] for r in runs])} ({len(runs)} seeds, {runs[0]['commit']})")
             used += runs
         lines.append([method, *paper, *cells])
-    full = max(by([r for r in found if r["setting"] == "exact"], lambda r: r["commit"]).values(), key=_seeds_and_date)
+    full = max(by([r for r in stored if r["setting"] == "exact"], lambda r: r["commit"]).values(), key=_seeds_and_date)
     used += full
     lines.insert(0, ["full gradients", "91.8", "", "", f"{spread([r['final'] for r in full])} ({len(full)} seeds, {full[0]['commit']})", "", ""])
     what = (
@@ -115,8 +115,8 @@ def wang_schedule_table() -> str:
     return block(table(head, lines), caption(what, used, "gradients.jsonl").replace("every line", "every cell"))
 
 
-def _seeds_and_date(own: Sequence[Row]) -> tuple[int, str]:
-    return len({r["seed"] for r in own}), max(r["date"] for r in own)
+def _seeds_and_date(runs: Sequence[Row]) -> tuple[int, str]:
+    return len({r["seed"] for r in runs}), max(r["date"] for r in runs)
 
 
 def cpu_accuracy_table() -> str:

@@ -12,11 +12,11 @@ KEPT = ("0.5", "0.25", "0.1", "adaptive")
 def rows_table() -> str:
     """A training step with some of the rows, beside Inductor: of every piece of work the commit that measured it last."""
     lines, used = [], []
-    for work, found in by(rows("rows.csv"), lambda r: r["work"]).items():
-        own = newest_commit([r for r in found if "," not in r["device"]], "setting")
-        settings = {r["setting"]: r for r in own}
-        lines.append([work, *(times(settings[s]) if s in settings else "not sampled" for s in KEPT), own[0]["commit"]])
-        used += own
+    for work, stored in by(rows("rows.csv"), lambda r: r["work"]).items():
+        last = newest_commit([r for r in stored if "," not in r["device"]], "setting")
+        settings = {r["setting"]: r for r in last}
+        lines.append([work, *(times(settings[s]) if s in settings else "not sampled" for s in KEPT), last[0]["commit"]])
+        used += last
     what = (
         "Speed of a training step without the optimizer, as times Inductor's (median, 20th to 80th percentile), with a share of the samples in the "
         "backward pass. "
@@ -27,20 +27,20 @@ def rows_table() -> str:
 
 def allocator_table() -> str:
     """The same with settings of the memory allocator, which are stored beside the device."""
-    found = [r for r in rows("rows.csv") if "," in r["device"]]
+    stored = [r for r in rows("rows.csv") if "," in r["device"]]
     lines = []
-    for (work, condition), own in by(found, lambda r: (r["work"], r["device"])).items():
-        settings = {r["setting"]: r for r in own}
-        lines.append([work, "<br>".join(f"`{part}`" for part in condition.split(", ")[1:]), *(times(settings[s]) for s in KEPT), own[0]["commit"]])
+    for (work, condition), group in by(stored, lambda r: (r["work"], r["device"])).items():
+        settings = {r["setting"]: r for r in group}
+        lines.append([work, "<br>".join(f"`{part}`" for part in condition.split(", ")[1:]), *(times(settings[s]) for s in KEPT), group[0]["commit"]])
     what = "The same with settings of the memory allocator in the environment, for Inductor and approx alike."
-    return block(table(["work", "environment", "half", "a quarter", "a tenth", "all", "commit"], lines), caption(what, found, "rows.csv"))
+    return block(table(["work", "environment", "half", "a quarter", "a tenth", "all", "commit"], lines), caption(what, stored, "rows.csv"))
 
 
 def forward_table() -> str:
     """Every site sampled in the forward pass, beside Inductor."""
     lines, used = [], []
-    for (work, _), own in by(rows("speed.csv"), lambda r: (r["work"], r["threads"])).items():
-        last = newest_commit(own, "setting")
+    for (work, _), group in by(rows("speed.csv"), lambda r: (r["work"], r["threads"])).items():
+        last = newest_commit(group, "setting")
         settings = {r["setting"]: r for r in last}
         cells = [times(settings[s]) if s in settings else "not run" for s in ("0.5", "0.25", "0.5 by weight")]
         lines.append([work, last[0]["threads"], *cells, last[0]["commit"]])
@@ -53,15 +53,15 @@ def forward_table() -> str:
 
 def sampling_table() -> str:
     """The share of a sampled step that is the sampling itself."""
-    found = rows("share.csv")
-    lines = [[r["work"], r["ratio"], f"{100 * float(r['sampling_share']):.1f}%"] for r in found]
+    stored = rows("share.csv")
+    lines = [[r["work"], r["ratio"], f"{100 * float(r['sampling_share']):.1f}%"] for r in stored]
     what = "Share of a sampled step that goes into norms, selection, gathers and un-gathers."
-    return block(table(["work", "ratio", "sampling"], lines), caption(what, found, "share.csv"))
+    return block(table(["work", "ratio", "sampling"], lines), caption(what, stored, "share.csv"))
 
 
 def library_table() -> str:
     """Models of libraries on a quarter of the rows."""
-    found = list(newest(rows("library_rows.csv"), "work").values())
+    stored = list(newest(rows("library_rows.csv"), "work").values())
     lines = [
         [
             f"`{r['work']}`",
@@ -72,18 +72,18 @@ def library_table() -> str:
             f"{float(r['first_inductor_s']):.0f} s, {float(r['first_rows_s']):.0f} s",
             r["commit"],
         ]
-        for r in found
+        for r in stored
     ]
     what = 'Unmodified models of Hugging Face with `grad: {"axis": "rows", "ratio": 0.25}`: a training step without the optimizer.'
     head = ["model", "batch", "Inductor", "a quarter of the rows", "times Inductor's speed", "first step: Inductor, approx", "commit"]
-    return block(table(head, lines), caption(what, found, "library_rows.csv"))
+    return block(table(head, lines), caption(what, stored, "library_rows.csv"))
 
 
 def compile_table() -> str:
     """Seconds of the first step, with an empty and a filled cache."""
     lines, used = [], []
-    for (work, setting), own in by(rows("compile.csv"), lambda r: (r["work"], r["ratio"])).items():
-        last = {r["cache"]: r for r in newest_commit(own, "cache")}
+    for (work, setting), group in by(rows("compile.csv"), lambda r: (r["work"], r["ratio"])).items():
+        last = {r["cache"]: r for r in newest_commit(group, "cache")}
         cells = [f"{float(r['inductor_s']):.1f} s, {float(r['approx_s']):.1f} s ({float(r['times']):.2f})" for r in (last["cold"], last["warm"])]
         name = "default" if setting == "adaptive" else f"forward, ratio {setting}"
         lines.append([work, name, last["cold"]["threads"], *cells, last["cold"]["commit"]])
@@ -94,37 +94,37 @@ def compile_table() -> str:
 
 def deciding_table() -> str:
     """The share of the first step that goes into deciding and rewriting."""
-    found = rows("deciding.csv")
-    lines = [[r["work"], f"{float(r['deciding_s']):.2f} s", f"{float(r['first_step_s']):.1f} s", f"{100 * float(r['share']):.1f}%"] for r in found]
+    stored = rows("deciding.csv")
+    lines = [[r["work"], f"{float(r['deciding_s']):.2f} s", f"{float(r['first_step_s']):.1f} s", f"{100 * float(r['share']):.1f}%"] for r in stored]
     what = "The part of a first step, with an empty cache, that goes into finding sites, deciding and rewriting."
-    return block(table(["work", "deciding", "first step", "share"], lines), caption(what, found, "deciding.csv"))
+    return block(table(["work", "deciding", "first step", "share"], lines), caption(what, stored, "deciding.csv"))
 
 
-def _memory(found: Sequence[Row], shown: Sequence[tuple[str, str]], what: str, name: str) -> str:
+def _memory(stored: Sequence[Row], shown: Sequence[tuple[str, str]], what: str, name: str) -> str:
     lines = []
-    for work, own in by(found, lambda r: r["work"]).items():
-        settings = {r["setting"]: r for r in own}
+    for work, group in by(stored, lambda r: r["work"]).items():
+        settings = {r["setting"]: r for r in group}
         lines.append([work, *(f"{float(settings[s]['peak_mb']):.0f} MB" for s, _ in shown)])
-    return block(table(["work", *(title for _, title in shown)], lines), caption(what, found, name))
+    return block(table(["work", *(title for _, title in shown)], lines), caption(what, stored, name))
 
 
 def row_memory_table() -> str:
     """The most memory that a step holds with fewer rows."""
-    found = newest_commit(rows("row_memory.csv"), "work", "setting", least=15)
+    stored = newest_commit(rows("row_memory.csv"), "work", "setting", least=15)
     shown = [("inductor", "Inductor"), ("adaptive, all rows", "all rows"), ("0.5", "half"), ("0.25", "a quarter"), ("0.1", "a tenth")]
-    return _memory(found, shown, "The most memory that a training step holds, over what the process holds between steps.", "row_memory.csv")
+    return _memory(stored, shown, "The most memory that a training step holds, over what the process holds between steps.", "row_memory.csv")
 
 
 def zero_memory_table() -> str:
     """The same where weight gradients of convolutions are zero."""
-    found = rows("gradient_memory.csv")
+    stored = rows("gradient_memory.csv")
     shown = [("inductor", "Inductor"), ("zero conv[1::2]", "`zero` in every other convolution"), ("zero conv", "`zero` in every convolution")]
-    return _memory(found, shown, "The most memory that a training step holds, over what the process holds between steps.", "gradient_memory.csv")
+    return _memory(stored, shown, "The most memory that a training step holds, over what the process holds between steps.", "gradient_memory.csv")
 
 
 def tune_table() -> str:
     """Predicted against achieved speed-up of plans that `tune` finds."""
-    found = list(newest(rows("tune.csv"), "work").values())
+    stored = list(newest(rows("tune.csv"), "work").values())
     lines = [
         [
             r["work"],
@@ -135,10 +135,10 @@ def tune_table() -> str:
             f"{r['tune_s']} s",
             r["commit"],
         ]
-        for r in found
+        for r in stored
     ]
     what = "Plans that `tune` found: the gradient's error, the speed-up predicted and the one achieved, as times Inductor's, and the time of the search."
-    return block(table(["work", "error", "sites and ratios", "predicted", "achieved", "search", "commit"], lines), caption(what, found, "tune.csv"))
+    return block(table(["work", "error", "sites and ratios", "predicted", "achieved", "search", "commit"], lines), caption(what, stored, "tune.csv"))
 
 
 def plan_block() -> str:

@@ -30,25 +30,25 @@ def rows(name: str, **where: str) -> list[Row]:
     return [r for r in _read(name) if all(str(r[k]) == v for k, v in where.items())]
 
 
-def newest(found: Iterable[Row], *keys: str) -> dict[tuple[Any, ...], Row]:
+def newest(stored: Iterable[Row], *keys: str) -> dict[tuple[Any, ...], Row]:
     """The row stored last of every combination of the values of `keys`, in the order of first appearance."""
     by_key: dict[tuple[Any, ...], Row] = {}
-    for row in found:
+    for row in stored:
         by_key[tuple(row[k] for k in keys)] = row
     return by_key
 
 
-def newest_commit(found: Sequence[Row], *keys: str, least: int = 1) -> list[Row]:
+def newest_commit(stored: Sequence[Row], *keys: str, least: int = 1) -> list[Row]:
     """The rows of the commit stored last that has at least `least` combinations of the values of `keys`.
 
     Raises:
         ValueError: No commit has as many.
     """
-    commits = list(dict.fromkeys(r["commit"] for r in found))
+    commits = list(dict.fromkeys(r["commit"] for r in stored))
     for commit in reversed(commits):
-        own = [r for r in found if r["commit"] == commit]
-        if len({tuple(r[k] for k in keys) for r in own}) >= least:
-            return own
+        group = [r for r in stored if r["commit"] == commit]
+        if len({tuple(r[k] for k in keys) for r in group}) >= least:
+            return group
     raise ValueError(f"no commit has {least} combinations of {', '.join(keys)}")
 
 
@@ -66,9 +66,9 @@ def times(row: Row) -> str:
 
 def seeds(runs: Iterable[Row]) -> str:
     """The seeds of runs, as a range where they follow one another."""
-    found = sorted({r["seed"] for r in runs})
-    whole = found == list(range(found[0], found[-1] + 1)) and len(found) > 1
-    return f"{found[0]} to {found[-1]}" if whole else ", ".join(map(str, found))
+    numbers = sorted({r["seed"] for r in runs})
+    whole = numbers == list(range(numbers[0], numbers[-1] + 1)) and len(numbers) > 1
+    return f"{numbers[0]} to {numbers[-1]}" if whole else ", ".join(map(str, numbers))
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
@@ -81,27 +81,27 @@ def _several(values: Iterable[Any]) -> str:
     return ", ".join(dict.fromkeys(str(v) for v in values))
 
 
-def caption(what: str, found: Sequence[Row], name: str) -> str:
+def caption(what: str, stored: Sequence[Row], name: str) -> str:
     """What a table shows, and what its rows were measured with: device, threads, dtype, torch, dates, commits and file."""
-    dates = sorted({r["date"] for r in found})
-    threads = " or ".join(sorted({str(r["threads"]) for r in found}))
+    dates = sorted({r["date"] for r in stored})
+    threads = " or ".join(sorted({str(r["threads"]) for r in stored}))
     parts = [
-        _several(r["device"] for r in found),
+        _several(r["device"] for r in stored),
         f"{threads} thread" + ("" if threads == "1" else "s"),
-        *([_several(r["dtype"] for r in found)] if "dtype" in found[0] else []),
-        f"torch {_several(r['torch'] for r in found)}",
+        *([_several(r["dtype"] for r in stored)] if "dtype" in stored[0] else []),
+        f"torch {_several(r['torch'] for r in stored)}",
         dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}",
     ]
-    commits = list(dict.fromkeys(r["commit"] for r in found))
+    commits = list(dict.fromkeys(r["commit"] for r in stored))
     of_line = "; every line is of one commit" if len(commits) > 1 else ""
     dirty = " (+: with changes that were not committed)" if any(c.endswith("+") for c in commits) else ""
     return f"*{what} {', '.join(parts)}; commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}{of_line}{dirty}. From `benchmarks/results/{name}`.*"
 
 
-def by(found: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
+def by(stored: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
     """Rows in groups, in the order of first appearance."""
     groups: dict[Any, list[Row]] = {}
-    for row in found:
+    for row in stored:
         groups.setdefault(key(row), []).append(row)
     return groups
 

@@ -25,25 +25,25 @@ SHIFT_NAMES = {
 
 def shift_table(work: str) -> str:
     """Remedies for the shift between sampled training and exact evaluation: a line for every setting and commit."""
-    found, lines = rows("shift.jsonl", work=work), []
-    for (setting, commit), runs in by(found, lambda r: (r["setting"], r["commit"])).items():
+    stored, lines = rows("shift.jsonl", work=work), []
+    for (setting, commit), runs in by(stored, lambda r: (r["setting"], r["commit"])).items():
         scores = [spread([r[key] for r in runs]) for key in ("final", "recalibrated", "sampled")]
         lines.append([named(SHIFT_NAMES, setting), seeds(runs), *scores, commit])
     lines.sort(key=lambda line: (line[-1], line[0] != "exact"))
     what = (
-        f"{SHIFT_WORKS[work]}, ratio {found[0]['ratio']}: test accuracy in % of the exact network, of the exact network with BatchNorm's statistics "
+        f"{SHIFT_WORKS[work]}, ratio {stored[0]['ratio']}: test accuracy in % of the exact network, of the exact network with BatchNorm's statistics "
         "collected anew, and of the sampled "
         "network. Sampling written by hand in eager PyTorch."
     )
     return block(
-        table(["training", "seeds", "exact evaluation", "statistics anew", "sampled evaluation", "commit"], lines), caption(what, found, "shift.jsonl")
+        table(["training", "seeds", "exact evaluation", "statistics anew", "sampled evaluation", "commit"], lines), caption(what, stored, "shift.jsonl")
     )
 
 
 def _one_commit(work: str) -> list[Row]:
     """The runs of the commit with most settings, exact training among them if any commit has it so."""
     groups = by(rows("shift.jsonl", work=work), lambda r: r["commit"])
-    return max(groups.values(), key=lambda own: (len({r["setting"] for r in own}), own[0]["date"]))
+    return max(groups.values(), key=lambda group: (len({r["setting"] for r in group}), group[0]["date"]))
 
 
 def shift_picture(path: Path) -> None:
@@ -57,9 +57,9 @@ def shift_picture(path: Path) -> None:
         "bernoulli": "bernoulli",
     }
     for axes, (work, title) in zip(sides, SHIFT_TITLES.items(), strict=True):
-        own = by(_one_commit(work), lambda r: r["setting"])
-        names = [s for s in shown if s in own]
-        values = [sum(r["final"] for r in own[s]) / len(own[s]) for s in names]
+        by_setting = by(_one_commit(work), lambda r: r["setting"])
+        names = [s for s in shown if s in by_setting]
+        values = [sum(r["final"] for r in by_setting[s]) / len(by_setting[s]) for s in names]
         bars = axes.barh([shown[s] for s in names], values, color=["#4c566a" if s == "exact" else "#c2571a" for s in names], height=0.6)
         axes.bar_label(bars, fmt="%.1f", padding=3)
         axes.invert_yaxis()
@@ -79,7 +79,7 @@ def shift_picture_caption() -> str:
     """The conditions of the picture."""
     sides = {work: _one_commit(work) for work in SHIFT_WORKS}
     of_side = [
-        f"{SHIFT_WORKS[w].split(',')[0].split(' (')[0]}: ratio {own[0]['ratio']}, seeds {seeds(own)}, commit {own[0]['commit']}" for w, own in sides.items()
+        f"{SHIFT_WORKS[w].split(',')[0].split(' (')[0]}: ratio {runs[0]['ratio']}, seeds {seeds(runs)}, commit {runs[0]['commit']}" for w, runs in sides.items()
     ]
     what = f"Accuracy of exact evaluation after training with sampled outputs. {'; '.join(of_side)}."
     return caption(what, picture_rows(), "shift.jsonl").replace("every line", "each side")
@@ -87,16 +87,16 @@ def shift_picture_caption() -> str:
 
 def share_tables() -> str:
     """What sharing indices costs in error and saves in time."""
-    found = rows("share_study.csv")
-    errors = [[r["what"], r["step"], r["ratio"], r["own"], r["shared"], r["shared_by_own"]] for r in found if r["unit"] == "error"]
-    speeds = [[r["what"], r["ratio"], f"{r['exact']} ms", f"{r['own']} ms", f"{r['shared']} ms", r["shared_by_own"]] for r in found if r["unit"] == "ms"]
+    stored = rows("share_study.csv")
+    errors = [[r["what"], r["step"], r["ratio"], r["own"], r["shared"], r["shared_by_own"]] for r in stored if r["unit"] == "error"]
+    speeds = [[r["what"], r["ratio"], f"{r['exact']} ms", f"{r['own']} ms", f"{r['shared']} ms", r["shared_by_own"]] for r in stored if r["unit"] == "ms"]
     return "\n\n".join(
         [
             table(["layers", "training step", "ratio", "error, own entries", "error, shared entries", "shared / own"], errors),
             table(["layers alone", "ratio", "exact", "own entries", "shared entries", "shared / own"], speeds),
             caption(
                 "Relative error of the gradient of a small language model, and time of a step of such layers alone, with top-k.",
-                found,
+                stored,
                 "share_study.csv",
             ),
         ]
@@ -105,23 +105,23 @@ def share_tables() -> str:
 
 def row_bias_table() -> str:
     """The bias of rows through BatchNorm."""
-    found = list(newest(rows("row_bias.csv"), "layers", "batch").values())
-    found.sort(key=lambda r: (int(r["batch"]), int(r["layers"])))
-    lines = [[r["batch"], r["layers"], r["draws"], *(f"{100 * float(r[key]):.1f}" for key in ("bias", "error", "noise"))] for r in found]
+    stored = list(newest(rows("row_bias.csv"), "layers", "batch").values())
+    stored.sort(key=lambda r: (int(r["batch"]), int(r["layers"])))
+    lines = [[r["batch"], r["layers"], r["draws"], *(f"{100 * float(r[key]):.1f}" for key in ("bias", "error", "noise"))] for r in stored]
     what = (
         'Half the rows, `batch_norm: "approximate"`: distance of the mean gradient from the exact one (bias; below 0: none that so many draws can '
         "tell) and standard deviation of one draw (noise), "
         "as a share of the gradient's norm."
     )
-    return block(table(["batch", "convolutions with BatchNorm", "draws", "bias, %", "± ", "noise, %"], lines), caption(what, found, "row_bias.csv"))
+    return block(table(["batch", "convolutions with BatchNorm", "draws", "bias, %", "± ", "noise, %"], lines), caption(what, stored, "row_bias.csv"))
 
 
 def variance_table() -> str:
     """The rule of the default against every sample's own gradient."""
-    found = rows("variance.csv")
+    stored = rows("variance.csv")
     names = {"mnist-mlp": "MNIST, MLP 3 x 500", "char-transformer": "characters, 4 transformer blocks"}
     lines = [
-        [names[r["work"]], r["step"], r["tau"], *(f"{float(r[k]):.3f}" for k in ("rule", "added", "by_variance", "correlation")), r["commit"]] for r in found
+        [names[r["work"]], r["step"], r["tau"], *(f"{float(r[k]):.3f}" for k in ("rule", "added", "by_variance", "correlation")), r["commit"]] for r in stored
     ]
     what = (
         "The share of rows that the default's rule asks for; the variance that it adds, as a share of the gradient's own (to be at most tau); the "
@@ -129,7 +129,7 @@ def variance_table() -> str:
         "correlation of the norms that the rule reads with those of the samples' whole gradients."
     )
     head = ["work", "step", "tau", "rule", "variance added", "by true variances", "correlation", "commit"]
-    return block(table(head, lines), caption(what, found, "variance.csv"))
+    return block(table(head, lines), caption(what, stored, "variance.csv"))
 
 
 def blocks() -> dict[str, str]:
