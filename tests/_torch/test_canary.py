@@ -1,4 +1,4 @@
-"""The table of torch's private names: it has what the package uses, this torch has what is in it, and a name that is gone shows at import."""
+"""The table of torch's private names holds every name that the package uses, this torch has all of them, and a missing name is reported at import."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def is_private(name: str) -> bool:
 
 
 def chain(node: ast.expr) -> list[str]:
-    """`a.b.c` as its parts; nothing for an attribute of something that is no name."""
+    """Return the parts of `a.b.c`; nothing for an attribute of an expression that is not a name."""
     parts: list[str] = []
     while isinstance(node, ast.Attribute):
         parts.insert(0, node.attr)
@@ -36,7 +36,7 @@ def chain(node: ast.expr) -> list[str]:
 
 
 def imported(tree: ast.AST) -> Iterator[tuple[str, str]]:
-    """(local name, dotted name) of everything that a module imports from torch, and of the op namespaces that it abbreviates."""
+    """Return (local name, dotted name) of everything that a module imports from torch, and of the op namespaces that it abbreviates."""
     yield from (("aten", "torch.ops.aten"), ("prims", "torch.ops.prims"))
     for n in ast.walk(tree):
         if isinstance(n, ast.Import):
@@ -47,7 +47,7 @@ def imported(tree: ast.AST) -> Iterator[tuple[str, str]]:
 
 
 def names_used(tree: ast.AST) -> set[str]:
-    """The private names of torch that a module imports or reaches by attributes."""
+    """Return the private names of torch that a module imports or reaches by attributes."""
     known = {local: name for local, name in imported(tree) if name.partition(".")[0] in ("torch", "functorch")}
     inner = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
     chains = [chain(n) for n in ast.walk(tree) if isinstance(n, ast.Attribute) and id(n) not in inner]
@@ -56,7 +56,7 @@ def names_used(tree: ast.AST) -> set[str]:
 
 
 def attributes_used(tree: ast.AST) -> set[str]:
-    """The private attributes that a module reads of objects other than its own, by name or as text for getattr."""
+    """Return the private attributes that a module reads of objects other than `self`, written as attributes or as text for getattr."""
     known = dict(imported(tree))
     found = set()
     for n in ast.walk(tree):
@@ -70,7 +70,7 @@ def attributes_used(tree: ast.AST) -> set[str]:
 
 
 def defined(tree: ast.AST) -> set[str]:
-    """Functions, fields and attributes of its own that a module defines."""
+    """Return the functions, fields and attributes that a module defines itself."""
     found = set()
     for n in ast.walk(tree):
         if isinstance(n, (ast.FunctionDef, ast.ClassDef)):
@@ -99,7 +99,7 @@ def test_every_attribute_is_in_the_table() -> None:
 
 
 def test_every_name_of_the_table_is_used() -> None:
-    """Its last part is written somewhere: as an attribute, an argument, an import, or text."""
+    """The last part of every name in the table occurs in the package: as an attribute, an argument, an import or text."""
     written: set[str | None] = set()
     for n in (n for tree in TREES.values() for n in ast.walk(tree)):
         match n:
@@ -156,7 +156,7 @@ def test_nothing_is_imported_for_the_check() -> None:
 
 
 def test_an_import_fails_without_what_gradients_rest_on() -> None:
-    """Without it no layer would be known, nor its mode: eval mode could be sampled."""
+    """Without this name no layer and no mode would be known, so a model in eval mode could be sampled."""
     result = child(
         "import torch._dynamo.symbolic_convert as s\ndel s.InstructionTranslator.current_tx\nimport approx_compile",
     )
@@ -183,7 +183,7 @@ print("exact", torch.allclose(got, want, rtol=1e-4, atol=1e-5))
 
 
 def test_one_warning_and_exact_gradients_without_what_rows_need() -> None:
-    """Dynamo can't be asked for a symbol then, so no rows of the batch are sampled."""
+    """Dynamo cannot be asked for a symbol without this name, so no rows of the batch are sampled."""
     result = child(FALLBACK)
     assert result.stdout == "exact True\n", result.stderr
     warned = [line for line in result.stderr.splitlines() if "private names" in line]

@@ -1,4 +1,4 @@
-"""torch's own faults: this torch has those that the table says, and nothing that goes through this package shows them."""
+"""This torch has the faults that the table names, and nothing that is compiled by this package shows them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NO_SORTING = {"reorder_for_peak_memory": False}
 
 @pytest.fixture(autouse=True)
 def two_threads() -> Iterator[None]:
-    """With one, a scatter is other code."""
+    """Run with two threads; with one, Inductor generates other code for a scatter."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -42,7 +42,7 @@ def two_threads() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.name)
 def test_a_fault_shows_where_the_table_says(fault: Any) -> None:
-    """If not, the range of versions is wrong: narrow or widen it."""
+    """If a fault does not show, the range of versions in the table is wrong: narrow or widen it."""
     assert fault.shows({}) == HAS[fault.name], f"{fault.name} on torch {torch.__version__}: the table says {fault.since} to {fault.until}"
 
 
@@ -96,7 +96,7 @@ WRITES = [added_to_zeros, overwritten, put_in_place, behind_a_product]
 
 
 def reads(write: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
-    """Loops that read what was written, in two layouts, beside loops that may run before."""
+    """Loops that read what another loop wrote, in two layouts, beside loops that may run before it."""
 
     def run(mask: Tensor, idx: Tensor, x: Tensor) -> tuple[Tensor, ...]:
         before = torch.where(mask, 2.0, 3.0)
@@ -127,7 +127,7 @@ def test_what_is_written_in_place_is_read_after(write: Callable[..., Tensor], op
 @pytest.mark.slow
 @faulty
 def test_without_the_guard_some_are_read_before(tensors: tuple[Tensor, ...]) -> None:
-    """Neither sorting for memory nor its absence is right for all of them."""
+    """Without the guard some values are read before they are written, whether or not Inductor sorts loops to save memory."""
 
     def wrong(write: Callable[..., Tensor], options: dict[str, Any]) -> bool:
         torch._dynamo.reset()
@@ -152,7 +152,7 @@ ACTIVATIONS = {"relu": nn.ReLU, "leaky": nn.LeakyReLU, "sigmoid": nn.Sigmoid}
 
 
 def two_convolutions(activation: Callable[[], nn.Module]) -> nn.Module:
-    """pytorch/examples' network for MNIST, small."""
+    """A small version of the MNIST network of pytorch/examples."""
     convolutions = [nn.Conv2d(1, 4, 3), activation(), nn.Conv2d(4, 8, 3), activation(), nn.MaxPool2d(2), nn.Flatten()]
     return nn.Sequential(*convolutions, nn.Linear(128, 16), nn.ReLU(), nn.Linear(16, 10))
 
@@ -175,7 +175,7 @@ def batch(size: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.slow
 @faulty
 def test_plain_inductor_gets_them_wrong() -> None:
-    """What the tests below would show without the guard; ours as the baseline of benchmarks does not."""
+    """Plain Inductor has the fault that the tests below would show without the guard; Inductor as the baseline of the benchmarks does not have it."""
     model, (x, y) = two_convolutions(nn.LeakyReLU), batch(8)
     want = gradients(model, model, x, y)
     assert off(gradients(model, torch.compile(model, backend="inductor"), x, y), want) > 0.99
@@ -206,7 +206,7 @@ def test_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small_work_counts")
 @pytest.mark.parametrize("name", ["relu", "leaky"])
 def test_stages_of_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows whose loss weighs nothing are left out, all others kept: the stages' code computes eager's gradients, and all of it is guarded."""
+    """Only rows whose loss has weight 0 are left out, so the stages must compute eager's gradients, and all their code must be guarded."""
     guards, real = [], _torch.compile_graph
 
     def compile_graph(*args: Any, **kwargs: Any) -> Any:
@@ -291,7 +291,7 @@ def test_a_pass_of_the_users_runs_too(where: str, named: bool, tensors: tuple[Te
 
 
 def said(f: Callable[..., Any], *args: Any) -> list[str]:
-    """The warnings of a compilation without caches."""
+    """Return the warnings of a compilation without caches."""
     torch._dynamo.reset()
     with warnings.catch_warnings(record=True) as found, torch._inductor.config.patch(force_disable_caches=True), torch.no_grad():
         warnings.simplefilter("always")

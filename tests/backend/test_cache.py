@@ -1,4 +1,4 @@
-"""Two processes, one cache folder, different settings: warm where nothing changed, and never another setting's code."""
+"""Two processes share a cache folder under different settings: unchanged code comes from the cache, and never the code of other settings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHILD = Path(__file__).parents[1] / "helpers" / "cache_child.py"
 
 
 def run(folder: Path, names: list[str], *arguments: str, **env: str) -> tuple[dict[str, Any], str]:
-    """Results of the cases by name and what the child wrote to stderr."""
+    """Return the results of the cases by name, and what the child process wrote to stderr."""
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder), "TORCHINDUCTOR_COMPILE_THREADS": "1"} | env
     done = subprocess.run([sys.executable, str(CHILD), ",".join(names), *arguments], env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -36,18 +36,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def op_by_op(folder: Path) -> dict[str, Any]:
-    """The right gradients of every case: its graphs run op by op, so no cache of code is used."""
+    """The right gradients of every case. Its graphs run op by op, so no cache of code is used."""
     return run(folder, [*CASES, *ROWS], "--op-by-op")[0]
 
 
 def same(got: dict[str, Any], want: dict[str, Any]) -> bool:
-    """Whether the gradients are equal but for rounding. Those of different settings differ by far more: the first test checks that."""
+    """Return whether the gradients are equal up to rounding. Those of different settings differ by far more, as the first test checks."""
     return bool(np.allclose(got["grads"], want["grads"], rtol=1e-4))
 
 
 @pytest.mark.slow
 def test_settings_differ(op_by_op: dict[str, Any]) -> None:
-    """Else a stale hit could not be seen. Checkpointing alone changes no gradient."""
+    """If the settings gave equal gradients, a stale cache hit could not be seen. Checkpointing alone changes no gradient."""
     for names in (CASES, ROWS):
         plain = [n for n in names if "checkpoint" not in n]
         assert not any(same(op_by_op[a], op_by_op[b]) for a, b in itertools.combinations(plain, 2))
@@ -56,7 +56,7 @@ def test_settings_differ(op_by_op: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_processes_that_share_a_cache(op_by_op: dict[str, Any], folder: Path) -> None:
-    """The first process fills the cache with all settings, the second meets them in another order."""
+    """The first process fills the cache with all settings; the second compiles them in another order."""
     cold, _ = run(folder, list(CASES))
     warm, notices = run(folder, list(reversed(CASES)))
     for name in CASES:
@@ -72,7 +72,7 @@ def test_processes_that_share_a_cache(op_by_op: dict[str, Any], folder: Path) ->
 
 @pytest.mark.slow
 def test_rows_that_share_a_cache(op_by_op: dict[str, Any], folder: Path) -> None:
-    """Inductor's own cache serves the pieces of such graphs, in the process that filled it and in the next, and never another setting's."""
+    """Inductor's cache serves the stages of graphs on rows, in the process that filled it and in the next, and never the code of other settings."""
     cold, _ = run(folder, list(ROWS))
     warm, notices = run(folder, list(reversed(ROWS)))
     for name in ROWS:

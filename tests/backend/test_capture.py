@@ -26,7 +26,7 @@ ALWAYS: dict[str, Any] = {"policy": "always", "ratio": 0.5}
 
 
 class Grid(nn.Module):
-    """An op that AOTAutograd can't trace with a symbolic size."""
+    """An op that AOTAutograd cannot trace with a symbolic size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ of_known_size.register_autograd(lambda ctx, g: g * 2)
 
 
 class Known(nn.Module):
-    """An op that Dynamo can't trace with a symbolic size."""
+    """An op that Dynamo cannot trace with a symbolic size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ def test_nested_tensors_are_exact(inner: Any) -> None:
 @pytest.mark.parametrize("make", [lambda: mlp(16, 64, 8), lambda: nn.Sequential(nn.Linear(16, 64), nn.BatchNorm1d(64), nn.ReLU()), Known])
 @pytest.mark.parametrize("inner", [run_as_is, None])
 def test_other_compilations_see_sizes(make: Callable[[], nn.Module], inner: Any) -> None:
-    """With rows, declined, and failed: neither the input nor the output makes another graph dynamic."""
+    """Whether rows are sampled, declined or fail: neither the input nor the output makes the sizes of another graph symbolic."""
     x, seen = torch.randn(32, *((3, 8, 8) if make is Known else (16,))), []
 
     def spy(gm: Any, example_inputs: Any) -> Any:
@@ -156,7 +156,7 @@ def test_other_compilations_see_sizes(make: Callable[[], nn.Module], inner: Any)
 
 @pytest.mark.usefixtures("one_thread", "small_work_counts")
 def test_other_graphs_of_the_same_variable_see_sizes() -> None:
-    """The request is for one compilation: a frame compiled afterwards, whose input has the same name, knows nothing of it."""
+    """A request for a symbol holds for one compilation. A frame that is compiled afterwards, with an input of the same name, is not affected."""
     shapes: list[Any] = []
 
     def spy(gm: Any, example_inputs: Any) -> Any:
@@ -175,7 +175,7 @@ def test_other_graphs_of_the_same_variable_see_sizes() -> None:
 
 
 class Masked(nn.Module):
-    """A mask that is only indexed: no op says that its batch is the ids'."""
+    """A model whose mask is only indexed, so that no op shows that the mask and the ids have the same batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -187,14 +187,14 @@ class Masked(nn.Module):
 
 
 class Loss(Masked):
-    """Of which only a number comes out."""
+    """The same model with the loss inside, so that only a number comes out."""
 
     def forward(self, mask: Tensor, ids: Tensor) -> Tensor:
         return super().forward(mask, ids).square().sum()
 
 
 class Table(Masked):
-    """The larger input has no batch, but as many rows."""
+    """A model whose larger input has no batch, but as many rows as the other has samples."""
 
     def forward(self, mask: Tensor, ids: Tensor) -> Tensor:
         return self.h(self.f(self.e(ids)).mean(1) + mask.mean())
@@ -214,7 +214,7 @@ class Table(Masked):
 )
 @pytest.mark.parametrize("inner", [run_as_is, None])
 def test_the_batch_is_that_of_the_outputs(model: type[nn.Module], inputs: Any, inner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The even rows, then the odd ones, weigh 2: their mean is exact."""
+    """The even rows, then the odd ones, are kept with weight 2, so the mean of both gradients is the exact one."""
     start = [0]
 
     def halves(method: str, norms_sq: Tensor, k: int, random: Any) -> tuple[Tensor, Tensor]:
@@ -239,7 +239,7 @@ def test_the_batch_is_that_of_the_outputs(model: type[nn.Module], inputs: Any, i
 
 
 def images(*places: int) -> nn.Module:
-    """Six convolutions, with BatchNorm behind these."""
+    """Six convolutions, with BatchNorm behind those whose places are given."""
     layers: list[nn.Module] = []
     for i in range(6):
         layers += [nn.Conv2d(3 if i == 0 else 8, 8, 3, padding=1), *([nn.BatchNorm2d(8)] if i in places else []), nn.ReLU()]
@@ -247,7 +247,7 @@ def images(*places: int) -> nn.Module:
 
 
 class Frozen(nn.Module):
-    """Statistics that are given, and a product of activations."""
+    """A model with given statistics, and a product of two activations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -299,7 +299,7 @@ def test_a_small_model_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Doubled(torch.autograd.Function):
-    """Of which nothing tells what its backward pass costs."""
+    """An op whose backward pass has no known cost."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ ALWAYS: dict[str, Any] = {"policy": "always", "ratio": 0.5}
 
 
 class Self(nn.Module):
-    """Products of its own, which no stack of modules names, beside a layer's."""
+    """A module whose forward has products of its own, which no stack of modules names, beside those of a layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Broken(Self):
 
 
 class Forgotten(Self):
-    """Behind the graph break nothing leads to the module."""
+    """A module that nothing leads to behind the graph break."""
 
     def forward(module, x: Tensor) -> Tensor:
         w = module.w
@@ -66,7 +66,7 @@ class Forgotten(Self):
 
 
 def hooked() -> nn.Module:
-    """As accelerate's add_hook_to_module does it."""
+    """A module whose forward is replaced as accelerate's add_hook_to_module does it."""
     module = Self()
     old = module.forward
 
@@ -79,7 +79,7 @@ def hooked() -> nn.Module:
 
 
 def replaced() -> nn.Module:
-    """A function on the instance that has the bound method in its closure."""
+    """A module whose forward is a function on the instance, with the bound method in its closure."""
     module = Self()
     old = module.forward
     module.forward = lambda *args: old(*args)
@@ -87,7 +87,7 @@ def replaced() -> nn.Module:
 
 
 class Bare(nn.Module):
-    """No parameter leads to it."""
+    """A module to which no parameter leads."""
 
     def forward(this, x: Tensor) -> Tensor:
         return x @ x.relu()
@@ -112,7 +112,7 @@ def deep_closure(module: nn.Module) -> Callable[..., Any]:
 
 
 def around(module: nn.Module) -> Callable[..., Any]:
-    """The last product is the function's own."""
+    """A function around a module, with a last product of its own."""
     weight = torch.randn(5, 64)
     return lambda x: module(x) @ weight
 

@@ -26,7 +26,7 @@ def options(**adaptive):
 
 
 def run(control: OutputControl, errors: dict[float, float], steps: int) -> list[float]:
-    """The ratios of some steps in which the rungs have these errors."""
+    """Return the ratios of some steps in which the candidate ratios cause these errors."""
     found = []
     for _ in range(steps):
         found.append(control.start_step())
@@ -90,7 +90,7 @@ def test_outputs_follow_what_the_gradient_allows() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("lowering", ["op by op", "inductor"])
 def test_measuring_disturbs_nothing(lowering: str) -> None:
-    """Two runs, one of which never looks: parameters, BatchNorm's statistics, gradients and random numbers stay equal bit for bit."""
+    """Of two runs one never measures. Parameters, BatchNorm's statistics, gradients and random numbers of both stay equal bit for bit."""
 
     def train(every: int) -> list[torch.Tensor]:
         torch._dynamo.reset()
@@ -190,7 +190,7 @@ def test_a_checkpointed_block_runs_again_as_it_ran() -> None:
 
 
 class Strided(Choices):
-    """Compares the strides of the inputs with those that the graph was compiled for."""
+    """An `inner_compile` whose code compares the strides of its inputs with those that the graph was compiled for."""
 
     def __call__(self, gm, example_inputs, **kwargs):
         call = super().__call__(gm, example_inputs, **kwargs)

@@ -246,7 +246,7 @@ def test_rows_and_replaced_gradients_by_rule_leave_the_forward_pass_exact() -> N
 
 
 def test_a_replaced_gradient_names_no_site() -> None:
-    """The site's other products are what they would be without it: the modesty of "cost" stays."""
+    """A rule that only replaces a gradient leaves the site's other products as they are: the exclusions of policy "cost" still hold."""
     config = ApproxConfig(ratio=0.5, rules=[{"layers": "conv", "grad_weight": "max"}, {"layers": "conv", "min_k": 8}])
     assert not config.settings([True, False]).named and config.settings([False, True]).named
 
@@ -333,7 +333,7 @@ ANYTHING: tuple[dict[str, Any], ...] = (
 
 @pytest.mark.slow
 def test_more_exact_rules_never_sample_an_output_that_was_exact() -> None:
-    """Wherever such a rule stands, whatever else is said before and after it, for every site; at a step of the run too."""
+    """A rule that makes something exact samples no output, wherever it stands among other rules, for every site, and at every step of a run."""
     draw, seen = random.Random(0), 0
     while seen < 1500:
         rules = [{"layers": draw.choice(["a", "b"])} | _drawn(draw, ANYTHING, 3) for _ in range(draw.randint(0, 4))]
@@ -372,7 +372,7 @@ def test_more_exact_rules_in_a_model() -> None:
 
 @pytest.mark.parametrize("exact", [{"axis": "rows", "ratio": 1.0}, {"axis": "rows", "method": "exact"}])
 def test_all_rows_are_an_exact_step(exact: dict[str, Any]) -> None:
-    """And not a step with sampled outputs in their place."""
+    """Where a rule keeps all rows, the step is exact, and no outputs are sampled in place of rows."""
     for policy in ("always", "cost", "adaptive"):
         settings = ApproxConfig(policy=policy, grad=exact).settings([])
         assert settings.rows is None and {settings.output.method, settings.grad_input.method, settings.grad_weight.method} == {"exact"}

@@ -1,4 +1,4 @@
-"""Plan files: what is written can be read, edited and overridden; what does not fit is refused with the place."""
+"""Plan files that are written can be read, edited and overridden, and a plan that does not fit is refused with the place of the error."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PLAN = TunedPlan(OPTIONS, RECORD, {"0": "saves 12.5% of the step"})
 
 
 def kept(config: Any, model: nn.Module | None = None, batch: int = 8) -> list[int]:
-    """How many of 64 entries every site of a 64-64-64-64 net keeps."""
+    """Return how many of 64 entries every site of a 64-64-64-64 net keeps."""
     return [s.products[0].k for s in plans_of(model or mlp(64, 64, 64, 64), config, torch.randn(batch, 64))]
 
 

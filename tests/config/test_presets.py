@@ -1,4 +1,4 @@
-"""The schedules of Wang and Nelaturu, against their tables."""
+"""The presets equal the tables of Wang and Nelaturu's schedules."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def convolutions(count: int) -> nn.Module:
 
 
 def methods(rules: Any, layers: int, steps: int) -> list[list[str]]:
-    """By layer and step, what stands for the weight gradient."""
+    """Return what replaces the weight gradient, by layer and step."""
     config = ApproxConfig(policy="always", method="exact", rules=rules)
     plans = Plans()
     torch.compile(convolutions(layers), backend=Backend(config, inner_compile=run_as_is, on_plan=plans))(torch.randn(2, 4, 6, 6))

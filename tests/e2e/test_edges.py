@@ -1,4 +1,4 @@
-"""NaN and inf, zeros, axes of one, empty batches, odd layouts, every dtype: as in exact arithmetic, or exact with the reason."""
+"""NaN and inf, zeros, axes of size one, empty batches, odd layouts and every dtype give what exact arithmetic gives, or stay exact with the reason."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_strides_are_those_of_the_exact_graph() -> None:
 
 @pytest.mark.slow
 def test_channels_last_images_of_dynamic_size() -> None:
-    """Several sizes, one graph: a view with symbolic strides that the backward pass reads does not compile."""
+    """Images of several sizes run one graph. A view with symbolic strides that the backward pass reads does not compile."""
     model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 8, 3)).to(memory_format=torch.channels_last)
     options = {"policy": "always", "rules": [{"layers": "conv[0]", "method": "exact"}]}
     found = []
@@ -162,7 +162,7 @@ class Times(nn.Module):
 )
 @pytest.mark.parametrize("second", [{}, {"sampling": "backward"}, {"grad_input": "max"}])
 def test_layers_with_nothing_between_them(first: dict[str, Any], second: dict[str, Any]) -> None:
-    """One layer's gradient is then the very node that the other's gradients read."""
+    """If nothing is between two layers, the gradient of one is the very node that the gradients of the other read."""
     one, two, x = nn.Linear(24, 32), nn.Linear(32, 16), torch.randn(20, 24, requires_grad=True)
     found = []
     for between in (nn.Identity(), Times()):
@@ -178,7 +178,7 @@ def test_layers_with_nothing_between_them(first: dict[str, Any], second: dict[st
 
 @pytest.mark.slow
 def test_groups_of_channels_of_an_image_of_dynamic_size_are_exact() -> None:
-    """Inductor can't order the strides of such a gather: the reason says so, and it compiles."""
+    """Inductor cannot order the strides of such a gather: the site stays exact with that reason, and the graph compiles."""
     model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 8, 3))
     plans = Plans()
     f = torch.compile(model, backend=Backend({"policy": "always", "group": 4, "min_k": 4}, on_plan=plans), dynamic=True)

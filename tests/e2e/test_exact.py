@@ -1,4 +1,4 @@
-"""Where the backend must be Inductor, bit for bit; and how often it compiles."""
+"""Where nothing is approximated the backend equals Inductor bit for bit and compiles as often."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ALWAYS = {"policy": "always", "ratio": 0.5}
 
 
 class Net(nn.Module):
-    """Linear, conv, BatchNorm and dropout: all that a mode changes."""
+    """Linear, convolution, BatchNorm and dropout: every layer that a mode changes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Net(nn.Module):
 
 
 def step(f: Any, model: nn.Module, x: Tensor) -> list[Tensor]:
-    """Output and parameter gradients of one call (whatever has a gradient)."""
+    """Return the output and the parameter gradients, where there are any, of one call."""
     model.zero_grad(set_to_none=True)
     torch.manual_seed(1)
     y = f(x)
@@ -301,7 +301,7 @@ torch.compile(model, backend=Backend({"policy": "always"}, inner_compile=run_as_
 
 
 class Flat(nn.Module):
-    """Products written in the compiled module's own forward, which no module stack names."""
+    """Products written in the forward of the compiled module, which no module stack names."""
 
     def __init__(self, broken: bool = False) -> None:
         super().__init__()
@@ -356,7 +356,7 @@ def test_the_rest_of_forward_without_its_module_is_exact() -> None:
 
 @pytest.mark.slow
 def test_statistics_collected_anew_are_those_of_the_exact_network() -> None:
-    """`torch.optim.swa_utils.update_bn` runs in training mode without gradients: on the compiled model too it is the exact network that it sees."""
+    """`torch.optim.swa_utils.update_bn` runs the model in training mode without gradients. The compiled model must run exactly there."""
     model = Net()
     f, choices, _ = compiled(model, ALWAYS)
     batches = [torch.randn(8, 3, 8, 8) for _ in range(3)]

@@ -1,4 +1,4 @@
-"""The examples: readers on small files of every layout and on damaged ones, the models, and the demo from its command line to its files."""
+"""The examples: readers of small and of damaged files in every layout, the models, and the demo from its command line to its files."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def put(path: Path, content: bytes) -> Path:
 
 
 def write_set(root: Path, name: str, *, direct: bool = False, end: str = ".gz") -> dict[str, np.ndarray]:
-    """A small set in `name`'s layout; returns its arrays by file stem."""
+    """Write a small data set in the layout of `name`; return its arrays by file stem."""
     folder, train_stem, test_stem, classes, first = SETS[name]
     rng = np.random.default_rng(0)
     written = {}
@@ -134,7 +134,7 @@ CIFAR_FILES = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")
 
 @pytest.fixture(scope="module")
 def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """CIFAR-10 at its true size, since a file's length is all the format can be checked by: image i of a file is of class (file + i) % 10."""
+    """CIFAR-10 at its true size, because only a file's length shows its format. Image i of a file has class (file + i) % 10."""
     root = tmp_path_factory.mktemp("cifar")
     (root / "cifar-10-batches-bin").mkdir()
     table = np.zeros((10_000, 3073), np.uint8)
@@ -266,7 +266,7 @@ def test_model_errors(name: str, in_shape: tuple[int, int, int], width: int | No
 
 @pytest.mark.slow
 def test_minimal() -> None:
-    """It runs as a user would run it, prints how many rows were kept, and both times."""
+    """The script runs as a user would run it, and prints how many rows were kept and both times."""
     path = ROOT / "examples" / "minimal.py"
     assert len(path.read_text().splitlines()) <= 30
     done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=500, env={**os.environ, "PYTHONPATH": str(ROOT)})
@@ -276,7 +276,7 @@ def test_minimal() -> None:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """The command as a user runs it, small: what it printed, and its folder."""
+    """The demo's command as a user runs it, on small data: its output, and its folder."""
     out = tmp_path_factory.mktemp("demo") / "new" / "out"
     arguments = "--epochs 8 --limit 300 --batch-size 128 --width 64 --lr 0.01 --policy always --ratio 0.5 --seeds 2 --json"
     command = [sys.executable, ROOT / "examples" / "train.py", *arguments.split(), "--out", out]
@@ -380,7 +380,7 @@ def test_conclusions_say_what_was_measured() -> None:
 
 
 def test_same_seed_same_start() -> None:
-    """What makes the two runs comparable: with the same seed the same weights and batches, whatever the backend."""
+    """With the same seed both runs have the same weights and batches, whatever the backend, so that they can be compared."""
     settings = trainer.Settings("digits", None, "mlp", 16, 1, 128, 0.0, 256, "cpu", {"policy": "always", "ratio": 1.0})
     news: list[trainer.Point | None] = []
     first, second = (trainer.train_once(name, 3, settings, lambda: None, news.append) for name in ("exact", "approx"))

@@ -1,4 +1,4 @@
-"""`make gpu`, rehearsed where there is no GPU: the same script at tiny sizes, on the kernels' references."""
+"""`make gpu` is rehearsed where there is no GPU: the same script at tiny sizes, on the kernels' reference implementations."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_every_kernel_is_compared_with_fp64() -> None:
 
 @pytest.mark.parametrize("device", [("A100", 80, 108, 166912), ("H200", 90, 132, 232448)])
 def test_what_is_compared_is_what_a_kernel_takes(device: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the reference would be compared with itself."""
+    """If no kernel took the operands, the reference would be compared with itself."""
     pytest.importorskip("triton", reason="the extra `triton` is not installed")
     from approx_compile.kernels.triton import autotune, matmul_launch
 

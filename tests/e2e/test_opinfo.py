@@ -1,4 +1,4 @@
-"""PyTorch's own operator samples: at ratio 1 the graph is untouched; at 0.5 every sample runs, is finite where exact is, and gives every gradient."""
+"""PyTorch's operator samples: at ratio 1 the graph is unchanged; at 0.5 every sample runs, is finite where exact is, and gives every gradient."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def samples(name: str) -> list[Any]:
 
 
 def function(name: str) -> Any:
-    """The op itself (for attention op_db has a wrapper, in a file that Dynamo does not trace)."""
+    """Return the op itself (for attention, op_db has a wrapper in a file that Dynamo does not trace)."""
     return F.multi_head_attention_forward if name == "nn.functional.multi_head_attention_forward" else OPS[name].get_op()
 
 
 def call(name: str, sample: Any) -> Any:
-    """The op on fresh leaves of a sample: (function, leaves that need gradients)."""
+    """Return copies of a sample's arguments: (args, kwargs, leaves that need gradients)."""
     args, kwargs = tree_map(
         lambda t: t.detach().clone().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t, ((sample.input, *sample.args), sample.kwargs)
     )

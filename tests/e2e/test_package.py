@@ -1,4 +1,4 @@
-"""The wheel: the entry point, the sources of every pass and kernel, and no top-level names of our folders."""
+"""The wheel holds the entry point and the sources of every pass and kernel, and no top-level names from the repository's folders."""
 
 from __future__ import annotations
 

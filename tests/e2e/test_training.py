@@ -1,4 +1,4 @@
-"""The habits of plain torch users: autocast and GradScaler, accumulation, whole compiled steps, resume, copies."""
+"""Habits of plain torch users: autocast and GradScaler, gradient accumulation, whole compiled steps, resuming, copies."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ALWAYS: dict[str, Any] = {"policy": "always", "ratio": 0.5, "group": 1}
 
 
 def sampled_mlp(model: nn.Sequential, x: Tensor, ratio: float = 0.5) -> Tensor:
-    """The model with top-k linear layers, by hand."""
+    """The model with top-k linear layers, written by hand."""
     for layer in model:
         if isinstance(layer, nn.Linear):
             k = round(layer.in_features * ratio)
@@ -125,7 +125,7 @@ def test_forward_and_loss_in_one_compiled_function() -> None:
 
 
 def test_a_whole_compiled_step() -> None:
-    """backward() and the optimizer inside: Dynamo breaks the graph there; the forward graph is sampled all the same."""
+    """With backward() and the optimizer inside the compiled function Dynamo breaks the graph there; the forward graph is sampled nevertheless."""
     model, x = mlp(64, 64, 64), torch.randn(32, 64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     plans = Plans()
@@ -166,7 +166,7 @@ def test_compiled_autograd() -> None:
 
 @pytest.mark.slow
 def test_a_resumed_run_repeats_the_uninterrupted_one() -> None:
-    """With an estimator that draws, so that torch's random state must be resumed, too."""
+    """The estimator draws random numbers, so torch's random state must be resumed too."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -223,7 +223,7 @@ def test_a_memory_budget_and_random_choices_are_refused() -> None:
 
 
 def test_eager_checkpoint_around_a_compiled_block() -> None:
-    """Outside the graph the forward pass runs twice; with the generator's state preserved (the default) both draw the same choice."""
+    """Outside the graph the forward pass runs twice. Checkpointing preserves the generator's state by default, so both draw the same choice."""
     block = mlp(64, 64, 64)
     for method in ("topk", "bernoulli"):
         f, _, _ = compiled(block, ALWAYS | {"method": method, "ratio": 0.25})
@@ -237,7 +237,7 @@ def test_eager_checkpoint_around_a_compiled_block() -> None:
 
 
 def test_saved_memory_is_that_of_the_sampled_operands() -> None:
-    """What the backward pass keeps: the gathered operand in place of the whole activation (where nothing else needs that)."""
+    """The backward pass keeps the gathered operand in place of the whole activation, where nothing else needs the activation."""
 
     def saved(options: dict[str, Any]) -> int:
         class Chain(nn.Module):

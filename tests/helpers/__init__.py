@@ -1,1 +1,1 @@
-"""What tests share: models, ways to compile, oracles, children that run in processes of their own."""
+"""Code that tests share: models, ways to compile, oracles, and programs that run in processes of their own."""

@@ -22,7 +22,7 @@ HERE = Path(__file__).parent / "cuda_cpu"
 
 @functools.cache
 def library(program: Program) -> ctypes.CDLL:
-    """The program's kernels as functions of the CPU. Raises AssertionError with the compiler's words."""
+    """Return the program's kernels as functions of the CPU. Raises AssertionError with the compiler's message."""
     source = (FOLDER / program.file).read_text()
     exports = "".join(f"EXPORT({k})\n" for k in kernels(program))
     with tempfile.TemporaryDirectory() as folder:
@@ -39,7 +39,7 @@ def kernels(program: Program) -> list[str]:
 
 
 def runs(backwards: bool) -> Any:
-    """A `run` whose threads take turns from the first to the last, or backwards: a missing barrier shows as a difference."""
+    """Return a `run` whose threads take turns from the first to the last, or backwards; a missing barrier then changes the result."""
 
     def run(program: Program, kernel: str, grid: tuple[int, int, int], threads: int, arguments: Sequence[Any], device: torch.device) -> None:
         assert device.type == "cpu"

@@ -1,4 +1,4 @@
-"""What Triton kernels are once compiled: registers, spills and instructions, ahead of time and without a GPU."""
+"""Compile Triton kernels ahead of time, without a GPU, and read their registers, spills and instructions."""
 
 from __future__ import annotations
 

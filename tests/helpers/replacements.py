@@ -17,7 +17,7 @@ LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def options(grad_weight: Any, **more: Any) -> dict[str, Any]:
-    """An exact forward pass, this weight gradient."""
+    """Settings with an exact forward pass and this weight gradient."""
     return {"policy": "always", "output": "exact", "grad_weight": grad_weight} | more
 
 
@@ -52,7 +52,7 @@ def algorithm_1(x: Tensor, dy: Tensor, conv: Any, j: int = 1, tile: int | None =
 
 
 def tiles(size: tuple[int, ...], tile: int | None) -> Iterator[np.ndarray]:
-    """Masks of the tiles of an image; None: of the image as one."""
+    """Yield a mask for every tile of an image, or one mask of the whole image if `tile` is None."""
     steps = [range(0, s, tile or s) for s in size]
     for corner in itertools.product(*steps):
         mask = np.zeros(size, dtype=bool)

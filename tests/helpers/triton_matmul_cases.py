@@ -95,7 +95,7 @@ NORMS = [(r, c, dim, group, t) for (r, c), dim, group, t in itertools.product(((
 
 
 def laid(x: Tensor, transposed: bool) -> Tensor:
-    """The values of x in a buffer of NaN with lines of a multiple of 16 entries."""
+    """Return the values of x in a buffer of NaN whose lines have a multiple of 16 entries."""
     if transposed:
         return laid(x.T, False).T
     buffer = torch.full((x.shape[0] + 3, -(-x.shape[1] // 16) * 16 + 16), NAN, dtype=x.dtype)
@@ -104,7 +104,7 @@ def laid(x: Tensor, transposed: bool) -> Tensor:
 
 
 def operands(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """a, b, the units kept, and the entries that they stand for."""
+    """Return a, b, the units kept, and the entries that they stand for."""
     g = torch.Generator().manual_seed(0)
     size = case.unit * case.units
     m, inner, n = {"skip": (case.m, size, case.n), "rows": (size, case.length, case.n), "columns": (case.m, case.length, size)}[case.op]
@@ -124,7 +124,7 @@ def operands(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def exact(case: Case, a: Tensor, b: Tensor, entries: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    """The result in fp64, from entries one by one."""
+    """Return the result in fp64, computed from the single entries."""
     a, b = a.double(), b.double()
     weight = torch.ones(len(entries)).double() if scale is None else scale.double().repeat_interleave(case.unit)
     if case.op == "skip":
@@ -139,7 +139,7 @@ def exact(case: Case, a: Tensor, b: Tensor, entries: Tensor, scale: Tensor | Non
 
 
 def error(case: Case) -> float:
-    """|Y - Y in fp64| / |Y in fp64| of the finite entries; inf where the others are not the same."""
+    """Return |Y - Y in fp64| / |Y in fp64| over the finite entries; inf if the other entries differ."""
     from approx_compile.kernels.triton import matmul_launch
     from approx_compile.kernels.triton.autotune import TileConfig
 
@@ -162,13 +162,13 @@ def error(case: Case) -> float:
 
 
 def largest(score: list[float], k: int) -> list[int]:
-    """By a sort in Python: NaN first, of equal ones the first."""
+    """Select by a sort in Python: NaN first, and of equal values the first."""
     order = sorted(range(len(score)), key=lambda i: (score[i] == score[i], -score[i] if score[i] == score[i] else 0, i))
     return sorted(order[:k])
 
 
 def chosen(name: str) -> list[int]:
-    """How many of the indices chosen are others, for k of 1, a third and all."""
+    """Return how many of the chosen indices are wrong, for k of 1, a third and all."""
     from approx_compile.kernels.triton.topk import largest_indices
 
     score = SCORES[name]

@@ -63,14 +63,14 @@ class ModelState:
 
 
 def trained(model: nn.Module, x: Tensor, y: Tensor) -> ModelState:
-    """The state of a model that has gradients, all but one, and running statistics."""
+    """Return the state of a model that has gradients (all but one) and running statistics."""
     F.cross_entropy(model(x), y).backward()
     model.get_parameter("head.bias").grad = None
     return ModelState(model)
 
 
 def after(calls: int, act: Callable[[], Any]) -> Callable[[Tensor, Tensor], Tensor]:
-    """A loss that draws random numbers of all kinds, and does something at its n-th call."""
+    """Return a loss that draws random numbers of all kinds, and calls `act` at its n-th call."""
     counter = itertools.count(1)
 
     def loss(output: Tensor, target: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Other libraries take the backend: with the real ones, where they are installed."""
+"""Other libraries accept the backend. The tests use the real libraries where they are installed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OPTIONS: dict[str, Any] = {"policy": "always", "ratio": 0.25, "group": 1}
 
 @pytest.fixture(autouse=True)
 def fresh_state() -> Iterator[None]:
-    """Accelerate keeps what the first Accelerator of a process was told."""
+    """Reset Accelerate, which keeps the settings of the first Accelerator of a process."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()
@@ -49,7 +49,7 @@ def test_the_name_is_one_of_accelerates() -> None:
 
 
 def test_a_step_with_an_accelerator() -> None:
-    """The gradients are those of the model compiled by hand, exact at ratio 1; options reach the backend."""
+    """The gradients are those of the model compiled by hand, and exact at ratio 1; options reach the backend."""
     register()
     x = torch.randn(32, 64)
     by_name = accelerate.Accelerator(cpu=True, dynamo_backend="approx")

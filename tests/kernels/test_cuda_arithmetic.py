@@ -28,7 +28,7 @@ NAN, INF = float("nan"), float("inf")
 
 @pytest.fixture(autouse=True)
 def unwritten_is_nan() -> Iterator[None]:
-    """torch.empty gives NaN, so that an entry that a kernel leaves out shows."""
+    """Let torch.empty return NaN, so that an entry that a kernel leaves out shows."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -41,7 +41,7 @@ def in_both_orders(product: Callable[[Any], Tensor]) -> Tensor:
 
 
 def guarded(rows: int, columns: int, dtype: torch.dtype, transposed: bool = False, device: str = "cpu") -> Tensor:
-    """(rows, columns) with steps of whole 16 bytes, amid NaN."""
+    """Return (rows, columns) whose lines begin at whole 16 bytes, surrounded by NaN."""
     r, c = (columns, rows) if transposed else (rows, columns)
     around = torch.full((r + 2, -(-c // 8) * 8 + 16), NAN, dtype=dtype, device=device)
     inner = around[1:-1, 8 : 8 + c]
@@ -50,7 +50,7 @@ def guarded(rows: int, columns: int, dtype: torch.dtype, transposed: bool = Fals
 
 
 def close(y: Tensor, expected: Tensor, terms: Tensor | float = 1.0) -> None:
-    """Within two roundings of the result, and the accumulator's own of the terms."""
+    """Compare up to two roundings of the result and the rounding of the accumulator's terms."""
     assert y.isfinite().equal(expected.isfinite())
     error = (y.double() - expected).abs()[expected.isfinite()]
     allowed = (2 * EPS[y.dtype] * expected.abs() + 1e-5 * terms)[expected.isfinite()]
@@ -171,7 +171,8 @@ def test_tiles_fit_the_width() -> None:
 
 
 def sparse(dy: Tensor, j: int) -> Tensor:
-    """dy in fp64 with all but the j largest entries of a channel zero (NaN largest, of equal ones the first), an equal share of the rest added to them."""
+    """Return dy in fp64 with all but the j largest entries of a channel set to zero (NaN is largest; of equal entries the first counts), and an equal share of
+    the rest added to these."""
     flat = dy.double().flatten(2)
     size = torch.where(flat.isnan(), torch.tensor(INF).double(), flat.abs().clamp_max(1e300))
     at = size.sort(dim=-1, descending=True, stable=True).indices[..., :j]

@@ -35,7 +35,7 @@ def max_conv_variants() -> list[Program]:
 
 
 def matmul_variants(every: bool = False) -> list[Program]:
-    """Every tile in every mode, the layouts in turn so that each meets every tile and every mode; in both dtypes."""
+    """Yield every tile in every mode and both dtypes, with the layouts in turn so that each occurs with every tile and every mode."""
     modes = [(None, False), (None, True), (0, False), (1, False)]
     layouts = list(itertools.product((False, True), repeat=2))
     return [
@@ -50,7 +50,7 @@ def matmul_variants(every: bool = False) -> list[Program]:
 
 
 def usage(cubin: bytes, tmp_path: Path) -> tuple[dict[str, tuple[int, int, int]], set[str]]:
-    """Registers, bytes of stack and bytes of parameters (with what lies before) by kernel, and the instructions of all."""
+    """Return registers, bytes of stack and bytes of parameters (with what lies before them) by kernel, and the instructions of all kernels."""
     tool = pytest.importorskip("gpu_code", reason="cuobjdump comes with triton").TOOL
     path = tmp_path / "code.cubin"
     path.write_bytes(cubin)
@@ -83,7 +83,7 @@ def test_machine_code(programs: list[Program], arch: int, tmp_path: Path) -> Non
 
 
 def recorded() -> list[tuple[Program, str, list[Any]]]:
-    """What the launchers hand to the device: one launch of every kernel."""
+    """Return what the launchers pass to the device: one launch of every kernel."""
     calls: list[tuple[Program, str, list[Any]]] = []
 
     def run(program: Program, kernel: str, grid: Any, threads: int, arguments: Any, device: torch.device) -> None:
@@ -101,7 +101,7 @@ def recorded() -> list[tuple[Program, str, list[Any]]]:
 @needs_nvrtc
 @pytest.mark.parametrize("arch", ARCHS)
 def test_arguments_fill_the_parameters(arch: int, tmp_path: Path) -> None:
-    """cuda.core takes every argument, and their sizes are those of the compiled kernel's parameters."""
+    """cuda.core accepts every argument, and the arguments' sizes are those of the compiled kernel's parameters."""
     seen = set()
     for program, kernel, arguments in recorded():
         types = [ctypes.c_void_p if isinstance(a, int) else type(a) for a in arguments]

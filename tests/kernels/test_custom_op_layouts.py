@@ -1,4 +1,4 @@
-"""Checks that graphs hand the custom ops what their kernels take: contiguous axes of a multiple of 16 entries, images in channels-last, whatever came before.
+"""Graphs pass the custom ops operands that their kernels take: contiguous axes of a multiple of 16 entries, and images in channels-last.
 
 On a GPU the op would run its reference for anything else, although the plan names the kernel; on CPUs the references run always.
 """
@@ -26,12 +26,12 @@ ALWAYS: dict[str, Any] = {"policy": "always", "min_k": 1, "group": 32, "lowering
 
 @pytest.fixture(autouse=True)
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ops of our kernels are offered on this device as well."""
+    """Offer the ops of this project's kernels on this device as well."""
     monkeypatch.setattr(availability, "unavailable_reason", lambda lowering, device: None)
 
 
 def ops_of(model: nn.Module, options: dict[str, Any], x: Tensor) -> dict[str, list[tuple[Tensor, ...]]]:
-    """Fake operands (the first two) of every op of ours in the joint graph, by its name."""
+    """Return fake operands (the first two) of every custom op in the joint graph, by its name."""
     graphs: list[fx.Graph] = []
     backend = Backend(options, inner_compile=run_as_is, on_plan=lambda plan, before, after: graphs.append(after), keep_graphs=True)
     torch.compile(model, backend=backend)(x)
@@ -56,7 +56,7 @@ def same_by_inductor(model: nn.Module, options: dict[str, Any], x: Tensor, loss:
 
 
 class Summed(nn.Module):
-    """The loss is inside: the gradient of the sum is one number, broadcast."""
+    """A model with the loss inside: the gradient of the sum is one number that is broadcast."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def test_broadcast_gradients_are_laid_out(rows: int) -> None:
 
 @pytest.mark.slow
 def test_images_are_in_channels_last_below_a_flat_layer() -> None:
-    """A view of the flat layer's gradient is contiguous."""
+    """The gradient of the flat layer's input is a contiguous view, which must become channels-last."""
     model = nn.Sequential(nn.Conv2d(64, 128, 3), nn.ReLU(), nn.Conv2d(128, 16, 3), nn.Flatten(), nn.Linear(16 * 16, 4)).to(memory_format=torch.channels_last)
     x = torch.randn(2, 64, 8, 8).contiguous(memory_format=torch.channels_last)
     ops = ops_of(model, ALWAYS, x)
@@ -88,7 +88,7 @@ def test_images_are_in_channels_last_below_a_flat_layer() -> None:
 
 @pytest.mark.slow
 def test_rows_go_on_through_kernels(small_work_counts: None) -> None:
-    """The first layer's gradients run on half of the rows and by a kernel that steps over what the second dropped."""
+    """The first layer's gradients run on half of the rows, and by a kernel that skips what the second layer dropped."""
     model, x = mlp(128, 128, 32), torch.randn(64, 128, requires_grad=True)
     options = ALWAYS | {"rules": [{"layers": "0", "output": "exact", "grad": {"axis": "rows", "method": "topk", "ratio": 0.5}}]}
     found = []
@@ -105,7 +105,7 @@ def test_rows_go_on_through_kernels(small_work_counts: None) -> None:
 
 @pytest.mark.slow
 def test_rows_go_on_through_convolutions(small_work_counts: None) -> None:
-    """Under `adaptive` sites that sample outputs may have rows as well; all of them are kept at first."""
+    """Under `adaptive`, sites that sample outputs may have rows as well; all rows are kept at first."""
     model = nn.Sequential(nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 16, 3)).to(memory_format=torch.channels_last)
     x = torch.randn(16, 64, 8, 8).contiguous(memory_format=torch.channels_last)
     options = {"policy": "adaptive", "rules": [{"layers": "conv[1]", "output": {"method": "topk", "ratio": 0.5, "group": 32}}]}
@@ -123,7 +123,7 @@ def test_rows_go_on_through_convolutions(small_work_counts: None) -> None:
 
 
 def test_flops_of_the_ops() -> None:
-    """Counted as products of what is kept."""
+    """FLOPs are those of products of the kept entries."""
     a, b, idx = torch.randn(6, 8), torch.randn(8, 10), torch.arange(2)
     x, w = torch.randn(2, 8, 5, 5), torch.randn(3, 8, 3, 3)
     y = torch.randn(2, 3, 3, 3)
@@ -144,7 +144,7 @@ def test_flops_of_the_ops() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("conv", [False, True])
 def test_any_batch_by_inductors_own_code(conv: bool) -> None:
-    """Compiled once for all batches, the ops within Inductor's code, against the rewritten graph run op by op."""
+    """The ops inside Inductor's code, compiled once for all batches, equal the rewritten graph run op by op."""
     layers = [nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 8, 3)] if conv else list(mlp(128, 128, 8))
     model = nn.Sequential(*layers).to(memory_format=torch.channels_last)
 

@@ -22,14 +22,14 @@ Z = 5.0
 
 
 def z_score(mean: Tensor, expected: Tensor, variance: Tensor, n: int) -> Tensor:
-    """|mean - expected| in standard errors; where nothing is random the two must agree to rounding."""
+    """|mean - expected| in standard errors. Where nothing is random, the two must agree up to rounding."""
     error = (mean - expected).abs()
     fixed = variance < 1e-12
     return torch.where(fixed, (error > 1e-9) * torch.inf, error / (variance / n).sqrt().clamp_min(1e-30)).nan_to_num(0, posinf=torch.inf)
 
 
 def wta_sure(score: Tensor, k: int) -> list[int]:
-    """The c* units that are kept surely, by brute force over c in [0, k): argmin of (1 - P_c) / (k - c)."""
+    """Find the number c* of units that are surely kept, by brute force over c in [0, k): argmin of (1 - P_c) / (k - c)."""
     p = sorted((score / score.sum()).tolist(), reverse=True)
     cost = [math.fsum(p[c:]) / (k - c) for c in range(k)]
     c = cost.index(min(cost))
@@ -58,8 +58,8 @@ def weight_variance(method: str, score: Tensor, k: int) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", RANDOM)
 def test_mean_weight_is_one(method, kind, dtype):
-    """E[weight_i] = 1 for every unit, with the variance of the method's definition. The mean's standard error is the theoretical one: an
-    estimated one is too small just when a rare unit happens to be drawn too rarely."""
+    """E[weight_i] = 1 for every unit, with the variance of the method's definition. The standard error of the mean is the theoretical one, because an
+    estimated one is too small if a rare unit happens to be drawn too rarely."""
     k, score = 7, scores(kind)
     torch.manual_seed(4)
     weights = draws(Estimator(method, 24, k), score.to(dtype))

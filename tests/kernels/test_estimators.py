@@ -54,7 +54,7 @@ def test_counts(size, ratio, min_k, group, expected):
 
 
 def test_counts_are_the_smallest_that_keep_enough():
-    """Brute force over k: the fewest whole groups that, with the tail, hold clamp(round(ratio size), min_k, size) entries."""
+    """By brute force over k: the fewest whole groups that, with the tail, hold clamp(round(ratio size), min_k, size) entries."""
     rng = random.Random(0)
     nones = 0
     for _ in range(2000):
@@ -84,7 +84,7 @@ def test_bernoulli_capacity():
 
 
 def slow_water_fill(score: list[float], k: int) -> list[float]:
-    """By bisection on c, then the documented floor, one row, in plain Python."""
+    """Water filling of one row in plain Python: bisection on c, then the documented floor."""
     size = len(score)
     alive = sum(s > 0 for s in score)
     if alive <= k:  # every unit with a score is certain, what is left of the budget is spread
@@ -126,7 +126,7 @@ def test_water_fill_properties(kind, magnitude, dtype):
 
 
 def test_water_fill_bounds_the_scale():
-    """A unit without any score is kept with the probability of the floor, FLOOR (k - m) / (K - m) with m certain ones."""
+    """A unit without any score is kept with the probability of the floor, FLOOR (k - m) / (K - m), if m units are certain."""
     score = torch.tensor([100.0, 50, 3, 2, 1, 1, 0, 0], dtype=torch.float64)
     p = water_fill(score, 4)
     assert (p == 1).tolist() == [True, True, False, False, False, False, False, False]
@@ -257,7 +257,7 @@ def test_scores_that_say_nothing(method, value):
 
 @pytest.mark.parametrize("method", RANDOM)
 def test_scores_of_one_unit_only(method):
-    """k - c* draws from nothing (wta), the whole mass on one unit (crs): that unit has weight 1, nothing is NaN."""
+    """With the whole mass on one unit, wta draws k - c* units from nothing and crs draws one unit only: that unit has weight 1, and nothing is NaN."""
     score = torch.zeros(24)
     score[13] = 2
     torch.manual_seed(12)

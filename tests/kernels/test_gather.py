@@ -60,19 +60,19 @@ class Case:
 
 
 def by_lead(x: Tensor, dim: int, leads: int) -> Tensor:
-    """(leads, everything else)."""
+    """Return x as (leads, everything else)."""
     return torch.stack([chunk.flatten() for chunk in x.chunk(leads, dim)])
 
 
 def entries_of(estimator: Estimator, idx: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The selection as entries of the axis, (leads, n)."""
+    """Return the selection as entries of the axis, (leads, n)."""
     idx = idx if idx.dim() == 2 else idx[None]
     entries = (idx[..., None] * estimator.unit + torch.arange(estimator.unit)).flatten(-2)
     return entries, None if scale is None else scale.reshape(idx.shape).repeat_interleave(estimator.unit, -1)
 
 
 def operand(shape: tuple[int, ...], dims: tuple[int, int], leads: int) -> Tensor:
-    """Positive entries; along the contraction axis the norms fall, in another order in every chunk."""
+    """Return positive entries whose norms fall along the contraction axis, in another order in every chunk."""
     x = torch.rand(shape, dtype=torch.float64) + 0.25
     lead_dim, dim = dims
     for chunk in x.chunk(leads, lead_dim):
@@ -164,7 +164,7 @@ def sampled(estimator: Estimator, c: Case) -> tuple[Tensor, Tensor | None, Tenso
 
 
 def contributions(c: Case) -> Tensor:
-    """What every entry of the axis adds to the product, by slicing it out: (size, leads, rest)."""
+    """Return what every entry of the axis adds to the product, computed by slicing: (size, leads, rest)."""
     each = torch.arange(c.size).expand(c.leads, -1)
     return torch.stack([c.y_by_lead(c.product(pick(c.a, c.a_dims, e), pick(c.b, c.b_dims, e))) for e in each.split(1, 1)])
 
@@ -173,7 +173,7 @@ def contributions(c: Case) -> Tensor:
 
 
 def scores(c: Case, estimator: Estimator) -> Tensor:
-    """|A_G| |B_G| for every unit, by slicing: (leads, units)."""
+    """Return |A_G| |B_G| for every unit, computed by slicing: (leads, units)."""
     found = []
     for unit in torch.arange(estimator.units * estimator.group).view(estimator.units, estimator.group):
         e = unit.expand(c.leads, -1)
@@ -182,7 +182,7 @@ def scores(c: Case, estimator: Estimator) -> Tensor:
 
 
 def wta_sure(s: Tensor, k: int) -> Tensor:
-    """Marks the c* units that are kept surely: c* = argmin of (1 - P_c) / (k - c), by brute force."""
+    """Mark the c* units that are surely kept: c* = argmin of (1 - P_c) / (k - c), by brute force."""
     order = s.argsort(descending=True)
     cost = [s[order[c:]].sum().item() / (k - c) for c in range(k)]
     sure = torch.zeros(len(s), dtype=torch.bool)
@@ -208,7 +208,7 @@ def variance(method: str, parts: Tensor, s: Tensor, k: int) -> Tensor:
 
 
 def unit_parts(c: Case, estimator: Estimator) -> Tensor:
-    """What every whole group adds: (units, leads, rest)."""
+    """Return what every whole group adds: (units, leads, rest)."""
     return contributions(c)[: estimator.units * estimator.group].unflatten(0, (estimator.units, estimator.group)).sum(1)
 
 
@@ -237,7 +237,7 @@ def test_mean_and_variance(name, method, group):
 
 @pytest.mark.parametrize("which", PRODUCTS)
 def test_variance_is_that_of_the_notes(which):
-    """notes/estimators.md gives E |Y' - Y|_F^2 of a matrix product with s_i = a_i b_i."""
+    """The variance E |Y' - Y|_F^2 of a matrix product is that of the formula with s_i = a_i b_i."""
     c = case(f"linear-{which}", 1)
     size, k = GROUPS[1]
     parts, s, y_sq = unit_parts(c, bound("crs", 1))[:, 0], c.a.norm(dim=0) * c.b.norm(dim=1), (c.a @ c.b).square().sum()

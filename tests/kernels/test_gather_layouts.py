@@ -69,7 +69,7 @@ def dims_in_memory_order(x: Tensor) -> list[int]:
 @pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout, group):
-    """The values of indexing a contiguous copy, in the memory order of the operand."""
+    """The result has the values of indexing a contiguous copy, in the memory order of the operand."""
     make, axes = LAYOUTS[layout]
     for axis in axes:
         torch.manual_seed(4)
@@ -102,7 +102,7 @@ def test_layouts(layout, group):
 
 
 def test_take_against_indexing():
-    """Plain indexing, written out."""
+    """`take` equals plain indexing, written out."""
     torch.manual_seed(5)
     x, idx, scale = torch.randn(3, 24, 5), torch.tensor([1, 4, 5]), torch.tensor([0.5, 2.0, 4.0])
     assert torch.equal(take(x, Axis(1), idx, scale, 1), x[:, idx] * scale[:, None])
@@ -121,7 +121,7 @@ def test_take_against_indexing():
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=["fp16", "bf16", "fp32", "fp64"])
 def test_types(dtype, method):
-    """Operands keep their type; norms and scales are fp32, fp64 for fp64; scaling rounds once."""
+    """Operands keep their dtype, norms and scales are fp32 (fp64 for fp64), and scaling rounds once."""
     torch.manual_seed(6)
     a, b = torch.randn(4, 24).to(dtype), torch.randn(24, 5).to(dtype)
     estimator = Estimator(method, 24, 7, weight=1)
@@ -152,7 +152,7 @@ def test_an_empty_batch_selects_and_multiplies(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_selection_carries_no_gradient(method):
-    """Only the gathers do: the gradient of A' is that of a gather with constant indices and scales."""
+    """Only the gathers carry gradients: the gradient of A' is that of a gather with constant indices and scales."""
     torch.manual_seed(7)
     a, b = torch.randn(4, 24, requires_grad=True), torch.randn(24, 5, requires_grad=True)
     idx, scale, a_kept, b_kept = sample(Estimator(method, 24, 7, weight=1), a, b, Axis(1), Axis(0))
@@ -165,7 +165,7 @@ def test_selection_carries_no_gradient(method):
 
 
 class Sums(TorchDispatchMode):
-    """Counts sums."""
+    """Count the sums that run."""
 
     count = 0
 

@@ -1,4 +1,4 @@
-"""The ops of convolutions that skip input channels: against dense ones with the dropped channels masked, and as torch wants an op to be."""
+"""The ops of convolutions that skip input channels equal dense convolutions with the dropped channels masked, and pass torch's checks of custom ops."""
 
 from __future__ import annotations
 

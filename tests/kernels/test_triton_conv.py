@@ -1,4 +1,4 @@
-"""The Triton kernels of convolutions that skip input channels: in the interpreter, and as machine code."""
+"""The Triton kernels of convolutions that skip input channels: their values in the interpreter, and their machine code."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_refusals(name: str) -> None:
 
 @pytest.fixture
 def tf32() -> Iterator[None]:
-    """fp32 convolutions may use tensor cores; what a test sets lasts until its end."""
+    """Let fp32 convolutions use tensor cores; restore the setting at the end of the test."""
     before = torch.backends.cudnn.conv.fp32_precision
     torch.backends.cudnn.conv.fp32_precision = "tf32"
     yield
@@ -113,7 +113,7 @@ def test_fp32_without_tf32_is_refused() -> None:
 
 
 def test_candidates_depend_on_what_the_choice_is_kept_by(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches that share a choice are offered the same tiles: under deterministic algorithms the first is taken, whichever batch comes first."""
+    """Batches that share a choice are offered the same tiles. Under deterministic algorithms the first is taken, whichever batch comes first."""
     offered: dict[Any, set[tuple[TileConfig, ...]]] = {}
 
     def pick(kernel: Any, key: Any, candidates: Any, device: Any, launch: Any) -> TileConfig:
@@ -141,7 +141,7 @@ def wide(stride: int = 1, channels: int = 640) -> conv_launch.ConvConstants:
 
 
 def code(product: str, arch: int, dtype: torch.dtype, config: TileConfig, g: conv_launch.ConvConstants, unit: int = 64) -> Code:
-    """What the launcher would have compiled for a weight in channels-last without a scale (fp32: packed for grad_input)."""
+    """Return the code that the launcher would have compiled for a weight in channels-last without a scale (fp32: packed for grad_input)."""
     kernel = getattr(conv_kernels, product)
     constants: dict[str, Any] = {n: v for n, v in conv_launch.launch_constants(config).items() if n.startswith("BLOCK")} | g._asdict() | {"UNIT": unit}
     if product != "grad_weight":
@@ -154,7 +154,7 @@ def code(product: str, arch: int, dtype: torch.dtype, config: TileConfig, g: con
 
 
 def shipped() -> list[Any]:
-    """Every configuration there is, by product, architecture and dtype, with a length of the axis (or a unit) that it is taken for."""
+    """Yield every configuration that exists, by product, architecture and dtype, with a length of the axis (or a unit) for which it is taken."""
     return [
         pytest.param(product, arch, dtype, config, run, id=f"{product}-sm_{arch}-{str(dtype)[6:]}-{config.block_m}x{config.block_n}x{config.block_k}")
         for product, runs in conv_launch.BLOCK_K_CHOICES.items()
@@ -169,7 +169,7 @@ def shipped() -> list[Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("product", "arch", "dtype", "config", "length"), shipped())
 def test_machine_code(product: str, arch: int, dtype: torch.dtype, config: TileConfig, length: int) -> None:
-    """Tensor cores, asynchronous copies of 16 bytes, no spills."""
+    """The code uses tensor cores and asynchronous copies of 16 bytes, and spills no registers."""
     check(product, arch, dtype, config, wide(channels=10 * length), unit=length if product == "output" else 32)
 
 
@@ -215,7 +215,7 @@ def test_machine_code_of_the_small_kernels(arch: int) -> None:
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.usefixtures("tf32")
 def test_on_a_gpu(stride: int, dtype: torch.dtype) -> None:
-    """The ops as a graph calls them, tuned, against fp64."""
+    """The ops as a graph calls them, tuned, equal fp64."""
     idx, scale = torch.tensor([0, 2, 3, 9], device="cuda"), torch.rand(4, device="cuda") + 0.5
     x = torch.randn(16, 640, 15, 17, device="cuda").to(dtype, memory_format=torch.channels_last)
     w = (torch.randn(160, 640, 3, 3, device="cuda") / 40).to(dtype)

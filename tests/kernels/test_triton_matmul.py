@@ -1,4 +1,4 @@
-"""The Triton kernels of sampled matmuls without a GPU: their values under Triton's interpreter, their machine code, and the ops on a CPU."""
+"""The Triton kernels of sampled matmuls, without a GPU: their values under Triton's interpreter, their machine code, and the ops on a CPU."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_configurations_fit() -> None:
 
 @pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[TileConfig]:
-    """Cold caches, and times that stand in for a GPU's: the last configuration is the fastest."""
+    """Empty the caches, and replace a GPU's times by others under which the last configuration is the fastest."""
     import triton
 
     seen: list[TileConfig] = []
@@ -283,7 +283,7 @@ def made(unit: int = 4, transposed: bool = False) -> tuple[Tensor, Tensor, Tenso
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("unit", [1, 4])
 def test_ops(unit: int, scaled: bool, transposed: bool) -> None:
-    """The references on a CPU, and everything that torch asks of an op."""
+    """The reference implementations on a CPU pass everything that torch checks of an op."""
     a, b, idx, scale = made(unit, transposed)
     entries = (idx[:, None] * unit + torch.arange(unit)).flatten()
     given = scale if scaled else None

@@ -1,4 +1,4 @@
-"""Huge pages for large new buffers on CPUs: which graphs ask, for which buffers, and that nothing else changes."""
+"""Huge pages for large new buffers on CPUs: which graphs ask for them, for which buffers, and that nothing else changes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EXACT = {"policy": "always", "method": "exact"}
 
 
 def code_of(model: nn.Module, x: Tensor, backend: Any) -> list[str]:
-    """The Python code of the forward and of the backward pass."""
+    """Return the Python code of the forward and of the backward pass."""
     torch._dynamo.reset()
     model.zero_grad()
     f = torch.compile(model, backend=backend)
@@ -41,7 +41,7 @@ def code_of(model: nn.Module, x: Tensor, backend: Any) -> list[str]:
 
 
 def flags_at(address: int) -> set[str]:
-    """The kernel's flags of the memory area that an address lies in."""
+    """Return the kernel's flags of the memory area that an address lies in."""
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if (area := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)) is not None:

@@ -1,4 +1,4 @@
-"""The machine's profile: what is read from it, how it is stored, shared and repaired. What it measures is not tested, only that it does."""
+"""The machine's profile: what is read from it, and how it is stored, shared and repaired. The measured values are not tested, only that there are some."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from approx_compile.machine import Machine, Table, benchmark_grids, microbenchma
 
 @pytest.fixture
 def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No profile anywhere."""
+    """Have no profile, neither in memory nor on disk."""
     monkeypatch.delenv(machine.FILE)
     monkeypatch.setattr(store, "loaded", {})
     monkeypatch.setattr(store.platformdirs, "user_cache_path", lambda name: tmp_path / name)
@@ -140,7 +140,7 @@ def test_devices_that_are_not_there() -> None:
 
 @pytest.mark.slow
 def test_what_is_compiled_is_measured_too() -> None:
-    """The full measurement's generated kernels, at one size."""
+    """The generated kernels of the full measurement, at one size."""
     grid = benchmark_grids.Grid(linear={}, bmm={}, conv={}, sizes=(2**16,), runs=(16.0,), allocated=(), select={})
     for kind in ("norms", "take", "untake"):
         name, unit, axes, rates = microbenchmarks.measure_moves(kind, "cpu", torch.float32, grid, False, timer.BenchmarkTimer("cpu", 1e-3))

@@ -1,4 +1,4 @@
-"""The policy "measure": sites are timed alone by a child process, once, and what is stored decides. What is asked and stored is tested, not the times."""
+"""The policy "measure": a child process times single sites, once, and stored times decide. Requests and stored data are tested, not the times."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_measured_once_then_remembered(times: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.slow
 def test_what_is_timed_is_what_is_planned(times: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every question's options, given to the model of the site alone, lead to the products that were to be timed."""
+    """The options of every request, given to the model of the single site, lead to the products that were to be timed."""
     asked: list[Any] = []
 
     def note(questions: Any, profile: Any) -> list[list[float]]:
@@ -102,7 +102,7 @@ def test_what_is_timed_is_what_is_planned(times: Path, monkeypatch: pytest.Monke
 def test_sites_are_timed_on_the_pages_that_they_will_have(
     precisions: None, times: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], huge: bool
 ) -> None:
-    """The child's backends, the exact side's too, have the user's `huge_pages`; and what was measured with the other answers nothing."""
+    """The child's backends, also that of the exact step, have the user's `huge_pages`, and times measured with the other setting are not used."""
     built: list[ApproxConfig] = []
 
     def child(questions: Any, profile: Any) -> list[list[float]]:
@@ -165,7 +165,7 @@ def note():
 @pytest.mark.slow
 @pytest.mark.parametrize("act", [older_one, convolutions_in_ieee, newer_ones_set_apart])
 def test_the_child_multiplies_as_precisely(precisions: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
-    """What the process that times sites has set when it ends."""
+    """The precision that the process that times sites has set when it ends."""
     (tmp_path / "sitecustomize.py").write_text(NOTE)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     act()

@@ -9,5 +9,5 @@ from approx_compile.kernels import availability
 
 @pytest.fixture
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ops of our kernels are offered on this device as well."""
+    """Offer the ops of this project's kernels on this device as well."""
     monkeypatch.setattr(availability, "unavailable_reason", lambda lowering, device: None)

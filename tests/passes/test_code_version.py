@@ -1,4 +1,4 @@
-"""The cache key covers every file of the package: what another version of the code compiled is never used."""
+"""The cache key covers every file of the package, so that code which another version compiled is never used."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ print(json.dumps(changed))
 
 
 def test_a_change_in_any_folder_is_another_version(tmp_path: Path) -> None:
-    """Every folder of the package has one of its sources changed, one kind of source at a time."""
+    """In every folder of the package one source is changed, of one kind of source at a time."""
     root = tmp_path / "approx_compile"
     shutil.copytree(PACKAGE, root, ignore=shutil.ignore_patterns("__pycache__"))
     sources = sorted(p.relative_to(root) for p in root.rglob("*") if p.suffix in (".py", ".cu", ".cuh"))

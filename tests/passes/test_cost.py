@@ -41,7 +41,7 @@ SIZES = {
 
 
 def factor(machine_: machine.Machine, name: str, by: float) -> machine.Machine:
-    """The profile with a table's values multiplied."""
+    """Return the profile with the values of a table multiplied."""
     changed = {n: t.model_copy(update={"values": tuple(v * by for v in t.values)}) for n, t in machine_.tables.items() if n.startswith(name)}
     return machine_.model_copy(update={"tables": machine_.tables | changed})
 
@@ -52,7 +52,7 @@ def decided(model: nn.Module, x: torch.Tensor, profile: machine.Machine, **optio
 
 
 def test_terms_of_a_sampled_product() -> None:
-    """Counted by hand for X (32, 64), W (128, 64) in groups of one, 16 of 64 kept."""
+    """The terms are counted by hand for X (32, 64), W (128, 64) in groups of one, with 16 of 64 kept."""
     found = {t.what: t for t in terms(Case("linear", "output", "sampled"))}
     at = {s: v for s, v in SIZES.items()}
     made = {"new memory, A", "new memory, B", "new memory, result"}
@@ -126,7 +126,7 @@ def test_sizes_of_convolutions(transposed: bool) -> None:
 
 @pytest.mark.slow
 def test_decisions_follow_the_machine() -> None:
-    """The same site, on machines whose products or whose memory are faster."""
+    """The same site is decided otherwise on machines with faster products or faster memory."""
     model, x = mlp(1024, 1024, 1024), torch.randn(512, 1024, requires_grad=True)
     profile = machine.current()
     (first, *_) = decided(model, x, profile)
@@ -139,7 +139,7 @@ def test_decisions_follow_the_machine() -> None:
 
 
 def test_large_results_pay_for_new_memory() -> None:
-    """Where memory is mapped anew, tensors of that size cost more, small ones do not."""
+    """Where the C library maps memory anew, tensors of that size cost more, and small ones do not."""
     profile = machine.current()
     slow = profile.model_copy(update={"tables": profile.tables | {"fresh": machine.Table(unit="GB/s", axes={"allocated": (2**24, 2**25)}, values=(1e3, 2.5))}})
     for m, extra in ((2**12, 0.0), (2**16, 4 * 2**26 / 2.5 / 1e3)):  # results of 16 MiB and of 256 MiB
@@ -175,7 +175,7 @@ def test_break_even_is_where_times_meet() -> None:
 
 @pytest.mark.slow
 def test_break_even_says_how_sure_it_is() -> None:
-    """At its ends sampling would take as long as the exact products if it took 1.2, or 1 / 1.2, times as long as the expressions say."""
+    """At the ends of its range, sampling would take as long as the exact products if it took 1.2, or 1 / 1.2, times as long as predicted."""
     model, x = mlp(512, 512, 512), torch.randn(256, 512, requires_grad=True)
     profile = factor(machine.current(), "untake", 0.02)
     found = decided(model, x, profile, ratio=0.25, group=16)[0].break_even
@@ -194,12 +194,12 @@ def test_break_even_says_how_sure_it_is() -> None:
 
 @pytest.mark.slow
 def test_group_and_k_are_chosen() -> None:
-    """Long runs where single entries gather slowly, else single entries; kept entries in multiples of 16; a user's own group is left alone."""
+    """Groups are long where single entries gather slowly, else single entries; kept entries are multiples of 16; a group that the user gives is not changed."""
     model, x = mlp(1024, 1024, 1024), torch.randn(512, 1024, requires_grad=True)
     profile = machine.current()
 
     def single_runs(by: float) -> machine.Machine:
-        """Every run moves as fast as long ones, single entries `by` times that."""
+        """Return the profile with every run as fast as long ones, and single entries `by` times as fast."""
         tables = {}
         for name in ("take.float32", "untake.float32"):
             table = profile.tables[name]
@@ -216,7 +216,7 @@ def test_group_and_k_are_chosen() -> None:
 
 @pytest.mark.slow
 def test_expressions_hold_for_a_symbolic_batch() -> None:
-    """One plan for all sizes: the time is evaluated where the batch was traced, the expressions hold for any."""
+    """One plan serves all sizes: the time is evaluated at the size of the batch that was traced, and the expressions hold for any."""
     s0 = sympy.Symbol("s0", positive=True, integer=True)
     product = next(t for t in terms(Case("linear", "output", "sampled")) if t.what == "product")
     assert product.flops.subs({expressions.M: s0, expressions.B: 1, expressions.T: 1, expressions.K: 64, expressions.N: 128, expressions.k: 16}) == 4096 * s0

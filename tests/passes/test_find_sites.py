@@ -1,4 +1,4 @@
-"""What users write, and the sites the pass finds in it: names, kinds, products, and the reason where one stays exact."""
+"""The sites that the pass finds in what users write: names, kinds, products, and the reason where one stays exact."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Call(nn.Module):
 
 
 class Inner(nn.Module):
-    """Wraps, so that the module in question has a name."""
+    """A wrapper, so that the inner module has a name."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -87,7 +87,8 @@ def test_spellings_with_a_weight(name: str) -> None:
     ],
 )
 def test_one_row(options: dict[str, Any], decision: str) -> None:
-    """The gradient of its weight is an outer product, which Inductor makes op by op (on CPUs the smallest ones): no product, but rules hold for it alike."""
+    """The gradient of the weight is an outer product, which Inductor computes as an elementwise op (on CPUs the smallest ones). It is no product, but rules
+    hold for it alike."""
     model, x = nn.Linear(12, 20, bias=False), torch.randn(1, 12, requires_grad=True)
     f, choices, plans = compiled(model, ALWAYS | {"min_k": 1} | options)
     y = f(x)

@@ -27,7 +27,7 @@ def cnn() -> nn.Sequential:
 
 
 class Saved:
-    """An `inner_compile` that notes what the forward pass saves, and the products of the backward graph."""
+    """An `inner_compile` that records what the forward pass saves, and the products of the backward graph."""
 
     def __init__(self) -> None:
         self.bytes, self.products = 0, 0
@@ -147,7 +147,7 @@ def test_zeros_of_later_sites_leave_replacements_alone() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "images"), [*itertools.product(("zero", "random", "max"), (False, True)), ("tile", True)])
 def test_beside_rows_of_the_batch(method: str, images: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows go on past a replaced gradient, which is that of the output gradient with the dropped rows at zero."""
+    """Rows go on past a replaced gradient, which equals that of the output gradient with the dropped rows set to zero."""
     model, x = (cnn(), torch.randn(36, 3, 12, 12)) if images else (mlp(12, 20, 20, 5), torch.randn(36, 12))
     layers = ["2", "3"] if images else ["2"]
     chosen = ChosenRows(monkeypatch)
@@ -187,7 +187,7 @@ def test_a_batch_of_any_size() -> None:
 @pytest.mark.parametrize("method", ["zero", "random", "max"])
 @pytest.mark.parametrize("lowering", [run_as_is, None])
 def test_an_empty_batch_has_no_gradient(method: str, lowering: Any) -> None:
-    """At once, and after others: code for a batch of any size is for at least two."""
+    """An empty batch may come first or after others; code for a batch of any size assumes at least two samples."""
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 10))
     f = compile_afresh(model, options(method), lowering)
     for size in (0, 6, 4, 0):

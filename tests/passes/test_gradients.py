@@ -1,4 +1,4 @@
-"""Gradients of the rewritten graph against sampling written by hand, with the indices and scales that the graph chose."""
+"""Gradients of the rewritten graph equal sampling written by hand with the indices and scales that the graph chose."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ METHODS = ("topk", "topk_weights", "crs", "bernoulli", "uniform", "wta")
 
 @dataclass(frozen=True)
 class Op:
-    """A product of two operands: `run` computes it; the dims are those of each operand's contraction axis by product."""
+    """A product of two operands. `run` computes it; the dims are those of each operand's contraction axis, by product."""
 
     run: Callable[[Tensor, Tensor], Tensor]
     a: tuple[int, ...]
@@ -72,7 +72,7 @@ OPS = {
 
 
 class Site(torch.nn.Module):
-    """One product with a parameter for its weight (two plain inputs where it has none)."""
+    """One product with a parameter as its weight (two plain inputs where it has none)."""
 
     def __init__(self, op: Op, weight: Tensor, weight_first: bool) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Site(torch.nn.Module):
 
 
 def entries(choices: Choices, label: str, unit: int) -> tuple[Tensor, Tensor | None]:
-    """The chosen indices and scales by entry (a stored index stands for `unit` entries), with a leading dim for independent contractions."""
+    """Return the chosen indices and scales by entry (a stored index stands for `unit` entries), with a leading dim for independent contractions."""
     idx, scale = choices[label + ".idx"], choices.get(label + ".scale")
     idx = idx if idx.dim() == 2 else idx.unsqueeze(0)
     scale = scale if scale is None or scale.dim() == 2 else scale.unsqueeze(0)
@@ -93,7 +93,7 @@ def entries(choices: Choices, label: str, unit: int) -> tuple[Tensor, Tensor | N
 
 
 def weights(choices: Choices, label: str, unit: int, size: int, dtype: torch.dtype) -> Tensor:
-    """(lead, size): the scale of every entry, 0 where it was dropped. The sampled product is the exact one with one operand so weighted."""
+    """Return (lead, size): the scale of every entry, 0 where it was dropped. The sampled product is the exact one with one operand so weighted."""
     idx, scale = entries(choices, label, unit)
     full = torch.zeros(idx.shape[0], size, dtype=dtype)
     return full.scatter(1, idx, torch.ones(idx.shape, dtype=dtype) if scale is None else scale.to(dtype))
@@ -104,14 +104,14 @@ def as_matrices(op: Op, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def channel_weights(v: Tensor, x: Tensor, dim: int) -> Tensor:
-    """Weights (groups, channels) or (batch, K) shaped to multiply x along dim."""
+    """Return weights (groups, channels) or (batch, K) in a shape that multiplies x along dim."""
     shape = [1] * x.dim()
     shape[dim] = -1
     return v.reshape(shape)
 
 
 def by_hand(op: Op, sampling: str, a: Tensor, b: Tensor, dy_of: Callable[[Tensor], Tensor], w: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, da, db): the exact formulas with the weight vectors multiplied in."""
+    """Return (y, da, db) by the exact formulas with the weight vectors multiplied in."""
     a, b = a.detach().clone().requires_grad_(), b.detach().clone().requires_grad_()
 
     def sampled(a: Tensor, b: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def weigh_contraction(op: Op, a: Tensor, b: Tensor, v: Tensor) -> tuple[Tensor, 
 
 
 def gradient(op: Op, a: Tensor, b: Tensor, dy: Tensor, v: Tensor | None, of: int) -> Tensor:
-    """The gradient of operand `of` with weights on its own contraction axis: columns of dy (of=0) or its rows (of=1); convolutions alike."""
+    """Return the gradient of operand `of` with weights on its own contraction axis: the columns of dy (of=0) or its rows (of=1); the same for convolutions."""
     if v is None:
         return torch.autograd.grad(op.run(a, b), (a, b)[of], dy)[0]
     if op.conv is not None:

@@ -1,4 +1,4 @@
-"""Sites that read the same activation: one choice, the best for the product with all their weights side by side; the same graph as by hand."""
+"""Sites that read the same activation share one choice: the best for the product with all their weights side by side. The graph is the one written by hand."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ALWAYS: dict[str, Any] = {"policy": "always", "ratio": 0.5, "min_k": 1, "group":
 
 
 class Attention(nn.Module):
-    """q, k, v read one activation; with `residual` its gradient has a further term."""
+    """q, k and v read one activation; with `residual` its gradient has a further term."""
 
     def __init__(self, width: int = 64, residual: bool = False) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ def test_both_convolutions_of_a_block(memory_format: torch.memory_format) -> Non
 @pytest.mark.parametrize("method", ["topk", "wta", "topk_weights"])
 @pytest.mark.parametrize("residual", [False, True])
 def test_kernels_of_ours_share_the_choice_alone(method: str, residual: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The choice is that of Inductor's lowering, and so is every gradient; nothing is put back that is written in one pass."""
+    """The choice and every gradient are those of Inductor's lowering. Nothing is put back, because each kernel writes its result in one pass."""
     monkeypatch.setattr(availability, "unavailable_reason", lambda lowering, device: None)
     model, x = Attention(128, residual), torch.randn(4, 8, 128, requires_grad=True)
     found = []
@@ -153,7 +153,7 @@ def test_convolutions_share_by_kernels_of_ours(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.slow
 def test_only_one_code_shares(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`k` has no kernel; left alone, time may choose a way that all have."""
+    """`k` has no kernel. Left to `auto`, time may choose a lowering that all have."""
     monkeypatch.setattr(availability, "unavailable_reason", lambda lowering, device: None)
 
     class Ragged(Attention):
@@ -230,8 +230,8 @@ class Readers(nn.Module):
 
 @pytest.mark.slow
 def test_left_alone_predicted_time_decides() -> None:
-    """Three wide layers gain little; of narrow ones the activation's norms and gather are most of the time. Under policy "cost" narrow ones that would not pay
-    each by itself are sampled together where that pays."""
+    """Three wide layers gain little by sharing. In narrow ones the activation's norms and gather take most of the time. Under policy "cost", narrow layers
+    that would not pay by themselves are sampled together where that pays."""
     x = torch.randn(512, 1024, requires_grad=True)
     keys = {k: v for k, v in ALWAYS.items() if k != "share"}
 
@@ -254,7 +254,7 @@ def test_left_alone_predicted_time_decides() -> None:
 
 @pytest.mark.slow
 def test_told_to_it_needs_no_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a device that no profile is made for, sites that are sampled anyway share where the user says so, and only there."""
+    """On a device without a profile, sampled sites share where the user asks for it, and only there."""
     monkeypatch.setattr(machine, "DEVICES", ())
     x = torch.randn(512, 1024, requires_grad=True)
 
@@ -275,7 +275,8 @@ def scaled(table: machine.Table, by: float) -> machine.Table:
 
 
 def test_costs_of_a_shared_choice() -> None:
-    """Counted by hand: what another site does, norms of the activation, selection, its gather, the un-gather of the summed gradient, is left out."""
+    """Counted by hand: the terms that another site computes are left out (norms of the activation, selection, its gather, and the un-gather of the summed
+    gradient)."""
     own, shared = ({t.what: t for t in terms(Case("linear", "output", "sampled", shares=s))} for s in (False, True))
     assert set(own) - set(shared) == {"selection", "take A", "new memory, A"}
     assert sympy.expand(own["norms"].bytes - shared["norms"].bytes) == e * B * I * K
@@ -296,7 +297,8 @@ def test_the_key_is_checked_and_said() -> None:
 
 @pytest.mark.slow
 def test_tuning_measures_the_error_both_ways() -> None:
-    """Narrow layers share by predicted time: what is measured besides is each at its own entries. Wide ones, left apart, are measured together."""
+    """Narrow layers share by predicted time, so the other measurement is of each at its own entries. Wide layers do not share, so the other measurement is of
+    them together."""
     x, target = torch.randn(64, 1024), torch.randn(64, 8)
     for out, other in ((32, False), (1024, True)):
         candidates = SearchSpace.of({"policy": "always", "group": 1})

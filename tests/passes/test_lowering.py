@@ -89,7 +89,7 @@ def test_a_stride_that_is_one_number_for_both_dims() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("everywhere")
 def test_convolutions_with_nothing_between_them() -> None:
-    """The second reads an output that another node gives since the first is an op of ours."""
+    """The second reads an output that another node gives, because the first became a custom op."""
     model = nn.Sequential(nn.Conv2d(3, 64, 1), nn.Conv2d(64, 64, 1), nn.Conv2d(64, 8, 1)).to(memory_format=torch.channels_last)
     x = torch.randn(2, 3, 6, 6).contiguous(memory_format=torch.channels_last)
     want, _, _ = trained(model, x, {"lowering": "inductor", "group": 32})
@@ -134,7 +134,8 @@ def test_inductor_compiles_the_ops_and_checkpoints_keep_the_choice() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("everywhere")
 def test_patches_of_max_are_added_up_by_an_op_of_ours() -> None:
-    """The same gradient as by Inductor's lowering, of plain 2-D convolutions; others, and more entries than the kernel takes, stay Inductor's."""
+    """Plain 2-D convolutions have the same gradient as by Inductor's lowering. Other convolutions, and more entries than the kernel takes, are left to
+    Inductor."""
     model, x = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 6, 3, padding=1, groups=2)), torch.randn(4, 3, 9, 9)
     exact = {"policy": "always", "method": "exact"}
     rules = [{"layers": "conv", "grad_weight": {"method": "max", "j": 2}}]
@@ -171,7 +172,7 @@ def test_max_says_why_it_is_not_run_by_the_lowering_asked_for(monkeypatch: pytes
 @pytest.mark.slow
 @pytest.mark.usefixtures("everywhere")
 def test_what_a_kernel_of_ours_runs_is_not_narrowed_for_its_consumer() -> None:
-    """A choice by the weight alone lets the layer before make fewer channels, but where a kernel reads whole operands."""
+    """A choice by the weight alone lets the layer before make fewer channels, except where a kernel reads whole operands."""
     model, x = mlp(256, 512, 512, 16), torch.randn(64, 256, requires_grad=True)
     options = {"method": "topk_weights", "group": 64}
     want, _, _ = trained(model, x, options | {"lowering": "inductor"})

@@ -105,7 +105,7 @@ def test_groups_of_the_users_choice(lowering: str, group: int) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("everywhere")
 def test_groups_of_convolutions_that_are_not_what_was_measured() -> None:
-    """Of 16 channels by name; `auto`, which would go by the rates of longer steps, leaves them to Inductor."""
+    """A lowering that is named takes groups of 16 channels; `auto`, which would use the rates of longer steps, leaves them to Inductor."""
     x = torch.randn(2, 256, 9, 9).contiguous(memory_format=torch.channels_last)
     profile = machine.current()
     tables = {f"triton.{n}": t.model_copy(update={"values": tuple(v * 20 for v in t.values)}) for n, t in profile.tables.items() if n.startswith("conv.")}
@@ -122,7 +122,7 @@ def test_groups_of_convolutions_that_are_not_what_was_measured() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("everywhere")
 def test_a_bias_that_is_not_one_for_every_output() -> None:
-    """A kernel would read beyond one that is broadcast; the op says so, too."""
+    """A kernel would read beyond a bias that is broadcast, so it is refused; the op refuses it too."""
 
     class Added(nn.Module):
         def __init__(self, *bias: int) -> None:
@@ -147,7 +147,7 @@ def test_a_bias_that_is_not_one_for_every_output() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("everywhere")
 def test_time_decides_between_the_lowerings() -> None:
-    """The profile's tables for a kernel, 20 times as fast as the products or as slow, make it the choice or not."""
+    """The profile says that a kernel is 20 times as fast as the products, or 20 times as slow: it is chosen, or it is not."""
     profile = machine.current()
     model, x = nn.Sequential(nn.Linear(8, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 8)), torch.randn(1024, 8)
     for by, want in ((20.0, "triton"), (0.05, "inductor")):
@@ -162,7 +162,7 @@ def test_time_decides_between_the_lowerings() -> None:
 @pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("policy", ["always", "cost"])
 def test_auto_takes_no_kernel_that_was_not_measured(policy: str) -> None:
-    """At the exact product's rate, which stands for an unknown one, a kernel without gathers would always win."""
+    """At the exact product's rate, which stands for an unknown one, a kernel without gathers would always be chosen."""
     model, x = nn.Sequential(nn.Linear(8, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 8)), torch.randn(1024, 8)
     sites = plans_of(model, {"policy": policy, "ratio": 0.25}, x)
     assert sites[1].decision == "sampled" and {p.lowering for s in sites for p in s.products} == {"inductor"}
@@ -171,7 +171,7 @@ def test_auto_takes_no_kernel_that_was_not_measured(policy: str) -> None:
 @pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("fastest", ["inductor", "triton"])
 def test_a_measured_time_is_that_of_the_lowering_it_decides_for(fastest: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each way is asked for by its lowering, and the one that was measured to be fastest is the one that runs."""
+    """Each candidate is timed with its own lowering, and the one with the shortest time is the one that runs."""
     profile = machine.current()
     tables = {f"triton.{n}": t for n, t in profile.tables.items() if n.startswith("linear.")}
     asked: list[list[str]] = []
@@ -208,7 +208,7 @@ def test_kernels_are_measured_where_they_run() -> None:
 
 
 def test_fp32_is_measured_where_it_has_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A table named after a kernel that holds the reference's rates would be believed once TF32 is allowed."""
+    """A table that is named after a kernel but holds the reference's rates would be believed once TF32 is allowed."""
     clock = timer.BenchmarkTimer("cpu", 1e-4)
     for conv, matmul, steps in ((True, False, 3), (False, True, 3), (True, True, 6), (False, False, 0)):
         monkeypatch.setattr(availability, "allows_tf32", lambda conv, of={True: conv, False: matmul}: of[conv])
@@ -217,7 +217,7 @@ def test_fp32_is_measured_where_it_has_kernels(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_decisions_about_lowerings_read_is_in_the_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packages, and whether their compiler is there."""
+    """The key has the installed packages, and whether their compiler exists."""
     config = Backend({"policy": "always"}).config
     keys = [cache_key(config, Context(), ())]
     monkeypatch.setattr(availability, "_installed", availability._installed.__wrapped__)
@@ -232,7 +232,7 @@ def test_what_decisions_about_lowerings_read_is_in_the_cache_key(monkeypatch: py
 
 @pytest.mark.parametrize("backend", [torch.backends.cuda.matmul, torch.backends.cudnn.conv])
 def test_another_precision_is_another_cache_key(backend: Any) -> None:
-    """Whether TF32 is allowed decides what kernels of ours may run."""
+    """Whether TF32 is allowed decides which of this project's kernels may run."""
     found, own = set(), backend.fp32_precision
     try:
         for backend.fp32_precision in ("ieee", "tf32"):

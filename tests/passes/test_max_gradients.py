@@ -1,4 +1,4 @@
-"""The method `max`: Algorithm 1 of Wang and Nelaturu and meProp, written out in numpy, against the replaced gradients."""
+"""The method `max`: the replaced gradients equal Algorithm 1 of Wang and Nelaturu and meProp, written out in numpy."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CONVS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 def conv_case(name: str, dtype: torch.dtype, channels_last: bool, j: int = 1, lowering: Any = run_as_is, tile: int | None = None) -> float:
-    """The weight gradient's error; every other gradient is the exact one."""
+    """Return the error of the weight gradient. Every other gradient must be the exact one."""
     make, size = CONVS[name]
     conv, x = make().to(dtype), torch.randn(size).to(dtype)
     if channels_last:
@@ -99,8 +99,8 @@ def test_max_through_inductor() -> None:
     ],
 )
 def test_max_of_a_gradient_that_nobody_else_reads(dtype: torch.dtype, f: Callable[[Tensor], Tensor], keys: dict[str, Any]) -> None:
-    """Below a first layer the output gradient need not be a buffer: then Inductor computes it anew wherever it is read, and not always to the same bits.
-    The gradient's entries are far apart: in bf16 what is rounded earlier would else be largest elsewhere."""
+    """Below a first layer the output gradient need not be a buffer: Inductor computes it anew wherever it is read, and not always to the same bits. The
+    gradient's entries are far apart, because in bf16 an entry that is rounded earlier could else be largest elsewhere."""
     x, found = torch.randn(3, 2, 15, 16).to(dtype), list[Tensor]()
     apart = 1.1 ** torch.rand(3, 9, 13 * 14).argsort(-1).reshape(3, 9, 13, 14)
     for lowering in (run_as_is, None):
@@ -121,7 +121,7 @@ class Elementwise(nn.Module):
 
 
 def test_max_between_one_entry_and_all() -> None:
-    """The values of a channel always have its sum, so j = all the places is the exact product (and left to it)."""
+    """The values of a channel always have its sum, so with j = all places the result is the exact product, which then runs as it is."""
     conv, x = nn.Conv2d(3, 4, 3, bias=False), torch.randn(5, 3, 5, 4)
     dy = torch.randn(5, 4, 3, 2)
     (exact,) = torch.autograd.grad(conv(x), conv.weight, dy)
@@ -173,7 +173,7 @@ def test_division_in_floats_is_exact() -> None:
 
 @pytest.mark.slow
 def test_tiles_between_the_image_and_its_places() -> None:
-    """A tile as large as the image is Algorithm 1; tiles of one place are the exact product, and left to it; linear layers have no image."""
+    """A tile as large as the image gives Algorithm 1; tiles of one place give the exact product, which then runs as it is; linear layers have no image."""
     conv, x = nn.Conv2d(3, 4, 3), torch.randn(5, 3, 8, 6)
     dy = torch.randn(5, 4, 6, 4)
     assert torch.equal(max_of(conv, x, dy, tile=6), max_of(conv, x, dy, tile=60))
@@ -229,7 +229,7 @@ def test_smallest_useful_tile(sizes: tuple[int, ...], tile: int, entries: int) -
     ],
 )
 def test_ties_and_nan_in_tiles(shape: tuple[int, ...], tile: int, channels_last: bool) -> None:
-    """Of equal magnitudes the first place of the tile counts, NaN before all; a tile of zeros has nothing to give, at a place inside the image."""
+    """Of equal magnitudes the first place of the tile counts, and NaN before all others; a tile of zeros contributes nothing, at a place inside the image."""
     dy = torch.randint(-2, 3, shape).float()
     dy[0, 1] = 0
     dy[1, 2, shape[2] // 2] = math.nan
@@ -248,7 +248,7 @@ def test_ties_and_nan_in_tiles(shape: tuple[int, ...], tile: int, channels_last:
 
 
 def meprop(dy: Tensor, j: int) -> Tensor:
-    """The output gradient with the j largest entries of every row only."""
+    """Return the output gradient with only the j largest entries of every row."""
     rows = dy.double().reshape(-1, dy.shape[-1]).numpy()
     kept = np.zeros_like(rows)
     for m, row in enumerate(rows):
@@ -258,7 +258,7 @@ def meprop(dy: Tensor, j: int) -> Tensor:
 
 
 class Left(nn.Module):
-    """The weight on the left: samples are columns. Or on the right, without a transpose."""
+    """The weight is on the left, so samples are columns; or on the right, without a transpose."""
 
     def __init__(self, left: bool) -> None:
         super().__init__()

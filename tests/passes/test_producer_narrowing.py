@@ -1,4 +1,5 @@
-"""Producers that make only what their consumer keeps: the values of today's whole activations, wherever nobody else reads them, and nowhere else."""
+"""Producers that make only what their consumer keeps: the values are those of whole activations, and producers are narrowed only where nothing else reads
+them."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Between(nn.Module):
-    """Two layers and what stands between them."""
+    """Two layers with something between them."""
 
     def __init__(self, between: Callable[[Tensor], Any], conv: bool = False, norm: nn.Module | None = None) -> None:
         super().__init__()
@@ -50,7 +51,7 @@ class Gated(nn.Module):
 
 
 def scaled(h: Tensor) -> Tensor:
-    """Operands of all widths beside the activation: a channel's, a sample's, one for all."""
+    """Multiply the activation by operands of every width: one value per channel, one per sample, one for all."""
     channel = torch.linspace(-1, 2, 24)
     return F.leaky_relu(h * channel + h.shape[0] * torch.ones(h.shape[0], 1), 0.1).clamp(max=3.0) ** 2
 
@@ -79,7 +80,7 @@ SHRUNK: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any]
 
 @pytest.fixture(autouse=True)
 def shrink_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The models here are too small for it to pay."""
+    """Let narrowing count as worth it, because the models here are too small for it."""
     monkeypatch.setattr(margins, "pays", lambda *anything: True)
 
 
@@ -88,7 +89,7 @@ def shrinks(sites: list[Any]) -> dict[str, tuple[str, ...]]:
 
 
 def step(model: nn.Module, options: dict[str, Any], x: Tensor) -> tuple[list[Tensor], Choices, list[Any]]:
-    """The output and all gradients."""
+    """Return the output and all gradients."""
     torch._dynamo.reset()
     f, choices, plans = compiled(model, options)
     x = x.detach().clone().requires_grad_()
@@ -100,7 +101,7 @@ def step(model: nn.Module, options: dict[str, Any], x: Tensor) -> tuple[list[Ten
 
 @pytest.fixture
 def whole(monkeypatch: pytest.MonkeyPatch) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    """Inside, all channels are made."""
+    """Return a context in which producers make all channels."""
 
     @contextlib.contextmanager
     def off() -> Any:
@@ -167,7 +168,7 @@ def test_kernels_of_ours_read_whole_operands(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def with_kernels(by: float) -> Any:
-    """In use, the tests' machine with kernels of ours that run at so many times the rates of its exact products."""
+    """Use the tests' machine profile with kernels that run at so many times the rates of its exact products."""
     profile = machine.current()
     known = {n: t for n, t in profile.tables.items() if n.startswith("linear.")}
     tables = {f"triton.{n}": t.model_copy(update={"values": tuple(v * by for v in t.values)}) for n, t in known.items()}
@@ -177,7 +178,7 @@ def with_kernels(by: float) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["always", "cost"])
 def test_kernels_of_ours_or_narrow_producers_whichever_is_faster(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Left to `auto`, both sites are a kernel's where it gains more than making half of the channels does; a lowering that is named stays."""
+    """Left to `auto`, both sites run by a kernel where that saves more than making half of the channels; a lowering that is named is kept."""
     monkeypatch.undo()  # by the model's own margins
     monkeypatch.setattr(availability, "unavailable_reason", lambda lowering, device: None)
     options = ALWAYS | {"policy": policy, "group": 32, "rules": [{"layers": "linear"}]}
@@ -196,7 +197,7 @@ def test_kernels_of_ours_or_narrow_producers_whichever_is_faster(policy: str, mo
 
 @pytest.mark.slow
 def test_sites_that_share_a_choice_change_their_code_together(whole: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gate has another reader, so `up` alone is narrowed; both keep the same entries of x, which Inductor gathers once."""
+    """The gate has another reader, so only `up` is narrowed. Both keep the same entries of x, which Inductor gathers once."""
     monkeypatch.setattr(availability, "unavailable_reason", lambda lowering, device: None)
 
     class Wide(nn.Module):
@@ -322,7 +323,7 @@ class Checkpointed(nn.Module):
 
 @pytest.mark.slow
 def test_compiled_with_checkpoints_and_any_batch(whole: Any) -> None:
-    """Inductor's own code for a dynamic batch, against the rewritten graph of whole activations run op by op."""
+    """Inductor's code for a dynamic batch equals the rewritten graph of whole activations run op by op."""
     model = Checkpointed(Between(F.gelu), nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)))
     plans: list[Any] = []
     f = torch.compile(model, backend=Backend(ALWAYS, on_plan=lambda plan, before, after: plans.extend(plan.sites)), dynamic=True)
@@ -342,7 +343,7 @@ def test_compiled_with_checkpoints_and_any_batch(whole: Any) -> None:
 
 @pytest.mark.slow
 def test_rows_are_sampled_of_what_is_narrow(whole: Any, small_work_counts: None) -> None:
-    """The producer's gradients on the rows kept."""
+    """The producer's gradients run on the rows kept."""
     model, x = mlp(16, 32, 24), torch.randn(LINEAR)
     options = ALWAYS | {"rules": [{"layers": "0", "output": "exact", "grad": {"axis": "rows", "method": "topk"}}]}
     found, _, sites = step(model, options, x)
@@ -355,7 +356,7 @@ def test_rows_are_sampled_of_what_is_narrow(whole: Any, small_work_counts: None)
 
 @pytest.mark.slow
 def test_producers_that_share_a_choice_are_predicted_so(whole: Any) -> None:
-    """What the second of two producers leaves to the first while its output is whole it leaves to it when that is narrow; no value changes."""
+    """The terms that the second of two producers leaves to the first while its output is whole, it also leaves to it when that is narrow. No value changes."""
 
     class Plain(Gated):
         def forward(self, x: Tensor) -> Tensor:
@@ -380,7 +381,7 @@ def test_why_there_are_no_rows_is_said_of_a_narrowed_site() -> None:
 
 
 def test_time_counts_what_producers_save(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under policy `cost` a layer too small to pay by itself is sampled for the layer before it."""
+    """Under policy `cost` a layer that is too small to pay by itself is sampled for what the layer before it saves."""
     monkeypatch.undo()  # by the model's own margins
     model, x = mlp(256, 1024, 1024, 2, 4), torch.randn(64, 256)
     options = {"policy": "cost", "method": "topk_weights", "rules": [{"layers": "2", "method": "exact"}]}

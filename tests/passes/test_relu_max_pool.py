@@ -1,4 +1,4 @@
-"""The mask of a ReLU behind max pooling: moved, and no value changed."""
+"""The mask of a ReLU behind max pooling is moved, and no value changes."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 def masks(graph: fx.Graph) -> list[int]:
-    """Entries of every mask of the backward pass."""
+    """Return the number of entries of every mask in the backward pass."""
     return sorted(_torch.value(n).numel() for n in graph.nodes if n.target is aten.where.self)
 
 
 def masks_of(model: nn.Module, x: Tensor) -> tuple[list[int], list[int]]:
-    """Before and after the pass."""
+    """Return the masks before and after the pass."""
     found: list[tuple[list[int], list[int]]] = []
     backend = Backend(EXACT, inner_compile=run_as_is, on_plan=lambda plan, before, after: found.append((masks(before), masks(after))), keep_graphs=True)
     torch._dynamo.reset()
@@ -83,7 +83,7 @@ def test_through_inductor() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_of_16_bits(dtype: torch.dtype) -> None:
-    """Inductor's decomposition adds up in fp32."""
+    """Inductor's decomposition sums in fp32."""
     model, x = nn.Sequential(nn.ReLU(), nn.MaxPool2d(3, 2, 1)), torch.randn(2, 3, 9, 8, dtype=dtype)
     want = forward_and_backward(model, model, x)
     got = forward_and_backward(model, torch.compile(model, backend=Backend(EXACT, inner_compile=run_as_is)), x)
@@ -98,7 +98,8 @@ def unpooled(x: Tensor, shape: tuple[int, ...], dim: int, view: tuple[int, ...])
 
 
 class Unpools(torch.autograd.Function):
-    """A gradient of its own making, masked: maxima spread over another axis, or into one plane, or into theirs but of another dtype or shape."""
+    """A gradient that the model makes itself, with a mask: maxima spread over another axis, or into one plane, or into their own but with another dtype or
+    shape."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, like: Tensor, where: tuple[Any, ...]) -> Tensor:
@@ -157,7 +158,7 @@ def test_nan_and_inf() -> None:
 
 
 class Twice(nn.Module):
-    """A ReLU's output that more than the pooling reads."""
+    """A ReLU whose output is read by more than the pooling."""
 
     def __init__(self, other: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -189,7 +190,7 @@ def test_other_activations_stay() -> None:
 
 
 def test_before_the_put_back_of_kept_channels() -> None:
-    """The second convolution samples: its activation's mask is applied to the kept channels, and the first convolution skips the others."""
+    """The second convolution samples, so its activation's mask is applied to the kept channels, and the first convolution skips the others."""
     model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 4, 3, bias=False))
     x = torch.randn(3, 2, 12, 12)
     options = {"policy": "always", "ratio": 0.5, "min_k": 1, "rules": [{"layers": "0", "method": "exact"}]}

@@ -1,4 +1,4 @@
-"""Skipping what dropped entries made zero changes no gradient, and happens exactly where the zeros are."""
+"""Skipping zeros that dropped entries caused changes no gradient, and happens exactly where the zeros are."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from helpers.oracles import grads, relative
 from torch import Tensor, nn
 
 from approx_compile import machine
-from approx_compile.kernels import availability
 from approx_compile.passes import joint_graph_pass
 from approx_compile.passes.cost import margins
 from approx_compile.passes.cost.expressions import B, Case, I, K, M, T, e, k, skip, terms
@@ -57,7 +56,7 @@ class Plain(nn.Module):
 
 
 class Residual(nn.Module):
-    """The activation has a second reader: no zeros."""
+    """A second op reads the activation, so its gradient has no zeros."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,7 +85,7 @@ CASES: dict[str, tuple[Any, tuple[int, ...], set[tuple[str, str, str]]]] = {
 
 @pytest.fixture
 def skip_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The models here are too small for skipping to pay."""
+    """Let skipping count as worth it, because the models here are too small for it."""
     monkeypatch.setattr(margins, "pays", lambda *anything: True)
 
 
@@ -123,7 +122,7 @@ def test_gradients_are_the_same_with_and_without(name: str, method: str, skip_al
 
 
 class Three(nn.Module):
-    """Where a middle layer's gradients meet zeros on their other axis; 64 of 128, 96 of 192 and 64 of 128 channels are kept."""
+    """The gradients of the middle layer meet zeros on their other axis; 64 of 128, 96 of 192 and 64 of 128 channels are kept."""
 
     def __init__(self, conv: bool = False) -> None:
         super().__init__()
@@ -132,12 +131,6 @@ class Three(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.three(F.relu(self.two(F.relu(self.one(x)))))
-
-
-@pytest.fixture
-def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ops of our kernels are offered on this device as well."""
-    monkeypatch.setattr(availability, "unavailable_reason", lambda lowering, device: None)
 
 
 OWN: dict[str, tuple[dict[str, str], set[tuple[str, str]]]] = {
@@ -153,7 +146,7 @@ OWN: dict[str, tuple[dict[str, str], set[tuple[str, str]]]] = {
 @pytest.mark.parametrize("method", ["topk", "wta"])
 @pytest.mark.usefixtures("skip_all", "everywhere")
 def test_kernels_step_over_zeros(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every way to carry it out gives the gradients that do not skip; of the ways the fastest is taken."""
+    """Every way to skip gives the gradients of not skipping, and the fastest way is taken."""
     rule, ways = OWN[name]
     options = ALWAYS | {"method": method, "group": 32, "lowering": "triton", "rules": [{"layers": "two"} | rule]}
     model, x, offered = Three(), torch.randn(64, 128), zero_skipping._ways
@@ -204,7 +197,7 @@ def test_convolutions_step_over_input_channels_and_gather_the_others(monkeypatch
 @pytest.mark.slow
 @pytest.mark.usefixtures("everywhere")
 def test_zeros_by_kernels_are_decided_by_time_and_by_the_lowering() -> None:
-    """`auto` takes a kernel where it is measured and faster, a lowering that is named where it fits, and Inductor's name forbids it."""
+    """`auto` takes a kernel where it is measured and faster, a named kernel lowering where it fits, and the lowering "inductor" never."""
     profile = machine.current()
     exact = {"rules": [{"layers": "two", "method": "exact"}, {"layers": "three", "lowering": "inductor"}]}
 
@@ -223,7 +216,7 @@ def test_zeros_by_kernels_are_decided_by_time_and_by_the_lowering() -> None:
 
 
 def test_costs_of_zeros_by_a_kernel() -> None:
-    """By hand: the products alone, one axis cut by the kernel; where the other is gathered, that."""
+    """Counted by hand: the products alone, with one axis shortened by the kernel; where the other axis is gathered, that too."""
 
     def found(product: str, decision: str, **more: Any) -> dict[str, Any]:
         return {t.what: t for t in terms(Case("linear", product, decision, skips=True, **more))}
@@ -281,7 +274,7 @@ def test_small_products_do_not_skip_by_the_gate() -> None:
 
 
 def test_the_relus_mask_is_not_saved() -> None:
-    """Its backward runs on the kept entries, in front of the un-gather, and needs no mask of the whole activation."""
+    """The ReLU's backward pass runs on the kept entries, before the un-gather, and needs no mask of the whole activation."""
     texts: list[str] = []
 
     def listen(plan: Any, before: Any, after: Any) -> None:

@@ -1,4 +1,4 @@
-"""The policy "adaptive": starts exact, follows what the gradients allow, and is part of a checkpoint."""
+"""The policy "adaptive" starts with all rows, follows the norms of the gradients, and has its state in a checkpoint."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "small_work_counts")
 
 
 def heavy(size: int, share: float) -> Tensor:
-    """Squared norms of which a share is large and the rest nothing."""
+    """Return squared norms of which a share is large and the rest zero."""
     return torch.cat([torch.ones(round(share * size)), torch.full((size - round(share * size),), 1e-12)])
 
 
@@ -68,7 +68,7 @@ def training(model: nn.Module, options: dict[str, Any] = ADAPTIVE, lr: float = 0
 
 
 def train(f: Any, optimizer: torch.optim.Optimizer, count: int, first: int = 0) -> list[float]:
-    """Two far apart clouds: after some steps few samples have a gradient to speak of."""
+    """Train on two clouds that are far apart: after some steps few samples have a large gradient."""
     losses = []
     for i in range(first, first + count):
         g = torch.Generator().manual_seed(i)

@@ -1,4 +1,4 @@
-"""Whether rows are worth their time: predicted from the machine's profile, or by a number of FLOPs where there is none."""
+"""Whether rows are worth their time is predicted from the machine's profile, or decided by a number of FLOPs where there is no profile."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ ADAPTIVE = [RowSettings("bernoulli", None, 2, False)]
 
 
 def stored() -> Machine:
-    """That of tests/helpers/machine.json."""
+    """Return the profile of tests/helpers/machine.json."""
     return machine.current()
 
 
 def products(batch: int, inner: int, columns: int) -> tuple[ProductWork, ProductWork]:
-    """Both gradients of a linear layer."""
+    """Return both gradients of a linear layer."""
     sizes, flops = (float(batch), float(inner), float(columns)), 2 * batch * inner * columns
     return tuple(ProductWork(1, flops, torch.float32, f"linear.{name}", sizes, (True, False, False)) for name in ("grad_input", "grad_weight"))  # type: ignore[return-value]
 
@@ -42,7 +42,7 @@ def layers(batch: int, width: int, count: int) -> RowWork:
 
 
 def seen(monkeypatch: pytest.MonkeyPatch, model: nn.Module, options: dict[str, Any], *inputs: Tensor, **kwargs: Any) -> list[RowWork]:
-    """What a model's joint graph and the split of its backward graph say that rows would have to do."""
+    """Return the work on rows as it is estimated from a model's joint graph, and from the partition of its backward graph."""
     monkeypatch.setattr(early_decline, "early_rejection", lambda *args: None)  # Dynamo's graph tells enough of a small model
     found: list[RowWork] = []
     monkeypatch.setattr(row_cost, "rejection_reason", lambda work, *rest: found.append(work))
@@ -160,7 +160,7 @@ def test_convolutions_and_attention_have_rates(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_split_that_has_more_to_gather_is_declined(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second look, at what the partitioner has really saved."""
+    """The second estimate knows what the partitioner has really saved."""
     monkeypatch.setattr(early_decline, "early_rejection", lambda *args: None)
     too_much = GATHERING_COSTS(cost="20", left_out="half", saved="1")
     model, x, answers = mlp(20, 32, 4), torch.randn(24, 20), iter([None, too_much])
@@ -176,7 +176,7 @@ def test_a_split_that_has_more_to_gather_is_declined(monkeypatch: pytest.MonkeyP
 
 
 def test_nothing_is_measured_for_this(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    """A profile that is stored is read; where there is none the first call does not wait for one."""
+    """A stored profile is read. Where there is none, the first call does not wait for a measurement."""
 
     def measured(*args: Any) -> Any:
         raise AssertionError("measured")

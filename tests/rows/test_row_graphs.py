@@ -1,4 +1,4 @@
-"""A model of several graphs (graph breaks, blocks compiled one by one, the buckets of DDP): they share one choice of rows where they may."""
+"""The graphs of one model (graph breaks, blocks compiled one by one, the buckets of DDP) share one choice of rows where they may."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Body(nn.Module):
 
 
 def test_rows_of_another_axis_are_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The upper graph's first axis is the lower one's second: what it marks are no samples there."""
+    """The upper graph's first axis is the lower one's second, so the rows that it marks are no samples there."""
     chosen = ChosenRows(monkeypatch)
     lower, upper, x = Body(lambda h: torch.tanh(h).transpose(0, 1)), Body(), torch.randn(16, 12, 8)
     f, g = rows_of(lower)[0], rows_of(upper)[0]

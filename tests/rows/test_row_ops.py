@@ -1,4 +1,4 @@
-"""Whatever an op does with the batch, the gradient is that of the masked tangents: on the rows kept where samples stay apart, on all rows below where not."""
+"""For every op on the batch the gradient is that of the masked tangents: on the rows kept where samples stay apart, else on all rows below the op."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ APART: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Backward(torch.autograd.Function):
-    """The identity, with a backward pass that is given."""
+    """The identity, with a given backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, way: Callable[[Tensor], Tensor]) -> Tensor:
@@ -186,7 +186,7 @@ NONLINEAR: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Hooked(nn.Module):
-    """Two layers with something between them that only the backward pass sees, as a custom function or as a hook; one layer below, one above."""
+    """A layer below and a layer above something that only the backward pass sees: a custom function or a hook."""
 
     def __init__(self, way: Callable[[Tensor], Tensor], hook: bool = False) -> None:
         super().__init__()
@@ -207,7 +207,8 @@ class Hooked(nn.Module):
 @pytest.mark.parametrize("hook", [False, True], ids=["function", "hook"])
 @pytest.mark.parametrize("name", NONLINEAR)
 def test_what_is_not_linear_below_a_cut_gets_exact_gradients(name: str, hook: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No row is left out above it. Below it rows may be, of what it has made: that is where the weights of the rows come in."""
+    """No row is left out above the op that is not linear. Below it rows may be left out of its result, whose gradients are then multiplied by the rows'
+    weights."""
     chosen = ChosenRows(monkeypatch)
     model, x = Hooked(NONLINEAR[name], hook), torch.randn(16, 6)
     f, plans = rows_of(model, HALF)
@@ -230,7 +231,7 @@ def test_what_is_not_linear_below_a_cut_gets_exact_gradients(name: str, hook: bo
 
 
 def of_layers(model: Hooked, x: Tensor, tangent: Tensor, way: Callable[[Tensor], Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """{layer: what comes in, and the gradient of what comes out}, in eager mode."""
+    """Return {layer: its input, and the gradient of its output}, in eager mode."""
     model.way, found = way, dict[str, tuple[Tensor, Tensor]]()
 
     def watch(name: str, given: Any, out: Tensor) -> None:
@@ -268,7 +269,7 @@ def test_an_op_of_the_users_is_not_taken_for_linear_by_its_name() -> None:
 
 
 class Pooled(nn.Module):
-    """Images with channels innermost for a linear layer, pooled."""
+    """Images whose channels are innermost, for a linear layer, and then pooled."""
 
     def __init__(self, places: int, width: int, contiguous: bool = False) -> None:
         super().__init__()
@@ -285,7 +286,7 @@ class Pooled(nn.Module):
 @pytest.mark.parametrize("places", [1, 2])
 @pytest.mark.parametrize("way", ["permuted", "channels_last", "contiguous"])
 def test_pooling_of_images_in_any_layout(way: str, places: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pooling to one place writes its gradient by strides (as_strided_scatter) where channels are innermost."""
+    """Pooling to one place writes its gradient by strides (as_strided_scatter) if channels are innermost."""
     chosen, x = ChosenRows(monkeypatch), torch.randn(12, 3, 6, 6)
     model: Any = Pooled(places, 10, way == "contiguous")
     if way == "channels_last":
@@ -302,7 +303,7 @@ def test_pooling_of_images_in_any_layout(way: str, places: int, monkeypatch: pyt
 
 @pytest.mark.slow
 def test_a_batch_whose_size_tracing_fixes_says_so() -> None:
-    """Where there are as many channels as samples, torch's pooling by strides is traced for that size alone."""
+    """If there are as many channels as samples, torch's pooling by strides is traced for that size alone."""
     f, plans = rows_of(Pooled(1, 12), HALF)
     f(torch.randn(12, 3, 6, 6)).sum().backward()
     assert [c.decision for c in plans[0].cuts] == ["exact"] and "fixes the size of the batch to 12" in plans[0].cuts[0].reason

@@ -1,4 +1,5 @@
-"""Random numbers that select rows are a stream of their own: the user's stay those of an exact run, and a resumed run repeats the uninterrupted one."""
+"""Random numbers that select rows are a separate stream: the user's random numbers stay those of an exact run, and a resumed run repeats the uninterrupted
+one."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "small_work_counts")
 
 
 def trained(model: nn.Module, options: dict[str, Any] | None, count: int, inner: Any = run_as_is) -> tuple[Any, list[Tensor]]:
-    """Passes with fixed weights, of which every fourth row has a gradient: the compiled model, and the outputs of all."""
+    """Train some passes with fixed weights, in which every fourth row has a gradient; return the compiled model, and the outputs of all passes."""
     f = torch.compile(model, backend=Backend(options, inner_compile=inner))
     return f, passes(f, count)
 
@@ -48,7 +49,7 @@ LEFT_OUT: dict[str, dict[str, Any]] = {
 
 
 class Dropped(nn.Module):
-    """Random numbers in the forward pass, in a checkpointed block too."""
+    """A model with random numbers in the forward pass, also in a checkpointed block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,7 +105,7 @@ def drawn(chosen: ChosenRows, f: Any, count: int) -> list[list[int]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["bernoulli", "uniform", "wta"])
 def test_a_seed_tells_which_rows_are_drawn(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same call draws other rows every time, and the same ones after the same seed: in this model or in another one of its kind."""
+    """The same call draws other rows every time, and the same rows after the same seed, in this model and in another one of its class."""
     chosen = ChosenRows(monkeypatch)
     f = torch.compile(generator(), backend=Backend(rows(method), inner_compile=run_as_is))
     torch.manual_seed(3)
@@ -138,7 +139,7 @@ def test_a_stretch_of_random_numbers_of_its_own_disturbs_no_draws(monkeypatch: p
 
 
 def test_torch_may_not_tell_that_it_was_seeded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then the count of draws goes on; another seed still tells."""
+    """Without that information the count of draws goes on; another seed still draws other rows."""
     monkeypatch.setattr(random_state, "_SEED_TRACKERS", [])
     chosen = ChosenRows(monkeypatch)
     f = torch.compile(generator(), backend=Backend(rows(), inner_compile=run_as_is))
@@ -152,7 +153,7 @@ def test_torch_may_not_tell_that_it_was_seeded_anew(monkeypatch: pytest.MonkeyPa
 @pytest.mark.slow
 @pytest.mark.parametrize("before", [False, True])
 def test_a_resumed_run_draws_the_rows_of_the_uninterrupted_one(before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The state is a number; what was saved without it can be loaded, too."""
+    """The state is a number; a state that was saved without it can be loaded, too."""
     chosen = ChosenRows(monkeypatch)
     model = generator()
     f = torch.compile(model, backend=Backend(rows(), inner_compile=run_as_is))

@@ -39,7 +39,7 @@ def default(dtype: torch.dtype | None, device: str | None) -> Iterator[None]:
 
 
 class Scaled(nn.Module):
-    """The batch's size is a number in the backward pass."""
+    """A model whose backward pass has the batch's size as a number."""
 
     def __init__(self, norm: bool) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ CASES: dict[str, tuple[dict[str, Any], bool]] = {
 
 
 def steps(model: nn.Module, options: dict[str, Any], inner: Any, around: Any, x: Tensor, count: int) -> list[Tensor]:
-    """The gradients of the last of some steps, all of which ran inside `around`."""
+    """Return the gradients of the last of some steps, all of which ran inside the context `around`."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     f = torch.compile(model, backend=Backend(options, inner_compile=inner))
@@ -78,7 +78,8 @@ def steps(model: nn.Module, options: dict[str, Any], inner: Any, around: Any, x:
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(("dtype", "device"), [(torch.float64, None), (torch.float16, None), (None, "meta")], ids=["float64", "float16", "meta"])
 def test_torchs_defaults_change_nothing(name: str, dtype: torch.dtype | None, device: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled and run under a default dtype or device that is not the model's; a default device of meta shows in whatever is made without one."""
+    """The model is compiled and run under a default dtype or device that is not its own. A default device of meta shows everything that is made without a
+    device."""
     options, norm = CASES[name]
     model, x = Scaled(norm), torch.randn(64, 8)
     count = 60 if name == "adaptive" else 1
@@ -101,7 +102,7 @@ def test_torchs_defaults_change_nothing(name: str, dtype: torch.dtype | None, de
 @pytest.mark.slow
 @pytest.mark.parametrize("device", [None, "meta"])
 def test_weights_of_one_are_made_where_compiled_code_reads_them(device: str | None) -> None:
-    """All rows through an approximate BatchNorm."""
+    """All rows are kept, through an approximate BatchNorm."""
     options, norm = CASES["batch_norm"]
     model, x = Scaled(norm).double(), torch.randn(64, 8, dtype=torch.float64)
 
@@ -140,7 +141,7 @@ class Images(nn.Module):
 
 
 def windows(x: Tensor, start: int) -> Tensor:
-    """24 rows of images that overlap each other."""
+    """Return 24 rows of images that overlap each other."""
     return x.flatten().as_strided((24, 3, 6, 6), (3, 36, 6, 1), start)
 
 
@@ -163,7 +164,7 @@ IMAGES: dict[str, Any] = {
 @pytest.mark.parametrize("inner", [None, run_as_is], ids=["inductor", "as is"])
 @pytest.mark.parametrize("wants", [False, True])
 def test_expanded_and_overlapping_inputs(name: str, inner: Any, wants: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Saved tensors of any layout: gradients against masked tangents, with rows left out and with all of them; `wants`: the input's own, too."""
+    """Saved tensors of any layout: the gradients are those of masked tangents, with rows left out and with all of them, and with `wants` also the input's."""
     chosen = ChosenRows(monkeypatch)
     model, x, scale = Images(), IMAGES[name](), torch.rand(24, 1, 1, 1).expand(-1, 3, 6, 6)
     scale = scale.requires_grad_() if wants else scale
@@ -183,7 +184,7 @@ def test_expanded_and_overlapping_inputs(name: str, inner: Any, wants: bool, mon
 
 
 def test_an_expanded_output(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its gradient is a tensor of its own."""
+    """The gradient of an expanded output is a tensor of full size."""
     chosen = ChosenRows(monkeypatch)
     model, x = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1)), torch.randn(24, 8)
     f = torch.compile(lambda x: model(x).expand(-1, 5), backend=Backend(rows(), inner_compile=run_as_is))
@@ -198,7 +199,7 @@ def test_an_expanded_output(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Copies:
-    """`copy_keeping_strides`, counted."""
+    """Count the calls of `copy_keeping_strides`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
@@ -222,7 +223,7 @@ KEPT: dict[str, dict[str, Any]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KEPT)
 def test_graphs_may_be_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through Inductor, whose code writes to saved tensors when it may. The first backward pass of all keeps its graph, and so do some in a row."""
+    """Inductor's code writes to saved tensors when it may. The first backward pass keeps its graph, and so do some later ones in succession."""
     if name == "fixed":
         monkeypatch.setattr(row_compiler, "_why_fixed", lambda *args: FIXED_BATCH_CODE(size=64))
     chosen, copies = ChosenRows(monkeypatch), Copies(monkeypatch)
@@ -276,7 +277,8 @@ class Convolutions(nn.Module):
 @pytest.mark.parametrize("name", ["mlp", "images", "adaptive"])
 @pytest.mark.parametrize("outer", ["eager", "inductor"])
 def test_compiled_autograd_runs_on_rows(name: str, outer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It copies backward graphs into one of its own, where a backward pass on rows is one op; batches of other sizes, graphs that are kept."""
+    """Compiled autograd copies backward graphs into its own graph, where a backward pass on rows is one op. Batches of other sizes and kept graphs are tried.
+    Compiled autograd copies backward graphs into its own graph, where a backward pass on rows is one op. Batches of other sizes and kept graphs are tried."""
     chosen = ChosenRows(monkeypatch)
     model = Convolutions() if name == "images" else generator()
     f = torch.compile(model, backend=Backend({"adaptive": {"tau": 0.5}} if name == "adaptive" else rows()))
@@ -324,7 +326,7 @@ def test_graphs_share_one_set_of_rows_in_compiled_autograd(monkeypatch: pytest.M
 
 @pytest.mark.slow
 def test_a_whole_step_with_compiled_autograd_turned_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then the backend gets the graph of the backward pass, too."""
+    """With compiled autograd turned on the backend also gets the graph of the backward pass."""
     chosen = ChosenRows(monkeypatch)
     model, x = generator(), torch.randn(64, 8)
 

@@ -1,4 +1,4 @@
-"""Which rows are kept and how many are needed: probabilities, means and variances against their formulas."""
+"""Which rows are kept and how many are needed: probabilities, means and variances equal their formulas."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_systematic_hits_every_row_with_its_probability(name: str) -> None:
 
 @pytest.mark.slow
 def test_draws_from_a_stream_of_their_own_hit_every_row_with_its_probability() -> None:
-    """Every draw is seeded anew: each must have its probabilities, and say nothing of the next one."""
+    """Every draw is seeded anew: each must have its probabilities, and must be independent of the next one."""
     draws, count, k = Draws("graph:draws"), 20000, 12
     p = inclusion_probabilities(NORMS["heavy"].square(), k)
     hit = torch.zeros(count, 40, dtype=torch.float64)
@@ -86,7 +86,8 @@ def test_sums_over_rows_are_unbiased(method: str) -> None:
 
 @pytest.mark.slow
 def test_the_variance_of_systematic_draws_is_that_of_its_scheme() -> None:
-    """Against independent draws with the same probabilities, sum (1 - p) / p g^2; the fixed size takes away what an equal shift of all would add."""
+    """The variance is compared with that of independent draws with the same probabilities, sum (1 - p) / p g^2; the fixed size removes the part that an equal
+    shift of all gradients would add."""
     torch.manual_seed(0)
     rows = torch.randn(60, 50)
     rows *= (torch.rand(60, 1) ** 3) / rows.norm(dim=1, keepdim=True)
@@ -178,7 +179,7 @@ def test_gather_keeps_channels_last_and_half_precision() -> None:
 
 
 def drawn_layout(g: random.Random) -> tuple[Tensor, SampleLayout, int]:
-    """A tensor with 6 rows somewhere in it, in memory as views, expansions and permutations leave one."""
+    """Return a tensor that has 6 rows in one of its dims, in a memory layout that views, expansions and permutations may produce."""
     split = (g.choice([1, 1, 2, 3]), 6, g.choice([1, 1, 2]))
     shape = [g.choice([0, 1, 1, 2, 3, 3]) for _ in range(g.randrange(4))]
     dim = g.randrange(len(shape) + 1)
@@ -195,7 +196,8 @@ def drawn_layout(g: random.Random) -> tuple[Tensor, SampleLayout, int]:
 
 
 def test_rows_of_any_layout_are_those_of_plain_indexing() -> None:
-    """Strides of 0, sliced, permuted, empty dims: rows gathered have the values of indexing and the strides asked for, and come back to their places."""
+    """With strides of 0, sliced, permuted and empty dims: gathered rows have the values of indexing and the strides asked for, and are put back in their
+    places."""
     g = random.Random(0)
     torch.manual_seed(0)
     expanded = 0

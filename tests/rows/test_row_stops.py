@@ -1,4 +1,4 @@
-"""Where rows end and why: ops that mix samples, batches of fixed size, models too small; the reasons that a user reads."""
+"""Where rows end and why: ops that mix samples, batches of fixed size, models that are too small; and the reasons that a user reads."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Means(Slices):
 
 @pytest.mark.parametrize("make", [Shifts, Similarity, Cumulates, Picks, Norms, Means])
 def test_rows_stop_where_samples_mix(make: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind the op all rows run, with zeros for those left out: the gradient is still that of the masked tangents."""
+    """Below the op all rows run, with zeros for those left out, so the gradient is still that of the masked tangents."""
     chosen = ChosenRows(monkeypatch)
     model, x = make(), torch.randn(24, 20).requires_grad_()
     f, plans = rows_of(model)
@@ -101,7 +101,7 @@ def test_policies_that_look_at_the_cost_decline_and_are_then_inductor_bit_for_bi
 
 
 def test_small_models_are_left_alone() -> None:
-    """Choosing rows takes time, too: by default a backward pass must be worth it."""
+    """Choosing rows takes time too, so by default the backward pass must be large enough."""
     model = mlp(64, 64, 8)
     f, plans = rows_of(model, {})
     f(torch.randn(32, 64)).sum().backward()

@@ -1,4 +1,4 @@
-"""Sizes that are made of symbols, in rows' stages: compiled by Inductor, from its cache too, against Inductor alone."""
+"""Stages on rows whose sizes are made of symbols: compiled by Inductor, also from its cache, they equal Inductor alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "small_work_counts")
 
 
 class Tokens(nn.Module):
-    """The batch is merged with the length at once: no tensor has it by itself."""
+    """A model in which the batch is merged with the length at once, so that no tensor has it as a dim of its own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Tokens(nn.Module):
 
 
 class Language(nn.Module):
-    """The loss inside, on a length one shorter than the input's."""
+    """A model with the loss inside, on a length that is one shorter than the input's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Language(nn.Module):
 
 
 class Sound(nn.Module):
-    """A length that strides have halved."""
+    """A model in which strides halve the length."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Sound(nn.Module):
 
 
 def pictures() -> nn.Module:
-    """Of which Inductor makes convolutions for one size alone, after the stages were cut."""
+    """Images whose size Inductor fixes when it makes convolutions of them, after the stages were cut."""
     return nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.GroupNorm(4, 8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
     )
@@ -74,8 +74,8 @@ EVEN: dict[str, Any] = {"policy": "always", "grad": {"axis": "rows", "ratio": 0.
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(MODELS))
 def test_lengths_change_and_caches_are_met(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The default keeps all rows here, so gradients are exact; and the even rows, then the odd ones, weigh 2: their mean is exact. Twice, the second time
-    from Inductor's cache."""
+    """The default keeps all rows here, so gradients are exact. With half the rows, the even rows and then the odd ones are kept with weight 2, so the mean of
+    both gradients is exact. Everything runs twice, the second time from Inductor's cache."""
     make, data, sizes = MODELS[name]
     model = make()
     inputs = [data(t) for t in sizes]
@@ -120,7 +120,7 @@ def test_a_batch_that_no_fewer_rows_may_stand_for_is_exact_and_says_so() -> None
 
 
 class Modulated(nn.Module):
-    """A kernel for every sample, as in StyleGAN2: as many groups as samples."""
+    """A kernel for every sample, as in StyleGAN2, so that there are as many groups as samples."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -24,7 +24,7 @@ Axis = tuple[Any, ...]
 
 
 class Drawn(nn.Module):
-    """A first layer, ops on views of its result drawn by `seed`, a last layer. The samples stay apart throughout."""
+    """A first layer, ops on views of its result that are drawn by `seed`, and a last layer. The samples stay apart throughout."""
 
     def __init__(self, seed: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Drawn(nn.Module):
 
 
 def sizes(axes: list[Axis], batch: Any) -> list[Any]:
-    """The sizes of axes. (A loop, for Dynamo does not trace a product over a generator.)"""
+    """Return the sizes of axes. (This is a loop, because Dynamo does not trace a product over a generator.)"""
     found = []
     for axis in axes:
         size = 1
@@ -74,7 +74,7 @@ def sizes(axes: list[Axis], batch: Any) -> list[Any]:
 
 
 def batch_of(h: Tensor, axes: list[Axis]) -> Any:
-    """The batch's size, from the axis that has it."""
+    """Return the batch's size, from the axis that has it."""
     at = place(axes)
     return h.shape[at] // sizes([axes[at]], 1)[0]
 
@@ -84,7 +84,7 @@ def place(axes: list[Axis]) -> int:
 
 
 def samples_first(h: Tensor, axes: list[Axis]) -> Tensor:
-    """Rows of all that belongs to each sample."""
+    """Return x with everything that belongs to one sample in one row."""
     at = place(axes)
     h = h.unflatten(at, [-1 if f == B else f for f in axes[at]])
     return h.movedim(at + axes[at].index(B), 0).flatten(1)
@@ -117,7 +117,7 @@ def split(rng: random.Random, axes: list[Axis], make: Make) -> Step:
 
 
 def free(rng: random.Random, axes: list[Axis], least: int = 1) -> int | None:
-    """An axis without samples, of at least so many entries."""
+    """Return an axis without samples that has at least so many entries."""
     found = [d for d, axis in enumerate(axes) if B not in axis and math.prod(axis) >= least]
     return rng.choice(found) if found else None
 
@@ -170,7 +170,7 @@ def product(rng: random.Random, axes: list[Axis], make: Make) -> Step:
 
 
 def without_samples(rng: random.Random, axes: list[Axis], make: Make) -> Step:
-    """A parameter that differs along every axis but the batch, expanded over it, merged as the samples are, through a product of its own."""
+    """Return a parameter that differs along every axis but the batch, expanded over the batch and merged as the samples are, through a product of its own."""
     at = place(axes)
     inner = axes[at].index(B)
     p = make(*sizes(axes[:at], 1), *[1 if f == B else f for f in axes[at]], *sizes(axes[at + 1 :], 1))
@@ -186,7 +186,7 @@ def without_samples(rng: random.Random, axes: list[Axis], make: Make) -> Step:
 
 
 def twice(rng: random.Random, axes: list[Axis], make: Make) -> Step:
-    """Two views of every sample, side by side along the batch."""
+    """Return two views of every sample, side by side along the batch."""
     at = place(axes)
     if axes[at][0] == B:
         new: Axis = (2, *axes[at])
@@ -198,7 +198,7 @@ def twice(rng: random.Random, axes: list[Axis], make: Make) -> Step:
 
 
 def one_view(rng: random.Random, axes: list[Axis], make: Make) -> Step:
-    """The second half of the views of every sample, or both halves' sum."""
+    """Return the second half of the views of every sample, or the sum of both halves."""
     at = place(axes)
     if axes[at][0] == B or axes[at][0] % 2 or axes[at][1] != B:
         return None

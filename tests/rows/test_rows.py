@@ -1,4 +1,4 @@
-"""The backward pass on some rows: its gradients are those of the exact model whose output gradient is masked; its mean is the exact gradient."""
+"""The backward pass on some rows: its gradients are those of the exact model whose output gradient is masked, and their mean is the exact gradient."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_through_inductor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "transformer"])
 def test_a_loss_inside_the_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cut is where the loss's gradient reaches the last product; the last bias, above it, has its exact gradient."""
+    """The cut is where the loss's gradient reaches the last product. The last bias, above the cut, has its exact gradient."""
     make, data = ZOO[name]
     chosen = ChosenRows(monkeypatch)
     model, x = make(), data()
@@ -118,7 +118,7 @@ def test_lower_blocks_keep_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rows_by_rule_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The layers above the rule's keep all rows: the cut is where its gradient comes in."""
+    """The layers above that of the rule keep all rows: the cut is where this layer's output gradient arrives."""
     chosen = ChosenRows(monkeypatch)
     model, x = nn.Sequential(mlp(20, 32, 24), nn.Tanh(), mlp(24, 32, 5)), torch.randn(48, 20)
     options = {"policy": "always", "sampling": "backward", "grad": "exact", "rules": [{"layers": "0.*", "grad": {"axis": "rows", "ratio": 0.25}}]}
@@ -245,7 +245,7 @@ def test_unbiased(name: str) -> None:
 
 
 def test_calls_of_a_stage_count_on_what_was_assumed_of_the_size() -> None:
-    """A convolution's code may assume a batch of at least 16: fewer rows are then rounded up."""
+    """The code of a convolution may assume a batch of at least 16: fewer rows are then rounded up."""
     model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 5)), torch.randn(64, 3, 8, 8)
     counts = []
     plain = row_backward.RowBackward.run
@@ -271,7 +271,7 @@ def test_backends_differ_by_their_rows() -> None:
 
 @pytest.mark.slow
 def test_rows_that_only_a_lower_level_needs_are_kept_above() -> None:
-    """One branch has no gradient in half the rows, the other, which keeps fewer, has."""
+    """One branch has no gradient in half of the rows; the other, which keeps fewer rows, has."""
 
     class Branches(nn.Module):
         def __init__(self) -> None:
@@ -320,7 +320,7 @@ def test_an_exact_last_layer_has_all_rows(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.slow
 def test_channels_last_below_the_rows_through_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients put back among all rows have the strides that the code below was compiled for."""
+    """Gradients that are put back among all rows have the strides that the code below was compiled for."""
     chosen = ChosenRows(monkeypatch)
     layers = [nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.Flatten(), nn.Linear(288, 5)]
     model = nn.Sequential(*layers).to(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""The backward pass with all rows kept, compiled for the batch's size: the same values as with a symbol, and used where it may be."""
+"""The backward pass on all rows that is compiled for the batch's size gives the values of the one with a symbol, and is used where it may be."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "small_work_counts")
 
 
 class Passes:
-    """How every backward pass ran: "whole", or the numbers of rows that its stages had."""
+    """Record how every backward pass ran: "whole", or the numbers of rows that its stages had."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.found: list[Any] = []
@@ -143,7 +143,7 @@ def test_the_norms_are_watched_as_often_and_the_same(monkeypatch: pytest.MonkeyP
 
 
 def test_a_cut_further_down_is_watched_in_stages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What enters the second cut is made by the first stage: the steps that look at it run in stages, the others as a whole."""
+    """The gradient that enters the second cut is made by the first stage, so the steps that observe it run in stages, and the others as a whole."""
     passes = Passes(monkeypatch)
     model, x = mlp(20, 32, 32, 5), torch.randn(64, 20)
     f = compiled(model, ADAPTIVE | {"adaptive": {"tau": 1e-9}, "rules": [{"layers": "0", "grad": {"axis": "rows", "method": "topk"}}]})
@@ -194,7 +194,7 @@ def test_offsets_and_strides_are_kept(make_graph: Callable[[], tuple[fx.GraphMod
 
 
 class Narrowed(nn.Module):
-    """Its backward pass takes a size that only running tells."""
+    """A model whose backward pass takes a size that is known only when it runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -224,7 +224,7 @@ def test_a_size_that_only_running_tells_is_not_pinned(inner: Any, monkeypatch: p
 
 
 class Centred(nn.Module):
-    """Long sequences mix samples, so that nothing below can choose rows; short ones do not."""
+    """Long sequences mix samples, so that nothing below can select rows; short ones do not."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The command line: what it prints, its exit codes, and one line on stderr for whatever goes wrong."""
+"""The command line: its output, its exit codes, and one line on stderr for everything that goes wrong."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ ALWAYS = ["--set", "policy=always"]
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder, with the factories and a package in it; what a run puts on the path is forgotten."""
+    """Work in a folder with the factories and a package; modules that a run has imported from it are removed afterwards."""
     (tmp_path / "factories.py").write_text(FACTORIES)
     (tmp_path / "a_package").mkdir()
     (tmp_path / "a_package" / "models.py").write_text("from factories import make\n")
@@ -100,7 +100,7 @@ def run(*words: str) -> Any:
 
 
 def failed(code: int, *words: str) -> str:
-    """The one line on stderr of a run that must fail."""
+    """Return the one line on stderr of a run that must fail."""
     done = run(*words)
     assert (done.exit_code, done.stdout) == (code, ""), done.output
     (line,) = done.stderr.splitlines()

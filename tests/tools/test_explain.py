@@ -1,4 +1,4 @@
-"""explain: what it says, and that it leaves no trace."""
+"""`explain`: what it reports, and that it changes nothing in the model."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_config_of_a_compiled_model() -> None:
 
 
 class Held(nn.Module):
-    """A module with a forward of the user's own: torch compiles none of its own modules in place."""
+    """A module with a forward that the user has set, in which torch compiles none of its own modules in place."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class Held(nn.Module):
 
 @pytest.mark.slow
 def test_config_of_a_model_compiled_in_place() -> None:
-    """By name and with a Backend; the code compiled in place goes on being used, and another backend's says nothing of ours."""
+    """Compiled by name and with a Backend: the code compiled in place is used further on, and that of another backend tells nothing about this one."""
     x, quarter = torch.randn(8, 64), ALWAYS | {"ratio": 0.25}
     by_name, by_object, other = Held(mlp(64, 64, 64)), Held(mlp(64, 64, 64)), Held(mlp(64, 64, 64))
     by_name.compile(backend="approx", options=quarter)
@@ -184,7 +184,7 @@ def test_config_of_a_compiled_function() -> None:
 
 
 def test_what_else_is_asked_of_a_model_compiled_in_place(small_work_counts: None) -> None:
-    """Controls belong to parameters, clocks too: the model is the same one, however it is compiled."""
+    """Controls and step counts belong to parameters, so the model is the same one however it is compiled."""
     model, x = Held(mlp(64, 64, 64)), torch.randn(32, 64)
     model.compile(backend=Backend(None, inner_compile=run_as_is))
     model(x).square().mean().backward()
@@ -233,7 +233,7 @@ class Regression(nn.Module):
 
 @pytest.mark.slow
 def test_a_layer_without_a_product_is_named_where_a_rule_asks_for_it() -> None:
-    """Of one row a layer with one output is no matrix product to Inductor."""
+    """With a batch of one row, a layer with one output is no matrix product to Inductor."""
     model, x = Regression(), torch.randn(1, 32)
     model.eyes.eval()
     says = "no rule holds for head, which is exact: of one row or one input Inductor makes its product without a matrix product"

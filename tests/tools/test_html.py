@@ -1,4 +1,4 @@
-"""The HTML report: everything is in it, nothing comes from elsewhere, and in a real browser it opens, sorts and draws."""
+"""The HTML report holds everything, loads nothing from elsewhere, and in a real browser it opens, sorts and draws."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Branch(nn.Module):
 
 @pytest.fixture(scope="module")
 def small() -> Report:
-    """Without times, as of a device that has no profile."""
+    """A report without times, as of a device that has no profile."""
     found = explain(Branch(), torch.randn(8, 16), config=ALWAYS | {"rules": [{"layers": ["b", "nowhere"], "sampling": "backward"}]})
     none = {"time_exact_us": None, "time_sampled_us": None}
     sites = [replace(s, **none, products={n: replace(p, **none) for n, p in s.products.items()}) for s in found.sites]
@@ -64,13 +64,13 @@ class Peaks:
 
 
 def many(report: Report, count: int) -> Report:
-    """A chain of `count` sites like those of `report`."""
+    """Return a report with a chain of `count` sites like those of `report`."""
     sites = [replace(report.sites[i % 4], name=f"blocks.{i}.fc", reads=(f"blocks.{i - 1}.fc",) if i else ()) for i in range(count)]
     return Report(sites=sites, before=report.before, after=report.after)
 
 
 class Page(HTMLParser):
-    """Texts by element, and everything that a browser would fetch."""
+    """Collect texts by element, and everything that a browser would fetch."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -264,7 +264,7 @@ def browser() -> Iterator[Any]:
 
 
 def opened(browser: Any, path: Path, scheme: str = "light") -> tuple[Any, list[str]]:
-    """The page once its script has run, and every complaint and fetch of the browser from then on and before."""
+    """Open the page; return it once its script has run, with all complaints and requests of the browser."""
     page = browser.new_page(color_scheme=scheme, offline=True)
     page.set_default_timeout(60_000)
     wrong: list[str] = []
@@ -288,7 +288,7 @@ def column(page: Any, index: int) -> list[str]:
 
 
 def becomes(page: Any, number: int, expected: list[str]) -> bool:
-    """Whether a column has these texts before long: a click is answered when the browser comes to it."""
+    """Return whether a column soon has these texts; the browser answers a click with a delay."""
     for _ in range(100):
         if column(page, number) == expected:
             return True
@@ -330,7 +330,7 @@ def test_browser_dark_and_light(small: Report, tmp_path: Path, browser: Any) -> 
     text = drawn(page, "graph").locator(".legendtext").first
 
     def brightness() -> list[int]:
-        """Of the page and of a plot's text, from 0 to 765."""
+        """Return the brightness of the page and of a plot's text, from 0 to 765."""
         found = [page.locator("body").evaluate("e => getComputedStyle(e).backgroundColor"), text.evaluate("e => getComputedStyle(e).fill")]
         return [sum(map(int, re.findall(r"\d+", color)[:3])) for color in found]
 

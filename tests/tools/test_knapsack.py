@@ -41,7 +41,7 @@ def test_the_knapsack_with_nothing_to_choose() -> None:
 
 
 def test_step_times_are_predicted_from_others() -> None:
-    """Two kinds of sites of which one saves twice as much per FLOP: found from four steps, right for a plan not among them."""
+    """Of two kinds of sites one saves twice as much per FLOP. This is found from four steps, and is right for a plan that is not among them."""
     model, x = mlp(64, 64, 64, 128, 128), torch.randn(8, 64)
     whole = tuple(plans_of(model, {"policy": "always", "group": 1}, x))
 

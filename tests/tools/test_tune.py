@@ -38,7 +38,7 @@ def measured() -> tuple[Measurements, nn.Module, Tensor, Tensor]:
 
 @pytest.mark.slow
 def test_errors_are_those_of_the_gradients(measured: Any) -> None:
-    """Against the gradients of the model trained by hand with the same random numbers, all of them in one vector."""
+    """The errors equal those of gradients that are computed by hand with the same random numbers, all in one vector."""
     found, model, x, y = measured
     found.measure_all(rows=False)
     assert list(found.alone) == [("conv", 0.5), ("twice", 0.5), ("twice#2", 0.5)] and not found.usable and not found.times
@@ -86,7 +86,7 @@ def test_rows_are_measured(small_work_counts: None) -> None:
 
 
 class Odd(nn.Module):
-    """Names that mean something else in a pattern, layers called twice, a tied weight, and products in the module's own forward."""
+    """A model with names that mean something else in a pattern, layers called twice, a tied weight, and products in the module's own forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ def test_a_rules_lowering_beats_that_of_all() -> None:
 
 
 class Four(nn.Sequential):
-    """Four layers of which two are alike."""
+    """Four layers, of which two are alike."""
 
     def __init__(self) -> None:
         super().__init__(*mlp(32, 64, 64, 64, 10))
@@ -177,7 +177,7 @@ def test_sites_are_the_same_whether_a_size_is_a_symbol_or_a_number(seed: int, mo
 
 @pytest.mark.serial
 def test_a_plan_from_beginning_to_end(tmp_path: Any) -> None:
-    """Whatever the times: state, error and record are right, and the file runs."""
+    """Whatever the times are: state, error and record are right, and the plan file runs."""
     model, x, y = mlp(64, 256, 256, 256), torch.randn(64, 64), torch.randint(10, (64,))
     F.cross_entropy(model(x), y).backward()
     before, shown = ModelState(model), Progress(disable=True)
@@ -197,7 +197,7 @@ def test_a_plan_from_beginning_to_end(tmp_path: Any) -> None:
 
 @pytest.mark.slow
 def test_reasons_are_those_of_the_plan_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the others do to an exact site is said as the plan chosen has it, whatever the survey, at the lowest ratio, had planned."""
+    """The notes on an exact site, which tell what other sites do to it, are those of the chosen plan, not those of the survey at the lowest ratio."""
     monkeypatch.setattr(margins, "pays", lambda *anything: True)
     space = SearchSpace.of({"method": "topk_weights", "group": 1, "policy": "always", "rules": [{"layers": "0", "method": "exact"}]})
     trials = Trials(mlp(64, 128, 64), (torch.randn(8, 64),), None, torch.sum, space.options({}))
@@ -224,7 +224,7 @@ def test_nothing_within_the_error_allowed() -> None:
 
 @pytest.mark.slow
 def test_a_model_compiled_in_place_is_measured_as_written() -> None:
-    """Not with the code that it was compiled to, under any settings."""
+    """The model is measured as written, not with the code that it was compiled to, whatever its settings."""
     model, x, y = net_and_batch()
     options = {"policy": "always", "method": "exact", "rules": [{"layers": "conv", "method": "topk", "ratio": 0.25, "group": 1}]}
     trials = Trials(model, (x,), y, None, {"method": "exact"})

@@ -35,7 +35,7 @@ def interrupt() -> None:
 
 @pytest.fixture
 def ctrl_c() -> Iterator[None]:
-    """SIGINT interrupts, also where the tests were started in the background of a shell, which then ignores it."""
+    """Let SIGINT interrupt, also where the tests were started in the background of a shell, which makes it ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -43,7 +43,7 @@ def ctrl_c() -> Iterator[None]:
 
 @pytest.mark.serial
 def test_an_interrupt_gives_what_there_is(ctrl_c: None) -> None:
-    """Ctrl-C before anything is timed: the knapsack takes times to go with FLOPs."""
+    """After Ctrl-C before anything is timed, the knapsack takes times to be proportional to FLOPs."""
     model, x, y = net_and_batch()
     before = trained(model, x, y)
     plan = tune(model, x, target=y, loss=after(4, interrupt), max_error=5.0, config={"group": 1}, ladder=[0.5], rows=False, progress=False)
@@ -91,7 +91,8 @@ def test_the_time_budget_ends_it() -> None:
 
 
 class Counted(Trials):
-    """Trials whose seconds are counted, not spent: a step op by op takes 1, a compilation `COMPILING`, a pair of steps 1 and 41 of them at most."""
+    """Trials whose seconds are counted, not spent: a step op by op takes 1 s, a compilation `COMPILING`, a pair of steps 1 s, and there are at most 41 of
+    them."""
 
     COMPILING = 20.0
     clock = 0.0
@@ -118,7 +119,7 @@ class Counted(Trials):
 @pytest.mark.slow
 @pytest.mark.parametrize(("budget", "rows"), [(2.0, True), (20.0, False), (100.0, True), (100.0, False), (250.0, True), (1e9, True)])
 def test_the_time_budget_is_kept(budget: float, rows: bool, monkeypatch: pytest.MonkeyPatch, small_work_counts: None) -> None:
-    """To one trial, by a clock of its own; and what was not measured is said to be so."""
+    """The budget is kept to within one trial, by a counted clock, and what was not measured is reported as not measured."""
     monkeypatch.setattr(tune_module, "Trials", Counted)
     monkeypatch.setattr(measurements, "now", lambda: Counted.clock)
     monkeypatch.setattr(Counted, "clock", 0.0)
