@@ -115,13 +115,14 @@ def accuracy_picture(work: str, path: Path) -> None:
     """Accuracy over seconds: at most three labelled lines, the mean over seeds at the same steps."""
     colors = {"exact": "#4c566a", "adaptive": "#1b7f4d", "fewer steps": "#c2571a"}
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    paper = {"facecolor": "white", "edgecolor": "none", "pad": 1.0, "alpha": 0.85}  # so that a label is legible where it crosses a line
     for setting, color in colors.items():
         runs = accuracy()[work].get(setting, [])
         length = min(len(r["curve"]) for r in runs)
         curve = np.array([[point[1:] for point in r["curve"][:length]] for r in runs]).mean(0)
         axes.plot(curve[:, 0], curve[:, 1], color=color, lw=2, marker="o", ms=3)
         offset, side = ((4, 8), "center") if setting == "adaptive" else ((4, -14), "left")
-        axes.annotate(SHOWN[setting], curve[-1], xytext=offset, textcoords="offset points", color=color, ha=side)
+        axes.annotate(SHOWN[setting], curve[-1], xytext=offset, textcoords="offset points", color=color, ha=side, bbox=paper)
     row = accuracy()[work]["exact"][0]
     axes.set(xlabel="seconds of training steps", ylabel="test accuracy, %", title=NAMES[work])
     axes.set_ylim(bottom=float(np.percentile([p[2] for p in row["curve"]], 15)))

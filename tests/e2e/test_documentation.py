@@ -87,7 +87,7 @@ def test_numbers_that_are_no_figures_are_left_alone() -> None:
 def test_method_cards_have_one_form() -> None:
     """Every method's page has the same parts in the same order."""
     parts = ["When, and when not", "Settings", "Measured effect", "Cost", "Paper", "API"]
-    for page in sorted((ROOT / "docs" / "methods").glob("*.md")):
+    for page in sorted(set((ROOT / "docs" / "methods").glob("*.md")) - {ROOT / "docs" / "methods" / "index.md"}):
         text = page.read_text()
         assert re.findall(r"^## (.*)$", text, re.MULTILINE) == parts, page.name
         opening = text.split("## ")[0]
