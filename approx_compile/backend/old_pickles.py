@@ -12,7 +12,7 @@ from approx_compile.backend.capture.annotate import Link
 from approx_compile.backend.runtime.schedule import Schedule
 from approx_compile.config.plan_file import Tuned, TunedPlan, TunedSite
 from approx_compile.config.rules import Rule
-from approx_compile.config.schema import AdaptiveTable, GradTable, InputTable, ProductTable, WeightTable
+from approx_compile.config.schema import AdaptiveTable, GradTable, InputTable, OutputTable, WeightTable
 from approx_compile.config.selectors import ActivePeriod, StepSlice
 
 _CLASSES: dict[str, dict[str, type]] = {
@@ -20,7 +20,7 @@ _CLASSES: dict[str, dict[str, type]] = {
     "patterns": {"Steps": StepSlice, "When": ActivePeriod},
     "plans": {c.__name__: c for c in (Tuned, TunedPlan, TunedSite)},
     "schedule": {"Schedule": Schedule},
-    "tables": {c.__name__: c for c in (AdaptiveTable, GradTable, InputTable, ProductTable, Rule, WeightTable)},
+    "tables": {c.__name__: c for c in (AdaptiveTable, GradTable, InputTable, Rule, WeightTable)} | {"ProductTable": OutputTable},
 }
 """The classes by the module and the name that old pickles hold."""
 

@@ -15,11 +15,13 @@ import pydantic
 from pydantic import Field, field_validator, model_validator
 
 from approx_compile import _torch
+from approx_compile.config.messages import message
 from approx_compile.config.plan_file import RECORD, Tuned, TunedPlan
 from approx_compile.config.resolve import LEAST_ROWS, SiteSettings, chooses_output_ratio, interpret, merge_rule, row_settings, samples_products, set_keys
-from approx_compile.config.rules import Rule, RuleKeys
-from approx_compile.config.schema import AdaptiveTable, ProductTable, nearest
+from approx_compile.config.rules import Rule, RuleKeys, also_text
+from approx_compile.config.schema import AdaptiveTable, OutputTable, restated
 from approx_compile.config.selectors import LayerPattern, StepSlice, needs_total
+from approx_compile.config.words import Lowering, Method, Policy, Sampling, flag, integer, is_share, nearest
 
 FINAL_EXACT = 0.2
 """The default of `final_exact`. In this last share of a run of known length no output is sampled, so that training ends on the network that is evaluated."""
@@ -36,51 +38,74 @@ class ConfigError(_torch.UnwrappedBackendError, ValueError):
 class ApproxConfig(RuleKeys):
     """The backend's settings, with the same keys as `options` of `torch.compile(model, backend="approx", options=...)`.
 
-    A config is frozen and hashable, and can be deep-copied and pickled. Construction raises `ConfigError` if anything in it is wrong.
+    A config is frozen and hashable, and can be deep-copied and pickled. Construction raises `ConfigError` if anything in it is wrong. Every key is a field, and
+    `ApproxConfig.model_json_schema()` has its description, its valid values and examples; the documentation's page on configuration is made from it.
 
-    Attributes:
-        method: How products are approximated: one of `ESTIMATORS`, or "exact".
-        ratio: The share of an axis that is kept, in (0, 1].
-        min_k: The fewest entries to keep of an axis; axes that are not longer are exact.
-        group: How many contiguous indices are kept or dropped together, or "auto".
-        sampling: Which products `method` applies to: "forward", "backward" or "blackbox".
-        output: The method's name or a table for the output.
-        grad_input: The same for the gradient of the input.
-        grad_weight: The same for the gradient of the weight.
-        grad: The same for both gradients. With `axis: "rows"` the backward pass runs on selected samples of the batch.
-        policy: What decides whether a product is sampled: "adaptive", "cost", "measure" or "always". The default is "cost" if another key asks for sampled
-            products, else "adaptive".
-        share: Whether sites that read the same activation keep the same entries of it. By default they do where that is predicted to save more than it loses.
-        adaptive: Settings of the policy "adaptive" (see `AdaptiveTable`).
-        rules: Settings for some layers, steps or phases, as a list of tables (see `Rule`).
-        plan: A plan file, a `TunedPlan` or a table like a plan file. The keys given beside it override its settings. The attribute holds the plan's record.
-        total_steps: The number of optimizer steps of the whole run.
-        final_exact: The last share of these steps, in which no output is sampled.
-        lowering: The code that runs sampled products: "auto", "inductor", or on GPUs "triton" or "cuda".
-        huge_pages: Whether large new buffers on CPUs ask for huge pages (see `machine.huge_pages`).
-        inductor: Inductor's own options, including `mode`.
+    Example:
+        >>> import approx_compile
+        >>> config = approx_compile.ApproxConfig(grad={"axis": "rows", "ratio": 0.25}, rules=[{"layers": "head", "method": "exact"}])
+        >>> config.grad.ratio
+        0.25
+        >>> backend = approx_compile.Backend(config)  # torch.compile(model, backend=backend)
     """
 
-    method: str = "topk"
-    ratio: float = 0.5
-    min_k: int = 16
-    group: int | Literal["auto"] = "auto"
-    sampling: str = "forward"
-    policy: str = "adaptive"
-    adaptive: AdaptiveTable = Field(default_factory=AdaptiveTable)
-    rules: tuple[Rule, ...] = ()
-    plan: Tuned | None = None
-    total_steps: int | None = Field(default=None, strict=True, ge=1)
-    final_exact: float = Field(default=FINAL_EXACT, strict=True, ge=0, lt=1)
-    lowering: str = "auto"
-    huge_pages: bool = True
-    inductor: Mapping[str, Any] = Field(default_factory=dict)
+    method: Method = restated(RuleKeys, "method", "topk")
+    ratio: float = restated(RuleKeys, "ratio", 0.5)
+    min_k: int = restated(RuleKeys, "min_k", 16)
+    group: int | Literal["auto"] = restated(RuleKeys, "group", "auto")
+    sampling: Sampling = restated(RuleKeys, "sampling", "forward")
+    policy: Policy = restated(RuleKeys, "policy", "adaptive")
+    lowering: Lowering = restated(RuleKeys, "lowering", "auto")
+    adaptive: AdaptiveTable = Field(
+        default_factory=AdaptiveTable,
+        description="Settings of the policy `adaptive`: what variance or error it may add, and what it chooses from.",
+        examples=[{"adaptive": {"tau": 0.1}}],
+    )
+    rules: tuple[Rule, ...] = Field(
+        default=(),
+        description="Settings for some layers, steps or phases: a list of tables. The keys of all rules that match a site are merged key by key over those at "
+        "the top, and a later rule overrides an earlier one.",
+        examples=[{"rules": [{"layers": "head", "method": "exact"}, {"layers": "conv[1::4]", "steps": "3::4", "grad_weight": "max"}]}],
+    )
+    plan: Tuned | None = Field(
+        default=None,
+        description="What `tune` found: the path of a plan file, a `TunedPlan`, or a table like a plan file. The keys beside it override its settings at the "
+        "top and in each of its rules, but what it leaves exact stays exact. It is refused if it names a site that the model lacks.",
+        examples=[{"plan": {"policy": "always", "method": "exact", "rules": [{"layers": "0", "method": "topk", "ratio": 0.5}]}}],
+        json_schema_extra=also_text(),
+    )
+    total_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="The number of optimizer steps of the whole run. Give it where rules have `steps` in percent, or where outputs are sampled, so that "
+        "training ends with exact steps (`final_exact`).",
+        examples=[{"ratio": 0.5, "total_steps": 10_000}],
+    )
+    final_exact: float = Field(
+        default=FINAL_EXACT,
+        ge=0,
+        lt=1,
+        description="The last share of `total_steps` in which no output is sampled, so that training ends on the network that is evaluated. It has no effect "
+        "where all outputs are exact.",
+        examples=[{"ratio": 0.5, "total_steps": 10_000, "final_exact": 0.1}],
+    )
+    huge_pages: bool = Field(
+        default=True,
+        description="Whether new buffers of 8 MiB and more of training steps on Linux CPUs ask the system for huge pages, which makes first writes to them "
+        "faster. No value changes. Set `false` where memory is so fragmented that huge pages are slow to get.",
+        examples=[{"huge_pages": False}],
+    )
+    inductor: Mapping[str, Any] = Field(
+        default_factory=dict,
+        description="Inductor's own options, with the names of `torch._inductor.list_options()`, and `mode`, with the words of `torch.compile(mode=...)`.",
+        examples=[{"inductor": {"mode": "max-autotune-no-cudagraphs"}}, {"inductor": {"max_autotune": True}}],
+    )
 
     def __init__(self, **data: Any) -> None:
         try:
             super().__init__(**_with_plan(data))
         except pydantic.ValidationError as e:
-            raise ConfigError(_message(e)) from None
+            raise ConfigError(message(e, ApproxConfig)) from None
 
     @staticmethod
     def of(config: ApproxConfig | Mapping[str, Any] | None) -> ApproxConfig:
@@ -128,7 +153,7 @@ class ApproxConfig(RuleKeys):
         """Refuse keys without effect: under "adaptive" the forward pass is exact and the number of rows is found automatically."""
         idle = "has no effect under policy 'adaptive', which keeps the forward pass exact and finds the number of rows itself; "
         products = "for sampled products set policy 'cost' or 'always' beside it"
-        for where, keys, others in (("", self, self.rules), *((f"rules[{i}]: ", r, self._near(r)) for i, r in enumerate(self.rules))):
+        for where, keys, others in (("", self, self.rules), *((f"rules[{i}].", r, self._near(r)) for i, r in enumerate(self.rules))):
             said = [k for k in _SAMPLING_KEYS if k in keys.model_fields_set and getattr(keys, k) is not None and (k, getattr(keys, k)) != ("method", "exact")]
             alone = merge_rule(set_keys(self), keys)
             if said and not any(samples_products(k) for k in (alone, *(merge_rule(alone, r) for r in others))):
@@ -155,6 +180,23 @@ class ApproxConfig(RuleKeys):
         if "final_exact" in self.model_fields_set and self.total_steps is None:
             raise ValueError("final_exact: a share of the run; set total_steps, the number of optimizer steps it will have")
         return self
+
+    @field_validator("total_steps", mode="before")
+    @classmethod
+    def _check_total_steps(cls, value: Any) -> Any:
+        return value if value is None else integer(value, "the optimizer steps of the whole run, such as 10000")
+
+    @field_validator("final_exact", mode="before")
+    @classmethod
+    def _check_final_exact(cls, value: Any) -> Any:
+        if isinstance(value, bool) or not (value == 0 or (is_share(value) and value < 1)):
+            raise ValueError(f"got {value!r}; a number in [0, 1) is expected, the share of total_steps, such as {FINAL_EXACT}")
+        return float(value)
+
+    @field_validator("huge_pages", mode="before")
+    @classmethod
+    def _check_huge_pages(cls, value: Any) -> Any:
+        return flag(value, "whether large new buffers on CPUs ask for huge pages")
 
     @field_validator("rules", mode="before")
     @classmethod
@@ -212,7 +254,7 @@ class ApproxConfig(RuleKeys):
         if self.total_steps is None or not self.final_exact or not self._samples_outputs():
             return self.rules
         begin = round((1 - self.final_exact) * self.total_steps)
-        return (*self.rules, Rule(steps=f"{begin}:", output=ProductTable(method="exact")))
+        return (*self.rules, Rule(steps=f"{begin}:", output=OutputTable(method="exact")))
 
     def _samples_outputs(self) -> bool:
         return any(s.output.method != "exact" for s in self._settings_alone())
@@ -331,18 +373,3 @@ def _with_plan(data: Mapping[str, Any]) -> dict[str, Any]:
     except ConfigError as e:
         raise ConfigError(f"{where}: {e}") from None
     return products | plan.overridden(beside) | {"plan": plan.tuned}
-
-
-def _message(error: pydantic.ValidationError) -> str:
-    """Return the problems that pydantic reports, joined into one line: `rules[1].ratio: got 3; ...`."""
-    lines = []
-    for item in error.errors(include_url=False, include_context=False):
-        where = ""
-        for part in item["loc"]:
-            where += f"[{part}]" if isinstance(part, int) else f".{part}" if where else str(part)
-        text = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "missing":
-            text = "this key is required"
-        text = text.removeprefix(f"{where.rpartition('.')[2]}: ") if where else text  # patterns and slices name their key themselves
-        lines.append(f"{where}: {text}" if where else text)
-    return "; ".join(dict.fromkeys(lines))

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from approx_compile.config.rules import RuleKeys
-from approx_compile.config.schema import PRODUCTS, REPLACEMENTS, GradTable, ProductTable
+from approx_compile.config.schema import GradTable, ProductTable
+from approx_compile.config.words import PRODUCTS, REPLACEMENTS
 
 LEAST_ROWS = 2
 """The default of `min_k` for row sampling. It is 2 because compiled code treats a batch of one row as a case by itself."""

@@ -2,48 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from approx_compile.config.schema import LOWERINGS, POLICIES, SAMPLINGS, GradTable, InputTable, ProductTable, SamplingKeys, WeightTable, choice
+from approx_compile.config.schema import GradTable, InputTable, OutputTable, ProductTable, SamplingKeys, WeightTable, restated
 from approx_compile.config.selectors import ActivePeriod, LayerPattern, StepSlice
+from approx_compile.config.words import Lowering, Method, Policy, Sampling, choice, flag
+
+
+def also_text(*words: str) -> Callable[[dict[str, Any]], None]:
+    """Return what adds to the JSON schema of a key that it may be text as well, which a validator turns into the key's own type.
+
+    Args:
+        *words: The valid texts; none if any is valid.
+
+    Returns:
+        A function for pydantic's `json_schema_extra`.
+    """
+
+    def change(schema: dict[str, Any]) -> None:
+        text: dict[str, Any] = {"type": "string"} | ({"enum": list(words)} if words else {})
+        own = schema.pop("anyOf", None) or [{k: schema.pop(k) for k in ("type", "items", "$ref") if k in schema}]
+        schema["anyOf"] = [text, *own]
+
+    return change
 
 
 class RuleKeys(SamplingKeys):
     """The keys that may stand in a rule and at the top of a config (see `ApproxConfig`). None means not set here."""
 
-    sampling: str | None = None
-    policy: str | None = None
-    lowering: str | None = None
-    output: ProductTable | None = None
-    grad: GradTable | None = None
-    grad_input: InputTable | None = None
-    grad_weight: WeightTable | None = None
-    share: bool | None = None
+    method: Method | None = restated(SamplingKeys, "method", None)
+    sampling: Sampling | None = Field(
+        default=None,
+        description="Which products `method` applies to. `forward`: the output, with gradients through the same entries. `backward`: the gradients, and the "
+        "output is exact. `blackbox`: the output, and its gradients are exact. Set `backward` to keep the forward pass exact.",
+        examples=[{"ratio": 0.5, "sampling": "backward"}],
+    )
+    policy: Policy | None = Field(
+        default=None,
+        description="What decides whether a product is sampled. `adaptive`: the forward pass is exact, and the backward pass runs on as many samples as the "
+        "variance of the gradient asks for. `cost`: a product is sampled where that is predicted to save enough time on this machine. `measure`: the same, by "
+        "timing each site alone, once. `always`: every site where it is legal. If it is not set, it is `cost` where another key asks for sampled products (a "
+        "`ratio`, a `method` other than `exact`, `sampling`, a table with one of these, a `plan`), else `adaptive`.",
+        examples=[{"policy": "always", "ratio": 0.5, "sampling": "backward"}, {"policy": "adaptive"}],
+    )
+    lowering: Lowering | None = Field(
+        default=None,
+        description="The code that runs sampled products. `inductor` gathers the kept entries for a library's product. `triton` and `cuda` are kernels for "
+        "NVIDIA GPUs that skip the other entries. `auto` takes what is predicted to be fastest among those that fit. A lowering that does not fit a site is "
+        "replaced by `inductor`, and the report has the reason. Set it to compare kernels.",
+        examples=[{"policy": "cost", "lowering": "inductor"}],
+    )
+    output: OutputTable | None = Field(
+        default=None,
+        description="Settings of the output of a layer. A method's name stands for a table with this method. It overrides `sampling` for this product.",
+        examples=[{"policy": "cost", "output": {"method": "topk", "ratio": 0.5}}, {"policy": "cost", "output": "exact"}],
+        json_schema_extra=also_text(*OutputTable.methods),
+    )
+    grad: GradTable | None = Field(
+        default=None,
+        description="Settings of both gradients, or of the samples that the backward pass runs on. A method's name stands for a table with this method.",
+        examples=[{"grad": {"axis": "rows", "ratio": 0.25}}, {"rules": [{"layers": "head", "grad": "exact"}]}],
+        json_schema_extra=also_text(*GradTable.methods),
+    )
+    grad_input: InputTable | None = Field(
+        default=None,
+        description="Settings of the gradient of the input. A method's name stands for a table with this method. It overrides `grad` and `sampling` for this "
+        "product.",
+        examples=[{"grad_input": {"method": "bernoulli", "ratio": 0.5}}],
+        json_schema_extra=also_text(*InputTable.methods),
+    )
+    grad_weight: WeightTable | None = Field(
+        default=None,
+        description="Settings of the gradient of the weight. A method's name stands for a table with this method. It overrides `grad` and `sampling` for this "
+        "product.",
+        examples=[{"grad_weight": {"method": "bernoulli", "ratio": 0.3}}, {"rules": [{"layers": "conv", "grad_weight": "max"}]}],
+        json_schema_extra=also_text(*WeightTable.methods),
+    )
+    share: bool | None = Field(
+        default=None,
+        description="Whether sites that read the same activation (query, key and value; gate and up) keep the same entries of it. If it is not set, they do "
+        "where that is predicted to save enough time. Set `false` where accuracy is tight: shared entries are no longer the best choice of each site.",
+        examples=[{"ratio": 0.5, "share": False}],
+    )
 
     @field_validator("share", mode="before")
     @classmethod
     def _check_share(cls, value: Any) -> Any:
-        if value is not None and not isinstance(value, bool):
-            raise ValueError(f"got {value!r}; true or false is expected: whether sites that read the same activation keep the same entries of it")
-        return value
+        return value if value is None else flag(value, "whether sites that read the same activation keep the same entries of it")
 
-    @field_validator("sampling", mode="before")
+    @field_validator("sampling", "policy", "lowering", mode="before")
     @classmethod
-    def _check_sampling(cls, value: Any) -> Any:
-        return value if value is None else choice("sampling", value, SAMPLINGS, "sampling")
-
-    @field_validator("policy", mode="before")
-    @classmethod
-    def _check_policy(cls, value: Any) -> Any:
-        return value if value is None else choice("policy", value, POLICIES, "policy")
-
-    @field_validator("lowering", mode="before")
-    @classmethod
-    def _check_lowering(cls, value: Any) -> Any:
-        return value if value is None else choice("lowering", value, LOWERINGS, "lowering")
+    def _check_words(cls, value: Any, info: ValidationInfo) -> Any:
+        return value if value is None else choice(str(info.field_name), value)
 
     @field_validator("output", "grad", "grad_input", "grad_weight", mode="before")
     @classmethod
@@ -73,26 +126,37 @@ class RuleKeys(SamplingKeys):
 
 
 class Rule(RuleKeys):
-    """Settings for the sites that `layers` matches, while `steps` and `phase` hold.
+    """Settings for the sites that `layers` matches, while `steps` and `phase` hold."""
 
-    Attributes:
-        layers: A pattern, or a list of which any may match. A pattern is a kind (`conv`, `linear`, `matmul`, `site`), alone or with an index or slice in
-            execution order (`conv[1::4]`); a glob on the module's name, in which `*` matches dots too; or `re:` followed by a regular expression. In a
-            rule with `steps` or `phase` it may be left out and means every site.
-        steps: A Python slice over completed optimizer steps, from 0 ("::2", "3::4", ":8000"). Its ends may be shares of `total_steps` ("80%:").
-        phase: The name or names of the phases in which the rule holds (see `set_phase`).
-    """
+    layers: tuple[str, ...] = Field(
+        default=("site",),
+        description="Where the rule holds: a pattern, or a list of which any may match. A pattern is a kind (`conv`, `linear`, `matmul`, `site`), alone or "
+        "with an index or slice in execution order (`conv[1::4]`); a glob on the name of the module, in which `*` matches dots too; or `re:` followed by a "
+        "regular expression. A module that is called twice is two sites, `name` and `name#2`. In a rule with `steps` or `phase` it may be left out and means "
+        "every site.",
+        examples=[{"rules": [{"layers": ["stem.*", "head"], "method": "exact"}]}, {"rules": [{"layers": "conv[1::4]", "grad_weight": "max"}]}],
+        json_schema_extra=also_text(),
+    )
+    steps: str | None = Field(
+        default=None,
+        description="At which completed optimizer steps the rule holds: a Python slice, counted from 0. Its ends may be shares of `total_steps`, in percent.",
+        examples=[
+            {"rules": [{"steps": "3::4", "layers": "conv", "grad_weight": "zero"}]},
+            {"total_steps": 10_000, "rules": [{"steps": "80%:", "method": "exact"}]},
+        ],
+    )
+    phase: tuple[str, ...] | None = Field(
+        default=None,
+        description="In which phase the rule holds: the name that `set_phase` gives, or a list of names.",
+        examples=[{"rules": [{"phase": "warm-up", "method": "exact"}]}],
+        json_schema_extra=also_text(),
+    )
 
-    layers: tuple[str, ...] = ("site",)
-    steps: str | None = None
-    phase: tuple[str, ...] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _says_where(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and not {"layers", "steps", "phase"} & set(data):
+    @model_validator(mode="after")
+    def _says_where(self) -> Rule:
+        if not {"layers", "steps", "phase"} & self.model_fields_set:
             raise ValueError("layers: this key is required in a rule without steps or phase; 'site' means every site")
-        return data
+        return self
 
     @field_validator("layers", mode="before")
     @classmethod

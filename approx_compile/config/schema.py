@@ -1,98 +1,101 @@
-"""Define the words that settings may use, and the tables of keys for products, gradients and the adaptive policy.
+"""Define the tables of keys for products, gradients and the adaptive policy, with what every key does.
 
-The tables are checked on construction. `resolve` combines them into what is asked of a site.
+The tables are checked on construction. `resolve` combines them into what is asked of a site. The description of a key is read by people in
+docs/reference/configuration.md, which is made from it. The `examples` of a key are whole options, so that each of them can be run.
 """
 
 from __future__ import annotations
 
-import difflib
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-ESTIMATORS = ("topk", "topk_weights", "crs", "bernoulli", "uniform", "wta")
-METHODS = (*ESTIMATORS, "exact")
-REPLACEMENTS = {"grad_input": ("max",), "grad_weight": ("zero", "random", "max")}
-"""Methods that replace a gradient product by another value, without sampling it (`kernels.gradient_replacements`)."""
-SAMPLINGS = ("forward", "backward", "blackbox")
-POLICIES = ("cost", "always", "adaptive", "measure")
-ROW_METHODS = ("bernoulli", "topk", "uniform", "wta")
-LOWERINGS = ("auto", "inductor", "triton", "cuda")
-PRODUCTS = ("output", "grad_input", "grad_weight")
-
-LADDER = (0.0625, 0.09, 0.125, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0)
-"""Shares of the batch, a factor of about the square root of 2 apart."""
-
-OUTPUT_LADDER = (0.25, 0.35, 0.5, 0.7, 1.0)
-"""Ratios of outputs under "adaptive". There are few, because each of them is compiled."""
-
-# Methods of the design and the papers that this version lacks. The error message names them as not built yet.
-_NOT_BUILT: dict[str, tuple[str, ...]] = {
-    "method": ("dropout", "adaptive_dropout", "alsh"),
-}
+from approx_compile.config.words import (
+    ESTIMATORS,
+    LADDER,
+    METHODS,
+    OUTPUT_LADDER,
+    REPLACEMENTS,
+    ROW_METHODS,
+    Axis,
+    BatchNorm,
+    InputMethod,
+    Method,
+    WeightMethod,
+    choice,
+    integer,
+    is_share,
+    positive,
+)
 
 
-def nearest(word: str, valid: Sequence[str]) -> str:
-    """Return a hint for an error message that names the valid word most similar to `word`; empty if none is similar."""
-    match = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
-    return f" Did you mean {match[0]!r}?" if match else ""
-
-
-def choice(key: str, value: Any, valid: Sequence[str], kind: str) -> str:
-    """Return the value if it is one of the valid words.
+def restated(model: type[BaseModel], key: str, default: Any) -> Any:
+    """Return a field with the description, the bounds and the examples that a key has in another model, and with another default.
 
     Args:
-        key: The key that has the value.
-        value: The value.
-        valid: The valid words.
-        kind: What the words are, which selects the words that are known but not built yet.
+        model: The other model.
+        key: The key.
+        default: The default.
 
     Returns:
-        The value.
-
-    Raises:
-        ValueError: The value is not valid; the message lists what is.
+        What `pydantic.Field` returns.
     """
-    if value in valid and isinstance(value, str):
-        return value
-    if isinstance(value, str) and value in _NOT_BUILT.get(kind, ()):
-        raise ValueError(f"{value!r} is not built yet; this version has {', '.join(valid)}")
-    hint = nearest(value, valid) if isinstance(value, str) else ""
-    raise ValueError(f"got {value!r}; valid are {', '.join(valid)}.{hint}")
+    field = model.model_fields[key]
+    own = Field(default, description=field.description, examples=field.examples, json_schema_extra=field.json_schema_extra)
+    own.metadata = list(field.metadata)
+    return own
 
 
-class SamplingKeys(BaseModel):
-    """The keys that a product's table, a rule and the whole config share. None means: not set here."""
+class Table(BaseModel):
+    """A table of settings: frozen, and with known keys only."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-    methods: ClassVar[tuple[str, ...]] = METHODS
-
-    method: str | None = None
-    ratio: float | None = None
-    min_k: int | None = None
-    group: int | Literal["auto"] | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _known_keys(cls, data: Any) -> Any:
+    def _a_table(cls, data: Any) -> Any:
         if not isinstance(data, Mapping):
             raise ValueError(f"got {data!r}; a table (dict) is expected")
-        valid = tuple(cls.model_fields)
-        for key in data:
-            if key in valid:
-                continue
-            if key in ("axis", "batch_norm"):
-                raise ValueError(f"key {key!r} belongs under grad: one set of rows serves all gradients; valid keys here are {', '.join(valid)}")
-            if key in ("layers", "steps", "phase"):
-                raise ValueError(f"key {key!r} belongs in a rule: rules=[{{{key!r}: ...}}]; valid keys here are {', '.join(valid)}")
-            if key in _REPLACEMENT_KEYS:
-                raise ValueError(
-                    f"key {key!r} belongs in the table of a gradient that method {_REPLACEMENT_KEYS[key]!r} replaces; valid keys here are {', '.join(valid)}"
-                )
-            raise ValueError(f"unknown key {key!r}; valid keys here are {', '.join(valid)}.{nearest(str(key), valid)}")
         return dict(data)
+
+
+class SamplingKeys(Table):
+    """The keys that a product's table, a rule and the whole config share. None means: not set here."""
+
+    methods: ClassVar[tuple[str, ...]] = METHODS
+
+    method: WeightMethod | None = Field(
+        default=None,
+        description="How the kept entries of a product's contraction axis are chosen. `topk` keeps the entries with the largest product of the operands' "
+        "norms, `topk_weights` those with the largest norm of the weight; neither rescales them (biased, with the smallest error). `crs`, `bernoulli` and "
+        "`uniform` draw entries at random and rescale them, so that the product is unbiased; `wta` always keeps the largest and draws the rest. `exact` "
+        "computes the products exactly. Set `exact` in a rule to leave layers alone; set an unbiased method where only gradients are sampled.",
+        examples=[{"method": "crs", "sampling": "backward"}, {"rules": [{"layers": "head", "method": "exact"}]}],
+    )
+    ratio: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="The share of the axis that is kept, without unit; 1 is exact. A smaller ratio saves more time and adds more error. A `ratio` at the top, "
+        "or in a rule, asks for sampled products, forward pass included, unless `sampling` is `backward`. Leave it out to let the policy `adaptive` choose.",
+        examples=[{"ratio": 0.25, "sampling": "backward"}],
+    )
+    min_k: int | None = Field(
+        default=None,
+        ge=1,
+        description="The fewest entries to keep of an axis, as a count. An axis that is not longer than this is exact. Raise it where narrow layers lose "
+        "accuracy; lower it to sample narrow layers.",
+        examples=[{"policy": "cost", "min_k": 32}],
+    )
+    group: int | Literal["auto"] | None = Field(
+        default=None,
+        description="How many contiguous indices are kept or dropped together, as a count. With `auto` the policies `cost` and `measure` choose single "
+        "indices or longer runs, whichever takes less time; else it is 1 for axes below 256 entries, for convolutions and for `grad_weight`, and a run that "
+        "is gathered at full speed (16 on CPUs, 32 on GPUs) for the rest. Set 1 for the smallest error, and a larger number for faster gathers.",
+        examples=[{"policy": "cost", "group": 16}],
+        json_schema_extra={"minimum": 1},
+    )
 
     @field_validator("method", mode="before")
     @classmethod
@@ -100,23 +103,19 @@ class SamplingKeys(BaseModel):
         products = [product for product, methods in REPLACEMENTS.items() if isinstance(value, str) and value in methods]
         if products and value not in cls.methods:
             raise ValueError(f"{value!r} replaces a gradient and can be the method of {' and '.join(products)} only; valid here are {', '.join(cls.methods)}")
-        return value if value is None else choice("method", value, cls.methods, "method")
+        return value if value is None else choice("method", value, cls.methods)
 
     @field_validator("ratio", mode="before")
     @classmethod
     def _check_ratio(cls, value: Any) -> Any:
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-            raise ValueError(f"got {value!r}; a number in (0, 1] is expected, the share of the axis that is kept")
-        return float(value)
+        if value is not None and not is_share(value):
+            raise ValueError(f"got {value!r}; a number in (0, 1] is expected, the share of the axis that is kept, such as 0.5")
+        return value if value is None else float(value)
 
     @field_validator("min_k", mode="before")
     @classmethod
     def _check_min_k(cls, value: Any) -> Any:
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"got {value!r}; an integer of at least 1 is expected")
-        return value
+        return value if value is None else integer(value, "the fewest entries to keep, such as 16")
 
     @field_validator("group", mode="before")
     @classmethod
@@ -124,7 +123,7 @@ class SamplingKeys(BaseModel):
         if value in (None, "auto"):
             return value
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"got {value!r}; 'auto' or an integer of at least 1 is expected")
+            raise ValueError(f"got {value!r}; 'auto' or an integer of at least 1 is expected, such as 16")
         return value
 
 
@@ -153,27 +152,39 @@ class ProductTable(SamplingKeys):
         return next((k for k in ("min_k", "group") if getattr(self, k) is not None), None)
 
 
-class InputTable(ProductTable):
-    """Settings of `grad_input`.
+class OutputTable(ProductTable):
+    """Settings of the output of a layer."""
 
-    The method "max" computes it from only the `j` entries of largest magnitude in every row of the output gradient.
+    method: Method | None = Field(
+        default=None,
+        description="How the output is approximated, with the words of the key `method` at the top. Under the policy `adaptive` a method here allows the "
+        "output to be sampled, at the ratio that `adaptive.error` allows.",
+        examples=[{"policy": "cost", "output": {"method": "topk_weights"}}, {"rules": [{"layers": "blocks.*", "output": {"method": "topk"}}]}],
+    )
 
-    Attributes:
-        j: The number of entries that "max" keeps of a row; 1 if not set.
-        scale: The factor on the result of "max"; 1 if not set.
-    """
 
-    methods = (*METHODS, *REPLACEMENTS["grad_input"])
+class GradientTable(ProductTable):
+    """Settings of a gradient product, with the keys of the method "max"."""
 
-    j: int | None = None
-    scale: float | None = None
+    j: int | None = Field(
+        default=None,
+        ge=1,
+        description="With the method `max`: how many entries of largest magnitude of every row of the output gradient count; 1 if not set. More entries bring "
+        "the gradient closer to the exact one and take longer.",
+        examples=[{"rules": [{"layers": "linear", "grad_input": {"method": "max", "j": 8}}]}],
+    )
+    scale: float | None = Field(
+        default=None,
+        gt=0,
+        description="With the method `max`: the factor on the result; 1 if not set. Below 1 it shortens a gradient that the sum of a whole channel at one "
+        "place makes too long.",
+        examples=[{"rules": [{"layers": "linear", "grad_input": {"method": "max", "scale": 0.5}}]}],
+    )
 
     @field_validator("j", mode="before")
     @classmethod
     def _check_j(cls, value: Any) -> Any:
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"got {value!r}; an integer of at least 1 is expected, the entries of the output gradient that count")
-        return value
+        return value if value is None else integer(value, "the entries of the output gradient that count, such as 4")
 
     @field_validator("tile", mode="before", check_fields=False)
     @classmethod
@@ -185,14 +196,15 @@ class InputTable(ProductTable):
             "as a share of the image's longest side"
         )
 
-    @field_validator("scale", "std", mode="before", check_fields=False)
+    @field_validator("scale", mode="before")
     @classmethod
-    def _check_positive(cls, value: Any) -> Any:
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise ValueError(f"got {value!r}; a finite number above 0 is expected")
-        return float(value)
+    def _check_scale(cls, value: Any) -> Any:
+        return value if value is None else positive(value, "the factor on the gradient, such as 0.5")
+
+    @field_validator("std", mode="before", check_fields=False)
+    @classmethod
+    def _check_std(cls, value: Any) -> Any:
+        return value if value is None else positive(value, "the standard deviation of the random gradient, such as 0.01")
 
     @model_validator(mode="after")
     def _keys_of_the_method(self) -> Self:
@@ -206,23 +218,62 @@ class InputTable(ProductTable):
         return self
 
 
-class WeightTable(InputTable):
+class InputTable(GradientTable):
+    """Settings of `grad_input`.
+
+    The method "max" computes it from only the `j` entries of largest magnitude in every row of the output gradient.
+    """
+
+    methods = (*METHODS, *REPLACEMENTS["grad_input"])
+
+    method: InputMethod | None = Field(
+        default=None,
+        description="How the gradient of the input is approximated: one of the words of the key `method` at the top, or `max`, which computes it from only "
+        "the `j` entries of largest magnitude of every row of the output gradient (linear layers only).",
+        examples=[{"rules": [{"layers": "linear", "grad_input": {"method": "max", "j": 8}}]}],
+    )
+
+
+class WeightTable(GradientTable):
     """Settings of `grad_weight`.
 
     The method "zero" replaces it by zeros, "random" by normal numbers with mean 0. The method "max" computes it from only the entries of largest magnitude of
     the output gradient. For a linear layer these are the `j` largest of every row. For a convolution they are the `j` largest of every sample's output
     channel, which carry the sum of the whole channel, or with `tile` the largest of every tile of a channel, which carries the sum of the tile.
-
-    Attributes:
-        tile: The side of a convolution's tiles: in places, as a share of the longest side (0.5: half of it), or "auto", the smallest side of 4 places or more
-            with which a channel has at most 16 tiles. It excludes `j`.
-        std: The standard deviation of "random"; 1 / batch if not set.
     """
 
     methods = (*METHODS, *REPLACEMENTS["grad_weight"])
 
-    tile: int | float | Literal["auto"] | None = None
-    std: float | None = None
+    method: WeightMethod | None = Field(
+        default=None,
+        description="How the gradient of the weight is approximated: one of the words of the key `method` at the top except `topk_weights`, or a replacement. "
+        "`zero` puts zeros in its place, and `random` normal numbers with mean 0. `max` computes it from only the entries of largest magnitude of the output "
+        "gradient: of a linear layer the `j` largest of every row, of a convolution the `j` largest of every sample's output channel, which carry the sum of "
+        "the whole channel, or with `tile` the largest of every tile.",
+        examples=[{"rules": [{"layers": "conv[1::4]", "steps": "3::4", "grad_weight": {"method": "max", "tile": 0.5, "scale": 0.5}}]}],
+    )
+    j: int | None = Field(
+        default=None,
+        ge=1,
+        description="With the method `max`: how many entries of largest magnitude count, of every row (linear layers) or of every sample's output channel "
+        "(convolutions); 1 if not set. It excludes `tile`.",
+        examples=[{"rules": [{"layers": "linear", "grad_weight": {"method": "max", "j": 8}}]}],
+    )
+    tile: int | float | Literal["auto"] | None = Field(
+        default=None,
+        description="With the method `max`, for convolutions: the side of the tiles of which the largest entry counts. An integer is a number of places, a "
+        "number below 1 a share of the image's longest side (0.5: half of it), and `auto` the smallest side of 4 places or more with which a channel has at "
+        "most 16 tiles. Smaller tiles bring the gradient closer to the exact one and take longer. It excludes `j`.",
+        examples=[{"rules": [{"layers": "conv", "grad_weight": {"method": "max", "tile": "auto"}}]}],
+        json_schema_extra={"exclusiveMinimum": 0},
+    )
+    std: float | None = Field(
+        default=None,
+        gt=0,
+        description="With the method `random`: the standard deviation, in the unit of the gradient; 1 / batch if not set, where a linear layer's batch counts "
+        "tokens.",
+        examples=[{"rules": [{"layers": "conv", "grad_weight": {"method": "random", "std": 0.01}}]}],
+    )
 
     @model_validator(mode="after")
     def _entries_of_one_kind(self) -> Self:
@@ -233,27 +284,36 @@ class WeightTable(InputTable):
         return self
 
 
-class GradTable(InputTable):
-    """Settings of both gradients.
+class GradTable(GradientTable):
+    """Settings of both gradients."""
 
-    Attributes:
-        axis: "contraction" samples each product along its own axis. "rows" runs the backward pass on some samples of the batch, which are selected by the
-            norms of their gradients; `method` is then one of `ROW_METHODS`.
-        batch_norm: With axis "rows", whether BatchNorm's backward pass is "exact", on all rows, or "approximate", on the selected ones.
-    """
+    methods = (*METHODS, *REPLACEMENTS["grad_input"])
 
-    axis: str | None = None
-    batch_norm: str | None = None
+    method: InputMethod | None = Field(
+        default=None,
+        description="With axis `contraction`: how both gradients are approximated, by one of the words of the key `method` at the top, or by `max`, which "
+        "computes them from only the `j` entries of largest magnitude of every row of the output gradient (linear layers only). With axis `rows`: how samples "
+        "are chosen, one of `bernoulli` (the default), `topk`, `uniform` and `wta`, or `exact` for all samples.",
+        examples=[{"grad": {"method": "crs", "ratio": 0.5}}, {"grad": {"axis": "rows", "method": "uniform", "ratio": 0.5}}],
+    )
+    axis: Axis | None = Field(
+        default=None,
+        description="What is sampled. `contraction` (the default) samples each gradient product along its own axis. `rows` runs the whole backward pass on "
+        "some samples of the batch, which are chosen by the norms of their gradients: `ratio` of them, or, if it is not set, as many as the policy finds. "
+        "`min_k` is then the fewest samples, 2 if not set.",
+        examples=[{"grad": {"axis": "rows", "ratio": 0.25}}],
+    )
+    batch_norm: BatchNorm | None = Field(
+        default=None,
+        description="With axis `rows`: whether the backward pass of BatchNorm is `exact`, on all samples, so that rows end there, or `approximate`, on the "
+        "chosen samples alone. `approximate` saves time in networks with BatchNorm, with a bias of order 1 / batch and more noise; check the accuracy.",
+        examples=[{"grad": {"axis": "rows", "ratio": 0.5, "batch_norm": "approximate"}}],
+    )
 
-    @field_validator("axis", mode="before")
+    @field_validator("axis", "batch_norm", mode="before")
     @classmethod
-    def _check_axis(cls, value: Any) -> Any:
-        return value if value is None else choice("axis", value, ("contraction", "rows"), "axis")
-
-    @field_validator("batch_norm", mode="before")
-    @classmethod
-    def _check_batch_norm(cls, value: Any) -> Any:
-        return value if value is None else choice("batch_norm", value, ("exact", "approximate"), "batch_norm")
+    def _check_words(cls, value: Any, info: ValidationInfo) -> Any:
+        return value if value is None else choice(str(info.field_name), value)
 
     @property
     def samples(self) -> bool:
@@ -277,46 +337,56 @@ class GradTable(InputTable):
         return self
 
 
-class AdaptiveTable(BaseModel):
-    """Settings of the policy "adaptive", which finds how many rows a step needs, and the ratio of outputs that a rule allows to be sampled.
+class AdaptiveTable(Table):
+    """Settings of the policy "adaptive", which finds how many rows a step needs, and the ratio of outputs that a rule allows to be sampled."""
 
-    Attributes:
-        tau: The variance that leaving out rows may add, as a share of the gradient's own.
-        ladder: The shares of the batch to choose from.
-        error: The relative squared error |g' - g|^2 / |g|^2 that sampled outputs may cause in the gradient g of a batch.
-        outputs: The ratios of outputs to choose from, each of which is compiled.
-        every: The steps from one measurement of this error to the next.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    tau: float = 0.025
-    ladder: tuple[float, ...] = LADDER
-    error: float = 0.025
-    outputs: tuple[float, ...] = OUTPUT_LADDER
-    every: int = Field(default=200, strict=True, ge=1)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_keys(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping):
-            raise ValueError(f"got {data!r}; a table (dict) is expected")
-        for key in data:
-            if key not in cls.model_fields:
-                raise ValueError(f"unknown key {key!r}; valid keys here are {', '.join(cls.model_fields)}.{nearest(str(key), tuple(cls.model_fields))}")
-        return dict(data)
+    tau: float = Field(
+        default=0.025,
+        gt=0,
+        description="The variance that leaving out rows may add, as a share of the gradient's own: with row norms g and probabilities p, the sum of (1 - p) / "
+        "p g^2 is at most tau times the sum of g^2. Raise it to keep fewer rows; lower it if the training becomes noisier than the exact one.",
+        examples=[{"adaptive": {"tau": 0.1}}],
+    )
+    ladder: tuple[float, ...] = Field(
+        default=LADDER,
+        description="The shares of the batch to choose from, each in (0, 1]; 1 is always one of them. The share that is needed is rounded up to the next of "
+        "these. Leave out small shares to bound how few rows are kept.",
+        examples=[{"adaptive": {"ladder": [0.25, 0.5]}}],
+    )
+    error: float = Field(
+        default=0.025,
+        gt=0,
+        description="The relative squared error e^2 = |g' - g|^2 / |g|^2 that sampled outputs may cause in the gradient g of a batch, where g' is the "
+        "gradient with them. `tune(max_error=...)` bounds the same error without the square: `error` 0.025 allows e up to 0.158. It has an effect only where "
+        "a rule allows an output to be sampled.",
+        examples=[{"adaptive": {"error": 0.01}, "rules": [{"layers": "blocks.*", "output": "topk"}]}],
+    )
+    outputs: tuple[float, ...] = Field(
+        default=OUTPUT_LADDER,
+        description="The ratios of outputs to choose from, each in (0, 1]; 1 is always one of them. Each is compiled at the first call, so fewer of them "
+        "compile faster.",
+        examples=[{"adaptive": {"outputs": [0.5]}, "rules": [{"layers": "blocks.*", "output": "topk"}]}],
+    )
+    every: int = Field(
+        default=200,
+        ge=1,
+        description="The number of optimizer steps from one measurement of `error` to the next. One measurement takes two or three steps' time.",
+        examples=[{"adaptive": {"every": 500}, "rules": [{"layers": "blocks.*", "output": "topk"}]}],
+    )
 
     @field_validator("tau", "error", mode="before")
     @classmethod
     def _check_share(cls, value: Any) -> Any:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise ValueError(f"got {value!r}; a number above 0 is expected, a share of the gradient's variance or square (0.025)")
-        return float(value)
+        return positive(value, "a share of the gradient's variance or square, such as 0.025")
+
+    @field_validator("every", mode="before")
+    @classmethod
+    def _check_every(cls, value: Any) -> Any:
+        return integer(value, "the steps from one measurement to the next, such as 200")
 
     @field_validator("ladder", "outputs", mode="before")
     @classmethod
     def _check_ladder(cls, value: Any) -> Any:
-        good = isinstance(value, (list, tuple)) and value and all(isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v <= 1 for v in value)
-        if not good:
+        if not isinstance(value, Sequence) or isinstance(value, str) or not value or not all(is_share(v) for v in value):
             raise ValueError(f"got {value!r}; a list of shares in (0, 1] is expected, such as {list(LADDER)}")
         return tuple(sorted({float(v) for v in value} | {1.0}))

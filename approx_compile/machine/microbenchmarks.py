@@ -33,7 +33,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from approx_compile import _torch
-from approx_compile.config.schema import ESTIMATORS, PRODUCTS
+from approx_compile.config.words import ESTIMATORS, PRODUCTS
 from approx_compile.kernels import availability, skip_conv, skip_matmul
 from approx_compile.kernels.availability import CUSTOM_KERNELS, DEFAULT_UNITS
 from approx_compile.kernels.estimators import Estimator, select

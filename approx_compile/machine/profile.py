@@ -21,7 +21,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, model_validator
 from rich.table import Table as RichTable
 
-from approx_compile.config.schema import ESTIMATORS, PRODUCTS
+from approx_compile.config.words import ESTIMATORS, PRODUCTS
 from approx_compile.utils import write_atomically
 
 FORMAT = 3

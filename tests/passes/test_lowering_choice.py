@@ -14,7 +14,7 @@ from helpers.oracles import grads, relative
 from torch import Tensor, nn
 
 from approx_compile import Backend, machine
-from approx_compile.config.schema import PRODUCTS
+from approx_compile.config.words import PRODUCTS
 from approx_compile.kernels import availability, skip_matmul
 from approx_compile.machine import benchmark_grids, microbenchmarks, site_timings, timer
 from approx_compile.passes.joint_graph_pass import cache_key
