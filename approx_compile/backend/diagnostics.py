@@ -133,7 +133,7 @@ def _summary(plan: Plan, config: ApproxConfig, assignments: int) -> dict[str, An
     reasons = Counter(s.reason_with_notes for s in plan.sites if s.decision == "exact")
     counts = {"sites": len(plan.sites), "sampled": plan.sampled}
     details = {"unmatched": list(plan.unmatched), "remarks": list(plan.remarks), "reasons": [list(r) for r in reasons.most_common()]}
-    advice = list(join(r for r, _ in reasons.most_common(1)).advice)
+    advice = list(join(r for r, _ in reasons.most_common(3)).advice)
     adaptive = len(config.by_output_ratio()) > 1 or any(c.decision == "rows" and c.ratio is None for c in plan.cuts)
     return counts | details | {"advice": advice, "what": _description(plan, config, assignments), "adaptive": adaptive}
 

@@ -64,7 +64,7 @@ KEEPS_ALL = Template("keeps-all", "keeps all {size} at ratio {ratio:g}, group {g
 # --- exact by default, or because it would not pay ---
 
 _ACCURACY = '; `policy: "always"` approximates the layer all the same.'
-_RULE = "A rule whose `layers` match it samples it."
+_RULE = 'A rule whose `layers` match the layer samples it: `rules: [{"layers": "NAME", "ratio": 0.5}]`.'
 RAW_DATA = Template("raw-data", "fed with raw data", NOTHING_TO_DO + "a sampled first layer loses accuracy for little time" + _ACCURACY)
 LAST_LAYER = Template("last-layer", "the last layer", NOTHING_TO_DO + "an error in the last layer reaches all gradients" + _ACCURACY)
 KIND_BY_DEFAULT = Template("kind-by-default", "{kind}s are exact by default", _RULE)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+import textwrap
 
 from torch import fx
+
+LONGEST_LINE = 80
+"""Characters of a source line that are shown."""
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in \S+\n\s+(.+)')
 
@@ -31,4 +35,4 @@ def _line(n: fx.Node) -> str:
     if not frames:
         return ""
     path, line, code = frames[-1]
-    return f"{path.rpartition('/')[2]}:{line}, {code.strip()}"
+    return f"{path.rpartition('/')[2]}:{line}, {textwrap.shorten(code, LONGEST_LINE, placeholder=' ...')}"

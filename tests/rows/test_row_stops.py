@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from helpers.oracles import ChosenRows, grads, relative
 from torch import Tensor, nn
 
 from approx_compile import Backend
+from approx_compile.reasons import Template
+from approx_compile.reasons.rows import CROSS_SAMPLE, UNKNOWN_OP
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -147,3 +150,40 @@ def test_blocked_reasons_are_shown_by_explain() -> None:
         (cut,) = report.cuts
         assert "rows, level 1" in str(report) and (cut.rows, cut.decision) == (24, decision)
         assert {s.name: s.products["grad_weight"].decision for s in report.sites} == {"a": "exact", "b": decision}
+
+
+class Distances(nn.Module):
+    """The gradient of `cdist` is an op without a batching rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.centers = nn.Linear(20, 8), nn.Parameter(torch.randn(6, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cdist(self.a(x).unsqueeze(1), self.centers.expand(len(x), 6, 8))
+
+
+class Normalised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm = nn.Linear(20, 20), nn.BatchNorm1d(20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.a(x))
+
+
+def test_a_reason_names_module_source_line_and_what_to_do() -> None:
+    """In the joint graph, where an op has no rule, and in Dynamo's, where a model is declined before it is traced again."""
+    cases: list[tuple[nn.Module, dict[str, Any], str, Template]] = [
+        (Distances(), HALF, "(at blocks.0, test_row_stops.py:", UNKNOWN_OP),
+        (Normalised(), {}, "(at blocks.0.norm, test_row_stops.py:", CROSS_SAMPLE),
+    ]
+    for block, options, place, template in cases:
+        model = nn.Sequential()
+        model.blocks = nn.Sequential(block, nn.Flatten())
+        f, plans = rows_of(model, options)
+        f(torch.randn(24, 20)).sum().backward()
+        (cut,) = plans[0].cuts
+        assert place in cut.reason and template.id in cut.reason.ids and template.advice in cut.reason.advice
+        code = cut.reason.partition(place)[2]
+        assert "torch.cdist(" in code or "self.norm(" in code
