@@ -21,7 +21,7 @@ from approx_compile.passes.sites.site import Context
 CHILD = Path(__file__).parents[1] / "helpers" / "cache_child.py"
 
 
-def run(folder: Path, names: list[str], *arguments: str, **env: str) -> tuple[dict[str, Any], str]:
+def run_child(folder: Path, names: list[str], *arguments: str, **env: str) -> tuple[dict[str, Any], str]:
     """Return the results of the cases by name, and what the child process wrote to stderr."""
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder), "TORCHINDUCTOR_COMPILE_THREADS": "1"} | env
     done = subprocess.run([sys.executable, str(CHILD), ",".join(names), *arguments], env=environment, capture_output=True, text=True, timeout=900)
@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def op_by_op(folder: Path) -> dict[str, Any]:
     """The right gradients of every case. Its graphs run op by op, so no cache of code is used."""
-    return run(folder, [*CASES, *ROWS], "--op-by-op")[0]
+    return run_child(folder, [*CASES, *ROWS], "--op-by-op")[0]
 
 
 def same(got: dict[str, Any], want: dict[str, Any]) -> bool:
@@ -57,8 +57,8 @@ def test_settings_differ(op_by_op: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_processes_that_share_a_cache(op_by_op: dict[str, Any], folder: Path) -> None:
     """The first process fills the cache with all settings; the second compiles them in another order."""
-    cold, _ = run(folder, list(CASES))
-    warm, notices = run(folder, list(reversed(CASES)))
+    cold, _ = run_child(folder, list(CASES))
+    warm, notices = run_child(folder, list(reversed(CASES)))
     for name in CASES:
         assert same(cold[name], op_by_op[name]), name
         assert warm[name]["grads"] == cold[name]["grads"], name
@@ -66,15 +66,15 @@ def test_processes_that_share_a_cache(op_by_op: dict[str, Any], folder: Path) ->
         assert (warm[name]["hits"], warm[name]["misses"], warm[name]["bypasses"]) == (1, 0, 0), name
     # after a hit the pass does not run; the user is told all the same
     assert "Net: FORWARD PASS SAMPLED in 3 of 3 layers" in notices
-    other, _ = run(folder, ["half"], "another version")
+    other, _ = run_child(folder, ["half"], "another version")
     assert (other["half"]["hits"], other["half"]["misses"]) == (0, 1) and same(other["half"], op_by_op["half"])
 
 
 @pytest.mark.slow
 def test_rows_that_share_a_cache(op_by_op: dict[str, Any], folder: Path) -> None:
     """Inductor's cache serves the stages of graphs on rows, in the process that filled it and in the next, and never the code of other settings."""
-    cold, _ = run(folder, list(ROWS))
-    warm, notices = run(folder, list(reversed(ROWS)))
+    cold, _ = run_child(folder, list(ROWS))
+    warm, notices = run_child(folder, list(reversed(ROWS)))
     for name in ROWS:
         assert same(cold[name], op_by_op[name]) and warm[name]["grads"] == cold[name]["grads"], name
         assert (warm[name]["hits"], warm[name]["graph_misses"]) == (0, 0) and warm[name]["graph_hits"] >= 2, name

@@ -26,7 +26,7 @@ def options(**adaptive):
     return {"policy": "adaptive", "adaptive": {"every": 4, "outputs": [0.25, 0.5], **adaptive}, "rules": rules}
 
 
-def run(control: OutputControl, errors: dict[float, float], steps: int) -> list[float]:
+def ratios_of_steps(control: OutputControl, errors: dict[float, float], steps: int) -> list[float]:
     """Return the ratios of some steps in which the candidate ratios cause these errors."""
     found = []
     for _ in range(steps):
@@ -39,9 +39,9 @@ def run(control: OutputControl, errors: dict[float, float], steps: int) -> list[
 def test_a_control_goes_rung_by_rung() -> None:
     control = OutputControl(AdaptiveTable(every=5), "outputs")
     small = dict.fromkeys(OUTPUT_LADDER, 0.001)
-    assert run(control, small, 21) == [1.0] * 1 + [0.7] * 5 + [0.5] * 5 + [0.35] * 5 + [0.25] * 5
-    assert run(control, small | {0.25: 0.5}, 6)[-1] == 0.35
-    assert run(control, dict.fromkeys(OUTPUT_LADDER, float("inf")), 30)[-1] == 1.0
+    assert ratios_of_steps(control, small, 21) == [1.0] * 1 + [0.7] * 5 + [0.5] * 5 + [0.35] * 5 + [0.25] * 5
+    assert ratios_of_steps(control, small | {0.25: 0.5}, 6)[-1] == 0.35
+    assert ratios_of_steps(control, dict.fromkeys(OUTPUT_LADDER, float("inf")), 30)[-1] == 1.0
     assert control.candidates() == [0.7]
 
 

@@ -20,7 +20,7 @@ from approx_compile.backend import run_as_is
 ALWAYS = {"policy": "always", "ratio": 0.5}
 
 
-class Net(nn.Module):
+class ModeDependent(nn.Module):
     """Linear, convolution, BatchNorm and dropout: every layer that a mode changes."""
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[nn.Module, Any, Any]:
-    model = Net()
+    model = ModeDependent()
     return model, torch.compile(model, backend="inductor"), torch.compile(model, backend="approx", options=ALWAYS)
 
 
@@ -81,7 +81,7 @@ def test_without_grad_is_inductors(pair: Any, mode: Any, training: bool) -> None
 
 
 def test_ratio_one_is_inductors() -> None:
-    model = Net()
+    model = ModeDependent()
     x = torch.randn(8, 3, 8, 8)
     state = {k: v.clone() for k, v in model.state_dict().items()}
     want = step(torch.compile(model, backend="inductor"), model, x)
@@ -96,7 +96,7 @@ def test_ratio_one_leaves_the_graph_alone() -> None:
     def listen(plan: Any, before: Any, after: Any) -> None:
         seen.append((str(before), str(after)))
 
-    f = torch.compile(Net(), backend=Backend({"policy": "always", "ratio": 1}, inner_compile=run_as_is, on_plan=listen, keep_graphs=True))
+    f = torch.compile(ModeDependent(), backend=Backend({"policy": "always", "ratio": 1}, inner_compile=run_as_is, on_plan=listen, keep_graphs=True))
     f(torch.randn(8, 3, 8, 8))
     assert len(seen) == 1 and seen[0][0] == seen[0][1] and "convolution_backward" in seen[0][0]
 
@@ -110,7 +110,7 @@ def test_disabled_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_short_axes_are_exact() -> None:
-    sites = plans_of(Net(), ALWAYS, torch.randn(8, 3, 8, 8))
+    sites = plans_of(ModeDependent(), ALWAYS, torch.randn(8, 3, 8, 8))
     stem = sites[0]
     assert stem.products[0].decision == "exact" and stem.products[0].reason == "axis of 3, min_k is 16"
     assert sites[1].decision == "sampled"
@@ -357,7 +357,7 @@ def test_the_rest_of_forward_without_its_module_is_exact() -> None:
 @pytest.mark.slow
 def test_statistics_collected_anew_are_those_of_the_exact_network() -> None:
     """`torch.optim.swa_utils.update_bn` runs the model in training mode without gradients. The compiled model must run exactly there."""
-    model = Net()
+    model = ModeDependent()
     f, choices, _ = compiled(model, ALWAYS)
     batches = [torch.randn(8, 3, 8, 8) for _ in range(3)]
     f(batches[0]).sum().backward()

@@ -18,14 +18,14 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def run(*args: str) -> subprocess.CompletedProcess[str]:
+def run_script(*args: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "benchmarks.kernels.gpu", *args]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
 
 
 @pytest.mark.slow
 def test_every_kernel_is_compared_with_fp64() -> None:
-    done = run("check", "--device", "cpu", "--small")
+    done = run_script("check", "--device", "cpu", "--small")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "49 of 49 within their limits" in done.stdout
 
@@ -51,8 +51,8 @@ def test_what_is_compared_is_what_a_kernel_takes(device: tuple[Any, ...], monkey
     monkeypatch.setattr(gpu.skip_matmul, "skip_matmul_into", skip_matmul_into)
     before = torch.backends.cuda.matmul.fp32_precision
     try:
-        for _, _, run, tensors in gpu.matmul_cases(gpu.Bench("cpu", False)):
-            run(*tensors)
+        for _, _, call, tensors in gpu.matmul_cases(gpu.Bench("cpu", False)):
+            call(*tensors)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
     assert len(served) == 54 and all(served)
@@ -73,18 +73,18 @@ def test_a_kernel_that_is_off_is_found() -> None:
 @pytest.mark.slow
 def test_tables_and_plots_need_a_gpu_or_a_rehearsal() -> None:
     before = sorted(p.name for p in RESULTS.iterdir())
-    done = run("tables", "--part", "full", "--device", "cpu", "--small")
+    done = run_script("tables", "--part", "full", "--device", "cpu", "--small")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "inductor" in done.stdout and "skip" in done.stdout
     assert sorted(p.name for p in RESULTS.iterdir()) == before  # a rehearsal stores nothing
-    refused = run("tables", "--part", "full", "--device", "cpu")
+    refused = run_script("tables", "--part", "full", "--device", "cpu")
     assert refused.returncode == 2 and "--small" in refused.stderr
-    wrong = run("tables", "--part", "fulll", "--device", "cpu", "--small")
+    wrong = run_script("tables", "--part", "fulll", "--device", "cpu", "--small")
     assert wrong.returncode == 2 and "fulll" in wrong.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
-    refused = run("check")
+    refused = run_script("check")
     assert refused.returncode == 2 and "sees no GPU" in refused.stderr

@@ -53,7 +53,7 @@ def call(name: str, sample: Any) -> Any:
     return args, kwargs, leaves
 
 
-def run(f: Any, name: str, sample: Any) -> tuple[Tensor, list[Tensor | None]]:
+def run_op(f: Any, name: str, sample: Any) -> tuple[Tensor, list[Tensor | None]]:
     args, kwargs, leaves = call(name, sample)
     torch.manual_seed(0)
     y = f(*args, **kwargs)
@@ -80,7 +80,7 @@ def test_ratio_one_leaves_every_sample_alone(name: str) -> None:
             on_plan=lambda p, b, a, g=graphs: g.append((str(b), str(a))),
             keep_graphs=True,
         )
-        run(torch.compile(op, backend=backend), name, sample)
+        run_op(torch.compile(op, backend=backend), name, sample)
         assert all(before == after for before, after in graphs)
 
 
@@ -91,10 +91,10 @@ def test_half_runs_is_finite_and_gives_every_gradient(name: str) -> None:
     sampled = 0
     for sample in samples(name):
         torch._dynamo.reset()
-        want, want_grads = run(op, name, sample)
+        want, want_grads = run_op(op, name, sample)
         plans = Plans()
         backend = Backend({"policy": "always", "ratio": 0.5, "min_k": 1}, inner_compile=run_as_is, on_plan=plans)
-        got, got_grads = run(torch.compile(op, backend=backend), name, sample)
+        got, got_grads = run_op(torch.compile(op, backend=backend), name, sample)
         sampled += sum(p.sampled for p in plans)
         assert got.shape == want.shape and got.dtype == want.dtype and got.stride() == want.stride()
         assert bool(got[want.isfinite()].isfinite().all())
@@ -110,8 +110,8 @@ def test_half_runs_is_finite_and_gives_every_gradient(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "nn.functional.conv_transpose3d"])
 def test_one_sample_is_inductors_at_ratio_one(name: str) -> None:
     op, sample = function(name), samples(name)[0]
-    want, want_grads = run(torch.compile(op, backend="inductor"), name, sample)
+    want, want_grads = run_op(torch.compile(op, backend="inductor"), name, sample)
     torch._dynamo.reset()
-    got, got_grads = run(torch.compile(op, backend="approx", options={"policy": "always", "ratio": 1, "min_k": 1}), name, sample)
+    got, got_grads = run_op(torch.compile(op, backend="approx", options={"policy": "always", "ratio": 1, "min_k": 1}), name, sample)
     assert torch.equal(want, got)
     assert all((a is None and b is None) or torch.equal(a, b) for a, b in zip(want_grads, got_grads, strict=True))

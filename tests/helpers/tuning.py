@@ -16,7 +16,7 @@ NOTHING = 1e-9
 """A gradient error that every sampled site exceeds. With it nothing is timed, so nothing is compiled."""
 
 
-class Net(nn.Module):
+class SharedLayerNet(nn.Module):
     """Convolutions with BatchNorm and dropout, a layer called twice, and a counter."""
 
     def __init__(self) -> None:
@@ -31,8 +31,8 @@ class Net(nn.Module):
         return self.head(self.drop(torch.relu(self.twice(torch.relu(self.twice(h))))))
 
 
-def net_and_batch() -> tuple[Net, Tensor, Tensor]:
-    return Net(), torch.randn(16, 3, 8, 8), torch.randint(10, (16,))
+def net_and_batch() -> tuple[SharedLayerNet, Tensor, Tensor]:
+    return SharedLayerNet(), torch.randn(16, 3, 8, 8), torch.randint(10, (16,))
 
 
 class ModelState:

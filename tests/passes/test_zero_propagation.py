@@ -93,7 +93,7 @@ def skipped(sites: list[Any]) -> set[tuple[str, str, str]]:
     return {(s.name, p.name, p.skips) for s in sites for p in s.products if p.skips is not None}
 
 
-def run(model: nn.Module, options: dict[str, Any], x: Tensor) -> tuple[list[Tensor], list[Any]]:
+def gradients_and_sites(model: nn.Module, options: dict[str, Any], x: Tensor) -> tuple[list[Tensor], list[Any]]:
     f, _, plans = compiled(model, options)
     x = x.detach().clone().requires_grad_()
     torch.manual_seed(3)
@@ -109,11 +109,11 @@ def test_gradients_are_the_same_with_and_without(name: str, method: str, skip_al
     model, x = make(), torch.randn(shape)
     for group in (1, 4, 5):
         options = ALWAYS | {"method": method, "group": group}
-        with_skips, sites = run(model, options, x)
+        with_skips, sites = gradients_and_sites(model, options, x)
         assert skipped(sites) == want
         with monkeypatch.context() as m:
             m.setattr(joint_graph_pass, "skip_zeros", lambda plan, inputs: plan)
-            without, sites = run(model, options, x)
+            without, sites = gradients_and_sites(model, options, x)
         assert not skipped(sites)
         assert max(relative(a, b) for a, b in zip(with_skips, without, strict=True)) < 2e-6
 
@@ -163,13 +163,13 @@ def test_kernels_step_over_zeros(name: str, method: str, monkeypatch: pytest.Mon
 
     with monkeypatch.context() as m:
         m.setattr(joint_graph_pass, "skip_zeros", off)
-        want, sites = run(model, options, x)
+        want, sites = gradients_and_sites(model, options, x)
         assert not skipped(sites)
     for way in ways:
         with monkeypatch.context() as m:
             m.setattr(zero_skipping, "_ways", partial(one_way, way))
             torch._dynamo.reset()
-            got, sites = run(model, options, x)
+            got, sites = gradients_and_sites(model, options, x)
         products = sites[1].products[1:]
         assert [(p.lowering, p.skips_by) for p in products] == [way] * 2 and skipped(sites) >= {("two", p.name, "three") for p in products}
         assert ("skips what three dropped by triton" in products[0].reason) == (way[1] == "triton")
@@ -183,14 +183,14 @@ def test_convolutions_step_over_input_channels_and_gather_the_others(monkeypatch
     for rule in ({}, {"method": "exact"}):
         options = ALWAYS | {"group": 32, "lowering": "triton", "rules": [{"layers": "two"} | rule]}
         torch._dynamo.reset()
-        got, sites = run(model, options, x)
+        got, sites = gradients_and_sites(model, options, x)
         two = sites[1].products[1:]
         assert {(p.lowering, p.skips_by, p.skips) for p in two} == {("inductor" if rule else "triton", "inductor", "three")}
         assert ("three dropped by inductor: of a convolution's gradients a kernel leaves out input channels" in two[0].reason) == bool(rule)
         torch._dynamo.reset()
         with monkeypatch.context() as m:
             m.setattr(joint_graph_pass, "skip_zeros", lambda plan, inputs: plan)
-            want, _ = run(model, options, x)
+            want, _ = gradients_and_sites(model, options, x)
         assert max(relative(a, b) for a, b in zip(got, want, strict=True)) < 2e-6
 
 
@@ -264,7 +264,7 @@ def test_batched_products_are_left_out_whatever_the_batch(skip_all: None) -> Non
 
     for batch in (1, 2):
         model, x = Attention(), torch.randn(batch, 64, 64)
-        got, sites = run(model, ALWAYS, x)
+        got, sites = gradients_and_sites(model, ALWAYS, x)
         assert [s.op for s in sites].count("bmm") == 2 and all(s.decision == "sampled" for s in sites)
         assert all(g.isfinite().all() for g in got)
 

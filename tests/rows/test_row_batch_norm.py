@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "small_work_counts")
 APPROXIMATE: dict[str, Any] = {"policy": "always", "grad": {"axis": "rows", "ratio": 0.5, "batch_norm": "approximate"}}
 
 
-class Net(nn.Module):
+class NormBetweenLayers(nn.Module):
     def __init__(self, images: bool) -> None:
         super().__init__()
         self.first: nn.Module = nn.Conv2d(3, 8, 3, padding=1) if images else nn.Linear(20, 32)
@@ -32,7 +32,7 @@ class Net(nn.Module):
         return out
 
 
-def by_hand(model: Net, x: Tensor, tangent: Tensor, weight: Tensor) -> list[Tensor]:
+def by_hand(model: NormBetweenLayers, x: Tensor, tangent: Tensor, weight: Tensor) -> list[Tensor]:
     """Compute the formula of `rows.batch_norm` by hand: w_i (dy_i - m_i - x_i q_i) / s, with each row's own term counted once."""
     keep = weight > 0
     z = model.first(x)
@@ -71,7 +71,7 @@ def grads_of(module: nn.Module) -> list[Tensor]:
 @pytest.mark.parametrize("images", [False, True])
 def test_gradients_are_those_of_the_formula(images: bool, inner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = ChosenRows(monkeypatch)
-    model = Net(images)
+    model = NormBetweenLayers(images)
     x = torch.randn(24, 3, 6, 6) if images else torch.randn(24, 20)
     plans = Plans()
     f = torch.compile(model, backend=Backend(APPROXIMATE, inner_compile=inner, on_plan=plans))
@@ -88,7 +88,7 @@ def test_gradients_are_those_of_the_formula(images: bool, inner: Any, monkeypatc
 
 @pytest.mark.slow
 def test_all_rows_give_the_exact_gradient() -> None:
-    model, x = Net(False), torch.randn(24, 20)
+    model, x = NormBetweenLayers(False), torch.randn(24, 20)
     f = torch.compile(model, backend=Backend({"policy": "adaptive", "grad": APPROXIMATE["grad"] | {"ratio": 0.99}}, inner_compile=run_as_is))
     f(x).square().sum().backward()
     got = grads(model)
@@ -102,7 +102,7 @@ def test_all_rows_give_the_exact_gradient() -> None:
 def test_the_bias_through_one_layer_is_small(images: bool, draws: int) -> None:
     """Measured at a batch of 64: the bias is 0.8% of the gradient's norm, which is the error of so many draws. The backward pass of the smaller batch by
     itself is off by 20%."""
-    model = Net(images)
+    model = NormBetweenLayers(images)
     x = torch.randn(64, 3, 4, 4) if images else torch.randn(64, 20)
     f = torch.compile(model, backend=Backend(APPROXIMATE, inner_compile=run_as_is))
     out = model(x)

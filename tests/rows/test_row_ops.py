@@ -124,7 +124,7 @@ MIXING: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Net(nn.Module):
+class OpBetweenLayers(nn.Module):
     def __init__(self, op: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.first, self.last, self.op = nn.Linear(8, C), nn.Linear(C, 5), op
@@ -136,7 +136,7 @@ class Net(nn.Module):
 
 def against_masked_tangents(op: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> Any:
     chosen = ChosenRows(monkeypatch)
-    model, x = Net(op), torch.randn(B, 8).requires_grad_()
+    model, x = OpBetweenLayers(op), torch.randn(B, 8).requires_grad_()
     f, plans = rows_of(model, HALF)
     out = f(x)
     tangent = torch.randn_like(out)

@@ -95,13 +95,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             del sys.modules[name]
 
 
-def run(*words: str) -> Any:
+def invoke(*words: str) -> Any:
     return CliRunner().invoke(app, list(words), prog_name="approx-compile")
 
 
 def failed(code: int, *words: str) -> str:
     """Return the one line on stderr of a run that must fail."""
-    done = run(*words)
+    done = invoke(*words)
     assert (done.exit_code, done.stdout) == (code, ""), done.output
     (line,) = done.stderr.splitlines()
     assert line.startswith("approx-compile: ")
@@ -113,23 +113,23 @@ def failed(code: int, *words: str) -> str:
 
 @pytest.mark.slow
 def test_explain_table_json_graphs_and_page(folder: Path) -> None:
-    done = run("explain", "factories.py:make", *ALWAYS, "--set", "ratio=0.25", "--html", "report.html", "--graphs")
+    done = invoke("explain", "factories.py:make", *ALWAYS, "--set", "ratio=0.25", "--html", "report.html", "--graphs")
     assert done.exit_code == 0, done.output
     assert "16 of 64" in done.stdout and "2 of 2 sites sampled" in done.stdout and "written: report.html" in done.stdout
     before, after = done.stdout.split("# --- graph 1, after ---")
     assert "aten.topk" in after and "aten.topk" not in before and "aten.addmm" in before
     assert "16 of 64" in (folder / "report.html").read_text()
-    done = run("explain", "factories.py:make", *ALWAYS, "--json")
+    done = invoke("explain", "factories.py:make", *ALWAYS, "--json")
     content = json.loads(done.stdout)
     assert [(s["name"], s["k"]) for s in content["sites"]] == [("0", 32), ("2", 32)] and "before" not in content
     assert content["flops_sampled"] == sum(p["flops_sampled"] for s in content["sites"] for p in s["products"].values())
-    content = json.loads(run("explain", "a_package.models:make", "--json", "--graphs").stdout)
+    content = json.loads(invoke("explain", "a_package.models:make", "--json", "--graphs").stdout)
     assert len(content["sites"]) == 2 and len(content["before"]) == len(content["after"]) == content["graphs"] == 1
 
 
 @pytest.mark.parametrize(("factory", "sites"), [("bare_tensor", 1), ("keywords", 1), ("no_products", 0)])
 def test_forms_of_inputs(factory: str, sites: int) -> None:
-    done = run("explain", f"factories:{factory}", "--json")
+    done = invoke("explain", f"factories:{factory}", "--json")
     assert done.exit_code == 0 and len(json.loads(done.stdout)["sites"]) == sites
 
 
@@ -184,7 +184,7 @@ def test_bad_config(words: list[str], said: str) -> None:
 def test_unwritable_page_and_debug(folder: Path) -> None:
     assert "there is no folder nowhere" in failed(1, "explain", "factories.py:make", "--html", "nowhere/report.html")
     assert "Is a directory" in failed(1, "explain", "factories.py:make", "--html", str(folder))
-    done = run("explain", "factories.py:raises", "--debug")
+    done = invoke("explain", "factories.py:raises", "--debug")
     assert isinstance(done.exception, FactoryError) and isinstance(done.exception.__cause__, RuntimeError)
 
 
@@ -195,10 +195,10 @@ def test_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_help_version_and_usage() -> None:
     for words, said in ((["--help"], "bench"), (["explain", "--help"], "train.py:example --html report.html"), (["bench", "--help"], "--threads 2")):
-        done = run(*words)
+        done = invoke(*words)
         assert done.exit_code == 0 and said in done.stdout
-    assert run("--version").stdout.strip() == "0.1.0"
-    assert run("explain").exit_code == run("bench", "x:y", "--repeats", "0").exit_code == run("nothing").exit_code == 2
+    assert invoke("--version").stdout.strip() == "0.1.0"
+    assert invoke("explain").exit_code == invoke("bench", "x:y", "--repeats", "0").exit_code == invoke("nothing").exit_code == 2
 
 
 # --- options ---
@@ -226,7 +226,7 @@ def test_options_from_file_and_settings(folder: Path) -> None:
 def test_bench(folder: Path) -> None:
     threads = torch.get_num_threads()
     try:
-        done = run("bench", "factories.py:make", *ALWAYS, "--repeats", "3", "--threads", "1", "--json")
+        done = invoke("bench", "factories.py:make", *ALWAYS, "--repeats", "3", "--threads", "1", "--json")
     finally:
         torch.set_num_threads(threads)
     assert done.exit_code == 0, done.output
@@ -272,22 +272,22 @@ def test_factory_is_called_once_and_may_use_what_is_beside_it(folder: Path) -> N
 @pytest.mark.slow
 def test_explain_costs_and_steps(folder: Path) -> None:
     (folder / "steps.toml").write_text('policy = "always"\nmethod = "exact"\n[[rules]]\nsteps = "1::2"\nmethod = "topk"\n')
-    done = run("explain", "factories.py:make", "--config", "steps.toml")
+    done = invoke("explain", "factories.py:make", "--config", "steps.toml")
     assert done.exit_code == 0 and "0 of 2 sites sampled" in done.stdout and "the first of 2 assignments" in done.stdout
-    assert "2 of 2 sites sampled" in run("explain", "factories.py:make", "--config", "steps.toml", "--step", "3").stdout
-    assert "product: " in run("explain", "factories.py:make", *ALWAYS, "--costs").stdout
+    assert "2 of 2 sites sampled" in invoke("explain", "factories.py:make", "--config", "steps.toml", "--step", "3").stdout
+    assert "product: " in invoke("explain", "factories.py:make", *ALWAYS, "--costs").stdout
 
 
 @pytest.mark.slow
 def test_tune_writes_a_plan_that_explain_takes(folder: Path) -> None:
-    done = run("tune", "factories.py:make", *ALWAYS, "--max-error", "5", "--budget", "1", "--no-rows", "--out", "plan.toml", "--json")
+    done = invoke("tune", "factories.py:make", *ALWAYS, "--max-error", "5", "--budget", "1", "--no-rows", "--out", "plan.toml", "--json")
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert {s["name"] for s in found["tuned"]["sites"]} == {"0", "2"}
-    done = run("explain", "factories.py:make", "--set", 'plan="plan.toml"')
+    done = invoke("explain", "factories.py:make", "--set", 'plan="plan.toml"')
     assert done.exit_code == 0 and "of 2 sites sampled" in done.stdout
     settings = ["--set", "min_k=8", "--set", "group=1"]  # of what tune samples: no keys without effect
-    done = run("tune", "factories.py:four", *settings, "--max-error", "5", "--budget", "60", "--threads", "1", "--json")
+    done = invoke("tune", "factories.py:four", *settings, "--max-error", "5", "--budget", "60", "--threads", "1", "--json")
     found = json.loads(done.stdout)["tuned"]
     assert [s["shape"] for s in found["sites"]] == ["32x64x64"] * 3 + ["32x64x10"]  # rows make the batch a symbol
     assert "the time budget is 60 s" in done.stderr
@@ -299,14 +299,14 @@ def test_tune_writes_a_plan_that_explain_takes(folder: Path) -> None:
 @pytest.mark.slow
 def test_calibrate_stores_a_profile(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-    done = run("calibrate", "--quick", "--device", "cpu", "--json")
+    done = invoke("calibrate", "--quick", "--device", "cpu", "--json")
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert found["device"] == "cpu" and found["quick"] and len(found["tables"]) > 10
     (stored,) = (folder / "cache").rglob("*.json")
     assert json.loads(stored.read_text()) == found
     assert "device" in failed(2, "calibrate", "--device", "tpu")
-    wrong = run("calibrate", "--float32", "tf32")
+    wrong = invoke("calibrate", "--float32", "tf32")
     assert wrong.exit_code == 2 and "highest" in wrong.stderr
 
 
@@ -314,7 +314,7 @@ def test_calibrate_stores_a_profile(folder: Path, monkeypatch: pytest.MonkeyPatc
 def test_calibrations_of_two_precisions_stand_side_by_side(precisions: None, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     for name, end in (("highest", f"{torch.__version__}.json"), ("medium", f"{torch.__version__}-matmul-bf16.json")):
-        assert run("calibrate", "--quick", "--device", "cpu", "--float32", name).exit_code == 0
+        assert invoke("calibrate", "--quick", "--device", "cpu", "--float32", name).exit_code == 0
         assert machine.path_of("cpu").name.endswith(end) and machine.path_of("cpu").exists()
         with monkeypatch.context() as m:
             m.delenv(machine.FILE)

@@ -20,7 +20,7 @@ from approx_compile.backend import run_as_is
 ALWAYS: dict[str, Any] = {"policy": "always", "ratio": 0.5, "group": 1}
 
 
-class Net(nn.Module):
+class ConvNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.bn, self.drop, self.fc = nn.Conv2d(16, 64, 3), nn.BatchNorm2d(64), nn.Dropout(0.5), nn.Linear(64, 10)
@@ -32,7 +32,7 @@ class Net(nn.Module):
 
 
 def test_table_totals_and_reasons() -> None:
-    report = explain(Net(), torch.randn(64, 16, 6, 6), config=ALWAYS)
+    report = explain(ConvNet(), torch.randn(64, 16, 6, 6), config=ALWAYS)
     conv, fc = report.sites
     assert (conv.name, conv.op, conv.shape, conv.dtype) == ("conv", "conv2d", "64x16x6x6 * 64x16x3x3", "float32")
     assert (conv.decision, conv.reason) == ("exact", "axis of 16, min_k is 16; its gradients skip what later sites dropped")
@@ -98,7 +98,7 @@ def test_graph_of_sites() -> None:
 
 @pytest.mark.slow
 def test_it_changes_nothing() -> None:
-    model = Net()
+    model = ConvNet()
     x = torch.randn(8, 16, 6, 6)
     model(x).sum().backward()
     hooks: list[int] = []
