@@ -37,7 +37,7 @@ class TunedSite(BaseModel):
         dtype: The dtype of the product.
         ratio: The share that is kept, 1 for an exact site.
         saved: The predicted time saved, as a share of the exact step's time.
-        error: The relative error |g - g_exact| / |g_exact| of the whole gradient with only this site approximated.
+        error: The relative error ``|g - g_exact| / |g_exact|`` of the whole gradient with only this site approximated.
         reason: Why an exact site is exact.
     """
 
