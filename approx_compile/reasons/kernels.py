@@ -16,23 +16,23 @@ NO_TF32 = Template(
     "{lowering} multiplies float32 as TF32, which torch's fp32_precision does not allow",
     'Allow it with `torch.backends.cuda.matmul.fp32_precision = "tf32"` (for convolutions `torch.backends.cudnn.conv.fp32_precision`), or leave it.',
 )
-KERNEL_BATCHED = Template("kernel-batched", "batched products have no kernel of ours", _INDUCTOR)
+KERNEL_BATCHED = Template("kernel-batched", "batched products have no kernel", _INDUCTOR)
 KERNEL_ALIGNMENT = Template(
     "kernel-alignment",
     "{lowering} reads lines of whole multiples of {alignment} entries, of inputs and of outputs",
     "Choose widths of the layer that are multiples of 16, if a kernel is to run it.",
 )
-KERNEL_BIAS = Template("kernel-bias", "the addmm adds no plain bias, one for every output", _INDUCTOR)
+KERNEL_BIAS = Template("kernel-bias", "the addmm adds no plain bias with one entry for every output", _INDUCTOR)
 KERNEL_GROUPS = Template("kernel-groups", "{lowering} skips whole groups of {known}, not {group}{tail}", 'Set such a `group`, or `group: "auto"`.')
 KERNEL_CONV_GRADIENT = Template("kernel-conv-gradient", "convolutions' gradients on their own axis have no kernel", _INDUCTOR)
-KERNEL_CONV_ZEROS = Template("kernel-conv-zeros", "of a convolution's gradients a kernel leaves out input channels, not these", _INDUCTOR)
+KERNEL_CONV_ZEROS = Template("kernel-conv-zeros", "in a convolution's gradients a kernel leaves out input channels, not output channels", _INDUCTOR)
 KERNEL_CONV = Template("kernel-conv", "{lowering} has no kernel for convolutions", 'Set `lowering: "triton"` for convolutions.')
-KERNEL_PLAIN_CONV = Template("kernel-plain-conv", "of convolutions, plain 2-D ones without groups have a kernel", _INDUCTOR)
+KERNEL_PLAIN_CONV = Template("kernel-plain-conv", "only plain 2-D convolutions without groups have a kernel", _INDUCTOR)
 NOT_CHANNELS_LAST = Template(
     "not-channels-last", "its input is not channels-last", "Run the model in channels-last: `model.to(memory_format=torch.channels_last)`, and its input, too."
 )
 STRIDE_AND_DILATION = Template("stride-and-dilation", "stride and dilation are both above 1, for which the gradient has no kernel", _INDUCTOR)
 MAX_KERNEL = Template("max-kernel", "{lowering} has no kernel for max{but}", _INDUCTOR)
-MAX_KERNEL_CONV = Template("max-kernel-conv", "of convolutions, plain 2-D ones have a kernel for max", _INDUCTOR)
+MAX_KERNEL_CONV = Template("max-kernel-conv", "only plain 2-D convolutions have a kernel for max", _INDUCTOR)
 MAX_KERNEL_TILES = Template("max-kernel-tiles", "the kernel for max takes no tiles", _INDUCTOR)
 MAX_KERNEL_ENTRIES = Template("max-kernel-entries", "the kernel for max keeps 1 to {most} entries", "Set a smaller `j`, if a kernel is to run it.")

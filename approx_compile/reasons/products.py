@@ -54,7 +54,7 @@ COUPLED_TO_EXACT = Template(
 DYNAMIC_AXIS = Template(
     "dynamic-axis", "its contraction axis has a dynamic size", "Compile with fixed sizes (`torch.compile(..., dynamic=False)`), if the size does not change."
 )
-DYNAMIC_IMAGE = Template("dynamic-image", "an image of dynamic size, of which Inductor gathers single channels only", "Set `group: 1`.")
+DYNAMIC_IMAGE = Template("dynamic-image", "its image has a dynamic size, for which Inductor gathers single channels only", "Set `group: 1`.")
 NO_WEIGHT = Template("no-weight", "topk_weights needs a weight, and neither operand is one", "Use another method for it, such as `topk`.")
 SHORT_AXIS = Template(
     "short-axis", "axis of {size}, min_k is {least}", NOTHING_TO_DO + "so short an axis leaves out too little to save time. A smaller `min_k` samples it."

@@ -28,7 +28,7 @@ FIXED_BATCH_TRACED = Template(
 )
 FIXED_BATCH_CODE = Template(
     "fixed-batch-code",
-    "its code is for a batch of {size} alone",
+    "its compiled code is for a batch of {size} only",
     "Write shapes with `-1` or `x.shape[0]` in place of the batch's size.",
 )
 BATCH_ASSUMED = Template(
@@ -110,8 +110,8 @@ SAMPLES_BY_INDEX = Template(
 SAMPLES_WRITTEN = Template("samples-written", "samples are written by index", _CHOICE)
 ONE_SAMPLE = Template("one-sample", "one sample is taken out of the batch", "Compute what depends on a single sample outside of the compiled model.")
 ONE_SAMPLE_WRITTEN = Template("one-sample-written", "one sample is written to", "Compute what depends on a single sample outside of the compiled model.")
-EVERY_NTH = Template("every-nth", "every so many samples are taken out of the batch", _CHOICE)
-EVERY_NTH_WRITTEN = Template("every-nth-written", "every so many samples are written to", _CHOICE)
+EVERY_NTH = Template("every-nth", "every n-th sample is taken out of the batch", _CHOICE)
+EVERY_NTH_WRITTEN = Template("every-nth-written", "every n-th sample is written to", _CHOICE)
 PART_OF_BATCH = Template("part-of-batch", "a part of the batch is taken out or written", _CHOICE)
 BATCH_SPLIT = Template("batch-split", "the batch is split", _CHOICE)
 BATCH_PADDED = Template("batch-padded", "the batch is padded", "Pad the batch before the model.")
@@ -120,7 +120,7 @@ KERNEL_AMONG_ROWS = Template(
     "kernel-among-rows", "a kernel chooses among the rows", "Do not ask for a sampled `grad_weight` by a kernel and for rows in the same layer."
 )
 ROWS_OVERWRITE = Template("rows-overwrite", "rows overwrite one another", "Use `index_add` or `index_put` with `accumulate=True`, which add up.")
-ROWS_ALL_OVER = Template("rows-all-over", "rows are written all over", _BY_SAMPLE)
+ROWS_ALL_OVER = Template("rows-all-over", "rows are written to places of which it is not known whose sample they are", _BY_SAMPLE)
 
 # --- the batch cannot be followed ---
 
@@ -128,13 +128,13 @@ _FIRST_AXIS = "Keep the batch as the first axis up to this op."
 _VIEW = "Keep the batch an axis of its own, or merge it with the axes next to it only: `x.reshape(len(x), -1)`, `x.flatten(0, 1)`."
 NOT_FIRST_AXIS = Template("not-first-axis", "{op}: the batch is not the first axis", _FIRST_AXIS)
 NOT_LEADING_AXIS = Template("not-leading-axis", "{op}: the batch is not among the axes before the matrices'", _FIRST_AXIS)
-BATCH_ELSEWHERE = Template("batch-elsewhere", "the batch lies elsewhere in another operand", "Give all operands the batch at the same axis.")
+BATCH_ELSEWHERE = Template("batch-elsewhere", "two operands hold the batch at different axes", "Give all operands the batch at the same axis.")
 OPERAND_WITHOUT_SAMPLES = Template("operand-without-samples", "{op} has an operand without samples", "Expand the operand to the batch: `i.expand(len(x), -1)`.")
-INDICES_APART = Template("indices-apart", "indices of several axes apart", "Index adjacent axes, or use `gather`.")
+INDICES_APART = Template("indices-apart", "axes that are not adjacent are indexed", "Index adjacent axes, or use `gather`.")
 ROWS_TIMES_ROWS = Template("rows-times-rows", "{op} multiplies rows with rows", _BY_SAMPLE)
 BATCH_CONTRACTED = Template("batch-contracted", "{op} contracts the batch with something else", _BY_SAMPLE)
 ROWS_ADDED = Template("rows-added", "{op} adds rows to a sum over rows", _BY_SAMPLE)
-MAKES_ROWS = Template("makes-rows", "{op} makes rows that belong to no sample", _BY_SAMPLE)
+MAKES_ROWS = Template("makes-rows", "{op} makes a tensor of the batch's size from values without samples", _BY_SAMPLE)
 TWO_BATCH_AXES = Template("two-batch-axes", "two axes of {op} have the batch's size", _BY_SAMPLE)
 BATCH_MOVED = Template("batch-moved", "{op} moves the batch", _FIRST_AXIS)
 BATCH_RESIZED = Template("batch-resized", "{op} changes the batch's size", _BY_SAMPLE)
@@ -148,4 +148,6 @@ MEMORY_READ = Template("memory-read", "as_strided takes some entries of memory o
 MEMORY_WRITTEN = Template(
     "memory-written", "as_strided_scatter writes to some entries of memory", "Use slices, `select` or `scatter` in place of `as_strided`."
 )
-COMPLEX_ALONG_BATCH = Template("complex-along-batch", "real and imaginary parts along the batch", "Make the last axis hold the real and imaginary parts.")
+COMPLEX_ALONG_BATCH = Template(
+    "complex-along-batch", "the batch is the axis of the real and imaginary parts", "Make the last axis hold the real and imaginary parts."
+)

@@ -269,7 +269,7 @@ def test_the_search_for_fewer_rows_is_short() -> None:
     assert why(s, {s: size}, [s >= 600_000]) is None
     assert why(s, {s: size}, [sympy.Eq(sympy.Mod(s, 400), 0)]) is None
     assert why(s, {s: 16}, [s >= 16]) is None  # a larger batch has rows to leave out
-    assert why(sympy.Integer(64), {}, []) == "its code is for a batch of 64 alone"
+    assert why(sympy.Integer(64), {}, []) == "its compiled code is for a batch of 64 only"
     assert why(s, {s: size, t: size}, [t <= s]) == "its code assumes t <= s of the batch's size s"
     assert "of the batch's size s" in str(why(s, {s: 20}, [sympy.Eq(1 / s, sympy.Rational(1, 20))]))
     assert why(s, {s: size}, [sympy.Symbol("u") < s]) is None  # only running tells u
