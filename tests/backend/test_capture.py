@@ -65,9 +65,9 @@ class Known(nn.Module):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread", "small_work_counts")
-@pytest.mark.parametrize("fullgraph", [False, True])
-@pytest.mark.parametrize("make", [Grid, Known])
-@pytest.mark.parametrize("inner", [run_as_is, None])
+@pytest.mark.parametrize(
+    ("make", "fullgraph", "inner"), [(Grid, False, run_as_is), (Grid, True, None), (Known, False, run_as_is), (Known, True, run_as_is), (Known, False, None)]
+)
 @pytest.mark.filterwarnings("error:Error detected in")
 def test_what_fails_under_a_symbol_is_compiled_without(make: type[nn.Module], fullgraph: bool, inner: Any) -> None:
     model, x, plans = make(), torch.randn(8, 3, 8, 8, requires_grad=True), Plans()
@@ -134,8 +134,7 @@ def test_nested_tensors_are_exact(inner: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread", "small_work_counts")
 @pytest.mark.parametrize("make", [lambda: mlp(16, 64, 8), lambda: nn.Sequential(nn.Linear(16, 64), nn.BatchNorm1d(64), nn.ReLU()), Known])
-@pytest.mark.parametrize("inner", [run_as_is, None])
-def test_other_compilations_see_sizes(make: Callable[[], nn.Module], inner: Any) -> None:
+def test_other_compilations_see_sizes(make: Callable[[], nn.Module]) -> None:
     """Whether rows are sampled, declined or fail: neither the input nor the output makes the sizes of another graph symbolic."""
     x, seen = torch.randn(32, *((3, 8, 8) if make is Known else (16,))), []
 
@@ -143,7 +142,7 @@ def test_other_compilations_see_sizes(make: Callable[[], nn.Module], inner: Any)
         seen.extend(v for p in gm.graph.find_nodes(op="placeholder") for v in p.meta["example_value"].shape)
         return gm.forward
 
-    f = torch.compile(make(), backend=Backend(None, inner_compile=inner))
+    f = torch.compile(make(), backend=Backend(None, inner_compile=run_as_is))
     other = torch.compile(lambda a, b: a.sum() + b.sum(), backend=spy)
     for _ in range(2):
         y = f(x)
@@ -203,16 +202,16 @@ class Table(Masked):
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread", "small_work_counts")
 @pytest.mark.parametrize(
-    ("model", "inputs"),
+    ("model", "inputs", "inner"),
     [
-        (Masked, lambda: (torch.rand(48, 12), torch.randint(0, 50, (48, 12)))),
-        (Loss, lambda: (torch.rand(48, 12), torch.randint(0, 50, (48, 12)))),
-        (Table, lambda: (torch.rand(48, 500), torch.randint(0, 50, (48, 12)))),
-        (Table, lambda: (torch.rand(99, 500), torch.randint(0, 50, (48, 12)))),
-        (Gathered, lambda: (torch.randn(48, 5, 8), torch.randint(0, 5, (48,)))),
+        (Masked, lambda: (torch.rand(48, 12), torch.randint(0, 50, (48, 12))), run_as_is),
+        (Masked, lambda: (torch.rand(48, 12), torch.randint(0, 50, (48, 12))), None),
+        (Loss, lambda: (torch.rand(48, 12), torch.randint(0, 50, (48, 12))), run_as_is),
+        (Table, lambda: (torch.rand(48, 500), torch.randint(0, 50, (48, 12))), run_as_is),
+        (Table, lambda: (torch.rand(99, 500), torch.randint(0, 50, (48, 12))), run_as_is),
+        (Gathered, lambda: (torch.randn(48, 5, 8), torch.randint(0, 5, (48,))), run_as_is),
     ],
 )
-@pytest.mark.parametrize("inner", [run_as_is, None])
 def test_the_batch_is_that_of_the_outputs(model: type[nn.Module], inputs: Any, inner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The even rows, then the odd ones, are kept with weight 2, so the mean of both gradients is the exact one."""
     start = [0]
