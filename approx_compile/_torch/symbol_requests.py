@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,13 +33,13 @@ class SymbolRequest:
     """What was asked of one compilation.
 
     Attributes:
-        names: Sources of the inputs whose dim 0 is to have a symbol; empty once the frame is to be traced without one.
+        dims: The dim that is to have a symbol by the source of the input; empty once the frame is to be traced without one.
         size: How many tensors the graph had when it was traced without the symbol.
         answered: Whether the backend has been called for the frame traced with the symbol.
         why_not: Why the frame is traced without a symbol after all, for reports.
     """
 
-    names: frozenset[str]
+    dims: Mapping[str, int]
     size: int
     answered: bool = False
     why_not: Any = None
@@ -69,23 +69,23 @@ def current_request() -> SymbolRequest | None:
     return asked
 
 
-def ask_for_symbol(placeholders: Sequence[fx.Node], size: int) -> None:
-    """Have Dynamo trace the frame again with symbols for dim 0 of some inputs.
+def ask_for_symbol(placeholders: Mapping[fx.Node, int], size: int) -> None:
+    """Have Dynamo trace the frame again with symbols for the batch's size in some inputs.
 
     Does not return then. It returns where Dynamo can't be asked, or has been asked already.
 
     Args:
-        placeholders: The inputs, of Dynamo's graph.
+        placeholders: The dim that is to have a symbol by the input of Dynamo's graph.
         size: How many tensors the graph has.
 
     Raises:
         RetraceFrame: Dynamo catches it and traces the frame again.
     """
-    key, names = compilation_key(), frozenset(n for p in placeholders if (n := _source_name(p)) is not None)
-    if RetraceFrame is None or key is None or not names or key in pending_requests or not _hook_automatic_dynamic():
+    key, dims = compilation_key(), {name: d for p, d in placeholders.items() if (name := _source_name(p)) is not None}
+    if RetraceFrame is None or key is None or not dims or key in pending_requests or not _hook_automatic_dynamic():
         return
     pending_requests.clear()
-    pending_requests[key] = SymbolRequest(names, size)
+    pending_requests[key] = SymbolRequest(dims, size)
     raise RetraceFrame(restart_reason="approx: a symbol for the batch")
 
 
@@ -99,8 +99,8 @@ def retrace_without_symbol(asked: SymbolRequest, why_not: Any) -> None:
     Raises:
         RetraceFrame: Dynamo catches it and traces the frame again.
     """
-    if asked.names:
-        asked.names, asked.why_not = frozenset(), why_not
+    if asked.dims:
+        asked.dims, asked.why_not = {}, why_not
         raise RetraceFrame(restart_reason="approx: no symbol for the batch")
 
 
@@ -136,8 +136,9 @@ def _hook_automatic_dynamic() -> bool:
             _watch_end(tx.output.root_tx, key)
             sizes = getattr(decision, "dynamic_sizes", None)
             fixed = getattr(e, "_dynamo_static_indices", ())  # marked static by the user
-            if sizes and sizes[0] is DimDynamic.STATIC and 0 not in fixed and _name_of(source) in asked.names:
-                sizes[0] = DimDynamic.DYNAMIC
+            dim = asked.dims.get(_name_of(source) or "")
+            if sizes and dim is not None and dim < len(sizes) and sizes[dim] is DimDynamic.STATIC and dim not in fixed:
+                sizes[dim] = DimDynamic.DYNAMIC
         return decision
 
     builder._automatic_dynamic = decide_and_look

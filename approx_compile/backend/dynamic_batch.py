@@ -1,6 +1,9 @@
 """Find the symbol that stands for the batch's size in a Dynamo graph, and have Dynamo trace again if the size is still a number.
 
-The batch is dim 0 of the model's data, that is of the inputs that are neither parameters nor buffers.
+The batch is a dim of the model's data, that is of the inputs that are neither parameters nor buffers: dim 0, or dim 1 of sequences whose first axis is time,
+which is how recurrent layers and attention of `torch.nn` take them unless they are told otherwise (`batch_first`).
+
+The choice decides only where rows are looked for. Whether the samples of a dim are kept apart is proved by the analysis of the graph.
 """
 
 from __future__ import annotations
@@ -44,18 +47,21 @@ def batch_symbols(gm: fx.GraphModule, config: ApproxConfig) -> list[sympy.Symbol
     data = [n for n in gm.graph.find_nodes(op="placeholder") if is_data(n)]
     if not data:
         return NoRows(NO_SAMPLES())
-    size, outputs = _batch_size(gm, data)
-    batched = [n for n in data if _torch.hint(_first_dim(n)) == size]
-    symbols = dict.fromkeys(e for n in batched if (e := _torch.size_expr(_first_dim(n))).is_Symbol)
+    outputs = _outputs_with_gradient(gm)
+    time_first = _size_of_second_dim(gm)
+    size = _size_of_first_dim(data, outputs) if time_first is None else time_first
+    dims = {n: d for n in data if (d := _dim_of_size(_value(n), size, (0,) if time_first is None else (1, 0))) is not None}
+    sizes = {n: _torch.size_expr(_value(n).shape[d]) for n, d in dims.items()}
+    symbols = dict.fromkeys(e for e in sizes.values() if e.is_Symbol)
     if symbols:
         in_outputs = [s for o in outputs for d in o.shape for s in _torch.size_expr(d).free_symbols]
-        elements = {s: sum(_torch.numel_of(_value(n)) for n in batched if _torch.size_expr(_first_dim(n)) == s) for s in symbols}
+        elements = {s: sum(_torch.numel_of(_value(n)) for n, e in sizes.items() if e == s) for s in symbols}
         return sorted(symbols, key=lambda s: (s in in_outputs, elements[s]), reverse=True)
     if size <= config.least_rows():
         return NoRows(SMALL_BATCH(size=size, least=config.least_rows()))
     if (certain := early_decline.early_rejection(gm, config, size)) is not None:
         return NoRows(*certain)
-    _torch.ask_for_symbol([n for n in batched if _torch.size_expr(_first_dim(n)).is_Integer], _torch.count_tensors(gm))
+    _torch.ask_for_symbol({n: dims[n] for n, e in sizes.items() if e.is_Integer}, _torch.count_tensors(gm))
     return NoRows(FIXED_BATCH(size=size))
 
 
@@ -72,25 +78,64 @@ def is_data(n: fx.Node) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() > 0 and not isinstance(value, nn.Parameter) and not _torch.is_module_state(n)
 
 
-def _batch_size(gm: fx.GraphModule, data: Sequence[fx.Node]) -> tuple[int, list[torch.Tensor]]:
-    """Return the batch's size, and the outputs that get a gradient.
-
-    The size is the dim 0 that most elements of the data have, among the sizes that are also the dim 0 of an output. If no output shares its dim 0 with any
-    data, for example because the loss is inside the graph, all data count.
-    """
+def _outputs_with_gradient(gm: fx.GraphModule) -> list[torch.Tensor]:
     returned = next(n for n in reversed(gm.graph.nodes) if n.op == "output").all_input_nodes
-    outputs = [v for n in returned if isinstance(v := n.meta.get("example_value"), torch.Tensor) and v.is_floating_point() and v.requires_grad]
+    return [v for n in returned if isinstance(v := _value(n), torch.Tensor) and v.is_floating_point() and v.requires_grad]
+
+
+def _size_of_first_dim(data: Sequence[fx.Node], outputs: Sequence[torch.Tensor]) -> int:
+    """Return the size that dim 0 of most elements of the data has, among the sizes that are also the dim 0 of an output.
+
+    If no output shares its dim 0 with any data, for example because the loss is inside the graph, all data count.
+    """
     output_sizes = {_torch.hint(o.shape[0]) for o in outputs if o.dim()}
     elements: dict[int, int] = {}
     for n in data:
-        size = _torch.hint(_first_dim(n))
+        size = _torch.hint(_value(n).shape[0])
         elements[size] = elements.get(size, 0) + _torch.numel_of(_value(n))
-    return max(elements, key=lambda s: (s in output_sizes, elements[s])), outputs
+    return max(elements, key=lambda s: (s in output_sizes, elements[s]))
+
+
+_RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
+"""The functions that recurrent layers call. Their last argument is `batch_first`, except for packed sequences, whose first argument is a matrix."""
+
+
+def _size_of_second_dim(gm: fx.GraphModule) -> int | None:
+    """Return the size of dim 1 of the data that the first recurrent layer or attention of the graph reads; None if its samples lie along dim 0, or if there
+    is no such layer.
+    """
+    for n in gm.graph.nodes:
+        name = getattr(n.target, "__name__", "") if n.op == "call_function" and n.args else ""
+        if name == "multi_head_attention_forward" or (name in _RECURRENT and n.args[-1] is False):
+            value, transposed = _value(n.args[0]), _is_transposed(n.args[0])
+            return _torch.hint(value.shape[1]) if isinstance(value, torch.Tensor) and value.dim() == 3 and transposed is False else None
+        if name in _RECURRENT:
+            return None
+    return None
+
+
+def _is_transposed(n: Any) -> bool | None:
+    """Return whether the first two dims of a value are those of an input of the graph, swapped; None if that is not known."""
+    swapped = False
+    while isinstance(n, fx.Node) and n.op != "placeholder":
+        if n.target == "transpose" and {*n.args[1:]} == {0, 1}:
+            swapped = not swapped
+        elif not any(_same_first_dims(n, a) for a in n.all_input_nodes[:1]):
+            return None
+        n = n.all_input_nodes[0]
+    return swapped
+
+
+def _same_first_dims(n: fx.Node, operand: fx.Node) -> bool:
+    values = _value(n), _value(operand)
+    sizes = [tuple(map(_torch.hint, v.shape[:2])) for v in values if isinstance(v, torch.Tensor)]
+    return len(sizes) == 2 and len(sizes[0]) == 2 and sizes[0] == sizes[1]
+
+
+def _dim_of_size(value: torch.Tensor, size: int, dims: Sequence[int]) -> int | None:
+    """Return the first of some dims that has a size; None if none has."""
+    return next((d for d in dims if d < value.dim() and _torch.hint(value.shape[d]) == size), None)
 
 
 def _value(n: fx.Node) -> Any:
-    return n.meta["example_value"]
-
-
-def _first_dim(n: fx.Node) -> Any:
-    return _value(n).shape[0]
+    return n.meta.get("example_value")

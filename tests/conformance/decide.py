@@ -47,7 +47,7 @@ class Watched:
         self.plans: list[Plan] = []
         self.ops: dict[str, None] = {}
         self.symbols = ""
-        """Which symbol stood for the batch in the last graph, and the sizes of its inputs' first axes."""
+        """Which symbols might have been the batch in the last graph, and the sizes of its inputs."""
 
     def __call__(self, plan: Plan, before: Any, after: Any) -> None:
         self.plans.append(plan)
@@ -84,7 +84,7 @@ def watching(once: bool = False) -> Iterator[Watched]:
         found = symbol(gm, *more)
         if isinstance(found, dynamic_batch.NoRows):  # its reason is the plan's
             return found
-        sizes = {n.name: str(v.shape[0]) for n in gm.graph.nodes if n.op == "placeholder" and dynamic_batch.is_data(n) and (v := n.meta["example_value"]).dim()}
+        sizes = {n.name: str([*n.meta["example_value"].shape]) for n in gm.graph.find_nodes(op="placeholder") if dynamic_batch.is_data(n)}
         watched.symbols = f"batch: {', '.join(map(str, found))}; inputs: {', '.join(f'{name} {size}' for name, size in sizes.items())}"
         return found
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.compile import Plans, plans_of
+from helpers.compile import HALF, Plans, plans_of, rows_of
 from helpers.models import Gathered, mlp
-from helpers.oracles import grads
+from helpers.oracles import ChosenRows, grads
 from torch import Tensor, nn
 
 from approx_compile import Backend
@@ -152,3 +152,54 @@ def test_groups_that_are_a_symbol_are_a_reason() -> None:
     torch._dynamo.mark_dynamic(z, 0)
     (site,) = [s for s in plans_of(model, {"policy": "always", "min_k": 1}, x, z) if s.kind == "conv"]
     assert (site.decision, site.reason) == ("exact", "the number of its groups is a symbol")
+
+
+class Recurrent(nn.Module):
+    """The last step of a recurrent layer on embedded tokens, time first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.body, self.head = nn.Embedding(9, 6), nn.GRU(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.body(self.table(x))[0][-1])
+        return out
+
+
+class Attends(nn.Module):
+    def __init__(self, batch_first: bool = False) -> None:
+        super().__init__()
+        self.table, self.body, self.head = nn.Embedding(9, 8), nn.MultiheadAttention(8, 2, batch_first=batch_first), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.table(x)
+        out: Tensor = self.head(self.body(h, h, h)[0])
+        return out
+
+
+SEQUENCES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
+    "recurrent": (Recurrent, 1, 0),
+    "attention": (Attends, 1, 1),
+    "attention, batch first": (lambda: Attends(True), 0, 0),
+}
+"""A model, and the dims of its input and output that hold samples."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_the_samples_of_sequences_are_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recurrent layers and attention of torch.nn take time first unless they are told otherwise."""
+    make, given, returned = SEQUENCES[name]
+    chosen, model = ChosenRows(monkeypatch), make()
+    x = torch.randint(0, 9, (3, 12) if given else (12, 3))
+    with torch._dynamo.config.patch(allow_rnn=True):
+        f, plans = rows_of(model, HALF)
+        out = f(x)
+    tangent = torch.randn_like(out)
+    out.backward(tangent)
+    got = grads(model)
+    mask = chosen.mask(12)
+    assert (mask != 0).sum() == 6 and [c.reason for c in plans[0].cuts] == ["the whole backward pass"]
+    model(x).backward(tangent * mask.view([-1 if d == returned else 1 for d in range(out.dim())]))
+    for a, b in zip(got, grads(model), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
