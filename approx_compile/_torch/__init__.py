@@ -8,8 +8,10 @@ from approx_compile._torch import canary
 from approx_compile._torch.aot_autograd import (
     EXACT_MARK_KEY,
     activation_memory_budget,
+    backward_graph,
     clear_donated_inputs,
-    compiled_backwards,
+    compiled_backward,
+    compiled_nodes,
     copy_provenance,
     donate_inputs,
     donated_placeholders,
@@ -19,6 +21,7 @@ from approx_compile._torch.aot_autograd import (
     has_backward,
     input_index,
     is_backward,
+    is_compiled,
     is_graph_module_state,
     is_tangent,
     keep_in_backward,
@@ -27,7 +30,7 @@ from approx_compile._torch.aot_autograd import (
     outputs_by_description,
     tangent_output_description,
 )
-from approx_compile._torch.autograd_engine import current_backward_id, graph_is_kept
+from approx_compile._torch.autograd_engine import current_backward_id, current_backward_node, function_of, graph_is_kept, has_gradient_hook, nodes_below
 from approx_compile._torch.dynamo import (
     UnwrappedBackendError,
     backend_names,
@@ -138,7 +141,14 @@ __all__ = [
     "compile_graph",
     "compile_isolated",
     "compile_kernel",
-    "compiled_backwards",
+    "backward_graph",
+    "function_of",
+    "has_gradient_hook",
+    "is_compiled",
+    "compiled_backward",
+    "compiled_nodes",
+    "current_backward_node",
+    "nodes_below",
     "copy_dynamo_graph",
     "copy_provenance",
     "count_dynamo_flops",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from approx_compile._torch.autograd_engine import function_of
 from approx_compile.reasons import Reason
 
 
@@ -191,21 +192,43 @@ def activation_memory_budget() -> float:
     return float(torch._functorch.config.activation_memory_budget)
 
 
-def compiled_backwards(output: torch.Tensor) -> Iterator[tuple[Any, fx.GraphModule]]:
-    """Find the backward functions of the compiled graphs that have made a tensor.
+def is_compiled(node: Any) -> bool:
+    """Return whether a node of the autograd graph is the backward pass of a compiled graph."""
+    return hasattr(function_of(node), "_lazy_backward_info")
+
+
+def compiled_nodes(output: torch.Tensor) -> Iterator[Any]:
+    """Find the backward nodes of the compiled graphs that have made a tensor.
 
     Args:
         output: An output of a compiled function, or a view of one.
 
     Yields:
-        What AOTAutograd calls for the backward pass (None before its compilation), and the backward graph, which compiled autograd would trace.
+        The nodes of the autograd graph.
     """
-    pending = [output.grad_fn]
+    pending: list[Any] = [output.grad_fn]
     while pending:
         node = pending.pop()
-        made_by = getattr(node, "_forward_cls", None)
-        graph = getattr(getattr(made_by, "_lazy_backward_info", None), "bw_module", None)
-        if isinstance(graph, fx.GraphModule):
-            yield getattr(made_by, "compiled_bw", None), graph
-        elif node is not None and made_by is None and len(node.next_functions) == 1:  # a view of an output of the graph
+        if is_compiled(node):
+            yield node
+        elif node is not None and function_of(node) is None and len(node.next_functions) == 1:  # a view of an output of the graph
             pending.append(node.next_functions[0][0])
+
+
+def backward_graph(node: Any) -> fx.GraphModule | None:
+    """Return the graph of a compiled backward node, which compiled autograd would trace; None for another node, or where torch can't restore the graph.
+
+    Args:
+        node: A node of the autograd graph.
+    """
+    info: Any = getattr(function_of(node), "_lazy_backward_info", None)
+    graph = getattr(info, "bw_module", None)
+    if graph is None and hasattr(info, "bw_module_fn"):  # compiled code that comes from a cache
+        with contextlib.suppress(Exception):
+            graph = info.bw_module_fn()
+    return graph if isinstance(graph, fx.GraphModule) else None
+
+
+def compiled_backward(node: Any) -> Any:
+    """Return what AOTAutograd calls for the backward pass of a compiled node; None before its compilation."""
+    return getattr(function_of(node), "compiled_bw", None)

@@ -124,6 +124,7 @@ NAMES: tuple[PrivateName, ...] = (
     PrivateName(f"{_AOT}.runtime_wrappers:_lazy_backward_info", "the backward graph of a compiled function"),
     PrivateName(f"{_AOT}.runtime_wrappers:compiled_bw", "the backward graph of a compiled function"),
     PrivateName(f"{_AOT}.runtime_wrappers:bw_module", "the backward graph of a compiled function"),
+    PrivateName(f"{_AOT}.runtime_wrappers:bw_module_fn", "the backward graph of a compiled function"),
     PrivateName("torch.autograd.function.FunctionMeta:_forward_cls", "the backward graph of a compiled function"),
     PrivateName("torch._functorch.partitioners:partitioner_tag", "which nodes are of the backward pass"),
     PrivateName("torch._functorch.partitioners:must_be_in_backward", "random numbers that are drawn once"),
@@ -135,7 +136,9 @@ NAMES: tuple[PrivateName, ...] = (
     PrivateName(f"{_AOT}.utils:_boxed_call", "freeing the inputs of the backward pass early"),
     # The autograd engine, random numbers
     PrivateName("torch._C._current_graph_task_id", "which backward pass is running", "two backward passes of one forward pass can't be told apart"),
+    PrivateName("torch._C._current_autograd_node", "what lies below a graph"),
     PrivateName("torch._C._autograd._get_current_graph_task_keep_graph", "`retain_graph=True`", "every graph is taken for one that is kept: more memory"),
+    PrivateName("torch.Tensor._backward_hooks", "hooks below a compiled graph"),
     PrivateName("torch.Tensor._version", "values that the user has changed in place"),
     PrivateName("torch.cuda._lazy_seed_tracker", "a new call of torch.manual_seed", _NO_SEEDING),
     PrivateName("torch.cuda._LazySeedTracker:manual_seed_all_cb", "a new call of torch.manual_seed", _NO_SEEDING),

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 
 from approx_compile import _torch
 from approx_compile.rows.gather_rows import copy_keeping_strides, with_strides
+from approx_compile.rows.nonlinear_below import first_nonlinear, note_hooks
 from approx_compile.rows.row_backward import RowBackward
 
 ROW_BACKWARD_ATTRIBUTE = "approx_compile_rows"
@@ -99,6 +100,7 @@ def expose_to_compiled_autograd(compiled: Callable[..., Any]) -> Callable[..., A
     def call(*args: Any) -> Any:
         nonlocal done
         out = compiled(*args)
+        note_hooks(args, out)
         done = done or _show(out)
         return out
 
@@ -108,9 +110,10 @@ def expose_to_compiled_autograd(compiled: Callable[..., Any]) -> Callable[..., A
 def _show(out: Any) -> bool:
     """Replace the backward graph that is reached from a model's outputs; return whether there was one that runs on rows."""
     for value in _torch.tree_leaves(out):
-        for run, gm in _torch.compiled_backwards(value) if isinstance(value, Tensor) else ():
-            backward = getattr(run, ROW_BACKWARD_ATTRIBUTE, None)
-            if backward is not None:
+        for node in _torch.compiled_nodes(value) if isinstance(value, Tensor) else ():
+            backward, gm = getattr(_torch.compiled_backward(node), ROW_BACKWARD_ATTRIBUTE, None), _torch.backward_graph(node)
+            if backward is not None and gm is not None:
+                first_nonlinear(node)  # what is known of the graph is kept
                 _replace(gm, backward)
                 return True
     return False

@@ -23,6 +23,7 @@ from approx_compile.rows.batch_dim import SampleLayout
 from approx_compile.rows.batch_norm import WEIGHTS
 from approx_compile.rows.controller import Draws, Owner, RowControl, control_for, draws_for
 from approx_compile.rows.gather_rows import copy_keeping_strides, put_rows, row_norms_sq, take_rows, with_strides
+from approx_compile.rows.nonlinear_below import is_nonlinear_below
 from approx_compile.rows.row_sampling import choose_rows
 from approx_compile.rows.row_selection import RowSelection, _path, _weights, mark_selection, selection_of
 from approx_compile.rows.stage_shapes import entering_gradients, last_use_of_saved, number_of, shape_of
@@ -139,7 +140,7 @@ class RowBackward:
         """Return the rows that an earlier graph of this backward pass selected, if all entering gradients come from there, and whether rows may be dropped.
 
         Leaving out rows whose gradients are already zero changes nothing. Where other gradients have been added to them all rows are needed: a second
-        selection would add variance that the settings do not account for.
+        selection would add variance that the settings do not account for. All rows are needed as well above what is not linear in the gradient.
         """
         entering = [e for s in self.partition.stages if s.level != ALL_ROWS for e in s.entries if e.gradient and e.source in (SAVED, ALL_ROWS)]
         size = symbols[self.partition.batch]
@@ -152,7 +153,7 @@ class RowBackward:
             if self._legal(len(idx), symbols) == len(idx):
                 return RowSelection(idx, None, len(idx), before), True
         task = _torch.current_backward_id()
-        return None, task < 0 or task != _last_sampled[0]
+        return None, (task < 0 or task != _last_sampled[0]) and not is_nonlinear_below()
 
     def _values(self, args: Sequence[Any]) -> dict[sympy.Symbol, int]:
         return {s: _torch.size_at(args, i, d) for s, i, d in self._symbols}

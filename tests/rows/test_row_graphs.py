@@ -123,3 +123,69 @@ def test_a_graph_with_a_loss_of_its_own_does_not_follow(monkeypatch: pytest.Monk
     hidden, own = lower(x)
     ((upper(hidden) * tangent * chosen.mask(16)[:, None]).sum() + own).backward()
     assert max(relative(a, b) for a, b in zip(got, grads(lower), strict=True)) < 1e-5
+
+
+def clipped(g: Tensor) -> Tensor:
+    return g.clamp(-0.02, 0.02)
+
+
+class Clipped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return clipped(g)
+
+
+def with_hook(h: Tensor) -> Tensor:
+    h.register_hook(clipped)
+    return h
+
+
+def through_hooked_module(h: Tensor) -> Tensor:
+    module = nn.Identity()
+    module.register_full_backward_hook(lambda m, given, out: (clipped(given[0]),))
+    found: Tensor = module(h)
+    return found
+
+
+BETWEEN: dict[str, Callable[[Tensor], Tensor]] = {"function": Clipped.apply, "hook": with_hook, "module": through_hooked_module, "graph": lambda h: h}
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_what_is_not_linear_below_a_graph_gets_exact_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In eager code between two compiled graphs, or in the lower one. Rows of the lower graph are chosen below it."""
+    chosen = ChosenRows(monkeypatch)
+    lower, upper, x = Body(Clipped.apply) if name == "graph" else Body(), Body(), torch.randn(16, 8)
+    f, g = rows_of(lower)[0], rows_of(upper)[0]
+    out = g(BETWEEN[name](f(x)))
+    tangent = torch.randn_like(out)
+    out.backward(tangent)
+    got = grads(upper) + grads(lower)
+    assert len(chosen.choices) == 1, "the lower graph's"
+    lower.op = (lambda h: h) if name == "graph" else torch.tanh
+    hidden = lower(x).detach().requires_grad_()
+    upper(hidden).backward(tangent)
+    assert hidden.grad is not None
+    exact = clipped(hidden.grad)
+    lower(x).backward(exact * chosen.mask(16)[:, None])
+    want = grads(upper) + grads(lower)
+    if name == "graph":
+        want[3] = exact.sum(0)  # its bias is a sum above the product where the rows are chosen
+    assert max(relative(a, b) for a, b in zip(got, want, strict=True)) < 1e-5
+
+
+def test_linear_functions_and_hooks_on_parameters_below_a_graph_stop_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = ChosenRows(monkeypatch)
+    lower, upper, x = Body(), Body(), torch.randn(16, 8)
+    lower.inner.weight.register_hook(clipped)
+    f, g = rows_of(lower)[0], rows_of(upper)[0]
+    out = g(2 * f(x).sin())
+    tangent = torch.randn_like(out)
+    out.backward(tangent)
+    got = grads(upper) + grads(lower)
+    assert len(chosen.choices) == 1, "the upper graph's"
+    upper(2 * lower(x).sin()).backward(tangent * chosen.mask(16)[:, None])
+    assert max(relative(a, b) for a, b in zip(got, grads(upper) + grads(lower), strict=True)) < 1e-5

@@ -1,0 +1,89 @@
+"""Find out whether the gradients that leave a graph pass through something below it that is not known to be linear in them.
+
+Rows that are left out, or weighted, above a nonlinear function give a biased gradient below it. Within one graph `linearity` says where that is so. Below
+the graph, on the way to the parameters, lie functions of eager code, hooks, and other compiled graphs. Torch's own backward functions are linear.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import Tensor, fx
+
+from approx_compile import _torch
+from approx_compile.passes.fx_utils import op_name
+from approx_compile.passes.rewrite.graph_edit import BY_SAMPLE_KEY
+from approx_compile.rows.linearity import is_linear
+from approx_compile.utils import log_once
+
+HOOKED = "approx_compile_hooked"
+"""The key in the metadata of a backward node whose graph has an input with a hook on its gradient."""
+
+_UNKNOWN = ("torch.nn.modules._functions.BackwardHookFunction", "torch.utils.checkpoint.CheckpointFunction", "torch._library.")
+"""Functions of torch, by the begin of their names, that run code of the user's in their backward pass: module hooks, checkpoints, registered ops."""
+
+_found: weakref.WeakKeyDictionary[type, str | None] = weakref.WeakKeyDictionary()
+"""What is not linear in the backward graph of a compiled function, by the class that torch makes of the function."""
+
+
+def is_nonlinear_below() -> bool:
+    """Return whether the gradients of the backward node that is running meet something that is not known to be linear in them. What it is is logged once."""
+    node = _torch.current_backward_node()
+    if node is None:
+        return False
+    reason = "a hook on an input's gradient" if HOOKED in node.metadata else next((r for n in _torch.nodes_below(node) if (r := _reason(n))), None)
+    if reason is not None:
+        log_once(f"approx: a backward pass keeps all rows: {reason}, below a compiled graph, is not known to be linear in the gradient")
+    return reason is not None
+
+
+def note_hooks(inputs: Any, output: Any) -> None:
+    """Mark the backward node of a compiled graph if an input that was computed from others has a hook on its gradient.
+
+    A hook on a parameter sees the gradient that the user gets, so it is no reason.
+
+    Args:
+        inputs: The inputs of the compiled graph.
+        output: Its output.
+    """
+    if any(isinstance(v, Tensor) and not v.is_leaf and _torch.has_gradient_hook(v) for v in inputs):
+        for value in _torch.tree_leaves(output):
+            for node in _torch.compiled_nodes(value) if isinstance(value, Tensor) else ():
+                node.metadata[HOOKED] = True
+
+
+def first_nonlinear(node: Any) -> str | None:
+    """Return the name of an op of a compiled graph's backward pass that is not known to be linear in the gradients it reads; None if all are.
+
+    Args:
+        node: The backward node of the compiled graph.
+    """
+    function = _torch.function_of(node)
+    if function not in _found:
+        gm = _torch.backward_graph(node)
+        _found[function] = _nonlinear_op(gm.graph) if gm is not None else "a compiled graph that can't be read"
+    return _found[function]
+
+
+def _nonlinear_op(graph: fx.Graph) -> str | None:
+    gradients: set[fx.Node] = set()
+    for n in graph.nodes:
+        if _torch.is_tangent(n):
+            gradients.add(n)
+        elif n.op == "call_function" and not isinstance(n.meta.get("val"), _torch.SYMBOLIC) and not gradients.isdisjoint(n.all_input_nodes):
+            gradients.add(n)
+            if BY_SAMPLE_KEY not in n.meta and not is_linear(n, gradients.intersection(n.all_input_nodes)):
+                return op_name(n)
+    return None
+
+
+def _reason(node: Any) -> str | None:
+    """What of a backward node is not known to be linear in the gradient; None if all is."""
+    function = _torch.function_of(node)
+    if function is None:
+        return str(node.name()) if "CppNode" in node.name() else None
+    if _torch.is_compiled(node):
+        return first_nonlinear(node)
+    name = f"{function.__module__}.{function.__qualname__}"
+    return name if not name.startswith("torch.") or name.startswith(_UNKNOWN) else None
