@@ -102,7 +102,7 @@ def _belongs(key: str, value: Any, place: Place, root: type[Table]) -> str | Non
 
 def tables(model: type[BaseModel]) -> dict[str, type[Table]]:
     """Return the models of the tables that a model's keys hold, by key: a table, or a list of tables."""
-    return {name: found for name, field in model.model_fields.items() if (found := next(_tables_in(field.annotation), None)) is not None}
+    return {name: table for name, field in model.model_fields.items() if (table := next(_tables_in(field.annotation), None)) is not None}
 
 
 def _tables_in(annotation: Any) -> Iterator[type[Table]]:

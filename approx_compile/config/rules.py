@@ -24,8 +24,8 @@ def also_text(*words: str) -> Callable[[dict[str, Any]], None]:
 
     def change(schema: dict[str, Any]) -> None:
         text: dict[str, Any] = {"type": "string"} | ({"enum": list(words)} if words else {})
-        own = schema.pop("anyOf", None) or [{k: schema.pop(k) for k in ("type", "items", "$ref") if k in schema}]
-        schema["anyOf"] = [text, *own]
+        alternatives = schema.pop("anyOf", None) or [{k: schema.pop(k) for k in ("type", "items", "$ref") if k in schema}]
+        schema["anyOf"] = [text, *alternatives]
 
     return change
 

@@ -42,9 +42,9 @@ def restated(model: type[BaseModel], key: str, default: Any) -> Any:
         What `pydantic.Field` returns.
     """
     field = model.model_fields[key]
-    own = Field(default, description=field.description, examples=field.examples, json_schema_extra=field.json_schema_extra)
-    own.metadata = list(field.metadata)
-    return own
+    copied = Field(default, description=field.description, examples=field.examples, json_schema_extra=field.json_schema_extra)
+    copied.metadata = list(field.metadata)
+    return copied
 
 
 class Table(BaseModel):

@@ -72,14 +72,14 @@ class _Rewriter:
         with self.graph.inserting_before(n):
             for a in n.all_input_nodes:
                 if self.known.kind.get(a) == REDUCED_GRAD:
-                    by_row = self._own(a, rank)
+                    by_row = self._sum_per_row(a, rank)
                     if by_row is None:
                         return False
                     new[a] = by_row
         n.args = fx.map_arg(n.args, lambda a: new.get(a, a))
         return True
 
-    def _own(self, total: fx.Node, rank: int) -> fx.Node | None:
+    def _sum_per_row(self, total: fx.Node, rank: int) -> fx.Node | None:
         """The sum for every row, w_i T - (w_i - 1) t_i with the term t_i of row i, in a shape that broadcasts against rows in dim 0."""
         each = self._each(total)
         shape = [1] * (rank - _torch.value(total).dim()) + list(_torch.value(total).shape)

@@ -255,9 +255,9 @@ class ReportData:
 
 def _with_advice(fields: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """A data class as a dict, with the ids and the advice of its reason."""
-    found = dict(fields)
-    reason = found.get("reason")
-    return found | {"reason_ids": list(reason.ids), "advice": list(reason.advice)} if isinstance(reason, Reason) else found
+    by_name = dict(fields)
+    reason = by_name.get("reason")
+    return by_name | {"reason_ids": list(reason.ids), "advice": list(reason.advice)} if isinstance(reason, Reason) else by_name
 
 
 def si(number: float) -> str:
