@@ -1,21 +1,28 @@
-"""Messages that appear once for each model, shares in percent, and atomic writes of files."""
+"""Messages that appear once for each model, text as wide as the terminal, and atomic writes of files."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import logging
 import os
+import shutil
 import sys
 import tempfile
 import warnings
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 log = logging.getLogger("approx_compile")
+
+WIDTH = 120
+"""The columns of text where there is no terminal."""
+
 _emitted: set[str] = set()
 """The messages without a model that this process has emitted."""
 _emitted_for = WeakIdKeyDictionary()
@@ -57,6 +64,27 @@ def percent(share: float) -> str:
         Text such as "12.5 %".
     """
     return f"{100 * share:.3g} %"
+
+
+def terminal_width() -> int:
+    """Return the columns of the terminal; `WIDTH` where there is none and the environment variable `COLUMNS` is not set."""
+    return shutil.get_terminal_size((WIDTH, 24)).columns
+
+
+def printed(*items: object) -> str:
+    """Print tables and lines as wide as the terminal.
+
+    Args:
+        *items: What to print. Brackets in it are no markup.
+
+    Returns:
+        The text.
+    """
+    out = io.StringIO()
+    console = Console(file=out, width=terminal_width(), markup=False, highlight=False)
+    for item in items:
+        console.print(item)
+    return "\n".join(line.rstrip() for line in out.getvalue().strip("\n").splitlines())
 
 
 def log_once(text: str, model: nn.Module | None = None) -> None:

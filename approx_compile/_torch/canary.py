@@ -172,6 +172,7 @@ NAMES: tuple[PrivateName, ...] = (
         f"{_INDUCTOR}.inductor_prims:_low_memory_max_pool_offsets_to_indices", "ReLU before max pooling", "a ReLU before max pooling is not moved behind it"
     ),
     PrivateName(f"{_INDUCTOR}.inductor_prims:inductor_rand", "which nodes draw random numbers"),
+    PrivateName(f"{_INDUCTOR}.cpp_builder.get_cpp_compiler", "the C++ compiler that `approx-compile doctor` shows"),
     PrivateName(f"{_INDUCTOR}.list_mode_options", "Inductor's modes"),
     PrivateName(f"{_INDUCTOR}.list_options", "Inductor's options"),
     PrivateName(f"{_INDUCTOR}.runtime.cache_dir_utils.cache_dir", "the folder of measurements"),

@@ -249,6 +249,16 @@ def cache_folder() -> Any:
     return Path(cache_dir())
 
 
+def cpp_compiler() -> str | None:
+    """Return the path of the C++ compiler that Inductor uses on CPUs, None if it finds none that runs."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        return str(get_cpp_compiler())
+    except Exception:  # InvalidCxxCompiler, or what running a broken one raises
+        return None
+
+
 def trace_artifact(name: str, payload: Any) -> None:
     """Write an artifact to torch's structured trace (TORCH_TRACE), if there is one.
 

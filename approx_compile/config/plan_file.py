@@ -323,6 +323,14 @@ def _table(tuned: Tuned) -> Table:
     return table
 
 
+NOTHING_PAYS = "everything stays exact: nothing that was measured saves time within the error allowed"
+
+
+def _not_measured(count: int, of: int) -> str:
+    more = "give tune more time (time_budget_s, --budget)"
+    return f"no plan: {count} of {of} layers were not measured, so whether they would pay is not known; {more}. Until then they run exact"
+
+
 def _lines(tuned: Tuned) -> list[str]:
     achieved = f"{tuned.achieved_speedup:.2f}x" if tuned.achieved_speedup is not None else "not measured"
     times = f" ({tuned.step_exact_ms:.4g} ms -> {tuned.step_ms:.4g} ms a step)" if tuned.step_ms is not None and tuned.step_exact_ms is not None else ""
@@ -332,5 +340,5 @@ def _lines(tuned: Tuned) -> list[str]:
         lines.append(f"the backward pass runs on {tuned.rows:g} of the rows")
     elif all(s.ratio == 1 for s in tuned.sites):
         unmeasured = sum(s.reason is not None and s.reason.startswith(NOT_MEASURED.text) for s in tuned.sites)
-        lines.append("everything stays exact" + (f", {unmeasured} of {len(tuned.sites)} sites for want of a measurement" if unmeasured else ""))
+        lines.append(_not_measured(unmeasured, len(tuned.sites)) if unmeasured else NOTHING_PAYS)
     return lines + ([f"stopped early: {tuned.stopped}"] if tuned.stopped else [])

@@ -83,7 +83,8 @@ def _load_or_measure(device: str, notify: Notify) -> Machine:
         with FileLock(f"{path}.lock", timeout=_LOCK_TIMEOUT_S):  # one of several processes measures, the others read its file
             profile = load_matching(path, lambda text: None, key)
             if profile is None:
-                notify(f"measuring {key.name} ({key.threads} threads) once, a few seconds; `approx_compile.machine.calibrate()` does it more precisely")
+                threads = f"{key.threads} thread{'s' if key.threads > 1 else ''}"
+                notify(f"measuring {key.name} ({threads}) once, a few seconds; `approx_compile.machine.calibrate()` does it more precisely")
                 profile = _measure_profile(device, True, False, None)
                 profile.save(path)
     except (OSError, Timeout) as e:

@@ -131,6 +131,7 @@ class Control(Checkpointed):
     Attributes:
         settings: The settings of the policy.
         name: The name in logs and checkpoints.
+        place: What it decides about, in words for the user.
         step: The number of steps started.
         measured: The number that the ratio is decided by.
         changes: (step, ratio) of every change of the ratio, starting with (0, 1).
@@ -139,6 +140,7 @@ class Control(Checkpointed):
     def __init__(self, settings: AdaptiveTable, name: str, measured: float) -> None:
         self.settings = settings
         self.name = name
+        self.place = "backward pass"
         self.step = 0
         self.measured = measured
         self.changes: deque[tuple[int, float]] = deque([(0, 1.0)], maxlen=HISTORY)
@@ -287,3 +289,9 @@ def controls(model: nn.Module) -> dict[str, Control]:
     """Return the controls of a model, whether it is given compiled or not, by the name of the parameter or module and the key of the cut."""
     owned = ((name, key, c) for name, owner in _owners(_torch.uncompiled(model)).items() for key, c in _known.get(owner, {}).items())
     return {".".join(p for p in (name, key) if p): c for name, key, c in owned if isinstance(c, Control)}
+
+
+def waiting_states(model: nn.Module) -> list[Mapping[str, Any]]:
+    """Return the states of controls that were loaded for a model and wait for its compilation."""
+    loaded = (c for owner in _owners(_torch.uncompiled(model)).values() for c in _known.get(owner, {}).values() if isinstance(c, Mapping))
+    return [state for state in loaded if "changes" in state]

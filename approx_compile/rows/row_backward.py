@@ -333,8 +333,10 @@ class GraphControls:
     They belong to a parameter among the tensors that the forward pass saved, or else to the module that was compiled.
     """
 
-    def __init__(self, config: ApproxConfig, root: nn.Module | None, key: str, levels: Sequence[RowSettings]) -> None:
+    def __init__(self, config: ApproxConfig, root: nn.Module | None, key: str, levels: Sequence[RowSettings], places: Mapping[int, str]) -> None:
+        """Make the controls and draws that hold where a call has no owner. `places` says in words what each level decides about."""
         self.adaptive = config.adaptive
+        self.places = dict(places)
         self.key = key
         self.root = weakref.ref(root) if root is not None else None
         self.asked = [s.ratio is None for s in levels]
@@ -362,7 +364,11 @@ class GraphControls:
             return [None] * len(self.asked)
         if owner is None:
             return [c if a else None for a, c in zip(self.asked, self.unowned, strict=True)]
-        return [control_for(owner, self.adaptive, f"{self.key}{i}", RowControl) if a else None for i, a in enumerate(self.asked, 1)]
+        found = [control_for(owner, self.adaptive, f"{self.key}{i}", RowControl) if a else None for i, a in enumerate(self.asked, 1)]
+        for i, control in enumerate(found, 1):
+            if control is not None and i in self.places:
+                control.place = self.places[i]
+        return found
 
 
 _all_rows = [False]

@@ -183,7 +183,7 @@ class RowCompiler:
         if fixed is not None:
             self.cuts = [replace(c, decision="exact", reason=fixed, stops=True) for c in self.cuts]
             return _sparing(self.inner(plain, example_inputs, is_backward=True, **kwargs), names, donated)
-        controls = GraphControls(self.config, self.root, self.key, self.levels)
+        controls = GraphControls(self.config, self.root, self.key, self.levels, {c.level: self._place(c) for c in self.cuts})
         asked = {s for level, s in enumerate(self.levels) if entering_gradients(partition, level)}
         whole = self._whole(plain, example_inputs, sizes, kwargs) if all(s.ratio is None for s in asked) else None
         backward = RowBackward(partition, calls, self.levels, names, example_inputs, guards, controls, whole, dense, donated)
@@ -208,6 +208,12 @@ class RowCompiler:
             decision, stops = "exact" if exact else "rows", bool(exact or coverage.blocked)
             flops = (coverage.flops_all, coverage.flops_on_rows)
             self.cuts.append(RowCut(asked.method, asked.ratio, rows, decision, reason, *flops, mine, i, stops))
+
+    def _place(self, cut: RowCut) -> str:
+        """Say which part of the backward pass a cut decides about."""
+        if cut.level != self.default:
+            return f"backward pass, level {cut.level}"
+        return "backward pass down to where rows end" if cut.stops else "whole backward pass"
 
     def _stages(
         self, partition: Partition, gm: fx.GraphModule, given: Mapping[str, Any], dense: Mapping[str, Tensor], kwargs: dict[str, Any]

@@ -1,4 +1,4 @@
-"""The command line `approx-compile`: explain, time and tune a model, and measure the machine.
+"""The command line `approx-compile`: explain, time and tune a model, compare accuracies, examine the installation, and measure the machine.
 
 A new command is a function with `@app.command()` whose body is inside `with failures(debug):`. The exit code is 0 after success, 2 after wrong usage (options,
 config, factory), and 1 after any other failure. The reason for a failure is one line on stderr.
@@ -24,17 +24,20 @@ from approx_compile import machine as machines
 from approx_compile.backend import DISABLE
 from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.tools import compare as timing
+from approx_compile.tools.accuracy import RunFailed, compare_accuracy
+from approx_compile.tools.doctor import examine
 from approx_compile.tools.model_loader import Example, FactoryError, load
 from approx_compile.tools.report.explain import Report
 from approx_compile.tools.report.explain import explain as explained
-from approx_compile.tools.report.report_data import si
+from approx_compile.tools.report.words import si
 from approx_compile.tools.tuning.tune import tune as tuned
 
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
-    help="Train PyTorch models with approximate matrix products and convolutions: look at a model, time it, tune it; measure this machine.",
+    help="Train PyTorch models with approximate matrix products and convolutions: look at a model, time it, tune it, check its accuracy; "
+    "examine and measure this machine.",
 )
 
 _EXAMPLES = "\n\n".join(
@@ -66,6 +69,10 @@ class Failure(Exception):
     """A command cannot be carried out; the message is one line."""
 
 
+class WrongUsage(Failure):
+    """An argument of the command line is not valid."""
+
+
 @contextlib.contextmanager
 def failures(debug: bool) -> Iterator[None]:
     """Turn exceptions inside the block into one line on stderr and an exit code.
@@ -84,11 +91,12 @@ def failures(debug: bool) -> Iterator[None]:
     except Exception as e:
         if debug or isinstance(e, typer.Exit):
             raise
-        expected = isinstance(e, (ConfigError, FactoryError, Failure, ImportError, OSError))
+        usage = isinstance(e, (ConfigError, FactoryError, WrongUsage))
+        expected = usage or isinstance(e, (Failure, RunFailed, ImportError, OSError))
         lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [""]
         text = " ".join(lines) if expected else lines[0] + ("" if len(lines) == 1 else " (--debug shows all of it)")
         typer.echo(f"approx-compile: {text if expected else f'{type(e).__name__}: {text}'}", err=True)
-        raise typer.Exit(2 if isinstance(e, (ConfigError, FactoryError)) else 1) from e
+        raise typer.Exit(2 if usage else 1) from e
 
 
 @app.callback(invoke_without_command=True)
@@ -106,6 +114,7 @@ def explain(
     html: Annotated[Path | None, typer.Option("--html", help="Write the report as a page.", show_default=False)] = None,
     as_json: Json = False,
     graphs: Annotated[bool, typer.Option("--graphs", help="Print the graphs before and after, too.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="A line for every layer, with op, shape, dtype and kept entries.")] = False,
     costs: Annotated[bool, typer.Option("--costs", help="Print what the predicted times are made of, term by term.")] = False,
     step: Annotated[int, typer.Option(min=0, help="Of settings that change over a run, those after this many optimizer steps.")] = 0,
     phase: Annotated[str | None, typer.Option(help="And in this phase.", show_default=False)] = None,
@@ -119,8 +128,9 @@ def explain(
         _check_folder("--html", html)
         example = example_of(model)
         report = _report(example, options)
+        report.verbose = verbose
         if html is not None:
-            report.to_html(html, machines.current(_device(example)))
+            report.to_html(html, machines.current(report.device))
         if as_json:
             typer.echo(json.dumps(report.to_dict() | ({"before": report.before, "after": report.after} if graphs else {})))
             return
@@ -150,7 +160,7 @@ def bench(
         comparison = timing.compare(example.model, *example.args, config=options, repeats=repeats, **example.kwargs)
         sampled = sum(s.decision == "sampled" for s in report.sites)
         counts = {"sites": len(report.sites), "sampled": sampled, "flops_exact": report.flops_exact, "flops_sampled": report.flops_sampled}
-        typer.echo(json.dumps(comparison.to_dict() | counts) if as_json else f"{comparison}; {sampled} of {len(report.sites)} sites sampled")
+        typer.echo(json.dumps(comparison.to_dict() | counts) if as_json else f"{comparison}; {sampled} of {len(report.sites)} layers approximated")
 
 
 @app.command(epilog=_EXAMPLES.format(command="tune", more="--out plan.toml --max-error 0.3 --budget 300"))
@@ -171,15 +181,64 @@ def tune(
         _check_folder("--out", out)
         options, example = _prepared(model, config, settings, threads, policy="cost")
         if not isinstance(example.model, torch.nn.Module):
-            raise Failure(f"{model} makes a {type(example.model).__name__}; tune needs a torch.nn.Module")
+            raise WrongUsage(f"{model} makes a {type(example.model).__name__}; tune needs a torch.nn.Module")
         if example.kwargs:
-            raise Failure(f"{model} gives its inputs by keyword; tune needs positional ones")
+            raise WrongUsage(f"{model} gives its inputs by keyword; tune needs positional ones")
         plan = tuned(example.model, *example.args, loss=timing.loss_of, config=options, max_error=max_error, time_budget_s=budget, rows=rows)
         if out is not None:
             plan.save(out)
         typer.echo(json.dumps(plan.to_dict()) if as_json else str(plan))
         if out is not None and not as_json:
             typer.echo(f"written: {out}")
+
+
+_COMPARE_HELP = "\n\n".join(
+    (
+        '**The function**: `path/to/file.py:run` or `package.module:run`; `run(seed)` trains with `backend="approx"` and returns the accuracy, or a dict with '
+        "`accuracy` and perhaps `seconds`. It is called in fresh processes, in turn exact (with `APPROX_COMPILE_DISABLE=1`) and approximate.",
+        "**Example**: `approx-compile compare train.py:run --seeds 5 --margin 0.002 --json compared.json`",
+    )
+)
+
+
+@app.command(epilog=_COMPARE_HELP)
+def compare(
+    function: Annotated[str, typer.Argument(metavar="FILE:FUNCTION", help="What trains once with a given seed.", show_default=False)],
+    seeds: Annotated[int, typer.Option(min=2, help="Pairs of runs, with seeds 0, 1, 2 and so on.")] = 3,
+    margin: Annotated[float | None, typer.Option(help="Loss of accuracy that would not matter; 0.5 % of exact's.", show_default=False)] = None,
+    lower_is_better: Annotated[bool, typer.Option("--lower-is-better", help="The function returns a loss or an error.")] = False,
+    threads: Threads = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all runs and the verdict as JSON.", show_default=False)] = None,
+    debug: Debug = False,
+) -> None:
+    """Train exactly and approximately with several seeds, and say whether the accuracy is the same and how much time is saved."""
+    with failures(debug):
+        _check_folder("--json", json_file)
+        if margin is not None and not margin > 0:
+            raise WrongUsage(f"--margin: got {margin:g}; a number above 0 is expected")
+        if os.environ.get(DISABLE) == "1":
+            raise Failure(f"{DISABLE}=1 is set, with which both runs would be exact; unset it")
+        found = compare_accuracy(function, seeds, margin, lower_is_better, threads, lambda text: typer.echo(text, err=True))
+        if json_file is not None:
+            json_file.write_text(json.dumps(found.to_dict(), indent=1))
+        typer.echo(str(found))
+        if json_file is not None:
+            typer.echo(f"written: {json_file}")
+
+
+@app.command()
+def doctor(
+    as_json: Json = False,
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Examine this installation: versions, C++ compiler, devices, machine profile, caches, torch's known faults, and whether a small model compiles."""
+    with failures(debug):
+        _set_threads(threads)
+        found = examine()
+        typer.echo(json.dumps(found.to_dict()) if as_json else str(found))
+        if found.problems:
+            raise typer.Exit(1)
 
 
 @app.command()
@@ -218,13 +277,9 @@ def _set_threads(threads: int | None) -> None:
 
 def _check_folder(option: str, path: Path | None) -> None:
     if path is not None and not path.absolute().parent.is_dir():
-        raise Failure(f"{option}: there is no folder {path.parent}")
-
-
-def _device(example: Example) -> str:
-    """Return the device that the model's tensors are on."""
-    tensors = [*(example.model.parameters() if isinstance(example.model, torch.nn.Module) else ()), *example.args, *example.kwargs.values()]
-    return next((t.device.type for t in tensors if isinstance(t, torch.Tensor)), "cpu")
+        raise WrongUsage(f"{option}: there is no folder {path.parent}; make it, or name a file elsewhere")
+    if path is not None and path.is_dir():
+        raise WrongUsage(f"{option}: {path} is a folder; the name of a file is expected, such as {path / option.strip('-')}")
 
 
 def example_of(spec: str) -> Example:

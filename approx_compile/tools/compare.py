@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import platform
 import statistics
@@ -12,7 +11,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -22,6 +20,7 @@ from approx_compile.backend import Backend
 from approx_compile.config import ApproxConfig
 from approx_compile.machine import device_name
 from approx_compile.machine.timer import BenchmarkTimer
+from approx_compile.utils import printed
 
 WARM_UP = 2
 """The number of rounds that are run before any is timed; compilation happens in them."""
@@ -75,11 +74,9 @@ class Comparison:
         table = Table("backend", "median, ms", "20th to 80th percentile")
         for name, timing in (("inductor", self.inductor), ("approx", self.approx)):
             table.add_row(name, f"{timing.median_ms:.3f}", f"{timing.p20_ms:.3f} to {timing.p80_ms:.3f}")
-        out = io.StringIO()
-        Console(file=out, width=120).print(table)
         ratio = f"approx is {self.speedup:.2f}x as fast as Inductor ({self.speedup_p20:.2f} to {self.speedup_p80:.2f})"
         conditions = f"{self.repeats} steps of each in turn, forward and backward, without an optimizer"
-        return f"{out.getvalue()}{ratio}; {conditions}; {self.threads} threads, {self.device}, torch {self.torch}"
+        return f"{printed(table)}\n{ratio}; {conditions}; {self.threads} thread{'s' if self.threads > 1 else ''}, {self.device}, torch {self.torch}"
 
 
 def compare(model: Callable[..., Any], *args: Any, config: ApproxConfig | Mapping[str, Any] | None = None, repeats: int = 15, **kwargs: Any) -> Comparison:

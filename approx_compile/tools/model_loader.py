@@ -20,6 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 _PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm, torch.ops.aten.convolution, torch.ops.aten._convolution)
 
 
+SHOWN = 8
+"""The most functions that the message about a missing one lists."""
+
+
 class FactoryError(ValueError):
     """The factory cannot be found or imported, fails, or does not return a model that runs on its example inputs."""
 
@@ -64,14 +68,7 @@ def load(spec: str) -> Example:
     Raises:
         FactoryError: If the factory cannot be found or imported, fails, or returns something else.
     """
-    place, colon, name = spec.rpartition(":")
-    if not (colon and place and name):
-        raise FactoryError(f"model: got {spec!r}; package.module:factory or path/to/file.py:factory is expected")
-    module = _module(place)
-    factory = getattr(module, name, None)
-    if not callable(factory):
-        near = difflib.get_close_matches(name, [n for n, f in vars(module).items() if inspect.isfunction(f)], n=1)
-        raise FactoryError(f"model: {place} has no function {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
+    factory = load_function(spec)
     try:
         made = factory()
     except (Exception, SystemExit) as e:
@@ -88,6 +85,31 @@ def load(spec: str) -> Example:
     raise FactoryError(
         f"model: {spec} returned {type(inputs).__name__} as example inputs; a tensor, a tuple of arguments or a dict of keyword arguments is expected"
     )
+
+
+def load_function(spec: str) -> Callable[..., Any]:
+    """Load the function that a specification names.
+
+    Args:
+        spec: `package.module:function` or `path/to/file.py:function`.
+
+    Returns:
+        The function.
+
+    Raises:
+        FactoryError: If it cannot be found or imported.
+    """
+    place, colon, name = spec.rpartition(":")
+    if not (colon and place and name):
+        raise FactoryError(f"model: got {spec!r}; package.module:factory or path/to/file.py:factory is expected")
+    module = _module(place)
+    function: Any = getattr(module, name, None)
+    if callable(function):
+        return function  # type: ignore[no-any-return]
+    own = [n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__ and not n.startswith("_")]
+    near = difflib.get_close_matches(name, own, n=1)
+    has = f" It has {', '.join(own[:SHOWN])}{', ...' if len(own) > SHOWN else ''}." if own else " It has no functions."
+    raise FactoryError(f"model: {place} has no function {name!r}." + (f" Did you mean {near[0]!r}?" if near else "") + has)
 
 
 def _module(place: str) -> ModuleType:

@@ -20,6 +20,7 @@ from approx_compile.config.schema import AdaptiveTable
 from approx_compile.config.words import LADDER
 from approx_compile.rows import controller
 from approx_compile.rows.controller import OBSERVE_EVERY, RowControl, controls
+from approx_compile.utils import percent
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_work_counts")
 
@@ -96,14 +97,39 @@ def test_training_relaxes_and_learns() -> None:
 @pytest.mark.slow
 def test_decisions_are_shown(tmp_path: Path) -> None:
     model = mlp(20, 64, 2)
-    assert "no cut has run yet" in str(approx_compile.decisions(model))
+    assert "No backward pass has run on rows" in str(approx_compile.decisions(model))
     f, optimizer = training(model)
     train(f, optimizer, 120)
     (c,) = controls(f).values()
     shown = approx_compile.decisions(f)
-    assert "120" in str(shown) and f"{c.ratio:g}" in str(shown)
+    assert f"whole backward pass   120    rows needed {percent(c.measured)}" in str(shown) and f"{percent(c.ratio)} now, {percent(c.kept)} on average" in str(
+        shown
+    )
+    assert f"{len(c.changes) - 1} change" in str(shown)
     shown.plot(tmp_path / "shares.png")
     assert (tmp_path / "shares.png").stat().st_size > 5000
+
+
+def test_decisions_before_a_change_after_loading_and_with_many_controls(small_work_counts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    model, x = mlp(20, 64, 2), torch.randn(64, 20)
+    f = torch.compile(model, backend=Backend(None, inner_compile=run_as_is))
+    f(x).square().mean().backward()
+    assert "still the whole batch: nothing measured yet" in str(approx_compile.decisions(f))
+    for _ in range(2):
+        f(x).square().mean().backward()
+    text = str(approx_compile.decisions(f))
+    assert "whole backward pass" in text and "100 % now, 100 % on average" in text and "most samples still matter" in text
+    saved, again = approx_compile.state_dict(f), mlp(20, 64, 2)
+    approx_compile.load_state_dict(again, saved)
+    loaded = " ".join(str(approx_compile.decisions(again)).split())
+    assert loaded.startswith("A state was loaded (step 3, 100 % kept) and has not run yet")
+    (control,) = controls(f).values()
+    eleven = approx_compile.Decisions({f"{i}.{control.name}": control for i in range(11)})
+    assert len({line.split("   ")[0] for line in str(eleven).splitlines() if "backward pass" in line}) == 11
+    eleven.plot(tmp_path / "eleven.svg")
+    drawn = (tmp_path / "eleven.svg").read_text()
+    assert drawn.count("whole backward pass from") == 4 and "the 4 of 11 controls" in drawn
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import OrderedDict
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from approx_compile import ApproxWarning, Backend, ConfigError, decisions, explain, load_state_dict, set_phase, set_step, state_dict
 from approx_compile.backend import run_as_is
+from approx_compile.tools.report.report_text import lines
+from approx_compile.tools.report.words import si, type_of
 
 ALWAYS: dict[str, Any] = {"policy": "always", "ratio": 0.5, "group": 1}
 
@@ -44,8 +47,81 @@ def test_table_totals_and_reasons() -> None:
     assert fc.products["output"].flops_sampled == fc.flops_exact // 3 // 2 + norms + selection
     assert report.flops_exact == conv.flops_exact + fc.flops_exact
     text = str(report)
-    for piece in ("conv2d", "axis of 16, min_k is 16", "32 of 64", "1 of 2 sites sampled", "FLOPs of a training step"):
+    for piece in ("Conv2d 16 -> 64, 3x3", "Linear 64 -> 10", "axis of 16, min_k is 16", "keeps 32 of 64 (topk)", "FLOPs: matrix products of one training step"):
         assert piece in text
+    assert text.startswith(f"Forward: SAMPLED in 1 of 2 layers (topk). Backward: only what forward keeps in 1 of 2 layers. FLOPs {si(report.flops_exact)} -> ")
+
+
+def test_adaptive_rows_start_whole_and_say_the_least(small_work_counts: None) -> None:
+    model, x = mlp(64, 64, 64, 64, 8), torch.randn(64, 64)
+    report = explain(model, x)
+    text = str(report)
+    assert text.startswith(f"Forward: exact. Backward: adaptive rows, 64 of 64 now (could drop to 4). FLOPs {si(report.flops_exact)} now; about ")
+    assert "if a quarter of the rows is kept" in text.replace("\n", " ") and "64 of 64 rows now" in text and "addmm" not in text
+    forward = sum(s.products["output"].flops_exact for s in report.sites)
+    assert (report.flops_now, report.flops_possible) == (report.flops_exact, forward + (report.flops_exact - forward) // 4)
+    assert report.to_dict()["adaptive"] == {"rows": {}, "least_rows": 0.0625, "min_rows": 2, "outputs": None, "least_outputs": 0.25, "steps": 0, "history": {}}
+    assert re.search(r"addmm s\d+x64x64 float32, 64 of 64", str(explain(model, x, verbose=True)))
+
+
+def test_after_training_it_says_what_is_kept_now(small_work_counts: None) -> None:
+    model, x = mlp(64, 64, 64, 8), torch.randn(64, 64)
+    f = torch.compile(model, backend=Backend(None, inner_compile=run_as_is))
+    f(x).square().mean().backward()
+    (control,) = decisions(model).cuts.values()
+    control.changes.append((1, 0.5))
+    report = explain(f, x)
+    assert report.adaptive is not None and (report.adaptive.rows, report.adaptive.steps) == ({1: 0.5}, 1)
+    assert report.adaptive.history == {"whole backward pass": ((0, 1.0), (1, 0.5))}
+    assert "adaptive rows, 32 of 64 now" in str(report) and report.flops_possible < report.flops_now < report.flops_exact
+
+
+def test_adaptive_outputs_start_exact() -> None:
+    report = explain(mlp(64, 64, 64), torch.randn(32, 64), config={"policy": "adaptive", "output": "topk", "grad": "exact"})
+    assert report.sites[0].k == 16  # the plan is that of the lowest rung, the text says what holds
+    text = str(report)
+    assert text.startswith("Forward: exact now, 2 of 2 layers may be SAMPLED later (topk, down to 25 %).")
+    assert "exact now, later 16 of 64 (topk)" in text and report.flops_now == report.flops_exact > report.flops_possible
+
+
+def test_equal_layers_share_a_line() -> None:
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.blocks = nn.Linear(32, 64), nn.ModuleList(mlp(64, 64, 64) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            for block in self.blocks:
+                x = x + block(x)
+            return x
+
+    report = explain(Blocks(), torch.randn(8, 32), config={"method": "exact"})
+    assert [line.label for line in lines(report)] == ["stem", "blocks.*.* x 6"]
+    assert len(lines(report, collapse=False)) == 7
+    assert [line.label for line in lines(explain(mlp(64, 64, 64, 64), torch.randn(8, 64), config={"method": "exact"}))] == ["0", "2, 4"]
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_the_text_is_as_wide_as_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    model = nn.Sequential(OrderedDict([("a_long_name_of_a_layer", nn.Linear(64, 64)), ("norm", nn.BatchNorm1d(64)), ("head", nn.Linear(64, 10))]))
+    text = str(explain(model, torch.randn(32, 64)))
+    assert max(map(len, text.splitlines())) <= width and "a_long_name_of_a_layer" in text
+
+
+def test_types_of_layers() -> None:
+    class Kinds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(16, 32, 3, groups=4), nn.ConvTranspose1d(32, 8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.b(self.a(x).flatten(2))
+            return h @ h.transpose(1, 2)
+
+    report = explain(Kinds(), torch.randn(4, 16, 6, 6))
+    assert [type_of(s) for s in report.sites] == ["Conv2d 16 -> 32, 3x3, 4 groups", "ConvTranspose1d 32 -> 8, 5", "matmul 8x20 @ 20x8"]
 
 
 def test_bytes_of_operands_and_results() -> None:
@@ -250,7 +326,7 @@ def test_a_layer_without_a_product_is_named_where_a_rule_asks_for_it() -> None:
 
 
 def test_nothing_to_explain_and_bad_input() -> None:
-    assert "no matrix product" in str(explain(torch.relu, torch.randn(4)))
+    assert "No matrix product or convolution was found, so there is nothing to approximate. Look at" in str(explain(torch.relu, torch.randn(4)))
     with pytest.raises(TypeError, match="got int"):
         explain(3)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="ratio"):
@@ -265,6 +341,8 @@ def test_dynamic_sizes_are_shown_as_symbols() -> None:
     (symbol, size), *_ = report.sites[0].traced
     assert size == 48 and not symbol.isdigit()
     assert [s.shape for s in report.sites] == [f"{symbol}x64x32", f"{symbol}x32x8"]
+    assert "as traced" not in str(report)
+    report.verbose = True
     assert f"{symbol}x64x32" in str(report) and f"{symbol} = 48 as traced" in str(report)
     assert report.sites[0].flops_exact == 2 * 2 * 48 * 64 * 32  # the input needs no gradient
     static = explain(mlp(64, 32, 8), torch.randn(48, 64), config={"policy": "always", "ratio": 0.5})

@@ -8,10 +8,11 @@ import shutil
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -20,11 +21,14 @@ from torch import Tensor, nn
 
 from approx_compile import Report, explain
 from approx_compile.reasons import Reason
+from approx_compile.tools.report import html
 from approx_compile.tools.report.html import difference
-from approx_compile.tools.report.plots import COLORS, Roof, roofline, site_graph
-from approx_compile.tools.report.report_data import SiteReport
+from approx_compile.tools.report.plots import Roof, branches, rated_products, roofline, rows_over_steps, site_graph
+from approx_compile.tools.report.report_text import flops_title, verdict
+from approx_compile.tools.report.words import type_of, why
 
 ALWAYS: dict[str, Any] = {"policy": "always", "ratio": 0.5, "group": 1}
+SVG = "{http://www.w3.org/2000/svg}"
 EVIL = "<img src=x onerror=alert(1)>&amp;"
 
 
@@ -86,7 +90,7 @@ class Page(HTMLParser):
             self.fetched.append(tag)
         if tag == "a" and not str(own.get("href")).startswith("#"):
             self.fetched.append(f"a {own.get('href')}")
-        if tag not in ("meta", "br"):
+        if tag not in ("meta", "br", "wbr"):
             self.open.append(tag)
         self.texts.setdefault(tag, []).append("")
 
@@ -109,18 +113,35 @@ def written(report: Report, path: Path, machine: Peaks | None = None) -> Page:
 
 
 @pytest.mark.slow
-def test_self_contained_with_every_site_product_and_total(small: Report, tmp_path: Path) -> None:
+def test_self_contained_with_every_site_product_and_the_verdict(small: Report, tmp_path: Path) -> None:
     page = written(small, tmp_path / "report.html")
     assert page.fetched == []
     for css in page.texts["style"]:
         assert not re.search(r"@import|url\(\s*['\"]?(?!data:)", css)
     cells = page.texts["td"]
     assert [cells.count(s.name) for s in small.sites] == [1 + len(s.products) for s in small.sites]
-    assert all(s.reason in cells and s.shape in cells for s in small.sites)
-    totals = page.texts["section"][0]
-    assert f"{sum(s.decision == 'sampled' for s in small.sites)} of 4" in totals and f"{small.flops_sampled / small.flops_exact:.0%}" in totals
-    assert "nowhere" in page.texts["code"]
-    assert any("peaks were not given" in text for text in page.texts["p"])
+    assert all(why(s) in cells and type_of(s).replace("->", "→") in cells for s in small.sites)
+    assert page.texts["p"][0] == " ".join(verdict(small)) and page.texts["p"][0].count(". ") == 1  # two sentences
+    assert any("'nowhere' matches no site" in text for text in page.texts["p"])
+    assert (tmp_path / "report.html").stat().st_size < 2_000_000
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<details open" not in text and "Graph of layers" in text
+    html.write(small, tmp_path / "report.html", None)
+    assert "Roofline" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_chain_has_no_drawing_and_the_stored_profile_gives_the_roof(tmp_path: Path) -> None:
+    report = explain(mlp(64, 64, 64), torch.randn(8, 64), config=ALWAYS)
+    assert not branches(report)
+    report.to_html(tmp_path / "report.html")  # the tests have a profile of a machine
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Graph of layers" not in text and "Roofline" in text and "GB/s</text>" in text
+
+
+def test_names_break_after_dots_and_underscores_only(small: Report, tmp_path: Path) -> None:
+    report = replace(small, sites=[replace(small.sites[0], name="blocks.0.self_attn")])
+    report.to_html(tmp_path / "report.html")
+    assert 'data-search="blocks.0.self_attn">blocks.<wbr>0.<wbr>self_<wbr>attn</td>' in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
@@ -130,7 +151,7 @@ def test_names_and_reasons_are_escaped(tmp_path: Path) -> None:
     assert report.sites[0].name == EVIL and report.unmatched == ["</script><b>"]
     report.sites[1] = replace(report.sites[1], reason=Reason("</td><script>alert(2)</script>"))
     page = written(report, tmp_path / "report.html")
-    assert EVIL in page.texts["td"] and page.fetched == [] and "</script><b>" in page.texts["code"]
+    assert EVIL in page.texts["td"] and page.fetched == [] and any("</script><b>" in text for text in page.texts["p"])
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<img src=x" not in text and "<script>alert" not in text and text.count("<script") == text.count("</script>")
 
@@ -141,17 +162,29 @@ def test_cuts(tmp_path: Path, small_work_counts: None) -> None:
     (cut,) = report.cuts
     page = written(report, tmp_path / "report.html")
     assert cut.decision == "rows" and "0.25 of the rows" in page.texts["td"] and cut.reason in page.texts["td"]
-    assert page.texts["td"].count("backward on rows") == sum(any(p.decision == "rows" for p in s.products.values()) for s in report.sites) > 0
+    on_rows = sum(any(p.decision == "rows" for p in s.products.values()) for s in report.sites)
+    assert page.texts["td"].count("8 of 32 rows") == on_rows > 0
+
+
+def test_rows_over_steps_in_the_default_mode(tmp_path: Path, small_work_counts: None) -> None:
+    report = explain(mlp(64, 256, 256, 10), torch.randn(32, 64))
+    page = written(report, tmp_path / "report.html")
+    assert any("Nothing was trained yet" in text for text in page.texts["p"]) and any("as it was; rows are chosen" in text for text in page.texts["h3"])
+    assert report.adaptive is not None
+    report.adaptive = replace(report.adaptive, steps=60, rows={1: 0.5}, history={"whole backward pass": ((0, 1.0), (30, 0.5))})
+    page = written(report, tmp_path / "report.html")
+    assert "whole backward pass" in page.texts["text"] and "as many as needed, 50 % now" in page.texts["td"]
+    many_lines = rows_over_steps({f"cut {i}": ((0, 1.0),) for i in range(11)}, 60)
+    assert many_lines.count("series") == 8 and len(set(re.findall(r'y="([0-9.]+)" text-anchor="start" class="label series', many_lines))) == 4
 
 
 def test_replaced_gradients_and_schedules(tmp_path: Path) -> None:
     rules = [{"layers": "0", "output": "exact", "grad_weight": "zero"}, {"layers": "2", "steps": "100:", "ratio": 0.25}]
     report = explain(mlp(64, 64, 64), torch.randn(8, 64), config=ALWAYS | {"rules": rules})
     page = written(report, tmp_path / "report.html")
-    assert page.texts["td"].count("gradient replaced") == page.texts["td"].count("replaced") == 1
-    assert any(f"one of {report.assignments} assignments" in text for text in page.texts["p"]) and report.assignments > 1
-    drawn_as = {t.name for t in site_graph(report).data} - {"edges"}
-    assert drawn_as == {"gradient replaced", "sampled"}
+    assert sum("replaced (zero)" in cell for cell in page.texts["td"]) == page.texts["td"].count("replaced") == 1
+    assert any(f"the first of {report.assignments} assignments" in text for text in page.texts["p"]) and report.assignments > 1
+    assert [kind in site_graph(report) for kind in ("gradient replaced", "sampled", "backward on rows")] == [True, True, False]
     assert json.loads(json.dumps(report.to_dict()))["assignments"] == report.assignments
 
 
@@ -161,32 +194,15 @@ def test_nothing_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_times_are_drawn_where_a_report_has_them(small: Report, tmp_path: Path) -> None:
-    @dataclass(frozen=True)
-    class Timed(SiteReport):
-        time_exact_us: float | None
-        time_sampled_us: float | None
-
-    known = [{f.name: getattr(s, f.name) for f in fields(SiteReport)} for s in small.sites]
-    times = [(200.0, 50.0), (300.0, 50.0), (None, None), (500.0, 100.0)]
-    timed = [Timed(**k | {"time_exact_us": a, "time_sampled_us": b}) for k, (a, b) in zip(known, times, strict=True)]
+def test_times_are_shown_where_a_report_has_them(small: Report, tmp_path: Path) -> None:
+    times = [(200.0, 50.0), (474_000.0, 232_000.0), (None, None), (5e6, 100.0)]
+    timed = [replace(s, time_exact_us=a, time_sampled_us=b) for s, (a, b) in zip(small.sites, times, strict=True)]
     page = written(replace(small, sites=timed), tmp_path / "report.html")
-    assert "1k → 200" in page.texts["section"][0] and "time, µs" in page.texts["h3"]
+    assert {"200 us → 50 us", "474 ms → 232 ms", "5 s → 100 us"} <= set(page.texts["td"]) and "time" in page.texts["th"]
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     table = text[text.index('id="site-table"') : text.index("</table>")]
     assert table.count("<td") == len(timed) * table.count("<th ")
-    untimed = [Timed(**k | {"time_exact_us": None, "time_sampled_us": None}) for k in known]
-    assert "time, µs" not in written(replace(small, sites=untimed), tmp_path / "without.html").texts["h3"]
-
-
-@pytest.mark.slow
-def test_machine_without_a_dtype_and_with(small: Report, tmp_path: Path) -> None:
-    for machine, said in (
-        (None, "peaks were not given"),
-        (Peaks("bfloat16"), "No peaks were given for float32"),
-        (Peaks(), "the most that the machine allows"),
-    ):
-        assert any(said in text for text in written(small, tmp_path / "report.html", machine).texts["p"])
+    assert "time" not in written(small, tmp_path / "without.html").texts["th"]
 
 
 def test_changed_lines_are_marked() -> None:
@@ -210,14 +226,11 @@ def test_unwritable_and_missing_library(small: Report, tmp_path: Path, monkeypat
 
 
 def test_graph_of_sites(small: Report) -> None:
-    figure = site_graph(small)
-    nodes = [t for t in figure.data if t.name != "edges"]
-    assert sorted(text.split("<br>")[0] for t in nodes for text in t.hovertext) == ["a", "b", "c", "d"]
-    assert {t.marker.color for t in nodes} <= set(COLORS.values())
-    place = {text.split("<br>")[0]: (x, y) for t in nodes for text, x, y in zip(t.hovertext, t.x, t.y, strict=True)}
-    assert place == {"a": (0, 0), "b": (-0.5, -1), "c": (0.5, -1), "d": (0, -2)}
-    edges = figure.data[0]
-    assert edges.x.count(None) == 4  # a reads nothing; a -> d is implied by a -> b -> d
+    drawn = ElementTree.fromstring(site_graph(small))
+    titles = [t.text.splitlines()[0] for t in drawn.iter(f"{SVG}title") if "\n" in t.text]
+    assert sorted(titles) == ["a", "b", "c", "d"] and branches(small)
+    edges = [p for p in drawn.iter(f"{SVG}path") if "edge" in p.get("class", "")]
+    assert len(edges) == 4  # a reads nothing; a -> d is implied by a -> b -> d
 
 
 @pytest.mark.slow
@@ -231,21 +244,26 @@ def test_same_name_in_two_graphs() -> None:
 
     report = explain(broken, torch.randn(8, 64), config=ALWAYS)
     assert len(set(report.keys)) == len(report.to_networkx()) == len(report.sites) == 2
-    assert sum(len(t.x) for t in site_graph(report).data if t.name != "edges") == 2
+    assert site_graph(report).count("reads ") == 2
 
 
 def test_roofline(small: Report) -> None:
     products = [p for s in small.sites for p in s.products.values()]
-    for roofs, heights, lines in (
-        ({}, [p.flops_exact for p in products], 0),
-        ({"float32": Roof(40, 8)}, [min(40, 8 * p.flops_exact / p.bytes_exact) for p in products], 1),
-        ({"bfloat16": Roof(40, 8)}, [p.flops_exact for p in products], 0),
-    ):
-        figure, what = roofline(small, roofs)
-        points = [t for t in figure.data if t.mode == "markers"]
-        assert sorted(y for t in points for y in t.y) == pytest.approx(sorted(heights))
-        assert sorted(x for t in points for x in t.x) == pytest.approx(sorted(p.flops_exact / p.bytes_exact for p in products))
-        assert len(figure.data) - len(points) == lines and (what == "FLOPs") == (lines == 0)
+    assert roofline(small, {}) is None and roofline(small, {"bfloat16": Roof(40, 8)}) is None
+    roofs = {"float32": Roof(40, 8)}
+    found = roofline(small, roofs)
+    assert found is not None and found[1] == "GFLOP/s at most"
+    what, points = rated_products(small, roofs)
+    assert [p.height for p in points] == pytest.approx([min(40, 8 * p.flops_exact / p.bytes_exact) for p in products])
+    assert [p.intensity for p in points] == pytest.approx([p.flops_exact / p.bytes_exact for p in products])
+    drawn = ElementTree.fromstring(found[0])
+    assert sum("GFLOP/s at" in (t.text or "") for t in drawn.iter(f"{SVG}title")) == len(products)
+    assert sum("roof" in p.get("class", "") for p in drawn.iter(f"{SVG}path")) == 1
+    xs = [float(x) for t in drawn.iter() if (place := re.match(r"translate\(([0-9.]+) ([0-9.]+)", t.get("transform", ""))) for x in place.groups()]
+    assert min(xs) >= 0 and max(xs) <= 900
+    timed = [replace(s, products={n: replace(p, time_exact_us=2.0) for n, p in s.products.items()}) for s in small.sites]
+    what, points = rated_products(replace(small, sites=timed), roofs)
+    assert what == "GFLOP/s, predicted" and [p.height for p in points] == pytest.approx([p.flops_exact / 2e3 for p in products])
 
 
 # --- in a browser ---
@@ -277,12 +295,6 @@ def opened(browser: Any, path: Path, scheme: str = "light") -> tuple[Any, list[s
     return page, wrong
 
 
-def drawn(page: Any, name: str) -> Any:
-    page.locator(f"#{name}").scroll_into_view_if_needed()
-    page.wait_for_selector(f"#{name}.js-plotly-plot .main-svg")
-    return page.locator(f"#{name}")
-
-
 def column(page: Any, index: int) -> list[str]:
     return page.locator(f"#site-table tbody tr td:nth-child({index})").all_inner_texts()
 
@@ -304,19 +316,33 @@ def test_browser_opens_sorts_and_draws(small: Report, tmp_path: Path, browser: A
     page, wrong = opened(browser, tmp_path / "report.html")
     names = [s.name for s in report.sites]
     assert column(page, 2) == names
-    for title, key in (("FLOPs before", "flops_exact"), ("site", "name")):
+    for title, key in ((flops_title(report).replace("->", "→"), "flops_exact"), ("layer", "name")):
         ordered = sorted(report.sites, key=lambda s: getattr(s, key))
-        header = page.locator("#site-table th", has_text=re.compile(f"^{title}$"))
+        header = page.locator("#site-table th", has_text=re.compile(f"^{re.escape(title)}$"))
         header.click()
         assert becomes(page, 2, [s.name for s in ordered]), title
         header.click()
         assert becomes(page, 2, [s.name for s in reversed(ordered)]), title
     page.get_by_role("searchbox").first.fill("onerror")
     assert becomes(page, 2, [EVIL])
-    labels = drawn(page, "graph").locator(".scatterlayer .textpoint text").all_text_contents()
-    assert sorted(label.strip() for label in labels) == sorted(names)
-    assert drawn(page, "roofline").locator(".scatterlayer .points .point").count() == sum(len(s.products) for s in report.sites)
-    assert drawn(page, "bars1").locator(".barlayer .point").count() == 2 * len(report.sites)
+    assert page.locator("svg[aria-label='roofline'] .mark").count() >= sum(len(s.products) for s in report.sites)
+    assert set(names) <= set(page.locator("svg[aria-label='graph of sites'] text").all_text_contents())
+    assert wrong == []
+    page.close()
+
+
+@pytest.mark.parametrize("width", [1280, 480])
+def test_browser_widths(small: Report, tmp_path: Path, browser: Any, width: int) -> None:
+    """The page is no wider than the window; at 1280 pixels the table isn't either, so that no reason is cut off."""
+    sites = [
+        replace(s, name=f"model.layers.{i}.self_attention.query_key_value", reason="a reason of many words " * 5, reads=()) for i, s in enumerate(small.sites)
+    ]
+    replace(small, sites=sites).to_html(tmp_path / "report.html", Peaks())
+    page, wrong = opened(browser, tmp_path / "report.html")
+    page.set_viewport_size({"width": width, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    if width == 1280:
+        assert page.evaluate("document.getElementById('site-table').scrollWidth <= document.getElementById('site-table').parentElement.clientWidth")
     assert wrong == []
     page.close()
 
@@ -326,11 +352,10 @@ def test_browser_dark_and_light(small: Report, tmp_path: Path, browser: Any) -> 
 
     small.to_html(tmp_path / "report.html")
     page, wrong = opened(browser, tmp_path / "report.html", "dark")
-
-    text = drawn(page, "graph").locator(".legendtext").first
+    text = page.locator("svg text").first
 
     def brightness() -> list[int]:
-        """Return the brightness of the page and of a plot's text, from 0 to 765."""
+        """Return the brightness of the page and of a figure's text, from 0 to 765."""
         found = [page.locator("body").evaluate("e => getComputedStyle(e).backgroundColor"), text.evaluate("e => getComputedStyle(e).fill")]
         return [sum(map(int, re.findall(r"\d+", color)[:3])) for color in found]
 
@@ -352,7 +377,5 @@ def test_browser_hundreds_of_sites(small: Report, tmp_path: Path, browser: Any) 
     assert len(column(page, 2)) == 100  # a page of the table
     page.get_by_role("searchbox").first.fill("blocks.299.")
     assert becomes(page, 2, ["blocks.299.fc"])
-    assert drawn(page, "graph").locator(".scatterlayer .points .point").count() >= 300
-    assert page.evaluate("document.getElementById('graph').data.filter(t => t.name !== 'edges').map(t => t.x.length).reduce((a, b) => a + b)") == 300
     assert wrong == []
     page.close()

@@ -40,6 +40,7 @@ def measured() -> tuple[Measurements, nn.Module, Tensor, Tensor]:
 def test_errors_are_those_of_the_gradients(measured: Any) -> None:
     """The errors equal those of gradients that are computed by hand with the same random numbers, all in one vector."""
     found, model, x, y = measured
+    found.survey()
     found.measure_all(rows=False)
     assert list(found.alone) == [("conv", 0.5), ("twice", 0.5), ("twice#2", 0.5)] and not found.usable and not found.times
     assert found.space.excluded.keys() == {"stem", "head"}
@@ -75,6 +76,7 @@ def test_rows_are_measured(small_work_counts: None) -> None:
     space = SearchSpace.of({"rules": [{"layers": "site", "method": "exact"}]})
     trials = Trials(model, (x,), y, None, space.options({}))
     found = Measurements(trials, space, 10.0, [0.5], 1e9, Progress(disable=True))
+    found.survey()
     found.measure_all(rows=True)
     (tried, saved) = found.rows[0.5]
     assert tried.options == {"policy": "always", "ratio": 0.5, "grad": {"axis": "rows"}} and not found.alone

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import random
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -21,6 +23,8 @@ from rich.progress import Progress
 from approx_compile import tune
 from approx_compile.tools.model_state import training_state_preserved
 from approx_compile.tools.tuning import measurements
+from approx_compile.tools.tuning.deadline import DeadlineReached, deadline
+from approx_compile.tools.tuning.measurements import Measurements
 from approx_compile.tools.tuning.trial import StepTimes, Trials
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -121,6 +125,7 @@ class Counted(Trials):
 def test_the_time_budget_is_kept(budget: float, rows: bool, monkeypatch: pytest.MonkeyPatch, small_work_counts: None) -> None:
     """The budget is kept to within one trial, by a counted clock, and what was not measured is reported as not measured."""
     monkeypatch.setattr(tune_module, "Trials", Counted)
+    monkeypatch.setattr(tune_module, "deadline", lambda seconds: contextlib.nullcontext())  # it goes by the real clock
     monkeypatch.setattr(measurements, "now", lambda: Counted.clock)
     monkeypatch.setattr(Counted, "clock", 0.0)
     monkeypatch.setattr(Counted, "compiled_for", [])
@@ -131,7 +136,7 @@ def test_the_time_budget_is_kept(budget: float, rows: bool, monkeypatch: pytest.
     hidden = plan.tuned.sites[1]
     assert hidden.name == "2"
     if not Counted.compiled_for and hidden.ratio == 1:
-        assert hidden.reason is not None and hidden.reason.startswith("not measured") and "1 of 3 sites for want of a measurement" in str(plan)
+        assert hidden.reason is not None and hidden.reason.startswith("not measured") and "no plan: 1 of 3 layers were not measured" in str(plan)
     if budget == 1e9:
         assert plan.tuned.stopped is None and len(Counted.compiled_for) > 2 and plan.tuned.achieved_speedup == 1.25 and "not measured" not in str(plan)
     if budget <= 20:
@@ -140,9 +145,48 @@ def test_the_time_budget_is_kept(budget: float, rows: bool, monkeypatch: pytest.
         assert "achieved not measured" in str(plan)
 
 
+class Endless(Trials):
+    """Trials whose compilations take longer than any budget."""
+
+    def compiled(self, options: Any) -> Any:
+        time.sleep(60.0)
+
+
+@pytest.mark.slow
+def test_a_compilation_is_interrupted_when_the_time_budget_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune_module, "Trials", Endless)
+    monkeypatch.setattr(Measurements, "no_time_for", lambda *a: False)  # every estimate is too short
+    model, x = mlp(32, 64, 10), torch.randn(32, 32)
+    begin, timers = time.monotonic(), signal.getitimer(signal.ITIMER_REAL)[0]
+    plan = tune(model, x, loss=torch.sum, max_error=5.0, time_budget_s=2.0, config={"group": 1, "policy": "always"}, ladder=[0.5], rows=False, progress=False)
+    assert time.monotonic() - begin < 60.0  # which a single compilation would take
+    assert plan.tuned is not None and plan.tuned.stopped == "the time budget of 2 s" and plan.tuned.achieved_speedup is None
+    assert "stopped early" in str(plan) and "of 2 layers were not measured" in str(plan)
+    assert (signal.getitimer(signal.ITIMER_REAL)[0] > 0) == (timers > 0)
+
+
+def test_a_deadline_interrupts_and_leaves_other_timers() -> None:
+    timers = signal.getitimer(signal.ITIMER_REAL)[0]
+    with pytest.raises(DeadlineReached), deadline(0.05):
+        time.sleep(5.0)
+    with deadline(5.0):
+        pass
+    assert (signal.getitimer(signal.ITIMER_REAL)[0] > 0) == (timers > 0)
+    with contextlib.ExitStack() as outer:  # a timer of the user's own that rings earlier is left alone
+        rang: list[int] = []
+        handler = signal.signal(signal.SIGALRM, lambda *a: rang.append(1))
+        outer.callback(signal.signal, signal.SIGALRM, handler)
+        own = signal.setitimer(signal.ITIMER_REAL, 0.05)
+        outer.callback(signal.setitimer, signal.ITIMER_REAL, *own)
+        with deadline(60.0):
+            time.sleep(0.2)
+        assert rang == [1]
+
+
 @pytest.mark.slow
 def test_how_long_it_would_take_is_said_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune_module, "Trials", Counted)
+    monkeypatch.setattr(tune_module, "deadline", lambda seconds: contextlib.nullcontext())
     monkeypatch.setattr(measurements, "now", lambda: Counted.clock)
     console = Console(file=io.StringIO(), width=400)
     with Progress(console=console) as shown:

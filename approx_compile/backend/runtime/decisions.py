@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-import io
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
+from rich import box
 from rich.table import Table
 from torch import nn
 
-from approx_compile.rows.controller import Control, controls
+from approx_compile.rows.controller import Control, RowControl, controls, waiting_states
+from approx_compile.utils import percent, printed
+
+LINES = 4
+"""The most lines of a plot."""
+
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+"""Colours that people with a colour vision deficiency can tell apart (Okabe and Ito)."""
 
 
 @dataclass(frozen=True)
@@ -20,22 +30,33 @@ class Decisions:
     Attributes:
         cuts: The controls of the model, by name. The control of a cut chooses the share of the rows; its `measured` is the share that is needed. The control
             of sampled outputs chooses their ratio; its `measured` is the relative squared error of the gradient.
+        waiting: The loaded states of controls that have not run since.
     """
 
     cuts: dict[str, Control]
+    waiting: tuple[Mapping[str, Any], ...] = ()
 
     def __str__(self) -> str:
         if not self.cuts:
-            return "no cut has run yet: either nothing was trained, or all rows run (approx_compile.explain(model, *inputs) says why)"
-        out = io.StringIO()
-        table = Table("cut or outputs", "steps", "measured", "kept now", "kept on average", "changes")
+            return printed(_loaded(self.waiting) if self.waiting else NOTHING)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for title in ("what", "step", "measured", "kept", "so far"):
+            table.add_column(title, overflow="fold")
+        for label, c in self._labelled().items():
+            table.add_row(label, str(c.step), _measured(c), f"{percent(c.ratio)} now, {percent(c.kept)} on average", _so_far(c))
+        return printed(table, *([_loaded(self.waiting)] if self.waiting else []))
+
+    def _labelled(self) -> dict[str, Control]:
+        """Return the controls by what they decide about, with the name of the first parameter where several decide about the same."""
+        count = Counter(c.place for c in self.cuts.values())
+        labels: dict[str, Control] = {}
         for name, c in self.cuts.items():
-            table.add_row(name, str(c.step), f"{c.measured:.3g}", f"{c.ratio:g}", f"{c.kept:.3f}", str(len(c.changes) - 1))
-        Console(file=out, width=120).print(table)
-        return out.getvalue().rstrip()
+            label = c.place if count[c.place] == 1 else f"{c.place} from {name.removesuffix(c.name).rstrip('.') or 'the model'}"
+            labels[label if label not in labels else f"{label} ({sum(known.startswith(label) for known in labels) + 1})"] = c
+        return labels
 
     def plot(self, path: str | Path) -> None:
-        """Draw the share kept over the steps, one line for each control.
+        """Draw the share kept over the steps, one line for each control, labelled at its end; the four controls with the most changes if there are more.
 
         Args:
             path: The file of the picture. Its extension decides the format.
@@ -49,14 +70,52 @@ class Decisions:
             raise ImportError("decisions(model).plot needs matplotlib: pip install 'approx-compile[examples]'") from None
         figure = Figure(figsize=(8, 4))
         axes = figure.subplots()
-        for name, c in self.cuts.items():
+        shown = sorted(self._labelled().items(), key=lambda item: -len(item[1].changes))[:LINES]
+        ends = _spread([c.ratio for _, c in shown])
+        for (label, c), end, color in zip(shown, ends, COLORS, strict=False):
             steps = [*(s for s, _ in c.changes), c.step]
-            shares = [*(r for _, r in c.changes), c.ratio]
-            axes.step(steps, shares, where="post", label=name)
-        axes.set(xlabel="steps", ylabel="share kept", ylim=(0, 1.05))
-        if self.cuts:
-            axes.legend()
+            axes.step(steps, [*(r for _, r in c.changes), c.ratio], where="post", color=color)
+            axes.annotate(label, (c.step, end), (6, 0), textcoords="offset points", color=color, va="center", annotation_clip=False)
+        left_out = len(self.cuts) - len(shown)
+        title = f"the {len(shown)} of {len(self.cuts)} controls with the most changes" if left_out else ""
+        axes.set(xlabel="steps", ylabel="share kept", ylim=(0, 1.05), title=title)
+        axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(path, dpi=110, bbox_inches="tight")
+
+
+NOTHING = (
+    "No backward pass has run on rows of the batch yet: either nothing was trained, or all rows run. "
+    "approx_compile.explain(model, *inputs) says which, and why."
+)
+
+
+def _loaded(waiting: Sequence[Mapping[str, Any]]) -> str:
+    step, kept = max(int(s["step"]) for s in waiting), ", ".join(sorted({percent(s["changes"][-1][1]) for s in waiting}))
+    return f"A state was loaded (step {step}, {kept} kept) and has not run yet: it holds from the first training step of the compiled model."
+
+
+def _measured(c: Control) -> str:
+    if isinstance(c, RowControl):
+        return f"rows needed {percent(c.measured)}"
+    return f"squared gradient error {c.measured:.3g}"
+
+
+def _so_far(c: Control) -> str:
+    if len(c.changes) > 1:
+        changes = len(c.changes) - 1
+        return f"{changes} change{'s' if changes > 1 else ''}, the last after step {c.changes[-1][0]}"
+    if not isinstance(c, RowControl):
+        return "still exact: no measured ratio is good enough" if c.step > c.settings.every else "still exact"
+    return "still the whole batch: most samples still matter" if c.measured < 1 else "still the whole batch: nothing measured yet"
+
+
+def _spread(heights: Sequence[float], least: float = 0.06) -> list[float]:
+    """Move heights apart, upwards from the lowest, so that labels there do not overlap."""
+    places = list(heights)
+    order = sorted(range(len(places)), key=places.__getitem__)
+    for below, i in itertools.pairwise(order):
+        places[i] = max(places[i], places[below] + least)
+    return places
 
 
 def decisions(model: nn.Module) -> Decisions:
@@ -76,4 +135,4 @@ def decisions(model: nn.Module) -> Decisions:
         >>> compiled(torch.randn(512, 1024)).square().mean().backward()
         >>> print(approx_compile.decisions(model))  # a table with a line for each control
     """
-    return Decisions(controls(model))
+    return Decisions(controls(model), tuple(waiting_states(model)))

@@ -33,6 +33,7 @@ class OutputControl(Control):
 
     def __init__(self, settings: AdaptiveTable, name: str) -> None:
         super().__init__(settings, name, 0.0)
+        self.place = "outputs of the forward pass"
 
     @property
     def should_observe(self) -> bool:

@@ -1,13 +1,14 @@
 """Write a report as a single HTML file that loads nothing else.
 
-jinja2 fills in the page, plotly draws the figures, DataTables (in the build that itables ships) makes the table sortable, and pygments marks changed lines.
+jinja2 fills in the page, `plots` draws the figures as SVG, DataTables (in the build that itables ships) makes the tables sortable, and pygments marks changed
+lines.
 """
 
 from __future__ import annotations
 
 import base64
 import difflib
-import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -16,14 +17,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from approx_compile.tools.report.plots import Roof
-    from approx_compile.tools.report.report_data import ReportData, SiteReport
+    from approx_compile.tools.report.report_data import ReportData
 
-MEASURES = (("FLOPs", "flops_exact", "flops_sampled"), ("time, µs", "time_exact_us", "time_sampled_us"))
-"""The measures of a site's cost, as (title, field before the rewrite, field after it). A measure is shown if the report has values for it."""
-
-NO_ROOFS = "The lines of the roof are left out: the machine's peaks were not given."
 HEIGHTS = {
-    "FLOPs": "No product's rate is known, so its height is its FLOPs.",
     "GFLOP/s at most": "A product's height is the most that the machine allows at its intensity; no time was predicted or measured.",
     "GFLOP/s, predicted": "A product's height is the rate predicted for the exact product.",
 }
@@ -77,7 +73,7 @@ def write(report: ReportData, path: str | Path, machine: Peaks | None = None) ->
     Args:
         report: The report.
         path: The file.
-        machine: The machine's peaks for the roofline; None leaves out the roof.
+        machine: The machine's peaks for the roofline; None leaves out the roofline.
 
     Raises:
         ImportError: If the extra `report` is not installed.
@@ -86,7 +82,7 @@ def write(report: ReportData, path: str | Path, machine: Peaks | None = None) ->
     try:
         page = render(report, machine)
     except ModuleNotFoundError as e:
-        if e.name is None or e.name.split(".")[0] not in ("plotly", "itables", "jinja2", "pygments"):
+        if e.name is None or e.name.split(".")[0] not in ("itables", "jinja2", "pygments"):
             raise
         raise ImportError(f"to_html needs {e.name}, which is not installed: pip install 'approx-compile[report]'") from None
     Path(path).write_text(page, encoding="utf-8")
@@ -97,7 +93,7 @@ def render(report: ReportData, machine: Peaks | None) -> str:
 
     Args:
         report: The report.
-        machine: The machine's peaks for the roofline; None leaves out the roof.
+        machine: The machine's peaks for the roofline; None leaves out the roofline.
 
     Returns:
         The text of the page.
@@ -107,11 +103,10 @@ def render(report: ReportData, machine: Peaks | None) -> str:
     """
     import jinja2
     import pygments.formatters
-    from plotly.offline import get_plotlyjs
 
     from approx_compile.passes.planning.selection import PREDICTION_ERROR
+    from approx_compile.tools.report import report_text, words
     from approx_compile.tools.report.plots import LABELS, Roof, kind_of
-    from approx_compile.tools.report.report_data import si
 
     source = resources.files("approx_compile.tools.report").joinpath("report.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
@@ -120,16 +115,19 @@ def render(report: ReportData, machine: Peaks | None) -> str:
     return environment.from_string(source).render(
         report=report,
         sites=list(zip(report.keys, report.sites, strict=True)),
+        verdict=report_text.verdict(report),
+        notes=list(report_text.notes(report)),
+        words=words,
+        flops_title=report_text.flops_title(report),
+        flops_of=lambda site: report_text.flops_of(site, report),
         kind_of=kind_of,
         labels=LABELS,
-        cost=_cost,
-        si=si,
+        broken=_breakable,
         graphs=[difference(b, a) for b, a in zip(report.before, report.after, strict=True)],
-        measures=_measures(report),
+        timed=any(s.time_exact_us is not None for s in report.sites),
         break_even=f"{PREDICTION_ERROR:g}" if any(s.break_even for s in report.sites) else "",
         traced=report.traced(),
-        plotly=get_plotlyjs(),
-        templates=_templates(),
+        nothing=report_text.NOTHING_FOUND,
         light=style["default"],
         dark=style["github-dark"],
         **_tables(),
@@ -137,13 +135,12 @@ def render(report: ReportData, machine: Peaks | None) -> str:
     )
 
 
-def _measures(report: ReportData) -> list[tuple[str, str, str]]:
-    return [m for m in MEASURES if any(getattr(s, m[1], None) is not None for s in report.sites)]
+def _breakable(name: str) -> Any:
+    """Return a name as HTML that a browser may break after dots and underscores, and nowhere else."""
+    from markupsafe import Markup, escape
 
-
-def _cost(site: SiteReport, measure: str) -> float:
-    """Return a site's cost in one of the measures; 0 if it is not known."""
-    return getattr(site, measure, None) or 0
+    parts = [escape(part) for part in re.split(r"(?<=[._/])", name) if part]
+    return Markup("<wbr>").join(parts)
 
 
 def _tables() -> dict[str, str]:
@@ -154,44 +151,18 @@ def _tables() -> dict[str, str]:
     return {"table_module": base64.b64encode(bundle.read_bytes()).decode("ascii"), "table_style": bundle.with_suffix(".css").read_text(encoding="utf-8")}
 
 
-def _templates() -> str:
-    """Return plotly's light and dark templates as JSON; the page chooses one of them."""
-    import plotly.io
-
-    clear = {"paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)"}
-    looks = {mode: plotly.io.templates[name].to_plotly_json() for mode, name in (("light", "plotly_white"), ("dark", "plotly_dark"))}
-    return json.dumps({mode: {"layout": look["layout"] | clear} for mode, look in looks.items()}, default=_plain)
-
-
-def _plain(value: Any) -> Any:
-    return value.to_plotly_json() if hasattr(value, "to_plotly_json") else list(value)
-
-
-def _figures(report: ReportData, roofs: Mapping[str, Roof]) -> dict[str, Any]:
-    """Return the figures as JSON, and the notes below the roofline."""
+def _figures(report: ReportData, roofs: Mapping[str, Roof]) -> dict[str, str]:
+    """Return the figures as SVG, empty where there is nothing to draw, and the note on the roofline."""
     from approx_compile.tools.report import plots
 
-    if not report.sites:
-        return {"graph": "", "roofline": "", "roofline_notes": [], "bars": []}
-    roofline, what = plots.roofline(report, roofs)
-    missing = sorted({s.dtype for s in report.sites} - set(roofs))
-    notes = [HEIGHTS[what]] + ([NO_ROOFS if not roofs else f"No peaks were given for {', '.join(missing)}."] if missing else [])
-    bars = [
-        (title, plots.before_and_after(report.keys, [_cost(s, a) for s in report.sites], [_cost(s, b) for s in report.sites], title))
-        for title, a, b in _measures(report)
-    ]
+    found = plots.roofline(report, roofs)
+    trained = report.adaptive is not None and report.adaptive.history
     return {
-        "graph": _data(plots.site_graph(report)),
-        "roofline": _data(roofline),
-        "roofline_notes": notes,
-        "bars": [(title, _data(figure)) for title, figure in bars],
+        "graph": plots.site_graph(report) if plots.branches(report) else "",
+        "roofline": found[0] if found is not None else "",
+        "roofline_note": HEIGHTS[found[1]] if found is not None else "",
+        "rows": plots.rows_over_steps(report.adaptive.history, report.adaptive.steps) if report.adaptive is not None and trained else "",
     }
-
-
-def _data(figure: Any) -> str:
-    """Return a figure as JSON that is safe inside a script element, because plotly escapes `<`, `>` and `/`. It has no template; the page chooses one."""
-    figure.update_layout(template=None)
-    return str(figure.to_json())
 
 
 def difference(before: str, after: str) -> Difference:

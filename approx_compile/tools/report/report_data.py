@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import networkx as nx
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from approx_compile.passes.planning.plan import BreakEven, ProductPlan, RowCut, SitePlan
-from approx_compile.passes.planning.selection import PREDICTION_ERROR
 from approx_compile.reasons import Reason
+
+A_QUARTER = 0.25
+"""The share of the rows that "possible" FLOPs assume under the policy "adaptive"."""
 
 
 @dataclass(frozen=True)
@@ -91,13 +89,36 @@ class SiteReport:
         return SiteReport(**copied, **shown, reason=plan.reason_with_notes, products={p.name: p for p in plan.products})
 
 
+@dataclass(frozen=True)
+class AdaptiveShares:
+    """What the policy "adaptive" has chosen for a model so far, and the least that it may choose.
+
+    Attributes:
+        rows: The share of the rows that is kept now, by the level of the cut; 1 for cuts that are not listed.
+        least_rows: The smallest share of the rows that may be kept.
+        min_rows: The smallest number of rows that may be kept.
+        outputs: The ratio of sampled outputs now; None if their ratio is not found during the run.
+        least_outputs: The smallest ratio of sampled outputs. The plans of the report have this ratio.
+        steps: The steps that were trained.
+        history: (step, share of the rows) of every change, starting with (0, 1), for every control by what it decides about.
+    """
+
+    rows: Mapping[int, float]
+    least_rows: float
+    min_rows: int
+    outputs: float | None
+    least_outputs: float
+    steps: int
+    history: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
+
+
 _SHOWN = ("method", "ratio", "k", "size")
 """The fields that a site takes from the product that stands for it."""
 
 
 @dataclass
 class ReportData:
-    """What `explain` found out about a model. `str(report)` is a table.
+    """What `explain` found out about a model.
 
     FLOPs are those of the sites' products in one training step, 2 for each multiply-add. `flops_sampled` includes those of the sampling itself.
 
@@ -110,6 +131,9 @@ class ReportData:
         remarks: The layers for which no rule can hold, and how the model differs from the one that a tuned plan was made for.
         assignments: How many assignments the settings go through during a run. The report shows the first; `explain(..., config=config.at(step, phase))`
             shows another.
+        adaptive: What the policy "adaptive" has chosen so far; None under settings that choose nothing during the run.
+        device: The type of the device that the model is on.
+        verbose: Whether `str(report)` has a line for every layer, with its op, shape, dtype and kept entries.
     """
 
     sites: list[SiteReport] = field(default_factory=list)
@@ -119,6 +143,9 @@ class ReportData:
     unmatched: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     assignments: int = 1
+    adaptive: AdaptiveShares | None = None
+    device: str = "cpu"
+    verbose: bool = False
 
     @property
     def flops_exact(self) -> int:
@@ -154,30 +181,58 @@ class ReportData:
             latest[site.name] = key
         return graph
 
-    def costs(self) -> str:
-        """Explain the predicted times term by term.
+    # --- what the policy "adaptive" has chosen, and may choose ---
 
-        Returns:
-            A table. For every product as planned it shows the sizes, and each term of the prediction as an expression of the sizes with its time in us.
-        """
-        table = Table()
-        for title in ("site", "product", "as planned", "term"):
-            table.add_column(title, overflow="fold")
-        for title in ("us", "exact: us"):
-            table.add_column(title, justify="right", no_wrap=True)
-        for site in self.sites:
-            if site.break_even is not None:
-                off = f"{PREDICTION_ERROR:g} or 1/{PREDICTION_ERROR:g}"
-                table.add_row(site.name, "", "", f"break-even ratio {site.break_even.range}, if sampling takes {off} times as long as predicted")
-            for p in site.products.values():
-                exact = f"{p.time_exact_us:.3g}" if p.time_exact_us is not None else ""
-                sizes = ", ".join(f"{name} = {size:g}" for name, size in p.sizes)
-                table.add_row(site.name, p.name, p.decision, sizes, "" if p.time_sampled_us is None else f"{p.time_sampled_us:.3g}", exact)
-                for term, time in p.terms:
-                    table.add_row("", "", "", term, f"{time:.3g}", "")
-        out = io.StringIO()
-        Console(file=out, width=160).print(table, highlight=False)
-        return out.getvalue().rstrip()
+    def chooses_rows(self, product: ProductPlan) -> bool:
+        """Tell whether the number of rows that a product runs on is found during the run."""
+        return product.decision == "rows" and product.ratio == 1.0
+
+    def chooses_ratio(self, product: ProductPlan) -> bool:
+        """Tell whether the ratio at which a product is sampled, or coupled to one that is, is found during the run."""
+        adaptive = self.adaptive
+        return adaptive is not None and adaptive.outputs is not None and product.decision in ("sampled", "coupled") and product.ratio == adaptive.least_outputs
+
+    @property
+    def least_rows(self) -> float:
+        """The smallest share of the rows that may be kept."""
+        return self.adaptive.least_rows if self.adaptive is not None else 1.0
+
+    def rows_now(self, product: ProductPlan) -> float:
+        """Return the share of the rows that a product runs on now."""
+        shares = self.adaptive.rows if self.adaptive is not None else {}
+        return next((shares[cut.level] for cut in self.cuts if product.node in cut.products and cut.level in shares), 1.0)
+
+    def rows_at(self, share: float, size: int) -> int:
+        """Return how many of `size` rows are kept at a share."""
+        least = self.adaptive.min_rows if self.adaptive is not None else 1
+        return min(size, max(least, int(share * size + 0.5)))
+
+    def now(self, site: SiteReport) -> int:
+        """Return the FLOPs of a site in the next step."""
+        outputs = self.adaptive.outputs if self.adaptive is not None else None
+        return round(sum(self._flops(p, self.rows_now(p), outputs) for p in site.products.values()))
+
+    def possible(self, site: SiteReport) -> int:
+        """Return the FLOPs of a site if a quarter of the rows is kept and the outputs' ratio is the smallest, where these are found during the run."""
+        return round(sum(self._flops(p, A_QUARTER, self.adaptive.least_outputs if self.adaptive is not None else None) for p in site.products.values()))
+
+    def _flops(self, product: ProductPlan, rows: float, outputs: float | None) -> float:
+        if self.chooses_rows(product):
+            return self.rows_at(rows, product.size) / max(1, product.size) * product.flops_sampled
+        if self.chooses_ratio(product) and outputs is not None:
+            part = (outputs - product.ratio) / (1 - product.ratio)  # between the smallest ratio and 1, FLOPs are linear in it but for the selection
+            return product.flops_sampled + part * (product.flops_exact - product.flops_sampled)
+        return product.flops_sampled
+
+    @property
+    def flops_now(self) -> int:
+        """FLOPs of all sites in the next step."""
+        return sum(map(self.now, self.sites))
+
+    @property
+    def flops_possible(self) -> int:
+        """FLOPs of all sites as in `possible`."""
+        return sum(map(self.possible, self.sites))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the sites with their products, the cuts, unmatched patterns, remarks and totals as plain values, for JSON.
@@ -187,40 +242,10 @@ class ReportData:
             `docs/reference/reasons.md` explains, and what the user can do (`advice`).
         """
         content = {f.name: [asdict(item, dict_factory=_with_advice) for item in getattr(self, f.name)] for f in fields(self) if f.name in ("sites", "cuts")}
-        totals = {"graphs": len(self.before), "flops_exact": self.flops_exact, "flops_sampled": self.flops_sampled}
-        return content | totals | {"unmatched": self.unmatched, "remarks": self.remarks, "assignments": self.assignments}
-
-    def __str__(self) -> str:
-        out = io.StringIO()
-        console = Console(file=out, width=160)
-        console.print(self._table() if self.sites else "no matrix product or convolution found", highlight=False)
-        sampled = sum(s.decision == "sampled" for s in self.sites)
-        if self.flops_exact:
-            share = self.flops_sampled / self.flops_exact
-            graphs = f" in {len(self.before)} graphs" if len(self.before) > 1 else ""
-            console.print(
-                f"{sampled} of {len(self.sites)} sites sampled{graphs}; FLOPs of a training step {si(self.flops_exact)} -> {si(self.flops_sampled)} "
-                f"({share:.0%}), the sampling included",
-                highlight=False,
-            )
-        if sizes := self.traced():
-            console.print(f"{sizes} as traced, which FLOPs and times are for", highlight=False)
-        for cut in self.cuts:
-            kept = f"{cut.ratio:g} of" if cut.ratio is not None else "as many as needed of"
-            what = f"{cut.method}, {kept} {cut.rows} rows, {cut.flops_on_rows / max(1, cut.flops_all):.0%} of the backward FLOPs"
-            console.print(f"rows, level {cut.level}: {what if cut.decision == 'rows' else 'all'}; {cut.reason}", highlight=False, markup=False)
-        for reason_id, advice in self.advice().items():
-            console.print(f"{reason_id}: {advice}", highlight=False, markup=False)
-        if self.assignments > 1:
-            console.print(
-                f"the settings of step 0, the first of {self.assignments} assignments over the run; explain(..., config=config.at(step, phase)) shows another",
-                highlight=False,
-            )
-        for pattern in self.unmatched:
-            console.print(f"rule pattern {pattern!r} matches no site", highlight=False, markup=False)
-        for remark in self.remarks:
-            console.print(remark, highlight=False, markup=False)
-        return out.getvalue().rstrip()
+        totals: dict[str, Any] = {"graphs": len(self.before), "flops_exact": self.flops_exact, "flops_sampled": self.flops_sampled}
+        totals |= {"flops_now": self.flops_now, "flops_possible": self.flops_possible}
+        adaptive = asdict(self.adaptive) if self.adaptive is not None else None
+        return content | totals | {"unmatched": self.unmatched, "remarks": self.remarks, "assignments": self.assignments, "adaptive": adaptive}
 
     def advice(self) -> dict[str, str]:
         """Return what the user can do about the reasons of sites and cuts.
@@ -239,38 +264,9 @@ class ReportData:
         """
         return ", ".join(dict.fromkeys(f"{symbol} = {size}" for s in self.sites for symbol, size in s.traced))
 
-    def _table(self) -> Table:
-        table = Table()
-        for title in ("site", "op", "shape", "dtype", "decision"):
-            table.add_column(title, overflow="fold")
-        table.add_column("k of K", justify="right", no_wrap=True)
-        table.add_column("FLOPs before", justify="right", no_wrap=True)
-        table.add_column("after", justify="right", no_wrap=True)
-        table.add_column("reason", overflow="fold")
-        for s in self.sites:
-            kept = f"{s.k} of {s.size}"
-            table.add_row(escape(s.name), s.op, s.shape, s.dtype, s.decision, kept, si(s.flops_exact), si(s.flops_sampled), escape(s.reason))
-        return table
-
 
 def _with_advice(fields: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """A data class as a dict, with the ids and the advice of its reason."""
     by_name = dict(fields)
     reason = by_name.get("reason")
     return by_name | {"reason_ids": list(reason.ids), "advice": list(reason.advice)} if isinstance(reason, Reason) else by_name
-
-
-def si(number: float) -> str:
-    """Write a number with three significant digits and the letter of its order of magnitude.
-
-    Args:
-        number: The number.
-
-    Returns:
-        Text such as "1.23M".
-    """
-    for unit in ("", "k", "M", "G", "T"):
-        if abs(number) < 1000:
-            return f"{number:.3g}{unit}"
-        number /= 1000
-    return f"{number:.3g}P"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 TIME_LIMIT_S = 10.0
-"""Seconds after which the solver returns the best solution that it has."""
+"""The default of `time_limit_s`."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,9 @@ class Option:
     """Its error, in the unit of the error budget."""
 
 
-def solve_knapsack(options: Sequence[Option], budget: float, overlaps: Mapping[tuple[int, int], float] | None = None) -> list[int]:
+def solve_knapsack(
+    options: Sequence[Option], budget: float, overlaps: Mapping[tuple[int, int], float] | None = None, time_limit_s: float = TIME_LIMIT_S
+) -> list[int]:
     """Choose at most one option for each site.
 
     The choice maximizes ``sum_i gain_i x_i - sum_(i,j) overlap_ij x_i x_j`` subject to ``sum_i cost_i x_i <= budget``, with x in {0, 1}. Each product
@@ -32,6 +34,7 @@ def solve_knapsack(options: Sequence[Option], budget: float, overlaps: Mapping[t
         options: The options.
         budget: The most that the chosen options may cost together.
         overlaps: The gain, 0 or more, that two options have in common, by the indices of the two. It is counted only once.
+        time_limit_s: Seconds after which the solver returns the best solution that it has.
 
     Returns:
         The indices of the chosen options.
@@ -65,7 +68,7 @@ def solve_knapsack(options: Sequence[Option], budget: float, overlaps: Mapping[t
         constraints=LinearConstraint(rows.tocsr(), -np.inf, most),
         integrality=np.concatenate([np.ones(n), np.zeros(m)]),
         bounds=Bounds(0, 1),
-        options={"time_limit": TIME_LIMIT_S, "mip_rel_gap": 1e-6},
+        options={"time_limit": time_limit_s, "mip_rel_gap": 1e-6},
     )
     if solution.x is None:
         return []

@@ -1,7 +1,7 @@
 """Make the measurements of `tune`. Errors are measured first, because settings that exceed the allowed error need not be timed.
 
 A trial begins only if it is expected to end within the time budget, judged by the last trial of its kind, and leaves enough time to measure the error and the
-time of the chosen plan. A trial that has begun is finished; only a comparison of steps can be cut short.
+time of the chosen plan. A trial takes longer than expected on a busy machine, above all a compilation; `deadline` interrupts it when the budget is over.
 """
 
 from __future__ import annotations
@@ -101,8 +101,12 @@ class Measurements:
         self._task = self.bar.add_task("reading the model", total=None)
         self._exact: dict[int, Gradients] = {}
 
+    def survey(self) -> None:
+        """Find the sites of the model, and which of them may be sampled."""
+        self.space.survey(self.trials, min(self.ladder))
+
     def measure_all(self, rows: bool) -> None:
-        """Measure everything that the time budget allows.
+        """Measure everything that the time budget allows, after `survey`.
 
         Args:
             rows: Whether to measure the backward pass on a share of the rows too.
@@ -110,7 +114,6 @@ class Measurements:
         Raises:
             OutOfTime: If there is no time for all of it.
         """
-        self.space.survey(self.trials, min(self.ladder))
         sites = sorted(self.space.sampled, key=lambda s: -s.flops_exact)
         groups = list(dict.fromkeys(map(group_of, sites)))
         self.bar.update(self._task, total=len(sites) * len(self.ladder) + 2 * (len(groups) + 1) + 2 * len(self.ladder) * rows + 3)
@@ -209,7 +212,12 @@ class Measurements:
         Returns:
             True if less is left.
         """
-        return now() - self._began + seconds > self.time_budget_s
+        return seconds > self.time_budget_s - (now() - self._began)
+
+    @property
+    def seconds_left(self) -> float:
+        """The seconds of the time budget that are left, 0 if it is over."""
+        return max(0.0, self.time_budget_s - (now() - self._began))
 
     @property
     def _timing_s(self) -> float:

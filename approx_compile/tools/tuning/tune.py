@@ -20,7 +20,8 @@ from approx_compile.passes.planning.plan import SitePlan
 from approx_compile.reasons import Reason, join
 from approx_compile.reasons.tuning import ERROR_TOO_DEAR, ERROR_TOO_LARGE, NOT_MEASURED, ROWS_SAVE_MORE, SAVES_NOTHING, TIME_NOT_MEASURED
 from approx_compile.tools.model_state import training_state_preserved
-from approx_compile.tools.tuning.knapsack import Option, solve_knapsack
+from approx_compile.tools.tuning.deadline import DeadlineReached, deadline
+from approx_compile.tools.tuning.knapsack import TIME_LIMIT_S, Option, solve_knapsack
 from approx_compile.tools.tuning.measurements import REVISIONS, Measurements, OutOfTime, TrialError
 from approx_compile.tools.tuning.search_space import SearchSpace
 from approx_compile.tools.tuning.step_time_model import StepTimeModel, shape_of
@@ -61,7 +62,8 @@ def tune(
         loss: A function of the output (and of the target). By default cross entropy or the mean square error with `target`; without a target the model's
             output, or its `.loss`.
         max_error: The relative error that the gradient may have.
-        time_budget_s: Seconds that tuning may take; a compilation that has begun is finished.
+        time_budget_s: Seconds that tuning may take. What runs when they are over is interrupted, compilations too, if `tune` runs in the main thread;
+            otherwise a compilation that has begun is finished.
         config: How sites are sampled (`method`, `sampling`, rules and so on). Sites that read raw data, and the last layer, stay exact unless the policy of
             `config` is "always".
         ladder: The ratios to try.
@@ -88,15 +90,19 @@ def tune(
     trials = Trials(model, inputs, target, loss, space.options({}))
     with training_state_preserved(model), _progress_bar(progress) as bar:
         measured = Measurements(trials, space, max_error, sorted(set(ladder), reverse=True), time_budget_s, bar)
-        stopped = None
+        good: list[_Choice] = []
+        over, stopped = f"the time budget of {time_budget_s:g} s", None
         try:
-            try:
-                measured.measure_all(rows)
-            except OutOfTime:
-                stopped = f"the time budget of {time_budget_s:g} s"
-            best, times, unmeasured = _choose_plan(measured)
-            if unmeasured:
-                stopped = f"the time budget of {time_budget_s:g} s"
+            measured.survey()
+            with deadline(measured.seconds_left):
+                try:
+                    measured.measure_all(rows)
+                except OutOfTime:
+                    stopped = over
+                best, times, unmeasured = _choose_plan(measured, good)
+            stopped = over if unmeasured else stopped
+        except DeadlineReached:
+            stopped, times, best = over, None, _best_untimed(good or [_exact_choice(measured), *_row_choices(measured)])
         except KeyboardInterrupt:
             stopped, times, best = "a keyboard interrupt", None, _best_unmeasured(measured)
         return _result(measured, best, times, stopped)
@@ -158,7 +164,7 @@ def _solve_for_budget(measured: Measurements, budget: float) -> tuple[dict[str, 
             for j, (b, q) in enumerate(keys):
                 if (a, b) == (of, by):
                     overlaps[i, j] = model.rate(site) * flops / model.flops * (1 - r) * (1 - q)
-    chosen = solve_knapsack(options, budget, overlaps)
+    chosen = solve_knapsack(options, budget, overlaps, min(TIME_LIMIT_S, max(1.0, measured.seconds_left)))
     saved = sum(options[i].gain for i in chosen) - sum(overlap for (i, j), overlap in overlaps.items() if i in chosen and j in chosen)
     return dict(keys[i] for i in chosen), saved
 
@@ -171,28 +177,33 @@ def _exact_choice(measured: Measurements) -> _Choice:
     return _Choice(measured.space.options({}), {}, 0.0, 0.0)
 
 
-def _choose_plan(measured: Measurements) -> tuple[_Choice, StepTimes | None, bool]:
+def _choose_plan(measured: Measurements, good: list[_Choice]) -> tuple[_Choice, StepTimes | None, bool]:
     """Return the plan that saves the most time, its measured time, and whether the time budget was too short to measure this time.
 
-    If it was too short, a plan with sampled rows, whose time is known, is preferred to a plan whose time is not known.
+    The plans whose measured error is allowed are added to `good`, so that the caller has them if the deadline interrupts.
     """
-    good = _choices_within_error(measured)
+    _find_choices_within_error(measured, good)
     best = max(good, key=lambda c: c.saved)
     times = measured.time_of_the_choice(best.options) if best.saved > 0 else None
     if best.saved <= 0 or times is not None:
         return best, times, False
+    return _best_untimed(good), None, True
+
+
+def _best_untimed(good: Sequence[_Choice]) -> _Choice:
+    """Return the best plan where the choice could not be timed: one with sampled rows, whose time is known, before one whose time is not known."""
     known = [c for c in good if c.rows is not None and c.saved > 0]
-    return max(known, key=lambda c: c.saved) if known else best, None, True
+    return max(known or good, key=lambda c: c.saved)
 
 
-def _choices_within_error(measured: Measurements) -> list[_Choice]:
-    """Return plans whose measured error is allowed.
+def _find_choices_within_error(measured: Measurements, good: list[_Choice]) -> None:
+    """Add plans whose measured error is allowed to `good`.
 
     The squared errors of sites do not add up exactly. The knapsack's budget is therefore adjusted by bisection until the error of the whole plan is close to
     the allowed error.
     """
     model = StepTimeModel(measured.space.sites, measured.times)
-    good = [_exact_choice(measured), *_row_choices(measured)]
+    good += [_exact_choice(measured), *_row_choices(measured)]
     errors: dict[tuple[tuple[str, float], ...], float] = {(): 0.0}
     low, high, budget = 0.0, math.inf, measured.max_error**2
     most = sum(measured.alone[key].error ** 2 for key in measured.usable)  # all sites at all ratios; a larger budget changes nothing
@@ -209,7 +220,6 @@ def _choices_within_error(measured: Measurements) -> list[_Choice]:
             good += [_Choice(t.options, ratios, model.saved(t.sites), t.error, sites=t.sites) for t in ways if t.error <= measured.max_error]
         low, high = (budget, high) if errors[key] <= measured.max_error else (low, budget)
         budget = 1.5 * low if high == math.inf else math.sqrt(low * high) if low else high / 4
-    return good
 
 
 def _trials_with_sharing(measured: Measurements, tried: TrialError) -> list[TrialError]:
