@@ -71,7 +71,7 @@ def choice(key: str, value: Any, valid: Sequence[str] | None = None) -> str:
         return value
     if key == "method" and value in _NOT_BUILT:
         raise ValueError(f"{value!r} is not built yet; this version has {', '.join(words)}")
-    owner = next((other for other, words in VALID.items() if other != key and value in words), None)
+    owner = next((other for other, others in VALID.items() if other != key and value in others), None)
     if owner is not None:
         options: dict[str, Any] = {owner: value}
         if owner in ("axis", "batch_norm"):

@@ -104,25 +104,25 @@ class RowCompiler:
         if not _torch.has_backward(graph):
             return
         levels = {n.name: n.meta[LEVEL] for n in sites}
-        tried = [self._try(graph, batch, levels) for batch in self.symbols]
+        tried = [self._estimate_for(graph, batch, levels) for batch in self.symbols]
         self.batch, coverage, reason = max(tried, key=lambda t: (t[2] is None, t[1].flops_on_rows))
         partners = [s for s in self.symbols if s != self.batch and (reason is not None or _torch.are_compared(s, self.batch, graph))]
         if partners and self.symbol_was_requested:  # nothing in the graph says yet that they are one size
-            self.batch, coverage, reason = self._try(graph, _torch.unify_symbols([self.batch, *partners], graph), levels)
+            self.batch, coverage, reason = self._estimate_for(graph, _torch.unify_symbols([self.batch, *partners], graph), levels)
         if reason is not None:
-            self._note(coverage, {}, graph, reason)
+            self._record_cuts(coverage, {}, graph, reason)
             raise Declined(reason)
 
-    def _try(self, graph: fx.Graph, batch: sympy.Symbol, levels: Mapping[str, int]) -> tuple[sympy.Symbol, CoverageEstimate, Reason | None]:
+    def _estimate_for(self, graph: fx.Graph, batch: sympy.Symbol, levels: Mapping[str, int]) -> tuple[sympy.Symbol, CoverageEstimate, Reason | None]:
         """Estimate with this symbol as the batch's size what can run on rows; return the symbol, the estimate, and why it is not worth it, if so."""
         coverage = estimate_coverage(graph, batch, self.default, levels, self._approximate_batch_norm)
-        return batch, coverage, _fixed(graph, batch) or self._why_not(coverage, graph)
+        return batch, coverage, _traced_size_reason(graph, batch) or self._rejection_reason(coverage, graph)
 
     @property
     def _approximate_batch_norm(self) -> bool:
         return any(s.approximate_batch_norm for s in self.levels)
 
-    def _why_not(self, coverage: CoverageEstimate, graph: fx.Graph) -> Reason | None:
+    def _rejection_reason(self, coverage: CoverageEstimate, graph: fx.Graph) -> Reason | None:
         """Why running on rows is not worth it, if so, by the machine's profile where one is stored.
 
         The profile decides only whether rows are sampled at all and never what is compiled for them, so cache keys need not name it.
@@ -169,35 +169,37 @@ class RowCompiler:
         known = self._known | tangent_layouts(gm.graph, self._known)
         plain = copy.deepcopy(gm) if self._approximate_batch_norm else gm
         partition = partition_backward(gm, self.batch, known, self.default, _levels_of(gm), self._approximate_batch_norm)
-        exact = self._why_not(partition.coverage, gm.graph)
-        self._note(partition.coverage, partition.products, gm.graph, exact)
+        exact = self._rejection_reason(partition.coverage, gm.graph)
+        self._record_cuts(partition.coverage, partition.products, gm.graph, exact)
         if exact is not None:
-            return _sparing(self.inner(plain, example_inputs, is_backward=True, **kwargs), names, donated)
+            return _with_donated_inputs_copied(self.inner(plain, example_inputs, is_backward=True, **kwargs), names, donated)
         given = dict(zip(names, example_inputs, strict=True))
-        dense = _dense(partition, given)
-        calls, partition = self._stages(partition, gm, given, dense, kwargs)
+        dense = _contiguous_copies(partition, given)
+        calls, partition = self._compile_stages(partition, gm, given, dense, kwargs)
         guards = _torch.guards_on_symbol(partition.batch, gm) if partition.batch.is_Symbol else []
         hints = {s: _torch.known_hint(_torch.size_at(example_inputs, i, d)) for s, i, d in _torch.symbol_sources(example_inputs)}
         sizes = {s: n for s, n in hints.items() if n is not None}
-        fixed = _why_fixed(partition.batch, sizes, guards)
+        fixed = _fixed_size_reason(partition.batch, sizes, guards)
         if fixed is not None:
             self.cuts = [replace(c, decision="exact", reason=fixed, stops=True) for c in self.cuts]
-            return _sparing(self.inner(plain, example_inputs, is_backward=True, **kwargs), names, donated)
+            return _with_donated_inputs_copied(self.inner(plain, example_inputs, is_backward=True, **kwargs), names, donated)
         controls = GraphControls(self.config, self.root, self.key, self.levels, {c.level: self._place(c) for c in self.cuts})
         asked = {s for level, s in enumerate(self.levels) if entering_gradients(partition, level)}
-        whole = self._whole(plain, example_inputs, sizes, kwargs) if all(s.ratio is None for s in asked) else None
+        whole = self._compile_whole_batch(plain, example_inputs, sizes, kwargs) if all(s.ratio is None for s in asked) else None
         backward = RowBackward(partition, calls, self.levels, names, example_inputs, guards, controls, whole, dense, donated)
 
         call = _boxed(backward)
         setattr(call, ROW_BACKWARD_ATTRIBUTE, backward)
         return call
 
-    def _whole(self, gm: fx.GraphModule, example_inputs: Sequence[Any], sizes: Mapping[sympy.Symbol, int], kwargs: dict[str, Any]) -> WholeBatchBackward | None:
+    def _compile_whole_batch(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], sizes: Mapping[sympy.Symbol, int], kwargs: dict[str, Any]
+    ) -> WholeBatchBackward | None:
         """Compile the backward pass on all rows for the sizes at hand, without symbols; None where some size is not known yet."""
         fixed = specialize_sizes(gm, example_inputs, sizes)
         return WholeBatchBackward(self.inner(*fixed, is_backward=True, **kwargs), sizes) if fixed is not None else None
 
-    def _note(self, coverage: CoverageEstimate, products: Mapping[str, int], graph: fx.Graph, exact: Reason | None) -> None:
+    def _record_cuts(self, coverage: CoverageEstimate, products: Mapping[str, int], graph: fx.Graph, exact: Reason | None) -> None:
         """Add a `RowCut` for each level to what is reported. `exact` is the reason why all rows are kept, if they are."""
         rows = next((_torch.hint(s) for n in graph.nodes if n.op == "placeholder" for s in _sizes(n) if _torch.size_expr(s) == self.batch), 0)
         for i, asked in enumerate(self.levels, 1):
@@ -215,7 +217,7 @@ class RowCompiler:
             return f"backward pass, level {cut.level}"
         return "backward pass down to where rows end" if cut.stops else "whole backward pass"
 
-    def _stages(
+    def _compile_stages(
         self, partition: Partition, gm: fx.GraphModule, given: Mapping[str, Any], dense: Mapping[str, Tensor], kwargs: dict[str, Any]
     ) -> tuple[list[Any], Partition]:
         """Compile the stages; return the code of each, and the partition with the sizes that compiling has fixed.
@@ -228,19 +230,19 @@ class RowCompiler:
         for stage in partition.stages:
             for entry in stage.entries:
                 uses[entry.name] = uses.get(entry.name, 0) + 1
-        partition = _restrided(partition, given, dense)
+        partition = _with_real_strides(partition, given, dense)
         calls = []
         for stage in partition.stages:
-            here = _here(stage, given, dense)
+            here = _inputs_of(stage, given, dense)
             inputs = [here.get(e.name, n.meta["val"]) for e, n in zip(stage.entries, _placeholders(stage.gm), strict=True)]
             mine = [i for i, e in enumerate(stage.entries) if e.name in donated and uses[e.name] == 1]
             static = [i for i, e in enumerate(stage.entries) if e.source == SAVED and e.layout is None and e.number is None and e.name not in donated]
             with _torch.donate_inputs(mine):
                 calls.append(self.inner(stage.gm, inputs, is_backward=True, **(kwargs | {"static_input_idxs": static})))
-        return calls, _resolved(partition, _torch.symbol_replacer(gm.graph))
+        return calls, _with_fixed_symbols(partition, _torch.symbol_replacer(gm.graph))
 
 
-def _fixed(graph: fx.Graph, batch: sympy.Symbol) -> Reason | None:
+def _traced_size_reason(graph: fx.Graph, batch: sympy.Symbol) -> Reason | None:
     """Why only one number of rows is possible, if tracing has replaced the batch's symbol by a number."""
     size = _torch.symbol_replacer(graph)(batch)
     return FIXED_BATCH_TRACED(size=size) if size.is_Integer else None
@@ -259,7 +261,7 @@ def _boxed(run: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
     return call
 
 
-def _sparing(compiled: Callable[[list[Any]], Any], names: Sequence[str], donated: set[str]) -> Callable[[list[Any]], Any]:
+def _with_donated_inputs_copied(compiled: Callable[[list[Any]], Any], names: Sequence[str], donated: set[str]) -> Callable[[list[Any]], Any]:
     """Wrap a compiled graph so that it gets copies of donated inputs, which it may write to, where the user keeps the graph for another pass."""
     indices = [i for i, name in enumerate(names) if name in donated]
     if not indices:
@@ -292,7 +294,7 @@ def _sizes(n: fx.Node) -> Sequence[Any]:
     return value.shape if n.op == "placeholder" and isinstance(value, Tensor) else (value,) if isinstance(value, torch.SymInt) else ()
 
 
-def _why_fixed(batch: Any, sizes: Mapping[sympy.Symbol, int], guards: Sequence[Any]) -> Reason | None:
+def _fixed_size_reason(batch: Any, sizes: Mapping[sympy.Symbol, int], guards: Sequence[Any]) -> Reason | None:
     """The assumption of the compiled code under which only the whole batch can run, if there is one.
 
     Testing every number of rows would be slow, so only likely ones are tried: numbers next to constants in the guards, 2 to 64, multiples of a 16th of the
@@ -315,7 +317,7 @@ def _why_fixed(batch: Any, sizes: Mapping[sympy.Symbol, int], guards: Sequence[A
     return None if larger or not broken else BATCH_ASSUMED(guard=broken[0], size=batch)  # a larger batch may have rows to leave out
 
 
-def _resolved(partition: Partition, settled: Callable[[Any], Any]) -> Partition:
+def _with_fixed_symbols(partition: Partition, settled: Callable[[Any], Any]) -> Partition:
     """The partition with every symbol replaced that compiling the stages has fixed, such as an image size that a convolution was compiled for."""
 
     def layout(rows: SampleLayout | None) -> SampleLayout | None:
@@ -330,7 +332,7 @@ def _resolved(partition: Partition, settled: Callable[[Any], Any]) -> Partition:
     return replace(partition, batch=settled(partition.batch), stages=stages, results=results)
 
 
-def _restrided(partition: Partition, given: Mapping[str, Any], dense: Mapping[str, Tensor]) -> Partition:
+def _with_real_strides(partition: Partition, given: Mapping[str, Any], dense: Mapping[str, Tensor]) -> Partition:
     """The partition with the strides that saved tensors really have: those that the forward pass gives them, or those of their contiguous copies (`dense`)."""
 
     def of(e: StageInput, here: Mapping[str, Any]) -> StageInput:
@@ -339,15 +341,15 @@ def _restrided(partition: Partition, given: Mapping[str, Any], dense: Mapping[st
             return e
         return replace(e, stride=tuple(map(_torch.size_expr, value.stride())))
 
-    return replace(partition, stages=tuple(replace(s, entries=tuple(of(e, _here(s, given, dense)) for e in s.entries)) for s in partition.stages))
+    return replace(partition, stages=tuple(replace(s, entries=tuple(of(e, _inputs_of(s, given, dense)) for e in s.entries)) for s in partition.stages))
 
 
-def _here(stage: Stage, given: Mapping[str, Any], dense: Mapping[str, Tensor]) -> dict[str, Any]:
+def _inputs_of(stage: Stage, given: Mapping[str, Any], dense: Mapping[str, Tensor]) -> dict[str, Any]:
     """The backward graph's inputs as a stage gets them: a stage on selected rows gets contiguous copies of those in `dense`."""
     return dict(given) if stage.level == ALL_ROWS else {**given, **{e.name: dense[e.name] for e in stage.entries if e.layout is not None and e.name in dense}}
 
 
-def _dense(partition: Partition, given: Mapping[str, Any]) -> dict[str, Tensor]:
+def _contiguous_copies(partition: Partition, given: Mapping[str, Any]) -> dict[str, Tensor]:
     """Fake contiguous tensors for the saved tensors whose gathered rows cannot have the strides of the tensor, by name.
 
     These are tensors whose entries overlap in memory, and gradients expanded along the batch: their rows share memory but get different weights.

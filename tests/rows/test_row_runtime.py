@@ -225,7 +225,7 @@ KEPT: dict[str, dict[str, Any]] = {
 def test_graphs_may_be_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor's code writes to saved tensors when it may. The first backward pass keeps its graph, and so do some later ones in succession."""
     if name == "fixed":
-        monkeypatch.setattr(row_compiler, "_why_fixed", lambda *args: FIXED_BATCH_CODE(size=64))
+        monkeypatch.setattr(row_compiler, "_fixed_size_reason", lambda *args: FIXED_BATCH_CODE(size=64))
     chosen, copies = ChosenRows(monkeypatch), Copies(monkeypatch)
     model, x = generator(), torch.randn(64, 8)
     f = torch.compile(model, backend="approx", options=KEPT[name])

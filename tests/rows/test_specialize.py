@@ -131,7 +131,7 @@ def test_the_norms_are_watched_as_often_and_the_same(monkeypatch: pytest.MonkeyP
         with monkeypatch.context() as patch:
             passes = Passes(patch)
             if without:
-                patch.setattr(row_compiler.RowCompiler, "_whole", lambda self, *args: None)
+                patch.setattr(row_compiler.RowCompiler, "_compile_whole_batch", lambda self, *args: None)
             f = compiled(model, {"policy": "adaptive", "adaptive": {"tau": 1e-9}})
             torch.manual_seed(1)
             for _ in range(3 * OBSERVE_EVERY):
@@ -262,7 +262,7 @@ def test_a_fixed_ratio_beside_compiles_none(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_search_for_fewer_rows_is_short() -> None:
     s, t = sympy.symbols("s t", positive=True, integer=True)
     size = 1_000_000
-    why = row_compiler._why_fixed
+    why = row_compiler._fixed_size_reason
     start = time.perf_counter()
     assert why(s, {s: size}, []) is None
     assert why(s, {s: size}, [s > 4096]) is None
