@@ -364,11 +364,11 @@ class GraphControls:
             return [None] * len(self.asked)
         if owner is None:
             return [c if a else None for a, c in zip(self.asked, self.unowned, strict=True)]
-        found = [control_for(owner, self.adaptive, f"{self.key}{i}", RowControl) if a else None for i, a in enumerate(self.asked, 1)]
-        for i, control in enumerate(found, 1):
+        controls = [control_for(owner, self.adaptive, f"{self.key}{i}", RowControl) if a else None for i, a in enumerate(self.asked, 1)]
+        for i, control in enumerate(controls, 1):
             if control is not None and i in self.places:
                 control.place = self.places[i]
-        return found
+        return controls
 
 
 _all_rows = [False]

@@ -199,7 +199,7 @@ def _run(spec: str, seed: int, name: str, threads: int | None) -> Run:
         done = subprocess.run(command, env=environment, stdout=2, check=False)
         if not result.exists():
             raise RunFailed(f"{spec} with seed {seed}, {name}: the process ended with code {done.returncode} and no result; what it said is above")
-        found = json.loads(result.read_text())
-    if "error" in found:
-        raise RunFailed(f"{spec} with seed {seed}, {name}: {found['error']}")
-    return Run(found["value"], found["seconds"])
+        content = json.loads(result.read_text())
+    if "error" in content:
+        raise RunFailed(f"{spec} with seed {seed}, {name}: {content['error']}")
+    return Run(content["value"], content["seconds"])

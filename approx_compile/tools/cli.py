@@ -218,10 +218,10 @@ def compare(
             raise WrongUsage(f"--margin: got {margin:g}; a number above 0 is expected")
         if os.environ.get(DISABLE) == "1":
             raise Failure(f"{DISABLE}=1 is set, with which both runs would be exact; unset it")
-        found = compare_accuracy(function, seeds, margin, lower_is_better, threads, lambda text: typer.echo(text, err=True))
+        comparison = compare_accuracy(function, seeds, margin, lower_is_better, threads, lambda text: typer.echo(text, err=True))
         if json_file is not None:
-            json_file.write_text(json.dumps(found.to_dict(), indent=1))
-        typer.echo(str(found))
+            json_file.write_text(json.dumps(comparison.to_dict(), indent=1))
+        typer.echo(str(comparison))
         if json_file is not None:
             typer.echo(f"written: {json_file}")
 
@@ -235,9 +235,9 @@ def doctor(
     """Examine this installation: versions, C++ compiler, devices, machine profile, caches, torch's known faults, and whether a small model compiles."""
     with failures(debug):
         _set_threads(threads)
-        found = examine()
-        typer.echo(json.dumps(found.to_dict()) if as_json else str(found))
-        if found.problems:
+        examination = examine()
+        typer.echo(json.dumps(examination.to_dict()) if as_json else str(examination))
+        if examination.problems:
             raise typer.Exit(1)
 
 

@@ -171,8 +171,8 @@ def _faults() -> Iterator[Check]:
     for fault in known_faults.FAULTS:
         if fault.in_version(torch.__version__):
             first = ".".join(map(str, fault.until))
-            found = f"{fault.name} ({fault.device}): this package avoids it; backend='inductor' may give wrong results"
-            yield Check("known fault of torch", "note", found, f"fixed in torch {first}; compare with APPROX_COMPILE_DISABLE=1, not with backend='inductor'")
+            text = f"{fault.name} ({fault.device}): this package avoids it; backend='inductor' may give wrong results"
+            yield Check("known fault of torch", "note", text, f"fixed in torch {first}; compare with APPROX_COMPILE_DISABLE=1, not with backend='inductor'")
 
 
 def _switch() -> Check:

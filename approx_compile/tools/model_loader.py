@@ -106,9 +106,9 @@ def load_function(spec: str) -> Callable[..., Any]:
     function: Any = getattr(module, name, None)
     if callable(function):
         return function  # type: ignore[no-any-return]
-    own = [n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__ and not n.startswith("_")]
-    near = difflib.get_close_matches(name, own, n=1)
-    has = f" It has {', '.join(own[:SHOWN])}{', ...' if len(own) > SHOWN else ''}." if own else " It has no functions."
+    functions = [n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__ and not n.startswith("_")]
+    near = difflib.get_close_matches(name, functions, n=1)
+    has = f" It has {', '.join(functions[:SHOWN])}{', ...' if len(functions) > SHOWN else ''}." if functions else " It has no functions."
     raise FactoryError(f"model: {place} has no function {name!r}." + (f" Did you mean {near[0]!r}?" if near else "") + has)
 
 

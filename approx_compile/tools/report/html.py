@@ -155,12 +155,12 @@ def _figures(report: ReportData, roofs: Mapping[str, Roof]) -> dict[str, str]:
     """Return the figures as SVG, empty where there is nothing to draw, and the note on the roofline."""
     from approx_compile.tools.report import plots
 
-    found = plots.roofline(report, roofs)
+    roofline = plots.roofline(report, roofs)
     trained = report.adaptive is not None and report.adaptive.history
     return {
         "graph": plots.site_graph(report) if plots.branches(report) else "",
-        "roofline": found[0] if found is not None else "",
-        "roofline_note": HEIGHTS[found[1]] if found is not None else "",
+        "roofline": roofline[0] if roofline is not None else "",
+        "roofline_note": HEIGHTS[roofline[1]] if roofline is not None else "",
         "rows": plots.rows_over_steps(report.adaptive.history, report.adaptive.steps) if report.adaptive is not None and trained else "",
     }
 

@@ -157,11 +157,11 @@ def lines(report: ReportData, collapse: bool = True) -> list[Line]:
     Returns:
         The lines, in the order of their first layers.
     """
-    found: dict[tuple[str, ...], list[str]] = {}
+    by_content: dict[tuple[str, ...], list[str]] = {}
     for name, site in zip(report.keys, report.sites, strict=True):
         said = (type_of(site), forward_of(site, report), backward_of(site, report), flops_of(site, report), why(site))
-        found.setdefault((_pattern(name) if collapse else name, *said), []).append(name)
-    return [Line(tuple(names), *said) for (_, *said), names in found.items()]
+        by_content.setdefault((_pattern(name) if collapse else name, *said), []).append(name)
+    return [Line(tuple(names), *said) for (_, *said), names in by_content.items()]
 
 
 def table(report: ReportData, rows: Sequence[Line], reasons: bool) -> Table:
@@ -175,21 +175,21 @@ def table(report: ReportData, rows: Sequence[Line], reasons: bool) -> Table:
     Returns:
         The table.
     """
-    found = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    found.add_column("layer", overflow="fold", no_wrap=reasons, min_width=min(NAME, max(len(r.label) for r in rows)))
+    layers = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    layers.add_column("layer", overflow="fold", no_wrap=reasons, min_width=min(NAME, max(len(r.label) for r in rows)))
     for title in ("type", "forward", "backward"):
-        found.add_column(title, overflow="fold", no_wrap=reasons)
-    found.add_column(flops_title(report), justify="right", no_wrap=True)
+        layers.add_column(title, overflow="fold", no_wrap=reasons)
+    layers.add_column(flops_title(report), justify="right", no_wrap=True)
     if report.verbose:
-        found.add_column("op, shape, dtype, k of K", overflow="fold", no_wrap=reasons)
+        layers.add_column("op, shape, dtype, k of K", overflow="fold", no_wrap=reasons)
     if reasons:
-        found.add_column("why", overflow="fold")
+        layers.add_column("why", overflow="fold")
     sites = dict(zip(report.keys, report.sites, strict=True))
     for r in rows:
         site = sites[r.names[0]]
         more = [f"{site.op} {site.shape} {site.dtype}, {site.k} of {site.size}"] if report.verbose else []
-        found.add_row(r.label, r.type, r.forward, r.backward, r.flops, *more, *([r.why] if reasons else []))
-    return found
+        layers.add_row(r.label, r.type, r.forward, r.backward, r.flops, *more, *([r.why] if reasons else []))
+    return layers
 
 
 def flops_title(report: ReportData) -> str:
@@ -277,21 +277,21 @@ def costs(report: ReportData, prediction_error: float) -> str:
     Returns:
         A table. For every product as planned it shows the sizes, and each term of the prediction as an expression of the sizes with its time in us.
     """
-    found = Table()
+    terms = Table()
     for title in ("layer", "product", "as planned", "term"):
-        found.add_column(title, overflow="fold")
+        terms.add_column(title, overflow="fold")
     for title in ("us", "exact: us"):
-        found.add_column(title, justify="right", no_wrap=True)
+        terms.add_column(title, justify="right", no_wrap=True)
     for site in report.sites:
         if site.break_even is not None:
             off = f"{prediction_error:g} or 1/{prediction_error:g}"
-            found.add_row(site.name, "", "", f"break-even ratio {site.break_even.range}, if sampling takes {off} times as long as predicted")
+            terms.add_row(site.name, "", "", f"break-even ratio {site.break_even.range}, if sampling takes {off} times as long as predicted")
         for p in site.products.values():
             exact = f"{p.time_exact_us:.3g}" if p.time_exact_us is not None else ""
-            found.add_row(site.name, p.name, p.decision, _sizes(p.sizes), "" if p.time_sampled_us is None else f"{p.time_sampled_us:.3g}", exact)
+            terms.add_row(site.name, p.name, p.decision, _sizes(p.sizes), "" if p.time_sampled_us is None else f"{p.time_sampled_us:.3g}", exact)
             for term, time in p.terms:
-                found.add_row("", "", "", term, f"{time:.3g}", "")
-    return printed(found)
+                terms.add_row("", "", "", term, f"{time:.3g}", "")
+    return printed(terms)
 
 
 def _sizes(sizes: Iterable[tuple[str, float]]) -> str:

@@ -52,11 +52,11 @@ def type_of(site: SiteReport) -> str:
         The description; the shape as it is where its form is not known.
     """
     if site.kind == "conv":
-        found = re.fullmatch(r".* \* ([0-9x]+)(?: g(\d+))?", site.shape)
-        if found is None:
+        match = re.fullmatch(r".* \* ([0-9x]+)(?: g(\d+))?", site.shape)
+        if match is None:
             return f"{site.op} {site.shape}"
-        first, second, *kernel = found[1].split("x")
-        groups = int(found[2] or 1)
+        first, second, *kernel = match[1].split("x")
+        groups = int(match[2] or 1)
         transposed = "transpose" in site.op
         ins, outs = (first, int(second) * groups) if transposed else (int(second) * groups, first)
         named = f"Conv{'Transpose' if transposed else ''}{len(kernel)}d {ins} -> {outs}, {'x'.join(kernel)}"
