@@ -11,7 +11,13 @@ html_theme = "pydata_sphinx_theme"
 html_title = "approx_compile"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
-html_theme_options = {"show_toc_level": 2, "navigation_with_keys": False, "header_links_before_dropdown": 6}
+SECTIONS = ("tutorials", "how-to", "methods", "explanation", "reference", "contributing")
+html_theme_options = {
+    "show_toc_level": 2,
+    "navigation_with_keys": False,
+    "header_links_before_dropdown": 6,
+    "secondary_sidebar_items": {f"{section}/*": ["page-toc"] for section in SECTIONS} | {"results/*": [], "index": []},  # tables of results need the width
+}
 exclude_patterns = ["_build"]
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COMPILED = {ROOT / "README.md", ROOT / "docs" / "tutorials" / "first-run.md"}
 """Pages whose models Inductor compiles; the compiled graphs of the others run op by op, which takes a fraction of the time."""
+SLOW = COMPILED | {ROOT / "docs" / "tutorials" / "tuning-a-transformer.md"}
 SYBIL = Sybil(parsers=[PythonCodeBlockParser(), SkipParser()], path=str(ROOT))
 NOT_PROSE = re.compile(
     r"<!-- generated: .*?<!-- end of generated part -->|```.*?```|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]*\$|\]\([^)\s]*\)|^---\n.*?\n---$", re.DOTALL | re.MULTILINE
@@ -32,7 +33,10 @@ def _with_python(page: Path) -> bool:
     return "```python" in page.read_text()
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if _with_python(p)], ids=lambda p: str(p.relative_to(ROOT)))
+RUN = [pytest.param(p, marks=[pytest.mark.slow] * (p in SLOW), id=str(p.relative_to(ROOT))) for p in PAGES if _with_python(p)]
+
+
+@pytest.mark.parametrize("page", RUN)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The blocks of a page in order, in one namespace, in an empty folder."""
     monkeypatch.chdir(tmp_path)
