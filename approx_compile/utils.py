@@ -1,4 +1,4 @@
-"""Messages that appear once for each model, text as wide as the terminal, and atomic writes of files."""
+"""Messages that appear once for each model, text as wide as the terminal, atomic writes of files, and the registry of environment variables."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,6 +32,58 @@ _emitted_for = WeakIdKeyDictionary()
 
 class ApproxWarning(UserWarning):
     """A warning of this package: nothing was approximated in a model, a pattern matches nothing, a lowering is not available, and the like."""
+
+
+@dataclass(frozen=True)
+class EnvironmentVariable:
+    """An environment variable that this package reads, or that changes what it does.
+
+    Attributes:
+        name: The name.
+        example: A value that has an effect.
+        effect: What the value does.
+    """
+
+    name: str
+    example: str
+    effect: str
+
+    def value(self) -> str | None:
+        """Return the value; None if the variable is not set, or is empty."""
+        return os.environ.get(self.name) or None
+
+
+DISABLE = EnvironmentVariable(
+    "APPROX_COMPILE_DISABLE",
+    "1",
+    "The backend is plain Inductor, except that known faults of torch are avoided as in approximate runs. Compare the accuracy of both. "
+    "It is read when a model is compiled.",
+)
+MACHINE = EnvironmentVariable(
+    "APPROX_COMPILE_MACHINE",
+    "file.json",
+    "The profile in this file is used in place of the measured one: for decisions that must agree on several nodes, or be the same in tests.",
+)
+ENVIRONMENT = (
+    DISABLE,
+    MACHINE,
+    EnvironmentVariable("TORCH_LOGS", "+approx_compile", "Every decision is in the log."),
+    EnvironmentVariable("TORCH_TRACE", "folder", "The plan of every graph is an artifact in torch's structured trace."),
+    EnvironmentVariable(
+        "THP_MEM_ALLOC_ENABLE",
+        "1",
+        "torch's own switch for huge pages in all memory of a process. It must be set before the process starts. Machines with it have a profile of their own.",
+    ),
+    EnvironmentVariable(
+        "LD_PRELOAD",
+        "libtcmalloc.so",
+        "Another malloc changes the cost of new memory, as `GLIBC_TUNABLES`, `MALLOC_*` and `TCMALLOC_*` do. Machines with it have a profile of their own.",
+    ),
+    EnvironmentVariable(
+        "XDG_CACHE_HOME", "folder", "Profiles of machines, times of sites and compiled CUDA kernels are stored in `approx_compile` in this folder."
+    ),
+)
+"""Every environment variable that this package reads itself (`APPROX_COMPILE_...`), and those of others that change what it does."""
 
 
 def write_atomically(path: Path, text: str) -> None:

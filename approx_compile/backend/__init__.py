@@ -4,7 +4,7 @@ The entry point `approx` of `torch.compile(model, backend="approx")` is `approx_
 """
 
 from approx_compile._torch import run_as_is
-from approx_compile.backend.approx_backend import DISABLE, Backend, approx
+from approx_compile.backend.approx_backend import Backend, approx
 from approx_compile.backend.inductor_options import inductor_patches
 
-__all__ = ["DISABLE", "Backend", "approx", "inductor_patches", "run_as_is"]
+__all__ = ["Backend", "approx", "inductor_patches", "run_as_is"]

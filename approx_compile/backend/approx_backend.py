@@ -6,7 +6,6 @@ returns one function that picks the compiled variant at each step.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -26,10 +25,7 @@ from approx_compile.backend.runtime.step_counter import count_optimizer_steps
 from approx_compile.backend.variants import BackendOptions, GraphCompiler, Variant, representative_plan
 from approx_compile.config import ApproxConfig
 from approx_compile.passes.joint_graph_pass import Listener
-from approx_compile.utils import warn_once
-
-DISABLE = "APPROX_COMPILE_DISABLE"
-"""The environment variable that, set to 1, makes the backend plain Inductor."""
+from approx_compile.utils import DISABLE, warn_once
 
 
 class Backend:
@@ -86,7 +82,7 @@ class Backend:
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, **kwargs: Any) -> Any:
         """Compile one of Dynamo's graphs; `mode` is that of `torch.compile`."""
         patches = inductor_patches(self.config, mode)
-        if os.environ.get(DISABLE) == "1" or not torch.is_grad_enabled():  # without gradients everything is exact, and the modules' mode needs no guard
+        if DISABLE.value() == "1" or not torch.is_grad_enabled():  # without gradients everything is exact, and the modules' mode needs no guard
             return _torch.compile_fx(gm, example_inputs, guarded(patches), self.inner_compile, self.inner_compile is None)
         context, layers, root = graph_context.read_graph(gm, example_inputs, self.config)
         assignments, index = self.schedule.relevant([context.root.name, *(m.name for m in context.modules.values())])

@@ -28,67 +28,41 @@ RECORD = "tuned"
 
 
 class TunedSite(BaseModel):
-    """One site of the model that was tuned.
-
-    Attributes:
-        name: The site's name.
-        op: The kind of op.
-        shape: The shape of the site's product, as text.
-        dtype: The dtype of the product.
-        ratio: The share that is kept, 1 for an exact site.
-        saved: The predicted time saved, as a share of the exact step's time.
-        error: The relative error ``|g - g_exact| / |g_exact|`` of the whole gradient with only this site approximated.
-        reason: Why an exact site is exact.
-    """
+    """One site of the model that was tuned."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
-    op: str
-    shape: str
-    dtype: str
-    ratio: float = 1.0
-    saved: float = 0.0
-    error: float = 0.0
-    reason: str | None = None
+    name: str = Field(description="The site's name.")
+    op: str = Field(description="The kind of op.")
+    shape: str = Field(description="The shape of the site's product, as text.")
+    dtype: str = Field(description="The dtype of the product.")
+    ratio: float = Field(default=1.0, description="The share that is kept, 1 for an exact site.")
+    saved: float = Field(default=0.0, description="The predicted time saved, as a share of the exact step's time.")
+    error: float = Field(default=0.0, description="The relative error e = |g' - g| / |g| of the whole gradient g with only this site approximated.")
+    reason: str | None = Field(default=None, description="Why an exact site is exact.")
 
 
 class Tuned(BaseModel):
     """The record of a plan: what it was made for, and with what result.
 
     Times are in milliseconds, for one training step without the optimizer (on one CPU thread: process time). None means not measured.
-
-    Attributes:
-        model: The name of the model's class.
-        torch: The version of torch.
-        device: The type of the device.
-        threads: The number of CPU threads.
-        max_error: The largest relative error of the gradient that was allowed.
-        error: The relative error of the whole gradient under the plan.
-        predicted_speedup: The predicted ratio of the exact step's time to the plan's.
-        achieved_speedup: The measured ratio.
-        step_exact_ms: The time of an exact step.
-        step_ms: The time of a step under the plan.
-        rows: The share of the rows that the backward pass runs on; None if the plan does not sample rows.
-        stopped: Why tuning ended early, if it did.
-        sites: The sites of the model.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str
-    torch: str
-    device: str
-    threads: int
-    max_error: float
-    error: float | None = None
-    predicted_speedup: float = 1.0
-    achieved_speedup: float | None = None
-    step_exact_ms: float | None = None
-    step_ms: float | None = None
-    rows: float | None = None
-    stopped: str | None = None
-    sites: tuple[TunedSite, ...] = Field(default=())
+    model: str = Field(description="The name of the model's class.")
+    torch: str = Field(description="The version of torch.")
+    device: str = Field(description="The type of the device.")
+    threads: int = Field(description="The number of CPU threads.")
+    max_error: float = Field(description="The largest relative error e = |g' - g| / |g| of the gradient g that was allowed.")
+    error: float | None = Field(default=None, description="The relative error of the whole gradient under the plan.")
+    predicted_speedup: float = Field(default=1.0, description="The predicted ratio of the exact step's time to the plan's.")
+    achieved_speedup: float | None = Field(default=None, description="The measured ratio.")
+    step_exact_ms: float | None = Field(default=None, description="The time of an exact step.")
+    step_ms: float | None = Field(default=None, description="The time of a step under the plan.")
+    rows: float | None = Field(default=None, description="The share of the rows that the backward pass runs on; None if the plan does not sample rows.")
+    stopped: str | None = Field(default=None, description="Why tuning ended early, if it did.")
+    sites: tuple[TunedSite, ...] = Field(default=(), description="The sites of the model.")
 
     def fingerprint(self) -> list[tuple[str, str]]:
         """Return the names and shapes of the sites, which decide whether the plan fits a model."""

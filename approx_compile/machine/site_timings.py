@@ -29,7 +29,7 @@ from pydantic import BaseModel
 from approx_compile.machine import float32_precision, store
 from approx_compile.machine.profile import Machine
 from approx_compile.machine.store import Notify
-from approx_compile.utils import write_atomically
+from approx_compile.utils import DISABLE, MACHINE, write_atomically
 
 _CHILD_TIMEOUT_S = 3600
 
@@ -162,7 +162,7 @@ def _run_benchmark(requests: Sequence[TimingRequest], profile: Machine) -> list[
         profile.save(Path(folder) / "machine.json")
         asked = {"threads": torch.get_num_threads(), "precision": float32_precision.settings(), "questions": [dataclasses.asdict(r) for r in requests]}
         paths = os.pathsep.join(p for p in sys.path if p)
-        env = {k: v for k, v in os.environ.items() if k != "APPROX_COMPILE_DISABLE"} | {store.FILE: f"{folder}/machine.json", "PYTHONPATH": paths}
+        env = {k: v for k, v in os.environ.items() if k != DISABLE.name} | {MACHINE.name: f"{folder}/machine.json", "PYTHONPATH": paths}
         child = [sys.executable, "-m", "approx_compile.backend.site_benchmark"]
         done = subprocess.run(child, input=json.dumps(asked), env=env, capture_output=True, text=True, timeout=_CHILD_TIMEOUT_S)
     if done.returncode:

@@ -1,6 +1,6 @@
 """Find, load and remember the profiles of devices, and select the one that decisions read.
 
-The profile of a device is chosen in this order: the innermost `use` block, the file named by the environment variable `FILE`, the profile loaded before
+The profile of a device is chosen in this order: the innermost `use` block, the file named by the environment variable `MACHINE`, the profile loaded before
 in this process, the file in the user's cache folder. `calibration.current` measures a profile where none of these exists; this module measures nothing.
 """
 
@@ -23,9 +23,7 @@ import torch
 from approx_compile.config import ConfigError
 from approx_compile.machine import float32_precision, huge_pages
 from approx_compile.machine.profile import FORMAT, Machine
-
-FILE = "APPROX_COMPILE_MACHINE"
-"""Environment variable: the file of the profile to use, whatever this machine is."""
+from approx_compile.utils import MACHINE
 
 DEVICES = ("cpu", "cuda")
 """Types of devices that have a profile."""
@@ -145,7 +143,7 @@ def use(machine: Machine) -> Iterator[None]:
 
 
 def overriding() -> Machine | None:
-    """Return the profile that stands in for that of every device: the one in `use`, else the one in the file named by the environment variable `FILE`.
+    """Return the profile that stands in for that of every device: the one in `use`, else the one in the file named by the environment variable `MACHINE`.
 
     Returns:
         The profile, or None if neither is set.
@@ -155,7 +153,7 @@ def overriding() -> Machine | None:
     """
     if _in_use:
         return _in_use[-1]
-    if file := os.environ.get(FILE):
+    if file := MACHINE.value():
         return _from_file(file, Path(file).stat().st_mtime_ns if Path(file).exists() else 0)
     return None
 
@@ -175,7 +173,7 @@ def stored(device: str = "cpu") -> Machine | None:
         What `calibration.current` returns, but None where that would measure, and for types of devices that have no profiles.
 
     Raises:
-        ConfigError: The file named by the environment variable `FILE` cannot be read or is no valid profile.
+        ConfigError: The file named by the environment variable `MACHINE` cannot be read or is no valid profile.
     """
     if (profile := overriding()) is not None:
         return profile

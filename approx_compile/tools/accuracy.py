@@ -31,9 +31,8 @@ import torch
 from rich import box
 from rich.table import Table
 
-from approx_compile.backend import DISABLE
 from approx_compile.machine import device_name
-from approx_compile.utils import printed
+from approx_compile.utils import DISABLE, printed
 
 MARGIN = 0.005
 """The default margin as a share of the exact runs' mean accuracy."""
@@ -192,7 +191,7 @@ def compare_accuracy(
 
 def _run(spec: str, seed: int, name: str, threads: int | None) -> Run:
     """Call the function in a process of its own; what it prints goes to stderr."""
-    environment = {k: v for k, v in os.environ.items() if k != DISABLE} | ({DISABLE: "1"} if name == "exact" else {})
+    environment = {k: v for k, v in os.environ.items() if k != DISABLE.name} | ({DISABLE.name: "1"} if name == "exact" else {})
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         command = [sys.executable, "-m", "approx_compile.tools.accuracy_child", spec, str(seed), str(result), str(threads or 0)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import tomllib
 from collections.abc import Iterator
 from enum import StrEnum
@@ -21,7 +20,6 @@ import typer
 from rich.console import Console
 
 from approx_compile import machine as machines
-from approx_compile.backend import DISABLE
 from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.tools import compare as timing
 from approx_compile.tools.accuracy import RunFailed, compare_accuracy
@@ -31,6 +29,7 @@ from approx_compile.tools.report.explain import Report
 from approx_compile.tools.report.explain import explain as explained
 from approx_compile.tools.report.words import si
 from approx_compile.tools.tuning.tune import tune as tuned
+from approx_compile.utils import DISABLE
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -169,7 +168,7 @@ def tune(
     config: Config = None,
     settings: Set = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the plan as TOML, for `options={'plan': ...}`.", show_default=False)] = None,
-    max_error: Annotated[float, typer.Option(help="Relative error that the gradient may have.")] = 0.5,
+    max_error: Annotated[float, typer.Option(help="Relative error |g' - g| / |g| that the gradient g may have (not squared).")] = 0.5,
     budget: Annotated[float, typer.Option(help="Seconds it may take.")] = 600.0,
     rows: Annotated[bool, typer.Option(help="Try the backward pass on some of the rows, too.")] = True,
     threads: Threads = None,
@@ -216,8 +215,8 @@ def compare(
         _check_folder("--json", json_file)
         if margin is not None and not margin > 0:
             raise WrongUsage(f"--margin: got {margin:g}; a number above 0 is expected")
-        if os.environ.get(DISABLE) == "1":
-            raise Failure(f"{DISABLE}=1 is set, with which both runs would be exact; unset it")
+        if DISABLE.value() == "1":
+            raise Failure(f"{DISABLE.name}=1 is set, with which both runs would be exact; unset it")
         comparison = compare_accuracy(function, seeds, margin, lower_is_better, threads, lambda text: typer.echo(text, err=True))
         if json_file is not None:
             json_file.write_text(json.dumps(comparison.to_dict(), indent=1))
@@ -300,8 +299,8 @@ def example_of(spec: str) -> Example:
 
 def _report(example: Example, options: ApproxConfig | None) -> Report:
     """Make the report of `explain`. A model whose products torch.compile does not show to the backend is a failure; a model without products is not."""
-    if os.environ.get(DISABLE) == "1":
-        raise Failure(f"{DISABLE}=1 is set, with which nothing is rewritten; unset it")
+    if DISABLE.value() == "1":
+        raise Failure(f"{DISABLE.name}=1 is set, with which nothing is rewritten; unset it")
     flops = example.forward_flops()
     report = explained(example.model, *example.args, config=options, **example.kwargs)
     if flops and not report.sites:

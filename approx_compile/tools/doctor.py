@@ -20,11 +20,10 @@ from torch import nn
 
 from approx_compile import _torch, machine
 from approx_compile._torch import canary, known_faults
-from approx_compile.backend import DISABLE
 from approx_compile.config import ConfigError
 from approx_compile.tools.report.explain import explain
 from approx_compile.tools.report.report_text import headline
-from approx_compile.utils import printed
+from approx_compile.utils import DISABLE, MACHINE, printed
 
 EXTRAS = {"report": ("itables", "jinja2", "pygments"), "examples": ("sklearn", "matplotlib"), "triton": ("triton",), "cuda": ("cuda.core",)}
 """The optional dependencies of this package, by the name of the extra."""
@@ -136,12 +135,12 @@ def _devices() -> Iterator[Check]:
 def _profiles() -> Iterator[Check]:
     for device in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())):
         name = f"machine profile ({device})"
-        named = os.environ.get(machine.FILE)
+        named = MACHINE.value()
         path = Path(named) if named else machine.path_of(device)
         try:
             profile = machine.stored(device)
         except ConfigError as e:
-            yield Check(name, "problem", str(e), f"unset {machine.FILE}, or name a file that approx-compile calibrate has stored")
+            yield Check(name, "problem", str(e), f"unset {MACHINE.name}, or name a file that approx-compile calibrate has stored")
             continue
         if profile is None or not path.exists():
             again = "policies that need one measure it at first use, a few seconds; approx-compile calibrate does it more precisely"
@@ -176,9 +175,9 @@ def _faults() -> Iterator[Check]:
 
 
 def _switch() -> Check:
-    if os.environ.get(DISABLE) == "1":
-        return Check(DISABLE, "note", "set to 1: the backend is plain Inductor", "unset it to approximate")
-    return Check(DISABLE, "ok", "not set: the backend approximates")
+    if DISABLE.value() == "1":
+        return Check(DISABLE.name, "note", "set to 1: the backend is plain Inductor", "unset it to approximate")
+    return Check(DISABLE.name, "ok", "not set: the backend approximates")
 
 
 def _attempt(name: str, check: Callable[[], Check]) -> Check:

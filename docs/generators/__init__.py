@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
-from generators import accuracy, cost_model, gradients, papers, reasons, speed, studies
+from generators import accuracy, compatibility, configuration, cost_model, environment, formats, gradients, papers, reasons, speed, studies
 from generators.drawings import DRAWINGS
 from generators.stored import Row
 
@@ -29,6 +29,10 @@ SOURCES: tuple[Callable[[], dict[str, str]], ...] = (
     gradients.blocks,
     papers.blocks,
     reasons.blocks,
+    configuration.blocks,
+    environment.blocks,
+    formats.blocks,
+    compatibility.blocks,
 )
 """Functions that return blocks by name. No two of them may make a block of the same name."""
 

@@ -14,12 +14,13 @@ import torch
 
 from approx_compile import ConfigError, machine
 from approx_compile.machine import Machine, Table, benchmark_grids, microbenchmarks, profile, store, timer
+from approx_compile.utils import MACHINE
 
 
 @pytest.fixture
 def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Have no profile, neither in memory nor on disk."""
-    monkeypatch.delenv(machine.FILE)
+    monkeypatch.delenv(MACHINE.name)
     monkeypatch.setattr(store, "loaded", {})
     monkeypatch.setattr(store.platformdirs, "user_cache_path", lambda name: tmp_path / name)
     return machine.path_of("cpu")
@@ -123,7 +124,7 @@ def test_the_profile_in_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         assert machine.current("cuda") is other
     assert machine.current() == stored
     other.save(tmp_path / "other.json")
-    monkeypatch.setenv(machine.FILE, str(tmp_path / "other.json"))
+    monkeypatch.setenv(MACHINE.name, str(tmp_path / "other.json"))
     assert machine.current() == other and other.digest != stored.digest
     for text in ("{}", "{", json.dumps(json.loads(other.model_dump_json()) | {"tables": {}})):
         (tmp_path / "bad.json").write_text(text)

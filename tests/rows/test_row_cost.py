@@ -20,6 +20,7 @@ from approx_compile.machine import Machine, calibration, store
 from approx_compile.reasons.rows import GATHERING_COSTS
 from approx_compile.rows import early_decline, row_cost
 from approx_compile.rows.row_cost import Prediction, ProductWork, RowTraffic, RowWork, predict
+from approx_compile.utils import MACHINE
 
 HALF = [RowSettings("bernoulli", 0.5, 2, False)]
 ADAPTIVE = [RowSettings("bernoulli", None, 2, False)]
@@ -181,7 +182,7 @@ def test_nothing_is_measured_for_this(monkeypatch: pytest.MonkeyPatch, tmp_path:
     def measured(*args: Any) -> Any:
         raise AssertionError("measured")
 
-    monkeypatch.delenv(machine.FILE)
+    monkeypatch.delenv(MACHINE.name)
     monkeypatch.setattr(calibration, "_measure_profile", measured)
     monkeypatch.setattr(store, "loaded", {})
     monkeypatch.setattr(store.platformdirs, "user_cache_path", lambda name: tmp_path)

@@ -16,6 +16,7 @@ from approx_compile import ApproxConfig, ConfigError, machine
 from approx_compile.tools.cli import app, read_options
 from approx_compile.tools.compare import Timing, loss_of, race
 from approx_compile.tools.model_loader import FactoryError, load
+from approx_compile.utils import MACHINE
 
 FACTORIES = """
 import torch
@@ -317,6 +318,6 @@ def test_calibrations_of_two_precisions_stand_side_by_side(precisions: None, fol
         assert invoke("calibrate", "--quick", "--device", "cpu", "--float32", name).exit_code == 0
         assert machine.path_of("cpu").name.endswith(end) and machine.path_of("cpu").exists()
         with monkeypatch.context() as m:
-            m.delenv(machine.FILE)
+            m.delenv(MACHINE.name)
             assert machine.current("cpu") == machine.load(machine.path_of("cpu"))
     assert len(list((folder / "cache").rglob("*.json"))) == 2

@@ -29,7 +29,7 @@ class Decisions:
 
     Attributes:
         cuts: The controls of the model, by name. The control of a cut chooses the share of the rows; its `measured` is the share that is needed. The control
-            of sampled outputs chooses their ratio; its `measured` is the relative squared error of the gradient.
+            of sampled outputs chooses their ratio; its `measured` is the relative squared error ``|g' - g|^2 / |g|^2`` of the gradient g.
         waiting: The loaded states of controls that have not run since.
     """
 

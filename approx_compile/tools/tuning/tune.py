@@ -61,7 +61,7 @@ def tune(
         target: What the loss compares the output with.
         loss: A function of the output (and of the target). By default cross entropy or the mean square error with `target`; without a target the model's
             output, or its `.loss`.
-        max_error: The relative error that the gradient may have.
+        max_error: The relative error e = ``|g - g_exact| / |g_exact|`` that the gradient may have. The setting `adaptive.error` bounds its square, e^2.
         time_budget_s: Seconds that tuning may take. What runs when they are over is interrupted, compilations too, if `tune` runs in the main thread;
             otherwise a compilation that has begun is finished.
         config: How sites are sampled (`method`, `sampling`, rules and so on). Sites that read raw data, and the last layer, stay exact unless the policy of
