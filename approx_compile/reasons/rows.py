@@ -81,6 +81,11 @@ NOT_LINEAR = Template(
     "Use a torch op whose gradient is linear in it, or apply the function to the model's outputs outside of the compiled model.",
 )
 UNKNOWN_OP = Template("unknown-op", "{op} is not known to keep samples apart", _BY_SAMPLE)
+SAMPLES_COMPARED = Template(
+    "samples-compared",
+    "{op} reads similarities of samples, or another tensor with the batch along two axes",
+    "Compare samples at the end of the model only, as a contrastive loss does: rows are chosen below it.",
+)
 WHOLE_FORWARD_BATCH = Template("whole-forward-batch", "{op} takes the forward pass's batch as a whole", _BY_SAMPLE)
 ALONG_BATCH = Template("along-batch", "{op} runs along the batch", "Make the batch the first axis, if this axis was not meant to be the batch.")
 BATCH_MEAN = Template(

@@ -30,6 +30,7 @@ from approx_compile.reasons.rows import (
     MERGED_UNKNOWN,
     NOT_LINEAR,
     RANDOM_FOR_BATCH,
+    SAMPLES_COMPARED,
     SIZE_AS_NUMBER,
     TWO_BATCH_AXES,
     UNKNOWN_OP,
@@ -92,10 +93,13 @@ def analyze_batch_dim(graph: fx.Graph, batch: sympy.Symbol, known: Mapping[str, 
 
 def layout_from_size(value: Any, batch: sympy.Symbol) -> SampleLayout | None:
     """Return the layout of a tensor of which exactly one dim holds the batch and nothing else; None for any other value."""
-    if not isinstance(value, torch.Tensor):
-        return None
-    dims = [d for d, s in enumerate(value.shape) if _torch.has_symbol(s, batch)]
+    dims = _batch_dims(value, batch)
     return SampleLayout(dims[0]) if len(dims) == 1 and _torch.size_expr(value.shape[dims[0]]) == batch else None
+
+
+def _batch_dims(value: Any, batch: sympy.Symbol) -> list[int]:
+    """The dims of a tensor whose sizes have the batch in them; none for any other value."""
+    return [d for d, s in enumerate(value.shape) if _torch.has_symbol(s, batch)] if isinstance(value, torch.Tensor) else []
 
 
 def _analyze_input(n: fx.Node, state: BatchDimState, known: Mapping[str, ValueLayout], tangent: bool) -> None:
@@ -111,7 +115,7 @@ def _analyze_input(n: fx.Node, state: BatchDimState, known: Mapping[str, ValueLa
 
 
 def _analyze_op(n: fx.Node, state: BatchDimState) -> None:
-    """Determine kind, linearity, layout and legality of an op. A blocked op gets the layout that sizes suggest, so that the analysis can go on."""
+    """Determine kind, linearity, layout and legality of an op. A blocked op gets a layout that suits its sizes, so that the analysis can go on."""
     value = n.meta.get("val")
     operands = [a for a in n.all_input_nodes if not isinstance(a.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool)]
     gradients = [a for a in operands if state.kind.get(a) in _GRADIENTS]
@@ -128,10 +132,19 @@ def _analyze_op(n: fx.Node, state: BatchDimState) -> None:
     except Blocked as e:
         state.blocked[n] = e.reason
         values = value if isinstance(value, tuple | list) else (value,)
-        guesses = tuple(layout_from_size(v, state.batch) for v in values)
+        guesses = tuple(_guess(v, operands, state) for v in values)
         state.layout[n] = guesses if isinstance(value, tuple | list) else guesses[0]
         if any(g is None and holds_batch(v, state.batch) for g, v in zip(guesses, values, strict=True)):
             state.unlocated.add(n)
+
+
+def _guess(value: Any, operands: Sequence[fx.Node], state: BatchDimState) -> SampleLayout | None:
+    """A layout for a result of a blocked op: the one that its sizes suggest, or else that of an operand. None if there is no such layout.
+
+    Any layout is right that all later ops agree on: the op runs on the whole batch, and which of its result's entries count as one sample is free to choose.
+    """
+    layouts = (state.layout_of(a) for a in operands)
+    return layout_from_size(value, state.batch) or next((p for p in layouts if p is not None and not p.uniform and _fits(p, value, state)), None)
 
 
 def _kind(n: fx.Node, value: Any, operands: list[fx.Node], gradients: list[fx.Node], state: BatchDimState) -> str:
@@ -152,6 +165,8 @@ def _kind(n: fx.Node, value: Any, operands: list[fx.Node], gradients: list[fx.No
 def _layout(n: fx.Node, value: Any, operands: list[fx.Node], state: BatchDimState) -> ValueLayout:
     """The layout of an op's result, by its batching rule or, for an op that creates a tensor, by the values it is filled with."""
     if any(a in state.unlocated for a in operands) and not _locate_from_others(n, value, operands, state):
+        if any(len(_batch_dims(_torch.value(a), state.batch)) > 1 for a in operands):
+            raise Blocked(SAMPLES_COMPARED(op=op_name(n)))
         raise Blocked(MERGED_UNKNOWN())
     if n.target is operator.getitem:
         layouts = state.layout[n.args[0]]  # type: ignore[index]
@@ -185,11 +200,12 @@ def _layout(n: fx.Node, value: Any, operands: list[fx.Node], state: BatchDimStat
 def _locate_from_others(n: fx.Node, value: Any, operands: list[fx.Node], state: BatchDimState) -> bool:
     """Give operands with an unknown layout the one that matches another operand's; return whether all operands have a layout then.
 
-    This is legal for a tensor of the forward pass that is made for the whole batch, like a mask of dropout. Its entries are constants, each of which meets
-    one entry of the gradient, and the gradient's layout says which sample that entry belongs to.
+    This is legal because such an operand is computed for the whole batch. It may be a tensor of the forward pass, like a mask of dropout: its entries are
+    constants, each of which meets one entry of the gradient, whose layout says which sample that entry belongs to. It may also be a gradient that a blocked op
+    makes, or an output gradient: which of its entries count as one sample is free to choose (see `_guess`).
     """
     unlocated = [a for a in operands if a in state.unlocated]
-    if any(state.kind.get(a) not in (FORWARD, CONSTANT) for a in unlocated):
+    if any(state.kind.get(a) not in (FORWARD, CONSTANT, ROW_GRAD) for a in unlocated):
         return False
     for a in unlocated:
         layout = _matching_layout(n, a, operands, state)
@@ -236,8 +252,7 @@ def _filled_layout(value: Any, batch: sympy.Symbol) -> SampleLayout:
     A dim that is exactly the batch gets a definite layout: if it is merged with another axis later, the entries of the merged dim differ. A dim of several
     times the batch's size is constant throughout and gets a uniform layout.
     """
-    dims = [d for d, s in enumerate(value.shape) if _torch.has_symbol(s, batch)]
-    return layout_from_size(value, batch) or SampleLayout(dims[0], None, None)
+    return layout_from_size(value, batch) or SampleLayout(_batch_dims(value, batch)[0], None, None)
 
 
 # --- checks ---
@@ -253,7 +268,7 @@ def _checked(n: fx.Node, value: Any, layout: ValueLayout, state: BatchDimState) 
     if not isinstance(value, torch.Tensor):
         return None
     assert not isinstance(layout, tuple)
-    dims = [d for d, s in enumerate(value.shape) if _torch.has_symbol(s, state.batch)]
+    dims = _batch_dims(value, state.batch)
     if layout is None:
         if dims:
             raise Blocked(MAKES_ROWS(op=op_name(n)))
@@ -269,7 +284,7 @@ def _fits(layout: ValueLayout, value: Any, state: BatchDimState) -> bool:
     """Whether the sizes of a value allow a layout."""
     if not isinstance(layout, SampleLayout) or not isinstance(value, torch.Tensor):
         return layout is None and not holds_batch(value, state.batch)
-    if [d for d, s in enumerate(value.shape) if _torch.has_symbol(s, state.batch)] != [layout.dim]:
+    if _batch_dims(value, state.batch) != [layout.dim]:
         return False
     return layout.uniform or bool(sympy.expand(layout.outer * state.batch * layout.inner - _torch.size_expr(value.shape[layout.dim])) == 0)
 

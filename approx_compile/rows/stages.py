@@ -165,7 +165,7 @@ def assign_stages(graph: fx.Graph, state: PartitionState, tangents: Sequence[fx.
         levels: The levels that begin at products, by node name.
     """
     known = state.batch_dims
-    by_rows = {t for t in tangents if known.kind.get(t) == ROW_GRAD}
+    by_rows = {t for t in tangents if known.kind.get(t) == ROW_GRAD and t not in known.unlocated}
     start = ALL_ROWS if any(levels.get(n.name, default) == ALL_ROWS for n in _first_products(by_rows)) else default
     raw: dict[fx.Node, int] = {}
     exact = _read_by_nonlinear(graph, known)
@@ -180,7 +180,11 @@ def assign_stages(graph: fx.Graph, state: PartitionState, tangents: Sequence[fx.
             if n in known.nonlinear:
                 state.add_blocked(n, ROWS_END_ABOVE(why=known.nonlinear[n]))
         elif n.target in PRODUCT_OPS or "attention" in str(n.target):
-            stage = max(stage, levels.get(n.name, default))
+            level = max(stage, levels.get(n.name, default))
+            if level != ALL_ROWS and stage == ALL_ROWS and n in known.blocked:  # a loss that compares samples: rows begin below it
+                state.add_blocked(n, ROWS_END_ABOVE(why=known.blocked[n]))
+            else:
+                stage = level
         elif above == [] and known.kind.get(n) == ROW_GRAD:
             stage = ALL_ROWS  # the loss is inside the graph, and its gradient is expanded to the rows here
         if stage != ALL_ROWS and stage != post and n in known.blocked:

@@ -23,13 +23,19 @@ class Net(nn.Module):
 
     def __init__(self, use: Callable[..., Outputs]) -> None:
         super().__init__()
-        self.use = use
+        self.use, self.weight = use, torch.ones(())
         self.vectors, self.head, self.block = mlp(D, 16, 8), nn.Linear(8, 5), TransformerBlock(8)
         pool = nn.Sequential(nn.GroupNorm(2, 6), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 8))
         self.images = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), *pool)
 
     def forward(self, *inputs: Tensor) -> Outputs:
         return self.use(self, *inputs)
+
+    def marked(self, z: Tensor) -> Tensor:
+        """The same values, whose gradient's rows are multiplied by `weight`, where the exact model is to leave out samples."""
+        if self.weight.dim():
+            z.register_hook(lambda g: g * self.weight.repeat(len(g) // B)[:, None])
+        return z
 
 
 def vectors(*shape: int) -> Callable[[int], Tensor]:
@@ -140,3 +146,41 @@ def against_masked_tangents(use: Callable[..., Outputs], data: list[Make], monke
 def test_a_sample_left_out_is_one_whose_rows_all_have_weight_0(use: Callable[..., Outputs], monkeypatch: pytest.MonkeyPatch) -> None:
     plans = against_masked_tangents(use, CASES[use], monkeypatch)
     assert [c.reason for c in plans[0].cuts] == ["the whole backward pass"] and plans[0].cuts[0].rows == B
+
+
+def contrastive(m: Any, a: Tensor, b: Tensor) -> Outputs:
+    """A loss inside that compares all views of all samples with each other (NT-Xent)."""
+    n = len(a)
+    z = F.normalize(m.marked(m.vectors(torch.cat([a, b]))))
+    other = torch.arange(2 * n).roll(n)
+    return (F.cross_entropy((z @ z.t() / 0.5).fill_diagonal_(-1e9), other),)
+
+
+def similarities(m: Any, a: Tensor, b: Tensor) -> Outputs:
+    """Outputs that compare each sample's first view with the second views of all (CLIP)."""
+    x, y = m.marked(m.vectors(torch.cat([a, b]))).chunk(2)
+    logits = 5 * F.normalize(x) @ F.normalize(y).t()
+    return logits, logits.t()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("use", [contrastive, similarities], ids=lambda f: f.__name__)
+def test_rows_begin_below_what_compares_samples(use: Callable[..., Outputs], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison is exact on all rows. The samples left out below it are those whose views' gradients get weight 0 where they leave the encoder."""
+    chosen = ChosenRows(monkeypatch)
+    model, inputs = Net(use).double(), [torch.randn(B, D, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    f, plans = rows_of(model, HALF)
+    outputs = f(*inputs)
+    tangents = [torch.randn_like(o) for o in outputs]
+    torch.autograd.backward(outputs, tangents)
+    model.requires_grad_(False)
+    for p in (used := [*model.vectors.parameters()][:-1]):  # the last bias, above the rows' beginning, is exact
+        p.requires_grad_()
+    got = grads(model, *inputs)
+    assert used and [len(idx) for idx, _ in chosen.choices] == [B // 2]
+    model.weight = chosen.mask(B)
+    torch.autograd.backward(model(*inputs), tangents)
+    for a, b in zip(got, grads(model, *inputs), strict=True):
+        assert (a - b).norm() <= 1e-9 * (1 + b.norm())
+    (cut,) = plans[0].cuts
+    assert cut.decision == "rows" and "similarities of samples" in cut.reason
