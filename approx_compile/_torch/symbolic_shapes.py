@@ -146,6 +146,34 @@ def guards_on_symbol(symbol: sympy.Symbol, gm: fx.GraphModule) -> list[Any]:
     return [e for e in known if symbol in e.free_symbols]
 
 
+def guard_holds(guard: Any, values: Mapping[sympy.Symbol, int]) -> bool:
+    """Return whether a guard holds for these values of its symbols. It does not where evaluating it divides by zero, as s // (s // 4) with s = 2."""
+    try:
+        return bool(guard.subs(values) == sympy.true)
+    except ZeroDivisionError:
+        return False
+
+
+def divisor_of(symbol: sympy.Symbol, graph: fx.Graph) -> int:
+    """Return the number that a size is divided by where the sizes of a graph's tensors are a part of it, as in x.view(2, -1).
+
+    Args:
+        symbol: The symbol of the size.
+        graph: The graph.
+
+    Returns:
+        The least common multiple of all divisors; 1 if there is none, or if the size at hand is no multiple of it.
+    """
+    from torch.utils._sympy.functions import FloorDiv
+
+    values = [n.meta.get("val") for n in graph.nodes]
+    tensors = [v for given in values for v in (given if isinstance(given, tuple | list) else (given,)) if isinstance(v, torch.Tensor)]
+    sizes = {size_expr(s): s for v in tensors for s in v.shape if has_symbol(s, symbol)}
+    divisors = {int(d.args[1]) for e in sizes for d in e.atoms(FloorDiv) if symbol in d.args[0].free_symbols and d.args[1].is_Integer}
+    found = math.lcm(*divisors)
+    return found if symbol in sizes and hint(sizes[symbol]) % found == 0 else 1
+
+
 def unify_symbols(symbols: Sequence[sympy.Symbol], graph: fx.Graph) -> sympy.Symbol:
     """Guard that sizes, which have equal hints, are equal.
 

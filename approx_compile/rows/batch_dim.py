@@ -34,6 +34,40 @@ DECOUPLED = "approx_compile_decoupled"
 
 
 @dataclass(frozen=True)
+class BatchSize:
+    """What the number of samples is in the sizes of a graph.
+
+    Attributes:
+        symbol: The symbol that the graph's sizes are made of.
+        group: How many entries of an axis of size `symbol` belong to one sample. It is more than 1 where the batch comes with all views of the samples, or all
+            frames of the clips, along one axis, which the model takes apart: `symbol` = `group` * samples.
+        same: Other symbols of the graph that count as the same size.
+    """
+
+    symbol: sympy.Symbol
+    group: int = 1
+    same: tuple[sympy.Symbol, ...] = ()
+
+    @property
+    def samples(self) -> sympy.Symbol:
+        """The symbol of the number of samples: `symbol` itself where every entry is a sample of its own."""
+        return self.symbol if self.group == 1 else sympy.Symbol(f"{self.symbol}_samples", integer=True, positive=True)
+
+    def expr(self, size: Any) -> Any:
+        """Return a size as an expression that has `samples` for the batch. Quotients such as `symbol` // `group` are simplified."""
+        e = _torch.size_expr(size)
+        return e if self.group == 1 and not self.same else e.xreplace(dict.fromkeys((self.symbol, *self.same), self.group * self.samples))
+
+    def numel(self, sizes: Sequence[Any]) -> Any:
+        """Return the product of sizes as such an expression."""
+        return sympy.Mul(*map(self.expr, sizes))
+
+    def is_in(self, size: Any) -> bool:
+        """Return whether a size depends on the number of samples."""
+        return not isinstance(size, int) and self.samples in self.expr(size).free_symbols
+
+
+@dataclass(frozen=True)
 class SampleLayout:
     """Where a tensor holds the samples of the batch: in dim `dim`, whose size is outer * batch * inner, in that order.
 
@@ -64,7 +98,7 @@ ValueLayout = SampleLayout | None | tuple[SampleLayout | None, ...]
 class BatchDimState:
     """What the analysis knows of every node of a graph."""
 
-    batch: sympy.Symbol
+    batch: BatchSize
     layout: dict[fx.Node, ValueLayout] = field(default_factory=dict)
     kind: dict[fx.Node, str] = field(default_factory=dict)
     """One of CONSTANT, FORWARD, LOSS_GRAD, ROW_GRAD, REDUCED_GRAD."""
@@ -88,19 +122,11 @@ class BatchDimState:
         return layout if isinstance(layout, SampleLayout) else None
 
 
-def numel_of(sizes: Sequence[Any]) -> Any:
-    """Return the product of sizes as a sympy expression."""
-    total = sympy.S.One
-    for s in sizes:
-        total *= _torch.size_expr(s)
-    return total
-
-
-def holds_batch(value: Any, batch: sympy.Symbol) -> bool:
-    """Return whether a tensor, or any tensor of a tuple or list, has the batch's symbol in its shape."""
+def holds_batch(value: Any, batch: BatchSize) -> bool:
+    """Return whether a tensor, or any tensor of a tuple or list, has the batch's size in its shape."""
     if isinstance(value, tuple | list):
         return any(holds_batch(v, batch) for v in value)
-    return isinstance(value, torch.Tensor) and any(_torch.has_symbol(s, batch) for s in value.shape)
+    return isinstance(value, torch.Tensor) and any(map(batch.is_in, value.shape))
 
 
 def argument_values(args: Any) -> list[Any]:
@@ -129,7 +155,8 @@ def strided_geometry(n: fx.Node, position: int) -> StridedGeometry:
 def covers_same_memory(a: StridedGeometry, b: StridedGeometry) -> bool:
     """Return whether two tensors over one memory both cover the same contiguous range of it, each entry once."""
     (size, _, offset), (size_b, _, offset_b) = a, b
-    return bool(is_dense(a) and is_dense(b) and _torch.known_equal(offset, offset_b) and sympy.expand(numel_of(size) - numel_of(size_b)) == 0)
+    entries, entries_b = (sympy.Mul(*map(_torch.size_expr, s)) for s in (size, size_b))
+    return bool(is_dense(a) and is_dense(b) and _torch.known_equal(offset, offset_b) and sympy.expand(entries - entries_b) == 0)
 
 
 def is_dense(geometry: StridedGeometry) -> bool:
@@ -146,17 +173,17 @@ def is_dense(geometry: StridedGeometry) -> bool:
     return True
 
 
-def sample_stride(geometry: StridedGeometry, layout: SampleLayout) -> Any:
+def sample_stride(geometry: StridedGeometry, layout: SampleLayout, batch: BatchSize) -> Any:
     """Return the distance in memory, in entries, from one sample to the next."""
-    return _torch.size_expr(geometry[1][layout.dim]) * layout.inner
+    return batch.expr(geometry[1][layout.dim]) * layout.inner
 
 
-def layout_from_stride(geometry: StridedGeometry, step: Any, batch: sympy.Symbol) -> SampleLayout | None:
+def layout_from_stride(geometry: StridedGeometry, step: Any, batch: BatchSize) -> SampleLayout | None:
     """Return the layout of a tensor whose samples lie `step` entries apart in memory; None if no dim holds them whole."""
     for d, (size, stride) in enumerate(zip(geometry[0], geometry[1], strict=True)):
-        if _torch.has_symbol(size, batch):
-            inner = sympy.cancel(step / _torch.size_expr(stride))
-            outer = sympy.cancel(_torch.size_expr(size) / (batch * inner))
+        if batch.is_in(size):
+            inner = sympy.cancel(step / batch.expr(stride))
+            outer = sympy.cancel(batch.expr(size) / (batch.samples * inner))
             return SampleLayout(d, outer, inner) if is_whole_number(inner) and is_whole_number(outer) else None
     return None
 

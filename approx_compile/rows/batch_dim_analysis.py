@@ -44,6 +44,7 @@ from approx_compile.rows.batch_dim import (
     REDUCED_GRAD,
     ROW_GRAD,
     BatchDimState,
+    BatchSize,
     Blocked,
     SampleLayout,
     ValueLayout,
@@ -68,12 +69,12 @@ _REARRANGING |= {aten.clone.default, aten.squeeze.dims, aten.squeeze.dim, aten.s
 _ARITHMETIC: set[Any] = {aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor}
 
 
-def analyze_batch_dim(graph: fx.Graph, batch: sympy.Symbol, known: Mapping[str, ValueLayout] | None = None, tangents: Sequence[fx.Node] = ()) -> BatchDimState:
+def analyze_batch_dim(graph: fx.Graph, batch: BatchSize, known: Mapping[str, ValueLayout] | None = None, tangents: Sequence[fx.Node] = ()) -> BatchDimState:
     """Determine layout, kind and legality of every node of a graph.
 
     Args:
         graph: A forward, backward or joint graph with symbolic sizes.
-        batch: The symbol of the batch's size.
+        batch: The batch's size.
         known: Layouts of placeholders by name. They are needed for merged dims, whose layout does not follow from sizes.
         tangents: The placeholders that are gradients of the outputs.
 
@@ -91,15 +92,15 @@ def analyze_batch_dim(graph: fx.Graph, batch: sympy.Symbol, known: Mapping[str, 
     return state
 
 
-def layout_from_size(value: Any, batch: sympy.Symbol) -> SampleLayout | None:
+def layout_from_size(value: Any, batch: BatchSize) -> SampleLayout | None:
     """Return the layout of a tensor of which exactly one dim holds the batch and nothing else; None for any other value."""
     dims = _batch_dims(value, batch)
-    return SampleLayout(dims[0]) if len(dims) == 1 and _torch.size_expr(value.shape[dims[0]]) == batch else None
+    return SampleLayout(dims[0]) if len(dims) == 1 and batch.expr(value.shape[dims[0]]) == batch.samples else None
 
 
-def _batch_dims(value: Any, batch: sympy.Symbol) -> list[int]:
+def _batch_dims(value: Any, batch: BatchSize) -> list[int]:
     """The dims of a tensor whose sizes have the batch in them; none for any other value."""
-    return [d for d, s in enumerate(value.shape) if _torch.has_symbol(s, batch)] if isinstance(value, torch.Tensor) else []
+    return [d for d, s in enumerate(value.shape) if batch.is_in(s)] if isinstance(value, torch.Tensor) else []
 
 
 def _analyze_input(n: fx.Node, state: BatchDimState, known: Mapping[str, ValueLayout], tangent: bool) -> None:
@@ -143,8 +144,8 @@ def _guess(value: Any, operands: Sequence[fx.Node], state: BatchDimState) -> Sam
 
     Any layout is right that all later ops agree on: the op runs on the whole batch, and which of its result's entries count as one sample is free to choose.
     """
-    layouts = (state.layout_of(a) for a in operands)
-    return layout_from_size(value, state.batch) or next((p for p in layouts if p is not None and not p.uniform and _fits(p, value, state)), None)
+    layouts = (p.at_dim(p.dim) for a in operands if (p := state.layout_of(a)) is not None and not p.uniform)
+    return layout_from_size(value, state.batch) or next((p for p in layouts if _fits(p, value, state)), None)
 
 
 def _kind(n: fx.Node, value: Any, operands: list[fx.Node], gradients: list[fx.Node], state: BatchDimState) -> str:
@@ -237,7 +238,7 @@ def _matching_layout(n: fx.Node, unlocated: fx.Node, operands: list[fx.Node], st
     return next((layout.at_dim(layout.dim + rank - _torch.value(a).dim()) for a, layout in others), None)
 
 
-def _makes_sample_indices(n: fx.Node, value: Any, batch: sympy.Symbol) -> bool:
+def _makes_sample_indices(n: fx.Node, value: Any, batch: BatchSize) -> bool:
     """Whether an op makes the indices 0, 1, .. of the samples."""
     if layout_from_size(value, batch) is None:
         return False
@@ -246,7 +247,7 @@ def _makes_sample_indices(n: fx.Node, value: Any, batch: sympy.Symbol) -> bool:
     return len(n.args) == 1 or (n.args[0], *n.args[2:3]) in ((0,), (0, 1))
 
 
-def _filled_layout(value: Any, batch: sympy.Symbol) -> SampleLayout:
+def _filled_layout(value: Any, batch: BatchSize) -> SampleLayout:
     """The layout of a tensor that is filled with one value, or expanded from one without samples.
 
     A dim that is exactly the batch gets a definite layout: if it is merged with another axis later, the entries of the merged dim differ. A dim of several
@@ -286,7 +287,7 @@ def _fits(layout: ValueLayout, value: Any, state: BatchDimState) -> bool:
         return layout is None and not holds_batch(value, state.batch)
     if _batch_dims(value, state.batch) != [layout.dim]:
         return False
-    return layout.uniform or bool(sympy.expand(layout.outer * state.batch * layout.inner - _torch.size_expr(value.shape[layout.dim])) == 0)
+    return layout.uniform or bool(sympy.expand(layout.outer * state.batch.samples * layout.inner - state.batch.expr(value.shape[layout.dim])) == 0)
 
 
 def _with_definite_layout(n: fx.Node, value: Any, layout: ValueLayout, state: BatchDimState) -> ValueLayout:
@@ -319,7 +320,7 @@ def _check_sums(n: fx.Node, gradients: list[fx.Node], state: BatchDimState) -> N
 
 def _check_batch_size(n: fx.Node, state: BatchDimState) -> None:
     """Allow the batch's size as an argument only as a factor, which the stages replace by the size of the whole batch."""
-    if not any(_torch.has_symbol(a.meta["val"], state.batch) for a in _torch.symbolic_scalar_arguments(n)):
+    if not any(state.batch.is_in(a.meta["val"]) for a in _torch.symbolic_scalar_arguments(n)):
         return
     value = n.meta.get("val")
     arithmetic = n.target in _ARITHMETIC and isinstance(value, torch.Tensor) and value.dtype.is_floating_point

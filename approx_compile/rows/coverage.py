@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import sympy
 import torch
 from torch import fx
 
 from approx_compile import _torch
 from approx_compile.reasons.rows import CROSS_SAMPLE
-from approx_compile.rows.batch_dim import FORWARD, ROW_GRAD
+from approx_compile.rows.batch_dim import FORWARD, ROW_GRAD, BatchSize
 from approx_compile.rows.batch_dim_analysis import analyze_batch_dim
 from approx_compile.rows.row_cost import ProductWork, RowTraffic, RowWork, product_work, row_traffic
 from approx_compile.rows.stages import (
@@ -29,12 +28,12 @@ from approx_compile.rows.stages import (
 )
 
 
-def estimate_coverage(graph: fx.Graph, batch: sympy.Symbol, default: int, levels: Mapping[str, int], approximate_batch_norm: bool) -> CoverageEstimate:
+def estimate_coverage(graph: fx.Graph, batch: BatchSize, default: int, levels: Mapping[str, int], approximate_batch_norm: bool) -> CoverageEstimate:
     """Estimate from the joint graph what `partition_backward` will find.
 
     Args:
         graph: The joint graph.
-        batch: The symbol of the batch's size.
+        batch: The batch's size.
         default: The level that begins at the output gradients, ALL_ROWS for none.
         levels: The levels that begin at products, by node name.
         approximate_batch_norm: Whether sums over the batch that go back to its rows will be approximated (see `batch_norm`).
@@ -54,9 +53,9 @@ def _row_products(state: PartitionState) -> tuple[ProductWork, ...]:
     return tuple(t for n, s in stage_of_row_nodes(state).items() if (t := product_work(n, s, state.batch_dims.batch)) is not None)
 
 
-def _rows_at_hand(graph: fx.Graph, batch: sympy.Symbol) -> int:
-    sizes = (s for n in graph.nodes if isinstance(v := n.meta.get("val"), torch.Tensor) for s in v.shape if _torch.size_expr(s) == batch)
-    return _torch.hint(next(sizes, 1))
+def _rows_at_hand(graph: fx.Graph, batch: BatchSize) -> int:
+    sizes = (s for n in graph.nodes if isinstance(v := n.meta.get("val"), torch.Tensor) for s in v.shape if _torch.size_expr(s) == batch.symbol)
+    return _torch.hint(next(sizes, 1)) // batch.group
 
 
 def _entering(state: PartitionState) -> tuple[RowTraffic, ...]:

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from approx_compile import _torch
-from approx_compile.rows.batch_dim import LOSS_GRAD, ROW_GRAD, ValueLayout
+from approx_compile.rows.batch_dim import LOSS_GRAD, ROW_GRAD, BatchSize, ValueLayout
 from approx_compile.rows.batch_dim_analysis import analyze_batch_dim
 from approx_compile.rows.batch_norm import decouple_batch_norm
 from approx_compile.rows.coverage import planned_work
@@ -38,13 +38,13 @@ aten = torch.ops.aten
 
 
 def partition_backward(
-    gm: fx.GraphModule, batch: sympy.Symbol, known: Mapping[str, ValueLayout], default: int, levels: Mapping[str, int], approximate_batch_norm: bool
+    gm: fx.GraphModule, batch: BatchSize, known: Mapping[str, ValueLayout], default: int, levels: Mapping[str, int], approximate_batch_norm: bool
 ) -> Partition:
     """Partition a backward graph.
 
     Args:
         gm: The backward graph. The approximation of BatchNorm edits it.
-        batch: The symbol of the batch's size.
+        batch: The batch's size.
         known: Layouts of placeholders by name, from the forward graph.
         default: The level that begins at the output gradients, ALL_ROWS for none.
         levels: The levels that begin at products, by node name.

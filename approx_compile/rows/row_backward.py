@@ -113,12 +113,12 @@ class RowBackward:
         values = dict(zip(self.names, args, strict=True))
         args.clear()
         spared = self._donated if self._donated and (keep or _torch.graph_is_kept()) else frozenset[str]()
-        if _all_rows[0]:
-            return self.run(values, symbols, [symbols[self.partition.batch]] * len(self.levels), [None] * len(self.levels), None, spared)
+        size = self._samples(symbols)
+        if _all_rows[0] or symbols[self.partition.batch.symbol] % self.partition.batch.group:  # some sample lacks entries
+            return self.run(values, symbols, [size] * len(self.levels), [None] * len(self.levels), None, spared)
         owner = self.controls.owner(values.values())
         controls = self.controls.of(owner)
         followed, may_drop = self._follow(values, symbols)
-        size = symbols[self.partition.batch]
         counts = self._counts(symbols, controls, followed) if may_drop else [size] * len(self.levels)
         whole = self.whole
         if whole is not None and whole.sizes == symbols and followed is None and set(counts) == {size} and self._watched(values, counts, controls):
@@ -143,7 +143,7 @@ class RowBackward:
         selection would add variance that the settings do not account for. All rows are needed as well above what is not linear in the gradient.
         """
         entering = [e for s in self.partition.stages if s.level != ALL_ROWS for e in s.entries if e.gradient and e.source in (SAVED, ALL_ROWS)]
-        size = symbols[self.partition.batch]
+        size = self._samples(symbols)
         marks = [
             selection_of(values[e.name]) if e.source == SAVED and e.layout == SampleLayout(0) and values[e.name].shape[0] == size else None for e in entering
         ]
@@ -158,12 +158,16 @@ class RowBackward:
     def _values(self, args: Sequence[Any]) -> dict[sympy.Symbol, int]:
         return {s: _torch.size_at(args, i, d) for s, i, d in self._symbols}
 
+    def _samples(self, symbols: Mapping[sympy.Symbol, int]) -> int:
+        """The number of samples in the batch of a call."""
+        return symbols[self.partition.batch.symbol] // self.partition.batch.group
+
     def _counts(self, symbols: Mapping[sympy.Symbol, int], controls: Sequence[RowControl | None], followed: RowSelection | None) -> list[int]:
         """Return the number of rows kept at each level, which never exceeds that of the previous level.
 
         If an earlier graph selected the rows (`followed`), the first level keeps these, and its control is not asked.
         """
-        size = most = symbols[self.partition.batch]
+        size = most = self._samples(symbols)
         counts = []
         for level, (asked, control) in enumerate(zip(self.levels, controls, strict=True)):
             if level == 0 and followed is not None:
@@ -181,8 +185,8 @@ class RowBackward:
         if len(self._legal_counts) > MAX_CACHED_SIZES:
             self._legal_counts.clear()
         if key not in self._legal_counts:
-            size = symbols[self.partition.batch]
-            legal = (n for n in range(k, size) if all(g.subs(dict(symbols) | {self.partition.batch: n}) == sympy.true for g in self.guards))
+            size, batch = self._samples(symbols), self.partition.batch
+            legal = (n for n in range(k, size) if all(_torch.guard_holds(g, {**symbols, batch.symbol: n * batch.group}) for g in self.guards))
             self._legal_counts[key] = next(legal, size)
         return self._legal_counts[key]
 
@@ -210,7 +214,7 @@ class RowBackward:
         Returns:
             The outputs of the backward graph.
         """
-        size = symbols[self.partition.batch]
+        size = self._samples(symbols)
         plan = self._plan(symbols, counts)
         kept: list[RowSelection | None] = [] if followed is None else [followed]
         live = dict(values)
@@ -319,9 +323,10 @@ class RowBackward:
         if len(self._plans) > MAX_CACHED_SIZES:
             self._plans.clear()
         if key not in self._plans:
-            plan = []
+            plan, size, batch = [], self._samples(symbols), self.partition.batch
             for stage in self.partition.stages:
-                here = dict(symbols) | ({self.partition.batch: counts[stage.level - 1]} if stage.level != ALL_ROWS else {})
+                count = counts[stage.level - 1] if stage.level != ALL_ROWS else size
+                here = dict(symbols) | ({batch.symbol: count * batch.group} if count != size else {})
                 plan.append([shape_of(e, here, symbols) for e in stage.entries])
             self._plans[key] = plan
         return self._plans[key]

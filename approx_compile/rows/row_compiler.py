@@ -24,7 +24,7 @@ from approx_compile.reasons import Reason, join
 from approx_compile.reasons.decisions import ROWS_END, WHOLE_BACKWARD
 from approx_compile.reasons.rows import BATCH_ASSUMED, FIXED_BATCH_CODE, FIXED_BATCH_TRACED
 from approx_compile.rows import row_cost
-from approx_compile.rows.batch_dim import SampleLayout, ValueLayout
+from approx_compile.rows.batch_dim import BatchSize, SampleLayout, ValueLayout
 from approx_compile.rows.coverage import estimate_coverage
 from approx_compile.rows.gather_rows import copy_keeping_strides, may_overlap
 from approx_compile.rows.opaque_backward import ROW_BACKWARD_ATTRIBUTE
@@ -72,7 +72,7 @@ class RowCompiler:
             symbol_was_requested: Whether the sizes are symbolic because this package asked for it, rather than the user.
         """
         self.symbols = tuple(symbols)
-        self.batch = self.symbols[0]
+        self.batch = BatchSize(self.symbols[0])
         self.symbol_was_requested = symbol_was_requested
         self.config = config
         self.root = root
@@ -84,7 +84,7 @@ class RowCompiler:
         self._known: dict[str, ValueLayout] = {}
 
     def ask(self, graph: fx.Graph, top: RowSettings | None, sites: Mapping[fx.Node, RowSettings | None]) -> None:
-        """Number the levels that the settings ask for, the one with the most rows first, and choose the batch's symbol.
+        """Number the levels that the settings ask for, the one with the most rows first, and choose the batch's size.
 
         Each gradient product gets the number of its level in its meta (key `LEVEL`), from where the backward graph inherits it.
 
@@ -104,19 +104,28 @@ class RowCompiler:
         if not _torch.has_backward(graph):
             return
         levels = {n.name: n.meta[LEVEL] for n in sites}
-        tried = [self._estimate_for(graph, batch, levels) for batch in self.symbols]
-        self.batch, coverage, reason = max(tried, key=lambda t: (t[2] is None, t[1].flops_on_rows))
-        partners = [s for s in self.symbols if s != self.batch and (reason is not None or _torch.are_compared(s, self.batch, graph))]
+        groups = [BatchSize(s, g) for s in self.symbols if (g := _torch.divisor_of(s, graph)) > 1]
+        self.batch, coverage, reason = self._best(graph, [*map(BatchSize, self.symbols), *groups], levels)
+        partners = tuple(s for s in self.symbols if s != self.batch.symbol)
+        compared = tuple(s for s in partners if _torch.are_compared(s, self.batch.symbol, graph))
         if partners and self.symbol_was_requested:  # nothing in the graph says yet that they are one size
-            self.batch, coverage, reason = self._estimate_for(graph, _torch.unify_symbols([self.batch, *partners], graph), levels)
+            together = replace(self.batch, same=partners)
+            unify = reason is not None or self._best(graph, [self.batch, together], levels)[0] is together
+            if same := partners if unify else compared:
+                symbol = _torch.unify_symbols([self.batch.symbol, *same], graph)
+                self.batch, coverage, reason = self._estimate_for(graph, BatchSize(symbol, self.batch.group), levels)
         if reason is not None:
             self._record_cuts(coverage, {}, graph, reason)
             raise Declined(reason)
 
-    def _estimate_for(self, graph: fx.Graph, batch: sympy.Symbol, levels: Mapping[str, int]) -> tuple[sympy.Symbol, CoverageEstimate, Reason | None]:
-        """Estimate with this symbol as the batch's size what can run on rows; return the symbol, the estimate, and why it is not worth it, if so."""
+    def _best(self, graph: fx.Graph, sizes: Sequence[BatchSize], levels: Mapping[str, int]) -> tuple[BatchSize, CoverageEstimate, Reason | None]:
+        """Return what `_estimate_for` does for the one of several sizes of the batch with which most can run on rows, the first among equals."""
+        return max((self._estimate_for(graph, batch, levels) for batch in sizes), key=lambda t: (t[2] is None, t[1].flops_on_rows))
+
+    def _estimate_for(self, graph: fx.Graph, batch: BatchSize, levels: Mapping[str, int]) -> tuple[BatchSize, CoverageEstimate, Reason | None]:
+        """Estimate with this size of the batch what can run on rows; return the size, the estimate, and why it is not worth it, if so."""
         coverage = estimate_coverage(graph, batch, self.default, levels, self._approximate_batch_norm)
-        return batch, coverage, _traced_size_reason(graph, batch) or self._rejection_reason(coverage, graph)
+        return batch, coverage, _traced_size_reason(graph, batch.symbol) or self._rejection_reason(coverage, graph)
 
     @property
     def _approximate_batch_norm(self) -> bool:
@@ -176,7 +185,7 @@ class RowCompiler:
         given = dict(zip(names, example_inputs, strict=True))
         dense = _contiguous_copies(partition, given)
         calls, partition = self._compile_stages(partition, gm, given, dense, kwargs)
-        guards = _torch.guards_on_symbol(partition.batch, gm) if partition.batch.is_Symbol else []
+        guards = _torch.guards_on_symbol(partition.batch.symbol, gm) if partition.batch.symbol.is_Symbol else []
         hints = {s: _torch.known_hint(_torch.size_at(example_inputs, i, d)) for s, i, d in _torch.symbol_sources(example_inputs)}
         sizes = {s: n for s, n in hints.items() if n is not None}
         fixed = _fixed_size_reason(partition.batch, sizes, guards)
@@ -201,7 +210,8 @@ class RowCompiler:
 
     def _record_cuts(self, coverage: CoverageEstimate, products: Mapping[str, int], graph: fx.Graph, exact: Reason | None) -> None:
         """Add a `RowCut` for each level to what is reported. `exact` is the reason why all rows are kept, if they are."""
-        rows = next((_torch.hint(s) for n in graph.nodes if n.op == "placeholder" for s in _sizes(n) if _torch.size_expr(s) == self.batch), 0)
+        sizes = (s for n in graph.nodes if n.op == "placeholder" for s in _sizes(n))
+        rows = next((_torch.hint(s) for s in sizes if _torch.size_expr(s) == self.batch.symbol), 0) // self.batch.group
         for i, asked in enumerate(self.levels, 1):
             mine = tuple(name for name, level in products.items() if level == i)
             if exact is None and not mine:
@@ -294,27 +304,28 @@ def _sizes(n: fx.Node) -> Sequence[Any]:
     return value.shape if n.op == "placeholder" and isinstance(value, Tensor) else (value,) if isinstance(value, torch.SymInt) else ()
 
 
-def _fixed_size_reason(batch: Any, sizes: Mapping[sympy.Symbol, int], guards: Sequence[Any]) -> Reason | None:
+def _fixed_size_reason(batch: BatchSize, sizes: Mapping[sympy.Symbol, int], guards: Sequence[Any]) -> Reason | None:
     """The assumption of the compiled code under which only the whole batch can run, if there is one.
 
     Testing every number of rows would be slow, so only likely ones are tried: numbers next to constants in the guards, 2 to 64, multiples of a 16th of the
     batch, and those within 64 of the batch. A guard that only a larger batch satisfies is no obstacle: such a batch may have rows to leave out.
     """
-    if not batch.is_Symbol:
-        return FIXED_BATCH_CODE(size=batch)
-    size = sizes[batch]
+    symbol, group = batch.symbol, batch.group
+    if not symbol.is_Symbol:
+        return FIXED_BATCH_CODE(size=symbol)
+    size = sizes[symbol] // group
     known = [g for g in guards if g.free_symbols <= sizes.keys()]
 
     def broken_by(n: int) -> list[Any]:
-        return [g for g in known if g.subs(dict(sizes) | {batch: n}) != sympy.true]
+        return [g for g in known if not _torch.guard_holds(g, {**sizes, symbol: n * group})]
 
-    named = {int(c) + d for g in known for c in g.atoms(sympy.Integer) for d in (-1, 0, 1)}  # bounds and divisors in the guards
+    named = {int(c) // group + d for g in known for c in g.atoms(sympy.Integer) for d in (-1, 0, 1)}  # bounds and divisors in the guards
     tried = sorted({*named, *range(LEAST_ROWS, 65), *(size * i // 16 for i in range(1, 64)), *range(size - 64, size + 65)})
     if any(not broken_by(n) for n in tried if LEAST_ROWS <= n < size):
         return None
     broken = broken_by(size - 1)
-    larger = all(g.free_symbols == {batch} for g in broken) and any(not broken_by(n) for n in tried if n > size)
-    return None if larger or not broken else BATCH_ASSUMED(guard=broken[0], size=batch)  # a larger batch may have rows to leave out
+    larger = all(g.free_symbols == {symbol} for g in broken) and any(not broken_by(n) for n in tried if n > size)
+    return None if larger or not broken else BATCH_ASSUMED(guard=broken[0], size=symbol)  # a larger batch may have rows to leave out
 
 
 def _with_fixed_symbols(partition: Partition, settled: Callable[[Any], Any]) -> Partition:
@@ -329,7 +340,7 @@ def _with_fixed_symbols(partition: Partition, settled: Callable[[Any], Any]) -> 
 
     stages = tuple(replace(s, entries=tuple(map(entry, s.entries))) for s in partition.stages)
     results = tuple(replace(r, layout=layout(r.layout), size=tuple(map(settled, r.size))) for r in partition.results)
-    return replace(partition, batch=settled(partition.batch), stages=stages, results=results)
+    return replace(partition, batch=replace(partition.batch, symbol=settled(partition.batch.symbol)), stages=stages, results=results)
 
 
 def _with_real_strides(partition: Partition, given: Mapping[str, Any], dense: Mapping[str, Tensor]) -> Partition:

@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import sympy
 import torch
 from torch import Tensor, fx
 
@@ -34,7 +33,7 @@ from approx_compile.passes.cost.expressions import WORKING_SET_FACTOR
 from approx_compile.passes.fx_utils import BMM, MM
 from approx_compile.reasons import Reason
 from approx_compile.reasons.rows import GATHERING_COSTS, SHORT_BACKWARD
-from approx_compile.rows.batch_dim import SampleLayout
+from approx_compile.rows.batch_dim import BatchSize, SampleLayout
 
 ANY_SIZE = False
 """Whether rows count as worth it at any size. Tests set this, because their models are too small for rows to pay."""
@@ -214,13 +213,13 @@ def too_little_work(flops: int, device: str, machine: Machine | None = None) -> 
 # --- of a graph's nodes ---
 
 
-def product_work(n: fx.Node, level: int, batch: sympy.Symbol) -> ProductWork | None:
+def product_work(n: fx.Node, level: int, batch: BatchSize) -> ProductWork | None:
     """Return the work of a node of a backward graph that is a product; None for other ops.
 
     Args:
         n: The node.
         level: The level of rows that it runs on.
-        batch: The symbol of the batch's size.
+        batch: The batch's size.
     """
     flops = _torch.flops(n)
     if not flops:
@@ -228,17 +227,17 @@ def product_work(n: fx.Node, level: int, batch: sympy.Symbol) -> ProductWork | N
     operands = [a for a in n.args if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), Tensor)]
     dtype = _torch.value(operands[0]).dtype
     rate, sizes = _rate(n, [_torch.value(a) for a in operands], batch)
-    return ProductWork(level, flops, dtype, rate, tuple(float(_torch.hint(s)) for s in sizes), tuple(_torch.has_symbol(s, batch) for s in sizes))
+    return ProductWork(level, flops, dtype, rate, tuple(float(_torch.hint(s)) for s in sizes), tuple(map(batch.is_in, sizes)))
 
 
-def _rate(n: fx.Node, operands: Sequence[Tensor], batch: sympy.Symbol) -> tuple[str, list[Any]]:
+def _rate(n: fx.Node, operands: Sequence[Tensor], batch: BatchSize) -> tuple[str, list[Any]]:
     """The table that holds a product's rate, and the sizes to read it at in the order of its axes."""
     if n.target in MM or n.target in BMM:
         a, b = operands[-2:]
         rows, inner, columns = a.shape[-2], a.shape[-1], b.shape[-1]
         if n.target in BMM:
             return "bmm", [rows, inner, columns]
-        return ("linear.grad_weight", [inner, columns, rows]) if _torch.has_symbol(inner, batch) else ("linear.grad_input", [rows, columns, inner])
+        return ("linear.grad_weight", [inner, columns, rows]) if batch.is_in(inner) else ("linear.grad_input", [rows, columns, inner])
     if n.target is torch.ops.aten.convolution_backward.default:
         dy, x, w = operands[:3]
         of = x if n.args[7] else dy

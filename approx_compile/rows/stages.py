@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
@@ -20,7 +19,7 @@ from approx_compile.passes.rewrite.custom_ops import CUSTOM_CONV, CUSTOM_MM
 from approx_compile.reasons import Reason, join
 from approx_compile.reasons.decisions import ROWS_END_ABOVE
 from approx_compile.reasons.rows import FEW_FLOPS_ON_ROWS, NO_ROW_PRODUCT
-from approx_compile.rows.batch_dim import REDUCED_GRAD, ROW_GRAD, BatchDimState, SampleLayout, ValueLayout
+from approx_compile.rows.batch_dim import REDUCED_GRAD, ROW_GRAD, BatchDimState, BatchSize, SampleLayout, ValueLayout
 from approx_compile.rows.batch_dim_analysis import analyze_batch_dim
 from approx_compile.rows.row_cost import RowWork
 from approx_compile.rows.source_place import source_place
@@ -108,7 +107,7 @@ class CoverageEstimate:
 class Partition:
     """A backward graph as stages in order, and its outputs."""
 
-    batch: sympy.Symbol
+    batch: BatchSize
     stages: tuple[Stage, ...]
     results: tuple[BackwardOutput, ...]
     coverage: CoverageEstimate
@@ -136,7 +135,7 @@ class PartitionState:
             self.blocked[reason] = reason.at(source_place(n))
 
 
-def output_layouts(graph: fx.Graph, batch: sympy.Symbol) -> dict[str, ValueLayout]:
+def output_layouts(graph: fx.Graph, batch: BatchSize) -> dict[str, ValueLayout]:
     """Return the layouts of a forward graph's outputs by name (a saved tensor has that name in the backward graph, too) and by description."""
     batch_dims = analyze_batch_dim(graph, batch)
     output = next(n for n in reversed(graph.nodes) if n.op == "output")

@@ -778,6 +778,59 @@ add("nn.MultiheadAttention", "torch", lambda: Attention(True), sequence())
 add("nn.MultiheadAttention, time first", "torch", lambda: Attention(False), lambda n: (torch.randn(8, n, 32),), axis=1)
 
 
+# --- several rows for each sample ---
+
+
+def images() -> nn.Sequential:
+    first = (nn.Conv2d(3, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.ReLU(), nn.MaxPool2d(2))
+    return nn.Sequential(*first, nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 32))
+
+
+class Video(nn.Module):
+    """A network of images on all frames, attention over time, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frames, self.time, self.head = images(), nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.time(self.frames(x.flatten(0, 1)).unflatten(0, x.shape[:2])).mean(1))
+
+
+class Contrastive(nn.Module):
+    """Two views at once, and NT-Xent as the loss (SimCLR)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.projection = images(), nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 16))
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        z = F.normalize(self.projection(self.encoder(torch.cat([a, b]))))
+        other = torch.arange(len(z)).roll(len(a))
+        return F.cross_entropy((z @ z.t() / 0.5).fill_diagonal_(-1e9), other)
+
+
+class Siamese(nn.Module):
+    """One encoder, called for each view; the distance of the two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.head = images(), nn.Linear(32, 5)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.head((self.encoder(a) - self.encoder(b)).abs())
+
+
+def two_views(n: int) -> Data:
+    return torch.randn(n, 3, 12, 12), torch.randn(n, 3, 12, 12)
+
+
+COMPARED = "the loss compares all samples; rows begin below it"
+add("frames of clips", "torch", Video, lambda n: (torch.randn(n, 4, 3, 12, 12),))
+add("SimCLR, loss inside", "torch", Contrastive, two_views, loss=True, expected=COMPARED)
+add("siamese network", "torch", Siamese, two_views)
+
+
 def named(patterns: list[str]) -> Iterator[Model]:
     """The models whose names contain one of the patterns, in the table's order; all without patterns."""
     for name, model in MODELS.items():

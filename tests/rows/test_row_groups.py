@@ -50,8 +50,8 @@ def concatenated(m: Any, a: Tensor, b: Tensor) -> Outputs:
     """Two views one behind the other, taken apart again in all ways."""
     z, n = m.vectors(torch.cat([a, b])), len(a)
     first, second = m.vectors(torch.cat([a.flip(1), 1.1 * a])).chunk(2)  # one input augmented twice
-    predicted = (z.view(2, -1, 8) * torch.ones(2, 1, 1)).flip(0)
-    return *z.chunk(2), *z.split(n), z.view(2, n, 8)[1], z[:n], z[len(z) // 2 :], z, first * second.sin(), predicted[0]
+    predicted, other = z.view(2, -1, 8).flip(0), z.view(2, -1, 8)[torch.tensor([1, 0])]
+    return *z.chunk(2), *z.split(n), z.view(2, n, 8)[1], z[:n], z[len(z) // 2 :], z, first * second.sin(), predicted[0].cos(), other[0].exp()
 
 
 def stacked(m: Any, a: Tensor, b: Tensor) -> Outputs:
@@ -104,6 +104,25 @@ def copies(m: Any, x: Tensor) -> Outputs:
     return repeated.sin().mean(0), tiled.sin().mean(0), expanded.mean(0), by_sample.mean(1)
 
 
+def called_apart(m: Any, a: Tensor, b: Tensor) -> Outputs:
+    """One encoder, called for two views that nothing in the model compares: their sizes are one because more runs on rows then."""
+    return m.vectors(a), m.vectors(b)
+
+
+def taken_apart(m: Any, x: Tensor) -> Outputs:
+    """A batch that comes with both views of all samples, and is taken apart in the model."""
+    z = m.vectors(x)
+    first, second = z.chunk(2)
+    return z.view(2, -1, 8).sin().mean(0), first * second, torch.cat([m.vectors(part).sin() for part in x.view(2, -1, D).unbind()])
+
+
+def frames_taken_apart(m: Any, x: Tensor) -> Outputs:
+    """A batch that comes with the frames of all clips, whose channels are shifted in time as in TSM."""
+    clips = x.view(len(x) // T, T, *x.shape[1:])
+    shifted = torch.cat([clips[:, :, :1].roll(1, 1), clips[:, :, 1:]], 2)
+    return m.head(m.images(x).view(-1, T, 8).mean(1)), m.images(shifted.view(x.shape)).view(len(x) // T, T, 8).amax(1)
+
+
 Make = Callable[[int], Tensor]
 CASES: dict[Callable[..., Outputs], list[Make]] = {
     concatenated: [vectors()] * 2,
@@ -113,6 +132,9 @@ CASES: dict[Callable[..., Outputs], list[Make]] = {
     flat_frames: [clips()],
     frames_behind_channels: [clips(2, 1, 3, 4)],
     called_again: [vectors()] * 3,
+    called_apart: [vectors()] * 2,
+    taken_apart: [lambda n: vectors()(2 * n)],
+    frames_taken_apart: [lambda n: clips()(n).flatten(0, 1)],
     views_and_crops: [vectors(), vectors(), vectors(T)],
     copies: [vectors()],
 }

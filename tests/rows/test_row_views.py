@@ -197,6 +197,33 @@ def twice(rng: random.Random, axes: list[Axis], make: Make) -> Step:
     return lambda h: torch.cat([h, 0.5 * h.cos()], at), [*axes[:at], new, *axes[at + 1 :]]
 
 
+def in_turn(rng: random.Random, axes: list[Axis], make: Make) -> Step:
+    """Two views of every sample, one behind the other."""
+    at = place(axes)
+    if axes[at][-1] == B:
+        new: Axis = (*axes[at], 2)
+    elif axes[at][-2] == B:
+        new = (*axes[at][:-1], 2 * axes[at][-1])
+    else:
+        return None
+    inner = sizes([axes[at][axes[at].index(B) + 1 :]], 1)[0]  # the entries of one sample so far
+
+    def op(h: Tensor) -> Tensor:
+        each = h.unflatten(at, (-1, inner))
+        return torch.cat([each, 0.5 * each.cos()], at + 1).flatten(at, at + 1)
+
+    return op, [*axes[:at], new, *axes[at + 1 :]]
+
+
+def convolve(rng: random.Random, axes: list[Axis], make: Make) -> Step:
+    """A convolution and GroupNorm for every entry of the first axis, in which samples may have several."""
+    if place(axes) != 0 or len(axes) != 3 or math.prod(axes[1]) % 2 or math.prod(axes[2]) < 2:
+        return None
+    channels = math.prod(axes[1])
+    w = make(channels, channels, 3)
+    return lambda h: h + nn.functional.group_norm(nn.functional.conv1d(h, w, padding=1), 2), axes
+
+
 def one_view(rng: random.Random, axes: list[Axis], make: Make) -> Step:
     """Return the second half of the views of every sample, or the sum of both halves."""
     at = place(axes)
@@ -216,7 +243,7 @@ def one_view(rng: random.Random, axes: list[Axis], make: Make) -> Step:
 
 STEPS: dict[str, Callable[[random.Random, list[Axis], Make], Step]] = {
     f.__name__: f  # type: ignore[attr-defined]
-    for f in (permute, merge, merge, split, narrow, select, flip, roll, softmax, expand, product, without_samples, twice, one_view)
+    for f in (permute, merge, merge, split, narrow, select, flip, roll, softmax, expand, product, without_samples, twice, in_turn, convolve, one_view)
 }
 BOUND = {torch.float32: 1e-4, torch.float64: 1e-9}
 

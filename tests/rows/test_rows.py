@@ -251,7 +251,7 @@ def test_calls_of_a_stage_count_on_what_was_assumed_of_the_size() -> None:
     plain = row_backward.RowBackward.run
 
     def run(self: Any, values: Any, symbols: Any, kept: Any, *more: Any) -> Any:
-        counts.append((list(kept), [g.subs(symbols | {self.partition.batch: kept[0]}) for g in self.guards]))
+        counts.append((list(kept), [g.subs(symbols | {self.partition.batch.symbol: kept[0]}) for g in self.guards]))
         return plain(self, values, symbols, kept, *more)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -84,9 +84,13 @@ def index_put(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
         common_layout(indices.in_result(by_sample), written)
         return layout
     if layout is not None:
-        if indices.hold_samples(state) or layout.dim in [d for d, _ in indices.tensors] or indices.first < layout.dim:
+        dims = [d for d, _ in indices.tensors]
+        if indices.hold_samples(state) or layout.dim in dims:
             raise Blocked(SAMPLES_WRITTEN())
-        return common_layout(layout, written)
+        before = sum(d < layout.dim for d in dims)  # in the values, the indices' own dims stand in place of these, or first of all
+        moved = layout.dim - before + (indices.width if before or not indices.adjacent else 0)
+        both = common_layout(layout.at_dim(moved), written)
+        return both.at_dim(layout.dim) if both is not None else None
     if not accumulate or not indices.adjacent or indices.first:
         raise Blocked(ROWS_OVERWRITE())
     if common_layout(indices.layout(state), written) is None or (written is not None and written.dim >= indices.width):

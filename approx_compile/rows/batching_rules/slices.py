@@ -106,7 +106,7 @@ def pad(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
 
 def _batches_in(length: Any, layout: SampleLayout, state: BatchDimState) -> Any:
     """How many whole batches a part of `length` entries holds, along a dim where several views of the batch may be concatenated."""
-    count = sympy.cancel(_torch.size_expr(length) / (state.batch * layout.inner))
+    count = sympy.cancel(state.batch.expr(length) / (state.batch.samples * layout.inner))
     if not count.is_Integer:
         raise Blocked(PART_OF_BATCH())
     return count

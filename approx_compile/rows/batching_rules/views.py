@@ -13,6 +13,7 @@ from approx_compile import _torch
 from approx_compile.reasons.rows import COMPLEX_ALONG_BATCH, MEMORY_READ, MEMORY_WRITTEN, VIEW_DYNAMIC, VIEW_MIXES, VIEW_SPLITS, VIEW_UNIFORM
 from approx_compile.rows.batch_dim import (
     BatchDimState,
+    BatchSize,
     Blocked,
     SampleLayout,
     StridedGeometry,
@@ -21,7 +22,6 @@ from approx_compile.rows.batch_dim import (
     geometry_of,
     is_whole_number,
     layout_from_stride,
-    numel_of,
     sample_stride,
     strided_geometry,
 )
@@ -36,14 +36,15 @@ def view(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
     if layout is None:
         return None
     old, new = _torch.value(n.args[0]).shape, value.shape
-    dims = [d for d, s in enumerate(new) if _torch.has_symbol(s, state.batch)]
+    dims = [d for d, s in enumerate(new) if state.batch.is_in(s)]
     if len(dims) != 1:
         raise Blocked(VIEW_SPLITS())
     (dim,) = dims
     if layout.uniform:
-        return _view_of_uniform(layout, old, new, dim)
-    before, after = numel_of(old[: layout.dim]) * layout.outer, numel_of(old[layout.dim + 1 :]) * layout.inner
-    outer, inner = sympy.cancel(before / numel_of(new[:dim])), sympy.cancel(after / numel_of(new[dim + 1 :]))
+        return _view_of_uniform(layout, old, new, dim, state.batch)
+    numel = state.batch.numel
+    before, after = numel(old[: layout.dim]) * layout.outer, numel(old[layout.dim + 1 :]) * layout.inner
+    outer, inner = sympy.cancel(before / numel(new[:dim])), sympy.cancel(after / numel(new[dim + 1 :]))
     if not (is_whole_number(outer) and is_whole_number(inner)):
         raise Blocked(VIEW_MIXES())
     if not (outer.is_Integer or inner.is_Integer):
@@ -51,13 +52,13 @@ def view(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
     return SampleLayout(dim, outer, inner)
 
 
-def _view_of_uniform(layout: SampleLayout, old: Sequence[Any], new: Sequence[Any], dim: int) -> SampleLayout:
+def _view_of_uniform(layout: SampleLayout, old: Sequence[Any], new: Sequence[Any], dim: int, batch: BatchSize) -> SampleLayout:
     """The layout of a view of a tensor that is constant along `layout.dim`.
 
     The new dim is constant, too, if no other old dim is merged into it. Along another dim the tensor may differ, and the position of the samples in the
     merged dim would then be unknown.
     """
-    splits = (numel_of(new[:dim]) / numel_of(old[: layout.dim]), numel_of(new[dim + 1 :]) / numel_of(old[layout.dim + 1 :]))
+    splits = (batch.numel(new[:dim]) / batch.numel(old[: layout.dim]), batch.numel(new[dim + 1 :]) / batch.numel(old[layout.dim + 1 :]))
     if not all(is_whole_number(sympy.cancel(e)) for e in splits):
         raise Blocked(VIEW_UNIFORM())
     return layout.at_dim(dim)
@@ -105,7 +106,7 @@ def as_strided(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
     layout, base, new = state.layout_of(n.args[0]), geometry_of(_torch.value(n.args[0])), strided_geometry(n, 1)
     if layout is None or layout.uniform or not covers_same_memory(base, new):
         raise Blocked(MEMORY_READ())
-    return _layout_from_stride(new, sample_stride(base, layout), state)
+    return _layout_from_stride(new, sample_stride(base, layout, state.batch), state)
 
 
 def as_strided_scatter(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
@@ -113,7 +114,7 @@ def as_strided_scatter(n: fx.Node, value: Any, state: BatchDimState) -> ValueLay
     layout, base, new = state.layout_of(n.args[1]), geometry_of(_torch.value(n.args[0])), strided_geometry(n, 2)
     if layout is None or layout.uniform or not covers_same_memory(base, new):
         raise Blocked(MEMORY_WRITTEN())
-    return _layout_from_stride(base, sample_stride(new, layout), state)
+    return _layout_from_stride(base, sample_stride(new, layout, state.batch), state)
 
 
 def _layout_from_stride(geometry: StridedGeometry, step: Any, state: BatchDimState) -> SampleLayout:
