@@ -191,11 +191,10 @@ def _layout(n: fx.Node, value: Any, operands: list[fx.Node], state: BatchDimStat
     if rule is None:
         raise Blocked(UNKNOWN_OP(op=op_name(n)))
     layout = rule(n, value, state)
-    if n.target in _REARRANGING and isinstance(layout, SampleLayout) and not value.dtype.is_floating_point:
-        operand = state.layout_of(n.args[0])
-        if operand is not None and operand.index:
-            return replace(layout, index=True)
-    return layout
+    if not isinstance(layout, SampleLayout):
+        return layout
+    rearranged = n.target in _REARRANGING and not value.dtype.is_floating_point and (operand := state.layout_of(n.args[0])) is not None and operand.index
+    return replace(layout, index=rearranged)
 
 
 def _locate_from_others(n: fx.Node, value: Any, operands: list[fx.Node], state: BatchDimState) -> bool:
