@@ -806,8 +806,9 @@ class Contrastive(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         z = F.normalize(self.projection(self.encoder(torch.cat([a, b]))))
-        other = torch.arange(len(z)).roll(len(a))
-        return F.cross_entropy((z @ z.t() / 0.5).fill_diagonal_(-1e9), other)
+        n = len(a)
+        other = torch.cat([torch.arange(n, 2 * n), torch.arange(n)])
+        return F.cross_entropy(z @ z.t() / 0.5 - 1e9 * torch.eye(2 * n), other)
 
 
 class Siamese(nn.Module):

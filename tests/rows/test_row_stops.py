@@ -131,7 +131,6 @@ def test_no_symbol_no_rows() -> None:
     cases: list[tuple[nn.Module, Tensor, str]] = [
         (Fixed(), torch.randn(24, 20), "fixes the size"),
         (nn.Sequential(model), torch.randn(2, 20), "a batch of 2"),
-        (Slices(), torch.randn(24, 20), "an order that is not known"),
     ]
     for module, x, words in cases:
         f, plans = rows_of(module)
