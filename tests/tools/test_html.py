@@ -334,9 +334,8 @@ def test_browser_opens_sorts_and_draws(small: Report, tmp_path: Path, browser: A
 @pytest.mark.parametrize("width", [1280, 480])
 def test_browser_widths(small: Report, tmp_path: Path, browser: Any, width: int) -> None:
     """The page is no wider than the window; at 1280 pixels the table isn't either, so that no reason is cut off."""
-    sites = [
-        replace(s, name=f"model.layers.{i}.self_attention.query_key_value", reason="a reason of many words " * 5, reads=()) for i, s in enumerate(small.sites)
-    ]
+    name, reason = "model.layers.{}.self_attention.query_key_value", Reason("a reason of many words " * 5)
+    sites = [replace(s, name=name.format(i), reason=reason, reads=()) for i, s in enumerate(small.sites)]
     replace(small, sites=sites).to_html(tmp_path / "report.html", Peaks())
     page, wrong = opened(browser, tmp_path / "report.html")
     page.set_viewport_size({"width": width, "height": 800})
