@@ -45,6 +45,12 @@ SYMBOLIC_GROUPS = Template(
     "symbolic-groups", "the number of its groups is a symbol", "Give the convolution a fixed number of groups, if it is to be approximated."
 )
 
+NO_PRODUCT = Template(
+    "no-product",
+    "no rule holds for {name}, which is exact: with one row or one input Inductor computes it without a matrix product",
+    NOTHING_TO_DO + "so small a product takes no time worth saving.",
+)
+
 # --- exact as asked, or because nothing could be left out ---
 
 BY_SETTINGS = Template("by-settings", "exact by the settings", NOTHING_TO_DO + "nothing was asked for; a rule whose `layers` match it asks.")

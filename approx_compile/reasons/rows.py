@@ -80,6 +80,11 @@ NOT_LINEAR = Template(
     "{op} is not linear in the gradient",
     "Use a torch op whose gradient is linear in it, or apply the function to the model's outputs outside of the compiled model.",
 )
+NONLINEAR_BELOW = Template(
+    "nonlinear-below",
+    "{what}, below a compiled graph, is not known to be linear in the gradient",
+    "Compile it together with the rest of the model, or leave the hook or the function out of the way of the gradient.",
+)
 UNKNOWN_OP = Template("unknown-op", "{op} is not known to keep samples apart", _BY_SAMPLE)
 SAMPLES_COMPARED = Template(
     "samples-compared",

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from approx_compile import _torch
 from approx_compile.passes.fx_utils import op_name
 from approx_compile.passes.rewrite.graph_edit import BY_SAMPLE_KEY
+from approx_compile.reasons.rows import NONLINEAR_BELOW
 from approx_compile.rows.linearity import is_linear
 from approx_compile.utils import log_once
 
@@ -32,10 +33,10 @@ def is_nonlinear_below() -> bool:
     node = _torch.current_backward_node()
     if node is None:
         return False
-    reason = "a hook on an input's gradient" if HOOKED in node.metadata else next((r for n in _torch.nodes_below(node) if (r := _reason(n))), None)
-    if reason is not None:
-        log_once(f"approx: a backward pass keeps all rows: {reason}, below a compiled graph, is not known to be linear in the gradient")
-    return reason is not None
+    what = "a hook on an input's gradient" if HOOKED in node.metadata else next((w for n in _torch.nodes_below(node) if (w := _not_linear(n))), None)
+    if what is not None:
+        log_once(f"approx: a backward pass keeps all rows: {NONLINEAR_BELOW(what=what)}")
+    return what is not None
 
 
 def note_hooks(inputs: Any, output: Any) -> None:
@@ -78,7 +79,7 @@ def _nonlinear_op(graph: fx.Graph) -> str | None:
     return None
 
 
-def _reason(node: Any) -> str | None:
+def _not_linear(node: Any) -> str | None:
     """What of a backward node is not known to be linear in the gradient; None if all is."""
     function = _torch.function_of(node)
     if function is None:

@@ -312,7 +312,7 @@ def test_a_layer_without_a_product_is_named_where_a_rule_asks_for_it() -> None:
     """With a batch of one row, a layer with one output is no matrix product to Inductor."""
     model, x = Regression(), torch.randn(1, 32)
     model.eyes.eval()
-    says = "no rule holds for head, which is exact: of one row or one input Inductor makes its product without a matrix product"
+    says = "no rule holds for head, which is exact: with one row or one input Inductor computes it without a matrix product"
     for layers, found in (("head", [says]), (["body", "eyes"], []), ("*", [says]), ("linear", [says])):
         config = {"policy": "always", "rules": [{"layers": layers, "grad_weight": "zero"}]}
         report = explain(model, x, config=config)

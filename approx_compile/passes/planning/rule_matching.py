@@ -12,9 +12,11 @@ from approx_compile.config.resolve import RowSettings
 from approx_compile.config.selectors import LayerPattern
 from approx_compile.passes.planning.plan import SitePlan
 from approx_compile.passes.sites.site import Site
+from approx_compile.reasons import Reason
+from approx_compile.reasons.products import NO_PRODUCT
 
 
-def unmatched_layers(names: Sequence[str], config: ApproxConfig) -> tuple[str, ...]:
+def unmatched_layers(names: Sequence[str], config: ApproxConfig) -> tuple[Reason, ...]:
     """Return a remark on each layer that a rule asks to approximate although it has no site.
 
     Args:
@@ -23,7 +25,7 @@ def unmatched_layers(names: Sequence[str], config: ApproxConfig) -> tuple[str, .
     """
     patterns = [p for rule in config.rules if not rule.only_exact for p in rule.patterns]
     asked = [n for n in names if any(p.matches_name(n) if p.is_name else p.kind in ("linear", "site") and p.index is None for p in patterns)]
-    return tuple(f"no rule holds for {n}, which is exact: of one row or one input Inductor makes its product without a matrix product" for n in asked)
+    return tuple(NO_PRODUCT(name=n) for n in asked)
 
 
 def match_rules(sites: Sequence[Site | SitePlan], config: ApproxConfig) -> tuple[list[list[bool]], tuple[str, ...]]:
