@@ -137,7 +137,7 @@ def printed(*items: object) -> str:
     console = Console(file=out, width=terminal_width(), markup=False, highlight=False)
     for item in items:
         console.print(item)
-    return "\n".join(line.rstrip() for line in out.getvalue().strip("\n").splitlines())
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip("\n")
 
 
 def log_once(text: str, model: nn.Module | None = None) -> None:

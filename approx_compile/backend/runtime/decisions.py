@@ -41,7 +41,7 @@ class Decisions:
             return printed(_loaded(self.waiting) if self.waiting else NOTHING)
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for title in ("what", "step", "measured", "kept", "so far"):
-            table.add_column(title, overflow="fold")
+            table.add_column(title, overflow="fold", no_wrap=title in ("what", "step"))
         for label, c in self._labelled().items():
             table.add_row(label, str(c.step), _measured(c), f"{percent(c.ratio)} now, {percent(c.kept)} on average", _so_far(c))
         return printed(table, *([_loaded(self.waiting)] if self.waiting else []))
