@@ -19,21 +19,13 @@ import torch
 
 def run(seed):
     print("training", seed)
-    torch.manual_seed(seed)
     exact = os.environ.get("APPROX_COMPILE_DISABLE") == "1"
-    model = torch.nn.Linear(4, 1)
-    x, y = torch.randn(64, 4), torch.randn(64, 1)
-    compiled = torch.compile(model, backend="approx")
-    compiled(x).sub(y).square().mean().backward()
     with open("order", "a") as f:
         f.write(f"{'exact' if exact else 'approx'} {seed} {torch.get_num_threads()}\\n")
     return {"accuracy": 0.9 + 0.01 * seed, "seconds": 2.0 if exact else 1.0 + 0.1 * seed}
 
 def fails(seed):
     raise RuntimeError("no data")
-
-def text(seed):
-    return "good"
 """
 
 
@@ -51,13 +43,11 @@ def test_runs_alternate_in_processes_of_their_own(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.slow
-def test_runs_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("train.py").write_text(TRAINING)
     with pytest.raises(RunFailed, match=r"seed 0, exact: the process ended with code 1"):
         compare_accuracy("train.py:fails")
-    with pytest.raises(RunFailed, match="returned 'good'; a number is expected"):
-        compare_accuracy("train.py:text")
 
 
 def comparison(exact: list[float], approx: list[float], margin: float, seconds: float = 0.5, lower_is_better: bool = False) -> AccuracyComparison:
