@@ -31,7 +31,14 @@ _emitted_for = WeakIdKeyDictionary()
 
 
 class ApproxWarning(UserWarning):
-    """A warning of this package: nothing was approximated in a model, a pattern matches nothing, a lowering is not available, and the like."""
+    """A warning of this package: nothing was approximated in a model, a pattern matches nothing, a lowering is not available, and the like.
+
+    Example:
+        >>> import warnings
+        >>> import approx_compile
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("error", approx_compile.ApproxWarning)  # stop at a warning of this package
+    """
 
 
 @dataclass(frozen=True)

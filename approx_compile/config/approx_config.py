@@ -32,7 +32,15 @@ _SAMPLING_KEYS = ("ratio", "sampling", "group", "min_k", "share", "method")
 
 
 class ConfigError(_torch.UnwrappedBackendError, ValueError):
-    """Raised for a wrong key, value, pattern or combination. The message names the key, what it got, what is valid and the nearest match."""
+    """Raised for a wrong key, value, pattern or combination. The message names the key, what it got, what is valid and the nearest match.
+
+    Example:
+        >>> import approx_compile
+        >>> approx_compile.ApproxConfig(tau=0.1)
+        Traceback (most recent call last):
+            ...
+        approx_compile.config.approx_config.ConfigError: tau belongs in adaptive: {'adaptive': {'tau': 0.1}}
+    """
 
 
 class ApproxConfig(RuleKeys):

@@ -79,6 +79,15 @@ class TunedPlan:
         options: Settings, with the keys of `ApproxConfig`.
         tuned: The record; None in a file that was written by hand.
         comments: Comments that the file has beside a rule, by the rule's layers.
+
+    Example:
+        >>> import approx_compile
+        >>> plan = approx_compile.TunedPlan({"policy": "always", "method": "exact", "rules": [{"layers": "0", "method": "topk", "ratio": 0.5}]})
+        >>> plan.save("plan.toml")
+        >>> approx_compile.TunedPlan.load("plan.toml") == plan
+        True
+        >>> approx_compile.ApproxConfig(plan="plan.toml").rules[0].ratio
+        0.5
     """
 
     options: Mapping[str, Any]

@@ -1,6 +1,10 @@
 """Make lists of rules for the key `rules`: the schedules of Wang and Nelaturu, and rules from any table with a method per layer and batch.
 
-    torch.compile(model, backend="approx", options={"policy": "always", "method": "exact", "rules": presets.schedule_3("max")})
+Example:
+    >>> from approx_compile import ApproxConfig, presets
+    >>> presets.schedule_3("max")
+    [{'layers': 'conv', 'steps': '3::4', 'grad_weight': 'max'}]
+    >>> config = ApproxConfig(policy="always", method="exact", rules=presets.schedule_3("max"))
 
 Source: Wang and Nelaturu, "Accelerating Convolutional Neural Network Training via Gradient Approximation" (sections 2.5, 3 and 3.4).
 """

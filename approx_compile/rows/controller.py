@@ -135,6 +135,14 @@ class Control(Checkpointed):
         step: The number of steps started.
         measured: The number that the ratio is decided by.
         changes: (step, ratio) of every change of the ratio, starting with (0, 1).
+
+    Example:
+        >>> import torch
+        >>> import approx_compile
+        >>> model = torch.nn.Sequential(torch.nn.Linear(1024, 1024), torch.nn.ReLU(), torch.nn.Linear(1024, 1024), torch.nn.ReLU(), torch.nn.Linear(1024, 10))
+        >>> torch.compile(model, backend="approx")(torch.randn(512, 1024)).square().mean().backward()
+        >>> [(control.step, control.ratio) for control in approx_compile.controls(model).values()]
+        [(1, 1.0)]
     """
 
     def __init__(self, settings: AdaptiveTable, name: str, measured: float) -> None:
@@ -286,7 +294,20 @@ def load_controls(model: nn.Module, state: Mapping[str, Mapping[str, Any]]) -> N
 
 
 def controls(model: nn.Module) -> dict[str, Control]:
-    """Return the controls of a model, whether it is given compiled or not, by the name of the parameter or module and the key of the cut."""
+    """Return the controls of a model, by the name of the parameter or module and the key of the cut.
+
+    Args:
+        model: The model, compiled or not.
+
+    Returns:
+        The controls; none before the first training step, and where nothing is decided during the run.
+
+    Example:
+        >>> import torch
+        >>> import approx_compile
+        >>> approx_compile.controls(torch.nn.Linear(64, 64))
+        {}
+    """
     owned = ((name, key, c) for name, owner in _owners(_torch.uncompiled(model)).items() for key, c in _known.get(owner, {}).items())
     return {".".join(p for p in (name, key) if p): c for name, key, c in owned if isinstance(c, Control)}
 

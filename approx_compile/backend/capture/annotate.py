@@ -32,6 +32,12 @@ def annotate(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: If `model` is not a module.
+
+    Example:
+        >>> import torch
+        >>> import approx_compile
+        >>> model = approx_compile.annotate(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10)))
+        >>> model[2].compile(backend="approx", options={"rules": [{"layers": "2", "method": "exact"}]})
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"annotate: got {type(model).__name__}; the model (a torch.nn.Module) whose blocks are compiled is expected")

@@ -31,6 +31,11 @@ class Decisions:
         cuts: The controls of the model, by name. The control of a cut chooses the share of the rows; its `measured` is the share that is needed. The control
             of sampled outputs chooses their ratio; its `measured` is the relative squared error ``|g' - g|^2 / |g|^2`` of the gradient g.
         waiting: The loaded states of controls that have not run since.
+
+    Example:
+        >>> import torch
+        >>> import approx_compile
+        >>> print(approx_compile.decisions(torch.nn.Linear(64, 64)))  # says that nothing has run yet
     """
 
     cuts: dict[str, Control]

@@ -49,6 +49,13 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
 
     Raises:
         KeyError: If `state` names a parameter or module that the model lacks, or is not what `state_dict` returned. Nothing is changed then.
+
+    Example:
+        >>> import torch
+        >>> import approx_compile
+        >>> model = torch.nn.Linear(64, 64)
+        >>> state = approx_compile.state_dict(model)
+        >>> approx_compile.load_state_dict(model, state)
     """
     model = _torch.uncompiled(model)
     if set(state) != {"controls", "clocks"}:

@@ -131,6 +131,13 @@ def set_phase(model: nn.Module, name: str | None) -> None:
     Raises:
         TypeError: If `model` is not a module.
         ValueError: If `name` is neither None nor a non-empty string.
+
+    Example:
+        >>> import torch
+        >>> import approx_compile
+        >>> model = torch.nn.Linear(64, 64)
+        >>> compiled = torch.compile(model, backend="approx", options={"rules": [{"phase": "careful", "method": "exact"}]})
+        >>> approx_compile.set_phase(compiled, "careful")  # from the next forward pass on the rule holds
     """
     if name is not None and (not isinstance(name, str) or not name):
         raise ValueError(f"set_phase: got {name!r}; the name of a phase, as in a rule's 'phase', or None is expected")

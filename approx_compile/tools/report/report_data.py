@@ -159,7 +159,7 @@ class ReportData:
 
     @property
     def keys(self) -> list[str]:
-        """A unique name for every site: its own, or `name (2)` and so on if several graphs have a site of that name."""
+        """A unique name for every site, which is its own or, if several graphs have a site of that name, `name (2)` and so on."""
         seen: Counter[str] = Counter()
         keys = []
         for site in self.sites:
