@@ -160,16 +160,18 @@ def covers_same_memory(a: StridedGeometry, b: StridedGeometry) -> bool:
 
 
 def is_dense(geometry: StridedGeometry) -> bool:
-    """Return whether a tensor covers a contiguous range of memory, each entry once, with its axes in any order."""
+    """Return whether a tensor covers a contiguous range of memory, each entry once, with its axes in any order.
+
+    Sizes are compared by `known_equal` alone: `==`, which `list.remove` applies too, adds a guard that fixes the size of the batch.
+    """
     size, stride, _ = geometry
     left = [(n, step) for n, step in zip(size, stride, strict=True) if not _torch.known_equal(n, 1)]
     step: Any = 1
     while left:
-        axis = next((pair for pair in left if _torch.known_equal(pair[1], step)), None)
-        if axis is None:
+        place = next((i for i, (_, s) in enumerate(left) if _torch.known_equal(s, step)), None)
+        if place is None:
             return False
-        left.remove(axis)
-        step = step * axis[0]
+        step = step * left.pop(place)[0]
     return True
 
 

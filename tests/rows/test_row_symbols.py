@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from approx_compile import Backend
 from approx_compile.backend import run_as_is
-from approx_compile.rows import row_backward
+from approx_compile.rows import batch_dim, row_backward
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_work_counts")
 
@@ -203,3 +203,17 @@ def test_the_samples_of_sequences_are_found(name: str, monkeypatch: pytest.Monke
     model(x).backward(tangent * mask.view([-1 if d == returned else 1 for d in range(out.dim())]))
     for a, b in zip(got, grads(model), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [8, 12, 16])
+def test_questions_about_memory_add_no_guard(batch: int) -> None:
+    """The channels' number, 12 and 8, may be the batch's: a comparison of the two would fix the batch."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    gm = make_fx(lambda x: x.transpose(0, 1).cos(), tracing_mode="symbolic")(torch.randn(batch, 12, 8).transpose(1, 2))
+    values = [n.meta["val"] for n in gm.graph.nodes if isinstance(n.meta.get("val"), Tensor)]
+    env = values[0].fake_mode.shape_env
+    before = len(env.guards)
+    assert [batch_dim.is_dense(batch_dim.geometry_of(v)) for v in values] == [True] * 3
+    assert not batch_dim.is_dense(batch_dim.geometry_of(values[0][::2]))
+    assert len(env.guards) == before
