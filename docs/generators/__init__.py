@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
-from generators import accuracy, api, compatibility, configuration, cost_model, environment, formats, gradients, papers, reasons, speed, studies
+from generators import accuracy, api, compatibility, configuration, cost_model, environment, formats, gradients, outputs, papers, reasons, speed, studies
 from generators.drawings import DRAWINGS
 from generators.stored import Row
 
@@ -28,6 +28,7 @@ SOURCES: tuple[Callable[[], dict[str, str]], ...] = (
     studies.blocks,
     gradients.blocks,
     papers.blocks,
+    outputs.blocks,
     reasons.blocks,
     configuration.blocks,
     api.blocks,
