@@ -293,7 +293,7 @@ def test_tune_writes_a_plan_that_explain_takes(folder: Path) -> None:
     assert [s["shape"] for s in found["sites"]] == ["32x64x64"] * 3 + ["32x64x10"]  # rows make the batch a symbol
     assert "the time budget is 60 s" in done.stderr
     assert "keyword" in failed(2, "tune", "factories.py:keywords")
-    assert "there is no folder" in failed(1, "tune", "factories.py:make", "--out", "nowhere/plan.toml")
+    assert "there is no folder" in failed(2, "tune", "factories.py:make", "--out", "nowhere/plan.toml")
     assert "max_error" in failed(2, "tune", "factories.py:make", "--max-error", "-1")
 
 
