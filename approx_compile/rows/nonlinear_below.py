@@ -28,9 +28,12 @@ _found: weakref.WeakKeyDictionary[type, str | None] = weakref.WeakKeyDictionary(
 """What is not linear in the backward graph of a compiled function, by the class that torch makes of the function."""
 
 
-def is_nonlinear_below() -> bool:
-    """Return whether the gradients of the backward node that is running meet something that is not known to be linear in them. What it is is logged once."""
-    node = _torch.current_backward_node()
+def is_nonlinear_below(node: Any) -> bool:
+    """Return whether the gradients that leave a backward node meet something that is not known to be linear in them. What it is is logged once.
+
+    Args:
+        node: The backward node of a compiled graph; None where it is not known, as within compiled autograd.
+    """
     if node is None:
         return False
     what = "a hook on an input's gradient" if HOOKED in node.metadata else next((w for n in _torch.nodes_below(node) if (w := _not_linear(n))), None)

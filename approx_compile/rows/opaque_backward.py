@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from approx_compile import _torch
 from approx_compile.rows.gather_rows import copy_keeping_strides, with_strides
-from approx_compile.rows.nonlinear_below import first_nonlinear, note_hooks
+from approx_compile.rows.nonlinear_below import first_nonlinear, is_nonlinear_below, note_hooks
 from approx_compile.rows.row_backward import RowBackward
 
 ROW_BACKWARD_ATTRIBUTE = "approx_compile_rows"
@@ -112,7 +112,7 @@ def _show(out: Any) -> bool:
     for value in _torch.tree_leaves(out):
         for node in _torch.compiled_nodes(value) if isinstance(value, Tensor) else ():
             backward, gm = getattr(_torch.compiled_backward(node), ROW_BACKWARD_ATTRIBUTE, None), _torch.backward_graph(node)
-            if backward is not None and gm is not None:
+            if backward is not None and gm is not None and not is_nonlinear_below(node):
                 first_nonlinear(node)  # what is known of the graph is kept
                 _replace(gm, backward)
                 return True

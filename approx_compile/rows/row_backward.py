@@ -153,7 +153,7 @@ class RowBackward:
             if self._legal(len(idx), symbols) == len(idx):
                 return RowSelection(idx, None, len(idx), before), True
         task = _torch.current_backward_id()
-        return None, (task < 0 or task != _last_sampled[0]) and not is_nonlinear_below()
+        return None, (task < 0 or task != _last_sampled[0]) and not is_nonlinear_below(_torch.current_backward_node())
 
     def _values(self, args: Sequence[Any]) -> dict[sympy.Symbol, int]:
         return {s: _torch.size_at(args, i, d) for s, i, d in self._symbols}
