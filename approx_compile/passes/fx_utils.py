@@ -64,8 +64,11 @@ def has_fixed_sizes(n: fx.Node, batch_dim: int = 0) -> bool:
 
 
 def op_name(n: fx.Node) -> str:
-    """Return the name of a node's op without namespace and overload, such as "mul" for `aten.mul.Tensor`."""
-    return str(n.target).removeprefix("aten.").removeprefix("prims.").split(".")[0]
+    """Return the name of a node's op without overload, such as "mul" for `aten.mul.Tensor`; an op that is not torch's own keeps its namespace."""
+    first, *rest = str(n.target).split(".")
+    if is_torch_op(n):
+        return rest[0]
+    return f"{first}.{rest[0]}" if hasattr(n.target, "namespace") and rest else first
 
 
 def window_of(arguments: Sequence[Any], dims: int) -> list[list[int]]:

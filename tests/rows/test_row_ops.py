@@ -273,6 +273,7 @@ def test_an_op_of_the_users_is_not_taken_for_linear_by_its_name() -> None:
     f, plans = rows_of(model, HALF)
     f(x).sum().backward()
     assert {p.decision for s in plans.sites if s.name in ("above", "last") for p in s.products if p.name == "grad_input"} == {"exact"}
+    assert "approx_compile_tests.doubled_backward is not linear" in str(plans[0].cuts[0].reason)
 
 
 class Pooled(nn.Module):
