@@ -38,11 +38,15 @@ def is_torch_op(n: fx.Node) -> bool:
     return getattr(n.target, "namespace", "") in ("aten", "prims")
 
 
+ZERO_KEY = "approx_compile_zero"
+"""Key in the meta of a placeholder of a backward graph: the forward pass has saved a tensor of zeros there."""
+
+
 def is_zero(arg: Any) -> bool:
     """Return whether an argument of a node is the constant 0, or a tensor made of it, through views, copies and casts."""
     if not isinstance(arg, fx.Node):
         return isinstance(arg, int | float) and arg == 0
-    if arg.target in (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default):
+    if ZERO_KEY in arg.meta or arg.target in (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default):
         return True
     if arg.target in (aten.clone.default, aten._to_copy.default, aten.permute.default, aten.unsqueeze.default):
         return is_zero(arg.args[0])

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from approx_compile import _torch, machine
 from approx_compile.config import ApproxConfig
 from approx_compile.config.resolve import LEAST_ROWS, RowSettings
+from approx_compile.passes.fx_utils import ZERO_KEY
 from approx_compile.passes.planning.plan import RowCut
 from approx_compile.reasons import Reason, join
 from approx_compile.reasons.decisions import ROWS_END, WHOLE_BACKWARD
@@ -32,7 +33,7 @@ from approx_compile.rows.partition import partition_backward
 from approx_compile.rows.row_backward import GraphControls, RowBackward, WholeBatchBackward
 from approx_compile.rows.specialize import specialize_sizes
 from approx_compile.rows.stage_shapes import entering_gradients
-from approx_compile.rows.stages import ALL_ROWS, SAVED, CoverageEstimate, Partition, Stage, StageInput, output_layouts, tangent_layouts
+from approx_compile.rows.stages import ALL_ROWS, SAVED, CoverageEstimate, Partition, Stage, StageInput, output_layouts, tangent_layouts, zero_outputs
 
 LEAST_SHARE = 0.3
 """The share of the backward pass's FLOPs that must be able to run on selected rows, under the policies that consider the cost."""
@@ -82,6 +83,7 @@ class RowCompiler:
         self.default = ALL_ROWS
         self.cuts: list[RowCut] = []
         self._known: dict[str, ValueLayout] = {}
+        self._zeros: set[str] = set()
 
     def ask(self, graph: fx.Graph, top: RowSettings | None, sites: Mapping[fx.Node, RowSettings | None]) -> None:
         """Number the levels that the settings ask for, the one with the most rows first, and choose the batch's size.
@@ -165,6 +167,7 @@ class RowCompiler:
             _torch.drop_dynamic_marks()
         if not is_backward:
             self._known |= output_layouts(gm.graph, self.batch)
+            self._zeros |= zero_outputs(gm.graph)
             return self.inner(gm, example_inputs, is_backward=False, **kwargs)
         try:
             return self._backward(gm, example_inputs, kwargs)
@@ -175,6 +178,8 @@ class RowCompiler:
         """Compile a backward graph to run on selected rows, or on all rows where selecting them turns out not to be worth it or not possible."""
         names = [n.name for n in _placeholders(gm)]
         donated = _torch.donated_placeholders(gm)
+        for n in (n for n in _placeholders(gm) if n.name in self._zeros):
+            n.meta[ZERO_KEY] = True
         known = self._known | tangent_layouts(gm.graph, self._known)
         plain = copy.deepcopy(gm) if self._approximate_batch_norm else gm
         partition = partition_backward(gm, self.batch, known, self.default, _levels_of(gm), self._approximate_batch_norm)

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from approx_compile import _torch
-from approx_compile.passes.fx_utils import BMM, CONV, MM
+from approx_compile.passes.fx_utils import BMM, CONV, MM, is_zero
 from approx_compile.passes.rewrite.custom_ops import CUSTOM_CONV, CUSTOM_MM
 from approx_compile.reasons import Reason, join
 from approx_compile.reasons.decisions import ROWS_END_ABOVE
@@ -141,6 +141,12 @@ def output_layouts(graph: fx.Graph, batch: BatchSize) -> dict[str, ValueLayout]:
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
     named = {n.name: n for n in output.all_input_nodes} | _torch.outputs_by_description(output)
     return {name: batch_dims.layout[n] for name, n in named.items() if n not in batch_dims.unlocated and isinstance(n.meta.get("val"), torch.Tensor)}
+
+
+def zero_outputs(graph: fx.Graph) -> set[str]:
+    """Return the names of the outputs of a forward graph that are tensors of zeros."""
+    output = next(n for n in reversed(graph.nodes) if n.op == "output")
+    return {n.name for n in output.all_input_nodes if is_zero(n)}
 
 
 def tangent_layouts(graph: fx.Graph, known: Mapping[str, ValueLayout]) -> dict[str, ValueLayout]:

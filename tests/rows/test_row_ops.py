@@ -127,6 +127,7 @@ MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "shuffled": lambda h: h[torch.arange(h.shape[0] - 1, -1, -1)],
     "transposed": lambda h: h + h.t().reshape(h.shape),
     "global": lambda h: h * h.sum(),
+    "first_of_all": lambda h: h + h.view(-1, 3, 4)[torch.zeros_like(torch.arange(h.shape[0])), (h[:, 0] > 0).long()].repeat(1, 3),
     "scatter_some": lambda h: h.scatter(1, IDX[:, None], 3.0),
 }
 

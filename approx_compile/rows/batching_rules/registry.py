@@ -28,6 +28,7 @@ prims = torch.ops.prims
 _LIKE = {aten.full_like.default, aten.zeros_like.default, aten.ones_like.default, aten.empty_like.default}
 _REDUCTIONS = {aten.sum.dim_IntList, aten.sum.default, aten.mean.dim, aten.mean.default, aten.amax.default, aten.amin.default, aten.any.dim}
 _REDUCTIONS |= {aten.argmax.default, aten.argmin.default, aten.prod.dim_int, aten.var.correction, aten.var_mean.correction, aten.any.dims}
+_REDUCTIONS |= {aten.max.dim, aten.min.dim, aten.median.dim}
 _SHAPE_KEPT: set[Any] = {aten.clone.default, aten._to_copy.default, prims.convert_element_type.default, aten.lift_fresh_copy.default}
 _SHAPE_KEPT |= _LIKE | {aten.detach.default, aten.alias.default}
 
@@ -61,6 +62,8 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten._fft_r2c.default, aten._fft_c2r.default, aten._fft_c2c.default), along_dim(1)),
     **dict.fromkeys((aten.view_as_real.default, aten.view_as_complex.default), view_as_complex),
     aten.index_select.default: along_dim(1),
+    **dict.fromkeys((aten.sort.default, aten.sort.stable, aten.cummax.default, aten.cummin.default), along_dim(1)),
+    aten.topk.default: along_dim(2),
     **dict.fromkeys((aten._softmax_backward_data.default, aten._log_softmax_backward_data.default), along_dim(2)),
     aten.slice_scatter.default: slice_scatter,
     aten.select_scatter.default: select_scatter,
