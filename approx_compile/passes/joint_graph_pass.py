@@ -34,8 +34,9 @@ from approx_compile.passes.sites.site import Context, Site
 
 log = logging.getLogger("approx_compile")
 
-AskRows = Callable[[fx.Graph, RowSettings | None, dict[fx.Node, RowSettings | None]], None]
-"""Receives a joint graph and what is asked of the rows of the batch: where the backward pass begins, and at every gradient product."""
+AskRows = Callable[[fx.Graph, RowSettings | None, dict[fx.Node, RowSettings | None], set[fx.Node]], None]
+"""Receives a joint graph and what is asked of the rows of the batch: where the backward pass begins, at every gradient product, and the gradient products that
+must be computed from all rows."""
 
 Listener = Callable[[Plan, fx.Graph | None, fx.Graph | None], None]
 """Receives the plan of a graph and, if they are kept, copies of the graph before and after the rewrite."""

@@ -8,7 +8,7 @@ because code for a known size is faster.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +33,7 @@ from approx_compile.rows.partition import partition_backward
 from approx_compile.rows.row_backward import GraphControls, RowBackward, WholeBatchBackward
 from approx_compile.rows.specialize import specialize_sizes
 from approx_compile.rows.stage_shapes import entering_gradients
-from approx_compile.rows.stages import ALL_ROWS, SAVED, CoverageEstimate, Partition, Stage, StageInput, output_layouts, tangent_layouts, zero_outputs
+from approx_compile.rows.stages import ALL_ROWS, EXCLUDED, SAVED, CoverageEstimate, Partition, Stage, StageInput, output_layouts, tangent_layouts, zero_outputs
 
 LEAST_SHARE = 0.3
 """The share of the backward pass's FLOPs that must be able to run on selected rows, under the policies that consider the cost."""
@@ -85,7 +85,7 @@ class RowCompiler:
         self._known: dict[str, ValueLayout] = {}
         self._zeros: set[str] = set()
 
-    def ask(self, graph: fx.Graph, top: RowSettings | None, sites: Mapping[fx.Node, RowSettings | None]) -> None:
+    def ask(self, graph: fx.Graph, top: RowSettings | None, sites: Mapping[fx.Node, RowSettings | None], excluded: Collection[fx.Node] = frozenset()) -> None:
         """Number the levels that the settings ask for, the one with the most rows first, and choose the batch's size.
 
         Each gradient product gets the number of its level in its meta (key `LEVEL`), from where the backward graph inherits it.
@@ -93,7 +93,8 @@ class RowCompiler:
         Args:
             graph: The joint graph.
             top: The settings that begin at the output gradients; None to keep all rows there.
-            sites: The settings that begin at gradient products; None for a product that keeps all rows.
+            sites: The settings that begin at gradient products; None for a product at which none begin.
+            excluded: Gradient products that must be computed from all rows, so that all that leads to them keeps all rows, too.
 
         Raises:
             Declined: If running on selected rows will not be worth it for any of the symbols.
@@ -102,7 +103,7 @@ class RowCompiler:
         self.levels = sorted(distinct, key=lambda s: -1.0 if s.ratio is None else -s.ratio)
         self.default = self._level(top)
         for node, settings in sites.items():
-            node.meta[LEVEL] = self._level(settings)
+            node.meta[LEVEL] = EXCLUDED if node in excluded else self._level(settings)
         if not _torch.has_backward(graph):
             return
         levels = {n.name: n.meta[LEVEL] for n in sites}

@@ -32,6 +32,10 @@ PRODUCT_OPS = MM | BMM | CONV | CUSTOM_MM | CUSTOM_CONV | {aten.convolution_back
 ALL_ROWS = 0
 """The level that keeps all rows; 1, 2, .. keep fewer."""
 
+EXCLUDED = -1
+"""Stands for the level of a product that a rule keeps exact. Unlike `ALL_ROWS`, which only says that no selection begins at a product, all gradients that it is
+computed from keep all rows, too."""
+
 
 @dataclass(frozen=True)
 class StageInput:
@@ -171,9 +175,10 @@ def assign_stages(graph: fx.Graph, state: PartitionState, tangents: Sequence[fx.
     """
     known = state.batch_dims
     by_rows = {t for t in tangents if known.kind.get(t) == ROW_GRAD and t not in known.unlocated}
-    start = ALL_ROWS if any(levels.get(n.name, default) == ALL_ROWS for n in _first_products(by_rows)) else default
+    start = ALL_ROWS if any(levels.get(n.name, default) <= ALL_ROWS for n in _first_products(by_rows)) else default
     raw: dict[fx.Node, int] = {}
-    exact = _read_by_nonlinear(graph, known)
+    excluded = {n for n in graph.nodes if levels.get(n.name) == EXCLUDED and known.kind.get(n) in (ROW_GRAD, REDUCED_GRAD)}
+    exact = _with_all_above(excluded | set(known.nonlinear), graph, known)
     post = max([default, *levels.values()]) + 1
     for n in graph.nodes:
         if n.op != "call_function" or known.kind.get(n) not in (ROW_GRAD, REDUCED_GRAD):
@@ -199,13 +204,13 @@ def assign_stages(graph: fx.Graph, state: PartitionState, tangents: Sequence[fx.
     state.stage, state.post = raw, post
 
 
-def _read_by_nonlinear(graph: fx.Graph, known: BatchDimState) -> set[fx.Node]:
-    """The nodes whose gradients must be exact because a nonlinear node is computed from them, and that node itself.
+def _with_all_above(nodes: Iterable[fx.Node], graph: fx.Graph, known: BatchDimState) -> set[fx.Node]:
+    """Nodes that must be computed from all rows, and all gradients that they are computed from.
 
-    The expectation of a nonlinear function over random rows is not the function of the expectation. Below the nonlinear node rows may be selected as at an
-    output gradient.
+    These are nodes that a rule excludes, and those that are not linear: the expectation of a nonlinear function over random rows is not the function of the
+    expectation. Below them rows may be selected as at an output gradient.
     """
-    exact = set(known.nonlinear)
+    exact = set(nodes)
     for n in reversed(graph.nodes):
         if n in exact:
             exact.update(a for a in n.all_input_nodes if known.kind.get(a) in (ROW_GRAD, REDUCED_GRAD))

@@ -331,3 +331,45 @@ def test_channels_last_below_the_rows_through_inductor(monkeypatch: pytest.Monke
     got = grads(model)
     model(x).backward(tangent * chosen.mask(24)[:, None])
     assert max(relative(a, b) for a, b in zip(got, grads(model), strict=True)) < 1e-5
+
+
+class Residual(nn.Module):
+    """Blocks with a path around them, so that the gradient of an excluded layer is added to one that runs on rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(mlp(32, 64, 32) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+@pytest.mark.parametrize("rule", [{"method": "exact"}, {"grad": {"axis": "rows", "ratio": 1}}, {"grad": {"axis": "rows", "method": "exact"}}], ids=str)
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_layer_that_a_rule_keeps_exact(residual: bool, rule: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradient is exact wherever it is, some layers above and below are sampled, and the mean over complementary halves of the rows is exact."""
+    model = Residual() if residual else mlp(32, 64, 64, 64, 64, 8)
+    layer = "blocks.2.0" if residual else "4"
+    start = [0]
+
+    def halves(method: str, norms_sq: Tensor, k: int, random: Any) -> tuple[Tensor, Tensor]:
+        return torch.arange(start[0], 16, 2), torch.full((8,), 2.0)
+
+    monkeypatch.setattr(row_backward, "choose_rows", halves)
+    x = torch.randn(16, 32, requires_grad=True)
+    f, plans = rows_of(model, HALF | {"rules": [{"layers": layer, **rule}]})
+    found = []
+    for start[0] in (0, 1):
+        f(x).square().sum().backward()
+        found.append(dict(zip([*dict(model.named_parameters()), "x"], grads(model, x), strict=True)))
+    model(x).square().sum().backward()
+    exact = dict(zip([*dict(model.named_parameters()), "x"], grads(model, x), strict=True))
+    for name, want in exact.items():
+        torch.testing.assert_close((found[0][name] + found[1][name]) / 2, want, rtol=1e-4, atol=1e-4)
+    off = {name: relative(found[0][name], want) for name, want in exact.items()}
+    assert max(off[f"{layer}.weight"], off[f"{layer}.bias"]) < 1e-5
+    lowest, highest = ("blocks.0.0.weight", "blocks.3.2.weight") if residual else ("0.weight", "8.weight")
+    assert off[lowest] > 0.01 and off[highest] > 0.01
+    assert next(s for s in plans.sites if s.name == layer).decision == "exact"

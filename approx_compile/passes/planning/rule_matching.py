@@ -57,7 +57,7 @@ def match_rules(sites: Sequence[Site | SitePlan], config: ApproxConfig) -> tuple
     return matches, unmatched
 
 
-def row_requests(sites: Sequence[Site], config: ApproxConfig) -> tuple[RowSettings | None, dict[fx.Node, RowSettings | None]]:
+def row_requests(sites: Sequence[Site], config: ApproxConfig) -> tuple[RowSettings | None, dict[fx.Node, RowSettings | None], set[fx.Node]]:
     """Return what the settings ask of the rows of the batch in the backward pass.
 
     Args:
@@ -65,12 +65,18 @@ def row_requests(sites: Sequence[Site], config: ApproxConfig) -> tuple[RowSettin
         config: The config.
 
     Returns:
-        What is asked where there is no site (of the rules only those for every site count), and at each gradient product. A site that must be exact asks for
-        all rows (None).
+        What is asked where there is no site (of the rules only those for every site count); what is asked at each gradient product, where a site that must be
+        exact asks for all rows (None); and the gradient products of layers that a rule keeps exact. Those must not be computed from selected rows at all.
     """
     matches, _ = match_rules(sites, config)
+    top = config.settings([rule.layers == ("site",) for rule in config.rules]).rows
     asked: dict[fx.Node, RowSettings | None] = {}
+    excluded: set[fx.Node] = set()
     for site, hits in zip(sites, matches, strict=True):
+        settings = config.settings(hits)
+        by_rule = top is not None or any(hit and rule.only_exact for hit, rule in zip(hits, config.rules, strict=True))
+        if by_rule and settings.rows is None and settings.grad_input.method == settings.grad_weight.method == "exact":
+            excluded.update(p.node for p in site.products[1:])
         for p in site.products[1:]:
-            asked[p.node] = config.settings(hits).rows if site.blocked is None else None
-    return config.settings([rule.layers == ("site",) for rule in config.rules]).rows, asked
+            asked[p.node] = settings.rows if site.blocked is None else None
+    return top, asked, excluded
