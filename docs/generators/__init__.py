@@ -15,7 +15,22 @@ from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
-from generators import accuracy, api, compatibility, configuration, cost_model, environment, formats, gradients, outputs, papers, reasons, speed, studies
+from generators import (
+    accuracy,
+    api,
+    compatibility,
+    configuration,
+    conformance,
+    cost_model,
+    environment,
+    formats,
+    gradients,
+    outputs,
+    papers,
+    reasons,
+    speed,
+    studies,
+)
 from generators.drawings import DRAWINGS
 from generators.stored import Row
 
@@ -35,6 +50,7 @@ SOURCES: tuple[Callable[[], dict[str, str]], ...] = (
     environment.blocks,
     formats.blocks,
     compatibility.blocks,
+    conformance.blocks,
 )
 """Functions that return blocks by name. No two of them may make a block of the same name."""
 

@@ -44,7 +44,7 @@ def main(
     part: Annotated[list[str] | None, typer.Option(help=f"What to run: {', '.join(checks.PARTS)}; all by default.")] = None,
     limit: Annotated[float, typer.Option(help="Seconds that a part of a model may take.")] = 900,
     again: Annotated[bool, typer.Option(help="Run what has a result already.")] = False,
-    tables: Annotated[bool, typer.Option(help="Write benchmarks/results/conformance.csv and docs/results/conformance.md.")] = True,
+    tables: Annotated[bool, typer.Option(help="Write benchmarks/results/conformance.csv, which docs/generate.py reads.")] = True,
     list_models: Annotated[bool, typer.Option("--list", help="Print the models' names.")] = False,
     child: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:

@@ -1,4 +1,4 @@
-"""The results as a CSV and as a page of the docs."""
+"""The results as a CSV, from which `docs/generate.py` makes the table of the documentation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import csv
 import importlib.metadata
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,16 +48,19 @@ def row(model: models.Model, kept: Path) -> dict[str, Any] | None:
     """One model's row of the CSV, with what its results come to; None if it has not been run."""
     found: dict[str, Any] = {}
     conditions: dict[str, str] = {}
+    commits: list[str] = []
     died = []
     for path in sorted((kept / slug(model.name)).glob("*.json")):
         stored = json.loads(path.read_text())
         result = stored["result"]
         conditions |= stored.get("conditions", {})
+        commits.append(conditions.get("commit", ""))
         died += [f"{path.stem}: {result['died']}"] if "died" in result else []
         for name, value in result.items():
             found |= _named(name, value)
     if not found:
         return None
+    conditions["commit"] = " ".join(dict.fromkeys(commits))
     narrow = found.get("narrow") is True
     out: dict[str, Any] = dict.fromkeys(COLUMNS, "") | conditions | {"library": model.library, "model": model.name, "versions": _versions(model.library)}
     bad = [*died]
@@ -120,57 +122,3 @@ def write(root: Path, kept: Path) -> None:
         writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    (root / "docs" / "results" / "conformance.md").write_text(page(rows))
-
-
-def page(rows: list[dict[str, Any]]) -> str:
-    counts = Counter(r["decision"] for r in rows)
-    right = sum(r["verdict"] == "right" for r in rows)
-    checked = sum(r["verdict"] != "not checked" for r in rows)
-    dates, commits, devices = (sorted({r[k] for r in rows if r[k]}) for k in ("date", "commit", "device"))
-    libraries = len({r["library"] for r in rows})
-    head = f"""---
-orphan: true
----
-
-# Library models under the one line
-
-`make conformance` builds {len(rows)} models of {libraries} libraries from small configurations with random weights, compiles each with
-`backend="approx"` alone, and checks it against eager. Rows are on in {counts["on"]}, in part in {counts["partly"]}, declined in {counts["declined"]};
-of the {checked} that were checked {right} are right in every check. The floor of work below which the default leaves a model alone is set to 0 here: the
-question is what rows can do, not whether it pays at this size.
-
-- **rows**: on (at least nine tenths of the backward pass's FLOPs can run on some of the rows), partly, or declined, with dropout as the library
-  sets it; "why not" is the reason that the package gives.
-- **first call**: seconds for the first step, ours and Inductor's, nothing cached, one thread.
-- **default**: the first step, which keeps all rows: relative error of the worst parameter's gradient, against eager.
-- **exact**: the code that runs some rows, run on all of them; single and double precision.
-- **lin**: half the rows kept; against eager with its output's gradients multiplied by the rows' weights (with a loss inside: those of the last layer's output).
-- **mean**: over four choices of half the rows, drawn so that every row's weight is one over its probability, against the exact gradient.
-- **sizes**: batches of {", ".join(map(str, SIZES))} samples after the first of {FIRST}; in brackets graphs compiled for them, and those that torch
-  compiles without this package.
-
-Bars: 1e-4 in single precision, 1e-9 in double (1e-5 where the model itself computes in single precision, marked *).
-{", ".join(dates)}; commit {", ".join(commits)}; {", ".join(devices)}, one thread; from `benchmarks/results/conformance.csv`.
-
-| model | rows | FLOPs on rows | why not | first call, s | default | exact | lin | mean | sizes | verdict |
-|---|---|---|---|---|---|---|---|---|---|---|
-"""
-    return head + "".join(_markdown(r) for r in rows)
-
-
-SIZES, FIRST = (16, 12, 5), 12
-
-
-def _markdown(r: Mapping[str, Any]) -> str:
-    star = "*" if r["single_precision_inside"] == "yes" else ""
-
-    def pair(name: str) -> str:
-        a, b = str(r[f"{name}_fp32"]), str(r[f"{name}_fp64"])
-        return f"{a}, {b}{star}" if a != b or not a else a
-
-    share = f"{r['share']:.0%}" if isinstance(r["share"], float | int) else ""
-    calls = f"{r['first_call_approx']} / {r['first_call_inductor']}" if r["first_call_approx"] != "" else ""
-    sizes = f"{r['other_sizes']} ({r['recompiled']}, {r['recompiled_by_torch']})" if r["recompiled"] != "" else str(r["other_sizes"])
-    cells = (r["model"], r["decision"], share, r["reason"], calls, r["default_fp32"], pair("exact"), pair("lin"), pair("mean"), sizes, r["verdict"])
-    return "| " + " | ".join(str(c).replace("|", "\\|").replace("\n", " ")[:300] for c in cells) + " |\n"

@@ -1,0 +1,52 @@
+"""The table of library models that the conformance suite has tried, and its counts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from generators.stored import Row, block, rows, table
+
+NAME = "conformance.csv"
+
+
+def conformance_table() -> str:
+    """A line for each model: how much of its backward pass runs on some of the samples, why not more, and the checks."""
+    stored = rows(NAME)
+    head = ["model", "rows", "FLOPs on rows", "why not", "default", "exact", "lin", "mean", "sizes", "verdict"]
+    return block(table(head, [_line(r) for r in stored]), f"{_counts(stored)} {_conditions(stored)}")
+
+
+def _line(r: Row) -> list[str]:
+    star = "*" if r["single_precision_inside"] == "yes" else ""
+
+    def pair(name: str) -> str:
+        single, double = r[f"{name}_fp32"], r[f"{name}_fp64"]
+        return single if single == double else f"{single}, {double}{star}"
+
+    share = f"{100 * float(r['share']):.0f}%" if r["share"] else ""
+    sizes = f"{r['other_sizes']} ({r['recompiled']}, {r['recompiled_by_torch']})" if r["recompiled"] else r["other_sizes"]
+    cells = [r["model"], r["decision"], share, r["reason"], r["default_fp32"], pair("exact"), pair("lin"), pair("mean"), sizes, r["verdict"]]
+    return [c.replace("|", "\\|").replace("\n", " ").replace("`", "'")[:300] for c in cells]
+
+
+def _counts(stored: Sequence[Row]) -> str:
+    counts = Counter(r["decision"] for r in stored)
+    checked = [r for r in stored if r["verdict"] != "not checked"]
+    right = sum(r["verdict"] == "right" for r in checked)
+    libraries = len({r["library"] for r in stored})
+    return (
+        f"{len(stored)} models of {libraries} libraries: rows are on in {counts['on']}, in part in {counts['partly']}, declined in {counts['declined']}. "
+        f"Of the {len(checked)} whose gradients were checked {right} are right in every check."
+    )
+
+
+def _conditions(stored: Sequence[Row]) -> str:
+    dates, devices = (", ".join(sorted({r[k] for r in stored})) for k in ("date", "device"))
+    commits = ", ".join(sorted({commit for r in stored for commit in r["commit"].split()}))
+    return f"{devices}, 1 thread, {stored[0]['versions'].split()[0].replace('==', ' ')}, {dates}; commits {commits}. From `benchmarks/results/{NAME}`."
+
+
+def blocks() -> dict[str, str]:
+    """The generated blocks by name."""
+    return {"conformance": conformance_table()}
