@@ -186,6 +186,7 @@ NAMES: tuple[PrivateName, ...] = (
     PrivateName(f"{_SYMBOLS}.DimDynamic.STATIC", "asking for a symbol"),
     PrivateName(f"{_SYMBOLS}.StatelessSymbolicContext:dynamic_sizes", "asking for a symbol"),
     PrivateName("torch.fx.experimental.sym_node.SymNode:hint", "the size that a symbol stands for"),
+    PrivateName("torch.utils._sympy.functions.FloorDiv", "samples that own several rows"),
     PrivateName("torch.utils._sympy.interp.sympy_interp", "sizes of another graph"),
     PrivateName("torch.utils._sympy.reference.PythonReferenceAnalysis", "sizes of another graph"),
     PrivateName("torch.utils._python_dispatch._disable_current_modes", "measuring inside a compilation"),
