@@ -6,6 +6,7 @@ from pathlib import Path
 # Decisions must not depend on the machine that runs the tests, so all processes read a stored profile (one thread of an AMD EPYC).
 os.environ["APPROX_COMPILE_MACHINE"] = str(Path(__file__).parent / "helpers" / "machine.json")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
+os.environ["COLUMNS"] = "160"  # tables and sentences are as wide as the terminal, and tests must not depend on that
 
 import pytest
 import torch

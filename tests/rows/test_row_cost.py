@@ -105,8 +105,8 @@ def test_without_a_profile_flops_decide() -> None:
 
 @pytest.mark.slow
 def test_the_reason_has_both_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert str(Prediction(1120.3, 3104.4, 0.5)) == "choosing and gathering rows would take about 3104 us, leaving out half of them saves 1120 us"
-    assert str(Prediction(0.26, 310.0, 0.25)) == "choosing and gathering rows would take about 310 us, leaving out 75% of them saves 0.3 us"
+    assert Prediction(1120.3, 3104.4, 0.5).describe() == "choosing and gathering rows would take about 3104 us, leaving out half of them saves 1120 us"
+    assert Prediction(0.26, 310.0, 0.25).describe() == "choosing and gathering rows would take about 310 us, leaving out 75% of them saves 0.3 us"
     plans = Plans()
     model, x = mlp(128, 128, 128, 128, 128), torch.randn(256, 128)
     torch.compile(model, backend=Backend({}, inner_compile=run_as_is, on_plan=plans))(x).sum().backward()

@@ -170,7 +170,7 @@ def test_bad_factory(spec: str, said: str) -> None:
     ("words", "said"),
     [
         (["--set", "ratio=2"], "ratio: got 2"),
-        (["--set", "ratoi=0.5"], "Did you mean 'ratio'?"),
+        (["--set", "ratoi=0.5"], "did you mean 'ratio'?"),
         (["--set", "ratio"], "KEY=VALUE is expected"),
         (["--set", "ratio="], "KEY=VALUE is expected"),
         (["--set", "=1"], "KEY=VALUE is expected"),
