@@ -271,7 +271,9 @@ def test_minimal() -> None:
     assert len(path.read_text().splitlines()) <= 30
     done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=500, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"whole backward pass +150 .* on average", done.stdout) and re.search(r"Inductor [\d.]+ ms, approx [\d.]+ ms, [\d.]+ times as fast", done.stdout)
+    assert re.search(r"whole backward pass +150 .* on average", done.stdout) and re.search(
+        r"Inductor [\d.]+ ms, approx [\d.]+ ms, [\d.]+ times as fast", done.stdout
+    )
 
 
 @pytest.fixture(scope="module")
