@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from approx_compile import Backend, _torch
 from approx_compile.backend import run_as_is
 from approx_compile.rows import row_compiler
+from approx_compile.rows.batch_dim import BatchSize
 from approx_compile.rows.controller import OBSERVE_EVERY, controls
 from approx_compile.rows.row_backward import RowBackward, WholeBatchBackward
 from approx_compile.rows.specialize import specialize_sizes
@@ -262,7 +263,10 @@ def test_a_fixed_ratio_beside_compiles_none(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_search_for_fewer_rows_is_short() -> None:
     s, t = sympy.symbols("s t", positive=True, integer=True)
     size = 1_000_000
-    why = row_compiler._fixed_size_reason
+
+    def why(symbol: Any, sizes: dict[sympy.Symbol, int], guards: list[Any], group: int = 1) -> Any:
+        return row_compiler._fixed_size_reason(BatchSize(symbol, group), sizes, guards)
+
     start = time.perf_counter()
     assert why(s, {s: size}, []) is None
     assert why(s, {s: size}, [s > 4096]) is None
@@ -273,4 +277,5 @@ def test_the_search_for_fewer_rows_is_short() -> None:
     assert why(s, {s: size, t: size}, [t <= s]) == "its code assumes t <= s of the batch's size s"
     assert "of the batch's size s" in str(why(s, {s: 20}, [sympy.Eq(1 / s, sympy.Rational(1, 20))]))
     assert why(s, {s: size}, [sympy.Symbol("u") < s]) is None  # only running tells u
+    assert why(s, {s: size}, [sympy.Eq(sympy.Mod(s, 4), 0)], group=4) is None
     assert time.perf_counter() - start < 5
