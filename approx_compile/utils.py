@@ -126,6 +126,16 @@ def percent(share: float) -> str:
     return f"{100 * share:.3g} %"
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, which gets an s for more than one, as "2 threads".
+
+    Args:
+        number: The number.
+        noun: The noun in the singular.
+    """
+    return f"{number} {noun}{'s' if number > 1 else ''}"
+
+
 def terminal_width() -> int:
     """Return the columns of the terminal; `WIDTH` where there is none and the environment variable `COLUMNS` is not set."""
     return shutil.get_terminal_size((WIDTH, 24)).columns

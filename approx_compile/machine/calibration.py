@@ -14,6 +14,7 @@ from approx_compile.config import ConfigError
 from approx_compile.machine import microbenchmarks, store
 from approx_compile.machine.profile import FORMAT, Machine, Table
 from approx_compile.machine.store import DEVICES, Notify, device_key, load_matching, path_of
+from approx_compile.utils import counted
 
 _LOCK_TIMEOUT_S = 180.0
 
@@ -83,7 +84,7 @@ def _load_or_measure(device: str, notify: Notify) -> Machine:
         with FileLock(f"{path}.lock", timeout=_LOCK_TIMEOUT_S):  # one of several processes measures, the others read its file
             profile = load_matching(path, lambda text: None, key)
             if profile is None:
-                threads = f"{key.threads} thread{'s' if key.threads > 1 else ''}"
+                threads = counted(key.threads, "thread")
                 notify(f"measuring {key.name} ({threads}) once, a few seconds; `approx_compile.machine.calibrate()` does it more precisely")
                 profile = _measure_profile(device, True, False, None)
                 profile.save(path)

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from rich.table import Table as RichTable
 
 from approx_compile.config.words import ESTIMATORS, PRODUCTS
-from approx_compile.utils import write_atomically
+from approx_compile.utils import counted, write_atomically
 
 FORMAT = 3
 """Version of the file and of what is measured. A profile of another version is measured anew."""
@@ -173,7 +173,7 @@ class Machine(BaseModel):
     def __rich__(self) -> RichTable:
         """Return the profile as a table for rich: the range of sizes and values of every measured table."""
         kind = "quick measurement" if self.quick else "calibrated"
-        table = RichTable(title=f"{self.name}, {self.threads} thread{'s' if self.threads > 1 else ''}, torch {self.torch_version} ({kind})")
+        table = RichTable(title=f"{self.name}, {counted(self.threads, 'thread')}, torch {self.torch_version} ({kind})")
         for column, right in (("what", False), ("over", False), ("lowest", True), ("highest", True), ("unit", False)):
             table.add_column(column, justify="right" if right else "left")
         for name, t in self.tables.items():

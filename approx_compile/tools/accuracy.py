@@ -32,7 +32,7 @@ from rich import box
 from rich.table import Table
 
 from approx_compile.machine import device_name
-from approx_compile.utils import DISABLE, printed
+from approx_compile.utils import DISABLE, counted, printed
 
 MARGIN = 0.005
 """The default margin as a share of the exact runs' mean accuracy."""
@@ -90,10 +90,15 @@ class AccuracyComparison:
     threads: int
 
     @property
+    def _differences(self) -> list[float]:
+        """The difference of every pair of runs, approximate less exact, with the sign changed where lower is better."""
+        sign = -1 if self.lower_is_better else 1
+        return [sign * (a.value - e.value) for e, a in zip(self.exact, self.approx, strict=True)]
+
+    @property
     def difference(self) -> Interval:
         """The paired difference of the accuracies, approximate less exact; its sign is changed where lower is better, so that below 0 is worse."""
-        sign = -1 if self.lower_is_better else 1
-        return Interval.of([sign * (a.value - e.value) for e, a in zip(self.exact, self.approx, strict=True)])
+        return Interval.of(self._differences)
 
     @property
     def time(self) -> Interval:
@@ -108,11 +113,9 @@ class AccuracyComparison:
     @property
     def seeds_needed(self) -> int | None:
         """About how many seeds would decide, if their mean and spread stayed; None if that is more than a hundred."""
-        sign = -1 if self.lower_is_better else 1
-        values = [sign * (a.value - e.value) for e, a in zip(self.exact, self.approx, strict=True)]
-        distance, spread = abs(statistics.fmean(values) + self.margin), statistics.stdev(values)
+        distance, spread = abs(statistics.fmean(self._differences) + self.margin), statistics.stdev(self._differences)
         needed = math.ceil((2.2 * spread / distance) ** 2) if distance else 101  # 2.2: Student's 97.5 % point at about a dozen seeds
-        return max(needed, len(values) + 1) if needed <= 100 else None
+        return max(needed, len(self.seeds) + 1) if needed <= 100 else None
 
     @property
     def verdict(self) -> str:
@@ -141,7 +144,7 @@ class AccuracyComparison:
             table.add_column(title, justify="left" if title == "run" else "right")
         for name, runs in (("exact", self.exact), ("approx", self.approx)):
             table.add_row(name, _spread([r.value for r in runs]), _spread([r.seconds for r in runs]))
-        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        threads = counted(self.threads, "thread")
         return printed(table, f"Mean ± standard deviation over {len(self.seeds)} seeds, {threads}, torch {torch.__version__}.", self.verdict)
 
 

@@ -20,7 +20,7 @@ from approx_compile.backend import Backend
 from approx_compile.config import ApproxConfig
 from approx_compile.machine import device_name
 from approx_compile.machine.timer import BenchmarkTimer
-from approx_compile.utils import printed
+from approx_compile.utils import counted, printed
 
 WARM_UP = 2
 """The number of rounds that are run before any is timed; compilation happens in them."""
@@ -76,7 +76,7 @@ class Comparison:
             table.add_row(name, f"{timing.median_ms:.3f}", f"{timing.p20_ms:.3f} to {timing.p80_ms:.3f}")
         ratio = f"approx is {self.speedup:.2f}x as fast as Inductor ({self.speedup_p20:.2f} to {self.speedup_p80:.2f})"
         conditions = f"{self.repeats} steps of each in turn, forward and backward, without an optimizer"
-        return f"{printed(table)}\n{ratio}; {conditions}; {self.threads} thread{'s' if self.threads > 1 else ''}, {self.device}, torch {self.torch}"
+        return f"{printed(table)}\n{ratio}; {conditions}; {counted(self.threads, 'thread')}, {self.device}, torch {self.torch}"
 
 
 def compare(model: Callable[..., Any], *args: Any, config: ApproxConfig | Mapping[str, Any] | None = None, repeats: int = 15, **kwargs: Any) -> Comparison:

@@ -23,7 +23,7 @@ from approx_compile._torch import canary, known_faults
 from approx_compile.config import ConfigError
 from approx_compile.tools.report.explain import explain
 from approx_compile.tools.report.report_text import headline
-from approx_compile.utils import DISABLE, MACHINE, printed
+from approx_compile.utils import DISABLE, MACHINE, counted, printed
 
 EXTRAS = {"report": ("itables", "jinja2", "pygments"), "examples": ("sklearn", "matplotlib"), "triton": ("triton",), "cuda": ("cuda.core",)}
 """The optional dependencies of this package, by the name of the extra."""
@@ -72,7 +72,7 @@ class Examination:
         for c in self.checks:
             table.add_row(c.name, c.state, c.found + (f"\n-> {c.advice}" if c.advice else ""))
         count = len(self.problems)
-        verdict = "All is well." if not count else f"{count} problem{'s' if count > 1 else ''}: {', '.join(c.name for c in self.problems)}."
+        verdict = "All is well." if not count else f"{counted(count, 'problem')}: {', '.join(c.name for c in self.problems)}."
         return printed(table, verdict)
 
 
@@ -127,7 +127,7 @@ def _compiler() -> Check:
 
 def _devices() -> Iterator[Check]:
     threads = torch.get_num_threads()
-    yield Check("CPU", "ok", f"{machine.device_name('cpu')}, {threads} thread{'s' if threads > 1 else ''}")
+    yield Check("CPU", "ok", f"{machine.device_name('cpu')}, {counted(threads, 'thread')}")
     for i in range(torch.cuda.device_count()):
         yield Check("GPU", "ok", f"cuda:{i}: {torch.cuda.get_device_name(i)}")
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import nn
 
 from approx_compile.rows.controller import Control, RowControl, controls, waiting_states
-from approx_compile.utils import percent, printed
+from approx_compile.utils import counted, percent, printed
 
 LINES = 4
 """The most lines of a plot."""
@@ -108,7 +108,7 @@ def _measured(c: Control) -> str:
 def _so_far(c: Control) -> str:
     if len(c.changes) > 1:
         changes = len(c.changes) - 1
-        return f"{changes} change{'s' if changes > 1 else ''}, the last after step {c.changes[-1][0]}"
+        return f"{counted(changes, 'change')}, the last after step {c.changes[-1][0]}"
     if not isinstance(c, RowControl):
         return "still exact: no measured ratio is good enough" if c.step > c.settings.every else "still exact"
     return "still the whole batch: most samples still matter" if c.measured < 1 else "still the whole batch: nothing measured yet"

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from approx_compile.tools.report.words import backward_of, forward_of, si, type_of, why
-from approx_compile.utils import percent, printed, terminal_width
+from approx_compile.utils import counted, percent, printed, terminal_width
 
 if TYPE_CHECKING:
     from approx_compile.passes.planning.plan import ProductPlan, RowCut
@@ -108,7 +108,7 @@ def _among(report: ReportData, gradients: Sequence[tuple[str, ProductPlan]], dec
 
 
 def _count(report: ReportData) -> str:
-    return f"{len(report.sites)} layer{'s' if len(report.sites) > 1 else ''}"
+    return counted(len(report.sites), "layer")
 
 
 def _condition(report: ReportData) -> str:
