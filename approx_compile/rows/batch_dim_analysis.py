@@ -293,10 +293,16 @@ def _with_definite_layout(n: fx.Node, value: Any, layout: ValueLayout, state: Ba
     """The layout, with a definite position of the samples for a gradient: even if its rows are all equal, they differ once they are multiplied by weights."""
     if not isinstance(layout, SampleLayout) or not layout.uniform or state.kind[n] != ROW_GRAD:
         return layout
-    definite = layout_from_size(value, state.batch)
+    definite = layout_from_size(value, state.batch) or _layout_of_model(n, value, state)
     if definite is None:
         raise Blocked(GRADIENT_MERGED())
     return definite
+
+
+def _layout_of_model(n: fx.Node, value: Any, state: BatchDimState) -> SampleLayout | None:
+    """The layout of the tensor whose dtype and device a new tensor takes, such as x.new_empty(..); None if the sizes do not suit it."""
+    layout = state.layout_of(n.args[0]) if n.target in _FACTORIES and n.args else None
+    return layout if layout is not None and not layout.uniform and _fits(layout, value, state) else None
 
 
 def _check_sums(n: fx.Node, gradients: list[fx.Node], state: BatchDimState) -> None:
