@@ -110,6 +110,11 @@ class ApproxConfig(RuleKeys):
     )
 
     def __init__(self, **data: Any) -> None:
+        self._set(data)
+        self._refuse_keys_without_effect()
+
+    def _set(self, data: Mapping[str, Any]) -> None:
+        """Set all fields from keys, and check each of them."""
         try:
             super().__init__(**_with_plan(data))
         except pydantic.ValidationError as e:
@@ -156,9 +161,11 @@ class ApproxConfig(RuleKeys):
             object.__setattr__(self, "policy", "cost" if asked else "adaptive")  # the config is frozen, so a plain assignment would raise
         return self
 
-    @model_validator(mode="after")
-    def _nothing_without_effect(self) -> ApproxConfig:
-        """Refuse keys without effect: under "adaptive" the forward pass is exact and the number of rows is found automatically."""
+    def _refuse_keys_without_effect(self) -> None:
+        """Refuse keys without effect: under "adaptive" the forward pass is exact and the number of rows is found automatically.
+
+        The settings of one moment (`at`) may hold such keys: a rule that gives them an effect may not hold then.
+        """
         idle = "has no effect under policy 'adaptive', which keeps the forward pass exact and finds the number of rows itself; "
         products = "for sampled products set policy 'cost' or 'always' beside it"
         for where, keys, others in (("", self, self.rules), *((f"rules[{i}].", r, self._near(r)) for i, r in enumerate(self.rules))):
@@ -166,11 +173,10 @@ class ApproxConfig(RuleKeys):
             alone = merge_rule(set_keys(self), keys)
             if said and not any(samples_products(k) for k in (alone, *(merge_rule(alone, r) for r in others))):
                 exact = "for exact products method='exact', " if said[0] == "ratio" and keys.ratio == 1 else ""
-                raise ValueError(f"{where}{said[0]} {idle}{exact}{products}, for a fixed share of rows grad={{'axis': 'rows', 'ratio': ...}}")
+                raise ConfigError(f"{where}{said[0]} {idle}{exact}{products}, for a fixed share of rows grad={{'axis': 'rows', 'ratio': ...}}")
             for name, table in keys.tables.items() if alone["policy"] == "adaptive" else ():
                 if (key := table.only_how) is not None:
-                    raise ValueError(f"{where}{name}: {key} {idle}{products}, or a method into {name}")
-        return self
+                    raise ConfigError(f"{where}{name}: {key} {idle}{products}, or a method into {name}")
 
     def _near(self, rule: Rule) -> list[Rule]:
         """Return the rules that hold for the sites of this rule, as far as their `layers` show."""
@@ -361,8 +367,10 @@ class ApproxConfig(RuleKeys):
 
 
 def unpickle(options: dict[str, Any]) -> ApproxConfig:
-    """Make a config of pickled options. Pickles name this function as `approx_compile.config.unpickle`."""
-    return ApproxConfig(**options)
+    """Make a config of pickled options, which may be those of one moment of a run. Pickles name this function as `approx_compile.config.unpickle`."""
+    config = ApproxConfig.__new__(ApproxConfig)
+    config._set(options)
+    return config
 
 
 def _with_plan(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -124,6 +124,19 @@ def test_config_is_a_value() -> None:
     assert pickle.loads(pickle.dumps(Backend(a))) == Backend(a)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"policy": "adaptive", "ratio": 0.25, "rules": [{"steps": "::2", "output": "topk"}]},
+        {"policy": "adaptive", "rules": [{"layers": "conv", "ratio": 0.25, "steps": "::2"}, {"layers": "conv", "output": "topk", "steps": "1::2"}]},
+    ],
+)
+def test_settings_of_a_step_survive_pickle_where_a_key_has_no_effect_then(options: dict[str, Any]) -> None:
+    for step in (0, 1):
+        config = ApproxConfig(**options).at(step)
+        assert pickle.loads(pickle.dumps(config)) == config
+
+
 def test_error_survives_pickle() -> None:
     error = pickle.loads(pickle.dumps(ConfigError("ratio: got 7")))
     assert isinstance(error, ConfigError) and str(error) == "ratio: got 7"
