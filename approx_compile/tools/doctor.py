@@ -25,7 +25,7 @@ from approx_compile.tools.report.explain import explain
 from approx_compile.tools.report.report_text import headline
 from approx_compile.utils import DISABLE, MACHINE, counted, printed
 
-EXTRAS = {"report": ("itables", "jinja2", "pygments"), "examples": ("sklearn", "matplotlib"), "triton": ("triton",), "cuda": ("cuda.core",)}
+EXTRAS = {"report": ("itables", "jinja2", "matplotlib", "pygments"), "examples": ("sklearn", "matplotlib"), "triton": ("triton",), "cuda": ("cuda.core",)}
 """The optional dependencies of this package, by the name of the extra."""
 
 DAY_S = 86_400

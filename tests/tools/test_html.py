@@ -73,6 +73,13 @@ def many(report: Report, count: int) -> Report:
     return Report(sites=sites, before=report.before, after=report.after)
 
 
+def place(element: ElementTree.Element) -> tuple[float, float]:
+    """Return where an element of a figure is."""
+    moved = re.match(r"translate\(([0-9.]+) ([0-9.]+)", element.get("transform", ""))
+    x, y = moved.groups() if moved else (element.get("x", "nan"), element.get("y", "nan"))
+    return float(x), float(y)
+
+
 class Page(HTMLParser):
     """Collect texts by element, and everything that a browser would fetch."""
 
@@ -175,7 +182,8 @@ def test_rows_over_steps_in_the_default_mode(tmp_path: Path, small_work_counts: 
     page = written(report, tmp_path / "report.html")
     assert "whole backward pass" in page.texts["text"] and "as many as needed, 50 % now" in page.texts["td"]
     many_lines = rows_over_steps({f"cut {i}": ((0, 1.0),) for i in range(11)}, 60)
-    assert many_lines.count("series") == 8 and len(set(re.findall(r'y="([0-9.]+)" text-anchor="start" class="label series', many_lines))) == 4
+    labels = [t for t in ElementTree.fromstring(many_lines).iter(f"{SVG}text") if (t.text or "").startswith("cut ")]
+    assert many_lines.count("var(--series") == 8 and len(labels) == len({place(t)[1] for t in labels}) == 4
 
 
 def test_replaced_gradients_and_schedules(tmp_path: Path) -> None:
@@ -229,8 +237,15 @@ def test_graph_of_sites(small: Report) -> None:
     drawn = ElementTree.fromstring(site_graph(small))
     titles = [t.text.splitlines()[0] for t in drawn.iter(f"{SVG}title") if "\n" in t.text]
     assert sorted(titles) == ["a", "b", "c", "d"] and branches(small)
-    edges = [p for p in drawn.iter(f"{SVG}path") if "edge" in p.get("class", "")]
+    edges = [g for g in drawn.iter(f"{SVG}g") if g.get("class") == "edge"]
     assert len(edges) == 4  # a reads nothing; a -> d is implied by a -> b -> d
+    assert site_graph(small) == site_graph(small) and not re.search(r"#[0-9a-f]{6}\b", re.sub(r'"#\w+"', "", site_graph(small)))  # every colour is a variable
+
+
+def test_names_in_figures_are_text(small: Report) -> None:
+    report = replace(small, sites=[replace(small.sites[0], name=f"$x_1$ {EVIL}"), replace(small.sites[1], reads=())])
+    drawn = ElementTree.fromstring(site_graph(report))
+    assert f"$x_1$ {EVIL}" in [t.text for t in drawn.iter(f"{SVG}text")]
 
 
 @pytest.mark.slow
@@ -258,9 +273,9 @@ def test_roofline(small: Report) -> None:
     assert [p.intensity for p in points] == pytest.approx([p.flops_exact / p.bytes_exact for p in products])
     drawn = ElementTree.fromstring(found[0])
     assert sum("GFLOP/s at" in (t.text or "") for t in drawn.iter(f"{SVG}title")) == len(products)
-    assert sum("roof" in p.get("class", "") for p in drawn.iter(f"{SVG}path")) == 1
-    xs = [float(x) for t in drawn.iter() if (place := re.match(r"translate\(([0-9.]+) ([0-9.]+)", t.get("transform", ""))) for x in place.groups()]
-    assert min(xs) >= 0 and max(xs) <= 900
+    assert sum(g.get("class") == "roof" for g in drawn.iter(f"{SVG}g")) == 1
+    marks = [place(u) for g in drawn.iter(f"{SVG}g") if g.get("class") == "mark" for u in g.iter(f"{SVG}use")]
+    assert len(marks) == len(products) and all(0 <= x <= float(drawn.get("width", 0)) and 0 <= y <= float(drawn.get("height", 0)) for x, y in marks)
     timed = [replace(s, products={n: replace(p, time_exact_us=2.0) for n, p in s.products.items()}) for s in small.sites]
     what, points = rated_products(replace(small, sites=timed), roofs)
     assert what == "GFLOP/s, predicted" and [p.height for p in points] == pytest.approx([p.flops_exact / 2e3 for p in products])

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
@@ -15,6 +15,9 @@ from torch import nn
 
 from approx_compile.rows.controller import Control, RowControl, controls, waiting_states
 from approx_compile.utils import counted, percent, printed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 LINES = 4
 """The most lines of a plot."""
@@ -67,25 +70,38 @@ class Decisions:
             path: The file of the picture. Its extension decides the format.
 
         Raises:
-            ImportError: If matplotlib is not installed (`pip install approx-compile[examples]`).
+            ImportError: If matplotlib is not installed (`pip install approx-compile[report]`).
         """
         try:
             from matplotlib.figure import Figure
         except ImportError:
-            raise ImportError("decisions(model).plot needs matplotlib: pip install 'approx-compile[examples]'") from None
+            raise ImportError("decisions(model).plot needs matplotlib: pip install 'approx-compile[report]'") from None
         figure = Figure(figsize=(8, 4))
         axes = figure.subplots()
-        shown = sorted(self._labelled().items(), key=lambda item: -len(item[1].changes))[:LINES]
-        ends = _spread([c.ratio for _, c in shown])
-        for (label, c), end, color in zip(shown, ends, COLORS, strict=False):
-            steps = [*(s for s, _ in c.changes), c.step]
-            axes.step(steps, [*(r for _, r in c.changes), c.ratio], where="post", color=color)
-            axes.annotate(label, (c.step, end), (6, 0), textcoords="offset points", color=color, va="center", annotation_clip=False)
-        left_out = len(self.cuts) - len(shown)
-        title = f"the {len(shown)} of {len(self.cuts)} controls with the most changes" if left_out else ""
-        axes.set(xlabel="steps", ylabel="share kept", ylim=(0, 1.05), title=title)
-        axes.spines[["top", "right"]].set_visible(False)
+        draw_shares(axes, {label: (c.changes, c.step) for label, c in self._labelled().items()}, COLORS)
+        if len(self.cuts) > LINES:
+            axes.set_title(f"the {LINES} of {len(self.cuts)} controls with the most changes")
         figure.savefig(path, dpi=110, bbox_inches="tight")
+
+
+def draw_shares(axes: Axes, shares: Mapping[str, tuple[Sequence[tuple[int, float]], int]], colors: Sequence[str]) -> None:
+    """Draw shares over the steps, one line for each, labelled at its end; those with the most changes if there are more than `LINES`.
+
+    Args:
+        axes: Where to draw.
+        shares: For each label the changes as (step, share), and the last step.
+        colors: The colours of the lines.
+    """
+    shown = sorted(shares.items(), key=lambda item: -len(item[1][0]))[:LINES]
+    ends = _spread([changes[-1][1] for _, (changes, _) in shown])
+    for (label, (changes, last)), end, color in zip(shown, ends, colors, strict=False):
+        steps, values = zip(*changes, (last, changes[-1][1]), strict=True)
+        axes.step(steps, values, where="post", color=color, linewidth=2)
+        axes.annotate(label, (last, end), (6, 0), textcoords="offset points", color=color, va="center", annotation_clip=False)
+    axes.set(xlabel="steps", ylabel="share kept", ylim=(0, 1.05))
+    axes.yaxis.set_major_formatter(lambda share, _: percent(share))
+    axes.margins(x=0)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 NOTHING = (

@@ -82,7 +82,7 @@ def write(report: ReportData, path: str | Path, machine: Peaks | None = None) ->
     try:
         page = render(report, machine)
     except ModuleNotFoundError as e:
-        if e.name is None or e.name.split(".")[0] not in ("itables", "jinja2", "pygments"):
+        if e.name is None or e.name.split(".")[0] not in ("itables", "jinja2", "matplotlib", "pygments"):
             raise
         raise ImportError(f"to_html needs {e.name}, which is not installed: pip install 'approx-compile[report]'") from None
     Path(path).write_text(page, encoding="utf-8")

@@ -1,34 +1,44 @@
 """Draw the figures of a report as SVG: the graph of sites, the roofline, and the share of the rows kept over the steps.
 
-The figures have no colours of their own but classes, which the page's style sheet colours, light or dark. What a mark stands for is its `<title>`, which
-browsers show where the pointer is. ElementTree escapes all text.
+matplotlib and networkx draw. The figures have colours of a palette that stands for variables of the page's style sheet, so that they are light or dark as the
+page is. What a mark stands for is its `<title>`, which browsers show where the pointer is.
 """
 
 from __future__ import annotations
 
-import itertools
+import io
 import math
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-from xml.etree.ElementTree import Element, SubElement, tostring
+from html import escape
+from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 
+from approx_compile.backend.runtime.decisions import LINES, draw_shares
 from approx_compile.tools.report.words import si
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from approx_compile.passes.planning.plan import ProductPlan
     from approx_compile.tools.report.report_data import ReportData, SiteReport
 
-KINDS = ("sampled", "replaced", "rows", "exact")
 LABELS = {"sampled": "sampled", "replaced": "gradient replaced", "rows": "backward on rows", "exact": "exact"}
-LINES = 4
-"""The most lines of a figure."""
+KINDS = tuple(LABELS)
+MARKERS = dict(zip(KINDS, "o^Ds", strict=True))
+"""The forms of marks, which say the kind as the colours do."""
 
-WIDTH, HEIGHT, MARGIN = 900, 380, 56
-"""The size of the figures with axes, and the space that their axes take, in pixels."""
+PALETTE = {name: f"#abc1{i:02x}" for i, name in enumerate(("ink", "quiet", "line", "page", *KINDS, *(f"series{i}" for i in range(LINES))))}
+"""Colours to draw with. In the page, "ink" is the colour of its text, and every other one is the variable of its name."""
+
+_INK, _QUIET = PALETTE["ink"], PALETTE["quiet"]
+STYLE: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "approx_compile", "text.parse_math": False, "font.size": 13, "legend.frameon": False}
+STYLE |= {"text.color": _INK, "xtick.color": _INK, "ytick.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _QUIET, "grid.color": PALETTE["line"]}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
+"""How matplotlib draws: text stays text, is never a formula, and the same figure gives the same file."""
 
 
 @dataclass(frozen=True)
@@ -81,31 +91,31 @@ def kind_of(site: SiteReport) -> str:
 # --- drawing ---
 
 
-def _svg(width: float, height: float, name: str) -> Element:
-    return Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "viewBox": f"0 0 {width:g} {height:g}", "role": "img", "aria-label": name, "class": "figure"})
+def _drawn(name: str, size: tuple[float, float], draw: Callable[[Axes], Sequence[str]]) -> str:
+    """Draw a figure of a size in pixels. `draw` returns the titles of the marks; mark number i has the gid "mark i". A gid becomes a class in the page."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE), io.StringIO() as out:
+        figure = Figure(figsize=(size[0] / 72, size[1] / 72))
+        titles = draw(figure.add_axes((0, 0, 1, 1)))
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(out, format="svg", bbox_inches="tight", pad_inches=0.1, transparent=True, metadata=nothing)
+        svg = out.getvalue()
+    svg = re.sub(r'(width|height)="([0-9.]+)pt"', r'\1="\2"', svg[svg.index("<svg") :], count=2)
+    svg = svg.replace("<svg", f'<svg class="figure" role="img" aria-label="{name}"', 1)
+    svg = re.sub(r'<g id="mark (\d+)">', lambda m: f'<g class="mark"><title>{escape(titles[int(m[1])])}</title>', svg).replace('<g id="', '<g class="')
+    variables = {color: "currentColor" if name == "ink" else f"var(--{name})" for name, color in PALETTE.items()}
+    return re.sub(r"(?<=: )#abc1\w\w", lambda m: variables[m[0]], svg)
 
 
-def _text(parent: Element, x: float, y: float, text: str, anchor: str = "start", style: str = "") -> None:
-    SubElement(parent, "text", {"x": f"{x:.1f}", "y": f"{y:.1f}", "text-anchor": anchor, "class": style or "label"}).text = text
+def _legend(axes: Axes, kinds: set[str]) -> None:
+    """Say above the figure which forms and colours stand for the kinds."""
+    from matplotlib.lines import Line2D
 
-
-def _path(parent: Element, points: Sequence[tuple[float, float]], style: str) -> None:
-    SubElement(parent, "path", {"d": "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points), "class": f"line {style}"})
-
-
-def _mark(parent: Element, x: float, y: float, kind: str, title: str) -> None:
-    """Draw a mark whose form says the kind, too: a circle, a triangle, a diamond or a square."""
-    forms = {"replaced": "M0-6L6 5L-6 5Z", "rows": "M0-7L7 0L0 7L-7 0Z", "exact": "M-5-5L5-5L5 5L-5 5Z"}
-    place = {"transform": f"translate({x:.1f} {y:.1f})", "class": f"mark {kind}"}
-    mark = SubElement(parent, "path", place | {"d": forms[kind]}) if kind in forms else SubElement(parent, "circle", place | {"r": "6"})
-    SubElement(mark, "title").text = title
-
-
-def _legend(parent: Element, kinds: Sequence[str], x: float, y: float) -> None:
-    for kind in kinds:
-        _mark(parent, x, y, kind, LABELS[kind])
-        _text(parent, x + 12, y + 4, LABELS[kind])
-        x += 40 + 8 * len(LABELS[kind])
+    look: dict[str, Any] = {"linestyle": "", "markersize": 9, "markeredgecolor": PALETTE["page"]}
+    marks = [Line2D([], [], marker=MARKERS[k], color=PALETTE[k], label=LABELS[k], **look) for k in KINDS if k in kinds]
+    axes.legend(handles=marks, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(marks), handletextpad=0.1)
 
 
 # --- the graph of sites ---
@@ -121,7 +131,7 @@ def site_graph(report: ReportData) -> str:
     """Draw the graph of sites, with an arrow from each site to those that read it.
 
     The layer of a site, from top to bottom, is the length of the longest chain of sites before it. Arrows that follow from others are left out, because behind
-    residual sums every site reads all sites before it.
+    residual sums every site reads all sites before it. An arrow that skips layers within one column bends around the sites between.
 
     Args:
         report: The report.
@@ -130,43 +140,32 @@ def site_graph(report: ReportData) -> str:
         The figure as SVG.
     """
     graph = report.to_networkx()
-    places = _places(graph)
-    columns = max(abs(x) for x, _ in places.values()) * 2 + 1
-    left, space = (40 + 90 * columns, 180) if columns <= 6 else (30 + 22 * columns, 22)
-    width, height = left + (columns - 1) / 2 * space + 380, 70 + 34 * (1 - min(y for _, y in places.values()))
-    at = {name: (left + x * space, 60 - 34 * y) for name, (x, y) in places.items()}
-    figure = _svg(width, height, "graph of sites")
+    layers = list(nx.topological_generations(graph))
+    columns = max(map(len, layers))
+    labelled = columns <= 6
+    across, down = (180 if labelled else 22), 34
+    at = {name: ((i - (len(names) - 1) / 2) * across, -depth * down) for depth, names in enumerate(layers) for i, name in enumerate(names)}
+    arrows: dict[float, list[tuple[str, str]]] = defaultdict(list)  # by how much they bend
     for a, b in nx.transitive_reduction(graph).edges:
-        points = list(_arrow(at[a], at[b]))
-        _path(figure, points, "edge")
-        x, y = points[-1]
-        SubElement(figure, "path", {"d": f"M{x:.1f} {y - 7:.1f}l-4 -7h8z", "class": "tip"})
-    sites = dict(zip(report.keys, report.sites, strict=True))
-    for key, (x, y) in at.items():
-        _mark(figure, x, y, kind_of(sites[key]), _title(key, sites[key]))
-        if columns <= 6:
-            _text(figure, x + 12, y + 4, _short(key))
-    _legend(figure, [k for k in KINDS if k in {kind_of(s) for s in report.sites}], 20, 20)
-    return tostring(figure, encoding="unicode")
+        span = (at[a][1] - at[b][1]) / down
+        arrows[2 * min(80.0, 12 * math.log2(span) + 8) / (span * down) if span > 1 and at[a][0] == at[b][0] else 0.0].append((a, b))
+    kinds = {key: kind_of(site) for key, site in zip(report.keys, report.sites, strict=True)}
 
+    def draw(axes: Axes) -> list[str]:
+        axes.set(xlim=(-columns * across / 2, columns * across / 2), ylim=((0.5 - len(layers)) * down, down / 2))
+        axes.set_axis_off()
+        look: dict[str, Any] = {"edge_color": PALETTE["quiet"], "node_size": 100, "arrowsize": 9, "hide_ticks": False}
+        for bend, edges in arrows.items():
+            for arrow in nx.draw_networkx_edges(graph, at, edges, ax=axes, arrows=True, connectionstyle=f"arc3,rad={-bend}", **look):
+                arrow.set_gid("edge")
+        for i, (key, kind) in enumerate(kinds.items()):
+            axes.plot(*at[key], MARKERS[kind], color=PALETTE[kind], markersize=10, markeredgecolor=PALETTE["page"], gid=f"mark {i}", clip_on=False)
+            if labelled:
+                axes.annotate(_short(key), at[key], (9, 0), textcoords="offset points", va="center", annotation_clip=False)
+        _legend(axes, set(kinds.values()))
+        return [_title(key, site) for key, site in zip(report.keys, report.sites, strict=True)]
 
-def _places(graph: nx.DiGraph[str]) -> dict[str, tuple[float, float]]:
-    """Return (column, -layer) of every site. Sites come in execution order, so the sites that a site reads have been placed before it."""
-    layer: dict[str, int] = {}
-    layers: dict[int, list[str]] = defaultdict(list)
-    for name in graph:
-        layer[name] = max((layer[source] + 1 for source in graph.predecessors(name) if source in layer), default=0)
-        layers[layer[name]].append(name)
-    return {name: (i - (len(names) - 1) / 2, -depth) for depth, names in layers.items() for i, name in enumerate(names)}
-
-
-def _arrow(a: tuple[float, float], b: tuple[float, float]) -> Iterator[tuple[float, float]]:
-    """Yield the points of a line between two sites. A line that skips layers within one column bends around the sites between."""
-    yield a
-    span = (b[1] - a[1]) / 34
-    if span > 1 and a[0] == b[0]:
-        yield a[0] - min(80.0, 12 * math.log2(span) + 8), (a[1] + b[1]) / 2
-    yield b
+    return _drawn("graph of sites", (columns * across, len(layers) * down), draw)
 
 
 def _title(key: str, site: SiteReport) -> str:
@@ -202,35 +201,29 @@ def roofline(report: ReportData, roofs: Mapping[str, Roof]) -> tuple[str, str] |
     knees = [roofs[d].gflops / roofs[d].gb_s for d in used]
     xs = (min([*knees, *(r.intensity for r in rated)]) / 2, max([*knees, *(r.intensity for r in rated)]) * 2)
     ys = (min(r.height for r in rated) / 2, max(roofs[d].gflops for d in used) * 2)
-    figure = _svg(WIDTH, HEIGHT, "roofline")
 
-    def place(x: float, y: float) -> tuple[float, float]:
-        across, up = (math.log(v / low) / math.log(high / low) for v, (low, high) in ((x, xs), (max(y, ys[0]), ys)))
-        return MARGIN + across * (WIDTH - MARGIN - 20), HEIGHT - 46 - up * (HEIGHT - 46 - 40)
+    def draw(axes: Axes) -> list[str]:
+        from matplotlib.ticker import LogLocator, NullLocator
 
-    for x in _ticks(*xs):
-        _path(figure, [place(x, ys[0]), place(x, ys[1])], "grid")
-        _text(figure, place(x, ys[0])[0], HEIGHT - 28, si(x), "middle", "tick")
-    for y in _ticks(*ys):
-        _path(figure, [place(xs[0], y), place(xs[1], y)], "grid")
-        _text(figure, MARGIN - 8, place(xs[0], y)[1] + 4, si(y), "end", "tick")
-    _text(figure, WIDTH / 2, HEIGHT - 8, "FLOPs per byte", "middle")
-    _text(figure, 8, 34, what)
-    for dtype in used[:LINES]:
-        roof = roofs[dtype]
-        _path(figure, [place(x, roof.at(x)) for x in (xs[0], roof.gflops / roof.gb_s, xs[1])], "roof")
-        _text(figure, WIDTH - 24, place(xs[1], roof.gflops)[1] - 6, f"{dtype}: {roof.gflops:.4g} GFLOP/s, {roof.gb_s:.4g} GB/s", "end")
-    for r in rated:
-        _mark(figure, *place(r.intensity, r.height), r.decision, f"{r.text}\n{r.height:.3g} GFLOP/s at {r.intensity:.3g} FLOPs per byte")
-    _legend(figure, [k for k in KINDS if k in {r.decision for r in rated}], 240, 14)
-    return tostring(figure, encoding="unicode"), what
+        axes.set(xscale="log", yscale="log", xlim=xs, ylim=ys, xlabel="FLOPs per byte", ylabel=what)
+        for axis, (low, high) in ((axes.xaxis, xs), (axes.yaxis, ys)):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e4 * low else (1,)))
+            axis.set_minor_locator(NullLocator())
+            axis.set_major_formatter(lambda value, _: si(value))
+        axes.grid(True)
+        axes.set_axisbelow(True)
+        for dtype in used[:LINES]:
+            roof = roofs[dtype]
+            points = [xs[0], roof.gflops / roof.gb_s, xs[1]]
+            axes.plot(points, [roof.at(x) for x in points], color=PALETTE["ink"], linewidth=2, gid="roof")
+            label = f"{dtype}: {roof.gflops:.4g} GFLOP/s, {roof.gb_s:.4g} GB/s"
+            axes.annotate(label, (xs[1], roof.gflops), (-4, 4), textcoords="offset points", ha="right")
+        for i, r in enumerate(rated):
+            axes.plot(r.intensity, r.height, MARKERS[r.decision], color=PALETTE[r.decision], markersize=10, markeredgecolor=PALETTE["page"], gid=f"mark {i}")
+        _legend(axes, {r.decision for r in rated})
+        return [f"{r.text}\n{r.height:.3g} GFLOP/s at {r.intensity:.3g} FLOPs per byte" for r in rated]
 
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Return 1, 2 and 5 times powers of ten between two numbers, only the powers if these are many."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    leads = (1, 2, 5) if len(powers) <= 4 else (1,)
-    return [t for p in powers for lead in leads if low <= (t := lead * 10.0**p) <= high]
+    return _drawn("roofline", (820, 290), draw), what
 
 
 def rated_products(report: ReportData, roofs: Mapping[str, Roof]) -> tuple[str, list[Rated]]:
@@ -263,28 +256,10 @@ def rows_over_steps(history: Mapping[str, Sequence[tuple[int, float]]], steps: i
     Returns:
         The figure as SVG.
     """
-    shown = sorted(history.items(), key=lambda item: -len(item[1]))[:LINES]
-    figure = _svg(WIDTH, 240, "rows kept over steps")
-    right, top, bottom = WIDTH - 260, 20, 196
 
-    def place(step: float, share: float) -> tuple[float, float]:
-        return MARGIN + step / max(1, steps) * (right - MARGIN), bottom - share * (bottom - top)
+    def draw(axes: Axes) -> list[str]:
+        draw_shares(axes, {label: (changes, steps) for label, changes in history.items()}, [PALETTE[f"series{i}"] for i in range(LINES)])
+        axes.grid(axis="y")
+        return []
 
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        _path(figure, [place(0, share), place(steps, share)], "grid")
-        _text(figure, MARGIN - 8, place(0, share)[1] + 4, f"{share:.0%}", "end", "tick")
-    for step in sorted({0, steps // 2, steps}):
-        _text(figure, place(step, 0)[0], bottom + 18, str(step), "middle", "tick")
-    _text(figure, (MARGIN + right) / 2, bottom + 38, "steps", "middle")
-    ends: list[float] = []
-    for i, (label, changes) in enumerate(shown):
-        points = [place(*changes[0])]
-        for (_, before), (step, after) in itertools.pairwise([*changes, (steps, changes[-1][1])]):
-            points += [place(step, before), place(step, after)]
-        _path(figure, points, f"series{i}")
-        y = place(0, changes[-1][1])[1]
-        while any(abs(y - other) < 15 for other in ends):
-            y += 15
-        ends.append(y)
-        _text(figure, right + 8, y + 4, _short(label, 34), "start", f"label series{i}")
-    return tostring(figure, encoding="unicode")
+    return _drawn("rows kept over steps", (640, 240), draw)
