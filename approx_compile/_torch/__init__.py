@@ -38,6 +38,7 @@ from approx_compile._torch.dynamo import (
     child_source,
     compile_isolated,
     copy_dynamo_graph,
+    count_calls,
     disable_dynamo,
     dynamo_frame,
     frame_code,
@@ -53,6 +54,7 @@ from approx_compile._torch.dynamo import (
     reachable_modules,
     uncompiled,
     variable_source,
+    whole_graph,
 )
 from approx_compile._torch.fake_tensors import (
     disable_torch_modes,
@@ -154,6 +156,7 @@ __all__ = [
     "nodes_below",
     "copy_dynamo_graph",
     "copy_provenance",
+    "count_calls",
     "count_dynamo_flops",
     "count_tensors",
     "cpp_compiler",
@@ -238,6 +241,7 @@ __all__ = [
     "user_scheduler_pass",
     "value",
     "variable_source",
+    "whole_graph",
 ]
 
 canary.check()

@@ -110,6 +110,11 @@ NAMES: tuple[PrivateName, ...] = (
     PrivateName("torch._guards.TracingContext.try_get", "AOTAutograd's metadata"),
     PrivateName("torch._guards.TracingContext:fw_metadata", "AOTAutograd's metadata"),
     PrivateName("torch._guards.TracingContext:fakify_first_call", "a first call with fake tensors (DDPOptimizer)"),
+    PrivateName(
+        "torch._guards.TracingContext:ddp_optimizer_ctx",
+        "which graphs are parts of one model (DDPOptimizer)",
+        "each bucket of DDP counts as a model of its own when it is decided whether rows pay",
+    ),
     PrivateName("torch._guards.tracing", "one graph compiled several times"),
     PrivateName("torch._guards.detect_fake_mode", "the fake mode of a graph"),
     # AOTAutograd

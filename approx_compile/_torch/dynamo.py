@@ -66,6 +66,27 @@ def is_resume_function(frame: Any) -> bool:
     return getattr(getattr(frame.output.root_tx, "f_code", None), "co_name", "").startswith("torch_dynamo_resume_in_")
 
 
+def count_calls(gm: fx.GraphModule) -> int:
+    """Count the calls of a Dynamo graph, without those in graphs inside it."""
+    return sum(n.op.startswith("call_") for n in gm.graph.nodes)
+
+
+def whole_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """Find the graph of the frame that Dynamo is compiling.
+
+    Args:
+        gm: The graph that a backend was called with.
+
+    Returns:
+        The frame's graph if DDPOptimizer has cut it and `gm` is a part of it; else `gm`.
+    """
+    tracing = torch._guards.TracingContext.try_get()
+    if getattr(tracing, "ddp_optimizer_ctx", None) is None:  # also where this torch has no such attribute; then each part is taken for a whole graph
+        return gm
+    whole = getattr(getattr(getattr(dynamo_frame(), "output", None), "graph", None), "owning_module", None)
+    return whole if isinstance(whole, fx.GraphModule) and count_calls(whole) > count_calls(gm) else gm
+
+
 def reachable_modules(held: Any, source: Any) -> Iterator[tuple[torch.nn.Module, Any]]:
     """Find the modules that a variable holds.
 

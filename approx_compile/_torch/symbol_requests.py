@@ -36,7 +36,7 @@ class SymbolRequest:
         dims: The dim that is to have a symbol by the source of the input; empty once the frame is to be traced without one.
         size: How many tensors the graph had when it was traced without the symbol.
         answered: Whether the backend has been called for the frame traced with the symbol.
-        why_not: Why the frame is traced without a symbol after all, for reports.
+        why_not: Why the frame is traced without a symbol after all, for reports: a reason, or a list with one for each graph that it is compiled as.
     """
 
     dims: Mapping[str, int]

@@ -17,6 +17,7 @@ from approx_compile import _torch
 from approx_compile._torch.known_faults import guarded
 from approx_compile.backend import diagnostics
 from approx_compile.backend.capture import graph_context
+from approx_compile.backend.capture.frame_parts import begin_part
 from approx_compile.backend.inductor_options import inductor_patches
 from approx_compile.backend.runtime.dispatch import Dispatch
 from approx_compile.backend.runtime.output_probe import AdaptiveOutputs
@@ -25,6 +26,7 @@ from approx_compile.backend.runtime.step_counter import count_optimizer_steps
 from approx_compile.backend.variants import BackendOptions, GraphCompiler, Variant, representative_plan
 from approx_compile.config import ApproxConfig
 from approx_compile.passes.joint_graph_pass import Listener
+from approx_compile.passes.sites.site import Context
 from approx_compile.utils import DISABLE, warn_once
 
 
@@ -85,20 +87,27 @@ class Backend:
         if DISABLE.value() == "1" or not torch.is_grad_enabled():  # without gradients everything is exact, and the modules' mode needs no guard
             return _torch.compile_fx(gm, example_inputs, guarded(patches), self.inner_compile, self.inner_compile is None)
         context, layers, root = graph_context.read_graph(gm, example_inputs, self.config)
+        frame = begin_part(gm)
         assignments, index = self.schedule.relevant([context.root.name, *(m.name for m in context.modules.values())])
         if context.nothing_trains():
             assignments = assignments[:1]
         ladders = [c.by_output_ratio() if not context.nothing_trains() else c.by_output_ratio()[-1:] for c in assignments]
         configs = [config for ladder in ladders for _, config in ladder]
-        compiler = GraphCompiler(self._options(), gm, example_inputs, patches, context, layers, root, len(configs) > 1)
+        compiler = GraphCompiler(self._options(), gm, example_inputs, patches, context, layers, root, frame, len(configs) > 1)
         variants = compiler.compile(configs)
         if self.on_plan is None:
-            plan = representative_plan(variants, configs, self.config)
-            record = diagnostics.GraphRecord(self.config, root, layers, context, gm.code, plan, len(assignments))
-            record.notify("".join(v.uuid for v in variants), example_inputs)
+            frame.add(representative_plan(variants, configs, self.config), "".join(v.uuid for v in variants), example_inputs, len(assignments))
+            if frame.is_last:
+                read = self._read_whole(frame.whole) if frame.is_split else (context, layers, root)
+                record = diagnostics.GraphRecord(self.config, read[2], read[1], read[0], frame.whole.code, frame.plan(), frame.assignments)
+                record.notify("".join(frame.uuids), frame.inputs)
         if len(variants) == 1:
             return variants[0].call
         return self._select_at_run_time(ladders, variants, index, _parameters(example_inputs), compiler.key(), root)
+
+    def _read_whole(self, whole: fx.GraphModule) -> tuple[Context, tuple[str, ...], nn.Module | None]:
+        """Read the graph of a frame of which the backend has got only parts."""
+        return graph_context.read_graph(whole, [n.meta.get("example_value") for n in whole.graph.find_nodes(op="placeholder")], self.config)
 
     def _select_at_run_time(
         self,

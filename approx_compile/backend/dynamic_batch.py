@@ -32,7 +32,7 @@ class NoRows:
     cuts: tuple[RowCut, ...] = ()
 
 
-def batch_symbols(gm: fx.GraphModule, config: ApproxConfig) -> list[sympy.Symbol] | NoRows:
+def batch_symbols(gm: fx.GraphModule, config: ApproxConfig, whole: fx.GraphModule | None = None) -> list[sympy.Symbol] | NoRows:
     """Find the symbols that may stand for the batch's size.
 
     If the size is still a number and sampled rows may pay, Dynamo is asked to trace again with a symbol. This function does not return then.
@@ -40,6 +40,7 @@ def batch_symbols(gm: fx.GraphModule, config: ApproxConfig) -> list[sympy.Symbol
     Args:
         gm: Dynamo's graph.
         config: The settings, which give the least number of rows and decide whether rows may pay.
+        whole: The graph of the frame that `gm` is a part of. Whether Dynamo is asked is decided for this graph.
 
     Returns:
         The symbols, the most likely first, or the reason why there is none.
@@ -57,6 +58,9 @@ def batch_symbols(gm: fx.GraphModule, config: ApproxConfig) -> list[sympy.Symbol
         in_outputs = [s for o in outputs for d in o.shape for s in _torch.size_expr(d).free_symbols]
         elements = {s: sum(_torch.numel_of(_value(n)) for n, e in sizes.items() if e == s) for s in symbols}
         return sorted(symbols, key=lambda s: (s in in_outputs, elements[s]), reverse=True)
+    if whole is not None and whole is not gm:
+        no_rows = batch_symbols(whole, config)
+        return no_rows if isinstance(no_rows, NoRows) else NoRows(FIXED_BATCH(size=size))
     if size <= config.least_rows():
         return NoRows(SMALL_BATCH(size=size, least=config.least_rows()))
     if (certain := early_decline.early_rejection(gm, config, size)) is not None:

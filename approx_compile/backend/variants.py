@@ -23,6 +23,7 @@ from torch import fx, nn
 from approx_compile import _torch, machine
 from approx_compile._torch.known_faults import guarded
 from approx_compile.backend import dynamic_batch
+from approx_compile.backend.capture.frame_parts import FrameParts
 from approx_compile.backend.dynamic_batch import NoRows
 from approx_compile.backend.inductor_options import after_user_passes
 from approx_compile.config import ApproxConfig, ConfigError
@@ -32,6 +33,7 @@ from approx_compile.passes.planning.plan import Plan
 from approx_compile.passes.sites.site import Context
 from approx_compile.reasons import Reason
 from approx_compile.reasons.rows import DEFECT, NOT_TRAINING, SYMBOL_BREAKS
+from approx_compile.rows import early_decline
 from approx_compile.rows.opaque_backward import expose_to_compiled_autograd
 from approx_compile.rows.row_compiler import Declined, RowCompiler
 from approx_compile.utils import log_once, warn_once
@@ -76,14 +78,16 @@ class GraphCompiler:
     """The key of the innermost module of every call, in graph order."""
     root: nn.Module | None
     """The module that the graph belongs to, if there is exactly one."""
+    frame: FrameParts
+    """The frame that the graph is a part of."""
     several: bool
     """Whether the graph is compiled with more than one setting."""
 
     def compile(self, configs: Sequence[ApproxConfig]) -> list[Variant]:
         """Compile the graph with each of the settings.
 
-        Settings with sampled rows are compiled first. If Dynamo was asked for a symbol for the batch's size and rows pay under none of the settings, Dynamo
-        is made to trace the graph again without the symbol; this method does not return then.
+        Settings with sampled rows are compiled first. If Dynamo was asked for a symbol for the batch's size and rows pay under none of the settings in no part
+        of the frame, Dynamo is made to trace the frame again without the symbol; this method does not return then.
 
         Args:
             configs: Settings without a schedule, one for each variant.
@@ -100,7 +104,7 @@ class GraphCompiler:
         request, is_first = _torch.current_request(), False
         if request is not None:
             is_first, request.answered = not request.answered, True
-        symbols = self._batch_symbols(request if is_first else None)
+        symbols = self._batch_symbols(request, is_first)
         declined: dict[int, NoRows] = {}
         compiled: dict[int, Variant] = {}
         for i in with_rows:
@@ -109,8 +113,11 @@ class GraphCompiler:
                 declined[i] = result
             else:
                 compiled[i] = result
-        if request is not None and is_first and len(declined) == len(with_rows) and _torch.has_symbols(self.gm):
-            _torch.retrace_without_symbol(request, NoRows(declined[with_rows[0]].reason, tuple(cut for no_rows in declined.values() for cut in no_rows.cuts)))
+        reason = declined[with_rows[0]].reason if not compiled else None
+        self.frame.no_rows.append(NoRows(reason, tuple(cut for no_rows in declined.values() for cut in no_rows.cuts)) if reason is not None else None)
+        is_end = (is_first or self.frame.is_split) and self.frame.is_last
+        if request is not None and is_end and all(self.frame.no_rows) and _torch.has_symbols(self.frame.whole):
+            _torch.retrace_without_symbol(request, list(self.frame.no_rows))
         return [compiled[i] if i in compiled else self._compile_one(c, None, declined.get(i)) for i, c in enumerate(configs)]
 
     def key(self) -> str:
@@ -127,7 +134,8 @@ class GraphCompiler:
 
         A failure is such a reason too. Only errors in the settings and errors that Dynamo passes to the user unchanged are raised.
         """
-        rows = RowCompiler(symbols, config, self.options.inner_compile, self.root, self.key(), symbol_was_requested)
+        elsewhere = early_decline.flops_elsewhere(self.gm, self.frame.whole, config) if self.frame.is_split else 0
+        rows = RowCompiler(symbols, config, self.options.inner_compile, self.root, self.key(), symbol_was_requested, elsewhere)
         try:
             with _warnings_if_successful():
                 return self._compile_one(config, rows, may_compile_again=not symbol_was_requested)
@@ -157,17 +165,18 @@ class GraphCompiler:
                 options.on_plan(plan, before, after)
         return Variant(compiled, approx.uuid(), whole)
 
-    def _batch_symbols(self, request: _torch.SymbolRequest | None) -> Sequence[sympy.Symbol] | NoRows:
+    def _batch_symbols(self, request: _torch.SymbolRequest | None, is_first: bool) -> Sequence[sympy.Symbol] | NoRows:
         """Return the symbols that may be the batch's size, or the reason why rows cannot be sampled. May make Dynamo trace again, with or without a symbol."""
         if self.context.nothing_trains():
             return NoRows(NOT_TRAINING())
         if self.context.exact is not None:
             return NoRows(self.context.exact)
         if request is not None and request.why_not is not None:
-            return request.why_not if isinstance(request.why_not, NoRows) else NoRows(request.why_not)
-        if request is not None and _torch.count_tensors(self.gm) < request.size:
-            _torch.retrace_without_symbol(request, NoRows(SYMBOL_BREAKS()))
-        return dynamic_batch.batch_symbols(self.gm, self.options.config)
+            why_not = request.why_not
+            return why_not[self.frame.number] if isinstance(why_not, list) else NoRows(why_not)
+        if request is not None and is_first and _torch.count_tensors(self.frame.whole) < request.size:
+            _torch.retrace_without_symbol(request, SYMBOL_BREAKS())
+        return dynamic_batch.batch_symbols(self.gm, self.options.config, self.frame.whole)
 
 
 def representative_plan(variants: Sequence[Variant], configs: Sequence[ApproxConfig], config: ApproxConfig) -> Plan | None:

@@ -37,14 +37,11 @@ def early_rejection(gm: fx.GraphModule, config: ApproxConfig, rows: int) -> tupl
     Returns:
         The reason, and the cuts that were asked for, for the report; None if rows may be worth it.
     """
-    asked = [s for keys in config.each_alone() if (s := row_settings(keys)) is not None]
-    flops = _torch.count_dynamo_flops(gm)
-    if flops is None or config.policy == "always":
+    asked = _row_settings(config)
+    if config.policy == "always" or (counted := _gradient_flops(gm, config)) is None:
         return None
-    gradients = {n: round(f * _gradients(n)) for n, f in flops.items() if f}
+    total, on_rows = counted
     device = next((v.device.type for n in gm.graph.find_nodes(op="placeholder") if isinstance(v := n.meta.get("example_value"), torch.Tensor)), "cpu")
-    coupled = set() if any(s.approximate_batch_norm for s in asked) else _above_batch_norm(gm)
-    total, on_rows = sum(gradients.values()), sum(f for n, f in gradients.items() if n not in coupled)
     reason: Reason | None = None
     if total and on_rows < _MARGIN * LEAST_SHARE * total:
         mixing = CROSS_SAMPLE().at(source_place(next(n for n in reversed(gm.graph.nodes) if _is_batch_norm(n))))
@@ -53,6 +50,35 @@ def early_rejection(gm: fx.GraphModule, config: ApproxConfig, rows: int) -> tupl
     if reason is None:
         return None
     return reason, tuple(_cut(s, rows, reason, total, i) for i, s in enumerate(dict.fromkeys(asked), 1))
+
+
+def flops_elsewhere(part: fx.GraphModule, whole: fx.GraphModule, config: ApproxConfig) -> int:
+    """Estimate the FLOPs of a model's backward pass that may run on rows outside one of the parts that it is compiled as.
+
+    Args:
+        part: Dynamo's graph of the part.
+        whole: Dynamo's graph of the model.
+        config: The user's configuration.
+
+    Returns:
+        The FLOPs; 0 where they cannot be counted.
+    """
+    here, all_parts = _gradient_flops(part, config), _gradient_flops(whole, config)
+    return max(0, all_parts[1] - here[1]) if here is not None and all_parts is not None else 0
+
+
+def _row_settings(config: ApproxConfig) -> list[RowSettings]:
+    return [s for keys in config.each_alone() if (s := row_settings(keys)) is not None]
+
+
+def _gradient_flops(gm: fx.GraphModule, config: ApproxConfig) -> tuple[int, int] | None:
+    """The FLOPs of the gradients of a graph's products, and those of them that may run on rows; None if they cannot be counted."""
+    flops = _torch.count_dynamo_flops(gm)
+    if flops is None:
+        return None
+    gradients = {n: round(f * _gradients(n)) for n, f in flops.items() if f}
+    coupled = set() if any(s.approximate_batch_norm for s in _row_settings(config)) else _above_batch_norm(gm)
+    return sum(gradients.values()), sum(f for n, f in gradients.items() if n not in coupled)
 
 
 def _cut(asked: RowSettings, rows: int, reason: Reason, flops: int, level: int) -> RowCut:

@@ -61,6 +61,7 @@ class RowCompiler:
         root: nn.Module | None = None,
         key: str = "",
         symbol_was_requested: bool = False,
+        flops_elsewhere: int = 0,
     ) -> None:
         """Store the settings of one compilation.
 
@@ -71,7 +72,9 @@ class RowCompiler:
             root: The module that is compiled. Adaptive state belongs to it where no parameter is saved.
             key: The name of the graph within the module, by which its adaptive state is found.
             symbol_was_requested: Whether the sizes are symbolic because this package asked for it, rather than the user.
+            flops_elsewhere: The FLOPs that may run on rows in other graphs of the same model.
         """
+        self.flops_elsewhere = flops_elsewhere
         self.symbols = tuple(symbols)
         self.batch = BatchSize(self.symbols[0])
         self.symbol_was_requested = symbol_was_requested
@@ -143,7 +146,7 @@ class RowCompiler:
         if reason is not None or self.config.policy == "always":
             return reason
         device = next((n.meta["val"].device.type for n in graph.nodes if isinstance(n.meta.get("val"), Tensor)), "cpu")
-        return row_cost.rejection_reason(coverage.work, self.levels, machine.stored(device), device)
+        return row_cost.rejection_reason(coverage.work, self.levels, machine.stored(device), device, self.flops_elsewhere)
 
     @property
     def _least_share(self) -> float:

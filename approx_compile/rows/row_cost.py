@@ -179,7 +179,7 @@ def predict(work: RowWork, levels: Sequence[RowSettings], machine: Machine) -> P
     return Prediction(max(0.0, saved), select + calls + launches + norms + moves, shares[used[0] - 1] if used else 1.0)
 
 
-def rejection_reason(work: RowWork, levels: Sequence[RowSettings], machine: Machine | None, device: str) -> Reason | None:
+def rejection_reason(work: RowWork, levels: Sequence[RowSettings], machine: Machine | None, device: str, elsewhere: int = 0) -> Reason | None:
     """Return why rows would not be worth their time, or None if they would.
 
     Args:
@@ -187,13 +187,14 @@ def rejection_reason(work: RowWork, levels: Sequence[RowSettings], machine: Mach
         levels: The settings of level 1, 2, ...
         machine: The profile of the machine. None: the number of FLOPs decides.
         device: The type of the device.
+        elsewhere: The FLOPs that may run on rows in other graphs of the same model.
     """
     if ANY_SIZE:
         return None
     if machine is not None:
         prediction = predict(work, levels, machine)
         return None if prediction.pays(machine) else prediction.describe()
-    return too_little_work(sum(p.flops for p in work.products), device)
+    return too_little_work(sum(p.flops for p in work.products) + elsewhere, device)
 
 
 def too_little_work(flops: int, device: str, machine: Machine | None = None) -> Reason | None:

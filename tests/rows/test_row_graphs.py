@@ -15,8 +15,11 @@ from helpers.oracles import ChosenRows, grads, relative
 from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
 
-from approx_compile import Backend
+from approx_compile import Backend, machine
 from approx_compile.backend import run_as_is
+from approx_compile.reasons.rows import SHORT_BACKWARD
+from approx_compile.rows import row_cost
+from approx_compile.utils import ApproxWarning
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -193,3 +196,47 @@ def test_linear_functions_and_hooks_on_parameters_below_a_graph_stop_no_rows(mon
     assert len(chosen.choices) == 1, "the upper graph's"
     upper(2 * lower(x).sin()).backward(tangent * chosen.mask(16)[:, None])
     assert max(relative(a, b) for a, b in zip(got, grads(upper) + grads(lower), strict=True)) < 1e-5
+
+
+class SmallStem(nn.Module):
+    """A layer that is too small for rows to pay, in front of layers that are not; DDP with `bucket_cap_mb=1` puts it in a bucket of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.rest = nn.Linear(16, 512), Buckets()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rest(torch.relu(self.stem(x)))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.usefixtures("one_rank")
+def test_a_small_bucket_does_not_switch_off_rows_in_the_others() -> None:
+    f, plans = rows_of(nn.parallel.DistributedDataParallel(SmallStem(), bucket_cap_mb=1), {})
+    f(torch.randn(512, 16)).sum().backward()
+    decisions = {s.name: s.decision for s in plans.sites}
+    assert decisions == {"stem": "exact"} | {f"rest.body.{i}": "sampled" for i in range(4)}
+
+
+@pytest.mark.distributed
+@pytest.mark.usefixtures("one_rank")
+def test_the_floor_of_flops_counts_all_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "stored", lambda device: None)
+    monkeypatch.setitem(row_cost.LEAST_FLOPS, "cpu", 2.0 * 2 * 2 * 64 * 512 * 512)  # twice the gradients of one layer, and half those of all
+    f, plans = rows_of(nn.parallel.DistributedDataParallel(Buckets(), bucket_cap_mb=1), {})
+    f(torch.randn(64, 512)).sum().backward()
+    assert [s.decision for s in plans.sites] == ["sampled"] * 4
+
+
+@pytest.mark.distributed
+@pytest.mark.usefixtures("one_rank")
+def test_buckets_that_all_decline_rows_get_static_sizes_and_one_notice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_cost, "rejection_reason", lambda *args: SHORT_BACKWARD(mflop=1.0))
+    f = torch.compile(nn.parallel.DistributedDataParallel(Buckets(), bucket_cap_mb=1), backend=Backend({}, inner_compile=run_as_is))
+    with pytest.warns(ApproxWarning) as caught:
+        f(torch.randn(512, 512)).sum().backward()
+    texts = [str(w.message) for w in caught if "nothing was approximated" in str(w.message)]
+    assert len(texts) == 1 and "4x a backward pass of 1" in texts[0]
+    with torch._dynamo.config.patch(error_on_recompile=True), pytest.raises(torch._dynamo.exc.RecompileError):
+        f(torch.randn(256, 512))
