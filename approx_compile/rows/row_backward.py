@@ -1,28 +1,26 @@
 """Run a backward pass on selected rows of the batch.
 
 The backward pass is compiled once, with a symbol for the batch's size, and called with fewer rows. `RowBackward` runs its compiled stages: it selects rows
-by the norms of their gradients, gathers what the stages read of them, and puts the input gradients back among all rows. `GraphControls` finds the adaptive
-state of the model that the backward pass runs for, because models of one class share compiled code.
+by the norms of their gradients, gathers what the stages read of them, and puts the input gradients back among all rows.
 """
 
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import sympy
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from approx_compile import _torch
-from approx_compile.config import ApproxConfig
 from approx_compile.config.resolve import LEAST_ROWS, RowSettings
 from approx_compile.rows.batch_dim import SampleLayout
 from approx_compile.rows.batch_norm import WEIGHTS
-from approx_compile.rows.controller import Draws, Owner, RowControl, control_for, draws_for
+from approx_compile.rows.controller import Draws, RowControl
 from approx_compile.rows.gather_rows import copy_keeping_strides, put_rows, row_norms_sq, take_rows, with_strides
+from approx_compile.rows.graph_controls import GraphControls
 from approx_compile.rows.nonlinear_below import is_nonlinear_below
 from approx_compile.rows.row_sampling import choose_rows
 from approx_compile.rows.row_selection import RowSelection, _path, _weights, mark_selection, selection_of
@@ -330,50 +328,6 @@ class RowBackward:
                 plan.append([shape_of(e, here, symbols) for e in stage.entries])
             self._plans[key] = plan
         return self._plans[key]
-
-
-class GraphControls:
-    """Finds the controls and draws of one graph for the model that it is called for.
-
-    They belong to a parameter among the tensors that the forward pass saved, or else to the module that was compiled.
-    """
-
-    def __init__(self, config: ApproxConfig, root: nn.Module | None, key: str, levels: Sequence[RowSettings], places: Mapping[int, str]) -> None:
-        """Make the controls and draws that hold where a call has no owner. `places` says in words what each level decides about."""
-        self.adaptive = config.adaptive
-        self.places = dict(places)
-        self.key = key
-        self.root = weakref.ref(root) if root is not None else None
-        self.asked = [s.ratio is None for s in levels]
-        self.unowned = [RowControl(config.adaptive, f"{key}{i}") for i, _ in enumerate(levels, 1)]
-        self.unowned_draws = Draws(f"{key}draws")
-
-    def owner(self, saved: Iterable[Any]) -> Owner | None:
-        """Return the parameter or module that the controls of a backward pass belong to.
-
-        Args:
-            saved: The inputs of the backward pass; the first parameter among them is the owner.
-
-        Returns:
-            The owner; None if no parameter was saved and the compiled module is gone or was never known.
-        """
-        return next((v for v in saved if isinstance(v, nn.Parameter)), self.root() if self.root is not None else None)
-
-    def draws(self, owner: Owner | None) -> Draws:
-        """Return the random draws of this graph for an owner; without an owner those of this object."""
-        return draws_for(owner, self.unowned_draws.name) if owner is not None else self.unowned_draws
-
-    def of(self, owner: Owner | None) -> list[RowControl | None]:
-        """Return the control of every level for an owner, with None for the levels whose ratio is fixed."""
-        if not any(self.asked):
-            return [None] * len(self.asked)
-        if owner is None:
-            return [c if a else None for a, c in zip(self.asked, self.unowned, strict=True)]
-        controls = [control_for(owner, self.adaptive, f"{self.key}{i}", RowControl) if a else None for i, a in enumerate(self.asked, 1)]
-        for i, control in enumerate(controls, 1):
-            if control is not None and i in self.places:
-                control.place = self.places[i]
-        return controls
 
 
 _all_rows = [False]

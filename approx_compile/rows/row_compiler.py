@@ -28,9 +28,10 @@ from approx_compile.rows import row_cost
 from approx_compile.rows.batch_dim import BatchSize, SampleLayout, ValueLayout
 from approx_compile.rows.coverage import estimate_coverage
 from approx_compile.rows.gather_rows import copy_keeping_strides, may_overlap
+from approx_compile.rows.graph_controls import GraphControls
 from approx_compile.rows.opaque_backward import ROW_BACKWARD_ATTRIBUTE
 from approx_compile.rows.partition import partition_backward
-from approx_compile.rows.row_backward import GraphControls, RowBackward, WholeBatchBackward
+from approx_compile.rows.row_backward import RowBackward, WholeBatchBackward
 from approx_compile.rows.specialize import specialize_sizes
 from approx_compile.rows.stage_shapes import entering_gradients
 from approx_compile.rows.stages import ALL_ROWS, EXCLUDED, SAVED, CoverageEstimate, Partition, Stage, StageInput, output_layouts, tangent_layouts, zero_outputs
