@@ -21,7 +21,7 @@ from approx_compile.config.resolve import LEAST_ROWS, SiteSettings, chooses_outp
 from approx_compile.config.rules import Rule, RuleKeys, also_text
 from approx_compile.config.schema import AdaptiveTable, OutputTable, restated
 from approx_compile.config.selectors import LayerPattern, StepSlice, needs_total
-from approx_compile.config.words import Lowering, Method, Policy, Sampling, flag, integer, is_share, nearest
+from approx_compile.config.words import LayerMethod, Lowering, Policy, Sampling, flag, integer, is_share, nearest
 
 FINAL_EXACT = 0.2
 """The default of `final_exact`. In this last share of a run of known length no output is sampled, so that training ends on the network that is evaluated."""
@@ -57,7 +57,7 @@ class ApproxConfig(RuleKeys):
         >>> backend = approx_compile.Backend(config)  # torch.compile(model, backend=backend)
     """
 
-    method: Method = restated(RuleKeys, "method", "topk")
+    method: LayerMethod = restated(RuleKeys, "method", "topk")
     ratio: float = restated(RuleKeys, "ratio", 0.5)
     min_k: int = restated(RuleKeys, "min_k", 16)
     group: int | Literal["auto"] = restated(RuleKeys, "group", "auto")
@@ -330,7 +330,7 @@ class ApproxConfig(RuleKeys):
         Combinations of rules need no check, because one of them or the top names the method.
         """
         asked = [p for s in self._settings_alone() for p in (s.output, s.grad_input, s.grad_weight)]
-        return any(p.method != "exact" and not p.replaces for p in asked)
+        return any(p.method != "exact" and not p.replaces for p in asked) or any(s.units is not None for s in self._settings_alone())
 
     def measures(self) -> bool:
         """Whether any site may be decided by timing it."""

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from approx_compile.config.rules import RuleKeys
 from approx_compile.config.schema import GradTable, ProductTable
-from approx_compile.config.words import PRODUCTS, REPLACEMENTS
+from approx_compile.config.units import UnitsTable
+from approx_compile.config.words import PRODUCTS, REPLACEMENTS, UNIT_METHODS
 
 LEAST_ROWS = 2
 """The default of `min_k` for row sampling. It is 2 because compiled code treats a batch of one row as a case by itself."""
@@ -69,6 +70,23 @@ class RowSettings:
 
 
 @dataclass(frozen=True)
+class UnitSettings:
+    """What is asked of the units of a hidden layer.
+
+    Attributes:
+        method: How units are chosen, one of `UNIT_METHODS`.
+        ratio: The share of the units that is computed.
+        min_k: The fewest units to compute; a layer that has no more is exact.
+        table: The keys of the methods.
+    """
+
+    method: str
+    ratio: float
+    min_k: int
+    table: UnitsTable
+
+
+@dataclass(frozen=True)
 class SiteSettings:
     """What is asked of one site.
 
@@ -80,6 +98,7 @@ class SiteSettings:
         named: Whether a rule that is about sampling matched the site, which lifts the exclusions of the default policy.
         rows: The request for rows of the batch; None for all rows.
         share: Whether the output is sampled at the entries that other sites keep of the same activation; None where that is predicted to pay.
+        units: The request for the layer's units; None for all of them.
     """
 
     output: ProductSettings
@@ -89,6 +108,7 @@ class SiteSettings:
     named: bool
     rows: RowSettings | None = None
     share: bool | None = None
+    units: UnitSettings | None = None
 
     def of(self, product: str) -> ProductSettings:
         """Return the request for a product by its name; a second grad_input has the request of the first."""
@@ -134,7 +154,8 @@ def interpret(keys: dict[str, Any], named: bool) -> SiteSettings:
     Returns:
         One request for each product, and one for the rows.
     """
-    base = ProductSettings(keys["method"], keys["ratio"], keys["min_k"], keys["group"], lowering=keys["lowering"])
+    units = _unit_settings(keys)
+    base = ProductSettings("exact" if units is not None else keys["method"], keys["ratio"], keys["min_k"], keys["group"], lowering=keys["lowering"])
     exact = replace(base, method="exact")
     on_rows = _on_rows(keys)
     by_sampling = {
@@ -161,7 +182,13 @@ def interpret(keys: dict[str, Any], named: bool) -> SiteSettings:
     grads = [with_table(grad, both, keys.get(name)) for name in ("grad_input", "grad_weight")]
     if output.method == "exact":  # there is no selection to couple to
         grads = [replace(g, method="exact") if g.method == "coupled" else g for g in grads]
-    return SiteSettings(output, grads[0], grads[1], keys["policy"], named, row_settings(keys), keys.get("share"))
+    return SiteSettings(output, grads[0], grads[1], keys["policy"], named, row_settings(keys), keys.get("share"), units)
+
+
+def _unit_settings(keys: Mapping[str, Any]) -> UnitSettings | None:
+    if keys["method"] not in UNIT_METHODS:
+        return None
+    return UnitSettings(keys["method"], keys["ratio"], keys["min_k"], keys.get("units") or UnitsTable())
 
 
 def _on_rows(keys: Mapping[str, Any]) -> bool:

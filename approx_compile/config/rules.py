@@ -9,7 +9,8 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from approx_compile.config.schema import GradTable, InputTable, OutputTable, ProductTable, SamplingKeys, WeightTable, restated
 from approx_compile.config.selectors import ActivePeriod, LayerPattern, StepSlice
-from approx_compile.config.words import Lowering, Method, Policy, Sampling, choice, flag
+from approx_compile.config.units import UnitsTable
+from approx_compile.config.words import METHODS, UNIT_METHODS, LayerMethod, Lowering, Policy, Sampling, choice, flag
 
 
 def also_text(*words: str) -> Callable[[dict[str, Any]], None]:
@@ -33,7 +34,14 @@ def also_text(*words: str) -> Callable[[dict[str, Any]], None]:
 class RuleKeys(SamplingKeys):
     """The keys that may stand in a rule and at the top of a config (see `ApproxConfig`). None means not set here."""
 
-    method: Method | None = restated(SamplingKeys, "method", None)
+    methods = (*METHODS, *UNIT_METHODS)
+
+    method: LayerMethod | None = restated(SamplingKeys, "method", None)
+    units: UnitsTable | None = Field(
+        default=None,
+        description="Settings of the methods that choose the units of a layer: `adaptive_dropout`.",
+        examples=[{"policy": "always", "method": "adaptive_dropout", "units": {"alpha": 2.0}}],
+    )
     sampling: Sampling | None = Field(
         default=None,
         description="Which products `method` applies to. `forward`: the output, with gradients through the same entries. `backward`: the gradients, and the "
@@ -115,6 +123,8 @@ class RuleKeys(SamplingKeys):
                 "grad_weight: method 'topk_weights' ranks by the weight's norms, and the weight is no operand of grad_weight; "
                 "use topk, crs, bernoulli, uniform or wta"
             )
+        if self.method in UNIT_METHODS:
+            self._only_units()
         if self.method == "exact":
             for key, table in self.tables.items():
                 if table.method != "exact":
@@ -123,6 +133,16 @@ class RuleKeys(SamplingKeys):
                         f"drop {key}, or set output='exact' in place of method='exact'"
                     )
         return self
+
+    def _only_units(self) -> None:
+        """Refuse keys that have no effect beside a method that chooses units."""
+        if self.group not in (None, 1, "auto"):
+            raise ValueError(f"group: got {self.group!r}; method {self.method!r} chooses units one by one, leave it out")
+        for key in ("sampling", "share", *self.tables):
+            if getattr(self, key) is not None and key in self.model_fields_set:
+                raise ValueError(f"{key}: it has no effect beside method {self.method!r}, which leaves out whole units in all products; drop {key}")
+        if self.units is not None:
+            self.units.check_method(str(self.method))
 
 
 class Rule(RuleKeys):

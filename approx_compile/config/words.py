@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 Method = Literal["topk", "topk_weights", "crs", "bernoulli", "uniform", "wta", "exact"]
+UnitMethod = Literal["dropout", "adaptive_dropout"]
+LayerMethod = Literal[Method, UnitMethod]
 InputMethod = Literal[Method, "max"]
 WeightMethod = Literal[Method, "max", "zero", "random"]
+AnyMethod = Literal[WeightMethod, UnitMethod]
 RowMethod = Literal["bernoulli", "topk", "uniform", "wta"]
 Sampling = Literal["forward", "backward", "blackbox"]
 Policy = Literal["cost", "always", "adaptive", "measure"]
@@ -19,6 +22,8 @@ BatchNorm = Literal["exact", "approximate"]
 
 METHODS: tuple[str, ...] = get_args(Method)
 ESTIMATORS: tuple[str, ...] = tuple(m for m in METHODS if m != "exact")
+UNIT_METHODS: tuple[str, ...] = get_args(UnitMethod)
+"""Methods that choose the units of a hidden layer which a step computes (`kernels.unit_selection`)."""
 ROW_METHODS: tuple[str, ...] = get_args(RowMethod)
 REPLACEMENTS = {"grad_input": ("max",), "grad_weight": ("zero", "random", "max")}
 """Methods that replace a gradient product by another value, without sampling it (`kernels.gradient_replacements`)."""
@@ -40,7 +45,7 @@ LADDER = (0.0625, 0.09, 0.125, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0)
 OUTPUT_LADDER = (0.25, 0.35, 0.5, 0.7, 1.0)
 """Ratios of outputs under "adaptive". There are few, because each of them is compiled."""
 
-_NOT_BUILT = ("dropout", "adaptive_dropout", "alsh")
+_NOT_BUILT = ("alsh",)
 """Methods of the design and the papers that this version lacks. The error message names them as not built yet."""
 
 
@@ -71,6 +76,8 @@ def choice(key: str, value: Any, valid: Sequence[str] | None = None) -> str:
         return value
     if key == "method" and value in _NOT_BUILT:
         raise ValueError(f"{value!r} is not built yet; this version has {', '.join(words)}")
+    if key == "method" and value in UNIT_METHODS:
+        raise ValueError(f"{value!r} chooses the units of a whole layer: set it as the method at the top or of a rule; valid here are {', '.join(words)}")
     owner = next((other for other, others in VALID.items() if other != key and value in others), None)
     if owner is not None:
         options: dict[str, Any] = {owner: value}

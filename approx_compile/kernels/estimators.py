@@ -12,6 +12,8 @@ slot that a random draw left empty has scale 0.
 | crs | k draws with replacement, p_i = s_i / sum s | count_i / (k p_i) | Drineas et al. 2006; Adelman et al. eq. 1-4 |
 | bernoulli | each i independently with p_i = min(1, c s_i), sum p = k | 1 / p_i | Adelman et al. eq. 14-16, water-filled |
 | uniform | k of K without replacement | K / k | baseline |
+| dropout | of a layer's units: as uniform | K / k | Srivastava et al. 2014 |
+| adaptive_dropout | of a layer's units: as bernoulli, of the scores of `unit_selection` | 1 / p_i | Ba and Frey 2013 |
 | wta | the c* largest always, k - c* draws from the others | 1; count_i (1 - P_c) / ((k - c*) p_i) | Liu et al. 2023 (WTA-CRS) |
 
 Scores are in fp32 (fp64 for fp64 operands) and carry no gradient. Every estimator that reads scores keeps a unit whose score is NaN or inf, with scale 1, so
@@ -69,7 +71,7 @@ class Estimator:
     @property
     def slots(self) -> int:
         """Units that a selection stores: k, but more for `bernoulli`, whose number of kept units is random."""
-        if self.method != "bernoulli":
+        if self.method not in ("bernoulli", "adaptive_dropout"):
             return self.k
         # The number kept has variance sum p (1 - p) <= k (1 - k / units). Four standard deviations are stored; a draw with more is cut, which happens in
         # 3 of 100,000 draws for a large k, in at most 15 for k >= 16, and in at most 60 below, where the distribution is skewed.
@@ -149,7 +151,7 @@ def select(estimator: Estimator, a_sq: Tensor, b_sq: Tensor, random: torch.Gener
         Indices (.., n), int64, sorted and distinct, and their scale (.., n), or None for 1. If there is a tail (`size` is no multiple of `group`), indices
         are those of entries, else those of units.
     """
-    idx, scale = _METHODS[estimator.method](unit_scores(estimator, a_sq, b_sq), estimator, random)
+    idx, scale = select_by_score(estimator, unit_scores(estimator, a_sq, b_sq), random)
     if not estimator.tail:
         return idx, scale
     entry = torch.arange(estimator.group, device=idx.device)
@@ -159,6 +161,20 @@ def select(estimator: Estimator, a_sq: Tensor, b_sq: Tensor, random: torch.Gener
         ones = scale.new_ones(()).expand(*scale.shape[:-1], estimator.tail)
         scale = torch.cat([scale.unsqueeze(-1).expand(*scale.shape, estimator.group).flatten(-2), ones], -1)
     return idx, scale
+
+
+def select_by_score(estimator: Estimator, score: Tensor, random: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
+    """Select units by scores that are given.
+
+    Args:
+        estimator: The estimator.
+        score: Scores >= 0 of the units, (units,) or (batch, units), fp32 or fp64.
+        random: As in `select`.
+
+    Returns:
+        Indices of units, sorted and distinct, and their scale, or None for 1.
+    """
+    return _METHODS[estimator.method](score, estimator, random)
 
 
 def inverse_index(idx: Tensor, size: int) -> Tensor:
@@ -281,4 +297,6 @@ _METHODS = {
     "bernoulli": _bernoulli,
     "uniform": _uniform,
     "wta": _wta,
+    "dropout": _uniform,
+    "adaptive_dropout": _bernoulli,
 }

@@ -26,6 +26,7 @@ from approx_compile.passes.planning.planner import begin_plan, select_candidates
 from approx_compile.passes.planning.producer_narrowing import Producers
 from approx_compile.passes.planning.rule_matching import row_requests
 from approx_compile.passes.planning.timing_request import timing_request
+from approx_compile.passes.planning.unit_choice import choose_units
 from approx_compile.passes.planning.zero_skipping import skip_zeros
 from approx_compile.passes.rewrite.apply_plan import apply_plan
 from approx_compile.passes.rewrite.relu_max_pool import move_relu_mask_before_unpooling
@@ -107,6 +108,7 @@ class ApproxPass(_torch.CustomGraphPass):
             lambda plan: select_candidates(plan, inputs, self._time_sites, producers.producer_time_delta),
             lambda plan: share_indices(plan, inputs),
             lambda plan: replace_gradients(plan, inputs),
+            lambda plan: choose_units(plan, inputs, producers, self.config),
             producers.narrow,
             lambda plan: skip_zeros(plan, inputs),
         )

@@ -17,6 +17,9 @@ SHARES_INDICES = Template("shares-indices", "shares its indices with {others}")
 PRODUCERS_NARROWED = Template("producers-narrowed", "{names} these channels only")
 NARROWED = Template("narrowed", "only the {kept} of {size} channels that {consumer} keeps")
 SKIPS_ZEROS = Template("skips-zeros", "skips what {source} dropped")
+UNITS_CHOSEN = Template("units-chosen", "{method}: {kept} of {size} units, which {consumer} reads")
+UNITS_READ = Template("units-read", "reads the units that {producer} makes")
+UNITS_PREDICTED = Template("units-predicted", "predicted {speedup:.2f}x with {consumer}")
 GRADIENTS_SKIP_ZEROS = Template("gradients-skip-zeros", "its gradients skip what later sites dropped")
 
 # --- replaced gradients ---

@@ -120,3 +120,15 @@ WHOLE_OPERANDS = Template(
     "whole-operands", "{kernel} steps over what was not chosen of whole operands", 'Set `lowering: "inductor"`, which takes narrow operands.'
 )
 KERNEL_NO_SLOWER = Template("kernel-no-slower", "{kernel} on whole operands is predicted to be no slower", _WIDE)
+
+# --- no units of a layer are left out ---
+
+_UNITS = "Leave the layer out of the rule that sets the method."
+UNITS_LAST = Template("units-last", "its units are the model's output", NOTHING_TO_DO + "units are left out of hidden layers.")
+UNITS_KIND = Template("units-kind", "it is no linear layer, and units are left out of linear layers only", _UNITS)
+UNITS_NO_NONLINEARITY = Template("units-no-nonlinearity", "no nonlinearity is between it and {name}, so that its outputs are no units", _UNITS)
+UNITS_UNREAD = Template("units-unread", "no linear layer of this graph reads its units through elementwise ops", _UNITS)
+UNITS_READ_TWICE = Template("units-read-twice", "its units are read by {names}, and only one linear layer may read them", _UNITS)
+UNITS_ALL_READ = Template("units-all-read", "{name} reads all of its units: {why}", _UNITS)
+UNITS_MIXED = Template("units-mixed", "its units are added to other values of the samples before {name} reads them", _UNITS)
+UNITS_BESIDE = Template("units-beside", "{name} is approximated in another way as well", "Set `method: exact`, or the same method, for that layer.")

@@ -17,6 +17,7 @@ TITLES = {
     "grad": "The table `grad`",
     "grad_input": "The table `grad_input`",
     "grad_weight": "The table `grad_weight`",
+    "units": "The table `units`",
     "adaptive": "The table `adaptive`",
 }
 TYPES = {"integer": "an integer", "number": "a number", "boolean": "`true` or `false`", "string": "text", "object": "a table"}
@@ -46,7 +47,7 @@ def default(schema: Mapping[str, Any], name: str) -> str:
     """The default of a property, in words."""
     value = schema.get("default")
     if value is None:
-        return "not set" if not name or name == "adaptive" else "not set; the key at the top or in the rule holds"
+        return "not set" if not name or name in ("adaptive", "units") else "not set; the key at the top or in the rule holds"
     if isinstance(value, dict):
         return "the defaults of its keys"
     return f"`{json.dumps(value)}`"

@@ -18,8 +18,8 @@ TABLES: dict[str, type[Table]] = {"": ApproxConfig, **tables(ApproxConfig)}
 KEYS = [(name, key) for name, table in TABLES.items() for key in table.model_fields]
 
 DIGESTS: dict[str, dict[str, Any]] = {
-    "943c9c436204a1874350258a0c47aa9ff1e0194d9b208aab8ce37fe4b7bd8de9": {},
-    "9de71f5bdea7de2a67fcea4e30dce905401df4d9bd2512d45e72a2848f861bc2": {
+    "cb598cdb29c7251b510bfe3769d3f937d09cb396c44282650802436d547aafd5": {},
+    "c5f6783ad659026f88716f330f1a8ac9e339f717db859053bfb3f8bdd827654a": {
         "ratio": 0.25,
         "method": "crs",
         "min_k": 8,
@@ -27,17 +27,17 @@ DIGESTS: dict[str, dict[str, Any]] = {
         "sampling": "backward",
         "share": True,
     },
-    "f4de02a6228196b38b81e9d0b8cf4b8305006be5d97d33280f06ce423ef02908": {
+    "972c8c2993634dccdbc334c28dc01fbf571ca7f97b7ebb38bae557de5217e2aa": {
         "policy": "always",
         "output": "topk",
         "grad_input": {"method": "max", "j": 2, "scale": 0.5},
         "grad_weight": {"method": "random", "std": 0.1},
     },
-    "42ec59a34c2cdfa77d0db26ed5692ee67559427dad1be3d4bb1730ef8b1cd74e": {
+    "0b30703b19cf4d6c4c0376672c9679887409ddb9eeeabe07dd56fca41536aa72": {
         "grad": {"axis": "rows", "ratio": 0.25, "method": "wta", "batch_norm": "approximate"},
         "adaptive": {"tau": 0.1, "ladder": [0.5], "error": 0.1, "outputs": [0.25], "every": 50},
     },
-    "10ef53fa0a5b4708b618e58fde2ee2ff905a175d343eaca45fe833fc4f2ad33c": {
+    "3fd0f9a706c2df8be54c21cee107eadcc99aab2db1f24d23cc0e177e2610dd6d": {
         "total_steps": 1000,
         "final_exact": 0.1,
         "lowering": "triton",
@@ -48,7 +48,7 @@ DIGESTS: dict[str, dict[str, Any]] = {
             {"layers": "conv[1::4]", "steps": "80%:", "phase": "late", "grad_weight": {"method": "max", "tile": "auto"}},
         ],
     },
-    "c46fa5a66a65fbb63a18e2652aa6c4ddffe7e2ff099394e6c074b1090bd5f500": {
+    "73115195fece2eeaf99b8e28082b610ef35bc9b82a7bb1a724a5af12aea2507f": {
         "plan": {
             "policy": "always",
             "method": "exact",
@@ -63,7 +63,7 @@ DIGESTS: dict[str, dict[str, Any]] = {
         }
     },
 }
-"""The part of the cache keys that settings make, as it was before keys had descriptions."""
+"""The part of the cache keys that settings make, with the table `units` among the keys."""
 
 
 def _values(options: Any, key: str) -> Iterator[Any]:

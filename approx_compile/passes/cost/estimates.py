@@ -10,6 +10,7 @@ from typing import Any
 import sympy
 
 from approx_compile import _torch
+from approx_compile.config.words import UNIT_METHODS
 from approx_compile.kernels.availability import CUSTOM_KERNELS
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.kernels.gradient_replacements import Replacement
@@ -19,6 +20,9 @@ from approx_compile.passes.cost import margins
 from approx_compile.passes.cost.expressions import SYMBOLS, WORKING_SET_FACTOR, Case, k, p, q, r, skip, terms, u
 from approx_compile.passes.cost.site_sizes import contiguous_run, kind_of, role, sizes_of
 from approx_compile.passes.sites.site import Product, Site
+
+COSTED_AS = {"dropout": "uniform", "adaptive_dropout": "uniform"}
+"""Methods that choose a layer's units, each with the estimator that takes the time of its selection. Neither takes norms."""
 
 _AMOUNT_BY_UNIT = {"GFLOP/s": "flops", "GB/s": "bytes", "us": "launches"}
 
@@ -157,7 +161,8 @@ class CostModel:
             sizes = sizes_of(site) | {k: estimator.kept, u: estimator.units, p: runs[0], q: runs[1], r: grad_run}
         if only is not None:
             width = _torch.hint(_torch.value(site.products[0].operands[0]).shape[-1]) if kind_of(site) != "conv" else 1
-            case, sizes = case._replace(narrow=True), {q: only.unit * width} | sizes | {skip: only.kept}
+            chooses = only.method if only.method in UNIT_METHODS and product.name == "output" else ""
+            case, sizes = case._replace(narrow=True, chooses=chooses), {q: only.unit * width} | sizes | {skip: only.kept}
         return self.evaluate(case, sizes, site.dtype)
 
     def evaluate(self, case: Case, sizes: Mapping[sympy.Symbol, float], dtype: Any) -> Estimate:
@@ -186,7 +191,7 @@ class CostModel:
 
 
 def _case(site: Site, product: Product, decision: str, estimator: Estimator) -> Case:
-    return Case(kind_of(site), role(product), decision, estimator.method, estimator.weight, estimator.scaled)
+    return Case(kind_of(site), role(product), decision, COSTED_AS.get(estimator.method, estimator.method), estimator.weight, estimator.scaled)
 
 
 @functools.cache

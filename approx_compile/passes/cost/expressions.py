@@ -24,6 +24,7 @@ the contiguous entries per kept index in the two operands and in the result. |A|
 | narrow (a producer makes only what its consumer keeps): W, for `output` | | 2 e per entry left | 1 kernel | bytes / `take` at q |
 | narrow, the result of `grad_weight` | | e per entry of the whole result | 1 kernel | bytes / `untake` |
 | narrow, product; dY comes narrow, W is there | n for N | | 1 | as above |
+| chooses (a producer with `adaptive_dropout`): the mean row of A, times W | 1 per entry of A, 2 of W | e per entry of both | 2 kernels | bytes / `norms` |
 | fed (the consumer): no take of A, no untake of `grad_input` | | | | |
 
 With the lowerings `triton` and `cuda` there is no take and no untake, so sharing indices saves norms and selection only: the kernel reads whole operands and
@@ -96,6 +97,7 @@ class Case(NamedTuple):
         fed: Whether the activation arrives with the kept channels only.
         skips_by: The code that leaves out dropped channels.
         alone: Whether a coupled gradient gathers its operand for itself.
+        chooses: The method by which the site chooses the units that it makes; empty if it does not.
     """
 
     kind: str
@@ -111,6 +113,7 @@ class Case(NamedTuple):
     fed: bool = False
     skips_by: str = "inductor"
     alone: bool = False
+    chooses: str = ""
 
 
 @functools.cache
@@ -126,7 +129,7 @@ def _exact_terms(case: Case) -> tuple[Term, ...]:
         return (_product(case, {}),)
     *_, result, _ = _OPERANDS[case.product]
     made = result * skip / N if case.narrow and case.product == "output" else result
-    return (*_skipping(case, {}), *_narrowing(case), _product(case, {}), _new_memory("result", made))
+    return (*_choosing(case), *_skipping(case, {}), *_narrowing(case), _product(case, {}), _new_memory("result", made))
 
 
 def _coupled_terms(case: Case) -> tuple[Term, ...]:
@@ -159,7 +162,7 @@ def _sampled_terms(case: Case) -> tuple[Term, ...]:
     ]
     gathered = [_extra_memory(t.what.removeprefix("take "), t.bytes / 2 / e) for t in takes]
     chosen = [takes[-1], gathered[-1]] if case.shares else [selection, *takes, *gathered]
-    return (*norms, *chosen, _product(case, small), _new_memory("result", result), _launches(len(norms) + 1))
+    return (*_choosing(case), *norms, *chosen, _product(case, small), _new_memory("result", result), _launches(len(norms) + 1))
 
 
 def _product(case: Case, small: Mapping[sympy.Symbol, sympy.Expr]) -> Term:
@@ -205,6 +208,14 @@ def _narrowing(case: Case) -> list[Term]:
     if case.product == "output":
         return [Term("take W", "take", (q, 2 * e * _W * skip / N), bytes=2 * e * _W * skip / N), _extra_memory("W", _W * skip / N), _launches(1)]
     return [Term("untake", "untake", (q, e * _W), bytes=e * _W), _extra_memory("narrow result", _W * skip / N), _launches(1)]
+
+
+def _choosing(case: Case) -> list[Term]:
+    """The estimate by which a site chooses the units that it makes."""
+    if case.chooses != "adaptive_dropout":
+        return []
+    entries = _A + _W
+    return [Term("estimate of units", "norms", (e * entries,), 2 * _W + _A, e * entries), _launches(2)]
 
 
 def _new_memory(what: str, entries: sympy.Expr, read_at: int = 1) -> Term:

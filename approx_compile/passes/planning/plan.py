@@ -9,6 +9,7 @@ from typing import Any
 
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.kernels.gradient_replacements import Replacement
+from approx_compile.kernels.unit_selection import UnitChoice
 from approx_compile.passes.cost.estimates import Estimate
 from approx_compile.reasons import Reason, join
 from approx_compile.reasons.decisions import BACKWARD_ON_ROWS, ON_ROWS
@@ -154,6 +155,7 @@ class SitePlan:
         shrinks: The sites that make only the channels which this one keeps of its activation.
         lowerings: The code that may run its products, by the settings and by the rates in the machine's profile.
         notes: What other sites' choices do to this one.
+        units: How the units are chosen that the site makes, for the one site that reads them; None if it makes all.
     """
 
     name: str
@@ -171,6 +173,7 @@ class SitePlan:
     shrinks: tuple[str, ...] = ()
     lowerings: tuple[str, ...] = ("inductor",)
     notes: tuple[Reason, ...] = ()
+    units: UnitChoice | None = None
 
     def with_note(self, note: Reason) -> SitePlan:
         """Return the plan with one more note."""
@@ -230,6 +233,20 @@ class Plan:
     def sampled(self) -> int:
         """Number of sites that are sampled."""
         return sum(s.decision == "sampled" for s in self.sites)
+
+    def chains(self) -> list[tuple[str, ...]]:
+        """Return the chains of sites that choose their units: each reads only what the one before has made. The last of a chain makes all its outputs."""
+        reader = {s.shrinks[0]: s.name for s in self.sites if len(s.shrinks) == 1}
+        choosing = [s.name for s in self.sites if s.units is not None]
+        chains = []
+        for name in choosing:
+            if any(reader.get(other) == name for other in choosing):
+                continue
+            chain = [name]
+            while chain[-1] in choosing:
+                chain.append(reader[chain[-1]])
+            chains.append(tuple(chain))
+        return chains
 
     @property
     def draws_in_forward(self) -> bool:

@@ -226,11 +226,11 @@ class Producers:
         before = after = 0.0
         for j in producers:
             gathering = self._with_gathers([j], earlier)
-            narrow = self._narrowed_producer(j, (earlier if gathering is None else gathering)[j], self.sites[consumer].name, products[0].how)
+            narrow = self.narrowed_producer(j, (earlier if gathering is None else gathering)[j], self.sites[consumer].name, products[0].how)
             wide_us, narrow_us = _total(earlier[j].products), _total(narrow.products)
             if _custom_kernel(narrow.products) is None and margins.pays(wide_us, narrow_us, margins.SKIP_MARGIN):
                 before, after = before + wide_us, after + narrow_us
-        return (before, after + _total(self._fed_products(consumer, products)) - _total(products)) if before else (0.0, 0.0)
+        return (before, after + _total(self.fed_products(consumer, products)) - _total(products)) if before else (0.0, 0.0)
 
     def narrow(self, plan: Plan) -> Plan:
         """Narrow the producers of every consumer where that saves time; a consumer whose producers are not narrowed says why.
@@ -266,7 +266,7 @@ class Producers:
         i, new = consumer, list(sites)
         names, remarks, mine = list[str](), list[Reason](), dict[fx.Node, int]()
         for j, region in self.regions_of(i).items():
-            narrow, fed = self._narrowed_producer(j, new[j], new[i].name, new[i].products[0].how), self._fed_products(i, new[i].products)
+            narrow, fed = self.narrowed_producer(j, new[j], new[i].name, new[i].products[0].how), self.fed_products(i, new[i].products)
             if isinstance(region, Reason):
                 reason = region
             elif (kernel := _custom_kernel_reason(new[i], new[j])) is not None:
@@ -308,16 +308,28 @@ class Producers:
         new = replace(plan, reason=join((plan.reason, BUT_BY_INDUCTOR())), lowering="inductor")
         return new.with_estimate(planned_estimate(site, product, new, self.cost))
 
-    def _fed_products(self, consumer: int, products: Sequence[ProductPlan]) -> tuple[ProductPlan, ...]:
-        """A consumer's products when its activation arrives narrow, and the gradient of the activation may stay so."""
+    def fed_products(self, consumer: int, products: Sequence[ProductPlan]) -> tuple[ProductPlan, ...]:
+        """Return a consumer's products when its activation arrives narrow, and the gradient of the activation may stay so.
+
+        Args:
+            consumer: Number of the site.
+            products: The plans of its products.
+        """
         site, fed = self.sites[consumer], list(products)
         for i, (p, d) in enumerate(zip(site.products, products, strict=True)):
             if p.name in ("output", "grad_input") and d.decision in ("sampled", "coupled"):
                 fed[i] = self._with_narrow_estimate(site, p, d, None, True)
         return tuple(fed)
 
-    def _narrowed_producer(self, producer: int, plan: SitePlan, consumer: str, estimator: Estimator | None) -> SitePlan:
-        """A producer's plan when it makes only what the consumer keeps. A gradient that is sampled on its own axis, or replaced, is not changed."""
+    def narrowed_producer(self, producer: int, plan: SitePlan, consumer: str, estimator: Estimator | None) -> SitePlan:
+        """Return a producer's plan when it makes only what the consumer keeps. A gradient that is sampled on its own axis, or replaced, is not changed.
+
+        Args:
+            producer: Number of the site.
+            plan: Its plan.
+            consumer: Name of the consumer.
+            estimator: What the consumer keeps.
+        """
         site = self.sites[producer]
         assert estimator is not None
         note = NARROWED(kept=estimator.kept, size=estimator.size, consumer=consumer)

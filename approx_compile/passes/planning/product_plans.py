@@ -101,6 +101,27 @@ def _with_times(site: Site, product: Product, plan: ProductPlan, cost: CostModel
     return replace(plan, time_exact_us=exact.time_us).with_estimate(planned_estimate(site, product, plan, cost))
 
 
+def plan_kept_inputs(site: Site, estimator: Estimator, ratio: float, reason: Reason, cost: CostModel) -> tuple[ProductPlan, ...]:
+    """Plan the products of a site of whose input only some entries are computed, which another site chooses.
+
+    Args:
+        site: The site.
+        estimator: How the other site chooses them.
+        ratio: The share that was asked for.
+        reason: Why, in words for the user.
+        cost: The cost model.
+
+    Returns:
+        A plan for each of the site's products: the output contracts these entries only, and the gradients are coupled to it.
+    """
+    sampled = replace(_product_plan(site, site.products[0], "sampled", reason, estimator.method, ratio, estimator.kept, estimator.size), how=estimator)
+    plans = [_with_times(site, site.products[0], sampled, cost)]
+    for p in site.products[1:]:
+        coupled = replace(sampled, name=p.name, decision="coupled", reason=COUPLED(), node=p.node.name, bytes_exact=p.bytes_once)
+        plans.append(_with_times(site, p, coupled, cost))
+    return tuple(plans)
+
+
 def planned_estimate(site: Site, product: Product, plan: ProductPlan, cost: CostModel, kept: float | None = None) -> Estimate:
     """Estimate a product as it is planned: exact, sampled or coupled, with the plan's lowering and sharing.
 

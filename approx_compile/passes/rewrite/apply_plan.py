@@ -44,7 +44,7 @@ def apply_plan(graph: fx.Graph, sites: Sequence[Site], plan: Plan) -> None:
     for site, planned in zip(sites, plan.sites, strict=True):
         output = planned.products[0]
         if site.name in regions:
-            narrowings[site.name] = RegionNarrowing(graph, regions[site.name])
+            narrowings[site.name] = RegionNarrowing(graph, regions[site.name], sampled)
             sampled[site.name] = narrowings[site.name].forward(sampled, narrow_operands)
         elif output.decision == "sampled":
             leader = sampled[output.shares] if output.shares is not None else None

@@ -16,11 +16,12 @@ from torch import Tensor, fx
 from approx_compile import _torch
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.kernels.gather import Axis, sample_by_weight, take, untake
+from approx_compile.kernels.unit_selection import UnitChoice, choose_units
 from approx_compile.passes.fx_utils import CONV, VIEWS, update_fake_value
 from approx_compile.passes.planning import zero_propagation
 from approx_compile.passes.planning.plan import Plan
 from approx_compile.passes.planning.producer_narrowing import NarrowedRegion, narrowed_region
-from approx_compile.passes.rewrite.graph_edit import MemoryLayout, SampledOperands, inline, match_layout, move_before, save_selection
+from approx_compile.passes.rewrite.graph_edit import MemoryLayout, SampledOperands, inline, match_layout, move_before, save_selection_of, with_current_operands
 from approx_compile.passes.sites.conv_gradients import conv_weight_axes
 from approx_compile.passes.sites.site import Site
 
@@ -35,6 +36,7 @@ class ConsumerRegion:
         producers: The sites whose outputs become the consumer's activation.
         dims: All nodes of the region, each with its channel dim.
         late: Those of the nodes that depend on the consumer's gradients.
+        units: How the producer chooses its units; None if the consumer chooses by its weight.
     """
 
     consumer: Site
@@ -42,11 +44,13 @@ class ConsumerRegion:
     producers: tuple[Site, ...]
     dims: NarrowedRegion
     late: frozenset[fx.Node]
+    units: UnitChoice | None
 
 
 def consumer_regions(sites: Sequence[Site], plan: Plan) -> dict[str, ConsumerRegion]:
     """Return what the plan narrows, by the consumer's name; to be called before the graph is edited."""
     by_name = {s.name: s for s in sites}
+    units = {s.name: s.units for s in plan.sites}
     regions: dict[str, ConsumerRegion] = {}
     for site, planned in zip(sites, plan.sites, strict=True):
         estimator = planned.products[0].how
@@ -62,7 +66,7 @@ def consumer_regions(sites: Sequence[Site], plan: Plan) -> dict[str, ConsumerReg
             if any(i in late for i in n.all_input_nodes):
                 late.add(n)
         producers = tuple(by_name[name] for name in planned.shrinks)
-        regions[site.name] = ConsumerRegion(site, estimator, producers, dims, frozenset(late & dims.keys()))
+        regions[site.name] = ConsumerRegion(site, estimator, producers, dims, frozenset(late & dims.keys()), units[producers[0].name])
     return regions
 
 
@@ -70,15 +74,16 @@ class RegionNarrowing:
     """Narrows one region in two steps.
 
     `forward` edits all that does not depend on the consumer's gradients. Once the consumer's gradients are narrow, `backward` edits the rest.
-    The constructor inserts the choice of channels before the first producer; it needs the consumer's weight only.
+    The constructor inserts the choice of channels before the first producer; it needs the consumer's weight, or what the producer reads.
     """
 
-    def __init__(self, graph: fx.Graph, region: ConsumerRegion) -> None:
+    def __init__(self, graph: fx.Graph, region: ConsumerRegion, sampled: dict[str, SampledOperands]) -> None:
         """Insert the selection of channels.
 
         Args:
             graph: The joint graph, which is edited.
             region: What to narrow.
+            sampled: The operands of sampled outputs of sites before, by name.
         """
         self.graph, self.region = graph, region
         self.first = min((p.node for p in region.producers), key=list(graph.nodes).index)
@@ -86,13 +91,29 @@ class RegionNarrowing:
         assert output.weight is not None
         weight, weight_axis = output.operands[output.weight], output.axes[output.weight]
         move_before(weight, self.first)
-        self.idx, taken = inline(graph, self.first, lambda w: sample_by_weight(region.estimator, w, weight_axis), (weight,), region.consumer.node)
-        save_selection(self.idx, f"{region.consumer.name}.output.idx")
+        scale: fx.Node | None = None
+        if region.units is None:
+            self.idx, taken = inline(graph, self.first, lambda w: sample_by_weight(region.estimator, w, weight_axis), (weight,), region.consumer.node)
+        else:
+            self.idx, scale = self._choose_units(region.units, sampled.get(region.producers[0].name))
+            unit = region.estimator.unit
+            taken = inline(graph, self.first, lambda w, idx, scale: take(w, weight_axis, idx, scale, unit), (weight, self.idx, scale), region.consumer.node)
+        save_selection_of(region.consumer, output, self.idx, scale)
         operands = (output.operands[0], taken) if output.weight == 1 else (taken, output.operands[1])
         self.narrow_gradients: dict[fx.Node, fx.Node] = {}
-        self.sampled = SampledOperands(region.estimator, self.idx, None, operands, self.narrow_gradients)
+        self.sampled = SampledOperands(region.estimator, self.idx, scale, operands, self.narrow_gradients)
         self.old_values = {n: _torch.value(n) for n in region.dims}
         self.taken: dict[tuple[fx.Node, int], fx.Node] = {}
+
+    def _choose_units(self, choice: UnitChoice, fed: SampledOperands | None) -> tuple[fx.Node, fx.Node]:
+        """Insert the choice of the producer's units. `fed` says which entries of its input there are, if some were left out."""
+        (producer,) = self.region.producers
+        x, weight = with_current_operands(producer.products[0]).operands[0], producer.products[0].operands[1]
+        bias = producer.node.args[0] if len(producer.node.args) == 3 else None
+        assert bias is None or isinstance(bias, fx.Node)
+        inputs = (x, weight, bias, *((None, None) if fed is None else (fed.idx, fed.scale)))
+        idx, scale = inline(self.graph, self.first, lambda *args: choose_units(choice, *args), inputs)
+        return idx, scale
 
     def forward(self, sampled: dict[str, SampledOperands], narrowed: dict[str, tuple[fx.Node, fx.Node]]) -> SampledOperands:
         """Narrow the producers, then what is made of their outputs, then the consumer.

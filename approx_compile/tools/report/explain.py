@@ -121,6 +121,7 @@ def explain(model: Callable[..., Any], *args: Any, config: ApproxConfig | Mappin
         _torch.compile_isolated(model, backend)(*args, **kwargs)
     if plans:
         whole = functools.reduce(Plan.joined, plans)
+        report.chains = [chain for plan in plans for chain in plan.chains()]
         report.sites, report.cuts = [SiteReport.of(s) for s in whole.sites], list(whole.cuts)
         report.unmatched, report.remarks = list(whole.unmatched), list(whole.remarks)
     trained = controls(model) if isinstance(model, nn.Module) and config is None else {}

@@ -9,6 +9,7 @@ from typing import Any
 
 import networkx as nx
 
+from approx_compile.kernels.unit_selection import UnitChoice
 from approx_compile.passes.planning.plan import BreakEven, ProductPlan, RowCut, SitePlan
 from approx_compile.reasons import Reason
 
@@ -43,6 +44,7 @@ class SiteReport:
         reads: The sites whose outputs this one reads through no other product.
         traced: The symbols in `shape`, and the sizes that they were traced with.
         break_even: The ratio at which sampling stops to pay, and where it would be if sampling took 1.2 times as long as predicted, or 1 / 1.2 times.
+        units: How the units are chosen that the layer computes; None if it computes all.
 
     Example:
         >>> import torch
@@ -73,6 +75,7 @@ class SiteReport:
     reads: tuple[str, ...]
     traced: tuple[tuple[str, int], ...]
     break_even: BreakEven | None
+    units: UnitChoice | None = None
 
     @staticmethod
     def of(plan: SitePlan) -> SiteReport:
@@ -86,6 +89,9 @@ class SiteReport:
         """
         copied = {f.name: getattr(plan, f.name) for f in fields(SiteReport) if f.name not in (*_SHOWN, "products", "reason")}
         shown = {name: getattr(plan.shown, name) for name in _SHOWN}
+        if plan.units is not None:
+            made = plan.units.estimator
+            shown = {"method": made.method, "ratio": made.k / made.size, "k": made.k, "size": made.size}
         return SiteReport(**copied, **shown, reason=plan.reason_with_notes, products={p.name: p for p in plan.products})
 
 
@@ -125,6 +131,7 @@ class ReportData:
     Attributes:
         sites: The sites, in execution order.
         cuts: Where rows of the batch are chosen in the backward pass, or why they are not.
+        chains: The chains of layers of which each reads only the units that the one before makes.
         before: The joint graphs before the rewrite as readable code, one for each compiled graph.
         after: The same graphs after the rewrite.
         unmatched: The patterns of rules that match no site of any graph.
@@ -138,6 +145,7 @@ class ReportData:
 
     sites: list[SiteReport] = field(default_factory=list)
     cuts: list[RowCut] = field(default_factory=list)
+    chains: list[tuple[str, ...]] = field(default_factory=list)
     before: list[str] = field(default_factory=list)
     after: list[str] = field(default_factory=list)
     unmatched: list[str] = field(default_factory=list)
@@ -235,7 +243,7 @@ class ReportData:
         return sum(map(self.possible, self.sites))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the sites with their products, the cuts, unmatched patterns, remarks and totals as plain values, for JSON.
+        """Return the sites with their products, the cuts, chains, unmatched patterns, remarks and totals as plain values, for JSON.
 
         Returns:
             Dicts, lists, numbers and strings. The code of the graphs is left out. Beside each `reason` stand the ids of the reasons in it (`reason_ids`), which
@@ -245,7 +253,11 @@ class ReportData:
         totals: dict[str, Any] = {"graphs": len(self.before), "flops_exact": self.flops_exact, "flops_sampled": self.flops_sampled}
         totals |= {"flops_now": self.flops_now, "flops_possible": self.flops_possible}
         adaptive = asdict(self.adaptive) if self.adaptive is not None else None
-        return content | totals | {"unmatched": self.unmatched, "remarks": self.remarks, "assignments": self.assignments, "adaptive": adaptive}
+        return (
+            content
+            | totals
+            | {"chains": self.chains, "unmatched": self.unmatched, "remarks": self.remarks, "assignments": self.assignments, "adaptive": adaptive}
+        )
 
     def advice(self) -> dict[str, str]:
         """Return what the user can do about the reasons of sites and cuts.

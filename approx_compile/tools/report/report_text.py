@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from approx_compile.config.words import UNIT_METHODS
 from approx_compile.tools.report.words import backward_of, forward_of, si, type_of, why
 from approx_compile.utils import counted, percent, printed, terminal_width
 
@@ -70,9 +71,12 @@ def _cost(report: ReportData) -> str:
 
 def _forward(report: ReportData) -> str:
     outputs = [next(iter(s.products.values())) for s in report.sites]
-    sampled = [p for p in outputs if p.decision == "sampled"]
+    sampled = [p for p in outputs if p.decision == "sampled" and p.method not in UNIT_METHODS]
+    units = _units(report)
     if not sampled:
-        return "exact"
+        return units or "exact"
+    if units:
+        return f"{units}, and SAMPLED in {len(sampled)} ({', '.join(sorted({p.method for p in sampled}))})"
     where = f"{len(sampled)} of {_count(report)}"
     methods = ", ".join(sorted({p.method for p in sampled}))
     free = [p for p in sampled if report.chooses_ratio(p)]
@@ -82,6 +86,14 @@ def _forward(report: ReportData) -> str:
     if now == 1 and len(free) == len(sampled):
         return f"exact now, {where} may be SAMPLED later ({methods}, down to {least})"
     return f"SAMPLED in {where} ({methods}, {percent(now)} now, could drop to {least})"
+
+
+def _units(report: ReportData) -> str:
+    """How many units hidden layers make; empty if all make all."""
+    choosing = [s for s in report.sites if s.units is not None]
+    made, size = sum(s.k for s in choosing), sum(s.size for s in choosing)
+    methods = ", ".join(sorted({s.method for s in choosing}))
+    return f"{len(choosing)} of {_count(report)} make {percent(made / size)} of their units ({methods})" if choosing else ""
 
 
 def _backward(report: ReportData) -> str:
@@ -227,6 +239,8 @@ def notes(report: ReportData) -> Iterable[str]:
         yield f"{sizes} as traced, which FLOPs and times are for"
     if len(report.before) > 1:
         yield f"torch.compile makes {len(report.before)} graphs of the model."
+    for chain in report.chains:
+        yield f"Chain {' > '.join(chain)}: each layer multiplies only the units that the one before makes; units left out are 0 and are not updated."
     for cut in report.cuts:
         yield _cut(cut, len(report.cuts) > 1)
     for reason_id, advice in report.advice().items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from approx_compile.config.words import UNIT_METHODS
 from approx_compile.utils import percent
 
 if TYPE_CHECKING:
@@ -75,11 +76,17 @@ def forward_of(site: SiteReport, report: ReportData) -> str:
         report: The report that it belongs to.
 
     Returns:
-        Text such as "exact" or "keeps 32 of 64 (topk)".
+        Text such as "exact", "keeps 32 of 64 (topk)" or "makes 32 of 64 units (dropout)".
     """
     output = next(iter(site.products.values()))
+    if site.units is not None:
+        made = site.units.estimator
+        read = f"reads {output.k} of {output.size}, " if output.decision == "sampled" else ""
+        return f"{read}makes {made.k} of {made.size} units ({made.method})"
     if output.decision != "sampled":
         return "exact"
+    if output.method in UNIT_METHODS:
+        return f"reads {output.k} of {output.size} units"
     kept = f"{output.k} of {output.size} ({output.method})"
     if not report.chooses_ratio(output):
         return f"keeps {kept}"
@@ -98,6 +105,8 @@ def backward_of(site: SiteReport, report: ReportData) -> str:
         Text such as "exact", "64 of 256 rows" or "input exact, weight max".
     """
     words = {p.name.removeprefix("grad_").partition("#")[0]: _gradient(p, report) for p in list(site.products.values())[1:]}
+    if site.units is not None and all(text == "exact" for text in words.values()):
+        return "as forward"
     if not words:
         return "none"
     alike = len(set(words.values())) == 1
