@@ -93,6 +93,7 @@ from approx_compile._torch.inductor import (
 )
 from approx_compile._torch.ops import is_pointwise, is_random, max_pool_ops, symbolic_scalar_arguments
 from approx_compile._torch.random_state import initial_seed, is_capturing_cuda_graph, seeding_marker, seeds_of_marker
+from approx_compile._torch.storages import StorageRef, storage_ref
 from approx_compile._torch.symbol_requests import (
     RetraceFrame,
     SymbolRequest,
@@ -124,6 +125,8 @@ from approx_compile._torch.symbolic_shapes import (
 )
 
 __all__ = [
+    "StorageRef",
+    "storage_ref",
     "CustomGraphPass",
     "CustomSchedulerPass",
     "EXACT_MARK_KEY",

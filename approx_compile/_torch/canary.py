@@ -53,6 +53,7 @@ _CODE = "additions to the code that Inductor writes"
 
 NAMES: tuple[PrivateName, ...] = (
     # Dynamo
+    PrivateName("torch.multiprocessing.reductions.StorageWeakRef", "the hash tables of a weight"),
     PrivateName("torch._dynamo.symbolic_convert.InstructionTranslator.current_tx", "the frame being compiled"),
     PrivateName("torch._dynamo.symbolic_convert.InstructionTranslator:f_locals", _LAYERS),
     PrivateName("torch._dynamo.symbolic_convert.InstructionTranslator:f_globals", _LAYERS),

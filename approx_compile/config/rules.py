@@ -39,7 +39,7 @@ class RuleKeys(SamplingKeys):
     method: LayerMethod | None = restated(SamplingKeys, "method", None)
     units: UnitsTable | None = Field(
         default=None,
-        description="Settings of the methods that choose the units of a layer: `adaptive_dropout`.",
+        description="Settings of the methods that choose the units of a layer: `adaptive_dropout` and `alsh`.",
         examples=[{"policy": "always", "method": "adaptive_dropout", "units": {"alpha": 2.0}}],
     )
     sampling: Sampling | None = Field(

@@ -71,9 +71,9 @@ class SamplingKeys(Table):
         description="How the kept entries of a product's contraction axis are chosen. `topk` keeps the entries with the largest product of the operands' "
         "norms, `topk_weights` those with the largest norm of the weight; neither rescales them (biased, with the smallest error). `crs`, `bernoulli` and "
         "`uniform` draw entries at random and rescale them, so that the product is unbiased; `wta` always keeps the largest and draws the rest. `exact` "
-        "computes the products exactly. Set `exact` in a rule to leave layers alone; set an unbiased method where only gradients are sampled. `dropout` and "
-        "`adaptive_dropout` choose units of hidden linear layers: a training step computes `ratio` of the units, and the others are 0 in its forward and its "
-        "backward pass. `dropout` draws them uniformly, `adaptive_dropout` with the probabilities that the table `units` describes.",
+        "computes the products exactly. Set `exact` in a rule to leave layers alone; set an unbiased method where only gradients are sampled. `dropout`, "
+        "`adaptive_dropout` and `alsh` choose units of hidden linear layers: a training step computes `ratio` of them, the others are 0 in both passes. "
+        "`dropout` draws them uniformly, `adaptive_dropout` by estimated outputs, and `alsh` looks up those with large outputs in hash tables.",
         examples=[
             {"method": "crs", "sampling": "backward"},
             {"rules": [{"layers": "head", "method": "exact"}]},

@@ -8,8 +8,12 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from approx_compile.config.schema import Table
+from approx_compile.config.words import integer
 
-_OWNER = {"alpha": "adaptive_dropout", "beta": "adaptive_dropout"}
+_OWNER = {
+    **dict.fromkeys(("alpha", "beta"), "adaptive_dropout"),
+    **dict.fromkeys(("bits", "tables", "powers", "early_samples", "early_every", "every"), "alsh"),
+}
 """The method that each key belongs to."""
 
 
@@ -28,6 +32,50 @@ class UnitsTable(Table):
         "`ratio` of the units is expected; a large beta makes them more equal, a small one lets few units stand out.",
         examples=[{"policy": "always", "method": "adaptive_dropout", "units": {"beta": -1.0}}],
     )
+
+    bits: int = Field(
+        default=6,
+        ge=1,
+        le=16,
+        description="With the method `alsh`: the bits of a bucket's number, K in the paper; a table has 2^bits buckets. More bits find fewer units.",
+        examples=[{"policy": "always", "method": "alsh", "ratio": 0.05, "units": {"bits": 8}}],
+    )
+    tables: int = Field(
+        default=5,
+        ge=1,
+        description="With the method `alsh`: the number of hash tables, L in the paper. More tables find more units, and take longer.",
+        examples=[{"policy": "always", "method": "alsh", "ratio": 0.05, "units": {"tables": 10}}],
+    )
+    powers: int = Field(
+        default=3,
+        ge=1,
+        description="With the method `alsh`: how many powers of a weight's norm its transform P appends, m in the paper.",
+        examples=[{"policy": "always", "method": "alsh", "ratio": 0.05, "units": {"powers": 2}}],
+    )
+    early_samples: int = Field(
+        default=10_000,
+        ge=1,
+        description="With the method `alsh`: for so many training samples the tables are rebuilt after `early_every` samples, later after `every` samples.",
+        examples=[{"policy": "always", "method": "alsh", "ratio": 0.05, "units": {"early_samples": 50_000}}],
+    )
+    early_every: int = Field(
+        default=100,
+        ge=1,
+        description="With the method `alsh`: the samples from one rebuild of the tables to the next at the beginning of the training.",
+        examples=[{"policy": "always", "method": "alsh", "ratio": 0.05, "units": {"early_every": 500}}],
+    )
+    every: int = Field(
+        default=1_000,
+        ge=1,
+        description="With the method `alsh`: the samples from one rebuild of the tables to the next, after the first `early_samples`. Fewer keep up with "
+        "the weights more closely and take longer.",
+        examples=[{"policy": "always", "method": "alsh", "ratio": 0.05, "units": {"every": 5_000}}],
+    )
+
+    @field_validator("bits", "tables", "powers", "early_samples", "early_every", "every", mode="before")
+    @classmethod
+    def _check_count(cls, value: Any) -> Any:
+        return integer(value, "such as 5")
 
     @field_validator("alpha", "beta", mode="before")
     @classmethod

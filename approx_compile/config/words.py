@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 Method = Literal["topk", "topk_weights", "crs", "bernoulli", "uniform", "wta", "exact"]
-UnitMethod = Literal["dropout", "adaptive_dropout"]
+UnitMethod = Literal["dropout", "adaptive_dropout", "alsh"]
 LayerMethod = Literal[Method, UnitMethod]
 InputMethod = Literal[Method, "max"]
 WeightMethod = Literal[Method, "max", "zero", "random"]
@@ -45,9 +45,6 @@ LADDER = (0.0625, 0.09, 0.125, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0)
 OUTPUT_LADDER = (0.25, 0.35, 0.5, 0.7, 1.0)
 """Ratios of outputs under "adaptive". There are few, because each of them is compiled."""
 
-_NOT_BUILT = ("alsh",)
-"""Methods of the design and the papers that this version lacks. The error message names them as not built yet."""
-
 
 def nearest(word: str, valid: Sequence[str]) -> str:
     """Return a hint for an error message that names the valid word most similar to `word`; empty if none is similar."""
@@ -74,8 +71,6 @@ def choice(key: str, value: Any, valid: Sequence[str] | None = None) -> str:
         raise ValueError(f"got {value!r}; valid are {', '.join(words)}.")
     if value in words:
         return value
-    if key == "method" and value in _NOT_BUILT:
-        raise ValueError(f"{value!r} is not built yet; this version has {', '.join(words)}")
     if key == "method" and value in UNIT_METHODS:
         raise ValueError(f"{value!r} chooses the units of a whole layer: set it as the method at the top or of a rule; valid here are {', '.join(words)}")
     owner = next((other for other, others in VALID.items() if other != key and value in others), None)

@@ -14,6 +14,7 @@ slot that a random draw left empty has scale 0.
 | uniform | k of K without replacement | K / k | baseline |
 | dropout | of a layer's units: as uniform | K / k | Srivastava et al. 2014 |
 | adaptive_dropout | of a layer's units: as bernoulli, of the scores of `unit_selection` | 1 / p_i | Ba and Frey 2013 |
+| alsh | of a layer's units: those that hash tables find most often (`hash_tables`) | 1, or 0 for what fills up the slots | Spring and Shrivastava 2017 |
 | wta | the c* largest always, k - c* draws from the others | 1; count_i (1 - P_c) / ((k - c*) p_i) | Liu et al. 2023 (WTA-CRS) |
 
 Scores are in fp32 (fp64 for fp64 operands) and carry no gradient. Every estimator that reads scores keeps a unit whose score is NaN or inf, with scale 1, so

@@ -131,4 +131,7 @@ UNITS_UNREAD = Template("units-unread", "no linear layer of this graph reads its
 UNITS_READ_TWICE = Template("units-read-twice", "its units are read by {names}, and only one linear layer may read them", _UNITS)
 UNITS_ALL_READ = Template("units-all-read", "{name} reads all of its units: {why}", _UNITS)
 UNITS_MIXED = Template("units-mixed", "its units are added to other values of the samples before {name} reads them", _UNITS)
+UNITS_NO_TABLES = Template(
+    "units-no-tables", "its weight is made from something else, and hash tables are those of a parameter", "Use `dropout` or `adaptive_dropout` for it."
+)
 UNITS_BESIDE = Template("units-beside", "{name} is approximated in another way as well", "Set `method: exact`, or the same method, for that layer.")

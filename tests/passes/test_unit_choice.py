@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +15,12 @@ from helpers.models import mlp
 from helpers.oracles import grads, relative
 from torch import Tensor, nn
 
+import approx_compile
 from approx_compile import ConfigError, explain
 from approx_compile.kernels.estimators import Estimator, water_fill
 from approx_compile.kernels.unit_selection import UnitChoice, choose_units, mean_pre_activation
 
-METHODS = ("dropout", "adaptive_dropout")
+METHODS = ("dropout", "adaptive_dropout", "alsh")
 ALWAYS: dict[str, Any] = {"policy": "always", "ratio": 0.5, "min_k": 4}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -58,6 +60,8 @@ def test_a_chain_is_the_masked_dense_model(method: str) -> None:
     wanted = grads(model, x)
     assert relative(y, expected) < 1e-6
     assert max(relative(a, b) for a, b in zip(found, wanted, strict=True)) < 1e-6
+    if method == "alsh":
+        assert {s.item() for s in choices["2.output.scale"]} <= {0.0, 1.0}
     left_out = torch.ones(64, dtype=torch.bool).index_fill_(0, choices["2.output.idx"], False)
     assert left_out.sum() == 64 - len(choices["2.output.idx"]) > 0 and not found[0][left_out].any() and not found[1][left_out].any()
     assert [plan.chains() for plan in plans] == [[("0", "2", "4", "6")]]
@@ -97,7 +101,7 @@ def test_all_units_are_the_exact_layer(method: str) -> None:
     assert all(s.decision == "exact" for s in sites) and "keeps all 64" in sites[0].reason
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS[:2])
 def test_the_expectation_is_the_exact_layer(method: str) -> None:
     """The mean mask is 1 for every unit, within 5 standard errors; the scale of dropout is 1 / ratio."""
     torch.manual_seed(0)
@@ -222,11 +226,62 @@ def test_a_schedule_switches_units_on_and_off() -> None:
 
 
 def test_the_choice_is_predicted_to_pay_on_large_layers_only() -> None:
-    """The cost model counts the pass over the weight that adaptive dropout takes."""
-    times = {}
+    """The cost model counts the pass over the weight that adaptive dropout takes, and hashing."""
+    terms, times = {"dropout": False, "adaptive_dropout": "estimate of units", "alsh": "hashing"}, {}
     for method in METHODS:
         sites = plans_of(mlp(64, 1024, 1024, 8), {"method": method}, torch.randn(256, 64))
         assert sites[1].units is not None and "predicted" in sites[1].reason
         times[method] = sum(s.time_sampled_us for s in sites)
-        assert ("estimate of units" in str(sites[1].products[0].terms)) == (method == "adaptive_dropout")
-    assert times["adaptive_dropout"] > times["dropout"]
+        assert all((term in str(sites[1].products[0].terms)) == (of == method) for of, term in terms.items() if term)
+    assert times["dropout"] < min(times["adaptive_dropout"], times["alsh"])
+
+
+@pytest.mark.slow
+def test_a_run_with_hash_tables_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """Inductor's own code: three steps, a checkpoint, three steps; the resumed run repeats them, though its tables were built from other weights."""
+    options = ALWAYS | {"method": "alsh", "ratio": 0.25, "units": {"early_every": 64}}
+    x = torch.randn(8, 24, 16)
+
+    def run(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Tensor) -> None:
+        f = torch.compile(model, backend="approx", options=options)
+        for batch in batches:
+            f(batch).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    torch.manual_seed(0)
+    model = mlp(16, 64, 32, 8)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    run(model, optimizer, x[:4])
+    torch.save([model.state_dict(), optimizer.state_dict(), approx_compile.state_dict(model)], tmp_path / "checkpoint.pt")
+    run(model, optimizer, x[4:])
+    torch._dynamo.reset()
+    resumed = mlp(16, 64, 32, 8)
+    again = torch.optim.Adam(resumed.parameters(), lr=0.01)
+    saved = torch.load(tmp_path / "checkpoint.pt")
+    resumed.load_state_dict(saved[0])
+    again.load_state_dict(saved[1])
+    approx_compile.load_state_dict(resumed, saved[2])
+    assert saved[2]["tables"].keys() == {"0.weight", "2.weight"}
+    run(resumed, again, x[4:])
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
+    assert approx_compile.state_dict(resumed)["tables"] == approx_compile.state_dict(model)["tables"]
+
+
+def test_units_that_no_sample_finds_leave_the_bias() -> None:
+    """An empty active set: with inputs opposite to all weights nothing is found, and what is read are zeros."""
+    model = mlp(16, 64, 8)
+    with torch.no_grad():
+        model[0].weight.copy_(torch.rand(64, 16) + 1)
+    x = -(torch.rand(24, 16) + 1)
+    f, choices, _ = compiled(model, ALWAYS | {"method": "alsh", "ratio": 0.25, "units": {"bits": 16, "tables": 1}})
+    y = f(x)
+    y.sum().backward()
+    assert not choices["2.output.scale"].any() and torch.equal(y, model[2].bias.expand(24, 8))
+    assert not model[0].weight.grad.any() and not model[2].weight.grad.any() and model[2].bias.grad.eq(24).all()
+
+
+def test_a_weight_that_is_made_has_no_tables() -> None:
+    model = nn.utils.parametrizations.weight_norm(nn.Linear(16, 64))
+    sites = plans_of(nn.Sequential(model, nn.ReLU(), nn.Linear(64, 8)), ALWAYS | {"method": "alsh"}, torch.randn(24, 16))
+    assert sites[0].units is None and "hash tables are those of a parameter" in sites[0].reason

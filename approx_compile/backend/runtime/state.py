@@ -1,6 +1,6 @@
 """Save and load the state that a checkpoint of a run needs besides the model, the optimizer and the random state.
 
-This state says how many rows were kept, how often rows were drawn, and which step of its schedule the model is at.
+This state says how many rows were kept, how often rows were drawn, which step of its schedule the model is at, and what the hash tables of its weights hold.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import nn
 
 from approx_compile import _torch
 from approx_compile.backend.runtime.step_counter import load_step_counts, step_counts_state
+from approx_compile.kernels.hash_tables import load_tables, tables_of
 from approx_compile.rows.controller import controls_state, load_controls
 
 
@@ -25,7 +26,8 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
 
     Returns:
         A dict of numbers, strings, lists and dicts only. Its key `controls` holds ``{parameter or module: {cut or draws of a graph: state}}``. Its key
-        `clocks` holds a list with one ``{step, phase, parameters}`` for every optimizer.
+        `clocks` holds a list with one ``{step, phase, parameters}`` for every optimizer. Its key `tables`,
+        which is there where layers are hashed (method `alsh`), holds ``{parameter: tables}``.
 
     Example:
         >>> import torch
@@ -37,7 +39,9 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
         >>> approx_compile.load_state_dict(model, checkpoint["approx"])
     """
     model = _torch.uncompiled(model)
-    return {"controls": controls_state(model), "clocks": step_counts_state(dict(model.named_parameters()))}
+    parameters = dict(model.named_parameters())
+    tables = tables_of(parameters)
+    return {"controls": controls_state(model), "clocks": step_counts_state(parameters)} | ({"tables": tables} if tables else {})
 
 
 def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -58,13 +62,18 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
         >>> approx_compile.load_state_dict(model, state)
     """
     model = _torch.uncompiled(model)
-    if set(state) != {"controls", "clocks"}:
+    if set(state) - {"tables"} != {"controls", "clocks"}:
         raise KeyError(f"load_state_dict: got a dict with keys {sorted(map(str, state))}; approx_compile.state_dict(model) gives 'clocks' and 'controls'")
     parameters = dict(model.named_parameters())
     known = {**dict(model.named_modules()), **parameters}
-    names = [*((n, known) for n in state["controls"]), *((n, parameters) for group in state["clocks"] for n in group["parameters"])]
+    names = [
+        *((n, parameters) for n in state.get("tables", {})),
+        *((n, known) for n in state["controls"]),
+        *((n, parameters) for group in state["clocks"] for n in group["parameters"]),
+    ]
     for name, valid in names:
         if name not in valid:
             raise KeyError(f"state for {name!r}, which {type(model).__name__} does not have; it has {', '.join(list(parameters)[:8])}, ...")
     load_controls(model, state["controls"])
+    load_tables(parameters, state.get("tables", {}))
     load_step_counts(parameters, state["clocks"])

@@ -21,7 +21,7 @@ from approx_compile.passes.cost.expressions import SYMBOLS, WORKING_SET_FACTOR, 
 from approx_compile.passes.cost.site_sizes import contiguous_run, kind_of, role, sizes_of
 from approx_compile.passes.sites.site import Product, Site
 
-COSTED_AS = {"dropout": "uniform", "adaptive_dropout": "uniform"}
+COSTED_AS = {"dropout": "uniform", "adaptive_dropout": "uniform", "alsh": "uniform"}
 """Methods that choose a layer's units, each with the estimator that takes the time of its selection. Neither takes norms."""
 
 _AMOUNT_BY_UNIT = {"GFLOP/s": "flops", "GB/s": "bytes", "us": "launches"}

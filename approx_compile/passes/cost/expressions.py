@@ -25,6 +25,7 @@ the contiguous entries per kept index in the two operands and in the result. |A|
 | narrow, the result of `grad_weight` | | e per entry of the whole result | 1 kernel | bytes / `untake` |
 | narrow, product; dY comes narrow, W is there | n for N | | 1 | as above |
 | chooses (a producer with `adaptive_dropout`): the mean row of A, times W | 1 per entry of A, 2 of W | e per entry of both | 2 kernels | bytes / `norms` |
+| chooses (a producer with `alsh`): projections of A and sometimes of W | 2 per bit and entry | | `HASH_KERNELS` | FLOPs / `linear.output` |
 | fed (the consumer): no take of A, no untake of `grad_input` | | | | |
 
 With the lowerings `triton` and `cuda` there is no take and no untake, so sharing indices saves norms and selection only: the kernel reads whole operands and
@@ -50,6 +51,15 @@ import sympy
 WORKING_SET_FACTOR = 4
 """Bandwidths are read at this many times the bytes moved, because the benchmark that measured them had the caches to itself. In a training step one site uses
 six tensors (operands, output and gradients) before it touches the first again; a gather and its result are one and a half times the bytes."""
+
+HASH_BITS = 30
+"""Bits that `alsh` computes for an input or a unit: 5 tables of 6 bits, the default. Other settings change the time of a step by little."""
+
+REBUILT = 1000
+"""Samples after which `alsh` rebuilds its tables, which takes a projection of every unit: the default."""
+
+HASH_KERNELS = 40
+"""Kernels that one look-up of `alsh` launches."""
 
 B, M, K, N, T, I, O, S, e, k, u, p, q, r, skip = SYMBOLS = sympy.symbols("B M K N T I O S e k u p q r n", positive=True)
 """The symbols, in the order in which the evaluated expressions take them. `skip` is the symbol n."""
@@ -212,6 +222,9 @@ def _narrowing(case: Case) -> list[Term]:
 
 def _choosing(case: Case) -> list[Term]:
     """The estimate by which a site chooses the units that it makes."""
+    if case.chooses == "alsh":
+        hashing = 2 * HASH_BITS * (_A + _W * M / REBUILT)
+        return [Term("hashing", "linear.output", (M, K, sympy.Integer(HASH_BITS)), hashing), _launches(HASH_KERNELS)]
     if case.chooses != "adaptive_dropout":
         return []
     entries = _A + _W

@@ -1,4 +1,4 @@
-"""Decide which hidden layers compute some of their units only: the methods `dropout` and `adaptive_dropout`.
+"""Decide which hidden layers compute some of their units only: the methods `dropout`, `adaptive_dropout` and `alsh`.
 
 The choice belongs to the layer that makes the units, its *producer*, and exists before its output does. The one linear layer that reads them, the *consumer*,
 contracts the kept units only. So the pair is carried out as a producer that is narrowed for its consumer (`producer_narrowing`), and the gradients of the
@@ -11,6 +11,7 @@ that differs from sample to sample, such as a residual.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -21,7 +22,8 @@ from approx_compile import _torch
 from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.config.resolve import SiteSettings, UnitSettings
 from approx_compile.config.words import UNIT_METHODS
-from approx_compile.kernels.estimators import make_estimator
+from approx_compile.kernels.estimators import Estimator, make_estimator
+from approx_compile.kernels.hash_tables import Hashing
 from approx_compile.kernels.unit_selection import UnitChoice
 from approx_compile.passes.cost.estimates import CostModel
 from approx_compile.passes.fx_utils import CASTS, PERMUTES, VIEWS
@@ -43,6 +45,7 @@ from approx_compile.reasons.products import (
     UNITS_LAST,
     UNITS_MIXED,
     UNITS_NO_NONLINEARITY,
+    UNITS_NO_TABLES,
     UNITS_READ_TWICE,
     UNITS_UNREAD,
     WOULD_NOT_PAY,
@@ -102,6 +105,18 @@ def _adds_rows(n: fx.Node, region: NarrowedRegion) -> bool:
     return any(_torch.value(a).dim() > 1 and any(s != 1 for s in _torch.value(a).shape[:-1]) for a in others)
 
 
+def parameter_behind(weight: fx.Node) -> tuple[fx.Node, bool] | None:
+    """Return the input of the graph that a weight (I, K) is, through casts and a transposition, and whether it is (I, K) as well; None if there is none."""
+    straight = True
+    while weight.op != "placeholder":
+        if weight.target in PERMUTES:
+            straight = not straight
+        elif weight.target not in CASTS | VIEWS or _torch.value(weight).dim() != 2:
+            return None
+        weight = weight.all_input_nodes[0]
+    return weight, straight
+
+
 # --- decided ---
 
 
@@ -147,7 +162,9 @@ def _with_units(
     estimator = make_estimator(wanted.method, size, wanted.ratio, wanted.min_k, 1, 1)
     if estimator is None:
         return SHORT_AXIS(size=size, least=wanted.min_k) if size <= wanted.min_k else KEEPS_ALL(size=size, ratio=wanted.ratio, group=1)
-    choice = UnitChoice(estimator, wanted.table.alpha, wanted.table.beta)
+    if wanted.method == "alsh" and parameter_behind(site.products[0].operands[1]) is None:
+        return UNITS_NO_TABLES()
+    choice = _choice(site, estimator, wanted)
     words = UNITS_CHOSEN(method=wanted.method, kept=estimator.expected, size=size, consumer=consumer.name)
     read = producers.fed_products(reader, plan_kept_inputs(consumer, estimator, wanted.ratio, UNITS_READ(producer=site.name), inputs.cost))
     narrow = producers.narrowed_producer(i, sites[i], consumer.name, estimator)
@@ -161,6 +178,12 @@ def _with_units(
     new[i] = replace(narrow, decision="sampled", reason=reason, notes=sites[i].notes, units=choice)
     new[reader] = replace(sites[reader], decision="sampled", reason=UNITS_READ(producer=site.name), products=read, shrinks=(site.name,))
     return new
+
+
+def _choice(site: Site, estimator: Estimator, wanted: UnitSettings) -> UnitChoice:
+    t = wanted.table
+    hashing = Hashing(t.bits, t.tables, t.powers, t.early_samples, t.early_every, t.every)
+    return UnitChoice(estimator, t.alpha, t.beta, hashing, zlib.crc32(site.name.encode()))
 
 
 def _is_free(plan: SitePlan) -> bool:

@@ -16,11 +16,12 @@ from torch import Tensor, fx
 from approx_compile import _torch
 from approx_compile.kernels.estimators import Estimator
 from approx_compile.kernels.gather import Axis, sample_by_weight, take, untake
-from approx_compile.kernels.unit_selection import UnitChoice, choose_units
+from approx_compile.kernels.unit_selection import UnitChoice, choose_units, look_up_units
 from approx_compile.passes.fx_utils import CONV, VIEWS, update_fake_value
 from approx_compile.passes.planning import zero_propagation
 from approx_compile.passes.planning.plan import Plan
 from approx_compile.passes.planning.producer_narrowing import NarrowedRegion, narrowed_region
+from approx_compile.passes.planning.unit_choice import parameter_behind
 from approx_compile.passes.rewrite.graph_edit import MemoryLayout, SampledOperands, inline, match_layout, move_before, save_selection_of, with_current_operands
 from approx_compile.passes.sites.conv_gradients import conv_weight_axes
 from approx_compile.passes.sites.site import Site
@@ -111,8 +112,14 @@ class RegionNarrowing:
         x, weight = with_current_operands(producer.products[0]).operands[0], producer.products[0].operands[1]
         bias = producer.node.args[0] if len(producer.node.args) == 3 else None
         assert bias is None or isinstance(bias, fx.Node)
-        inputs = (x, weight, bias, *((None, None) if fed is None else (fed.idx, fed.scale)))
-        idx, scale = inline(self.graph, self.first, lambda *args: choose_units(choice, *args), inputs)
+        kept = (None, None) if fed is None else (fed.idx, fed.scale)
+        if choice.by_tables:
+            found = parameter_behind(weight)
+            assert found is not None
+            parameter, transposed = found
+            idx, scale = inline(self.graph, self.first, lambda x, w, *kept: look_up_units(choice, x, w, transposed, *kept), (x, parameter, *kept))
+        else:
+            idx, scale = inline(self.graph, self.first, lambda *args: choose_units(choice, *args), (x, weight, bias, *kept))
         return idx, scale
 
     def forward(self, sampled: dict[str, SampledOperands], narrowed: dict[str, tuple[fx.Node, fx.Node]]) -> SampledOperands:
