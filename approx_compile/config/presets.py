@@ -1,4 +1,4 @@
-"""Make lists of rules for the key `rules`: the schedules of Wang and Nelaturu, and rules from any table with a method per layer and batch.
+"""Named settings: lists of rules for the key `rules` (the schedules of Wang and Nelaturu, and any table with a method per layer and batch), and whole options.
 
 Example:
     >>> from approx_compile import ApproxConfig, presets
@@ -6,7 +6,8 @@ Example:
     [{'layers': 'conv', 'steps': '3::4', 'grad_weight': 'max'}]
     >>> config = ApproxConfig(policy="always", method="exact", rules=presets.schedule_3("max"))
 
-Source: Wang and Nelaturu, "Accelerating Convolutional Neural Network Training via Gradient Approximation" (sections 2.5, 3 and 3.4).
+Sources: Wang and Nelaturu, "Accelerating Convolutional Neural Network Training via Gradient Approximation" (sections 2.5, 3 and 3.4); Ebrahimi, Advani and
+Asudeh, "Sampling-Based Techniques for Training Deep Neural Networks with Limited Computational Resources" (sections 6.2 and 8.4).
 """
 
 from __future__ import annotations
@@ -25,6 +26,28 @@ FIGURE_3 = (
     ("max", "zero", "exact", "zero"),
 )
 """The paper's example. Its rows are the convolutions of a network, its columns four batches, which repeat."""
+
+
+def mc(ratio: float = 0.1, least: int = 10, policy: str = "always") -> dict[str, Any]:
+    """Return options for MC-approx: an exact forward pass, and Bernoulli sampled products in the backward pass.
+
+    The gradient of a weight sums over the rows of the batch, and that of an input over the output units. Of either axis `ratio` is kept in expectation, and at
+    least `least` entries: 10 of a batch of 20, and 100 of 1,000 units. A shorter axis, such as that of ten outputs, is exact.
+
+    Args:
+        ratio: The share that is kept.
+        least: The fewest entries that are kept.
+        policy: "always" samples wherever it is legal, as in the paper; "cost" where it is predicted to save time.
+
+    Returns:
+        Options.
+
+    Example:
+        >>> import torch
+        >>> from approx_compile import presets
+        >>> model = torch.compile(torch.nn.Linear(64, 10), backend="approx", options=presets.mc())
+    """
+    return {"policy": policy, "method": "bernoulli", "sampling": "backward", "ratio": ratio, "min_k": least}
 
 
 def schedule_1(method: Method) -> RuleList:

@@ -14,8 +14,12 @@ SPEED_COLUMNS = ("work", "setting", "median_ms", "p20_ms", "p80_ms", "speedup", 
 
 def raced(title: str, contest: dict[str, Callable[[], None]], rounds: int, bars: dict[str, float]) -> list[dict[str, Any]]:
     """A row for every contestant; the one called inductor is what the others are compared with."""
+    return raced_times(title, race(contest, rounds), rounds, bars)
+
+
+def raced_times(title: str, times: dict[str, list[float]], rounds: int, bars: dict[str, float]) -> list[dict[str, Any]]:
+    """The same from the times of the rounds, in milliseconds."""
     rows = []
-    times = race(contest, rounds)
     base = statistics.median(times["inductor"])
     for setting, milliseconds in times.items():
         low, median, high = (round(statistics.quantiles(milliseconds, n=10)[i], 1) for i in (1, 4, 7))

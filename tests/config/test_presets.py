@@ -67,3 +67,14 @@ def test_ragged_tables(table: Any) -> None:
         presets.from_table(table)
     with pytest.raises(ValueError, match="a kind is expected"):
         presets.from_table([["zero"]], layers="conv1")
+
+
+def test_mc_samples_the_backward_pass_with_ten_of_a_batch_of_twenty() -> None:
+    """k is 10 of the rows and 100 of the units; the forward pass and the last layer's ten outputs are exact."""
+    model = nn.Sequential(nn.Linear(784, 1000), nn.ReLU(), nn.Linear(1000, 1000), nn.ReLU(), nn.Linear(1000, 10))
+    plans = Plans()
+    torch.compile(model, backend=Backend(presets.mc(), inner_compile=run_as_is, on_plan=plans))(torch.randn(20, 784))
+    kept = [{p.name: (p.method, p.how.k if p.how else None) for p in s.products} for s in plans.sites]
+    sampled, exact = ("bernoulli", 10), ("exact", None)
+    assert kept[1] == {"output": exact, "grad_input": ("bernoulli", 100), "grad_weight": sampled}
+    assert kept[2] == {"output": exact, "grad_input": exact, "grad_weight": sampled} and kept[0] == {"output": exact, "grad_weight": sampled}
