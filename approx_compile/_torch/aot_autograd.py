@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from approx_compile._torch.autograd_engine import function_of
+from approx_compile._torch.fake_tensors import tree_leaves
 from approx_compile.reasons import Reason
 
 
@@ -97,6 +98,21 @@ def outputs_by_description(output: fx.Node) -> dict[str, fx.Node]:
     """
     described = output.meta.get("desc") or ()
     return {repr(d): n for d, n in zip(described, output.args[0], strict=False) if isinstance(n, fx.Node)}  # type: ignore[arg-type]
+
+
+def gradient_outputs(graph: fx.Graph) -> dict[int, fx.Node]:
+    """Map the inputs of the backend to the outputs of a joint or backward graph that are their gradients.
+
+    Args:
+        graph: The graph.
+
+    Returns:
+        The gradients by the position of the input; without those of inputs that AOTAutograd has made.
+    """
+    output = next(n for n in reversed(graph.nodes) if n.op == "output")
+    described = zip(output.meta.get("desc") or (), tree_leaves(output.args[0]), strict=False)
+    of = [(getattr(d, "grad_of", None), n) for d, n in described]
+    return {d.idx: n for d, n in of if d is not None and type(d).__name__ == "PlainAOTInput" and isinstance(n, fx.Node)}
 
 
 def tangent_output_description(n: fx.Node) -> str | None:

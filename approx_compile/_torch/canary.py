@@ -127,6 +127,7 @@ NAMES: tuple[PrivateName, ...] = (
     PrivateName(f"{_AOT}.descriptors:PlainAOTInput", "which input a placeholder is"),
     PrivateName(f"{_AOT}.descriptors:ParamAOTInput", "parameters of a graph module"),
     PrivateName(f"{_AOT}.descriptors:BufferAOTInput", "buffers of a graph module"),
+    PrivateName(f"{_AOT}.descriptors.GradAOTOutput:grad_of", "which output of a graph is whose gradient"),
     PrivateName(f"{_AOT}.runtime_wrappers:_lazy_backward_info", "the backward graph of a compiled function"),
     PrivateName(f"{_AOT}.runtime_wrappers:compiled_bw", "the backward graph of a compiled function"),
     PrivateName(f"{_AOT}.runtime_wrappers:bw_module", "the backward graph of a compiled function"),

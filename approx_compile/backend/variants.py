@@ -26,6 +26,7 @@ from approx_compile.backend import dynamic_batch
 from approx_compile.backend.capture.frame_parts import FrameParts
 from approx_compile.backend.dynamic_batch import NoRows
 from approx_compile.backend.inductor_options import after_user_passes
+from approx_compile.backend.runtime import choice_recorder
 from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.machine import huge_pages
 from approx_compile.passes.joint_graph_pass import ApproxPass, Listener
@@ -152,7 +153,9 @@ class GraphCompiler:
         options, planned = self.options, list[tuple[Plan, fx.Graph | None, fx.Graph | None]]()
         profile = _device_profile(self.example_inputs) if config.asks_for_products() else None
         approx = ApproxPass(config, self.context, self.layers, lambda *plan: planned.append(plan), options.keep_graphs, rows.ask if rows else None, profile)
-        inner = rows if rows is not None else options.inner_compile
+        inner: Callable[..., Any] | None = rows if rows is not None else options.inner_compile
+        if choice_recorder.may_be_sent() and config.asks_for_products():
+            inner = choice_recorder.ChoiceRecorder(inner or _torch.compile_graph, planned, self.example_inputs)
         gm = _torch.copy_dynamo_graph(self.gm) if self.several or may_compile_again else self.gm
         patches = huge_pages.patches(config, self.patches) | self.patches | {"joint_custom_pre_pass": after_user_passes(approx)}
         compiled = _torch.compile_fx(gm, self.example_inputs, guarded(patches), inner, options.inner_compile is None, self.several)

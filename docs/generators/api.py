@@ -33,9 +33,11 @@ def page() -> str:
     if sorted(listed) != sorted(approx_compile.__all__):
         raise ValueError(f"api page: not in exactly one topic: {sorted(set(listed) ^ set(approx_compile.__all__))}")
     sections = []
+    hook = [".. autofunction:: approx_compile.distributed.register\n", ".. autoclass:: approx_compile.distributed.ReducedAllReduce\n   :members:\n"]
     for topic, names in TOPICS.items():
         body = "\n".join(directive(name) for name in names)
         sections.append(f"## {topic}\n\n```{{eval-rst}}\n{body}```")
+    sections.append("## Data-parallel training\n\n```{eval-rst}\n" + "\n".join(hook) + "```")
     return "\n\n".join(sections)
 
 

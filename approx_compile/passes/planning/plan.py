@@ -214,6 +214,27 @@ class SitePlan:
 
 
 @dataclass(frozen=True)
+class KeptChannels:
+    """A parameter whose gradient is zero outside the channels that a site keeps, by a choice that depends on weights alone.
+
+    Attributes:
+        input: The position of the parameter among the inputs of Dynamo's graph.
+        dim: The dim of the parameter that holds the channels.
+        site: The site whose choice it is.
+        unit: Contiguous channels that one index of the choice stands for.
+        size: All channels.
+        kept: The channels kept.
+    """
+
+    input: int
+    dim: int
+    site: str
+    unit: int
+    size: int
+    kept: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """The decisions for one graph.
 
@@ -222,12 +243,14 @@ class Plan:
         unmatched: The patterns of rules that match no site.
         cuts: Where rows of the batch are chosen in the backward pass.
         remarks: How the graph differs from the one that a tuned plan was made for, and for which layers no rule can hold.
+        kept: Where gradients of parameters are known to be zero on every rank of a data-parallel training.
     """
 
     sites: tuple[SitePlan, ...]
     unmatched: tuple[str, ...] = ()
     cuts: tuple[RowCut, ...] = ()
     remarks: tuple[str, ...] = ()
+    kept: tuple[KeptChannels, ...] = ()
 
     @property
     def sampled(self) -> int:

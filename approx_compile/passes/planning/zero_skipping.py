@@ -38,7 +38,7 @@ def skip_zeros(plan: Plan, inputs: PlanInputs) -> Plan:
     if not inputs.cost.predicts_time:
         return plan
     sites = inputs.sites
-    readers = _readers_of_gradients(sites)
+    readers = readers_of_gradients(sites)
     shared = _shared_results(sites, plan)
     new = list(plan.sites)
     for source, source_plan in zip(sites, plan.sites, strict=True):
@@ -52,8 +52,12 @@ def skip_zeros(plan: Plan, inputs: PlanInputs) -> Plan:
     return replace(plan, sites=tuple(new))
 
 
-def _readers_of_gradients(sites: Sequence[Site]) -> dict[tuple[fx.Node | None, int], list[tuple[int, int]]]:
-    """By output gradient and its channel dim: the numbers of the site and of the product that read it."""
+def readers_of_gradients(sites: Sequence[Site]) -> dict[tuple[fx.Node | None, int], list[tuple[int, int]]]:
+    """Return, by output gradient and its channel dim, the numbers of the site and of the product that read it.
+
+    Args:
+        sites: The sites of the graph.
+    """
     readers: dict[tuple[fx.Node | None, int], list[tuple[int, int]]] = defaultdict(list)
     for i, site in enumerate(sites):
         for j, p in enumerate(site.products):

@@ -1,0 +1,33 @@
+"""The reduced all-reduce against DDP's full one, with real ranks. What each case does stands in `helpers/reduced_cases.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers import reduced_cases
+from helpers.ranks import run_on_ranks
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return run_on_ranks(tmp_path_factory.mktemp("two"), "helpers.reduced_cases", [*reduced_cases.IN_MAKE_TEST, "convolutions"])
+
+
+@pytest.mark.parametrize("case", [*reduced_cases.IN_MAKE_TEST, "convolutions"])
+def test_two_ranks(case: str, failed: dict[str, str]) -> None:
+    assert case not in failed, failed[case]
+
+
+@pytest.mark.parametrize("case", reduced_cases.LAST)
+def test_an_error_ends_all_ranks(case: str, tmp_path: Path) -> None:
+    failed = run_on_ranks(tmp_path, "helpers.reduced_cases", [case])
+    assert not failed, failed[case]
+
+
+@pytest.mark.exhaustive
+def test_four_ranks(tmp_path: Path) -> None:
+    failed = run_on_ranks(tmp_path, "helpers.reduced_cases", ["one_graph", "buckets", "schedule", "accumulation", "convolutions", "uneven_inputs"], 4)
+    assert not failed, failed

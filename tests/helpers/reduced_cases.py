@@ -1,0 +1,239 @@
+"""Cases of the reduced all-reduce, run on every rank (`helpers.ranks`): each compares it with DDP's full one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_wrapper
+
+from approx_compile.distributed import ReducedAllReduce, register
+from helpers.ddp import WEIGHTS, assert_close, assert_equal_on_ranks, batch, small, train, wrapped
+from helpers.models import Buckets
+
+
+def _same_weights(a: nn.Module, b: nn.Module, world: int) -> None:
+    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        if world == 2:
+            assert torch.equal(p, q), name
+        else:
+            assert_close([p.detach()], [q.detach()], 1e-6)
+
+
+def _compare(
+    model: nn.Module,
+    rank: int,
+    world: int,
+    options: dict[str, Any] = WEIGHTS,
+    order: str = "inner",
+    steps: int = 4,
+    verify: int = 2,
+    run: Callable[..., Any] = train,
+    inputs: int = 64,
+    rows: int = 32,
+    **kwargs: Any,
+) -> ReducedAllReduce:
+    """Train a model with the full and with the reduced all-reduce; the weights must be the same."""
+    full = copy.deepcopy(model)
+    run(wrapped(full, options, order, **kwargs), full.parameters(), rank, steps, rows, inputs)
+    ddp = wrapped(model, options, order, **kwargs)
+    state = register(ddp, verify=verify)
+    run(ddp, model.parameters(), rank, steps, rows, inputs)
+    _same_weights(model, full, world)
+    assert_equal_on_ranks(model)
+    return state
+
+
+def one_graph(rank: int, world: int) -> None:
+    state = _compare(small(), rank, world)
+    assert state.exchanges == 4 and state.bytes_sent < 0.6 * state.bytes_whole, state.bytes_sent / state.bytes_whole
+
+
+def buckets(rank: int, world: int) -> None:
+    state = _compare(Buckets(), rank, world, order="outer", inputs=512, bucket_cap_mb=1)
+    assert state.bytes_sent < 0.7 * state.bytes_whole, state.bytes_sent / state.bytes_whole
+
+
+class _Convs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = [(8, 32), (32, 64), (64, 64)]
+        self.body = nn.Sequential(*(m for i, o in sizes for m in (nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU())))
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x.view(len(x), 8, 4, -1)).mean((2, 3)))
+
+
+def convolutions(rank: int, world: int) -> None:
+    state = _compare(_Convs(), rank, world, WEIGHTS | {"rules": [{"layers": "conv", "ratio": 0.5}]}, inputs=256, rows=8)
+    assert state.bytes_sent < 0.7 * state.bytes_whole, state.bytes_sent / state.bytes_whole
+
+
+def schedule(rank: int, world: int) -> None:
+    """Exact steps after sampled ones must not use the indices of these."""
+    options = {"policy": "always", "method": "exact", "rules": [{"layers": "*", "steps": "1::2", "method": "topk_weights", "ratio": 0.5}]}
+    state = _compare(small(), rank, world, options, steps=6)
+    assert 0.5 < state.bytes_sent / state.bytes_whole < 0.9
+
+
+def _accumulate(ddp: Any, parameters: Any, rank: int, steps: int, rows: int, inputs: int) -> None:
+    optimizer = torch.optim.AdamW(parameters, lr=0.01)
+    for step in range(steps):
+        with ddp.no_sync():
+            ddp(batch(rank, 2 * step, rows, inputs)).square().mean().backward()
+        ddp(batch(rank, 2 * step + 1, rows, inputs)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def accumulation(rank: int, world: int) -> None:
+    state = _compare(small(), rank, world, run=_accumulate)
+    assert state.bytes_sent < 0.6 * state.bytes_whole
+
+
+def _accumulate_other_weights(ddp: Any, parameters: Any, rank: int, steps: int, rows: int, inputs: int) -> None:
+    """The weights change between two backward passes whose gradients are added: their indices differ."""
+    parameters = list(parameters)
+    for step in range(steps):
+        with ddp.no_sync():
+            ddp(batch(rank, 2 * step, rows, inputs)).square().mean().backward()
+        with torch.no_grad():
+            for i, p in enumerate(parameters):
+                p.mul_(torch.rand(p.shape, generator=torch.Generator().manual_seed(step + i)))
+        ddp(batch(rank, 2 * step + 1, rows, inputs)).square().mean().backward()
+        with torch.no_grad():
+            for p in parameters:
+                p.sub_(0.1 * p.grad)
+                p.grad = None
+
+
+def accumulation_over_a_change_of_weights(rank: int, world: int) -> None:
+    state = _compare(small(), rank, world, run=_accumulate_other_weights)
+    assert state.bytes_sent > 0.9 * state.bytes_whole
+
+
+class _Penalty(nn.Module):
+    """A model whose first weight also gets a gradient from outside the compiled part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = small()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.net(x)
+        torch._dynamo.graph_break()
+        return out + 1e-3 * self.net[0].weight.square().sum()
+
+
+def gradient_from_outside(rank: int, world: int) -> None:
+    model = _Penalty()
+    state = _compare(model, rank, world, verify=100)
+    assert any("0.weight" in name for name in state.whole) and state.bytes_sent < 0.95 * state.bytes_whole, state.whole
+
+
+def half_precision(rank: int, world: int) -> None:
+    model = small()
+    ddp = wrapped(model, WEIGHTS)
+    state = register(ddp, wrapper=fp16_compress_wrapper)
+    train(ddp, model.parameters(), rank, 3)
+    assert_equal_on_ranks(model)
+    assert state.bytes_sent < 0.6 * state.bytes_whole
+
+
+def choice_by_the_data_goes_whole(rank: int, world: int) -> None:
+    state = _compare(small(), rank, world, WEIGHTS | {"method": "topk"})
+    assert state.bytes_sent == state.bytes_whole and len(state.whole) == 6
+
+
+def different_weights_raise_on_all_ranks(rank: int, world: int) -> None:
+    model = small()
+    ddp = wrapped(model, WEIGHTS)
+    register(ddp)
+    train(ddp, model.parameters(), rank, 1)
+    with torch.no_grad():
+        model[2].weight.mul_(torch.rand(model[2].weight.shape, generator=torch.Generator().manual_seed(rank)))
+    try:
+        train(ddp, model.parameters(), rank, 1)
+    except RuntimeError as e:
+        assert "have chosen different channels for" in str(e) and "2.weight" in str(e) and "checkpoint" in str(e), e
+        return
+    raise AssertionError("no error")
+
+
+def uneven_inputs(rank: int, world: int) -> None:
+    model = small()
+    results = []
+    for reduced in (False, True):
+        net = copy.deepcopy(model)
+        ddp = wrapped(net, WEIGHTS)
+        if reduced:
+            register(ddp)
+        with ddp.join():
+            train(ddp, net.parameters(), rank, 3 + 2 * rank)
+        assert_equal_on_ranks(net)
+        results.append(net)
+    _same_weights(*results, world)
+
+
+def static_graph(rank: int, world: int) -> None:
+    state = _compare(small(), rank, world, static_graph=True)
+    assert state.bytes_sent < 0.7 * state.bytes_whole
+
+
+class _Unused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.unused = small(), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def unused_parameters(rank: int, world: int) -> None:
+    state = _compare(_Unused(), rank, world, find_unused_parameters=True, gradient_as_bucket_view=True)
+    assert state.bytes_sent < 0.7 * state.bytes_whole
+
+
+def wrong_arguments(rank: int, world: int) -> None:
+    for model, kwargs, kind in ((small(), {}, TypeError), (wrapped(small(), WEIGHTS), {"verify": -1}, ValueError)):
+        try:
+            register(model, **kwargs)
+        except kind as e:
+            assert "register: got" in str(e)
+        else:
+            raise AssertionError(kwargs)
+
+
+def verify_finds_a_wrong_gradient(rank: int, world: int) -> None:
+    """The check against the full all-reduce fails where more than the kept slices differ between the ranks."""
+    model = small()
+    ddp = wrapped(model, WEIGHTS)
+    state = register(ddp, verify=1)
+    state._slices._arrive = _arrives_spoiled(state._slices._arrive, rank)
+    try:
+        train(ddp, model.parameters(), rank, 1)
+    except RuntimeError as e:
+        assert "differ from those of the full all-reduce" in str(e), e
+    else:
+        raise AssertionError("no error")
+    dist.barrier()
+
+
+def _arrives_spoiled(arrive: Callable[..., None], rank: int) -> Callable[..., None]:
+    def spoiled(parameter: Tensor, gradient: Tensor) -> None:
+        arrive(parameter, gradient)
+        gradient.add_(rank)
+
+    return spoiled
+
+
+IN_MAKE_TEST = (
+    "one_graph buckets schedule accumulation accumulation_over_a_change_of_weights gradient_from_outside half_precision choice_by_the_data_goes_whole "
+    "uneven_inputs static_graph unused_parameters wrong_arguments"
+).split()
+LAST = ("different_weights_raise_on_all_ranks", "verify_finds_a_wrong_gradient")
