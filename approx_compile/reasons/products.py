@@ -79,8 +79,8 @@ FEW_CHANNELS = Template("few-channels", "{size} contraction channels, fewer than
 NO_COST_MODEL = Template("no-cost-model", "no cost model for {device}", 'Set `policy: "always"`, which predicts no times.')
 WOULD_NOT_PAY = Template(
     "would-not-pay",
-    "would not pay: {words}",
-    NOTHING_TO_DO + "sampled, the layer would take more time. A smaller `ratio`, a larger batch or a wider layer pays sooner.",
+    "would not pay: {words} ({missed})",
+    NOTHING_TO_DO + "sampled, the layer would take more time, or save too little. A smaller `ratio`, a larger batch or a wider layer pays sooner.",
 )
 
 # --- a gradient is not replaced ---

@@ -106,7 +106,7 @@ def row_again(old: dict[str, Any], kind: str, product: TimedProduct, ratio: floa
 
 def compared(site: SitePlan, what: dict[str, Any], exact: float, sampled: float, outside: float, timed: str) -> dict[str, Any]:
     assert site.time_exact_us is not None and site.time_sampled_us is not None
-    chosen = site.decision == "sampled" and margins.is_worth_sampling(site.kind, site.time_exact_us, site.time_sampled_us, machine.current())
+    chosen = site.decision == "sampled" and margins.threshold(site.kind, machine.current()).is_exceeded(site.time_exact_us, site.time_sampled_us)
     return (
         {k: v for k, v in conditions().items() if k != "dtype"}
         | what

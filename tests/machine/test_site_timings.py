@@ -64,7 +64,7 @@ def test_measured_once_then_remembered(times: Path, monkeypatch: pytest.MonkeyPa
 
     for us, decision, says in (
         ([100, 60, 50], "sampled", "measured 2.00x at ratio 0.5"),
-        ([100, 98, 99], "exact", "would not pay: measured 1.02x at ratio 0.5"),
+        ([100, 98, 99], "exact", "would not pay: measured 1.02x at ratio 0.5 (must exceed 1.05x)"),
     ):
         times.write_text(json.dumps(stored | {"us": {question: us}}))
         site = plans_of(model, MEASURE, x)[1]

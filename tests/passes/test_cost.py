@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -134,6 +135,7 @@ def test_decisions_follow_the_machine() -> None:
     assert "predicted" in first.reason and "break-even" in first.reason
     (fast, *_) = decided(model, x, factor(profile, "linear", 1e3))
     assert fast.decision == "exact" and fast.reason.startswith("would not pay: predicted 0.") and fast.time_exact_us < first.time_exact_us
+    assert fast.reason.endswith(" (must exceed 1.2x)")
     (slow, *_) = decided(model, x, factor(factor(profile, "take", 1e-3), "untake", 1e-3))
     assert slow.decision == "exact" and ("break-even 0.0" in slow.reason or "no ratio breaks even" in slow.reason)
 
@@ -155,11 +157,13 @@ def test_a_quick_profile_asks_for_more_and_little_is_left_alone() -> None:
     (site, *_) = decided(model, x, profile)
     exact, sampled = site.time_exact_us, site.time_sampled_us
     dull = factor(profile, "kernel", (exact - sampled) / profile.table("kernel").at() / margins.LEAST_LAUNCHES * 1.2)
-    assert decided(model, x, dull)[0].decision == "exact"
+    assert decided(model, x, dull)[0].decision == "exact" and re.search(r"\(saves \d+ us, must exceed \d+ us\)", decided(model, x, dull)[0].reason)
     quick = profile.model_copy(update={"quick": True})
     for gain, want in ((1.1, (False, False)), (1.3, (True, False)), (1.6, (True, True))):
-        assert tuple(margins.is_worth_sampling("linear", gain * 1e6, 1e6, p) for p in (profile, quick)) == want
-    assert not margins.is_worth_sampling("conv", 1.3e6, 1e6, profile) and margins.is_worth_sampling("conv", 1.6e6, 1e6, profile)
+        assert tuple(margins.threshold("linear", p).is_exceeded(gain * 1e6, 1e6) for p in (profile, quick)) == want
+    conv = margins.threshold("conv", profile)
+    assert not conv.is_exceeded(1.3e6, 1e6) and conv.is_exceeded(1.6e6, 1e6)
+    assert conv.missed(1.46e6, 1e6) == "must exceed 1.5x" and conv.missed(0.9, 0.5).startswith("saves 0.4 us, must exceed ")
 
 
 @pytest.mark.slow

@@ -124,4 +124,4 @@ def test_reasons_inside_reasons() -> None:
     assert reason.startswith("rows end where a sum over the batch goes back to its rows, as in BatchNorm (at norm, model.py:3, self.norm(x)); aten.sort is not")
     assert CROSS_SAMPLE.explains(reason) and not EVAL_MODE.explains(reason) and not CROSS_SAMPLE.explains(str(reason)) and not CROSS_SAMPLE.explains(None)
     assert join((reason, reason)).ids == reason.ids and reason.at("") is reason
-    assert WOULD_NOT_PAY(words=WHOLE_BACKWARD()).advice == ()  # there is nothing to do
+    assert WOULD_NOT_PAY(words=WHOLE_BACKWARD(), missed="").advice == ()  # there is nothing to do

@@ -55,10 +55,10 @@ class CostModel:
         """Return whether the time of a site's products under a lowering can be predicted: always under "inductor", else if the profile has the kernel."""
         return lowering not in CUSTOM_KERNELS or (self.machine is not None and self.machine.has(f"{lowering}.{kind_of(site)}.output", site.dtype))
 
-    def is_worth_sampling(self, kind: str, exact_us: float, sampled_us: float) -> bool:
-        """Return whether predicted times call for sampling (see `margins.is_worth_sampling`). The model must have a machine."""
+    def threshold(self, kind: str) -> margins.Threshold:
+        """Return what sampling a site of this kind must save (see `margins.threshold`). The model must have a machine."""
         assert self.machine is not None
-        return margins.is_worth_sampling(kind, exact_us, sampled_us, self.machine)
+        return margins.threshold(kind, self.machine)
 
     def time_us(self, rate: str, amount: float, at: Sequence[float] = (), dtype: Any = "float32") -> float:
         """Return the time of some work at a measured rate, in us. The model must have a machine.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from approx_compile.machine import Machine
 
 MARGIN = 1.2
@@ -40,15 +42,36 @@ def pays(exact_us: float, sampled_us: float, margin: float) -> bool:
     return exact_us > margin * sampled_us
 
 
-def is_worth_sampling(kind: str, exact_us: float, sampled_us: float, machine: Machine) -> bool:
-    """Return whether the predicted times of a site call for sampling it.
+@dataclass(frozen=True)
+class Threshold:
+    """What sampling a site must save.
+
+    Attributes:
+        speedup: The ratio of exact to sampled time that must be exceeded.
+        saved_us: The time saved that must be exceeded, in us.
+    """
+
+    speedup: float
+    saved_us: float = 0.0
+
+    def is_exceeded(self, exact_us: float, sampled_us: float) -> bool:
+        """Return whether the times of a site, in us, call for sampling it."""
+        return pays(exact_us, sampled_us, self.speedup) and exact_us - sampled_us > self.saved_us
+
+    def missed(self, exact_us: float, sampled_us: float) -> str:
+        """Return which condition the times of a site, in us, do not fulfil."""
+        if not pays(exact_us, sampled_us, self.speedup):
+            return f"must exceed {self.speedup:.3g}x"
+        saved, least = (f"{us:.2g}" if us < 10 else f"{us:.0f}" for us in (exact_us - sampled_us, self.saved_us))
+        return f"saves {saved} us, must exceed {least} us"
+
+
+def threshold(kind: str, machine: Machine) -> Threshold:
+    """Return what sampling a site must save by predicted times.
 
     Args:
         kind: Kind of the site; "conv" has a larger margin than the others.
-        exact_us: Predicted time of the exact products, in us.
-        sampled_us: Predicted time of the sampled products, in us.
         machine: Profile with the time of a launch, and whether it was measured quickly.
     """
-    margin = (CONV_MARGIN if kind == "conv" else MARGIN) * (QUICK_MARGIN if machine.quick else 1)
-    least = LEAST_LAUNCHES * machine.table("kernel").at()
-    return pays(exact_us, sampled_us, margin) and exact_us - sampled_us > least
+    speedup = (CONV_MARGIN if kind == "conv" else MARGIN) * (QUICK_MARGIN if machine.quick else 1)
+    return Threshold(speedup, LEAST_LAUNCHES * machine.table("kernel").at())

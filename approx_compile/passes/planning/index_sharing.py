@@ -149,7 +149,7 @@ def _is_better(kind: str, apart: Sequence[SitePlan], best: _Way, settings: SiteS
     time = total(p.time_sampled_us for products in best for p in products)
     assert separate is not None and exact is not None and time is not None
     margin = 1.0 if settings.share else margins.SHARE_MARGIN
-    return separate >= margin * time and (settings.policy != "cost" or cost.is_worth_sampling(kind, exact, time))
+    return separate >= margin * time and (settings.policy != "cost" or cost.threshold(kind).is_exceeded(exact, time))
 
 
 def _with_shared_indices(sites: Sequence[Site], way: _Way, cost: CostModel, one_sum: bool) -> _Way:

@@ -61,16 +61,15 @@ def select_best(
         exact, sampled = plan.time_exact_us, plan.time_sampled_us
         words, break_even = prediction([(site, best)], cost)
 
-    def pays(before: float, after: float) -> bool:
-        if times is not None:
-            return margins.pays(exact + before, sampled + after, margins.MEASURED_MARGIN)
-        return cost.is_worth_sampling(site.kind, exact + before, sampled + after)
-
+    threshold = cost.threshold(site.kind) if times is None else margins.Threshold(margins.MEASURED_MARGIN)
     before, after = others(best)
     if before > after:
         words = WITH_PRODUCERS(words=words, speedup=(exact + before) / (sampled + after))
-    worth_it = pays(0.0, 0.0) or pays(before, after)
-    decided = replace(plan, reason=join((first.reason, words))) if worth_it else exact_site(site, WOULD_NOT_PAY(words=words), cost)
+    if threshold.is_exceeded(exact, sampled) or threshold.is_exceeded(exact + before, sampled + after):
+        decided = replace(plan, reason=join((first.reason, words)))
+    else:
+        more = (before, after) if before > after else (0.0, 0.0)
+        decided = exact_site(site, WOULD_NOT_PAY(words=words, missed=threshold.missed(exact + more[0], sampled + more[1])), cost)
     return replace(decided, break_even=break_even)
 
 
