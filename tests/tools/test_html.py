@@ -173,6 +173,16 @@ def test_cuts(tmp_path: Path, small_work_counts: None) -> None:
     assert page.texts["td"].count("8 of 32 rows") == on_rows > 0
 
 
+def test_advice_stands_beside_its_reason(tmp_path: Path, small_work_counts: None) -> None:
+    model = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 32))
+    report = explain(model, torch.randn(32, 16))
+    page = written(report, tmp_path / "report.html")
+    assert "cross-sample" in report.advice() and "What you can do (cross-sample): GroupNorm" in str(report)
+    assert sum("GroupNorm" in text for text in page.texts["details"]) == 2  # of the layer above and of the cut
+    assert not any(text.startswith("What you can do") for text in page.texts["p"])
+    assert any("docs/reference/reasons.md" in text for text in page.texts["p"]) and 'grad: {"axis": "rows", "batch_norm": "approximate"}' in page.texts["code"]
+
+
 def test_rows_over_steps_in_the_default_mode(tmp_path: Path, small_work_counts: None) -> None:
     report = explain(mlp(64, 256, 256, 10), torch.randn(32, 64))
     page = written(report, tmp_path / "report.html")

@@ -116,13 +116,14 @@ def render(report: ReportData, machine: Peaks | None) -> str:
         report=report,
         sites=list(zip(report.keys, report.sites, strict=True)),
         verdict=report_text.verdict(report),
-        notes=list(report_text.notes(report)),
+        notes=list(report_text.notes(report, advice=False)),  # it stands beside the reasons
         words=words,
         flops_title=report_text.flops_title(report),
         flops_of=lambda site: report_text.flops_of(site, report),
         kind_of=kind_of,
         labels=LABELS,
         broken=_breakable,
+        marked=_code_marked,
         graphs=[difference(b, a) for b, a in zip(report.before, report.after, strict=True)],
         timed=any(s.time_exact_us is not None for s in report.sites),
         break_even=f"{PREDICTION_ERROR:g}" if any(s.break_even for s in report.sites) else "",
@@ -141,6 +142,13 @@ def _breakable(name: str) -> Any:
 
     parts = [escape(part) for part in re.split(r"(?<=[._/])", name) if part]
     return Markup("<wbr>").join(parts)
+
+
+def _code_marked(text: str) -> Any:
+    """Return text as HTML with what is in backticks marked as code."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _tables() -> dict[str, str]:

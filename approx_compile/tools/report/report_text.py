@@ -233,8 +233,13 @@ def _layers(report: ReportData, width: int) -> list[object]:
     return [bare, *(f"{', '.join(labels)}: {reason}" for reason, labels in by_reason.items())]
 
 
-def notes(report: ReportData) -> Iterable[str]:
-    """Yield the lines below the table: what was assumed, where rows are chosen, which patterns match nothing, and the legend."""
+def notes(report: ReportData, advice: bool = True) -> Iterable[str]:
+    """Yield the lines below the table: what was assumed, where rows are chosen, which patterns match nothing, and the legend.
+
+    Args:
+        report: The report.
+        advice: Whether lines say what the user can do about the reasons.
+    """
     if report.verbose and (sizes := report.traced()):
         yield f"{sizes} as traced, which FLOPs and times are for"
     if len(report.before) > 1:
@@ -243,8 +248,8 @@ def notes(report: ReportData) -> Iterable[str]:
         yield f"Chain {' > '.join(chain)}: each layer multiplies only the units that the one before makes; units left out are 0 and are not updated."
     for cut in report.cuts:
         yield _cut(cut, len(report.cuts) > 1)
-    for reason_id, advice in report.advice().items():
-        yield f"{reason_id}: {advice}"
+    for reason_id, text in report.advice().items() if advice else ():
+        yield f"What you can do ({reason_id}): {text}"
     if report.assignments > 1:
         which = f"the first of {report.assignments} assignments over the run"
         yield f"These are the settings of step 0, {which}; explain(..., config=config.at(step, phase)) shows another."
