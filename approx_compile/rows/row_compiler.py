@@ -146,7 +146,7 @@ class RowCompiler:
         reason = coverage.rejection_reason(self._least_share)
         if reason is not None or self.config.policy == "always":
             return reason
-        device = next((n.meta["val"].device.type for n in graph.nodes if isinstance(n.meta.get("val"), Tensor)), "cpu")
+        device = _device_of(graph)
         return row_cost.rejection_reason(coverage.work, self.levels, machine.stored(device), device, self.flops_elsewhere)
 
     @property
@@ -222,6 +222,9 @@ class RowCompiler:
         """Add a `RowCut` for each level to what is reported. `exact` is the reason why all rows are kept, if they are."""
         sizes = (s for n in graph.nodes if n.op == "placeholder" for s in _sizes(n))
         rows = next((_torch.hint(s) for s in sizes if _torch.size_expr(s) == self.batch.symbol), 0) // self.batch.group
+        profile = machine.stored(_device_of(graph)) if exact is None and self.config.policy != "always" else None
+        predicted = row_cost.predict(coverage.work, self.levels, profile) if profile is not None else None
+        times = (predicted.saved_us, predicted.cost_us) if predicted is not None else ()
         for i, asked in enumerate(self.levels, 1):
             mine = tuple(name for name, level in products.items() if level == i)
             if exact is None and not mine:
@@ -229,7 +232,7 @@ class RowCompiler:
             reason = exact or (ROWS_END(stops=join(coverage.blocked)) if coverage.blocked else WHOLE_BACKWARD())
             decision, stops = "exact" if exact else "rows", bool(exact or coverage.blocked)
             flops = (coverage.flops_all, coverage.flops_on_rows)
-            self.cuts.append(RowCut(asked.method, asked.ratio, rows, decision, reason, *flops, mine, i, stops))
+            self.cuts.append(RowCut(asked.method, asked.ratio, rows, decision, reason, *flops, mine, i, stops, *times))
 
     def _place(self, cut: RowCut) -> str:
         """Say which part of the backward pass a cut decides about."""
@@ -302,6 +305,11 @@ def _levels_of(gm: fx.GraphModule) -> dict[str, int]:
 
 LEVEL = "approx_compile_rows"
 """Key in the meta of a gradient product's node: the level that its site asks for."""
+
+
+def _device_of(graph: fx.Graph) -> str:
+    """Return the type of the device that a graph runs on."""
+    return next((n.meta["val"].device.type for n in graph.nodes if isinstance(n.meta.get("val"), Tensor)), "cpu")
 
 
 def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
