@@ -22,11 +22,11 @@ from approx_compile.backend.inductor_options import inductor_patches
 from approx_compile.backend.runtime.dispatch import Dispatch
 from approx_compile.backend.runtime.output_probe import AdaptiveOutputs
 from approx_compile.backend.runtime.schedule import Schedule
-from approx_compile.backend.runtime.step_counter import count_optimizer_steps
 from approx_compile.backend.variants import BackendOptions, GraphCompiler, Variant, representative_plan
 from approx_compile.config import ApproxConfig
 from approx_compile.passes.joint_graph_pass import Listener
 from approx_compile.passes.sites.site import Context
+from approx_compile.rows.step_counter import count_optimizer_steps
 from approx_compile.utils import DISABLE, warn_once
 
 

@@ -32,9 +32,9 @@ from approx_compile import ApproxConfig, set_step
 from approx_compile.backend.capture import graph_context
 from approx_compile.backend.runtime.dispatch import Dispatch
 from approx_compile.backend.runtime.schedule import Schedule
-from approx_compile.backend.runtime.step_counter import after_step
 from approx_compile.config import presets
 from approx_compile.passes.joint_graph_pass import ApproxPass
+from approx_compile.rows.step_counter import after_step
 from approx_compile.tools.compare import race
 from benchmarks.common.races import SPEED_COLUMNS, raced
 from benchmarks.common.rows import ROOT, conditions, show, store

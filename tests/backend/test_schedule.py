@@ -17,8 +17,9 @@ from torch._dynamo.utils import counters
 import approx_compile
 from approx_compile import ApproxConfig, ApproxWarning, Backend, ConfigError, set_phase, set_step
 from approx_compile.backend import run_as_is
-from approx_compile.backend.runtime import dispatch, step_counter
+from approx_compile.backend.runtime import dispatch
 from approx_compile.backend.runtime.schedule import MAX_ASSIGNMENTS, Schedule
+from approx_compile.rows import step_counter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from approx_compile.backend.runtime.schedule import Schedule
-from approx_compile.backend.runtime.step_counter import StepCount, step_count_of
+from approx_compile.rows.step_counter import StepCount, step_count_of
 from approx_compile.utils import warn_once
 
 UNCOUNTED_CALLS = 200

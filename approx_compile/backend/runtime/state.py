@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 
 from approx_compile import _torch
-from approx_compile.backend.runtime.step_counter import load_step_counts, step_counts_state
 from approx_compile.kernels.hash_tables import load_tables, tables_of
 from approx_compile.rows.controller import controls_state, load_controls
+from approx_compile.rows.step_counter import load_step_counts, step_counts_state
 
 
 def state_dict(model: nn.Module) -> dict[str, Any]:
