@@ -3,10 +3,12 @@
 from approx_compile.backend import Backend, old_pickles
 from approx_compile.backend.capture.annotate import annotate
 from approx_compile.backend.runtime.decisions import Decisions, decisions
+from approx_compile.backend.runtime.metrics import metrics
 from approx_compile.backend.runtime.state import load_state_dict, state_dict
 from approx_compile.config import ApproxConfig, ConfigError, presets
 from approx_compile.config.plan_file import TunedPlan
-from approx_compile.rows.controller import Control, controls
+from approx_compile.rows.controller import Control
+from approx_compile.rows.ownership import controls
 from approx_compile.rows.step_counter import set_phase, set_step
 from approx_compile.tools.report.explain import Report, explain
 from approx_compile.tools.tuning.tune import tune
@@ -27,6 +29,7 @@ __all__ = [
     "decisions",
     "explain",
     "load_state_dict",
+    "metrics",
     "presets",
     "set_phase",
     "set_step",

@@ -31,7 +31,15 @@ from approx_compile._torch.aot_autograd import (
     outputs_by_description,
     tangent_output_description,
 )
-from approx_compile._torch.autograd_engine import current_backward_id, current_backward_node, function_of, graph_is_kept, has_gradient_hook, nodes_below
+from approx_compile._torch.autograd_engine import (
+    accumulated_leaves,
+    current_backward_id,
+    current_backward_node,
+    function_of,
+    graph_is_kept,
+    has_gradient_hook,
+    nodes_below,
+)
 from approx_compile._torch.dynamo import (
     UnwrappedBackendError,
     backend_names,
@@ -70,6 +78,7 @@ from approx_compile._torch.fake_tensors import (
     value,
 )
 from approx_compile._torch.flop_counts import count_dynamo_flops, count_tensors, flops
+from approx_compile._torch.fsdp import gathered_parameters
 from approx_compile._torch.inductor import (
     CustomGraphPass,
     CustomSchedulerPass,
@@ -135,6 +144,7 @@ __all__ = [
     "SYMBOLIC",
     "SymbolRequest",
     "UnwrappedBackendError",
+    "accumulated_leaves",
     "activation_memory_budget",
     "append_to_header",
     "are_compared",
@@ -178,6 +188,7 @@ __all__ = [
     "evaluate_expr",
     "exact_mark",
     "fake_contiguous",
+    "gathered_parameters",
     "fake_like",
     "fake_mode_of",
     "fake_scalar",

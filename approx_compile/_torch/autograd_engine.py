@@ -25,6 +25,20 @@ def current_backward_node() -> Any:
     return torch._C._current_autograd_node()
 
 
+def accumulated_leaves(node: Any) -> Iterator[torch.Tensor]:
+    """Find the leaves whose gradients a node of the autograd graph returns directly.
+
+    Args:
+        node: The node.
+
+    Yields:
+        The leaves, in the order of the inputs of the node's forward function.
+    """
+    for below, _ in node.next_functions:
+        if type(below).__name__ == "AccumulateGrad":
+            yield below.variable
+
+
 def function_of(node: Any) -> Any:
     """Return the `torch.autograd.Function` that made a node of the autograd graph; None for a node of torch's own ops."""
     return getattr(node, "_forward_cls", None)

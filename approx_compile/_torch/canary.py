@@ -48,6 +48,7 @@ _GUARDS = "guards on a layer's mode and attributes"
 _RETRACE = "no symbol is asked for the batch's size, so rows of models that were traced without one are not sampled"
 _NO_SEEDING = "the same seed given twice is not noticed: sampled rows then go on from the first one's"
 _NO_EXPLAIN = "explain and tune don't find the options of a model that is compiled already"
+_NO_FSDP = "controls and steps of models that FSDP2 shards are not in their checkpoints"
 _ORDER = "the guard against torch's fault `lost_order`"
 _CODE = "additions to the code that Inductor writes"
 
@@ -200,6 +201,9 @@ NAMES: tuple[PrivateName, ...] = (
     PrivateName("torch.utils._python_dispatch.is_traceable_wrapper_subclass", "DTensor and its like"),
     PrivateName("torch.utils._pytree.tree_leaves", "nested inputs"),
     PrivateName("torch._ops.HigherOrderOperator", "ops that take graphs"),
+    PrivateName("torch.distributed.fsdp._fully_shard._fsdp_param.FSDPParam:_unsharded_param", "the names of FSDP2's gathered parameters", _NO_FSDP),
+    PrivateName("torch.distributed.fsdp._fully_shard._fsdp_param.FSDPParam:sharded_param", "the names of FSDP2's gathered parameters", _NO_FSDP),
+    PrivateName("torch.distributed.fsdp._fully_shard._fsdp_state.FSDPState:_fsdp_param_groups", "the names of FSDP2's gathered parameters", _NO_FSDP),
     PrivateName("torch._ops.OpOverload", "what kind of op a node calls"),
     PrivateName("torch._ops.OpOverload:_schema", "the types of an op's arguments"),
     PrivateName("torch._ops.OpOverload:tags", "which ops are random, pointwise"),

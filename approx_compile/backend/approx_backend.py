@@ -26,6 +26,7 @@ from approx_compile.backend.variants import BackendOptions, GraphCompiler, Varia
 from approx_compile.config import ApproxConfig
 from approx_compile.passes.joint_graph_pass import Listener
 from approx_compile.passes.sites.site import Context
+from approx_compile.rows.ownership import GraphName
 from approx_compile.rows.step_counter import count_optimizer_steps
 from approx_compile.utils import DISABLE, warn_once
 
@@ -86,26 +87,27 @@ class Backend:
         patches = inductor_patches(self.config, mode)
         if DISABLE.value() == "1" or not torch.is_grad_enabled():  # without gradients everything is exact, and the modules' mode needs no guard
             return _torch.compile_fx(gm, example_inputs, guarded(patches), self.inner_compile, self.inner_compile is None)
-        context, layers, root = graph_context.read_graph(gm, example_inputs, self.config)
+        count_optimizer_steps()
+        context, layers, trained, root = graph_context.read_graph(gm, example_inputs, self.config)
         frame = begin_part(gm)
         assignments, index = self.schedule.relevant([context.root.name, *(m.name for m in context.modules.values())])
         if context.nothing_trains():
             assignments = assignments[:1]
         ladders = [c.by_output_ratio() if not context.nothing_trains() else c.by_output_ratio()[-1:] for c in assignments]
         configs = [config for ladder in ladders for _, config in ladder]
-        compiler = GraphCompiler(self._options(), gm, example_inputs, patches, context, layers, root, frame, len(configs) > 1)
+        compiler = GraphCompiler(self._options(), gm, example_inputs, patches, context, layers, trained, root, frame, len(configs) > 1)
         variants = compiler.compile(configs)
         if self.on_plan is None:
             frame.add(representative_plan(variants, configs, self.config), "".join(v.uuid for v in variants), example_inputs, len(assignments))
             if frame.is_last:
-                read = self._read_whole(frame.whole) if frame.is_split else (context, layers, root)
-                record = diagnostics.GraphRecord(self.config, read[2], read[1], read[0], frame.whole.code, frame.plan(), frame.assignments)
+                read = self._read_whole(frame.whole) if frame.is_split else (context, layers, trained, root)
+                record = diagnostics.GraphRecord(self.config, read[3], read[1], read[0], frame.whole.code, frame.plan(), frame.assignments)
                 record.notify("".join(frame.uuids), frame.inputs)
         if len(variants) == 1:
             return variants[0].call
-        return self._select_at_run_time(ladders, variants, index, _parameters(example_inputs), compiler.key(), root)
+        return self._select_at_run_time(ladders, variants, index, _parameters(example_inputs), compiler.name(), root)
 
-    def _read_whole(self, whole: fx.GraphModule) -> tuple[Context, tuple[str, ...], nn.Module | None]:
+    def _read_whole(self, whole: fx.GraphModule) -> tuple[Context, tuple[str, ...], tuple[str, ...], nn.Module | None]:
         """Read the graph of a frame of which the backend has got only parts."""
         return graph_context.read_graph(whole, [n.meta.get("example_value") for n in whole.graph.find_nodes(op="placeholder")], self.config)
 
@@ -115,7 +117,7 @@ class Backend:
         variants: Sequence[Variant],
         index: Sequence[int],
         parameters: Sequence[int],
-        key: str,
+        graph: GraphName,
         root: nn.Module | None,
     ) -> Callable[..., Any]:
         """Combine the variants into one function, which runs the assignment that holds, at the ratio of outputs that the assignment's control chooses.
@@ -130,12 +132,11 @@ class Backend:
             samples_outputs = any(v.plan is None or any(s.products[0].decision == "sampled" for s in v.plan.sites) for v in by_ratio.values())
             calls = {r: v.call for r, v in by_ratio.items()}
             adaptive = samples_outputs and len(calls) > 1
-            by_assignment.append(AdaptiveOutputs(self.config.adaptive, calls, parameters, f"{key}{i or ''}") if adaptive else calls[max(calls)])
+            by_assignment.append(AdaptiveOutputs(self.config.adaptive, calls, parameters, graph + str(i or "")) if adaptive else calls[max(calls)])
         run = by_assignment[0]
         if len(by_assignment) > 1:
             if (why := _why_uncounted(root, parameters)) is not None:
                 warn_once(f"approx: {name} {why}: the settings of step 0, without a phase, go on holding there")
-            count_optimizer_steps()
             run = Dispatch(self.schedule, by_assignment, index, parameters, name)
         first_is_fake = _torch.first_call_is_fake()
 

@@ -35,7 +35,9 @@ from approx_compile.passes.sites.site import Context
 from approx_compile.reasons import Reason
 from approx_compile.reasons.rows import DEFECT, NOT_TRAINING, SYMBOL_BREAKS
 from approx_compile.rows import early_decline
+from approx_compile.rows.bare_names import relative_names
 from approx_compile.rows.opaque_backward import expose_to_compiled_autograd
+from approx_compile.rows.ownership import GraphName
 from approx_compile.rows.row_compiler import Declined, RowCompiler
 from approx_compile.utils import log_once, warn_once
 
@@ -77,6 +79,8 @@ class GraphCompiler:
     context: Context
     layers: tuple[str, ...]
     """The key of the innermost module of every call, in graph order."""
+    trained: Sequence[str]
+    """The names of the modules with parameters whose calls are in the graph, in graph order."""
     root: nn.Module | None
     """The module that the graph belongs to, if there is exactly one."""
     frame: FrameParts
@@ -121,14 +125,15 @@ class GraphCompiler:
             _torch.retrace_without_symbol(request, list(self.frame.no_rows))
         return [compiled[i] if i in compiled else self._compile_one(c, None, declined.get(i)) for i, c in enumerate(configs)]
 
-    def key(self) -> str:
-        """Name the graph by the modules of its calls.
+    def name(self) -> GraphName:
+        """Name the graph by its modules with parameters, as they stand below the module that they have in common.
 
         Returns:
-            A short digest, the same in every process and for all sizes of the inputs.
+            Short digests, the same in every process. The name is the same for all sizes and precisions of the inputs and whatever wraps the model. The
+            former name is made from the modules of all calls.
         """
-        names = repr([self.context.modules[k.split("@")[0]].name if k else "" for k in self.layers])
-        return hashlib.sha256(names.encode()).hexdigest()[:12] + ":"
+        called = [self.context.modules[k.split("@")[0]].name if k else "" for k in self.layers]
+        return GraphName(_digest(relative_names(self.trained)), _digest(called))
 
     def _compile_with_rows(self, config: ApproxConfig, symbols: Sequence[sympy.Symbol], symbol_was_requested: bool) -> Variant | NoRows:
         """Compile the graph with a backward pass on sampled rows, or return the reason why that is not done.
@@ -136,7 +141,7 @@ class GraphCompiler:
         A failure is such a reason too. Only errors in the settings and errors that Dynamo passes to the user unchanged are raised.
         """
         elsewhere = early_decline.flops_elsewhere(self.gm, self.frame.whole, config) if self.frame.is_split else 0
-        rows = RowCompiler(symbols, config, self.options.inner_compile, self.root, self.key(), symbol_was_requested, elsewhere)
+        rows = RowCompiler(symbols, config, self.options.inner_compile, self.root, self.name(), symbol_was_requested, elsewhere)
         try:
             with _warnings_if_successful():
                 return self._compile_one(config, rows, may_compile_again=not symbol_was_requested)
@@ -180,6 +185,10 @@ class GraphCompiler:
         if request is not None and is_first and _torch.count_tensors(self.frame.whole) < request.size:
             _torch.retrace_without_symbol(request, SYMBOL_BREAKS())
         return dynamic_batch.batch_symbols(self.gm, self.options.config, self.frame.whole)
+
+
+def _digest(names: Sequence[str]) -> str:
+    return hashlib.sha256(repr(list(names)).encode()).hexdigest()[:12] + ":"
 
 
 def representative_plan(variants: Sequence[Variant], configs: Sequence[ApproxConfig], config: ApproxConfig) -> Plan | None:

@@ -14,11 +14,10 @@ import hashlib
 import logging
 from collections import deque
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
+from torch import Tensor
 
 from approx_compile import _torch
 from approx_compile.config.schema import AdaptiveTable
@@ -30,10 +29,22 @@ MOMENTUM = 0.9
 """The momentum of the running mean. It is high because a single batch says little about the next ten."""
 
 OBSERVE_EVERY = 4
-"""Steps from one observation of the norms to the next."""
+"""Backward passes from one observation of the norms to the next."""
 
 HISTORY = 100_000
 """The most changes of the ratio that are kept."""
+
+
+class StepFlops(NamedTuple):
+    """The FLOPs of a graph in one training step, forward and backward, on all rows.
+
+    Attributes:
+        on_rows: Those that run on the rows of a cut.
+        step: All of them; with several cuts each has an equal part.
+    """
+
+    on_rows: float = 0.0
+    step: float = 0.0
 
 
 class DeferredScalar:
@@ -63,7 +74,15 @@ class DeferredScalar:
 
 
 class Checkpointed:
-    """State of a run, attached to a model, that its checkpoint must contain."""
+    """State of a run, attached to a model, that its checkpoint must contain.
+
+    Attributes:
+        name: The key in checkpoints.
+        former_name: The key in checkpoints of earlier versions.
+    """
+
+    name: str
+    former_name: str = ""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as numbers, strings and lists."""
@@ -132,7 +151,10 @@ class Control(Checkpointed):
         settings: The settings of the policy.
         name: The name in logs and checkpoints.
         place: What it decides about, in words for the user.
-        step: The number of steps started.
+        work: The FLOPs that it decides about; none for outputs.
+        step: The optimizer steps started; backward passes where no `torch.optim` optimizer steps the parameters and none are counted by `set_step`.
+        passes: The backward passes started (for outputs: forward passes). With gradient accumulation there are several in a step.
+        completed: The completed optimizer steps when the present pass began; None where they are not known.
         measured: The number that the ratio is decided by.
         changes: (step, ratio) of every change of the ratio, starting with (0, 1).
 
@@ -149,7 +171,10 @@ class Control(Checkpointed):
         self.settings = settings
         self.name = name
         self.place = "backward pass"
+        self.work = StepFlops()
         self.step = 0
+        self.passes = 0
+        self.completed: int | None = None
         self.measured = measured
         self.changes: deque[tuple[int, float]] = deque([(0, 1.0)], maxlen=HISTORY)
         self._late = DeferredScalar()
@@ -167,9 +192,13 @@ class Control(Checkpointed):
         return sum(n * r for n, (_, r) in zip(steps, self.changes, strict=True)) / sum(steps) if any(steps) else 1.0
 
     def start_step(self) -> float:
-        """Start a step and return the share of rows that holds in it."""
+        """Start a pass and return the share of rows that holds in it."""
         self._apply_pending()
-        self.step += 1
+        self.passes += 1
+        step = self.passes if self.completed is None else self.completed + 1
+        if step < self.step:  # passes stood for steps until an optimizer was seen, or the user has set an earlier step
+            self.changes = deque(((min(s, step), r) for s, r in self.changes), maxlen=HISTORY)
+        self.step = step
         return self.ratio
 
     def _apply_pending(self) -> None:
@@ -189,11 +218,12 @@ class Control(Checkpointed):
     def state_dict(self) -> dict[str, Any]:
         """Return the state as numbers, strings and lists."""
         self._apply_pending()
-        return {"step": self.step, "measured": self.measured, "changes": [list(c) for c in self.changes]}
+        return {"step": self.step, "passes": self.passes, "measured": self.measured, "changes": [list(c) for c in self.changes]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a state that `state_dict` returned."""
         self.step, self.measured = int(state["step"]), float(state["measured"])
+        self.passes = int(state.get("passes", self.step))  # earlier versions saved passes as steps
         self.changes = deque([(int(s), float(r)) for s, r in state["changes"]], maxlen=HISTORY)
         self._late = DeferredScalar()
 
@@ -206,113 +236,13 @@ class RowControl(Control):
 
     @property
     def should_observe(self) -> bool:
-        """Whether this step observes the norms."""
-        return self.step % OBSERVE_EVERY == 1
+        """Whether this pass observes the norms."""
+        return self.passes % OBSERVE_EVERY == 1
 
     def observe(self, norms_sq: Tensor) -> None:
-        """Observe the squared gradient norms (B,) of a step. They affect the ratio from the next step on."""
+        """Observe the squared gradient norms (B,) of a pass. They affect the ratio from the next pass on."""
         self._late.put(needed_share(norms_sq, self.settings.tau))
 
     def _decide(self, value: Tensor) -> float:
         self.measured = MOMENTUM * self.measured + (1 - MOMENTUM) * float(value)
         return next(r for r in self.settings.ladder if r >= min(1.0, self.measured * (1 - 1e-9)))
-
-
-# Models of one class share compiled code, so a control belongs to a parameter that the backward pass reads: the first one that was saved for it. Where no
-# parameter is saved (as for a single layer) the control belongs to the module that was compiled.
-Owner = nn.Parameter | nn.Module
-_known = WeakIdKeyDictionary()
-"""For each owner a dictionary from the key of a cut to its control, or of a graph to its draws. As long as it is not compiled, a loaded state takes the
-place of either."""
-
-
-C = TypeVar("C", bound=Control)
-K = TypeVar("K", bound=Checkpointed)
-
-
-def control_for(owner: Owner, settings: AdaptiveTable, key: str, kind: type[C]) -> C:
-    """Return the control of a cut, or of a graph's outputs.
-
-    It is that of an earlier compilation of the same graph if there is one with the same settings, else a new one. A new one takes up the state that was loaded
-    for it, if any.
-
-    Args:
-        owner: The parameter or module that it belongs to.
-        settings: The settings of the policy.
-        key: The key of the cut or graph.
-        kind: The class of the control.
-    """
-    registered = _known.setdefault(owner, {}).get(key)
-    if isinstance(registered, kind) and registered.settings == settings:
-        return registered
-    return _begin(owner, key, kind(settings, key))  # type: ignore[call-arg]
-
-
-def draws_for(owner: Owner, key: str) -> Draws:
-    """Return the draws of a graph for an owner: those of an earlier compilation, or new ones with the loaded state if there is one."""
-    registered = _known.setdefault(owner, {}).get(key)
-    return registered if isinstance(registered, Draws) else _begin(owner, key, Draws(key))
-
-
-def _begin(owner: Owner, key: str, new: K) -> K:
-    """Register a new control or new draws, and load the state that waits for them, if any."""
-    waiting = _known[owner].get(key)
-    _known[owner][key] = new
-    if isinstance(waiting, Mapping):
-        new.load_state_dict(waiting)
-    return new
-
-
-def _owners(model: nn.Module) -> dict[str, Owner]:
-    return {**dict(model.named_modules()), **dict(model.named_parameters())}
-
-
-def controls_state(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return the state of all controls and draws of a model, by the name of the parameter or module and then by the key of the cut or graph."""
-    by_owner = {name: _known.get(owner, {}) for name, owner in _owners(model).items()}
-    return {name: {key: c.state_dict() if isinstance(c, Checkpointed) else dict(c) for key, c in by_key.items()} for name, by_key in by_owner.items() if by_key}
-
-
-def load_controls(model: nn.Module, state: Mapping[str, Mapping[str, Any]]) -> None:
-    """Load what `controls_state` returned: at once for what is compiled, else when it is compiled.
-
-    Args:
-        model: The model.
-        state: The state.
-
-    Raises:
-        KeyError: If the model has no parameter or module of a name in the state.
-    """
-    owners = _owners(model)
-    for name, states in state.items():
-        known = _known.setdefault(owners[name], {})
-        for key, loaded in states.items():
-            if isinstance(kept := known.get(key), Checkpointed):
-                kept.load_state_dict(loaded)
-            else:
-                known[key] = loaded
-
-
-def controls(model: nn.Module) -> dict[str, Control]:
-    """Return the controls of a model, by the name of the parameter or module and the key of the cut.
-
-    Args:
-        model: The model, compiled or not.
-
-    Returns:
-        The controls; none before the first training step, and where nothing is decided during the run.
-
-    Example:
-        >>> import torch
-        >>> import approx_compile
-        >>> approx_compile.controls(torch.nn.Linear(64, 64))
-        {}
-    """
-    owned = ((name, key, c) for name, owner in _owners(_torch.uncompiled(model)).items() for key, c in _known.get(owner, {}).items())
-    return {".".join(p for p in (name, key) if p): c for name, key, c in owned if isinstance(c, Control)}
-
-
-def waiting_states(model: nn.Module) -> list[Mapping[str, Any]]:
-    """Return the states of controls that were loaded for a model and wait for its compilation."""
-    loaded = (c for owner in _owners(_torch.uncompiled(model)).values() for c in _known.get(owner, {}).values() if isinstance(c, Mapping))
-    return [state for state in loaded if "changes" in state]

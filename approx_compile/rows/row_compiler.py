@@ -26,10 +26,12 @@ from approx_compile.reasons.decisions import ROWS_END, WHOLE_BACKWARD
 from approx_compile.reasons.rows import BATCH_ASSUMED, FIXED_BATCH_CODE, FIXED_BATCH_TRACED
 from approx_compile.rows import row_cost
 from approx_compile.rows.batch_dim import BatchSize, SampleLayout, ValueLayout
+from approx_compile.rows.controller import StepFlops
 from approx_compile.rows.coverage import estimate_coverage
 from approx_compile.rows.gather_rows import copy_keeping_strides, may_overlap
 from approx_compile.rows.graph_controls import GraphControls
 from approx_compile.rows.opaque_backward import ROW_BACKWARD_ATTRIBUTE
+from approx_compile.rows.ownership import UNNAMED, GraphName
 from approx_compile.rows.partition import partition_backward
 from approx_compile.rows.row_backward import RowBackward, WholeBatchBackward
 from approx_compile.rows.specialize import specialize_sizes
@@ -60,7 +62,7 @@ class RowCompiler:
         config: ApproxConfig,
         inner: Callable[..., Any] | None,
         root: nn.Module | None = None,
-        key: str = "",
+        name: GraphName = UNNAMED,
         symbol_was_requested: bool = False,
         flops_elsewhere: int = 0,
     ) -> None:
@@ -71,7 +73,7 @@ class RowCompiler:
             config: The user's configuration.
             inner: The function that compiles a graph; None for Inductor's.
             root: The module that is compiled. Adaptive state belongs to it where no parameter is saved.
-            key: The name of the graph within the module, by which its adaptive state is found.
+            name: The name of the graph within the module, by which its adaptive state is found.
             symbol_was_requested: Whether the sizes are symbolic because this package asked for it, rather than the user.
             flops_elsewhere: The FLOPs that may run on rows in other graphs of the same model.
         """
@@ -81,13 +83,14 @@ class RowCompiler:
         self.symbol_was_requested = symbol_was_requested
         self.config = config
         self.root = root
-        self.key = key
+        self.name = name
         self.inner = inner or _torch.compile_graph
         self.levels: list[RowSettings] = []
         self.default = ALL_ROWS
         self.cuts: list[RowCut] = []
         self._known: dict[str, ValueLayout] = {}
         self._zeros: set[str] = set()
+        self._forward_flops = 0
 
     def ask(self, graph: fx.Graph, top: RowSettings | None, sites: Mapping[fx.Node, RowSettings | None], excluded: Collection[fx.Node] = frozenset()) -> None:
         """Number the levels that the settings ask for, the one with the most rows first, and choose the batch's size.
@@ -173,6 +176,7 @@ class RowCompiler:
         if not is_backward:
             self._known |= output_layouts(gm.graph, self.batch)
             self._zeros |= zero_outputs(gm.graph)
+            self._forward_flops = sum(map(_torch.flops, gm.graph.nodes))
             return self.inner(gm, example_inputs, is_backward=False, **kwargs)
         try:
             return self._backward(gm, example_inputs, kwargs)
@@ -202,7 +206,9 @@ class RowCompiler:
         if fixed is not None:
             self.cuts = [replace(c, decision="exact", reason=fixed, stops=True) for c in self.cuts]
             return _with_donated_inputs_copied(self.inner(plain, example_inputs, is_backward=True, **kwargs), names, donated)
-        controls = GraphControls(self.config, self.root, self.key, self.levels, {c.level: self._place(c) for c in self.cuts})
+        cuts = len(self.levels)
+        work = StepFlops(partition.coverage.flops_on_rows / cuts, (self._forward_flops + partition.coverage.flops_all) / cuts)
+        controls = GraphControls(self.config, self.root, self.name, self.levels, {c.level: self._place(c) for c in self.cuts}, work)
         asked = {s for level, s in enumerate(self.levels) if entering_gradients(partition, level)}
         whole = self._compile_whole_batch(plain, example_inputs, sizes, kwargs) if all(s.ratio is None for s in asked) else None
         backward = RowBackward(partition, calls, self.levels, names, example_inputs, guards, controls, whole, dense, donated)

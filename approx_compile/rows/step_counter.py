@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.weak import WeakIdKeyDictionary
 
 from approx_compile import _torch
+from approx_compile.rows.bare_names import named_owners
 
 
 @dataclass(eq=False)
@@ -118,7 +119,7 @@ def set_step(model: nn.Module, step: int) -> None:
     """
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
         raise ValueError(f"set_step: got {step!r}; the number of completed optimizer steps is expected, 0 or more")
-    _replace_step_counts(_require_module(model, "set_step").parameters(), step, None)
+    _replace_step_counts(_parameters(require_module(model, "set_step")), step, None)
 
 
 def set_phase(model: nn.Module, name: str | None) -> None:
@@ -141,10 +142,16 @@ def set_phase(model: nn.Module, name: str | None) -> None:
     """
     if name is not None and (not isinstance(name, str) or not name):
         raise ValueError(f"set_phase: got {name!r}; the name of a phase, as in a rule's 'phase', or None is expected")
-    _replace_step_counts(_require_module(model, "set_phase").parameters(), None, (name,))
+    _replace_step_counts(_parameters(require_module(model, "set_phase")), None, (name,))
 
 
-def _require_module(model: nn.Module, function: str) -> nn.Module:
+def _parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of a model, with those that FSDP2 has gathered."""
+    return [p for _, p in named_owners(model) if isinstance(p, nn.Parameter)]
+
+
+def require_module(model: nn.Module, function: str) -> nn.Module:
+    """Return the model, or raise `TypeError`, naming the public function, if it is no module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function}: got {type(model).__name__}; the model (a torch.nn.Module, compiled or not) is expected")
     return model
@@ -168,7 +175,7 @@ def step_count_of(parameters: Iterable[Any]) -> StepCount | None:
     return fallback
 
 
-def step_counts_state(named: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
+def step_counts_state(named: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
     """Collect the step counts of a model for a checkpoint.
 
     Args:
@@ -184,7 +191,7 @@ def step_counts_state(named: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
     return [{"step": step, "phase": phase, "parameters": names} for (step, phase), names in groups.items()]
 
 
-def load_step_counts(named: dict[str, nn.Parameter], state: Sequence[dict[str, Any]]) -> None:
+def load_step_counts(named: Mapping[str, nn.Parameter], state: Sequence[dict[str, Any]]) -> None:
     """Restore what `step_counts_state` has collected.
 
     Args:
@@ -193,3 +200,17 @@ def load_step_counts(named: dict[str, nn.Parameter], state: Sequence[dict[str, A
     """
     for group in state:
         _replace_step_counts([named[n] for n in group["parameters"]], int(group["step"]), (group["phase"],))
+
+
+def completed_steps(owner: nn.Parameter | nn.Module) -> int | None:
+    """Return the completed optimizer steps of a parameter, or of a module's first parameter.
+
+    Args:
+        owner: The parameter or module.
+
+    Returns:
+        The number; None if no optimizer has stepped it and neither `set_step` nor a checkpoint has said a number.
+    """
+    parameter = owner if isinstance(owner, nn.Parameter) else next(owner.parameters(), None)
+    count: StepCount | None = _step_counts.get(parameter) if parameter is not None else None
+    return count.step if count is not None else None

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from approx_compile._torch.known_faults import inductor
 from approx_compile.machine import device_name
-from approx_compile.rows.controller import controls
+from approx_compile.rows.ownership import controls
 from benchmarks.common.plots import score_over_seconds
 from benchmarks.common.rows import RESULTS, conditions, console
 from examples import data

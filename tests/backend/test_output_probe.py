@@ -17,6 +17,7 @@ from approx_compile.backend import run_as_is
 from approx_compile.backend.runtime.output_probe import AdaptiveOutputs, OutputControl
 from approx_compile.config.schema import AdaptiveTable
 from approx_compile.config.words import OUTPUT_LADDER
+from approx_compile.rows.ownership import GraphName
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -135,7 +136,9 @@ def test_state_is_part_of_a_checkpoint() -> None:
 
 def test_no_gradient_no_measurement() -> None:
     seen = []
-    outputs = AdaptiveOutputs(AdaptiveTable(every=1, outputs=(0.5, 1.0)), {1.0: lambda *a: seen.append(1.0) or a[0] * 2, 0.5: lambda *a: a[0] * 3}, [], "key")
+    outputs = AdaptiveOutputs(
+        AdaptiveTable(every=1, outputs=(0.5, 1.0)), {1.0: lambda *a: seen.append(1.0) or a[0] * 2, 0.5: lambda *a: a[0] * 3}, [], GraphName("key")
+    )
     with torch.no_grad():
         assert torch.equal(outputs(torch.ones(2)), torch.full((2,), 2.0))
     x = torch.ones(2, requires_grad=True)

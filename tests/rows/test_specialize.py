@@ -20,7 +20,8 @@ from approx_compile import Backend, _torch
 from approx_compile.backend import run_as_is
 from approx_compile.rows import row_compiler
 from approx_compile.rows.batch_dim import BatchSize
-from approx_compile.rows.controller import OBSERVE_EVERY, controls
+from approx_compile.rows.controller import OBSERVE_EVERY
+from approx_compile.rows.ownership import controls
 from approx_compile.rows.row_backward import RowBackward, WholeBatchBackward
 from approx_compile.rows.specialize import specialize_sizes
 

@@ -347,3 +347,17 @@ def test_dynamic_sizes_are_shown_as_symbols() -> None:
     assert report.sites[0].flops_exact == 2 * 2 * 48 * 64 * 32  # the input needs no gradient
     static = explain(mlp(64, 32, 8), torch.randn(48, 64), config={"policy": "always", "ratio": 0.5})
     assert [s.shape for s in static.sites] == ["48x64x32", "48x32x8"] and static.sites[0].traced == () and "as traced" not in str(static)
+
+
+def test_options_of_wrapped_and_partly_compiled_models(small_work_counts: None) -> None:
+    options, x = {"policy": "always", "ratio": 0.25, "group": 1}, torch.randn(32, 64)
+    backend = Backend(options, inner_compile=run_as_is)
+    assert [s.k for s in explain(nn.DataParallel(torch.compile(mlp(64, 64, 64), backend=backend)), x).sites] == [16, 16]
+    for inner in (torch.compile(mlp(64, 64, 64), backend=backend), mlp(64, 64, 64)):
+        if not hasattr(inner, "_orig_mod"):
+            inner.compile(backend=backend)
+        model = nn.Sequential(nn.Linear(64, 64), inner)
+        before = [m.__dict__.get("_inner_call_impl") for m in model.modules()]
+        report = explain(model, x)
+        assert [(s.name, s.k) for s in report.sites] == [("1.0", 16), ("1.2", 16)]  # the first layer is not compiled
+        assert [m.__dict__.get("_inner_call_impl") for m in model.modules()] == before

@@ -25,7 +25,7 @@ _TRANSFORMS = ("_vmap_increment_nesting", "_grad_increment_nesting", "_jvp_incre
 """The calls with which torch.func's transforms begin in Dynamo's graph. The call that ends a transform has the same name with "decrement"."""
 
 
-def read_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: ApproxConfig) -> tuple[Context, tuple[str, ...], nn.Module | None]:
+def read_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: ApproxConfig) -> tuple[Context, tuple[str, ...], tuple[str, ...], nn.Module | None]:
     """Read the modules, their modes and the inputs of a Dynamo graph, and guard the modes.
 
     Args:
@@ -34,7 +34,8 @@ def read_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Approx
         config: The settings; a tuned plan is checked against the model's modules, and the rules by name are guarded for annotated models.
 
     Returns:
-        The pass's context; the key of the innermost module of every call in graph order (for the cache key); the root module, if there is exactly one.
+        The pass's context; the key of the innermost module of every call in graph order (for the cache key); the names of those of these modules that have
+        parameters of their own; the root module, if there is exactly one.
 
     Raises:
         ConfigError: If the tuned plan of `config` names modules that the model lacks.
@@ -51,7 +52,10 @@ def read_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Approx
     _mark_unsupported_autograd(gm)
     inputs = tuple(_inputs(gm, example_inputs))
     keys = tuple(next(reversed(stack), "") for stack in stacks)
-    return Context(modules, _root_module(layers, gm, frame), inputs, _unsupported_input_reason(example_inputs), last_module(layers.root)), keys, layers.root
+    context = Context(modules, _root_module(layers, gm, frame), inputs, _unsupported_input_reason(example_inputs), last_module(layers.root))
+    called = dict.fromkeys(k.split("@")[0] for k in keys if k)
+    trained = tuple(modules[k].name for k in called if (m := layers.modules[k].module) is not None and next(m.parameters(recurse=False), None) is not None)
+    return context, keys, trained, layers.root
 
 
 def _guard_training_mode(module: nn.Module | None, source: Any, frame: Any) -> Reason | None:

@@ -13,7 +13,9 @@ from rich import box
 from rich.table import Table
 from torch import nn
 
-from approx_compile.rows.controller import Control, RowControl, controls, waiting_states
+from approx_compile.rows.controller import Control, RowControl
+from approx_compile.rows.ownership import controls, waiting_states
+from approx_compile.rows.step_counter import require_module
 from approx_compile.utils import counted, percent, printed
 
 if TYPE_CHECKING:
@@ -62,6 +64,19 @@ class Decisions:
             label = c.place if count[c.place] == 1 else f"{c.place} from {name.removesuffix(c.name).rstrip('.') or 'the model'}"
             labels[label if label not in labels else f"{label} ({sum(known.startswith(label) for known in labels) + 1})"] = c
         return labels
+
+    def to_tensorboard(self, writer: Any, prefix: str = "approx") -> None:
+        """Write the share kept over the optimizer steps as scalars, one series for each control, from the first step to the present one.
+
+        Args:
+            writer: A `torch.utils.tensorboard.SummaryWriter`, or anything with its method `add_scalar(tag, value, step)`.
+            prefix: What the names of the series begin with: ``{prefix}/kept/{what the control decides about}``.
+        """
+        for label, c in self._labelled().items():
+            for step, ratio in c.changes:
+                writer.add_scalar(f"{prefix}/kept/{label}", ratio, step)
+            if c.changes[-1][0] != c.step:
+                writer.add_scalar(f"{prefix}/kept/{label}", c.ratio, c.step)
 
     def plot(self, path: str | Path) -> None:
         """Draw the share kept over the steps, one line for each control, labelled at its end; the four controls with the most changes if there are more.
@@ -143,7 +158,7 @@ def decisions(model: nn.Module) -> Decisions:
     """Collect what the policy "adaptive" has decided for a model so far.
 
     Args:
-        model: The model, compiled or not.
+        model: The model, compiled or not, and whatever wraps it.
 
     Returns:
         The decisions, which can be printed and plotted.
@@ -156,4 +171,5 @@ def decisions(model: nn.Module) -> Decisions:
         >>> compiled(torch.randn(512, 1024)).square().mean().backward()
         >>> print(approx_compile.decisions(model))  # a table with a line for each control
     """
+    require_module(model, "decisions")
     return Decisions(controls(model), tuple(waiting_states(model)))

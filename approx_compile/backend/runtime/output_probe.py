@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from approx_compile import _torch
 from approx_compile.config.schema import AdaptiveTable
-from approx_compile.rows.controller import Control, control_for
+from approx_compile.rows.controller import Control
 from approx_compile.rows.gather_rows import copy_keeping_strides
+from approx_compile.rows.ownership import GraphName, control_for
 from approx_compile.rows.row_backward import all_rows
 from approx_compile.utils import warn_once
 
@@ -37,8 +38,8 @@ class OutputControl(Control):
 
     @property
     def should_observe(self) -> bool:
-        """Whether this step measures errors."""
-        return self.step % self.settings.every == 1 % self.settings.every
+        """Whether this pass measures errors."""
+        return self.passes % self.settings.every == 1 % self.settings.every
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a state that `state_dict` returned."""
@@ -72,20 +73,21 @@ class AdaptiveOutputs:
         settings: The value of the key `adaptive` of the settings.
         graphs: The compiled graph for each ratio; ratio 1 is exact.
         parameters: The places of the graph's parameters among its arguments.
-        key: The graph's name, the same in every process.
+        name: The graph's name, the same in every process.
     """
 
-    def __init__(self, settings: AdaptiveTable, graphs: Mapping[float, Callable[..., Any]], parameters: Sequence[int], key: str) -> None:
+    def __init__(self, settings: AdaptiveTable, graphs: Mapping[float, Callable[..., Any]], parameters: Sequence[int], name: GraphName) -> None:
         self.settings = settings
         self.graphs = dict(graphs)
         self.parameters = tuple(parameters)
-        self.key = f"{key}outputs"
-        self._unowned_control = OutputControl(settings, self.key)
+        self.name = name + "outputs"
+        self._unowned_control = OutputControl(settings, self.name.key)
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph at the ratio that holds; at a step that measures, leave a hook on its outputs."""
-        owner = next((args[i] for i in self.parameters), None)
-        control = control_for(owner, self.settings, self.key, OutputControl) if owner is not None else self._unowned_control
+        parameters = [args[i] for i in self.parameters]
+        owner = next((p for p in parameters if p.requires_grad), next(iter(parameters), None))
+        control = control_for(owner, self.settings, self.name, OutputControl) if owner is not None else self._unowned_control
         if _torch.current_backward_id() >= 0:  # a checkpointed block is recomputed at the ratio that it was run with
             return self.graphs[control.ratio](*args)
         ratio = control.start_step()

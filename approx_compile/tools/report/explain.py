@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,16 @@ from torch import fx, nn
 
 from approx_compile import _torch
 from approx_compile.backend import Backend
+from approx_compile.backend.capture.annotate import full_name
 from approx_compile.backend.runtime.output_probe import OutputControl
 from approx_compile.backend.runtime.schedule import Schedule
 from approx_compile.config import ApproxConfig
 from approx_compile.machine import stored
 from approx_compile.passes.planning.plan import Plan
 from approx_compile.passes.planning.selection import PREDICTION_ERROR
-from approx_compile.rows.controller import Control, RowControl, controls
+from approx_compile.rows.controller import Control, RowControl
+from approx_compile.rows.ownership import controls
+from approx_compile.tools.compiled_parts import CompiledPart, compiled_parts, run_with, unwrapped
 from approx_compile.tools.model_state import model_state_preserved
 from approx_compile.tools.report import html
 from approx_compile.tools.report.report_data import AdaptiveShares, ReportData, SiteReport
@@ -83,9 +86,10 @@ def explain(model: Callable[..., Any], *args: Any, config: ApproxConfig | Mappin
     Args:
         model: The model or function, compiled or not.
         *args: Its positional arguments.
-        config: An `ApproxConfig` or a mapping with the same keys. By default the settings that `model` is compiled with, also in place (`model.compile`), and
-            the default settings if it is not compiled with this backend. If the settings change during the run, those of step 0 are reported. If the ratio of
-            sampled outputs is chosen during the run, the plan of the smallest is reported, and the text says which holds now.
+        config: An `ApproxConfig` or a mapping with the same keys. By default the settings that `model` is compiled with, also in place (`model.compile`) and
+            under DDP or Fabric. If only submodules are compiled, the report is about these. If nothing is, the default settings hold. If the settings change
+            during the run, those of step 0 are reported. If the ratio of sampled outputs is chosen during the run, the plan of the smallest is reported, and
+            the text says which holds now.
         verbose: Whether the text has a line for every layer, with its op, shape, dtype and kept entries; otherwise equal layers share a line.
         **kwargs: The model's keyword arguments.
 
@@ -103,22 +107,20 @@ def explain(model: Callable[..., Any], *args: Any, config: ApproxConfig | Mappin
         >>> report = approx_compile.explain(model, torch.randn(256, 64), config={"ratio": 0.5, "policy": "always"})
         >>> print(report)  # what happens in a training step, and a table of the layers
     """
-    model, options = _unwrap(model)
-    report = Report(device=_device(model, args, kwargs))
-    plans: list[Plan] = []
+    if not callable(model):
+        raise TypeError(f"explain: got {type(model).__name__}; a torch.nn.Module or a function is expected")
+    model, found = unwrapped(model)
+    parts = compiled_parts(model) if config is None and found is None and isinstance(model, nn.Module) else []
+    report, plans = Report(device=_device(model, args, kwargs)), list[Plan]()
 
-    def listen(plan: Plan, before: fx.Graph | None, after: fx.Graph | None) -> None:
-        plans.append(plan)
-        for texts, graph in ((report.before, before), (report.after, after)):
-            if graph is not None:
-                texts.append(_torch.readable_code(graph))
+    def isolated(part: CompiledPart) -> Any:
+        return _torch.compile_isolated(part.module, _recorder(part.config, report, plans, "" if full_name(part.module) else part.name))
 
-    schedule = Schedule.of(ApproxConfig.of(config if config is not None else options))
-    report.assignments, report.verbose = len(schedule.assignments), verbose
-    settings = schedule.assignments[0]
-    backend = Backend(settings.by_output_ratio()[0][1], inner_compile=_torch.run_as_is, on_plan=listen, keep_graphs=True)
-    with torch.enable_grad(), model_state_preserved(model), _torch.preserve_shape_history():
-        _torch.compile_isolated(model, backend)(*args, **kwargs)
+    asked = ApproxConfig.of(config) if config is not None else found or (parts[0].config if parts else ApproxConfig())
+    report.assignments, report.verbose = len(Schedule.of(asked).assignments), verbose
+    settings = Schedule.of(asked).assignments[0]
+    with torch.enable_grad(), model_state_preserved(model), _torch.preserve_shape_history(), run_with(parts, isolated):
+        (model if parts else _torch.compile_isolated(model, _recorder(asked, report, plans)))(*args, **kwargs)
     if plans:
         whole = functools.reduce(Plan.joined, plans)
         report.chains = [chain for plan in plans for chain in plan.chains()]
@@ -127,6 +129,19 @@ def explain(model: Callable[..., Any], *args: Any, config: ApproxConfig | Mappin
     trained = controls(model) if isinstance(model, nn.Module) and config is None else {}
     report.adaptive = _shares(settings, list(trained.values())) if settings.policy == "adaptive" or any(c.ratio is None for c in report.cuts) else None
     return report
+
+
+def _recorder(config: ApproxConfig, report: Report, plans: list[Plan], part: str = "") -> Backend:
+    """Return a backend that compiles nothing to machine code. It adds its graphs to the report, and its plans, with the part's name before the sites'."""
+
+    def listen(plan: Plan, before: fx.Graph | None, after: fx.Graph | None) -> None:
+        plans.append(replace(plan, sites=tuple(replace(s, name=f"{part}.{s.name}") for s in plan.sites)) if part else plan)
+        for texts, graph in ((report.before, before), (report.after, after)):
+            if graph is not None:
+                texts.append(_torch.readable_code(graph))
+
+    settings = Schedule.of(config).assignments[0]
+    return Backend(settings.by_output_ratio()[0][1], inner_compile=_torch.run_as_is, on_plan=listen, keep_graphs=True)
 
 
 def _device(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
@@ -144,15 +159,3 @@ def _shares(config: ApproxConfig, trained: list[Control]) -> AdaptiveShares:
     chosen = (outputs or [1.0])[-1] if len(config.by_output_ratio()) > 1 else None
     settings, steps = config.adaptive, max((c.step for c in began), default=0)
     return AdaptiveShares(rows, settings.ladder[0], config.least_rows(), chosen, settings.outputs[0], steps, history)
-
-
-def _unwrap(model: Any) -> tuple[Any, ApproxConfig | None]:
-    """Return the model inside a compiled model, and the config that it was compiled with, in place or not; None if another backend compiled it."""
-    if not callable(model):
-        raise TypeError(f"explain: got {type(model).__name__}; a torch.nn.Module or a function is expected")
-    inner = _torch.uncompiled(model)
-    compiled = model if inner is not model else _torch.in_place_compiled_call(model)
-    name, backend, arguments = _torch.backend_of(compiled)
-    if isinstance(backend, Backend):
-        return inner, backend.config
-    return inner, ApproxConfig.of(arguments.get("options")) if name == "approx" else None

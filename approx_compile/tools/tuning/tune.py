@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
-from approx_compile import _torch
 from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.config.plan_file import Tuned, TunedPlan, TunedSite
 from approx_compile.passes.planning.plan import SitePlan
 from approx_compile.reasons import Reason, join
 from approx_compile.reasons.tuning import ERROR_TOO_DEAR, ERROR_TOO_LARGE, NOT_MEASURED, ROWS_SAVE_MORE, SAVES_NOTHING, TIME_NOT_MEASURED
+from approx_compile.tools.compiled_parts import compiled_parts, config_of_parts, unwrapped
 from approx_compile.tools.model_state import training_state_preserved
 from approx_compile.tools.tuning.deadline import DeadlineReached, deadline
 from approx_compile.tools.tuning.knapsack import TIME_LIMIT_S, Option, solve_knapsack
@@ -56,7 +56,7 @@ def tune(
     `.grad`, buffers, random states and modules' attributes are left as they were.
 
     Args:
-        model: The module, before `torch.compile`, in training mode.
+        model: The module in training mode, compiled or not.
         *inputs: Its positional arguments.
         target: What the loss compares the output with.
         loss: A function of the output (and of the target). By default cross entropy or the mean square error with `target`; without a target the model's
@@ -64,8 +64,8 @@ def tune(
         max_error: The relative error e = ``|g - g_exact| / |g_exact|`` that the gradient may have. The setting `adaptive.error` bounds its square, e^2.
         time_budget_s: Seconds that tuning may take. What runs when they are over is interrupted, compilations too, if `tune` runs in the main thread;
             otherwise a compilation that has begun is finished.
-        config: How sites are sampled (`method`, `sampling`, rules and so on). Sites that read raw data, and the last layer, stay exact unless the policy of
-            `config` is "always".
+        config: How sites are sampled (`method`, `sampling`, rules and so on). By default the settings that `model` or its submodules are compiled with. Sites
+            that read raw data, and the last layer, stay exact unless the policy of `config` is "always".
         ladder: The ratios to try.
         rows: Whether to also try running the backward pass of the whole model on some of the rows, in place of sampled sites.
         progress: A rich Progress to add a bar to, or whether to show one on stderr, with an estimate of how long all of it would take.
@@ -85,7 +85,9 @@ def tune(
         >>> plan = approx_compile.tune(model, x, target=y, max_error=0.5, time_budget_s=60, progress=False)
         >>> compiled = torch.compile(model, backend="approx", options={"plan": plan})
     """
+    model, found = unwrapped(model)
     _check(model, max_error, time_budget_s, ladder)
+    config = config if config is not None else found or config_of_parts(compiled_parts(model))
     space = SearchSpace.of(config)
     trials = Trials(model, inputs, target, loss, space.options({}))
     with training_state_preserved(model), _progress_bar(progress) as bar:
@@ -109,8 +111,8 @@ def tune(
 
 
 def _check(model: Any, max_error: float, time_budget_s: float, ladder: Sequence[float]) -> None:
-    if not isinstance(model, nn.Module) or _torch.uncompiled(model) is not model:
-        raise ConfigError(f"tune: model: got {type(model).__name__}; the torch.nn.Module itself is expected, before torch.compile")
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"tune: model: got {type(model).__name__}; a torch.nn.Module is expected, compiled or not")
     if not model.training:
         raise ConfigError("tune: model: it is in eval mode, where nothing is approximated; call model.train() first")
     if not any(p.requires_grad for p in model.parameters()):

@@ -1,0 +1,106 @@
+"""Find what of a model is compiled with this backend, and with which settings: the model itself, under wrappers, or some of its submodules."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from approx_compile import _torch
+from approx_compile.backend import Backend
+from approx_compile.config import ApproxConfig
+
+_CALLED_LIKE_THE_MODEL = ("OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "_FabricModule")
+"""The classes of wrappers that are called as the module inside is called."""
+
+
+@dataclass(frozen=True)
+class CompiledPart:
+    """A submodule that is compiled with this backend.
+
+    Attributes:
+        name: Its name in the model.
+        holder: The module whose call runs compiled code: the result of `torch.compile`, or the module that was compiled in place.
+        module: The module itself.
+        config: The settings that it is compiled with.
+    """
+
+    name: str
+    holder: nn.Module
+    module: nn.Module
+    config: ApproxConfig
+
+
+def unwrapped(model: Any) -> tuple[Any, ApproxConfig | None]:
+    """Find the module or function below compilation and data parallelism, and its settings.
+
+    Args:
+        model: The model, compiled or not, in place or not, and wrapped or not.
+
+    Returns:
+        The module or function, and the settings of the outermost compilation with this backend; None if there is none.
+    """
+    config: ApproxConfig | None = None
+    while True:
+        config = config or _config_of(model)
+        inner = _torch.uncompiled(model)
+        if inner is model and isinstance(model, nn.Module) and any(c.__name__ in _CALLED_LIKE_THE_MODEL for c in type(model).__mro__):
+            inner = getattr(model, "_original_module", None) or getattr(model, "_fsdp_wrapped_module", None) or getattr(model, "module", model)
+        if inner is model:
+            return model, config
+        model = inner
+
+
+def compiled_parts(model: nn.Module) -> list[CompiledPart]:
+    """Find the submodules that are compiled with this backend, without those inside another one.
+
+    Args:
+        model: The model, which is not compiled itself.
+
+    Returns:
+        The compiled submodules, in the order of registration.
+    """
+    found: list[CompiledPart] = []
+    for name, module in model.named_modules():
+        if module is not model and not any(p.name == name or name.startswith(f"{p.name}.") for p in found) and (config := _config_of(module)) is not None:
+            found.append(CompiledPart(name, module, _torch.uncompiled(module), config))
+    return found
+
+
+@contextlib.contextmanager
+def run_with(parts: list[CompiledPart], compiled: Callable[[CompiledPart], Any]) -> Iterator[None]:
+    """Have calls of compiled submodules run other code inside the block.
+
+    Args:
+        parts: The submodules.
+        compiled: Returns for each of them what its calls run.
+
+    Yields:
+        Nothing.
+    """
+    before = [p.holder.__dict__.get("_compiled_call_impl") for p in parts]
+    try:
+        for p in parts:
+            p.holder.__dict__["_compiled_call_impl"] = compiled(p)
+        yield
+    finally:
+        for p, call in zip(parts, before, strict=True):
+            p.holder.__dict__["_compiled_call_impl"] = call
+
+
+def config_of_parts(parts: list[CompiledPart]) -> ApproxConfig | None:
+    """Return the settings that all compiled submodules share; None if there are none, or they differ."""
+    configs = {p.config for p in parts}
+    return configs.pop() if len(configs) == 1 else None
+
+
+def _config_of(model: Any) -> ApproxConfig | None:
+    """Return the settings of the outermost compilation of a module or function; None if it is not compiled with this backend."""
+    compiled = model if _torch.uncompiled(model) is not model else _torch.in_place_compiled_call(model)
+    name, backend, arguments = _torch.backend_of(compiled)
+    if isinstance(backend, Backend):
+        return backend.config
+    return ApproxConfig.of(arguments.get("options")) if name == "approx" else None
