@@ -198,7 +198,8 @@ def _prediction(before: Sequence[SitePlan], after: Sequence[ProductPlan], consum
     exact, chosen = total(p.time_sampled_us for s in before for p in s.products), total(p.time_sampled_us for p in after)
     assert exact is not None and chosen is not None
     words = UNITS_PREDICTED(speedup=exact / max(chosen, math.ulp(1.0)), consumer=consumer.name)
-    return (True, words) if cost.threshold("linear").is_exceeded(exact, chosen) else (False, WOULD_NOT_PAY(words=words))
+    threshold = cost.threshold("linear")
+    return (True, words) if threshold.is_exceeded(exact, chosen) else (False, WOULD_NOT_PAY(words=words, missed=threshold.missed(exact, chosen)))
 
 
 def _refuse_meaningless(sites: Sequence[Site], refused: dict[int, Reason], config: ApproxConfig) -> None:
