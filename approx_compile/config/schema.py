@@ -313,7 +313,8 @@ class GradTable(GradientTable):
     batch_norm: BatchNorm | None = Field(
         default=None,
         description="With axis `rows`: whether the backward pass of BatchNorm is `exact`, on all samples, so that rows end there, or `approximate`, on the "
-        "chosen samples alone. `approximate` saves time in networks with BatchNorm, with a bias of order 1 / batch and more noise; check the accuracy.",
+        "chosen samples alone. `approximate` saves time in networks with BatchNorm, with a bias of order 1 / batch and more noise; check the accuracy. "
+        "Every sample is then kept with a probability of at least half the share of the samples.",
         examples=[{"grad": {"axis": "rows", "ratio": 0.5, "batch_norm": "approximate"}}],
     )
 

@@ -239,9 +239,9 @@ class RowControl(Control):
         """Whether this pass observes the norms."""
         return self.passes % OBSERVE_EVERY == 1
 
-    def observe(self, norms_sq: Tensor) -> None:
-        """Observe the squared gradient norms (B,) of a pass. They affect the ratio from the next pass on."""
-        self._late.put(needed_share(norms_sq, self.settings.tau))
+    def observe(self, norms_sq: Tensor, floor: float = 0.0) -> None:
+        """Observe the squared gradient norms (B,) of a pass, with the floor that `choose_rows` gets. They affect the ratio from the next pass on."""
+        self._late.put(needed_share(norms_sq, self.settings.tau, floor))
 
     def _decide(self, value: Tensor) -> float:
         self.measured = MOMENTUM * self.measured + (1 - MOMENTUM) * float(value)

@@ -22,7 +22,7 @@ from approx_compile.rows.controller import Draws, RowControl
 from approx_compile.rows.gather_rows import copy_keeping_strides, put_rows, row_norms_sq, take_rows, with_strides
 from approx_compile.rows.graph_controls import GraphControls
 from approx_compile.rows.nonlinear_below import is_nonlinear_below
-from approx_compile.rows.row_sampling import choose_rows
+from approx_compile.rows.row_sampling import FLOOR, choose_rows, with_floor
 from approx_compile.rows.row_selection import RowSelection, _path, _weights, mark_selection, selection_of
 from approx_compile.rows.stage_shapes import entering_gradients, last_use_of_saved, number_of, shape_of
 from approx_compile.rows.stages import ALL_ROWS, SAVED, BackwardOutput, Partition, StageInput
@@ -91,6 +91,8 @@ class RowBackward:
         self.guards = tuple(guards)
         placeholders = [n for s in partition.stages for n in s.gm.graph.find_nodes(op="placeholder")]
         self._weights: Any = next((n.meta["val"] for n in placeholders if n.name == WEIGHTS), None)
+        coupled = max((s.level for s in partition.stages for e in s.entries if e.name == WEIGHTS), default=ALL_ROWS)
+        self._floors = [FLOOR if level < coupled and s.method in ("bernoulli", "wta") else 0.0 for level, s in enumerate(self.levels)]
         self._symbols = _torch.symbol_sources(example_inputs)
         self._last_use = last_use_of_saved(partition)
         self._entering = [entering_gradients(partition, level) for level in range(len(self.levels))]
@@ -267,12 +269,12 @@ class RowBackward:
             total = entry_norms_sq if total is None else total + entry_norms_sq
         assert total is not None
         if watched is not None:
-            watched.observe(total)
+            watched.observe(total, self._floors[level])
         if k >= before:
             return None
         method = self.levels[level].method
         random = draws.random(total.device) if draws is not None and method != "topk" else None
-        idx, weight = choose_rows(method, total, k, random)
+        idx, weight = choose_rows(method, with_floor(total, self._floors[level]) if self._floors[level] else total, k, random)
         return RowSelection(idx, weight, k)
 
     def _entry(

