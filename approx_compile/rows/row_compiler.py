@@ -84,7 +84,7 @@ class RowCompiler:
         self.config = config
         self.root = root
         self.name = name
-        self.inner = inner or _torch.compile_graph
+        self.inner = _torch.compile_graph if inner is None else inner
         self.levels: list[RowSettings] = []
         self.default = ALL_ROWS
         self.cuts: list[RowCut] = []

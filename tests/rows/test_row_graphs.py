@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.compile import HALF, rows_of
-from helpers.models import Buckets, ResidualLayer
+from helpers.compile import HALF, compiled, rows_of
+from helpers.models import Buckets, ResidualLayer, mlp
 from helpers.oracles import ChosenRows, grads, relative
 from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
 
-from approx_compile import Backend, machine
+from approx_compile import Backend, _torch, machine
 from approx_compile.backend import run_as_is
 from approx_compile.reasons.rows import SHORT_BACKWARD
 from approx_compile.rows import row_cost
@@ -240,3 +240,12 @@ def test_buckets_that_all_decline_rows_get_static_sizes_and_one_notice(monkeypat
     assert len(texts) == 1 and "4x a backward pass of 1" in texts[0]
     with torch._dynamo.config.patch(error_on_recompile=True), pytest.raises(torch._dynamo.exc.RecompileError):
         f(torch.randn(256, 512))
+
+
+def test_an_inner_compiler_that_counts_as_false_compiles_the_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty record of choices does, being a dict."""
+    monkeypatch.setattr(_torch, "compile_graph", lambda *args, **kwargs: pytest.fail("compiled by Inductor"))
+    model, x = mlp(20, 16, 5), torch.randn(24, 20)
+    f, _, plans = compiled(model, HALF)
+    f(x).sum().backward()
+    assert [c.decision for c in plans[0].cuts] == ["rows"] and all(p.grad is not None for p in model.parameters())
