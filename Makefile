@@ -4,14 +4,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LIBRARIES := $(VENV)/.conformance
+# Without bytecode, which is half of the work: Python makes it for the modules that are imported, when they are.
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
-.PHONY: demo docs site test test-fast lint bench gpu conformance clean
+.PHONY: demo docs site test test-all test-fast lint bench gpu conformance clean
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; set PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(INSTALL) torch
+	$(INSTALL) -e '.[dev]'
 	@touch $@
 
 demo: $(READY)
@@ -22,16 +24,17 @@ demo: $(READY)
 PYTEST := $(BIN)/python -m pytest
 PARALLEL := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(PYTEST) -n logical --dist loadfile --no-loadscope-reorder
 
-# All tests: those that may share the machine on all cores, then those that time or count memory by themselves. ARGS go to both runs; one that selects no
-# test (exit code 5) is no failure unless the other selects none either.
-test: $(READY)
-	@$(PARALLEL) -m "not serial" $(ARGS); first=$$?; \
-	$(PYTEST) -m serial $(ARGS); second=$$?; \
+# The tests, or with `test-all` also the exhaustive ones: those that may share the machine on all cores, then those that time or count memory by themselves.
+# ARGS go to both runs; one that selects no test (exit code 5) is no failure unless the other selects none either.
+test: KIND := and not exhaustive
+test test-all: $(READY)
+	@$(PARALLEL) -m "not serial $(KIND)" $(ARGS); first=$$?; \
+	$(PYTEST) -m "serial $(KIND)" $(ARGS); second=$$?; \
 	[ $$first -eq 5 ] && exit $$second; [ $$second -eq 5 ] && exit $$first; [ $$first -eq 0 ] && exit $$second; exit $$first
 
-# What a change is tried with first: the tests without the mark `slow`.
+# What a change is tried with first: the tests of `make test` without the mark `slow`.
 test-fast: $(READY)
-	$(PARALLEL) -m "not slow and not serial" $(ARGS)
+	$(PARALLEL) -m "not slow and not serial and not exhaustive" $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -50,7 +53,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.speed.bench $(ARGS)
 
 $(LIBRARIES): $(READY)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[conformance]'
+	$(INSTALL) -e '.[conformance]'
 	@touch $@
 
 conformance: $(LIBRARIES)

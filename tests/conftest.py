@@ -1,15 +1,20 @@
 """Settings of the whole test run, and the fixtures that several files use."""
 
 import os
+import resource
+from collections import Counter
 from pathlib import Path
 
 # Decisions must not depend on the machine that runs the tests, so all processes read a stored profile (one thread of an AMD EPYC).
 os.environ["APPROX_COMPILE_MACHINE"] = str(Path(__file__).parent / "helpers" / "machine.json")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
+# Inductor would otherwise compile a program for every vector instruction set, in every new process and cache, to see whether it runs here.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 os.environ["COLUMNS"] = "160"  # tables and sentences are as wide as the terminal, and tests must not depend on that
 
 import pytest
 import torch
+from helpers.sampling import mark_exhaustive
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from approx_compile.backend import diagnostics
@@ -20,6 +25,45 @@ from approx_compile.rows import row_cost
 # own, in the usual one, where the next run finds it.
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()) / f"pytest-{worker}")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what `-m` does not select
+def pytest_collection_modifyitems(items):
+    mark_exhaustive(items)
+
+
+def cpu_seconds():
+    """Return the seconds of a core that this process and its ended children took."""
+    return sum(u.ru_utime + u.ru_stime for u in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+
+
+class Costs:
+    """Which files' tests took the most seconds of a core. (A report is made in the worker that ran the test, and counted in the main process.)"""
+
+    def __init__(self):
+        self.until, self.of_files = 0.0, Counter()
+
+    def pytest_collection_finish(self):
+        self.until = cpu_seconds()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self):
+        report = yield
+        before, self.until = self.until, cpu_seconds()
+        report.cpu_seconds = self.until - before
+        return report
+
+    def pytest_runtest_logreport(self, report):
+        self.of_files[report.location[0]] += report.cpu_seconds
+
+    def pytest_terminal_summary(self, terminalreporter):
+        terminalreporter.section(f"seconds of a core, {self.of_files.total():.0f} in total")
+        for file, seconds in self.of_files.most_common(10):
+            terminalreporter.write_line(f"{seconds:6.1f} {file}")
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Costs())
 
 
 @pytest.fixture(autouse=True)

@@ -150,11 +150,13 @@ def child(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_for_the_check() -> None:
     code = "import sys, approx_compile; from approx_compile._torch import canary; n = len(sys.modules); canary.check(); assert len(sys.modules) == n"
     assert child(code).returncode == 0
 
 
+@pytest.mark.slow
 def test_an_import_fails_without_what_gradients_rest_on() -> None:
     """Without this name no layer and no mode would be known, so a model in eval mode could be sampled."""
     result = child(
@@ -182,6 +184,7 @@ print("exact", torch.allclose(got, want, rtol=1e-4, atol=1e-5))
 """
 
 
+@pytest.mark.slow
 def test_one_warning_and_exact_gradients_without_what_rows_need() -> None:
     """Dynamo cannot be asked for a symbol without this name, so no rows of the batch are sampled."""
     result = child(FALLBACK)

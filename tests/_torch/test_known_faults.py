@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.oracles import grads, relative
+from helpers.sampling import all_but
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomSchedulerPass
@@ -116,6 +117,7 @@ def off(got: Any, want: Any) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("options", [{}, NO_SORTING], ids=["", "not sorted for memory"])
 @pytest.mark.parametrize("write", WRITES, ids=lambda f: f.__name__)
 def test_what_is_written_in_place_is_read_after(write: Callable[..., Tensor], options: dict[str, Any], tensors: tuple[Tensor, ...]) -> None:
@@ -173,6 +175,7 @@ def batch(size: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @faulty
 def test_plain_inductor_gets_them_wrong() -> None:
     """Plain Inductor has the fault that the tests below would show without the guard; Inductor as the baseline of the benchmarks does not have it."""
@@ -187,7 +190,7 @@ CASES = [(two_convolutions, "sigmoid", 8), (two_poolings, "leaky", 16)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("make", "name", "size"), CASES)
+@pytest.mark.parametrize(("make", "name", "size"), all_but(CASES[:1], CASES))
 def test_gradients_are_eagers(make: Callable[..., nn.Module], name: str, size: int) -> None:
     model, (x, y) = make(ACTIVATIONS[name]), batch(size)
     want = gradients(model, model, x, y)
@@ -204,7 +207,7 @@ def test_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_work_counts")
-@pytest.mark.parametrize("name", ["relu", "leaky"])
+@pytest.mark.parametrize("name", all_but(["leaky"], ["relu", "leaky"]))
 def test_stages_of_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only rows whose loss has weight 0 are left out, so the stages must compute eager's gradients, and all their code must be guarded."""
     guards, real = [], _torch.compile_graph
@@ -273,6 +276,7 @@ class Counts(CustomSchedulerPass):
 
 
 @pytest.mark.slow
+@pytest.mark.sample(2)
 @faulty
 @pytest.mark.parametrize("where", ["options", "torch's config"])
 @pytest.mark.parametrize("named", [True, False], ids=["with a uuid", "a function"])

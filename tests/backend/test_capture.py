@@ -66,7 +66,14 @@ class Known(nn.Module):
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread", "small_work_counts")
 @pytest.mark.parametrize(
-    ("make", "fullgraph", "inner"), [(Grid, False, run_as_is), (Grid, True, None), (Known, False, run_as_is), (Known, True, run_as_is), (Known, False, None)]
+    ("make", "fullgraph", "inner"),
+    [
+        (Grid, False, run_as_is),
+        pytest.param(Grid, True, None, marks=pytest.mark.exhaustive),
+        (Known, False, run_as_is),
+        (Known, True, run_as_is),
+        pytest.param(Known, False, None, marks=pytest.mark.exhaustive),
+    ],
 )
 @pytest.mark.filterwarnings("error:Error detected in")
 def test_what_fails_under_a_symbol_is_compiled_without(make: type[nn.Module], fullgraph: bool, inner: Any) -> None:
@@ -115,6 +122,7 @@ def test_a_defect_of_ours_is_told_and_exact(where: str, dynamic: bool | None, mo
     assert all(s.decision == "exact" for s in plans[-1].sites)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread", "small_work_counts")
 @pytest.mark.parametrize("inner", [run_as_is, None])
 def test_nested_tensors_are_exact(inner: Any) -> None:
@@ -205,7 +213,7 @@ class Table(Masked):
     ("model", "inputs", "inner"),
     [
         (Masked, lambda: (torch.rand(48, 12), torch.randint(0, 50, (48, 12))), run_as_is),
-        (Masked, lambda: (torch.rand(48, 12), torch.randint(0, 50, (48, 12))), None),
+        pytest.param(Masked, lambda: (torch.rand(48, 12), torch.randint(0, 50, (48, 12))), None, marks=pytest.mark.exhaustive),
         (Loss, lambda: (torch.rand(48, 12), torch.randint(0, 50, (48, 12))), run_as_is),
         (Table, lambda: (torch.rand(48, 500), torch.randint(0, 50, (48, 12))), run_as_is),
         (Table, lambda: (torch.rand(99, 500), torch.randint(0, 50, (48, 12))), run_as_is),
@@ -269,6 +277,7 @@ WORTH = {
 
 
 @pytest.mark.slow
+@pytest.mark.sample(3)
 @pytest.mark.usefixtures("one_thread", "small_work_counts")
 @pytest.mark.parametrize("name", list(WORTH))
 def test_what_is_declined_at_once_would_be_declined(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

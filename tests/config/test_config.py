@@ -384,7 +384,7 @@ def test_more_exact_rules_in_a_model() -> None:
 
     for own in ({"policy": "always"}, {"policy": "always", "grad": {"axis": "rows", "ratio": 0.5}}, {"policy": "always", "sampling": "backward"}, {}):
         before = outputs(own)
-        for rule in ({"method": "exact"}, {"grad": "exact"}, {"grad_weight": "exact"}, {"output": "exact"}):
+        for rule in draw.sample([{"method": "exact"}, {"grad": "exact"}, {"grad_weight": "exact"}, {"output": "exact"}], 1):
             after = outputs(own | {"rules": [{"layers": draw.choice(["0", "2", "site"])} | rule, {"layers": "4", "method": "exact"}]})
             assert all(new == "exact" for old, new in zip(before, after, strict=True) if old == "exact") and after[2] == "exact"
 

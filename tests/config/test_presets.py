@@ -39,6 +39,7 @@ def test_figure_3() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("method", ["zero", "random", "max"])
 def test_the_three_schedules_and_that_of_two_layers(method: str) -> None:
     table = {

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from helpers.compile import Plans, compiled, plans_of
 from helpers.models import mlp
 from helpers.oracles import grads, relative
+from helpers.sampling import all_but
 from torch import nn
 
 from approx_compile import Backend
@@ -106,6 +107,7 @@ def test_non_contiguous_operands(layout: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_dtypes_are_kept(dtype: torch.dtype) -> None:
     model = nn.Sequential(nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.Flatten(), nn.Linear(128, 64)).to(dtype)
@@ -158,6 +160,7 @@ class Times(nn.Module):
 
 
 @pytest.mark.slow
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(
     "first", [{"sampling": "backward"}, {"group": 4, "sampling": "backward"}, {"grad_weight": "max", "grad_input": "max"}, {"grad_weight": "random"}]
 )
@@ -178,11 +181,12 @@ def test_layers_with_nothing_between_them(first: dict[str, Any], second: dict[st
 
 
 @pytest.mark.slow
-def test_groups_of_channels_of_an_image_of_dynamic_size_are_exact() -> None:
+@pytest.mark.parametrize("inner", all_but([run_as_is], [run_as_is, None]))
+def test_groups_of_channels_of_an_image_of_dynamic_size_are_exact(inner: Any) -> None:
     """Inductor cannot order the strides of such a gather: the site stays exact with that reason, and the graph compiles."""
     model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 8, 3))
     plans = Plans()
-    f = torch.compile(model, backend=Backend({"policy": "always", "group": 4, "min_k": 4}, on_plan=plans), dynamic=True)
+    f = torch.compile(model, backend=Backend({"policy": "always", "group": 4, "min_k": 4}, inner_compile=inner, on_plan=plans), dynamic=True)
     for size in (9, 11):
         f(torch.randn(2, 3, size, size)).square().sum().backward()
     assert plans.sites[1].decision == "exact" and "dynamic size" in plans.sites[1].reason

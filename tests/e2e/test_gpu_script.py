@@ -71,12 +71,17 @@ def test_a_kernel_that_is_off_is_found() -> None:
 
 
 @pytest.mark.slow
-def test_tables_and_plots_need_a_gpu_or_a_rehearsal() -> None:
+@pytest.mark.exhaustive
+def test_a_rehearsal_of_the_tables_stores_nothing() -> None:
     before = sorted(p.name for p in RESULTS.iterdir())
     done = run_script("tables", "--part", "full", "--device", "cpu", "--small")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "inductor" in done.stdout and "skip" in done.stdout
-    assert sorted(p.name for p in RESULTS.iterdir()) == before  # a rehearsal stores nothing
+    assert sorted(p.name for p in RESULTS.iterdir()) == before
+
+
+@pytest.mark.slow
+def test_tables_and_plots_need_a_gpu_or_a_rehearsal() -> None:
     refused = run_script("tables", "--part", "full", "--device", "cpu")
     assert refused.returncode == 2 and "--small" in refused.stderr
     wrong = run_script("tables", "--part", "fulll", "--device", "cpu", "--small")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from helpers.compile import Plans, compiled
 from helpers.models import Buckets, mlp
 from helpers.oracles import grads, relative
+from helpers.sampling import all_but
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -165,7 +166,8 @@ def test_compiled_autograd() -> None:
 
 
 @pytest.mark.slow
-def test_a_resumed_run_repeats_the_uninterrupted_one() -> None:
+@pytest.mark.parametrize("inner", all_but([run_as_is], [run_as_is, None]))
+def test_a_resumed_run_repeats_the_uninterrupted_one(inner: Any) -> None:
     """The estimator draws random numbers, so torch's random state must be resumed too."""
 
     class Net(nn.Module):
@@ -182,7 +184,8 @@ def test_a_resumed_run_repeats_the_uninterrupted_one() -> None:
     def start() -> tuple[nn.Module, torch.optim.Optimizer, Any]:
         torch.manual_seed(5)
         model = Net()
-        return model, torch.optim.Adam(model.parameters()), torch.compile(model, backend="approx", options=ALWAYS | {"method": "bernoulli", "ratio": 0.25})
+        options = ALWAYS | {"method": "bernoulli", "ratio": 0.25}
+        return model, torch.optim.Adam(model.parameters()), torch.compile(model, backend=Backend(options, inner_compile=inner))
 
     def train(f: Any, optimizer: torch.optim.Optimizer, steps: range) -> None:
         for i in steps:
@@ -267,6 +270,7 @@ def test_saved_memory_is_that_of_the_sampled_operands() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_checkpoint_inside_inductor_equals_plain() -> None:
     model = mlp(64, 64, 64)
     x = torch.randn(32, 64)

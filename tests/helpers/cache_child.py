@@ -1,14 +1,13 @@
-"""Run by test_cache.py in a process of its own: takes one training step for each case, and prints gradients and cache counters as JSON.
-
-Arguments: the names of the cases, `--op-by-op` to run the graphs without Inductor, and a text that stands for another version of the package's code.
-"""
+"""Run by test_cache.py in processes of its own: takes one training step for each case named, and prints gradients and cache counters as JSON."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import sys
+from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -71,25 +70,23 @@ def gradients(options: dict[str, Any] | None, checkpointed: bool, op_by_op: bool
     return [p.grad.double().abs().sum().item() for p in model.parameters() if p.grad is not None]
 
 
-def main(names: list[str], op_by_op: bool, code_version: str | None) -> None:
-    if code_version is not None:
-        joint_graph_pass.code_version = lambda: hashlib.sha256(code_version.encode()).hexdigest()  # type: ignore[assignment]
-    out: dict[str, Any] = {}
-    for name in names:
-        torch._dynamo.utils.counters.clear()
+def run(case: str, op_by_op: bool = False) -> dict[str, Any]:
+    """The gradients of a case and what torch's caches counted. Behind an @ in its name there may be a text that stands for another version of the package's
+    code."""
+    name, _, version = case.partition("@")
+    torch._dynamo.utils.counters.clear()
+    with mock.patch.object(joint_graph_pass, "code_version", lambda: hashlib.sha256(version.encode()).hexdigest()) if version else nullcontext():
         grads = gradients((CASES | ROWS)[name], "checkpoint" in name, op_by_op)
-        counters = dict(torch._dynamo.utils.counters["aot_autograd"])
-        graphs = dict(torch._dynamo.utils.counters["inductor"])
-        out[name] = {
-            "grads": grads,
-            "hits": counters.get("autograd_cache_hit", 0),
-            "misses": counters.get("autograd_cache_miss", 0),
-            "bypasses": counters.get("autograd_cache_bypass", 0),
-            "graph_hits": graphs.get("fxgraph_cache_hit", 0),
-            "graph_misses": graphs.get("fxgraph_cache_miss", 0),
-        }
-    print(json.dumps(out))
+    counters, graphs = (torch._dynamo.utils.counters[cache] for cache in ("aot_autograd", "inductor"))
+    return {
+        "grads": grads,
+        "hits": counters["autograd_cache_hit"],
+        "misses": counters["autograd_cache_miss"],
+        "bypasses": counters["autograd_cache_bypass"],
+        "graph_hits": graphs["fxgraph_cache_hit"],
+        "graph_misses": graphs["fxgraph_cache_miss"],
+    }
 
 
 if __name__ == "__main__":
-    main(sys.argv[1].split(","), "--op-by-op" in sys.argv, next((a for a in sys.argv[2:] if not a.startswith("--")), None))
+    print(json.dumps({case: run(case) for case in sys.argv[1].split(",")}))

@@ -48,6 +48,7 @@ def test_the_name_is_one_of_accelerates() -> None:
     assert len(DynamoBackend) == count
 
 
+@pytest.mark.slow
 def test_a_step_with_an_accelerator() -> None:
     """The gradients are those of the model compiled by hand, and exact at ratio 1; options reach the backend."""
     register()

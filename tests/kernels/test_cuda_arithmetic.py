@@ -84,6 +84,7 @@ LEAST = TILES[-1]
 
 
 @pytest.mark.slow
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("scaled", [False, True], ids=["unscaled", "scaled"])
 @pytest.mark.parametrize("at", range(4))
 def test_skip(at: int, scaled: bool) -> None:
@@ -98,6 +99,7 @@ def test_skip(at: int, scaled: bool) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("at", range(4))
 def test_skip_into(at: int, dim: int) -> None:
@@ -202,6 +204,7 @@ def outputs_of(x: Tensor, channels: int, w: ConvGeometry) -> Tensor:
 
 
 @pytest.mark.slow
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("j", [1, 4])
 @pytest.mark.parametrize("case", CASES)
 def test_max_conv(case: str, j: int) -> None:

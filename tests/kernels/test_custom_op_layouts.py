@@ -12,6 +12,7 @@ import torch
 from helpers.compile import compiled
 from helpers.models import mlp
 from helpers.oracles import grads, relative
+from helpers.sampling import all_but
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -104,6 +105,7 @@ def test_rows_go_on_through_kernels(small_work_counts: None) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_rows_go_on_through_convolutions(small_work_counts: None) -> None:
     """Under `adaptive`, sites that sample outputs may have rows as well; all rows are kept at first."""
     model = nn.Sequential(nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 16, 3)).to(memory_format=torch.channels_last)
@@ -142,7 +144,7 @@ def test_flops_of_the_ops() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("conv", [False, True])
+@pytest.mark.parametrize("conv", all_but([False], [False, True]))
 def test_any_batch_by_inductors_own_code(conv: bool) -> None:
     """The ops inside Inductor's code, compiled once for all batches, equal the rewritten graph run op by op."""
     layers = [nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 8, 3)] if conv else list(mlp(128, 128, 8))

@@ -103,6 +103,7 @@ def check(code: Code, arch: int, dtype: torch.dtype, c: TileConfig, tma: bool, s
     assert code.copy_bits <= {128, 32 * scaled}  # tiles move in pieces of 16 bytes, scales one by one
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize(("arch", "dtype", "c"), SHIPPED, ids=named)
 def test_code_of_skip(arch: int, dtype: torch.dtype, c: TileConfig) -> None:
     """Every configuration with units of 64, scaled in bf16 (which takes most registers), in the layout of a linear layer's output: X W^T."""
@@ -110,6 +111,7 @@ def test_code_of_skip(arch: int, dtype: torch.dtype, c: TileConfig) -> None:
     check(skip_code(arch, dtype, c, 64, "NT", scale), arch, dtype, c, arch == 90, scale)
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(("arch", "dtype", "c"), [s for s in SHIPPED if s[1] != torch.float16], ids=named)
 def test_code_of_skip_into(arch: int, dtype: torch.dtype, c: TileConfig) -> None:
     """In the layout of grad_input, columns of dY W. Both ways of reading, TMA for the whole operand and copies for the chosen columns, are in the code."""
@@ -118,6 +120,8 @@ def test_code_of_skip_into(arch: int, dtype: torch.dtype, c: TileConfig) -> None
     assert "LDGSTS" in code.opcodes
 
 
+@pytest.mark.slow
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("c", matmul_launch.candidate_configs(4, 0, 90)[:2], ids=named)
 @pytest.mark.parametrize(("layout", "dim"), [("TN", 1), ("TN", 0)])
 def test_code_of_transposed_fp32_on_hopper(layout: str, dim: int, c: TileConfig) -> None:
@@ -125,12 +129,16 @@ def test_code_of_transposed_fp32_on_hopper(layout: str, dim: int, c: TileConfig)
     check(into_code(90, torch.float32, c, 64, layout, dim), 90, torch.float32, c, tma=True)
 
 
+@pytest.mark.slow
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(("arch", "dtype", "c"), [s for s in SHIPPED if s[1] != torch.float16], ids=named)
 def test_code_of_rows(arch: int, dtype: torch.dtype, c: TileConfig) -> None:
     """Rows that lie apart, as sampled tokens do: X^T dY."""
     check(skip_code(arch, dtype, c, 1, "TN", m=208), arch, dtype, c, tma=False)
 
 
+@pytest.mark.slow
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("arch", "unit"), [*itertools.product((80, 90), (128, 96, 64, 32)), (90, 16)])
 def test_code_of_other_layouts_and_units(arch: int, unit: int) -> None:
     dtype = torch.bfloat16
@@ -140,6 +148,7 @@ def test_code_of_other_layouts_and_units(arch: int, unit: int) -> None:
     check(into_code(arch, dtype, whole, unit, "NN", dim=0), arch, dtype, whole, tma=arch == 90)
 
 
+@pytest.mark.slow
 def test_code_of_single_entries() -> None:
     """Triton makes a constant of a size that is 1."""
     c, dtype = matmul_launch.candidate_configs(2, 64, 90)[-1], torch.bfloat16

@@ -95,6 +95,7 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(empty: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_processes_that_start_at_once_measure_once(tmp_path: Path) -> None:
     code = "from approx_compile import machine; said = []; print(machine.current('cpu', said.append).digest, len(said))"
     env = {"XDG_CACHE_HOME": str(tmp_path), "PATH": "", "PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}

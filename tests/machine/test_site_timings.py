@@ -98,6 +98,7 @@ def test_what_is_timed_is_what_is_planned(times: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("huge", [True, False])
 def test_sites_are_timed_on_the_pages_that_they_will_have(
     precisions: None, times: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], huge: bool
@@ -163,6 +164,7 @@ def note():
 
 
 @pytest.mark.slow
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("act", [older_one, convolutions_in_ieee, newer_ones_set_apart])
 def test_the_child_multiplies_as_precisely(precisions: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
     """The precision that the process that times sites has set when it ends."""

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import approx_compile
 
 PACKAGE = Path(approx_compile.__file__).parent
@@ -34,6 +36,7 @@ print(json.dumps(changed))
 """
 
 
+@pytest.mark.slow
 def test_a_change_in_any_folder_is_another_version(tmp_path: Path) -> None:
     """In every folder of the package one source is changed, of one kind of source at a time."""
     root = tmp_path / "approx_compile"

@@ -114,6 +114,7 @@ def test_both_convolutions_of_a_block(memory_format: torch.memory_format) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("method", ["topk", "wta", "topk_weights"])
 @pytest.mark.parametrize("residual", [False, True])
 def test_kernels_of_ours_share_the_choice_alone(method: str, residual: bool, monkeypatch: pytest.MonkeyPatch) -> None:

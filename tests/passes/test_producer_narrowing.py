@@ -113,19 +113,20 @@ def whole(monkeypatch: pytest.MonkeyPatch) -> Callable[[], contextlib.AbstractCo
 
 
 @pytest.mark.slow
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("name", SHRUNK)
-def test_values_are_those_of_whole_activations(name: str, whole: Any) -> None:
+@pytest.mark.parametrize("group", [1, 4, 5])  # 5 leaves a tail
+def test_values_are_those_of_whole_activations(name: str, group: int, whole: Any) -> None:
     make, shape, more, want = SHRUNK[name]
     model, x = make(), torch.randn(shape)
-    for group in (1, 4, 5):  # 5 leaves a tail
-        options = ALWAYS | more | {"group": group}
-        found, choices, sites = step(model, options, x)
-        assert shrinks(sites) == want
-        with whole():
-            expected, same, without = step(model, options, x)
-        assert not shrinks(without)
-        assert choices.keys() == same.keys() and all(torch.equal(choices[k], same[k]) for k in same)
-        assert max(relative(a, b) for a, b in zip(found, expected, strict=True)) < 2e-6
+    options = ALWAYS | more | {"group": group}
+    found, choices, sites = step(model, options, x)
+    assert shrinks(sites) == want
+    with whole():
+        expected, same, without = step(model, options, x)
+    assert not shrinks(without)
+    assert choices.keys() == same.keys() and all(torch.equal(choices[k], same[k]) for k in same)
+    assert max(relative(a, b) for a, b in zip(found, expected, strict=True)) < 2e-6
 
 
 def outputs_too(h: Tensor) -> tuple[Tensor, Tensor]:
@@ -324,7 +325,7 @@ class Checkpointed(nn.Module):
 @pytest.mark.slow
 def test_compiled_with_checkpoints_and_any_batch(whole: Any) -> None:
     """Inductor's code for a dynamic batch equals the rewritten graph of whole activations run op by op."""
-    model = Checkpointed(Between(F.gelu), nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)))
+    model = Checkpointed(Between(F.gelu))
     plans: list[Any] = []
     f = torch.compile(model, backend=Backend(ALWAYS, on_plan=lambda plan, before, after: plans.extend(plan.sites)), dynamic=True)
     found = []
@@ -332,7 +333,7 @@ def test_compiled_with_checkpoints_and_any_batch(whole: Any) -> None:
         for batch in (12, 20):
             f(torch.ones(batch, 16).cumsum(0) / batch).square().sum().backward()
             found.append(grads(model))
-    assert shrinks(plans)["models.0.two"] == ("models.0.one",) and shrinks(plans)["models.1.2"] == ("models.1.0",) and len(plans) == 4
+    assert shrinks(plans)["models.0.two"] == ("models.0.one",) and len(plans) == 2
     torch._dynamo.reset()
     with whole():
         f, _, _ = compiled(model, ALWAYS)

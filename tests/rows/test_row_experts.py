@@ -134,6 +134,7 @@ def against_masked_tangents(way: Callable[[Mixture, Tensor], Tensor], monkeypatc
     return [str(c.reason) for p in plans for c in p.cuts]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", WITHIN)
 def test_tokens_that_stay_in_their_sample_run_on_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert against_masked_tangents(WITHIN[name], monkeypatch) == ["the whole backward pass"]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from helpers.compile import HALF, Plans, rows_of
 from helpers.models import TransformerBlock, mlp
 from helpers.oracles import ChosenRows, grads
+from helpers.sampling import all_but
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -164,7 +165,8 @@ def against_masked_tangents(use: Callable[..., Outputs], data: list[Make], monke
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("use", CASES, ids=lambda f: f.__name__)
+@pytest.mark.sample(5)
+@pytest.mark.parametrize("use", all_but(set(CASES) - {frames, frames_taken_apart}, CASES), ids=lambda f: f.__name__)
 def test_a_sample_left_out_is_one_whose_rows_all_have_weight_0(use: Callable[..., Outputs], monkeypatch: pytest.MonkeyPatch) -> None:
     plans = against_masked_tangents(use, CASES[use], monkeypatch)
     (cut,) = plans[0].cuts

@@ -157,6 +157,7 @@ def against_masked_tangents(op: Callable[[Tensor], Tensor], monkeypatch: pytest.
     return plans
 
 
+@pytest.mark.sample(27)
 @pytest.mark.parametrize("name", APART)
 def test_samples_kept_apart(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plans = against_masked_tangents(APART[name], monkeypatch)
@@ -212,6 +213,7 @@ class Hooked(nn.Module):
 
 
 @pytest.mark.slow
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("hook", [False, True], ids=["function", "hook"])
 @pytest.mark.parametrize("name", NONLINEAR)
 def test_what_is_not_linear_below_a_cut_gets_exact_gradients(name: str, hook: bool, monkeypatch: pytest.MonkeyPatch) -> None:

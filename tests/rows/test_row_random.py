@@ -62,6 +62,7 @@ class Dropped(nn.Module):
 
 
 @pytest.mark.slow
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", LEFT_OUT)
 @pytest.mark.parametrize("make", [generator, Dropped])
 def test_the_users_random_stream_is_that_of_an_exact_run(name: str, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from helpers.models import ResidualLayer
 from helpers.oracles import ChosenRows, grads, relative
 from helpers.rows import generator, rows
+from helpers.sampling import all_but
 from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
 
@@ -75,6 +77,7 @@ def steps(model: nn.Module, options: dict[str, Any], inner: Any, around: Any, x:
 
 
 @pytest.mark.slow
+@pytest.mark.sample(9)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(("dtype", "device"), [(torch.float64, None), (torch.float16, None), (None, "meta")], ids=["float64", "float16", "meta"])
 def test_torchs_defaults_change_nothing(name: str, dtype: torch.dtype | None, device: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +120,7 @@ def test_weights_of_one_are_made_where_compiled_code_reads_them(device: str | No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("model_dtype", all_but([torch.float32], [torch.float32, torch.float64]))
 def test_weights_of_rows_have_the_dtype_that_compiled_code_reads(model_dtype: torch.dtype) -> None:
     model, x = Scaled(True).to(model_dtype), torch.randn(64, 8, dtype=model_dtype)
     options = rows("topk", batch_norm="approximate")
@@ -160,8 +163,8 @@ IMAGES: dict[str, Any] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", IMAGES)
-@pytest.mark.parametrize("inner", [None, run_as_is], ids=["inductor", "as is"])
+@pytest.mark.sample(11)
+@pytest.mark.parametrize(("name", "inner"), all_but([*((n, run_as_is) for n in IMAGES), ("channels last", None)], itertools.product(IMAGES, (run_as_is, None))))
 @pytest.mark.parametrize("wants", [False, True])
 def test_expanded_and_overlapping_inputs(name: str, inner: Any, wants: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Saved tensors of any layout: the gradients are those of masked tangents, with rows left out and with all of them, and with `wants` also the input's."""
@@ -183,6 +186,7 @@ def test_expanded_and_overlapping_inputs(name: str, inner: Any, wants: bool, mon
         f(IMAGES[name](), scale).sum().backward()
 
 
+@pytest.mark.slow
 def test_an_expanded_output(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient of an expanded output is a tensor of full size."""
     chosen = ChosenRows(monkeypatch)
@@ -221,7 +225,7 @@ KEPT: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("name", all_but(["adaptive, all rows", "fixed"], KEPT))
 def test_graphs_may_be_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inductor's code writes to saved tensors when it may. The first backward pass keeps its graph, and so do some later ones in succession."""
     if name == "fixed":
@@ -274,11 +278,9 @@ class Convolutions(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mlp", "images", "adaptive"])
-@pytest.mark.parametrize("outer", ["eager", "inductor"])
+@pytest.mark.parametrize(("name", "outer"), all_but([("mlp", "eager")], itertools.product(["mlp", "images", "adaptive"], ["eager", "inductor"])))
 def test_compiled_autograd_runs_on_rows(name: str, outer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled autograd copies backward graphs into its own graph, where a backward pass on rows is one op. Batches of other sizes and kept graphs are tried.
-    Compiled autograd copies backward graphs into its own graph, where a backward pass on rows is one op. Batches of other sizes and kept graphs are tried."""
+    """Compiled autograd copies backward graphs into its own, where a backward pass on rows is one op. Batches of other sizes and kept graphs are tried."""
     chosen = ChosenRows(monkeypatch)
     model = Convolutions() if name == "images" else generator()
     f = torch.compile(model, backend=Backend({"adaptive": {"tau": 0.5}} if name == "adaptive" else rows()))
@@ -334,7 +336,7 @@ def test_a_whole_step_with_compiled_autograd_turned_on(monkeypatch: pytest.Monke
         model(x).square().sum().backward()
 
     with torch._dynamo.config.patch(compiled_autograd=True):
-        f = torch.compile(step, backend="approx", options=rows())
+        f = torch.compile(step, backend=Backend(rows(), inner_compile=run_as_is))
         for i in range(2):
             model.zero_grad()
             f(x)

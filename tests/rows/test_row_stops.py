@@ -87,6 +87,7 @@ def test_rows_stop_where_samples_mix(make: type[nn.Module], monkeypatch: pytest.
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_policies_that_look_at_the_cost_decline_and_are_then_inductor_bit_for_bit() -> None:
     model, x = nn.Sequential(nn.Linear(20, 64), nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Linear(64, 5)), torch.randn(24, 20)
     twin = copy.deepcopy(model)
@@ -141,6 +142,7 @@ def test_no_symbol_no_rows() -> None:
         assert max(relative(a, b) for a, b in zip(got, grads(module), strict=True)) < 1e-6
 
 
+@pytest.mark.slow
 def test_blocked_reasons_are_shown_by_explain() -> None:
     from approx_compile import explain
 

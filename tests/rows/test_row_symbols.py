@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from helpers.compile import HALF, Plans, plans_of, rows_of
 from helpers.models import Gathered, mlp
 from helpers.oracles import ChosenRows, grads
+from helpers.sampling import all_but
 from torch import Tensor, nn
 
 from approx_compile import Backend
@@ -72,10 +74,15 @@ EVEN: dict[str, Any] = {"policy": "always", "grad": {"axis": "rows", "ratio": 0.
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(MODELS))
-def test_lengths_change_and_caches_are_met(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "lowering", "options"),
+    all_but(
+        [*itertools.product(MODELS, (run_as_is,), (ADAPTIVE, EVEN)), ("tokens", None, EVEN)], itertools.product(MODELS, (run_as_is, None), (ADAPTIVE, EVEN))
+    ),
+)
+def test_lengths_change_and_caches_are_met(name: str, lowering: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The default keeps all rows here, so gradients are exact. With half the rows, the even rows and then the odd ones are kept with weight 2, so the mean of
-    both gradients is exact. Everything runs twice, the second time from Inductor's cache."""
+    both gradients is exact. Inductor's code runs twice, the second time from Inductor's cache."""
     make, data, sizes = MODELS[name]
     model = make()
     inputs = [data(t) for t in sizes]
@@ -91,17 +98,16 @@ def test_lengths_change_and_caches_are_met(name: str, monkeypatch: pytest.Monkey
         return torch.arange(start[0], 32, 2), torch.full((16,), 2.0)
 
     monkeypatch.setattr(row_backward, "choose_rows", halves)
-    for options in (ADAPTIVE, EVEN):
-        for _ in range(2):
-            torch._dynamo.reset()
-            f = torch.compile(model, backend=Backend(options))
-            for x, exact in zip(inputs, expected, strict=True):
-                found = []
-                for start[0] in (0, 1):
-                    f(x).square().sum().backward()
-                    found.append(grads(model))
-                for a, b, c in zip(*found, exact, strict=True):
-                    torch.testing.assert_close((a + b) / 2, c, rtol=1e-4, atol=1e-4)
+    for _ in range(1 if lowering else 2):
+        torch._dynamo.reset()
+        f = torch.compile(model, backend=Backend(options, inner_compile=lowering))
+        for x, exact in zip(inputs, expected, strict=True):
+            found = []
+            for start[0] in (0, 1):
+                f(x).square().sum().backward()
+                found.append(grads(model))
+            for a, b, c in zip(*found, exact, strict=True):
+                torch.testing.assert_close((a + b) / 2, c, rtol=1e-4, atol=1e-4)
 
 
 def test_a_batch_that_no_fewer_rows_may_stand_for_is_exact_and_says_so() -> None:
@@ -133,6 +139,7 @@ class Modulated(nn.Module):
 
 
 @pytest.mark.slow
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("options", [{}, {"policy": "cost"}, {"policy": "always"}, EVEN, {"rules": [{"layers": "conv", "grad_weight": "max"}]}])
 def test_as_many_groups_as_samples_are_exact(options: dict[str, Any]) -> None:
     model, x, z = Modulated(), torch.randn(16, 3, 6, 6), torch.randn(16, 5)
@@ -186,6 +193,7 @@ SEQUENCES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
 
 
 @pytest.mark.slow
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_the_samples_of_sequences_are_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Recurrent layers and attention of torch.nn take time first unless they are told otherwise."""

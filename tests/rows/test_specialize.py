@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from helpers.compile import ADAPTIVE
 from helpers.models import ZOO, TransformerBlock, mlp
 from helpers.oracles import grads
+from helpers.sampling import all_but
 from torch import Tensor, fx, nn
 
 from approx_compile import Backend, _torch
@@ -58,6 +59,7 @@ def compiled(model: nn.Module, options: dict[str, Any] = ADAPTIVE, inner: Any = 
 
 
 @pytest.mark.slow
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", [n for n in ZOO if n != "dropout"])  # whose masks only Inductor draws like Inductor
 def test_nothing_is_left_symbolic_and_gradients_are_exact(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[fx.GraphModule] = []
@@ -92,9 +94,10 @@ def sizes(value: Any) -> list[Any]:
 
 
 @pytest.mark.slow
-def test_through_inductor_it_is_inductors_own_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("block", all_but(["mlp"], ["mlp", "transformer"]))
+def test_through_inductor_it_is_inductors_own_pass(block: str, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = Passes(monkeypatch)
-    model = nn.Sequential(nn.Embedding(11, 16), TransformerBlock(16), nn.Linear(16, 11))
+    model = nn.Sequential(nn.Embedding(11, 16), TransformerBlock(16) if block == "transformer" else nn.ReLU(), nn.Linear(16, 11))
     x = torch.randint(0, 11, (24, 6))
     found = []
     for f in (compiled(model, inner=None), torch.compile(model, backend="inductor")):

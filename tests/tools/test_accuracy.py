@@ -30,6 +30,7 @@ def fails(seed):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_runs_alternate_in_processes_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("train.py").write_text(TRAINING)

@@ -287,14 +287,19 @@ def test_tune_writes_a_plan_that_explain_takes(folder: Path) -> None:
     assert {s["name"] for s in found["tuned"]["sites"]} == {"0", "2"}
     done = invoke("explain", "factories.py:make", "--set", 'plan="plan.toml"')
     assert done.exit_code == 0 and done.stdout.startswith("Forward: ")
+    assert "keyword" in failed(2, "tune", "factories.py:keywords")
+    assert "there is no folder" in failed(2, "tune", "factories.py:make", "--out", "nowhere/plan.toml")
+    assert "max_error" in failed(2, "tune", "factories.py:make", "--max-error", "-1")
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_tune_names_sites_by_their_sizes(folder: Path) -> None:
     settings = ["--set", "min_k=8", "--set", "group=1"]  # of what tune samples: no keys without effect
     done = invoke("tune", "factories.py:four", *settings, "--max-error", "5", "--budget", "60", "--threads", "1", "--json")
     found = json.loads(done.stdout)["tuned"]
     assert [s["shape"] for s in found["sites"]] == ["32x64x64"] * 3 + ["32x64x10"]  # rows make the batch a symbol
     assert "the time budget is 60 s" in done.stderr
-    assert "keyword" in failed(2, "tune", "factories.py:keywords")
-    assert "there is no folder" in failed(2, "tune", "factories.py:make", "--out", "nowhere/plan.toml")
-    assert "max_error" in failed(2, "tune", "factories.py:make", "--max-error", "-1")
 
 
 @pytest.mark.slow

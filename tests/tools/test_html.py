@@ -394,6 +394,7 @@ def test_browser_dark_and_light(small: Report, tmp_path: Path, browser: Any) -> 
     page.close()
 
 
+@pytest.mark.slow
 def test_browser_hundreds_of_sites(small: Report, tmp_path: Path, browser: Any) -> None:
     report = many(small, 300)
     report.to_html(tmp_path / "report.html")

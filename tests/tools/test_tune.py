@@ -149,6 +149,7 @@ class Four(nn.Sequential):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("seed", range(3))
 def test_sites_are_the_same_whether_a_size_is_a_symbol_or_a_number(seed: int, monkeypatch: pytest.MonkeyPatch, small_work_counts: None) -> None:
     """Rows ask for a symbol for the batch, sites do not; whichever trial comes first, sites are known by the sizes that they were traced with. A batch that
