@@ -168,6 +168,27 @@ def untake(y: Tensor, axis: Axis, idx: Tensor, scale: Tensor | None, unit: int, 
     return axis.unview(full)
 
 
+def untake_block(y: Tensor, idx: tuple[Tensor, Tensor], scale: tuple[Tensor | None, Tensor | None], shape: tuple[int, int]) -> Tensor:
+    """Compute `untake` along both axes of a matrix: put the kept block in its place, with zeros elsewhere.
+
+    The zeros are written in whole vectors and only the block by its indices, which takes a third of the time of a gather by two inverse indices.
+
+    Args:
+        y: The kept rows and columns, (n, m).
+        idx: Indices of these rows and of these columns, (n,) and (m,), each distinct.
+        scale: Their scales, or None for 1.
+        shape: Rows and columns of the result.
+
+    Returns:
+        The matrix, of y's dtype.
+    """
+    for dim in (0, 1):
+        factor = scale[dim]
+        if factor is not None:
+            y = (y * _along(factor, y, Axis(dim), 1)).to(y.dtype)
+    return torch.ops.aten._unsafe_index_put(y.new_zeros(shape), [idx[0].unsqueeze(1), idx[1]], y)  # type: ignore[no-any-return]
+
+
 def sample(
     estimator: Estimator, a: Tensor, b: Tensor, a_axis: Axis, b_axis: Axis, others: Sequence[tuple[Tensor, Axis]] = ()
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:

@@ -18,7 +18,7 @@ from helpers.selections import METHODS, pick
 from torch import Tensor
 
 from approx_compile.kernels.estimators import Estimator, make_estimator, water_fill
-from approx_compile.kernels.gather import Axis, sample, take, untake
+from approx_compile.kernels.gather import Axis, sample, take, untake, untake_block
 from approx_compile.passes.sites.conv_gradients import channel_axis, conv_weight_axes
 
 UNBIASED = ("crs", "bernoulli", "uniform", "wta")
@@ -333,3 +333,12 @@ def test_coupled_gradients_equal_sampling_by_hand(name, method, group, dtype):
     assert da.dtype == db.dtype == dtype and da.shape == c.a.shape and db.shape == c.b.shape
     assert relative(y, y_hand) < limit and relative(da, da_hand) < limit and relative(db, db_hand) < limit
     assert torch.equal(da == 0, da_hand == 0) and (da == 0).any()  # dropped entries get exactly nothing
+
+
+def test_a_block_is_put_where_two_gathers_would_put_it() -> None:
+    torch.manual_seed(0)
+    y, rows, columns = torch.randn(3, 4), torch.tensor([0, 2, 5]), torch.tensor([1, 2, 6, 7])
+    scale = torch.rand(4)
+    whole = untake(untake(y, Axis(1), columns, scale, 1, 9), Axis(0), rows, None, 1, 6)
+    assert torch.equal(untake_block(y, (rows, columns), (None, scale), (6, 9)), whole)
+    assert torch.equal(untake_block(y.double(), (rows, columns), (rows.double() / 2, None), (6, 9))[2, 1], y[1, 0].double())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from approx_compile import _torch
-from approx_compile.kernels.gather import untake
+from approx_compile.kernels.gather import untake, untake_block
 from approx_compile.passes.fx_utils import update_fake_value
 from approx_compile.passes.planning.index_sharing import Sum
 from approx_compile.passes.planning.zero_propagation import find_relu_backward
@@ -96,9 +96,15 @@ def insert_full_size(
         The node of the full-size gradient.
     """
     places = tuple((n.axis, n.sampled.estimator.unit, n.sampled.estimator.size) for n in narrowed)
+    block = _block_order(narrowed) if _torch.value(gradient).dim() == 2 else None
 
     def run(y: Tensor, x: Tensor | None, *selections: Tensor | None) -> Tensor:
         y = torch.where(x <= 0, 0, y) if x is not None else y
+        if block is not None:
+            rows, columns = (selections[2 * i : 2 * i + 2] for i in block)
+            assert rows[0] is not None and columns[0] is not None
+            shape = (places[block[0]][2], places[block[1]][2])
+            return match_layout(untake_block(y, (rows[0], columns[0]), (rows[1], columns[1]), shape), layout)
         for (axis, unit, size), idx, scale in zip(places, selections[::2], selections[1::2], strict=True):
             assert idx is not None
             y = untake(y, axis, idx, scale, unit, size)
@@ -108,6 +114,13 @@ def insert_full_size(
     full = inline(graph, before, run, (gradient, kept_activation, *selections), gradient)
     assert isinstance(full, fx.Node)
     return full
+
+
+def _block_order(narrowed: Sequence[NarrowedAxis]) -> tuple[int, int] | None:
+    """The numbers of the narrow axes of a matrix in the order of its dims, if both are narrow and indices stand for single entries."""
+    if len(narrowed) != 2 or any(n.axis.lead is not None or n.axis.split is not None or n.sampled.estimator.unit != 1 for n in narrowed):
+        return None
+    return (0, 1) if narrowed[0].axis.dim == 0 else (1, 0)
 
 
 def _bypass(masked: fx.Node | None) -> None:
