@@ -10,6 +10,7 @@ from approx_compile.config.plan_file import TunedPlan
 from approx_compile.rows.controller import Control
 from approx_compile.rows.ownership import controls
 from approx_compile.rows.step_counter import set_phase, set_step
+from approx_compile.tools.recommend import Recommendation, recommend
 from approx_compile.tools.report.explain import Report, explain
 from approx_compile.tools.tuning.tune import tune
 from approx_compile.utils import ApproxWarning
@@ -22,6 +23,7 @@ __all__ = [
     "ConfigError",
     "Control",
     "Decisions",
+    "Recommendation",
     "Report",
     "TunedPlan",
     "annotate",
@@ -31,6 +33,7 @@ __all__ = [
     "load_state_dict",
     "metrics",
     "presets",
+    "recommend",
     "set_phase",
     "set_step",
     "state_dict",

@@ -25,6 +25,7 @@ from approx_compile.tools import compare as timing
 from approx_compile.tools.accuracy import RunFailed, compare_accuracy
 from approx_compile.tools.doctor import examine
 from approx_compile.tools.model_loader import Example, FactoryError, load
+from approx_compile.tools.recommend import recommend as recommended
 from approx_compile.tools.report.explain import Report
 from approx_compile.tools.report.explain import explain as explained
 from approx_compile.tools.report.words import si
@@ -160,6 +161,24 @@ def bench(
         sampled = sum(s.decision == "sampled" for s in report.sites)
         counts = {"sites": len(report.sites), "sampled": sampled, "flops_exact": report.flops_exact, "flops_sampled": report.flops_sampled}
         typer.echo(json.dumps(comparison.to_dict() | counts) if as_json else f"{comparison}; {sampled} of {len(report.sites)} layers approximated")
+
+
+@app.command(epilog=_EXAMPLES.format(command="recommend", more="--batch 20 --fine-tuning --epochs 3"))
+def recommend(
+    model: Model,
+    batch: Annotated[int | None, typer.Option(min=1, help="Samples of a batch, if the example inputs have fewer.", show_default=False)] = None,
+    fine_tuning: Annotated[bool, typer.Option("--fine-tuning", help="A trained model is trained on.")] = False,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of the run.", show_default=False)] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Which setting to train the model with, what to expect, on what evidence, and what to check."""
+    with failures(debug):
+        _set_threads(threads)
+        example = example_of(model)
+        found = recommended(example.model, *example.args, batch=batch, fine_tuning=fine_tuning, epochs=epochs, **example.kwargs)
+        typer.echo(json.dumps(found.to_dict()) if as_json else str(found))
 
 
 @app.command(epilog=_EXAMPLES.format(command="tune", more="--out plan.toml --max-error 0.3 --budget 300"))

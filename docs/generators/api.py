@@ -9,7 +9,7 @@ import approx_compile
 TOPICS = {
     "Compile a model": ("Backend", "ApproxConfig", "presets", "annotate"),
     "See what is done": ("explain", "Report", "decisions", "Decisions", "metrics", "controls", "Control"),
-    "Choose settings by measuring": ("tune", "TunedPlan"),
+    "Choose settings": ("recommend", "Recommendation", "tune", "TunedPlan"),
     "Save, resume and schedule": ("state_dict", "load_state_dict", "set_step", "set_phase"),
     "Errors and warnings": ("ConfigError", "ApproxWarning"),
 }
