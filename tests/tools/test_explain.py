@@ -74,6 +74,9 @@ def test_after_training_it_says_what_is_kept_now(small_work_counts: None) -> Non
     assert report.adaptive is not None and (report.adaptive.rows, report.adaptive.steps) == ({1: 0.5}, 1)
     assert report.adaptive.history == {"whole backward pass": ((0, 1.0), (1, 0.5))}
     assert "adaptive rows, 32 of 64 now" in str(report) and report.flops_possible < report.flops_now < report.flops_exact
+    control.changes.append((2, 0.125))  # less than the quarter that "possible" assumes
+    report = explain(f, x)
+    assert f"FLOPs {si(report.flops_exact)} -> {si(report.flops_now)} (" in str(report) and report.flops_possible == report.flops_now
 
 
 def test_adaptive_outputs_start_exact() -> None:

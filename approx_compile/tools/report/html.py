@@ -125,6 +125,7 @@ def render(report: ReportData, machine: Peaks | None) -> str:
         broken=_breakable,
         marked=_code_marked,
         graphs=[difference(b, a) for b, a in zip(report.before, report.after, strict=True)],
+        reasons=any(words.why(s) for s in report.sites),
         timed=any(s.time_exact_us is not None for s in report.sites),
         break_even=f"{PREDICTION_ERROR:g}" if any(s.break_even for s in report.sites) else "",
         traced=report.traced(),

@@ -221,8 +221,9 @@ class ReportData:
         return round(sum(self._flops(p, self.rows_now(p), outputs) for p in site.products.values()))
 
     def possible(self, site: SiteReport) -> int:
-        """Return the FLOPs of a site if a quarter of the rows is kept and the outputs' ratio is the smallest, where these are found during the run."""
-        return round(sum(self._flops(p, A_QUARTER, self.adaptive.least_outputs if self.adaptive is not None else None) for p in site.products.values()))
+        """Return the FLOPs of a site with a quarter of the rows, or as few as now, and the smallest ratio of outputs, where these are found during the run."""
+        outputs = self.adaptive.least_outputs if self.adaptive is not None else None
+        return round(sum(self._flops(p, min(A_QUARTER, self.rows_now(p)), outputs) for p in site.products.values()))
 
     def _flops(self, product: ProductPlan, rows: float, outputs: float | None) -> float:
         if self.chooses_rows(product):
