@@ -29,6 +29,7 @@ from generators import (
     outputs,
     papers,
     reasons,
+    recorded,
     speed,
     studies,
 )
@@ -46,6 +47,7 @@ SOURCES: tuple[Callable[[], dict[str, str]], ...] = (
     papers.blocks,
     cpu_study.blocks,
     outputs.blocks,
+    recorded.blocks,
     reasons.blocks,
     configuration.blocks,
     api.blocks,

@@ -18,8 +18,12 @@ def explain_output() -> str:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(784, 1024), torch.nn.ReLU(), torch.nn.Linear(1024, 10))
     with patch.dict(os.environ, ENVIRONMENT):
-        report = str(approx_compile.explain(model, torch.randn(256, 784)))
-    lines = [line.rstrip() for line in report.strip("\n").splitlines()]
+        return as_block(approx_compile.explain(model, torch.randn(256, 784)))
+
+
+def as_block(text: object) -> str:
+    """Text as a block of a page. The environment must have the width of the lines."""
+    lines = [line.rstrip() for line in str(text).strip("\n").splitlines()]
     return "```text\n" + "\n".join(lines) + "\n```"
 
 
