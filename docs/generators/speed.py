@@ -143,7 +143,7 @@ def tune_table() -> str:
 
 def plan_block() -> str:
     """The rules of a stored plan, without the record of how they were found."""
-    rules = (RESULTS / "tune-blocks.toml").read_text().split("[tuned]")[0].rstrip()
+    rules = (RESULTS / "tune-blocks.toml").read_text().split("\n[tuned]")[0].rstrip()
     stored = [r for r in newest(rows("tune.csv"), "work").values() if r["work"].startswith("four transformer blocks")]
     what = f"Four transformer blocks, 8 x 128 tokens, `max_error` {stored[0]['max_error']}: {float(stored[0]['achieved']):.2f} times Inductor's speed."
     return block(f"```toml\n{rules}\n```", caption(what, stored, "tune-blocks.toml"))
