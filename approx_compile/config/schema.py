@@ -361,6 +361,12 @@ class AdaptiveTable(Table):
         "these. Leave out small shares to bound how few rows are kept.",
         examples=[{"adaptive": {"ladder": [0.25, 0.5]}}],
     )
+    agree: bool = Field(
+        default=False,
+        description="Whether the ranks of a data-parallel training pool what they have measured, so that all keep the same share of their rows: the one that "
+        "a single process with all samples would keep. It needs `approx_compile.distributed.register(ddp)`, and has no effect on a single process.",
+        examples=[{"adaptive": {"agree": True}}],
+    )
     error: float = Field(
         default=0.025,
         gt=0,

@@ -23,7 +23,8 @@ from approx_compile import _torch
 from approx_compile.backend.runtime.choice_recorder import listen
 from approx_compile.distributed import packing
 from approx_compile.distributed.gradient_slices import GradientSlices, KeptSlices
-from approx_compile.rows.controller import DeferredScalar
+from approx_compile.rows.agreement import VariancePool, pool_for
+from approx_compile.rows.controller import OBSERVE_EVERY, DeferredScalar
 from approx_compile.utils import log_once
 
 Bucket = Any
@@ -69,6 +70,8 @@ class ReducedAllReduce:
         self._last = WeakIdKeyDictionary()
         """The slices of each parameter at the last exchange: a rank without data sends as many zeros."""
         self._whole_now: list[str] = []
+        self._pool = VariancePool()
+        pool_for([*ddp.module.modules(), *ddp.module.parameters()], self._pool)
 
     def hook(self, bucket: Bucket) -> torch.futures.Future[Tensor]:
         """Exchange one bucket: the hook that DDP calls."""
@@ -135,11 +138,25 @@ class ReducedAllReduce:
         self.bytes_sent += sent
         if not bucket.is_last():
             return
+        if self.exchanges % OBSERVE_EVERY == 0:
+            self._pool_numbers(bucket.buffer().device)
         self.exchanges += 1
         self.whole, self._whole_now = tuple(self._whole_now), []
         if self.exchanges == 1 and self._slices.is_backward:
             self._tell()
         self._slices.clear()
+
+    def _pool_numbers(self, device: torch.device) -> None:
+        """Sum up what the adaptive controls of all ranks have measured. The sums are read when the next step starts."""
+        numbers = self._pool.local(device)
+        work = dist.all_reduce(numbers, group=self._group, async_op=True)
+        assert work is not None
+
+        def wait() -> Tensor:
+            work.wait()
+            return numbers
+
+        self._pool.deliver(wait)
 
     def _tell(self) -> None:
         """Say once what is sent."""

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from approx_compile import _torch
 from approx_compile.config.schema import AdaptiveTable
-from approx_compile.rows.row_sampling import needed_share
+from approx_compile.rows.agreement import VariancePool
+from approx_compile.rows.row_sampling import added_variance, needed_share, share_from_variance
 
 log = logging.getLogger("approx_compile")
 
@@ -178,6 +179,7 @@ class Control(Checkpointed):
         self.measured = measured
         self.changes: deque[tuple[int, float]] = deque([(0, 1.0)], maxlen=HISTORY)
         self._late = DeferredScalar()
+        self.pool: VariancePool | None = None
 
     @property
     def ratio(self) -> float:
@@ -203,6 +205,8 @@ class Control(Checkpointed):
 
     def _apply_pending(self) -> None:
         """Decide on the ratio by the number that the last observation gave, if there is one."""
+        if self.pool is not None:
+            self.pool.collect()
         value = self._late.take()
         if value is None:
             return
@@ -241,8 +245,17 @@ class RowControl(Control):
 
     def observe(self, norms_sq: Tensor, floor: float = 0.0) -> None:
         """Observe the squared gradient norms (B,) of a pass, with the floor that `choose_rows` gets. They affect the ratio from the next pass on."""
+        shares = self.settings.ladder[:-1]
+        if self.settings.agree and self.pool is not None and shares and self.pool.put(self, added_variance(norms_sq, shares, floor)):
+            return
         self._late.put(needed_share(norms_sq, self.settings.tau, floor))
 
+    def take_pooled(self, sums: Tensor) -> None:
+        """Take up the variances and sums of squares of all ranks together."""
+        self._late.put(share_from_variance(sums, self.settings.ladder[:-1], self.settings.tau))
+
     def _decide(self, value: Tensor) -> float:
+        if bool(value.isnan()):  # no rank has observed anything
+            return self.ratio
         self.measured = MOMENTUM * self.measured + (1 - MOMENTUM) * float(value)
         return next(r for r in self.settings.ladder if r >= min(1.0, self.measured * (1 - 1e-9)))

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from approx_compile.config.schema import AdaptiveTable
+from approx_compile.rows.agreement import pool_of
 from approx_compile.rows.bare_names import Owner, fitted_names, named_owners
 from approx_compile.rows.controller import Checkpointed, Control, Draws, StepFlops
 from approx_compile.rows.step_counter import completed_steps
@@ -78,7 +79,7 @@ K = TypeVar("K", bound=Checkpointed)
 
 
 def control_for(owner: Owner, settings: AdaptiveTable, name: GraphName, kind: type[C]) -> C:
-    """Return the control of a cut, or of a graph's outputs, and tell it how many optimizer steps its owner has made.
+    """Return the control of a cut, or of a graph's outputs, and tell it how many optimizer steps its owner has made and whom it agrees with.
 
     It is that of an earlier compilation of the same code if there is one with the same settings, else a new one. A new one takes up the state that was loaded
     for it, if any.
@@ -92,7 +93,7 @@ def control_for(owner: Owner, settings: AdaptiveTable, name: GraphName, kind: ty
     control = _known.setdefault(owner, {}).get(name.key)
     if not isinstance(control, kind) or control.settings != settings:
         control = _begin(owner, name, kind(settings, name.key))  # type: ignore[call-arg]
-    control.completed = completed_steps(owner)
+    control.completed, control.pool = completed_steps(owner), pool_of(owner)
     return control
 
 

@@ -12,6 +12,8 @@ that a small p_i adds much noise. There the norms have a floor: no row counts as
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -135,3 +137,46 @@ def needed_share(norms_sq: Tensor, tau: float, floor: float = 0.0) -> Tensor:
     c = _first_fit(by_norm.cumsum(0) / (tau * total + square.cumsum(0)), counted)
     share = (c * counted).clamp_(max=1).mean()
     return torch.where((total > 0) & (ascending[-1] < _BEYOND) & share.isfinite(), share, 1.0)
+
+
+def added_variance(norms_sq: Tensor, shares: Sequence[float], floor: float = 0.0) -> Tensor:
+    """Compute the variance sum (1 - p) / p g^2 that keeping a share of the rows adds, with p = min(1, c f), for each of several shares.
+
+    Args:
+        norms_sq: Squared gradient norms (B,).
+        shares: Shares of the rows.
+        floor: The least norm that a row counts with (f), as a share of the mean norm.
+
+    Returns:
+        (shares + 1,) fp64: the variance for each share, and the sum of g^2. Infinite where a norm is inf or NaN.
+    """
+    square, size = _norms(norms_sq).square(), norms_sq.shape[0]
+    counted = with_floor(norms_sq, floor) if floor else norms_sq
+    variances = []
+    for share in shares:
+        p = inclusion_probabilities(counted, max(1, int(share * size + 0.5)))
+        variances.append(torch.where(p > 0, (1 - p) / p * square, 0).sum())
+    return torch.stack([*variances, square.sum()])
+
+
+def share_from_variance(numbers: Tensor, shares: Sequence[float], tau: float) -> Tensor:
+    """Compute the share that keeps the added variance within tau times the sum of squares, from what `added_variance` gives.
+
+    Between two shares the variance is interpolated linearly. It is convex in the share, so the result is no less than the share that is needed.
+
+    Args:
+        numbers: The variance for each share, then the sum of squares: of one batch, or summed over several.
+        shares: The shares, ascending and below 1.
+        tau: The bound, relative to the sum of squares.
+
+    Returns:
+        A scalar in (0, 1]; NaN if the sum of squares is 0.
+    """
+    variance = torch.cat([numbers[: len(shares)], numbers.new_zeros(1)])
+    at = torch.tensor([*shares, 1.0], dtype=numbers.dtype, device=numbers.device)
+    total = numbers[len(shares)]
+    first = (variance <= tau * total).to(torch.int64).argmax().clamp_min(1)  # the last one always holds
+    above, below = variance[first - 1], variance[first]
+    between = at[first - 1] + (above - tau * total) / (above - below) * (at[first] - at[first - 1])
+    share = torch.where(variance[0] <= tau * total, at[0], torch.where(between.isfinite(), between, at[first]))
+    return torch.where(total > 0, share, torch.nan)

@@ -34,7 +34,7 @@ def ratios_of_steps(control: OutputControl, errors: dict[float, float], steps: i
     for _ in range(steps):
         found.append(control.start_step())
         if control.should_observe and (candidates := control.candidates()):
-            control.observe(candidates, torch.tensor([errors[r] for r in candidates]))
+            control.observe(candidates, torch.tensor([*(errors[r] for r in candidates), 1.0]))
     return found
 
 

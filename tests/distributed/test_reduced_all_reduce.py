@@ -13,21 +13,21 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def failed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run_on_ranks(tmp_path_factory.mktemp("two"), "helpers.reduced_cases", [*reduced_cases.IN_MAKE_TEST, "convolutions"])
+    return run_on_ranks(tmp_path_factory.mktemp("some"), "helpers.reduced_cases", reduced_cases.IN_MAKE_TEST)
 
 
-@pytest.mark.parametrize("case", [*reduced_cases.IN_MAKE_TEST, "convolutions"])
+@pytest.mark.parametrize("case", reduced_cases.IN_MAKE_TEST)
 def test_two_ranks(case: str, failed: dict[str, str]) -> None:
     assert case not in failed, failed[case]
 
 
-@pytest.mark.parametrize("case", reduced_cases.LAST)
-def test_an_error_ends_all_ranks(case: str, tmp_path: Path) -> None:
-    failed = run_on_ranks(tmp_path, "helpers.reduced_cases", [case])
-    assert not failed, failed[case]
+@pytest.mark.exhaustive
+def test_other_uses_with_two_ranks(tmp_path: Path) -> None:
+    failed = run_on_ranks(tmp_path, "helpers.reduced_cases", reduced_cases.OTHERS)
+    assert not failed, failed
 
 
 @pytest.mark.exhaustive
 def test_four_ranks(tmp_path: Path) -> None:
-    failed = run_on_ranks(tmp_path, "helpers.reduced_cases", ["one_graph", "buckets", "schedule", "accumulation", "convolutions", "uneven_inputs"], 4)
+    failed = run_on_ranks(tmp_path, "helpers.reduced_cases", reduced_cases.FOUR_RANKS, 4)
     assert not failed, failed

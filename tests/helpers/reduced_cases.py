@@ -232,8 +232,9 @@ def _arrives_spoiled(arrive: Callable[..., None], rank: int) -> Callable[..., No
     return spoiled
 
 
-IN_MAKE_TEST = (
-    "one_graph buckets schedule accumulation accumulation_over_a_change_of_weights gradient_from_outside half_precision choice_by_the_data_goes_whole "
-    "uneven_inputs static_graph unused_parameters wrong_arguments"
+IN_MAKE_TEST = "one_graph schedule accumulation gradient_from_outside uneven_inputs wrong_arguments different_weights_raise_on_all_ranks".split()
+OTHERS = (
+    "buckets convolutions accumulation_over_a_change_of_weights half_precision choice_by_the_data_goes_whole static_graph unused_parameters "
+    "verify_finds_a_wrong_gradient"
 ).split()
-LAST = ("different_weights_raise_on_all_ranks", "verify_finds_a_wrong_gradient")
+FOUR_RANKS = "one_graph buckets schedule accumulation convolutions uneven_inputs".split()

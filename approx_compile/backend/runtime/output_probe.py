@@ -35,6 +35,7 @@ class OutputControl(Control):
     def __init__(self, settings: AdaptiveTable, name: str) -> None:
         super().__init__(settings, name, 0.0)
         self.place = "outputs of the forward pass"
+        self._candidates: list[float] = []
 
     @property
     def should_observe(self) -> bool:
@@ -52,12 +53,25 @@ class OutputControl(Control):
         down = [r for r in self.settings.outputs if r < self.ratio][-1:]
         return [*down, *([self.ratio] if self.ratio < 1 else [])]
 
-    def observe(self, candidates: Sequence[float], errors: Tensor) -> None:
-        """Observe the relative squared errors of the gradient, one for each candidate ratio. They affect the ratio from the next step on."""
+    def observe(self, candidates: Sequence[float], squares: Tensor) -> None:
+        """Observe the errors of the gradient. They affect the ratio from the next step on.
+
+        Args:
+            candidates: The ratios.
+            squares: |g' - g|^2 for each of them, then |g|^2. Ranks that exchange gradients decide by the sums over all of them.
+        """
         self._candidates = list(candidates)
-        self._late.put(errors)
+        if self.pool is None or not self.pool.put(self, squares):
+            self._late.put(_relative(squares))
+
+    def take_pooled(self, sums: Tensor) -> None:
+        """Take up the squares of all ranks together; the decision ignores them if no rank has measured anything."""
+        squares = sums[: len(self._candidates) + 1]
+        self._late.put(torch.where(squares[-1] == 0, torch.nan, _relative(squares)))
 
     def _decide(self, value: Tensor) -> float:
+        if bool(value.isnan().all()):
+            return self.ratio
         errors = dict(zip(self._candidates, value.tolist(), strict=True))
         good = [r for r, e in errors.items() if e <= self.settings.error]
         up = next((r for r in self.settings.outputs if r > self.ratio), 1.0)
@@ -103,7 +117,8 @@ class AdaptiveOutputs:
                 warn_once("approx: a model's parameters are gone when its backward pass begins (FSDP2): outputs whose ratio is to be found stay exact")
                 return
             exact = snapshot.gradient(self.graphs[1.0], gradients)
-            control.observe(candidates, torch.stack([_relative_squared_error(snapshot.gradient(self.graphs[r], gradients), exact) for r in candidates]))
+            errors = [_squared_difference(snapshot.gradient(self.graphs[r], gradients), exact) for r in candidates]
+            control.observe(candidates, torch.stack([*errors, _squared_difference(exact)]))
 
         if outs:
             torch.autograd.graph.register_multi_grad_hook(outs, measure)
@@ -147,11 +162,15 @@ class _CallSnapshot:
         return [g for g in values if g is not None]
 
 
-def _relative_squared_error(sampled: Sequence[Tensor], exact: Sequence[Tensor]) -> Tensor:
-    """Return ``|g' - g|^2 / |g|^2``, taken over all gradients together; infinite if the quotient is not a number."""
-    difference = sum((a - b).float().square().sum() for a, b in zip(sampled, exact, strict=True))
-    size = sum(b.float().square().sum() for b in exact)
-    return torch.nan_to_num(torch.as_tensor(difference / size), nan=torch.inf)
+def _relative(squares: Tensor) -> Tensor:
+    """Return ``|g' - g|^2 / |g|^2`` for each candidate; infinite if a quotient is not a number."""
+    return torch.nan_to_num(squares[:-1] / squares[-1], nan=torch.inf)
+
+
+def _squared_difference(a: Sequence[Tensor], b: Sequence[Tensor] | None = None) -> Tensor:
+    """Return ``|a - b|^2``, or ``|a|^2`` without `b`, taken over all gradients together."""
+    differences = a if b is None else [x - y for x, y in zip(a, b, strict=True)]
+    return torch.as_tensor(sum(d.float().square().sum() for d in differences))
 
 
 def _random_state(args: Sequence[Any]) -> tuple[Tensor, dict[int, Tensor]]:
