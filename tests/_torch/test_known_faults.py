@@ -127,6 +127,7 @@ def test_what_is_written_in_place_is_read_after(write: Callable[..., Tensor], op
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @faulty
 def test_without_the_guard_some_are_read_before(tensors: tuple[Tensor, ...]) -> None:
     """Without the guard some values are read before they are written, whether or not Inductor sorts loops to save memory."""
@@ -232,6 +233,7 @@ def test_stages_of_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("small_work_counts")
 def test_adaptive_rows_that_keep_all() -> None:
     model, (x, y) = two_convolutions(nn.LeakyReLU), batch(32)

@@ -20,6 +20,7 @@ ALWAYS: dict[str, Any] = {"policy": "always", "ratio": 0.5, "group": 1, "min_k":
 SCORED = ("topk", "topk_weights", "crs", "bernoulli", "wta")
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("method", SCORED)
 @pytest.mark.parametrize("where", ["input", "weight"])
@@ -39,6 +40,7 @@ def test_nan_and_inf_reach_the_output(method: str, bad: float, where: str) -> No
     assert torch.equal(got.isfinite(), exact.isfinite())
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("sampling", ["forward", "backward", "blackbox"])
 @pytest.mark.parametrize("method", (*SCORED, "uniform"))
 def test_all_zero_operands(method: str, sampling: str) -> None:
@@ -139,6 +141,7 @@ def test_strides_are_those_of_the_exact_graph() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_channels_last_images_of_dynamic_size() -> None:
     """Images of several sizes run one graph. A view with symbolic strides that the backward pass reads does not compile."""
     model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 8, 3)).to(memory_format=torch.channels_last)

@@ -81,6 +81,7 @@ def test_a_rehearsal_of_the_tables_stores_nothing() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_tables_and_plots_need_a_gpu_or_a_rehearsal() -> None:
     refused = run_script("tables", "--part", "full", "--device", "cpu")
     assert refused.returncode == 2 and "--small" in refused.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -10,7 +11,6 @@ import torch.nn.functional as F
 from helpers.compile import Plans
 from helpers.sampling import all_but
 from torch import Tensor
-from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._pytree import tree_leaves, tree_map
 
 from approx_compile import Backend
@@ -33,16 +33,22 @@ NAMES = (
     "nn.functional.bilinear",
     "nn.functional.multi_head_attention_forward",
 )
-OPS = {op.name: op for op in op_db if op.name in NAMES and op.variant_test_name == ""}
+
+
+@functools.cache
+def ops() -> dict[str, Any]:
+    from torch.testing._internal.common_methods_invocations import op_db  # takes seconds
+
+    return {op.name: op for op in op_db if op.name in NAMES and op.variant_test_name == ""}
 
 
 def samples(name: str) -> list[Any]:
-    return list(OPS[name].sample_inputs("cpu", torch.float32, requires_grad=True))
+    return list(ops()[name].sample_inputs("cpu", torch.float32, requires_grad=True))
 
 
 def function(name: str) -> Any:
     """Return the op itself (for attention, op_db has a wrapper in a file that Dynamo does not trace)."""
-    return F.multi_head_attention_forward if name == "nn.functional.multi_head_attention_forward" else OPS[name].get_op()
+    return F.multi_head_attention_forward if name == "nn.functional.multi_head_attention_forward" else ops()[name].get_op()
 
 
 def call(name: str, sample: Any) -> Any:
@@ -65,7 +71,7 @@ def run_op(f: Any, name: str, sample: Any) -> tuple[Tensor, list[Tensor | None]]
 
 
 def test_all_named_ops_are_there() -> None:
-    assert set(OPS) == set(NAMES)
+    assert set(ops()) == set(NAMES)
 
 
 @pytest.mark.slow

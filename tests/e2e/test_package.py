@@ -40,6 +40,7 @@ def test_contents(wheel: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_empty_environment(wheel: Path, tmp_path: Path) -> None:
     home = tmp_path / "env"
     venv.create(home, with_pip=True)

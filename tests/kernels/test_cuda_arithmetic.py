@@ -114,6 +114,7 @@ def test_skip_into(at: int, dim: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_longer_units_and_bands() -> None:
     a, b, idx = guarded(64 * 10, 144, torch.float16), guarded(144, 70, torch.float16), torch.tensor([0, 2])
     y = in_both_orders(lambda run: launch.skip_matmul(a, b, idx, None, 48, None, LaunchOptions(run, LEAST)))
@@ -204,7 +205,7 @@ def outputs_of(x: Tensor, channels: int, w: ConvGeometry) -> Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.sample(4)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("j", [1, 4])
 @pytest.mark.parametrize("case", CASES)
 def test_max_conv(case: str, j: int) -> None:

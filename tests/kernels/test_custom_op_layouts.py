@@ -105,7 +105,6 @@ def test_rows_go_on_through_kernels(small_work_counts: None) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_rows_go_on_through_convolutions(small_work_counts: None) -> None:
     """Under `adaptive`, sites that sample outputs may have rows as well; all rows are kept at first."""
     model = nn.Sequential(nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 16, 3)).to(memory_format=torch.channels_last)

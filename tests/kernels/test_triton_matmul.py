@@ -103,7 +103,7 @@ def check(code: Code, arch: int, dtype: torch.dtype, c: TileConfig, tma: bool, s
     assert code.copy_bits <= {128, 32 * scaled}  # tiles move in pieces of 16 bytes, scales one by one
 
 
-@pytest.mark.sample(8)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(("arch", "dtype", "c"), SHIPPED, ids=named)
 def test_code_of_skip(arch: int, dtype: torch.dtype, c: TileConfig) -> None:
     """Every configuration with units of 64, scaled in bf16 (which takes most registers), in the layout of a linear layer's output: X W^T."""
@@ -111,7 +111,7 @@ def test_code_of_skip(arch: int, dtype: torch.dtype, c: TileConfig) -> None:
     check(skip_code(arch, dtype, c, 64, "NT", scale), arch, dtype, c, arch == 90, scale)
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("arch", "dtype", "c"), [s for s in SHIPPED if s[1] != torch.float16], ids=named)
 def test_code_of_skip_into(arch: int, dtype: torch.dtype, c: TileConfig) -> None:
     """In the layout of grad_input, columns of dY W. Both ways of reading, TMA for the whole operand and copies for the chosen columns, are in the code."""
@@ -130,7 +130,7 @@ def test_code_of_transposed_fp32_on_hopper(layout: str, dim: int, c: TileConfig)
 
 
 @pytest.mark.slow
-@pytest.mark.sample(6)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(("arch", "dtype", "c"), [s for s in SHIPPED if s[1] != torch.float16], ids=named)
 def test_code_of_rows(arch: int, dtype: torch.dtype, c: TileConfig) -> None:
     """Rows that lie apart, as sampled tokens do: X^T dY."""
@@ -288,6 +288,7 @@ def made(unit: int = 4, transposed: bool = False) -> tuple[Tensor, Tensor, Tenso
     return a, b, torch.tensor([0, 2]) if unit > 1 else torch.tensor([1, 5, 15]), torch.tensor([0.5, 3.0] if unit > 1 else [0.5, 3.0, 1.0])
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("unit", [1, 4])

@@ -164,7 +164,7 @@ def note():
 
 
 @pytest.mark.slow
-@pytest.mark.sample(1)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("act", [older_one, convolutions_in_ieee, newer_ones_set_apart])
 def test_the_child_multiplies_as_precisely(precisions: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
     """The precision that the process that times sites has set when it ends."""

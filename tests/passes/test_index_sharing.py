@@ -297,6 +297,7 @@ def test_the_key_is_checked_and_said() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_tuning_measures_the_error_both_ways() -> None:
     """Narrow layers share by predicted time, so the other measurement is of each at its own entries. Wide layers do not share, so the other measurement is of
     them together."""

@@ -36,7 +36,7 @@ def trained(model: nn.Module, x: Tensor, options: dict[str, Any]) -> tuple[list[
 
 
 @pytest.mark.slow
-@pytest.mark.sample(4)
+@pytest.mark.sample(3)
 @pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("sampling", ["forward", "backward", "blackbox"])
 @pytest.mark.parametrize("method", ["topk", "topk_weights", "bernoulli", "wta"])
@@ -59,6 +59,7 @@ def test_linear_layers_get_the_numbers_of_gathers(method: str, sampling: str) ->
 
 
 @pytest.mark.slow
+@pytest.mark.sample(2)
 @pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("sampling", ["forward", "blackbox"])
 @pytest.mark.parametrize("method", ["topk", "bernoulli"])
@@ -112,6 +113,7 @@ def test_one_op_takes_the_place_of_product_and_gathers() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("everywhere")
 def test_inductor_compiles_the_ops_and_checkpoints_keep_the_choice() -> None:
     class Twice(nn.Module):

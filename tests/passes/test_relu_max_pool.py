@@ -61,6 +61,7 @@ def forward_and_backward(model: nn.Module, f: Any, x: Tensor) -> list[Tensor]:
 LAYOUTS = [(name, layout) for name, (_, size) in CASES.items() for layout in (torch.contiguous_format, torch.channels_last)[: 2 if len(size) == 4 else 1]]
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(("name", "layout"), LAYOUTS)
 def test_every_value_stays(name: str, layout: torch.memory_format) -> None:
     make, size = CASES[name]

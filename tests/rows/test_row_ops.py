@@ -157,7 +157,7 @@ def against_masked_tangents(op: Callable[[Tensor], Tensor], monkeypatch: pytest.
     return plans
 
 
-@pytest.mark.sample(27)
+@pytest.mark.sample(24)
 @pytest.mark.parametrize("name", APART)
 def test_samples_kept_apart(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plans = against_masked_tangents(APART[name], monkeypatch)
@@ -294,6 +294,7 @@ class Pooled(nn.Module):
 
 
 @pytest.mark.slow
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("places", [1, 2])
 @pytest.mark.parametrize("way", ["permuted", "channels_last", "contiguous"])
 def test_pooling_of_images_in_any_layout(way: str, places: int, monkeypatch: pytest.MonkeyPatch) -> None:

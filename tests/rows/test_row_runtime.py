@@ -77,7 +77,7 @@ def steps(model: nn.Module, options: dict[str, Any], inner: Any, around: Any, x:
 
 
 @pytest.mark.slow
-@pytest.mark.sample(9)
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(("dtype", "device"), [(torch.float64, None), (torch.float16, None), (None, "meta")], ids=["float64", "float16", "meta"])
 def test_torchs_defaults_change_nothing(name: str, dtype: torch.dtype | None, device: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,14 +120,15 @@ def test_weights_of_one_are_made_where_compiled_code_reads_them(device: str | No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_dtype", all_but([torch.float32], [torch.float32, torch.float64]))
-def test_weights_of_rows_have_the_dtype_that_compiled_code_reads(model_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("model_dtype", "dtype"), all_but([(torch.float32, torch.float64)], itertools.product((torch.float32, torch.float64), (torch.float64, torch.float16)))
+)
+def test_weights_of_rows_have_the_dtype_that_compiled_code_reads(model_dtype: torch.dtype, dtype: torch.dtype) -> None:
     model, x = Scaled(True).to(model_dtype), torch.randn(64, 8, dtype=model_dtype)
     options = rows("topk", batch_norm="approximate")
     want = steps(model, options, None, contextlib.nullcontext, x, 1)
-    for dtype in (torch.float64, torch.float16):
-        got = steps(model, options, None, functools.partial(default, dtype, None), x, 1)
-        assert max(relative(a, b) for a, b in zip(got, want, strict=True)) < 1e-6
+    got = steps(model, options, None, functools.partial(default, dtype, None), x, 1)
+    assert max(relative(a, b) for a, b in zip(got, want, strict=True)) < 1e-6
 
 
 # --- layouts ---
@@ -163,8 +164,8 @@ IMAGES: dict[str, Any] = {
 
 
 @pytest.mark.slow
-@pytest.mark.sample(11)
-@pytest.mark.parametrize(("name", "inner"), all_but([*((n, run_as_is) for n in IMAGES), ("channels last", None)], itertools.product(IMAGES, (run_as_is, None))))
+@pytest.mark.sample(10)
+@pytest.mark.parametrize(("name", "inner"), all_but([*itertools.product(IMAGES, (run_as_is,))], itertools.product(IMAGES, (run_as_is, None))))
 @pytest.mark.parametrize("wants", [False, True])
 def test_expanded_and_overlapping_inputs(name: str, inner: Any, wants: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Saved tensors of any layout: the gradients are those of masked tangents, with rows left out and with all of them, and with `wants` also the input's."""

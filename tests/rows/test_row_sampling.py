@@ -40,6 +40,7 @@ def test_inclusion_is_water_filled(name: str, k: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", NORMS)
 def test_systematic_hits_every_row_with_its_probability(name: str) -> None:
     torch.manual_seed(0)
@@ -56,6 +57,7 @@ def test_systematic_hits_every_row_with_its_probability(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_draws_from_a_stream_of_their_own_hit_every_row_with_its_probability() -> None:
     """Every draw is seeded anew: each must have its probabilities, and must be independent of the next one."""
     draws, count, k = Draws("graph:draws"), 20000, 12
@@ -70,6 +72,7 @@ def test_draws_from_a_stream_of_their_own_hit_every_row_with_its_probability() -
 
 
 @pytest.mark.slow
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("method", ["bernoulli", "uniform", "wta"])
 def test_sums_over_rows_are_unbiased(method: str) -> None:
     torch.manual_seed(0)

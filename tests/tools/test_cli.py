@@ -317,6 +317,7 @@ def test_calibrate_stores_a_profile(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_calibrations_of_two_precisions_stand_side_by_side(precisions: None, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     for name, end in (("highest", f"{torch.__version__}.json"), ("medium", f"{torch.__version__}-matmul-bf16.json")):

@@ -59,6 +59,7 @@ def test_errors_are_those_of_the_gradients(measured: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_errors_of_a_random_choice_are_of_several_draws() -> None:
     model, x = mlp(64, 64, 64), torch.randn(8, 64)
     space = SearchSpace.of({"policy": "always", "method": "crs"})
