@@ -15,12 +15,16 @@ os.environ["COLUMNS"] = "160"  # tables and sentences are as wide as the termina
 
 import pytest
 import torch
+import torch._dynamo.guards
 from helpers.sampling import mark_exhaustive
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from approx_compile.backend import diagnostics
 from approx_compile.machine import float32_precision
 from approx_compile.rows import row_cost
+
+# After every compilation Dynamo flushes the processor's cache and times the guards, for its logs alone.
+torch._dynamo.guards.profile_guard_manager = lambda *args: 0.0
 
 # Two processes that compile the same kernel at once can read each other's half-written library. So every worker of pytest-xdist has an Inductor cache of its
 # own, in the usual one, where the next run finds it.

@@ -151,6 +151,7 @@ def child(code: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_nothing_is_imported_for_the_check() -> None:
     code = "import sys, approx_compile; from approx_compile._torch import canary; n = len(sys.modules); canary.check(); assert len(sys.modules) == n"
     assert child(code).returncode == 0

@@ -283,6 +283,7 @@ def test_inductors_options_and_modes_are_passed_on() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_logs_and_trace(tmp_path: Any) -> None:
     code = """
 import torch

@@ -32,6 +32,7 @@ def fresh_state() -> Iterator[None]:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_nothing_of_accelerate_is_imported_before_it_is_asked_for() -> None:
     code = "import sys, approx_compile, approx_compile.integrations.accelerate; assert 'accelerate' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

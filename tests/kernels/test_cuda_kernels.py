@@ -117,6 +117,7 @@ def test_arguments_fill_the_parameters(arch: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.sample(2)
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 @pytest.mark.parametrize("program", [*max_conv_variants()[::4], *matmul_variants()[2:10:7]], ids=name_of)
 def test_nvcc(program: Program, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def places(x: Tensor) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", CONVS)
 def test_max_is_algorithm_1(name: str) -> None:
     layouts = (False, True) if len(CONVS[name][1]) in LAYOUTS else (False,)

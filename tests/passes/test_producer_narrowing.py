@@ -113,7 +113,7 @@ def whole(monkeypatch: pytest.MonkeyPatch) -> Callable[[], contextlib.AbstractCo
 
 
 @pytest.mark.slow
-@pytest.mark.sample(12)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("name", SHRUNK)
 @pytest.mark.parametrize("group", [1, 4, 5])  # 5 leaves a tail
 def test_values_are_those_of_whole_activations(name: str, group: int, whole: Any) -> None:
@@ -151,6 +151,7 @@ FORBIDDEN: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, A
 }
 
 
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("name", FORBIDDEN)
 def test_whoever_reads_the_activation_forbids_it(name: str) -> None:
     make, shape, more, why = FORBIDDEN[name]

@@ -115,6 +115,7 @@ class Unpools(torch.autograd.Function):
         return (g * torch.where(r <= 0, torch.zeros_like(like), z)).sum_to_size(x.shape).to(x.dtype), None, None
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("where", [((64, 6), 0, (4, 6)), ((1, 384), 1, (1, 24)), ((6, 64), 1, (6, 4))])
 @pytest.mark.parametrize("like", [torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 8, 8).double(), torch.zeros(4, 1, 3, 8, 8)], ids=["same", "double", "more"])
 def test_what_users_scatter_is_theirs(where: tuple[Any, ...], like: Tensor) -> None:

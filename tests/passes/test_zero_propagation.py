@@ -255,6 +255,7 @@ def test_grouped_convolutions_are_left_out(skip_all: None) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_batched_products_are_left_out_whatever_the_batch(skip_all: None) -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:

@@ -169,6 +169,7 @@ NOT_PROVED = {"size_power"}
 """Samples stay apart, but the size of their batch is fixed: all rows run below."""
 
 
+@pytest.mark.sample(9)
 @pytest.mark.parametrize("name", MIXING)
 def test_samples_mixed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plans = against_masked_tangents(MIXING[name], monkeypatch)

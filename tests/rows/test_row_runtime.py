@@ -77,7 +77,7 @@ def steps(model: nn.Module, options: dict[str, Any], inner: Any, around: Any, x:
 
 
 @pytest.mark.slow
-@pytest.mark.sample(5)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(("dtype", "device"), [(torch.float64, None), (torch.float16, None), (None, "meta")], ids=["float64", "float16", "meta"])
 def test_torchs_defaults_change_nothing(name: str, dtype: torch.dtype | None, device: str | None, monkeypatch: pytest.MonkeyPatch) -> None:

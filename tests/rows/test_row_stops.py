@@ -143,6 +143,7 @@ def test_no_symbol_no_rows() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_blocked_reasons_are_shown_by_explain() -> None:
     from approx_compile import explain
 

@@ -74,6 +74,7 @@ EVEN: dict[str, Any] = {"policy": "always", "grad": {"axis": "rows", "ratio": 0.
 
 
 @pytest.mark.slow
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("name", "lowering", "options"),
     all_but(

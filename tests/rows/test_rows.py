@@ -71,6 +71,7 @@ def test_through_inductor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ["mlp", "cnn", "transformer"])
 def test_a_loss_inside_the_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cut is where the loss's gradient reaches the last product. The last bias, above the cut, has its exact gradient."""

@@ -72,6 +72,7 @@ def test_errors_of_a_random_choice_are_of_several_draws() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_rows_are_measured(small_work_counts: None) -> None:
     model, x, y = mlp(64, 64, 10), torch.randn(32, 64), torch.randint(10, (32,))
     space = SearchSpace.of({"rules": [{"layers": "site", "method": "exact"}]})
