@@ -61,8 +61,7 @@ def test_eval_with_grad_is_inductors(pair: Any) -> None:
     want, got = step(exact, model, x), step(approx, model, x)
     assert len(want) > 1 and same(want, got)
     model.train()
-    trained = step(approx, model, x)
-    assert not same(step(exact, model, x), trained)  # the check can fail: training is sampled
+    assert any(s.decision == "sampled" for s in plans_of(model, ALWAYS, x))  # training is not exact
 
 
 @pytest.mark.slow
