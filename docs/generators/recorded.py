@@ -14,6 +14,7 @@ import approx_compile
 from approx_compile.backend.runtime.decisions import Decisions
 from approx_compile.config import ApproxConfig
 from approx_compile.rows.controller import RowControl
+from approx_compile.tools.accuracy import AccuracyComparison, Run
 from approx_compile.tools.doctor import Check, Examination
 from approx_compile.tools.report.report_data import AdaptiveShares
 from approx_compile.utils import counted
@@ -72,10 +73,20 @@ def doctor() -> str:
         return with_caption(Examination(tuple(Check(**c) for c in run["checks"])), run)
 
 
+def compare() -> str:
+    """What `approx-compile compare` printed."""
+    run = stored("compare")
+    exact, approx = (tuple(Run(**r) for r in run[name]) for name in ("exact", "approx"))
+    found = AccuracyComparison(tuple(run["seeds"]), exact, approx, run["margin"], run["lower_is_better"], run["threads"])
+    with patch.dict(os.environ, ENVIRONMENT), patch.object(torch, "__version__", run["torch"]):
+        return with_caption(found, run)
+
+
 def blocks() -> dict[str, str]:
     """The blocks that this module makes, by name."""
     return {
         "output of explain after training": explain_after_training(),
         "output of decisions": decisions_after_training(),
         "output of doctor": doctor(),
+        "output of compare": compare(),
     }
