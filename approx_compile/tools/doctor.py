@@ -30,6 +30,9 @@ from approx_compile.utils import DISABLE, MACHINE, counted, printed
 EXTRAS = {"report": ("itables", "jinja2", "matplotlib", "pygments"), "examples": ("sklearn", "matplotlib"), "triton": ("triton",), "cuda": ("cuda.core",)}
 """The optional dependencies of this package, by the name of the extra."""
 
+TESTED_TORCH = (2, 13)
+"""The newest version of torch that the tests run with."""
+
 DAY_S = 86_400
 
 COMPILER_HELP = "install one: apt install build-essential (Debian), dnf install gcc-c++ (Fedora), or set CXX to its path"
@@ -94,9 +97,10 @@ def examine(compile_model: bool = True) -> Examination:
 
 
 def _versions() -> Iterator[Check]:
-    yield Check(
-        "versions", "ok", f"approx_compile {importlib.metadata.version('approx-compile')}, torch {torch.__version__}, Python {platform.python_version()}"
-    )
+    found = f"approx_compile {importlib.metadata.version('approx-compile')}, torch {torch.__version__}, Python {platform.python_version()}"
+    newer = tuple(map(int, torch.__version__.split(".")[:2])) > TESTED_TORCH
+    tested = f"tested with torch {'.'.join(map(str, TESTED_TORCH))}; if something fails, try it with that version"
+    yield Check("versions", "note" if newer else "ok", found, tested if newer else "")
     gone = canary.missing()
     if gone:
         yield Check("torch's private names", "note", "; ".join(f"{n.name}: {n.fallback}" for n in gone), "results stay correct; torch 2.13 has them all")

@@ -24,7 +24,7 @@ def found(**replaced: Any) -> dict[str, doctor.Check]:
 
 def test_versions_devices_caches_and_faults() -> None:
     checks = found()
-    assert torch.__version__ in checks["versions"].found and checks["versions"].state == "ok"
+    assert torch.__version__ in checks["versions"].found
     assert checks["CPU"].found.endswith(f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}")
     assert checks["Inductor's cache"].found.endswith(_torch.cache_folder().name)
     fault = next(f for f in known_faults.FAULTS if f.in_version("2.13.0"))
@@ -70,6 +70,13 @@ def test_what_a_check_raises_is_a_problem() -> None:
 
     check = doctor._attempt("it", fails)
     assert (check.state, check.found) == ("problem", "RuntimeError: no such thing")
+
+
+@pytest.mark.parametrize(("version", "state"), [("2.13.1+cpu", "ok"), ("2.14.0a0+git1", "note")])
+def test_a_version_of_torch_that_was_not_tested(version: str, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    check = found()["versions"]
+    assert check.state == state and version in check.found and ("tested with torch 2.13" in check.advice) == (state == "note")
 
 
 def test_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
