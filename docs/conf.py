@@ -29,6 +29,7 @@ autodoc_member_order = "bysource"
 nitpicky = True
 # Objects of other libraries: the site is built without a network, so their inventories cannot be read.
 _LIBRARIES = "torch|nn|fx|nx|networkx|rich|pydantic|pathlib|collections|typing|os|Tensor|Module|Path|Any|Callable|Mapping|Sequence|PathLike|DiGraph|Progress"
+_LIBRARIES += "|DistributedDataParallel"
 # Built-in types, and literals in annotations.
 _BUILT_IN = r"str|int|float|bool|dict|list|tuple|set|type|object|None|optional|ValueError|TypeError|KeyError|OSError|ImportError|.*['\"].*"
 nitpick_ignore_regex = [("py:.*", rf"({_LIBRARIES})(\..*)?"), ("py:.*", rf"({_BUILT_IN})")]
@@ -37,10 +38,12 @@ nitpick_ignore = [
     ("py:class", name)
     for name in (
         *(f"approx_compile.config.schema.{table}" for table in ("OutputTable", "GradTable", "InputTable", "WeightTable", "AdaptiveTable")),
+        "approx_compile.config.units.UnitsTable",
         "approx_compile.config.rules.Rule",
         "approx_compile.config.plan_file.Tuned",
         *(f"approx_compile.passes.planning.plan.{plan}" for plan in ("ProductPlan", "RowCut")),
         *(f"approx_compile.tools.report.report_data.{part}" for part in ("SiteReport", "AdaptiveShares")),
+        *(f"approx_compile.tools.recommend.{part}" for part in ("Facts", "Advice")),
         "approx_compile.tools.report.html.Peaks",  # a protocol: any object with the peak rates
         "AdaptiveTable",
         "Listener",  # the type of a callback of `Backend`, for tools

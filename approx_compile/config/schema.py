@@ -116,7 +116,8 @@ class SamplingKeys(Table):
     @classmethod
     def _check_ratio(cls, value: Any) -> Any:
         if value is not None and not is_share(value):
-            raise ValueError(f"got {value!r}; a number in (0, 1] is expected, the share of the axis that is kept, such as 0.5")
+            example = value / 100 if isinstance(value, int | float) and 10 <= value < 100 else 0.5  # who gives 25 may think of percent
+            raise ValueError(f"got {value!r}; a number in (0, 1] is expected, the share of the axis that is kept, such as {example:g}")
         return value if value is None else float(value)
 
     @field_validator("min_k", mode="before")

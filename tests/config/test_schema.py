@@ -171,6 +171,7 @@ def test_a_key_of_a_table_at_the_top(name: str, key: str) -> None:
         ({"output": {3: 4}}, "output: got the key 3; a string is expected"),
         ({"rules": [{"ratio": 0.5}]}, "rules[0].layers: this key is required in a rule without steps or phase"),
         ({"rules": [{"layers": "a", "grad": {"axis": "rows", "method": "crs"}}]}, "rules[0].grad.method: got 'crs', which can't choose rows"),
+        ({"ratio": 25}, "ratio: got 25; a number in (0, 1] is expected, the share of the axis that is kept, such as 0.25"),
         ({"ratio": 2, "tau": 3}, "ratio: got 2; a number in (0, 1] is expected, the share of the axis that is kept, such as 0.5; tau belongs in adaptive"),
     ],
 )

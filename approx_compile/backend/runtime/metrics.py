@@ -34,7 +34,7 @@ def metrics(model: nn.Module) -> dict[str, float]:
         model: The model, compiled or not, and whatever wraps it.
 
     Returns:
-        Always these keys: `approx/step`, `approx/kept`, `approx/kept_mean`, `approx/needed`, `approx/outputs_kept`, `approx/flops_saved`, `approx/speedup`.
+        The values of `approx/step`, `approx/kept`, `approx/kept_mean`, `approx/needed`, `approx/outputs_kept`, `approx/flops_saved` and `approx/speedup`.
         Before the first backward pass on rows, and where all rows run, the shares are 1 and nothing is saved.
 
     Raises:
