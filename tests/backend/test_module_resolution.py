@@ -135,7 +135,7 @@ UNKNOWN = ("Forgotten",)
 """Those of which nothing tells the mode: exact in any."""
 
 
-@pytest.mark.sample(19)
+@pytest.mark.sample(12)
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("trains_first", [False, True])
 @pytest.mark.parametrize("name", list(SPELLINGS))

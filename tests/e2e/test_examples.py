@@ -266,6 +266,7 @@ def test_model_errors(name: str, in_shape: tuple[int, int, int], width: int | No
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_minimal(tmp_path: Path) -> None:
     """The script, with fewer steps and smaller layers, runs as a user would run it, and prints how many rows were kept and both times."""
     text = (ROOT / "examples" / "minimal.py").read_text()

@@ -213,7 +213,7 @@ def unit_parts(c: Case, estimator: Estimator) -> Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.sample(40)
+@pytest.mark.sample(27)
 @pytest.mark.parametrize("group", GROUPS, ids=lambda g: f"group{g}")
 @pytest.mark.parametrize("method", UNBIASED)
 @pytest.mark.parametrize("name", CASES)

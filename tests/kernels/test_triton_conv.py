@@ -170,7 +170,7 @@ def shipped() -> list[Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.sample(9)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(("product", "arch", "dtype", "config", "length"), shipped())
 def test_machine_code(product: str, arch: int, dtype: torch.dtype, config: TileConfig, length: int) -> None:
     """The code uses tensor cores and asynchronous copies of 16 bytes, and spills no registers."""

@@ -64,7 +64,7 @@ SPELLINGS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
 }
 
 
-@pytest.mark.sample(10)
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_spellings_with_a_weight(name: str) -> None:
     make, shape, op = SPELLINGS[name]

@@ -102,7 +102,7 @@ def gradients_and_sites(model: nn.Module, options: dict[str, Any], x: Tensor) ->
 
 
 @pytest.mark.slow
-@pytest.mark.sample(6)
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("method", ["topk", "wta"])
 @pytest.mark.parametrize("group", [1, 4, 5])

@@ -157,7 +157,7 @@ def against_masked_tangents(op: Callable[[Tensor], Tensor], monkeypatch: pytest.
     return plans
 
 
-@pytest.mark.sample(24)
+@pytest.mark.sample(18)
 @pytest.mark.parametrize("name", APART)
 def test_samples_kept_apart(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plans = against_masked_tangents(APART[name], monkeypatch)
@@ -169,7 +169,7 @@ NOT_PROVED = {"size_power"}
 """Samples stay apart, but the size of their batch is fixed: all rows run below."""
 
 
-@pytest.mark.sample(9)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("name", MIXING)
 def test_samples_mixed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plans = against_masked_tangents(MIXING[name], monkeypatch)
@@ -214,7 +214,7 @@ class Hooked(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.sample(8)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("hook", [False, True], ids=["function", "hook"])
 @pytest.mark.parametrize("name", NONLINEAR)
 def test_what_is_not_linear_below_a_cut_gets_exact_gradients(name: str, hook: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,6 +180,7 @@ def test_sites_are_the_same_whether_a_size_is_a_symbol_or_a_number(seed: int, mo
 # --- the whole of it ---
 
 
+@pytest.mark.exhaustive
 @pytest.mark.serial
 def test_a_plan_from_beginning_to_end(tmp_path: Any) -> None:
     """Whatever the times are: state, error and record are right, and the plan file runs."""
