@@ -78,7 +78,7 @@ from approx_compile._torch.fake_tensors import (
     value,
 )
 from approx_compile._torch.flop_counts import count_dynamo_flops, count_tensors, flops
-from approx_compile._torch.fsdp import gathered_parameters
+from approx_compile._torch.fsdp import gathered_parameters, is_sharded, sharded_parameters
 from approx_compile._torch.inductor import (
     CustomGraphPass,
     CustomSchedulerPass,
@@ -219,6 +219,7 @@ __all__ = [
     "is_pointwise",
     "is_random",
     "is_resume_function",
+    "is_sharded",
     "is_tangent",
     "is_wrapper_subclass",
     "keep_dependencies",
@@ -241,6 +242,7 @@ __all__ = [
     "run_as_is",
     "seeding_marker",
     "seeds_of_marker",
+    "sharded_parameters",
     "size_at",
     "size_expr",
     "symbol_failure_reason",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 
@@ -16,7 +18,7 @@ def gathered_parameters(model: nn.Module) -> dict[int, nn.Parameter]:
     """
     pairs: dict[int, nn.Parameter] = {}
     for module in model.modules():
-        if not any(c.__name__ == "FSDPModule" for c in type(module).__mro__):
+        if not is_sharded(module):
             continue
         try:
             groups = module._get_fsdp_state()._fsdp_param_groups  # type: ignore[operator]
@@ -26,3 +28,21 @@ def gathered_parameters(model: nn.Module) -> dict[int, nn.Parameter]:
         for sharded, gathered in found:
             pairs[id(sharded)], pairs[id(gathered)] = gathered, sharded
     return pairs
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Return whether FSDP2 shards a module (`fully_shard`)."""
+    return any(c.__name__ == "FSDPModule" for c in type(module).__mro__)
+
+
+def sharded_parameters(module: Any) -> list[nn.Parameter]:
+    """Return the sharded parameters of a module, which its optimizer steps; none for a module that FSDP2 does not shard, and where torch does not show them.
+
+    Args:
+        module: The module.
+    """
+    if not is_sharded(module):
+        return []
+    groups = getattr(module._get_fsdp_state(), "_fsdp_param_groups", None) or []
+    held = [getattr(p, "sharded_param", None) for group in groups for p in getattr(group, "fsdp_params", ())]
+    return [p for p in held if isinstance(p, nn.Parameter)]

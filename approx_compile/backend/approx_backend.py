@@ -19,10 +19,11 @@ from approx_compile.backend import diagnostics
 from approx_compile.backend.capture import graph_context
 from approx_compile.backend.capture.frame_parts import begin_part
 from approx_compile.backend.inductor_options import inductor_patches
+from approx_compile.backend.runtime import choice_recorder, compiled_graphs
 from approx_compile.backend.runtime.dispatch import Dispatch
 from approx_compile.backend.runtime.output_probe import AdaptiveOutputs
 from approx_compile.backend.runtime.schedule import Schedule
-from approx_compile.backend.variants import BackendOptions, GraphCompiler, Variant, representative_plan
+from approx_compile.backend.variants import BackendOptions, GraphCompiler, Variant, profile_digest, representative_plan
 from approx_compile.config import ApproxConfig
 from approx_compile.passes.joint_graph_pass import Listener
 from approx_compile.passes.sites.site import Context
@@ -97,6 +98,8 @@ class Backend:
         configs = [config for ladder in ladders for _, config in ladder]
         compiler = GraphCompiler(self._options(), gm, example_inputs, patches, context, layers, trained, root, frame, len(configs) > 1)
         variants = compiler.compile(configs)
+        if root is not None and choice_recorder.may_be_sent():
+            compiled_graphs.note(root, compiler.name().key, self.config, profile_digest(example_inputs), [v.plan for v in variants])
         if self.on_plan is None:
             frame.add(representative_plan(variants, configs, self.config), "".join(v.uuid for v in variants), example_inputs, len(assignments))
             if frame.is_last:
@@ -137,7 +140,7 @@ class Backend:
         if len(by_assignment) > 1:
             if (why := _why_uncounted(root, parameters)) is not None:
                 warn_once(f"approx: {name} {why}: the settings of step 0, without a phase, go on holding there")
-            run = Dispatch(self.schedule, by_assignment, index, parameters, name)
+            run = Dispatch(self.schedule, by_assignment, index, parameters, name, root)
         first_is_fake = _torch.first_call_is_fake()
 
         def call(*args: Any) -> Any:  # wrappers of compiled code expect a plain function
@@ -177,6 +180,6 @@ def _parameters(example_inputs: Sequence[Any]) -> list[int]:
 
 def _why_uncounted(root: nn.Module | None, parameters: Sequence[int]) -> str | None:
     """Return the reason why the optimizer's steps cannot be counted for a graph, or None if they can."""
-    if root is not None and any(c.__name__ == "FSDPModule" for c in type(root).__mro__):
+    if root is not None and _torch.is_sharded(root) and not _torch.sharded_parameters(root):
         return "is sharded by FSDP2, whose optimizers step other tensors than the graph reads"
     return None if parameters else "has no parameters in one of its graphs"

@@ -235,3 +235,10 @@ def _device_profile(example_inputs: Sequence[Any]) -> machine.Machine | None:
     devices = {v.device.type for v in example_inputs if isinstance(v, torch.Tensor)}
     device = next(iter(devices - {"cpu"}), "cpu")
     return machine.current(device, log_once) if device in machine.DEVICES else None
+
+
+def profile_digest(example_inputs: Sequence[Any]) -> str | None:
+    """Return the digest of the profile of the device that a model is on, without measuring one; None without a profile."""
+    device = next((v.device.type for v in example_inputs if isinstance(v, torch.Tensor)), "cpu")
+    profile = machine.stored(device)
+    return profile.digest if profile is not None else None

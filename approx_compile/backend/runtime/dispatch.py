@@ -5,9 +5,13 @@ All assignments are compiled together with the graph. A switch between them ther
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import nn
+
+from approx_compile import _torch
 from approx_compile.backend.runtime.schedule import Schedule
 from approx_compile.rows.step_counter import StepCount, step_count_of
 from approx_compile.utils import warn_once
@@ -25,19 +29,30 @@ class Dispatch:
         index: The place in `compiled` of every assignment of the schedule.
         parameters: The places of the graph's parameters among its arguments.
         name: The model's name, for warnings.
+        root: The module that was compiled. If FSDP2 shards it, the steps of its sharded parameters count.
     """
 
-    def __init__(self, schedule: Schedule, compiled: Sequence[Callable[..., Any]], index: Sequence[int], parameters: Sequence[int], name: str) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        compiled: Sequence[Callable[..., Any]],
+        index: Sequence[int],
+        parameters: Sequence[int],
+        name: str,
+        root: nn.Module | None = None,
+    ) -> None:
         self.schedule = schedule
         self.compiled = tuple(compiled)
         self.index = tuple(index)
         self.parameters = tuple(parameters)
         self.name = name
+        self._root = weakref.ref(root) if root is not None and _torch.is_sharded(root) else None
         self._uncounted_calls = 0
 
     def __call__(self, *args: Any) -> Any:
         """Run the assignment that holds now."""
-        count = step_count_of(args[i] for i in self.parameters)
+        root = self._root() if self._root is not None else None
+        count = step_count_of(_torch.sharded_parameters(root) if root is not None else (args[i] for i in self.parameters))
         if count is None:
             self._note_uncounted_call()
             count = StepCount()
