@@ -23,6 +23,7 @@ from approx_compile import _torch
 from approx_compile.backend.runtime.choice_recorder import listen
 from approx_compile.distributed import packing
 from approx_compile.distributed.gradient_slices import GradientSlices, KeptSlices
+from approx_compile.distributed.plan_agreement import check_agreement, share_profile
 from approx_compile.rows.agreement import VariancePool, pool_for
 from approx_compile.rows.controller import OBSERVE_EVERY, DeferredScalar
 from approx_compile.utils import log_once
@@ -70,6 +71,7 @@ class ReducedAllReduce:
         self._last = WeakIdKeyDictionary()
         """The slices of each parameter at the last exchange: a rank without data sends as many zeros."""
         self._whole_now: list[str] = []
+        self._compared = False
         self._pool = VariancePool()
         pool_for([*ddp.module.modules(), *ddp.module.parameters()], self._pool)
 
@@ -78,6 +80,9 @@ class ReducedAllReduce:
         world = self._group.size()
         known = self._buckets.setdefault(bucket.index(), _Bucket())
         self._raise_on_conflict(known)
+        if not self._compared and (ddp := self._ddp()) is not None:
+            self._compared = True
+            check_agreement(ddp, self._group)
         gradients = bucket.gradients()
         kept = self._kept(bucket.parameters(), gradients)
         named = [(n, k) for n, k in zip(bucket.parameters(), kept, strict=True) if k is not None]
@@ -206,6 +211,8 @@ def _compare(buffer: Tensor, full: Tensor, names: Sequence[str]) -> None:
 def register(ddp: nn.Module, *, wrapper: Callable[[Hook], Hook] | None = None, verify: int = 0) -> ReducedAllReduce:
     """Have DDP exchange only the slices of the gradients that the ranks compute.
 
+    The machine profile of rank 0 holds on all ranks from then on, so that predicted times lead to the same plans; all ranks must call this function.
+
     Slices are known where layers are sampled with `topk_weights`, whose choice is the same on all ranks. All other gradients are exchanged whole; so are those
     of a parameter that several layers use, or that gets a gradient from outside the compiled model. What arrives in the gradients is what the full
     all-reduce gives: bit for bit with two ranks.
@@ -221,7 +228,8 @@ def register(ddp: nn.Module, *, wrapper: Callable[[Hook], Hook] | None = None, v
     Raises:
         TypeError: If `ddp` is not a DDP model.
         ValueError: If `verify` is not an integer of 0 or more.
-        RuntimeError: From a later backward pass, on every rank, if the ranks have chosen different channels; and by torch, if the model has a hook already.
+        RuntimeError: From the first backward pass, on every rank, if the ranks' settings or plans differ; from a later one, if they have chosen different
+            channels; and by torch, if the model has a hook already.
 
     Example:
         >>> import approx_compile.distributed
@@ -235,6 +243,7 @@ def register(ddp: nn.Module, *, wrapper: Callable[[Hook], Hook] | None = None, v
     if isinstance(verify, bool) or not isinstance(verify, int) or verify < 0:
         raise ValueError(f"register: got verify={verify!r}; the number of exchanges to compare with the full all-reduce is expected, 0 or more")
     state = ReducedAllReduce(model, verify)
+    share_profile(next(model.parameters()).device.type, model.process_group)
     hook: Hook = lambda hook_state, bucket: state.hook(bucket)  # noqa: E731 (DDP accepts no annotations but its own)
     model.register_comm_hook(state, wrapper(hook) if wrapper is not None else hook)
     return state

@@ -2,6 +2,6 @@
 
 from approx_compile.machine.calibration import calibrate, current
 from approx_compile.machine.profile import Machine, Table
-from approx_compile.machine.store import DEVICES, Notify, device_name, load, path_of, stored, use
+from approx_compile.machine.store import DEVICES, Notify, adopt, device_name, load, path_of, stored, use
 
-__all__ = ["DEVICES", "Machine", "Notify", "Table", "calibrate", "current", "device_name", "load", "path_of", "stored", "use"]
+__all__ = ["DEVICES", "Machine", "Notify", "Table", "adopt", "calibrate", "current", "device_name", "load", "path_of", "stored", "use"]

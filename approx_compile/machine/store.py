@@ -183,3 +183,14 @@ def stored(device: str = "cpu") -> Machine | None:
     if key not in loaded and (profile := load_matching(path_of(device), lambda text: None, key)) is not None:
         loaded[key] = profile
     return loaded.get(key)
+
+
+def adopt(profile: Machine, device: str) -> None:
+    """Decide by a profile that was made elsewhere, such as on another node, until the process ends; one that is named explicitly stays.
+
+    Args:
+        profile: The profile.
+        device: The type of the device that it stands for.
+    """
+    if overriding() is None:
+        loaded[device_key(device)] = profile

@@ -280,6 +280,26 @@ def test_minimal(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.distributed
+def test_train_ddp(tmp_path: Path) -> None:
+    """Two processes train, go on from the checkpoint, and exchange fewer bytes where they are told to."""
+
+    def run(*arguments: str) -> str:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / "examples" / "train_ddp.py"]
+        more = ["--width", "64", "--checkpoint", tmp_path / "run.pt", *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=300, env=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert re.findall(r"epoch (\d)", run("--epochs", "1")) == ["1"]
+    assert re.findall(r"epoch (\d)", run("--epochs", "2", "--resume")) == ["2"]
+    sent, whole = map(float, re.search(r"exchanged per step: ([\d.]+) MB of ([\d.]+) MB", run("--epochs", "1", "--reduce")).groups())
+    assert sent < 0.6 * whole
+
+
 @pytest.fixture(scope="module")
 def demo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """The demo's command as a user runs it, on small data, with the number of seeds asked for: its output, and its folder."""

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_wrapper
+from torch.nn.parallel import DistributedDataParallel as DDP
 
+from approx_compile import machine
 from approx_compile.distributed import ReducedAllReduce, register
-from helpers.ddp import WEIGHTS, assert_close, assert_equal_on_ranks, batch, small, train, wrapped
+from helpers.ddp import WEIGHTS, assert_close, assert_equal_on_ranks, backend, batch, small, train, wrapped
 from helpers.models import Buckets
+
+MACHINE = Path(__file__).parent / "machine.json"
 
 
 def _same_weights(a: nn.Module, b: nn.Module, world: int) -> None:
@@ -165,6 +171,31 @@ def different_weights_raise_on_all_ranks(rank: int, world: int) -> None:
     raise AssertionError("no error")
 
 
+def different_settings_raise_on_all_ranks(rank: int, world: int) -> None:
+    model = small()
+    ddp = wrapped(model, WEIGHTS | {"ratio": 0.25 + 0.125 * rank})
+    register(ddp)
+    try:
+        train(ddp, model.parameters(), rank, 1)
+    except RuntimeError as e:
+        assert "the ranks were given different settings: rank 0" in str(e) and "'ratio': 0.25" in str(e) and "'ratio': 0.375" in str(e), e
+        return
+    raise AssertionError("no error")
+
+
+def profile_of_rank_0(rank: int, world: int) -> None:
+    """Under the policy `cost` two ranks with different profiles make the plans of rank 0."""
+    own = machine.load(os.environ.pop("APPROX_COMPILE_MACHINE"))
+    try:
+        machine.adopt(own.model_copy(update={"quick": rank == 1}), "cpu")
+        ddp = DDP(torch.compile(small(), backend=backend({"ratio": 0.5})))
+        register(ddp)
+        stored = machine.stored("cpu")
+        assert stored is not None and not stored.quick
+    finally:
+        os.environ["APPROX_COMPILE_MACHINE"] = str(MACHINE)
+
+
 def uneven_inputs(rank: int, world: int) -> None:
     model = small()
     results = []
@@ -235,6 +266,6 @@ def _arrives_spoiled(arrive: Callable[..., None], rank: int) -> Callable[..., No
 IN_MAKE_TEST = "one_graph schedule accumulation gradient_from_outside uneven_inputs wrong_arguments different_weights_raise_on_all_ranks".split()
 OTHERS = (
     "buckets convolutions accumulation_over_a_change_of_weights half_precision choice_by_the_data_goes_whole static_graph unused_parameters "
-    "verify_finds_a_wrong_gradient"
+    "verify_finds_a_wrong_gradient different_settings_raise_on_all_ranks profile_of_rank_0"
 ).split()
 FOUR_RANKS = "one_graph buckets schedule accumulation convolutions uneven_inputs".split()
