@@ -66,6 +66,16 @@ class BatchSize:
         """Return whether a size depends on the number of samples."""
         return not isinstance(size, int) and self.samples in self.expr(size).free_symbols
 
+    def dims_in_view(self, sizes: Sequence[Any], before: Any, after: Any) -> list[int]:
+        """Return the dims of a view that may hold the samples: those whose sizes depend on their number.
+
+        Args:
+            sizes: The sizes of the view.
+            before: The number of entries of the axes to the left of the samples, in the order of the entries.
+            after: The number of entries to the right of them.
+        """
+        return [d for d, s in enumerate(sizes) if self.is_in(s)]
+
 
 @dataclass(frozen=True)
 class SampleLayout:

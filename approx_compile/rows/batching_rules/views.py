@@ -35,15 +35,24 @@ def view(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
     layout = state.layout_of(n.args[0])
     if layout is None:
         return None
-    old, new = _torch.value(n.args[0]).shape, value.shape
-    dims = [d for d, s in enumerate(new) if state.batch.is_in(s)]
+    return layout_of_view(layout, _torch.value(n.args[0]).shape, value.shape, state.batch)
+
+
+def layout_of_view(layout: SampleLayout, old: Sequence[Any], new: Sequence[Any], batch: BatchSize) -> SampleLayout:
+    """Return the layout of a view with sizes `new` of a tensor with sizes `old` and a layout.
+
+    Raises:
+        Blocked: The view splits the samples, or mixes them with other axes.
+    """
+    numel = batch.numel
+    left, right = (1, 1) if layout.uniform else (layout.outer, layout.inner)
+    before, after = numel(old[: layout.dim]) * left, numel(old[layout.dim + 1 :]) * right
+    dims = batch.dims_in_view(new, before, after)
     if len(dims) != 1:
         raise Blocked(VIEW_SPLITS())
     (dim,) = dims
     if layout.uniform:
-        return _view_of_uniform(layout, old, new, dim, state.batch)
-    numel = state.batch.numel
-    before, after = numel(old[: layout.dim]) * layout.outer, numel(old[layout.dim + 1 :]) * layout.inner
+        return _view_of_uniform(layout, old, new, dim, batch)
     outer, inner = sympy.cancel(before / numel(new[:dim])), sympy.cancel(after / numel(new[dim + 1 :]))
     if not (is_whole_number(outer) and is_whole_number(inner)):
         raise Blocked(VIEW_MIXES())
