@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -144,6 +145,47 @@ def guards_on_symbol(symbol: sympy.Symbol, gm: fx.GraphModule) -> list[Any]:
     env = graph_fake_mode(gm.graph).shape_env
     known = {env.replace(g.expr) for g in env.guards}  # two sizes that were found equal become one symbol
     return [e for e in known if symbol in e.free_symbols]
+
+
+_new_sizes = itertools.count()
+
+
+def new_size(graph: fx.Graph, hint: int) -> torch.SymInt:
+    """Make a symbolic size of 2 or more for a graph, which no tensor of the user's has.
+
+    Args:
+        graph: The graph.
+        hint: The value that decides where code depends on it. What is assumed is a guard on the symbol, see `take_guards`.
+
+    Returns:
+        The size.
+    """
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+    env = graph_fake_mode(graph).shape_env
+    source = ConstantSource(f"approx_compile_size_{next(_new_sizes)}")
+    symbol = env.create_symbol(hint, source, DimDynamic.DYNAMIC)
+    made: torch.SymInt = env.create_symintnode(symbol, hint=hint, source=source)
+    return made
+
+
+def take_guards(symbols: Sequence[sympy.Symbol], graph: fx.Graph) -> list[Any]:
+    """Return what compiled code has assumed of symbols that `new_size` made, and take these guards out of the graph's environment.
+
+    Dynamo would else look for the symbols among the user's inputs.
+
+    Args:
+        symbols: The symbols.
+        graph: The graph.
+
+    Returns:
+        Expressions that must hold for every value with which the code is called.
+    """
+    env = graph_fake_mode(graph).shape_env
+    mine = [g for g in env.guards if not g.expr.free_symbols.isdisjoint(symbols)]
+    env.guards[:] = [g for g in env.guards if g not in mine]
+    return list({env.replace(g.expr) for g in mine})
 
 
 def guard_holds(guard: Any, values: Mapping[sympy.Symbol, int]) -> bool:

@@ -145,11 +145,12 @@ def _description(plan: Plan, config: ApproxConfig, assignments: int) -> str:
     decisions = [{p.decision for p in s.products[1:]} for s in plan.sites]
     rows, replaced = (sum(kind in d for d in decisions) for kind in ("rows", "replaced"))
     gradients = [p for s in plan.sites for p in s.products[1:] if p.decision == "sampled"]
+    unit = "tokens" if any(c.axis == "tokens" for c in plan.cuts) else "samples"
     if rows and any(c.decision == "rows" and c.ratio is None for c in plan.cuts):
-        sentences.append(f"Backward starts on the whole batch and may use fewer samples later ({rows} {layers})")
+        sentences.append(f"Backward starts on the whole batch and may use fewer {unit} later ({rows} {layers})")
     elif rows:
         shares = [c.ratio for c in plan.cuts if c.decision == "rows" and c.ratio is not None]
-        sentences.append(f"Backward on {_range(shares)} of the samples ({rows} {layers})")
+        sentences.append(f"Backward on {_range(shares)} of the {unit} ({rows} {layers})")
     if gradients:
         sentences.append(f"Gradients sampled in {sum('sampled' in d for d in decisions)} {layers} ({_methods_and_shares(gradients)})")
     if replaced:

@@ -10,9 +10,10 @@ from types import ModuleType
 
 from approx_compile.backend.capture.annotate import Link
 from approx_compile.backend.runtime.schedule import Schedule
+from approx_compile.config.adaptive import AdaptiveTable
 from approx_compile.config.plan_file import Tuned, TunedPlan, TunedSite
 from approx_compile.config.rules import Rule
-from approx_compile.config.schema import AdaptiveTable, GradTable, InputTable, OutputTable, WeightTable
+from approx_compile.config.schema import GradTable, InputTable, OutputTable, WeightTable
 from approx_compile.config.selectors import ActivePeriod, StepSlice
 
 _CLASSES: dict[str, dict[str, type]] = {

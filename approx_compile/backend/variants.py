@@ -39,6 +39,7 @@ from approx_compile.rows.bare_names import relative_names
 from approx_compile.rows.opaque_backward import expose_to_compiled_autograd
 from approx_compile.rows.ownership import GraphName
 from approx_compile.rows.row_compiler import Declined, RowCompiler
+from approx_compile.rows.tokens.token_compiler import TokenCompiler
 from approx_compile.utils import log_once, warn_once
 
 log = logging.getLogger("approx_compile")
@@ -103,9 +104,9 @@ class GraphCompiler:
         Raises:
             ConfigError: If a setting cannot be applied to this graph.
         """
-        with_rows = [i for i, c in enumerate(configs) if c.asks_for_rows()]
+        with_rows = [i for i, c in enumerate(configs) if c.asks_for_rows() and not c.asks_for_rows("tokens")]
         if not with_rows:
-            return [self._compile_one(c, None) for c in configs]
+            return [self._compile_without_symbol(c) for c in configs]
         request, is_first = _torch.current_request(), False
         if request is not None:
             is_first, request.answered = not request.answered, True
@@ -123,7 +124,7 @@ class GraphCompiler:
         is_end = (is_first or self.frame.is_split) and self.frame.is_last
         if request is not None and is_end and all(self.frame.no_rows) and _torch.has_symbols(self.frame.whole):
             _torch.retrace_without_symbol(request, list(self.frame.no_rows))
-        return [compiled[i] if i in compiled else self._compile_one(c, None, declined.get(i)) for i, c in enumerate(configs)]
+        return [compiled[i] if i in compiled else self._compile_without_symbol(c, declined.get(i)) for i, c in enumerate(configs)]
 
     def name(self) -> GraphName:
         """Name the graph by its modules with parameters, as they stand below the module that they have in common.
@@ -153,7 +154,17 @@ class GraphCompiler:
             log.debug("approx: the graph does not compile with rows", exc_info=True)
             return NoRows(_internal_defect(e) or _torch.symbol_failure_reason(e))
 
-    def _compile_one(self, config: ApproxConfig, rows: RowCompiler | None, no_rows: NoRows | None = None, may_compile_again: bool = False) -> Variant:
+    def _compile_without_symbol(self, config: ApproxConfig, no_rows: NoRows | None = None) -> Variant:
+        """Compile the graph without a symbol for the batch's size: with tokens, or exactly. `no_rows` is the reason why not with rows."""
+        if not config.asks_for_rows("tokens"):
+            return self._compile_one(config, None, no_rows)
+        if self.context.nothing_trains() or self.context.exact is not None:
+            return self._compile_one(config, None, NoRows(self.context.exact or NOT_TRAINING()))
+        return self._compile_one(config, TokenCompiler(config, self.options.inner_compile, self.root, self.name()))
+
+    def _compile_one(
+        self, config: ApproxConfig, rows: RowCompiler | TokenCompiler | None, no_rows: NoRows | None = None, may_compile_again: bool = False
+    ) -> Variant:
         """Compile the graph with one setting: on sampled rows if `rows` is given, else without them. The plan then shows the reason `no_rows`, if any."""
         options, planned = self.options, list[tuple[Plan, fx.Graph | None, fx.Graph | None]]()
         profile = _device_profile(self.example_inputs) if config.asks_for_products() else None
@@ -164,7 +175,7 @@ class GraphCompiler:
         gm = _torch.copy_dynamo_graph(self.gm) if self.several or may_compile_again else self.gm
         patches = huge_pages.patches(config, self.patches) | self.patches | {"joint_custom_pre_pass": after_user_passes(approx)}
         compiled = _torch.compile_fx(gm, self.example_inputs, guarded(patches), inner, options.inner_compile is None, self.several)
-        compiled = expose_to_compiled_autograd(compiled) if rows is not None else compiled
+        compiled = expose_to_compiled_autograd(compiled) if isinstance(rows, RowCompiler) else compiled
         whole: Plan | None = None
         for plan, before, after in planned:  # the pass also runs on graphs inside the graph
             plan = plan.without_rows(no_rows.reason, no_rows.cuts) if no_rows is not None else plan.with_cuts(rows.cuts) if rows is not None else plan

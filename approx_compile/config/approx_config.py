@@ -15,11 +15,12 @@ import pydantic
 from pydantic import Field, field_validator, model_validator
 
 from approx_compile import _torch
+from approx_compile.config.adaptive import AdaptiveTable
 from approx_compile.config.messages import message
 from approx_compile.config.plan_file import RECORD, Tuned, TunedPlan
 from approx_compile.config.resolve import LEAST_ROWS, SiteSettings, chooses_output_ratio, interpret, merge_rule, row_settings, samples_products, set_keys
 from approx_compile.config.rules import Rule, RuleKeys, also_text
-from approx_compile.config.schema import AdaptiveTable, OutputTable, restated
+from approx_compile.config.schema import OutputTable, restated
 from approx_compile.config.selectors import LayerPattern, StepSlice, needs_total
 from approx_compile.config.words import LayerMethod, Lowering, Policy, Sampling, flag, integer, is_share, nearest
 
@@ -178,6 +179,13 @@ class ApproxConfig(RuleKeys):
                 if (key := table.only_how) is not None:
                     raise ConfigError(f"{where}{name}: {key} {idle}{products}, or a method into {name}")
 
+    @model_validator(mode="after")
+    def _one_axis(self) -> ApproxConfig:
+        """Refuse rows and tokens side by side."""
+        if self.asks_for_rows("rows") and self.asks_for_rows("tokens"):
+            raise ValueError("grad.axis: rows in one place and tokens in another; write the same axis at the top and in all rules that set one")
+        return self
+
     def _near(self, rule: Rule) -> list[Rule]:
         """Return the rules that hold for the sites of this rule, as far as their `layers` show."""
         return [r for r in self.rules if r.layers == rule.layers or ("site",) in (r.layers, rule.layers)]
@@ -320,9 +328,9 @@ class ApproxConfig(RuleKeys):
 
         return self.model_copy(update={**filled(self), "rules": tuple(r.model_copy(update=filled(r)) for r in self.rules)})
 
-    def asks_for_rows(self) -> bool:
-        """Whether the top level or a rule may sample rows."""
-        return any(row_settings(keys) is not None for keys in self.each_alone())
+    def asks_for_rows(self, axis: str | None = None) -> bool:
+        """Whether the top level or a rule may sample rows or tokens; with an axis, those of this axis."""
+        return any((s := row_settings(keys)) is not None and axis in (None, s.axis) for keys in self.each_alone())
 
     def asks_for_products(self) -> bool:
         """Whether a product may be sampled along its own axis, by the settings at the top or by these and one rule.

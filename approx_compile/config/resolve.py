@@ -12,7 +12,7 @@ from typing import Any, Literal
 from approx_compile.config.rules import RuleKeys
 from approx_compile.config.schema import GradTable, ProductTable
 from approx_compile.config.units import UnitsTable
-from approx_compile.config.words import PRODUCTS, REPLACEMENTS, UNIT_METHODS
+from approx_compile.config.words import PRODUCTS, REPLACEMENTS, ROW_AXES, UNIT_METHODS
 
 LEAST_ROWS = 2
 """The default of `min_k` for row sampling. It is 2 because compiled code treats a batch of one row as a case by itself."""
@@ -61,12 +61,14 @@ class RowSettings:
         ratio: The share of the rows that is kept; None for as many as the measured variance asks for.
         min_k: The smallest number of rows.
         approximate_batch_norm: Whether batch norm may be differentiated from the kept rows alone.
+        axis: "rows" for samples of the batch; "tokens" for the tokens of every region that keeps them apart, of which all the above is then said.
     """
 
     method: str
     ratio: float | None
     min_k: int
     approximate_batch_norm: bool
+    axis: str = "rows"
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def merge_rule(keys: Mapping[str, Any], rule: RuleKeys) -> dict[str, Any]:
             if (table := below.get(key)) is not None and (table.samples or table.replaces):
                 del below[key]
     if _on_rows(below) and (above.get("method") == "exact" or ("grad" in above and above["grad"].method == "exact")):
-        above["grad"] = GradTable(axis="rows", method="exact")
+        above["grad"] = GradTable(axis=below["grad"].axis, method="exact")
     return below | above
 
 
@@ -192,21 +194,22 @@ def _unit_settings(keys: Mapping[str, Any]) -> UnitSettings | None:
 
 
 def _on_rows(keys: Mapping[str, Any]) -> bool:
-    return "grad" in keys and keys["grad"].axis == "rows"
+    return "grad" in keys and keys["grad"].axis in ROW_AXES
 
 
 def row_settings(keys: dict[str, Any]) -> RowSettings | None:
     """Return what merged keys ask of the rows of the backward pass, None for all rows."""
     table: GradTable | None = keys.get("grad")
     adaptive = keys["policy"] == "adaptive"
-    if keys["method"] == "exact" or not (table.axis == "rows" if table is not None else adaptive):
+    if keys["method"] == "exact" or not (table.axis in ROW_AXES if table is not None else adaptive):
         return None
     method = (table.method if table is not None else None) or "bernoulli"
     ratio = (table.ratio if table is not None else None) or (None if adaptive else keys["ratio"])
     if method == "exact" or ratio == 1:
         return None
     min_k = (table.min_k if table is not None else None) or LEAST_ROWS
-    return RowSettings(method, ratio, min_k, table is not None and table.batch_norm == "approximate")
+    axis = (table.axis if table is not None else None) or "rows"
+    return RowSettings(method, ratio, min_k, table is not None and table.batch_norm == "approximate", axis)
 
 
 def chooses_output_ratio(keys: Mapping[str, Any]) -> bool:

@@ -6,17 +6,16 @@ docs/reference/configuration.md, which is made from it. The `examples` of a key 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from approx_compile.config.words import (
     ESTIMATORS,
-    LADDER,
     METHODS,
-    OUTPUT_LADDER,
     REPLACEMENTS,
+    ROW_AXES,
     ROW_METHODS,
     AnyMethod,
     Axis,
@@ -300,16 +299,17 @@ class GradTable(GradientTable):
     method: InputMethod | None = Field(
         default=None,
         description="With axis `contraction`: how both gradients are approximated, by one of the words of the key `method` at the top, or by `max`, which "
-        "computes them from only the `j` entries of largest magnitude of every row of the output gradient (linear layers only). With axis `rows`: how samples "
-        "are chosen, one of `bernoulli` (the default), `topk`, `uniform` and `wta`, or `exact` for all samples.",
+        "computes them from only the `j` entries of largest magnitude of every row of the output gradient (linear layers only). With axis `rows` or `tokens`: "
+        "how samples or tokens are chosen, one of `bernoulli` (the default), `topk`, `uniform` and `wta`, or `exact` for all.",
         examples=[{"grad": {"method": "crs", "ratio": 0.5}}, {"grad": {"axis": "rows", "method": "uniform", "ratio": 0.5}}],
     )
     axis: Axis | None = Field(
         default=None,
         description="What is sampled. `contraction` (the default) samples each gradient product along its own axis. `rows` runs the whole backward pass on "
         "some samples of the batch, which are chosen by the norms of their gradients: `ratio` of them, or, if it is not set, as many as the policy finds. "
-        "`min_k` is then the fewest samples, 2 if not set.",
-        examples=[{"grad": {"axis": "rows", "ratio": 0.25}}],
+        "`min_k` is then the fewest samples, 2 if not set. `tokens` does so for tokens, the (sample, position) entries of a batch of sequences, in every part "
+        "of the backward pass that keeps them apart, such as the MLP of a transformer block.",
+        examples=[{"grad": {"axis": "rows", "ratio": 0.25}}, {"grad": {"axis": "tokens", "ratio": 0.25}}],
     )
     batch_norm: BatchNorm | None = Field(
         default=None,
@@ -326,82 +326,21 @@ class GradTable(GradientTable):
 
     @property
     def samples(self) -> bool:
-        """Whether the table asks for sampled products, not for rows of the batch."""
-        return self.axis != "rows" and super().samples
+        """Whether the table asks for sampled products, not for rows or tokens."""
+        return self.axis not in ROW_AXES and super().samples
 
     @property
     def only_how(self) -> str | None:
-        """As for other products; None with axis "rows", which is sampled without further keys."""
-        return None if self.axis == "rows" else super().only_how
+        """As for other products; None with axis "rows" or "tokens", which are sampled without further keys."""
+        return None if self.axis in ROW_AXES else super().only_how
 
     @model_validator(mode="after")
     def _rows(self) -> GradTable:
-        if self.axis == "rows":
+        if self.axis in ROW_AXES:
             if self.method is not None and self.method not in (*ROW_METHODS, "exact"):
-                raise ValueError(f"method: got {self.method!r}, which can't choose rows; valid with axis 'rows' are {', '.join(ROW_METHODS)}")
+                raise ValueError(f"method: got {self.method!r}, which can't choose {self.axis}; valid with axis {self.axis!r} are {', '.join(ROW_METHODS)}")
             if self.group not in (None, 1, "auto"):
-                raise ValueError(f"group: got {self.group!r}; rows are chosen one by one, leave it out with axis 'rows'")
-        elif self.batch_norm is not None:
+                raise ValueError(f"group: got {self.group!r}; {self.axis} are chosen one by one, leave it out with axis {self.axis!r}")
+        if self.axis != "rows" and self.batch_norm is not None:
             raise ValueError("batch_norm: only with axis 'rows'")
         return self
-
-
-class AdaptiveTable(Table):
-    """Settings of the policy "adaptive", which finds how many rows a step needs, and the ratio of outputs that a rule allows to be sampled."""
-
-    tau: float = Field(
-        default=0.025,
-        gt=0,
-        description="The variance that leaving out rows may add, as a share of the gradient's own: with row norms g and probabilities p, the sum of (1 - p) / "
-        "p g^2 is at most tau times the sum of g^2. Raise it to keep fewer rows; lower it if the training becomes noisier than the exact one.",
-        examples=[{"adaptive": {"tau": 0.1}}],
-    )
-    ladder: tuple[float, ...] = Field(
-        default=LADDER,
-        description="The shares of the batch to choose from, each in (0, 1]; 1 is always one of them. The share that is needed is rounded up to the next of "
-        "these. Leave out small shares to bound how few rows are kept.",
-        examples=[{"adaptive": {"ladder": [0.25, 0.5]}}],
-    )
-    agree: bool = Field(
-        default=False,
-        description="Whether the ranks of a data-parallel training pool what they have measured, so that all keep the same share of their rows: the one that "
-        "a single process with all samples would keep. It needs `approx_compile.distributed.register(ddp)`, and has no effect on a single process.",
-        examples=[{"adaptive": {"agree": True}}],
-    )
-    error: float = Field(
-        default=0.025,
-        gt=0,
-        description="The relative squared error e^2 = |g' - g|^2 / |g|^2 that sampled outputs may cause in the gradient g of a batch, where g' is the "
-        "gradient with them. `tune(max_error=...)` bounds the same error without the square: `error` 0.025 allows e up to 0.158. It has an effect only where "
-        "a rule allows an output to be sampled.",
-        examples=[{"adaptive": {"error": 0.01}, "rules": [{"layers": "blocks.*", "output": "topk"}]}],
-    )
-    outputs: tuple[float, ...] = Field(
-        default=OUTPUT_LADDER,
-        description="The ratios of outputs to choose from, each in (0, 1]; 1 is always one of them. Each is compiled at the first call, so fewer of them "
-        "compile faster.",
-        examples=[{"adaptive": {"outputs": [0.5]}, "rules": [{"layers": "blocks.*", "output": "topk"}]}],
-    )
-    every: int = Field(
-        default=200,
-        ge=1,
-        description="The number of optimizer steps from one measurement of `error` to the next. One measurement takes two or three steps' time.",
-        examples=[{"adaptive": {"every": 500}, "rules": [{"layers": "blocks.*", "output": "topk"}]}],
-    )
-
-    @field_validator("tau", "error", mode="before")
-    @classmethod
-    def _check_share(cls, value: Any) -> Any:
-        return positive(value, "a share of the gradient's variance or square, such as 0.025")
-
-    @field_validator("every", mode="before")
-    @classmethod
-    def _check_every(cls, value: Any) -> Any:
-        return integer(value, "the steps from one measurement to the next, such as 200")
-
-    @field_validator("ladder", "outputs", mode="before")
-    @classmethod
-    def _check_ladder(cls, value: Any) -> Any:
-        if not isinstance(value, Sequence) or isinstance(value, str) or not value or not all(is_share(v) for v in value):
-            raise ValueError(f"got {value!r}; a list of shares in (0, 1] is expected, such as {list(LADDER)}")
-        return tuple(sorted({float(v) for v in value} | {1.0}))

@@ -17,7 +17,7 @@ RowMethod = Literal["bernoulli", "topk", "uniform", "wta"]
 Sampling = Literal["forward", "backward", "blackbox"]
 Policy = Literal["cost", "always", "adaptive", "measure"]
 Lowering = Literal["auto", "inductor", "triton", "cuda"]
-Axis = Literal["contraction", "rows"]
+Axis = Literal["contraction", "rows", "tokens"]
 BatchNorm = Literal["exact", "approximate"]
 
 METHODS: tuple[str, ...] = get_args(Method)
@@ -27,6 +27,8 @@ UNIT_METHODS: tuple[str, ...] = get_args(UnitMethod)
 ROW_METHODS: tuple[str, ...] = get_args(RowMethod)
 REPLACEMENTS = {"grad_input": ("max",), "grad_weight": ("zero", "random", "max")}
 """Methods that replace a gradient product by another value, without sampling it (`kernels.gradient_replacements`)."""
+ROW_AXES = ("rows", "tokens")
+"""Axes of which a part goes through the whole backward pass, or a region of it."""
 PRODUCTS = ("output", "grad_input", "grad_weight")
 
 VALID: dict[str, tuple[str, ...]] = {

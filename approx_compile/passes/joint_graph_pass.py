@@ -32,7 +32,7 @@ from approx_compile.passes.planning.zero_skipping import skip_zeros
 from approx_compile.passes.rewrite.apply_plan import apply_plan
 from approx_compile.passes.rewrite.relu_max_pool import move_relu_mask_before_unpooling
 from approx_compile.passes.sites.find_sites import find_sites, linear_layers_without_site
-from approx_compile.passes.sites.site import Context, Site
+from approx_compile.passes.sites.site import PRODUCT_KEY, Context, Site
 
 log = logging.getLogger("approx_compile")
 
@@ -94,6 +94,7 @@ class ApproxPass(_torch.CustomGraphPass):
         sites = find_sites(graph, self.context)
         plan = self._plan(graph, sites)
         if self.ask_rows is not None:
+            _mark_products(sites)
             self.ask_rows(graph, *row_requests(sites, self.config))
         _refuse_redrawn(plan)
         if plan.sampled:
@@ -157,6 +158,13 @@ def code_version() -> str:
         digest.update(path.relative_to(root).as_posix().encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def _mark_products(sites: Sequence[Site]) -> None:
+    """Let the gradient products of linear layers say what they are: in a backward graph alone, their two operands can't be told apart."""
+    for site in sites:
+        for p in site.products[1:] if site.kind == "linear" and site.blocked is None else ():
+            p.node.meta[PRODUCT_KEY] = p.name
 
 
 def _refuse_redrawn(plan: Plan) -> None:

@@ -34,6 +34,9 @@ MAX_KERNEL_REFUSED = Template("max-kernel-refused", "{words}, by inductor: {why}
 
 # --- rows of the batch ---
 
+TOKENS_OF = Template("tokens-of", "tokens of {layers}")
+TOKENS_OF_REGIONS = Template("tokens-of-regions", "{regions} between ops that mix tokens")
+ON_TOKENS = Template("on-tokens", "on the tokens kept")
 ON_ROWS = Template("on-rows", "on the rows kept")
 BACKWARD_ON_ROWS = Template("backward-on-rows", "backward on {kept}")
 WHOLE_BACKWARD = Template("whole-backward", "the whole backward pass")

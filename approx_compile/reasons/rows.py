@@ -109,6 +109,15 @@ SAMPLE_WEIGHT = Template(
     "sample-weight", "the convolution's weight depends on the sample", "Use one weight for all samples, or leave the layer: it runs on all rows."
 )
 
+# --- tokens ---
+
+NO_TOKEN_REGION = Template(
+    "no-token-region",
+    "no linear layer's gradients depend on tokens",
+    NOTHING_TO_DO + 'tokens are chosen where linear layers are applied to each of them. Rows of the batch may be worth it: `grad: {axis: "rows"}`.',
+)
+TOKENS_MIXED = Template("tokens-mixed", "{op} mixes tokens", NOTHING_TO_DO + "a region of tokens ends at what mixes them, such as attention.")
+
 # --- samples are chosen, written or joined ---
 
 _CHOICE = f"Choose samples before the model, or {_OUTSIDE}."

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from approx_compile import _torch
-from approx_compile.config.schema import AdaptiveTable
+from approx_compile.config.adaptive import AdaptiveTable
 from approx_compile.rows.agreement import VariancePool
 from approx_compile.rows.row_sampling import added_variance, needed_share, share_from_variance
 
@@ -28,6 +28,12 @@ log = logging.getLogger("approx_compile")
 
 MOMENTUM = 0.9
 """The momentum of the running mean. It is high because a single batch says little about the next ten."""
+
+DECAY = 0.05
+"""With tau 0, by how much of the difference the share of tokens with a gradient is followed downwards in each step."""
+
+FIRST_MARGIN = 1.1
+"""With tau 0, the factor on the share of tokens with a gradient in the first step, because other batches may have more."""
 
 OBSERVE_EVERY = 4
 """Backward passes from one observation of the norms to the next."""
@@ -235,6 +241,9 @@ class Control(Checkpointed):
 class RowControl(Control):
     """The control of the share of the rows that one cut of a graph keeps. `measured` is the running mean of the share needed, 1 at first."""
 
+    unit = "rows"
+    """What it keeps a share of."""
+
     def __init__(self, settings: AdaptiveTable, name: str) -> None:
         super().__init__(settings, name, 1.0)
 
@@ -258,4 +267,40 @@ class RowControl(Control):
         if bool(value.isnan()):  # no rank has observed anything
             return self.ratio
         self.measured = MOMENTUM * self.measured + (1 - MOMENTUM) * float(value)
-        return next(r for r in self.settings.ladder if r >= min(1.0, self.measured * (1 - 1e-9)))
+        return self._rung(self.measured)
+
+    def _rung(self, share: float) -> float:
+        """The rung of the ladder that a share is rounded up to."""
+        return next(r for r in self.settings.ladder if r >= min(1.0, share * (1 - 1e-9)))
+
+
+class TokenControl(RowControl):
+    """The control of the share of the tokens that one region keeps.
+
+    With tau 0, no token with a gradient may be left out. The share of these tokens is observed in every step. After the first, `measured` follows it upwards
+    at once and downwards slowly, because the number of tokens is decided before a step's gradients are known. In a step with more of them than are kept,
+    tokens are sampled without bias.
+    """
+
+    unit = "tokens"
+
+    @property
+    def should_observe(self) -> bool:
+        """Whether this step observes the norms."""
+        return self.settings.tau == 0 or super().should_observe
+
+    def observe(self, norms_sq: Tensor, floor: float = 0.0) -> None:
+        """Observe the squared gradient norms (N,) of a pass. With tau 0 ranks do not pool them."""
+        if self.settings.tau:
+            super().observe(norms_sq, floor)
+        else:
+            self._late.put(needed_share(norms_sq, 0.0))
+
+    def _decide(self, value: Tensor) -> float:
+        if self.settings.tau:
+            return super()._decide(value)
+        share = float(value)
+        if self.passes <= 1:
+            self.measured = min(1.0, FIRST_MARGIN * share)
+        self.measured = max(share, self.measured + DECAY * (share - self.measured))
+        return self._rung(self.measured)

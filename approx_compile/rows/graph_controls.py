@@ -22,6 +22,8 @@ class GraphControls:
     They belong to the first parameter whose gradient the graph computes, or else to the module that was compiled.
     """
 
+    kind: type[RowControl] = RowControl
+
     def __init__(
         self, config: ApproxConfig, root: nn.Module | None, name: GraphName, levels: Sequence[RowSettings], places: Mapping[int, str], work: StepFlops
     ) -> None:
@@ -32,7 +34,7 @@ class GraphControls:
         self.name = name
         self.root = weakref.ref(root) if root is not None else None
         self.ratios = [s.ratio for s in levels]
-        self.unowned = [RowControl(config.adaptive, f"{name.key}{i}") for i, _ in enumerate(levels, 1)]
+        self.unowned = [self.kind(config.adaptive, f"{name.key}{i}") for i, _ in enumerate(levels, 1)]
         self.unowned_draws = Draws(f"{name.key}draws")
 
     def owner(self, saved: Iterable[Any]) -> Owner | None:
@@ -63,7 +65,7 @@ class GraphControls:
                 note_fixed_share(owner, self.name + str(i), ratio, self.work)
                 controls.append(None)
                 continue
-            control = control_for(owner, self.adaptive, self.name + str(i), RowControl)
+            control = control_for(owner, self.adaptive, self.name + str(i), self.kind)
             control.place, control.work = self.places.get(i, control.place), self.work
             controls.append(control)
         return controls

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from approx_compile.config.schema import AdaptiveTable
+from approx_compile.config.adaptive import AdaptiveTable
 from approx_compile.rows.agreement import pool_of
 from approx_compile.rows.bare_names import Owner, fitted_names, named_owners
 from approx_compile.rows.controller import Checkpointed, Control, Draws, StepFlops

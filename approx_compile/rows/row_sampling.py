@@ -123,7 +123,7 @@ def needed_share(norms_sq: Tensor, tau: float, floor: float = 0.0) -> Tensor:
 
     Args:
         norms_sq: Squared gradient norms (B,).
-        tau: The bound on the added variance, relative to the gradient's second moment.
+        tau: The bound on the added variance, relative to the gradient's second moment; with 0 all rows with a gradient are needed.
         floor: The least norm that a row counts with, as a share of the mean norm.
 
     Returns:
@@ -133,6 +133,8 @@ def needed_share(norms_sq: Tensor, tau: float, floor: float = 0.0) -> Tensor:
     counted = ascending.clamp(min=floor * ascending.mean()) if floor else ascending
     square = ascending.square()
     total = square.sum()
+    if not tau:
+        return torch.where((total > 0) & (ascending[-1] < _BEYOND), (ascending > 0).to(ascending.dtype).mean(), 1.0)
     by_norm = torch.where(counted > 0, square / counted, 0.0)
     c = _first_fit(by_norm.cumsum(0) / (tau * total + square.cumsum(0)), counted)
     share = (c * counted).clamp_(max=1).mean()

@@ -16,7 +16,7 @@ import approx_compile
 from approx_compile import ApproxConfig, Backend, controls
 from approx_compile.backend import run_as_is
 from approx_compile.backend.runtime.output_probe import AdaptiveOutputs, OutputControl
-from approx_compile.config.schema import AdaptiveTable
+from approx_compile.config.adaptive import AdaptiveTable
 from approx_compile.config.words import OUTPUT_LADDER
 from approx_compile.rows.ownership import GraphName
 

@@ -62,7 +62,7 @@ WRONG = {
     "adaptive_ratio": ({"policy": "adaptive", "ratio": 0.5}, "ratio", "no effect under policy 'adaptive'"),
     "adaptive_rule": ({"policy": "adaptive", "rules": [{"layers": "conv", "sampling": "forward"}]}, "rules[0]", "set policy 'cost'"),
     "adaptive_key": ({"policy": "adaptive", "adaptive": {"tua": 0.1}}, "adaptive: unknown key 'tua'", "did you mean 'tau'?"),
-    "adaptive_tau": ({"policy": "adaptive", "adaptive": {"tau": 0}}, "adaptive.tau", "above 0"),
+    "adaptive_tau": ({"policy": "adaptive", "adaptive": {"tau": -1}}, "adaptive.tau", "above 0"),
     "adaptive_ladder": ({"policy": "adaptive", "adaptive": {"ladder": [0.5, 2]}}, "adaptive.ladder", "shares in"),
     "plan": ({"plan": "nowhere.toml"}, "nowhere.toml", "No such file"),
     "lowering": ({"lowering": "tritn"}, "tritn", "Did you mean 'triton'?"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from approx_compile.config.schema import LADDER, AdaptiveTable
+from approx_compile.config.adaptive import AdaptiveTable
+from approx_compile.config.words import LADDER
 from approx_compile.rows.agreement import SLOTS, WIDTH, VariancePool
 from approx_compile.rows.controller import RowControl
 from approx_compile.rows.row_sampling import added_variance, needed_share, share_from_variance

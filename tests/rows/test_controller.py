@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import approx_compile
 from approx_compile import Backend
 from approx_compile.backend import run_as_is
-from approx_compile.config.schema import AdaptiveTable
+from approx_compile.config.adaptive import AdaptiveTable
 from approx_compile.config.words import LADDER
 from approx_compile.rows import controller
 from approx_compile.rows.controller import OBSERVE_EVERY, RowControl

@@ -69,9 +69,7 @@ def grads_of(module: nn.Module) -> list[Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("images", "inner"), all_but([(False, run_as_is), (True, run_as_is)], itertools.product([False, True], [run_as_is, None]))
-)
+@pytest.mark.parametrize(("images", "inner"), all_but([(False, run_as_is), (True, run_as_is)], itertools.product([False, True], [run_as_is, None])))
 def test_gradients_are_those_of_the_formula(images: bool, inner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = ChosenRows(monkeypatch)
     model = NormBetweenLayers(images)

@@ -77,9 +77,7 @@ EVEN: dict[str, Any] = {"policy": "always", "grad": {"axis": "rows", "ratio": 0.
 @pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("name", "lowering", "options"),
-    all_but(
-        [*itertools.product(MODELS, (run_as_is,), (ADAPTIVE, EVEN))], itertools.product(MODELS, (run_as_is, None), (ADAPTIVE, EVEN))
-    ),
+    all_but([*itertools.product(MODELS, (run_as_is,), (ADAPTIVE, EVEN))], itertools.product(MODELS, (run_as_is, None), (ADAPTIVE, EVEN))),
 )
 def test_lengths_change_and_caches_are_met(name: str, lowering: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The default keeps all rows here, so gradients are exact. With half the rows, the even rows and then the odd ones are kept with weight 2, so the mean of

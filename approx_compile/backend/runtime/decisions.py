@@ -132,7 +132,7 @@ def _loaded(waiting: Sequence[Mapping[str, Any]]) -> str:
 
 def _measured(c: Control) -> str:
     if isinstance(c, RowControl):
-        return f"rows needed {percent(c.measured)}"
+        return f"{c.unit} needed {percent(c.measured)}"
     return f"squared gradient error {c.measured:.3g}"
 
 
@@ -142,6 +142,8 @@ def _so_far(c: Control) -> str:
         return f"{counted(changes, 'change')}, the last after step {c.changes[-1][0]}"
     if not isinstance(c, RowControl):
         return "still exact: no measured ratio is good enough" if c.step > c.settings.every else "still exact"
+    if c.unit == "tokens":
+        return "still all tokens: most of them still matter" if c.measured < 1 else "still all tokens: nothing measured yet"
     return "still the whole batch: most samples still matter" if c.measured < 1 else "still the whole batch: nothing measured yet"
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from approx_compile import _torch
-from approx_compile.config.schema import AdaptiveTable
+from approx_compile.config.adaptive import AdaptiveTable
 from approx_compile.rows.controller import Control
 from approx_compile.rows.gather_rows import copy_keeping_strides
 from approx_compile.rows.ownership import GraphName, control_for

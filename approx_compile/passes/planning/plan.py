@@ -12,7 +12,7 @@ from approx_compile.kernels.gradient_replacements import Replacement
 from approx_compile.kernels.unit_selection import UnitChoice
 from approx_compile.passes.cost.estimates import Estimate
 from approx_compile.reasons import Reason, join
-from approx_compile.reasons.decisions import BACKWARD_ON_ROWS, ON_ROWS
+from approx_compile.reasons.decisions import BACKWARD_ON_ROWS, ON_ROWS, ON_TOKENS
 from approx_compile.reasons.products import BY_SETTINGS
 
 
@@ -63,6 +63,7 @@ class RowCut:
         saved_us: Predicted time in us that products save at the share kept, or at half of the rows where the variance decides; None where rows are not chosen
             or no prediction decides about them. Every cut of a graph has the total of the graph, as in `cost_us`.
         cost_us: Predicted time in us to select and move rows.
+        axis: "rows" for samples of the batch, "tokens" for the tokens of regions.
     """
 
     method: str
@@ -77,6 +78,7 @@ class RowCut:
     stops: bool = True
     saved_us: float | None = None
     cost_us: float | None = None
+    axis: str = "rows"
 
 
 @dataclass(frozen=True)
@@ -325,7 +327,7 @@ def _on_rows(site: SitePlan, cuts: Mapping[str, RowCut]) -> SitePlan:
             products[i] = replace(
                 p,
                 decision="rows",
-                reason=ON_ROWS(),
+                reason=ON_TOKENS() if cut.axis == "tokens" else ON_ROWS(),
                 method=cut.method,
                 ratio=share,
                 k=k,
@@ -336,7 +338,7 @@ def _on_rows(site: SitePlan, cuts: Mapping[str, RowCut]) -> SitePlan:
     if all(p.decision != "rows" for p in products):
         return site
     cut = next(cuts[p.node] for p in site.products if p.node in cuts)
-    kept = f"{cut.ratio:g} of the rows" if cut.ratio is not None else "as many rows as the variance asks for"
+    kept = f"{cut.ratio:g} of the {cut.axis}" if cut.ratio is not None else f"as many {cut.axis} as the variance asks for"
     on_rows = BACKWARD_ON_ROWS(kept=kept)
     reason = on_rows if site.decision == "exact" else join((site.reason, on_rows))
     return replace(site, products=tuple(products), decision="sampled", reason=reason)

@@ -131,6 +131,10 @@ class Product:
         return sum(_torch.numel_of(v) * v.dtype.itemsize for v in values)
 
 
+PRODUCT_KEY = "approx_compile_product"
+"""Key in the meta of a gradient product of a linear layer: "grad_input" or "grad_weight". The backward graph inherits it."""
+
+
 @dataclass(frozen=True)
 class Site:
     """One matmul or convolution of the model's forward pass, with its gradients.

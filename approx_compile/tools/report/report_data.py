@@ -195,6 +195,10 @@ class ReportData:
         """Tell whether the number of rows that a product runs on is found during the run."""
         return product.decision == "rows" and product.ratio == 1.0
 
+    def unit(self, product: ProductPlan) -> str:
+        """Return what a product on rows keeps some of: "rows" of the batch, or "tokens" of a region."""
+        return next((cut.axis for cut in self.cuts if product.node in cut.products), "rows")
+
     def chooses_ratio(self, product: ProductPlan) -> bool:
         """Tell whether the ratio at which a product is sampled, or coupled to one that is, is found during the run."""
         adaptive = self.adaptive

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from approx_compile.config.words import UNIT_METHODS
+from approx_compile.reasons.decisions import TOKENS_OF_REGIONS
 from approx_compile.tools.report.words import backward_of, forward_of, si, type_of, why
 from approx_compile.utils import counted, percent, printed, terminal_width
 
@@ -32,6 +33,10 @@ NOTHING_FOUND = (
     "if this one has, TORCH_LOGS=graph_breaks says which parts torch.compile does not see."
 )
 ROWS = "A row is a sample of the batch. The backward pass runs on the rows that it keeps; the forward pass always runs on all."
+TOKENS = (
+    "A token is an entry of the batch's samples and positions. Regions of the backward pass that keep tokens apart run on those that they keep; "
+    "the forward pass, and what mixes tokens, run on all."
+)
 FLOPS = "FLOPs: matrix products of one training step, forward and backward, 2 for each multiply-add, with those of the sampling."
 
 
@@ -104,9 +109,9 @@ def _backward(report: ReportData) -> str:
     if free:
         size = free[0].size
         now, least = (report.rows_at(share, size) for share in (max(report.rows_now(p) for p in free), report.least_rows))
-        parts.append(f"adaptive rows, {now} of {size} now (could drop to {least}){_among(report, gradients, 'rows')}")
+        parts.append(f"adaptive {report.unit(free[0])}, {now} of {size} now (could drop to {least}){_among(report, gradients, 'rows')}")
     elif on_rows:
-        parts.append(f"on {min(p.k for p in on_rows)} of {on_rows[0].size} rows{_among(report, gradients, 'rows')}")
+        parts.append(f"on {min(p.k for p in on_rows)} of {on_rows[0].size} {report.unit(on_rows[0])}{_among(report, gradients, 'rows')}")
     later = "exact now, later " if any(report.chooses_ratio(p) for _, p in gradients) and report.adaptive and report.adaptive.outputs == 1 else ""
     for decision, words in (("sampled", "sampled"), ("coupled", f"{later}only what forward keeps"), ("replaced", "gradients replaced")):
         if any(p.decision == decision for _, p in gradients):
@@ -246,8 +251,9 @@ def notes(report: ReportData, advice: bool = True) -> Iterable[str]:
         yield f"torch.compile makes {len(report.before)} graphs of the model."
     for chain in report.chains:
         yield f"Chain {' > '.join(chain)}: each layer multiplies only the units that the one before makes; units left out are 0 and are not updated."
-    for cut in report.cuts:
-        yield _cut(cut, len(report.cuts) > 1)
+    cuts = together(report.cuts)
+    for cut in cuts:
+        yield _cut(cut, len(cuts) > 1)
     for reason_id, text in report.advice().items() if advice else ():
         yield f"What you can do ({reason_id}): {text}"
     if report.assignments > 1:
@@ -256,15 +262,28 @@ def notes(report: ReportData, advice: bool = True) -> Iterable[str]:
     for pattern in report.unmatched:
         yield f"rule pattern {pattern!r} matches no site"
     yield from report.remarks
-    if any(c.decision == "rows" for c in report.cuts):
-        yield ROWS
+    for axis, legend in (("rows", ROWS), ("tokens", TOKENS)):
+        if any(c.decision == "rows" and c.axis == axis for c in report.cuts):
+            yield legend
     if report.sites:
         assumes = f" Possible: if {_condition(report)}." if report.flops_possible != report.flops_now else ""
         yield FLOPS + assumes
 
 
+def together(cuts: Sequence[RowCut]) -> list[RowCut]:
+    """Return cuts with one in place of the regions of tokens that have the same settings: models have several for each block."""
+    found: dict[Any, list[RowCut]] = {}
+    for i, cut in enumerate(cuts):
+        found.setdefault((cut.method, cut.ratio) if cut.axis == "tokens" and cut.decision == "rows" else i, []).append(cut)
+    return [_joined(alike) if len(alike) > 1 else alike[0] for alike in found.values()]
+
+
+def _joined(cuts: Sequence[RowCut]) -> RowCut:
+    return replace(cuts[0], flops_on_rows=sum(c.flops_on_rows for c in cuts), reason=TOKENS_OF_REGIONS(regions=counted(len(cuts), "region")))
+
+
 def _cut(cut: RowCut, several: bool) -> str:
-    place = f"Rows, level {cut.level}" if several else "Rows"
+    place = cut.axis.capitalize() + (f", level {cut.level}" if several else "")
     if cut.decision != "rows":
         return f"{place}: all are kept; {cut.reason}"
     kept = percent(cut.ratio) if cut.ratio is not None else "as many as the gradient's variance asks for"

@@ -116,8 +116,8 @@ def backward_of(site: SiteReport, report: ReportData) -> str:
 def _gradient(p: ProductPlan, report: ReportData) -> str:
     if p.decision == "rows":
         if not report.chooses_rows(p):
-            return f"{p.k} of {p.size} rows"
-        return f"{report.rows_at(report.rows_now(p), p.size)} of {p.size} rows now"
+            return f"{p.k} of {p.size} {report.unit(p)}"
+        return f"{report.rows_at(report.rows_now(p), p.size)} of {p.size} {report.unit(p)} now"
     if p.decision == "coupled":
         return "as forward"
     if p.decision == "sampled":

@@ -1,0 +1,114 @@
+"""The policy "adaptive" with tokens: regions begin with all tokens and follow their own norms; tau 0 leaves out only tokens without a gradient."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from helpers.compile import rows_of
+from helpers.oracles import grads, relative
+from helpers.tokens import Block, ChosenTokens
+from torch import Tensor, nn
+
+import approx_compile
+from approx_compile.config import ApproxConfig, ConfigError
+from approx_compile.config.adaptive import AdaptiveTable
+from approx_compile.rows.controller import TokenControl
+
+pytestmark = pytest.mark.usefixtures("one_thread", "small_work_counts")
+ADAPTIVE: dict[str, Any] = {"grad": {"axis": "tokens"}}
+PADDING = torch.arange(16) >= torch.tensor([4, 8, 6, 2]).view(-1, 1)
+"""Of 64 tokens 20 are not padding."""
+
+
+def padded(out: Tensor) -> Tensor:
+    return (out.square() * ~PADDING.unsqueeze(-1)).sum()
+
+
+def train(f: Any, model: nn.Module, steps: int, x: Tensor) -> list[Tensor]:
+    """The gradients of the last of several steps."""
+    found: list[Tensor] = []
+    for _ in range(steps):
+        padded(f(x)).backward()
+        found = grads(model)
+    return found
+
+
+def test_shares_fall_where_few_tokens_matter() -> None:
+    block, x = Block(8), torch.randn(4, 16, 8)
+    f, plans = rows_of(block, ADAPTIVE)
+    first = train(f, block, 1, x)
+    exact = train(block, block, 1, x)
+    assert relative(torch.cat([g.flatten() for g in first]), torch.cat([g.flatten() for g in exact])) < 1e-6  # all tokens are kept at first
+    assert [(c.axis, c.ratio, c.level) for c in plans[0].cuts] == [("tokens", None, i) for i in (1, 2, 3)]
+    train(f, block, 150, x)
+    mlp, out, qkv = approx_compile.controls(block).values()
+    assert mlp.place == "tokens of narrow, wide" and out.place == "tokens of out" and qkv.place.startswith("tokens of qkv.")
+    assert mlp.ratio <= 0.35 and out.ratio <= 0.35 < qkv.ratio  # keys and values get a gradient from all queries
+    shown = str(approx_compile.decisions(block))
+    assert "tokens of out" in shown and "tokens needed" in shown
+
+
+def test_tau_0_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8)), torch.randn(4, 16, 8)
+    f, _ = rows_of(model, ADAPTIVE | {"adaptive": {"tau": 0}})
+    exact = train(model, model, 1, x)
+    train(f, model, 100, x)
+    (control,) = approx_compile.controls(model).values()
+    assert control.ratio == 0.35 and 20 / 64 <= control.measured < 0.35
+    chosen = ChosenTokens(monkeypatch)
+    got = train(f, model, 1, x)
+    assert [int(w.count_nonzero()) for w in chosen.weights] == [22]
+    assert all(relative(a, b) < 1e-5 for a, b in zip(got, exact, strict=True))
+
+
+def test_tau_0_with_more_tokens_than_are_kept() -> None:
+    """The step after is not exact, but weighted, and the one after that keeps more."""
+    model, x = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8)), torch.randn(4, 16, 8)
+    f, _ = rows_of(model, ADAPTIVE | {"adaptive": {"tau": 0}})
+    train(f, model, 100, x)
+    f(x).square().sum().backward()
+    assert all(g.isfinite().all() for g in grads(model))
+    train(f, model, 1, x)
+    (control,) = approx_compile.controls(model).values()
+    assert control.ratio == 1.0
+
+
+def test_follows_upwards_at_once_and_downwards_slowly() -> None:
+    control = TokenControl(AdaptiveTable(tau=0.0), "tokens:1")
+    shares = []
+    for count in (10, 10, 40, 10, 10):
+        control.start_step()
+        control.observe(torch.arange(64) < count)
+        shares.append(control.measured)
+    assert shares[:2] == [1.0, pytest.approx(1.1 * 10 / 64, rel=0.01)] and shares[3] == 40 / 64 and 0.9 * shares[3] < shares[4] < shares[3]
+
+
+def test_a_resumed_run_repeats() -> None:
+    x = torch.randn(4, 16, 8)
+    block = Block(8)
+    f, _ = rows_of(block, ADAPTIVE)
+    torch.manual_seed(5)
+    train(f, block, 60, x)
+    weights, state = copy.deepcopy(block.state_dict()), approx_compile.state_dict(block)
+    want = train(f, block, 3, x)
+    again = Block(8)
+    again.load_state_dict(weights)
+    torch.manual_seed(5)
+    approx_compile.load_state_dict(again, state)
+    torch._dynamo.reset()
+    g, _ = rows_of(again, ADAPTIVE)
+    got = train(g, again, 3, x)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_settings_that_do_not_go_together() -> None:
+    with pytest.raises(ConfigError, match="rows in one place and tokens in another"):
+        ApproxConfig(grad={"axis": "tokens"}, rules=[{"layers": "head", "grad": {"axis": "rows", "ratio": 0.5}}])
+    with pytest.raises(ConfigError, match="can't choose tokens"):
+        ApproxConfig(grad={"axis": "tokens", "method": "crs"})
+    with pytest.raises(ConfigError, match="only with axis 'rows'"):
+        ApproxConfig(grad={"axis": "tokens", "batch_norm": "approximate"})
+    assert ApproxConfig(adaptive={"tau": 0}).adaptive.tau == 0

@@ -1,0 +1,216 @@
+"""Token rows: the gradients are those of the exact model whose tokens' gradients are weighted where regions begin, and their mean is the exact gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.compile import rows_of
+from helpers.oracles import grads, relative
+from helpers.tokens import Block, ChosenTokens
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import approx_compile
+from approx_compile.rows.row_backward import all_rows
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+HALF: dict[str, Any] = {"policy": "always", "grad": {"axis": "tokens", "ratio": 0.5}}
+
+
+def weighted(model: nn.Module, blocks: list[Block], chosen: ChosenTokens, x: Tensor, tangent: Tensor, skip: int = 0) -> list[Tensor]:
+    """The gradients of the exact model whose tokens are weighted as in the latest backward pass."""
+    chosen.apply(blocks, skip)
+    model(x).backward(tangent)
+    for block in blocks:
+        block.weights = {}
+    return grads(model, x)
+
+
+@pytest.mark.parametrize("pre_norm", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
+def test_gradients_are_those_of_weighted_tokens(pre_norm: bool, batch_first: bool, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = ChosenTokens(monkeypatch)
+    blocks = [Block(8, pre_norm=pre_norm, batch_first=batch_first, fused=fused) for _ in range(2)]
+    model, x = nn.Sequential(*blocks), torch.randn(4, 6, 8, requires_grad=True)
+    f, plans = rows_of(model, HALF)
+    out = f(x)
+    tangent = torch.randn_like(out) * torch.rand(*out.shape[:2], 1) ** 3
+    out.backward(tangent)
+    got = grads(model, x)
+    assert [(c.decision, c.axis, c.rows) for c in plans[0].cuts] == [("rows", "tokens", 24)] * 6
+    assert [int((w > 0).sum()) for w in chosen.weights] == [12] * 6
+    want = weighted(model, blocks, chosen, x, tangent)
+    assert max(relative(a, b) for a, b in zip(got, want, strict=True)) < 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.bfloat16, 0.05)])
+def test_dtypes(dtype: torch.dtype, bound: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = ChosenTokens(monkeypatch)
+    block, x = Block(8).to(dtype), torch.randn(4, 6, 8, dtype=dtype, requires_grad=True)
+    f, _ = rows_of(block, HALF)
+    out = f(x)
+    tangent = torch.randn_like(out)
+    out.backward(tangent)
+    got = grads(block, x)
+    want = weighted(block, [block], chosen, x, tangent)
+    assert max(relative(a, b) for a, b in zip(got, want, strict=True)) < bound
+
+
+def test_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = ChosenTokens(monkeypatch)
+    block, x = Block(8), torch.randn(4, 6, 8)
+    f, plans = rows_of(block, HALF)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = f(x)
+    tangent = torch.randn_like(out)
+    out.backward(tangent)
+    got = grads(block)
+    assert plans[0].cuts[0].decision == "rows" and len(chosen.weights) == 3
+    with torch.autocast("cpu", torch.bfloat16):
+        chosen.apply([block])
+        out = block(x)
+    out.backward(tangent)
+    assert max(relative(a, b) for a, b in zip(got, grads(block), strict=True)) < 0.05
+
+
+def test_checkpointed_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = ChosenTokens(monkeypatch)
+    blocks, x = [Block(8), Block(8)], torch.randn(4, 6, 8, requires_grad=True)
+    model = nn.Sequential(*blocks)
+
+    def run(x: Tensor) -> Tensor:
+        for block in blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x
+
+    f, plans = rows_of(run, HALF)
+    out = f(x)
+    tangent = torch.randn_like(out)
+    out.backward(tangent)
+    got = grads(model, x)
+    assert plans[0].cuts[0].decision == "rows" and len(chosen.weights) == 6
+    want = weighted(model, blocks, chosen, x, tangent)
+    assert max(relative(a, b) for a, b in zip(got, want, strict=True)) < 1e-5
+
+
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_lengths_that_change(dynamic: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = ChosenTokens(monkeypatch)
+    block = Block(8)
+    f, _ = rows_of(block, HALF, dynamic=dynamic)
+    for batch, length in ((4, 6), (3, 7), (5, 9)):
+        chosen.weights.clear()
+        x = torch.randn(batch, length, 8, requires_grad=True)
+        out = f(x)
+        tangent = torch.randn_like(out)
+        out.backward(tangent)
+        got = grads(block, x)
+        assert [int((w > 0).sum()) for w in chosen.weights] == [int(batch * length / 2 + 0.5)] * 3
+        want = weighted(block, [block], chosen, x, tangent)
+        assert max(relative(a, b) for a, b in zip(got, want, strict=True)) < 1e-5
+
+
+def test_all_tokens_are_the_exact_gradient() -> None:
+    block, x = Block(8), torch.randn(4, 6, 8, requires_grad=True)
+    f, _ = rows_of(block, HALF)
+    with all_rows():
+        f(x).square().sum().backward()
+    got = grads(block, x)
+    block(x).square().sum().backward()
+    want = grads(block, x)
+    assert relative(torch.cat([g.flatten() for g in got]), torch.cat([g.flatten() for g in want])) < 1e-6  # the gradient of the keys' bias is zero
+
+
+def test_tokens_without_gradient_are_left_out() -> None:
+    """Of padded sequences the gradient is exact if as many tokens are kept as are not padding."""
+    mask = torch.arange(6) < torch.tensor([2, 6, 1, 3]).view(-1, 1)
+    block, x = Block(8), torch.randn(4, 6, 8)
+    f, _ = rows_of(block, HALF)
+
+    def loss(out: Tensor) -> Tensor:
+        return (out.square() * mask.unsqueeze(-1)).sum()
+
+    loss(f(x)).backward()
+    got = dict(block.named_parameters())
+    mine = {n: p.grad.clone() for n, p in got.items() if p.grad is not None}
+    block.zero_grad()
+    loss(block(x)).backward()
+    for n, p in block.named_parameters():  # the gradients of keys and values reach padding, so that region is not exact
+        assert p.grad is not None
+        if n.startswith(("wide", "narrow", "out", "norms.1")):
+            assert relative(mine[n], p.grad) < 1e-5, n
+
+
+def test_layers_kept_exact() -> None:
+    """A rule that keeps a layer exact keeps its products out of regions."""
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), torch.randn(4, 6, 8)
+    f, plans = rows_of(model, HALF | {"rules": [{"layers": "2", "method": "exact"}]})
+    out = f(x)
+    tangent = torch.randn_like(out)
+    out.backward(tangent)
+    got = grads(model)
+    assert len(plans[0].cuts[0].products) == 1
+    model(x).backward(tangent)
+    want = grads(model)
+    assert all(relative(a, b) < 1e-6 for a, b in zip(got[2:], want[2:], strict=True)) and relative(got[0], want[0]) > 1e-3
+
+
+@pytest.mark.slow
+def test_mean_and_variance() -> None:
+    """The error of the mean over many steps is as large as the spread of single steps says: n |mean - exact|^2 is the trace of the covariance."""
+    block, x = Block(8).double(), torch.randn(4, 6, 8, dtype=torch.float64)
+    f, _ = rows_of(block, HALF)
+    weight = torch.rand(4, 6, 1, dtype=torch.float64) ** 2
+    draws = []
+    for _ in range(400):
+        (f(x) * weight).square().sum().backward()
+        draws.append(torch.cat([g.flatten() for g in grads(block)]))
+    (block(x) * weight).square().sum().backward()
+    exact = torch.cat([g.flatten() for g in grads(block)])
+    errors = torch.stack(draws) - exact
+    gram = (errors - errors.mean(0)) @ (errors - errors.mean(0)).T / (len(draws) - 1)
+    freedom = gram.trace().square() / gram.square().sum()  # of so many independent numbers of equal variance
+    ratio = len(draws) * errors.mean(0).square().sum() / gram.trace()
+    assert abs(ratio - 1) < 4 * (2 / freedom) ** 0.5
+
+
+def test_runs_repeat() -> None:
+    """Seeding torch repeats the choices, which draw nothing from the user's own random numbers."""
+    block, x = Block(8), torch.randn(4, 6, 8)
+    f, _ = rows_of(block, HALF)
+
+    def run() -> tuple[list[Tensor], Tensor]:
+        torch.manual_seed(7)
+        f(x).square().sum().backward()
+        return grads(block), torch.rand(3)
+
+    (a, after), (b, _) = run(), run()
+    torch.manual_seed(7)
+    assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True)) and torch.equal(after, torch.rand(3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_through_inductor(batch_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = ChosenTokens(monkeypatch)
+    block, x = Block(8, batch_first=batch_first, dropout=0.2), torch.randn(4, 6, 8, requires_grad=True)
+    f = torch.compile(block, backend="approx", options=HALF)
+    torch.manual_seed(3)
+    out = f(x)
+    tangent = torch.randn_like(out)
+    out.backward(tangent)
+    got = grads(block, x)
+    exact = torch.compile(block, backend="inductor")  # draws the same dropout masks
+    chosen.apply([block])
+    torch.manual_seed(3)
+    exact(x).backward(tangent)
+    assert max(relative(a, b) for a, b in zip(got, grads(block, x), strict=True)) < 1e-5
+
+
+def test_explained() -> None:
+    block, x = Block(64), torch.randn(8, 16, 64)
+    report = approx_compile.explain(block, x, config=HALF)
+    assert "tokens" in str(report)
