@@ -360,3 +360,9 @@ def preserve_shape_history() -> Iterator[None]:
             if state is not None and saved is not None:
                 state.clear()
                 state.update(saved)
+
+
+def recompile_limit_met() -> bool:
+    """Return whether Dynamo has given up compiling a function anew because it has compiled it too often already."""
+    counted: dict[str, int] = torch._dynamo.utils.counters.get("unimplemented", {})
+    return any(reason.startswith("Dynamo recompile limit exceeded") for reason in counted)

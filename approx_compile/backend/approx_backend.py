@@ -20,6 +20,7 @@ from approx_compile.backend.capture import graph_context
 from approx_compile.backend.capture.frame_parts import begin_part
 from approx_compile.backend.inductor_options import inductor_patches
 from approx_compile.backend.runtime import choice_recorder, compiled_graphs
+from approx_compile.backend.runtime.coverage_notice import note_graph, watch_optimizers
 from approx_compile.backend.runtime.dispatch import Dispatch
 from approx_compile.backend.runtime.output_probe import AdaptiveOutputs
 from approx_compile.backend.runtime.schedule import Schedule
@@ -88,8 +89,8 @@ class Backend:
         patches = inductor_patches(self.config, mode)
         if DISABLE.value() == "1" or not torch.is_grad_enabled():  # without gradients everything is exact, and the modules' mode needs no guard
             return _torch.compile_fx(gm, example_inputs, guarded(patches), self.inner_compile, self.inner_compile is None)
-        count_optimizer_steps()
         context, layers, trained, root = graph_context.read_graph(gm, example_inputs, self.config)
+        note_graph(root, example_inputs)
         frame = begin_part(gm)
         assignments, index = self.schedule.relevant([context.root.name, *(m.name for m in context.modules.values())])
         if context.nothing_trains():
@@ -183,3 +184,8 @@ def _why_uncounted(root: nn.Module | None, parameters: Sequence[int]) -> str | N
     if root is not None and _torch.is_sharded(root) and not _torch.sharded_parameters(root):
         return "is sharded by FSDP2, whose optimizers step other tensors than the graph reads"
     return None if parameters else "has no parameters in one of its graphs"
+
+
+# Not at the first compilation, which may be inside an optimizer's step (its closure): that step would not count. And some models have no compilation at all.
+count_optimizer_steps()
+watch_optimizers()

@@ -1,1 +1,1 @@
-"""Register the backend with other libraries. Each library is imported only when its function here is called."""
+"""Recipes for other libraries, one small file each. Each library is imported only by the file that is for it, or when its function there is called."""

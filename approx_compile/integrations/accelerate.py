@@ -1,10 +1,12 @@
-"""Add the backend to Accelerate's list of backends, which Transformers' Trainer uses too.
+"""Accelerate: add the backend to its list of backends, which Transformers' Trainer uses too, and keep a model's state in its checkpoints.
 
 Example:
-    from approx_compile.integrations.accelerate import register
+    from approx_compile.integrations.accelerate import ApproxState, register
 
     register()
-    Accelerator(dynamo_backend="approx")  # or TorchDynamoPlugin(backend="approx", options={...}), TrainingArguments(torch_compile_backend="approx")
+    accelerator = Accelerator(dynamo_backend="approx")  # or TorchDynamoPlugin(backend="approx", options={...})
+    model, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.register_for_checkpointing(ApproxState(model))  # for save_state and load_state
 """
 
 from __future__ import annotations
@@ -13,6 +15,9 @@ import enum
 from typing import Any
 
 from approx_compile import _torch
+from approx_compile.integrations.stateful import ApproxState
+
+__all__ = ["ApproxState", "register"]
 
 _WITHOUT = 'without it, compile the model first: accelerator.prepare(torch.compile(model, backend="approx"))'
 

@@ -7,19 +7,23 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.models import mlp
+from torch import nn
 
-from approx_compile import explain
-from approx_compile.integrations.accelerate import register
+from approx_compile import Backend, controls, explain, state_dict
+from approx_compile.backend import run_as_is
+from approx_compile.integrations.accelerate import ApproxState, register
 
 accelerate = pytest.importorskip("accelerate")
 from accelerate.state import AcceleratorState, PartialState  # noqa: E402
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin  # noqa: E402
 
+pytestmark = [pytest.mark.integrations, pytest.mark.usefixtures("one_thread")]
 OPTIONS: dict[str, Any] = {"policy": "always", "ratio": 0.25, "group": 1}
 
 
@@ -88,3 +92,35 @@ def test_an_accelerate_that_has_changed(changed: Any, monkeypatch: pytest.Monkey
     with pytest.raises(RuntimeError, match="has changed its list of backends"):
         register()
     assert list(changed) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", [True, False])
+def test_a_resumed_run_repeats_the_uninterrupted_one(before: bool, tmp_path: Path, small_work_counts: None) -> None:
+    """Compiled before `prepare` or after it; the state is in `save_state` and `load_state`."""
+    backend = Backend({"adaptive": {"tau": 10.0}}, inner_compile=run_as_is)
+    batches = torch.randn(24, 32, 20, generator=torch.Generator().manual_seed(0))
+
+    def run(first: int, last: int, save: int | None = None) -> tuple[nn.Module, dict[str, Any]]:
+        torch._dynamo.reset()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        torch.manual_seed(0)
+        accelerator, model = accelerate.Accelerator(cpu=True), mlp(20, 64, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        prepared, optimizer = accelerator.prepare(torch.compile(model, backend=backend) if before else model, optimizer)
+        prepared = prepared if before else torch.compile(prepared, backend=backend)
+        accelerator.register_for_checkpointing(ApproxState(prepared))
+        if first:
+            accelerator.load_state(str(tmp_path))
+        for i in range(first, last):
+            optimizer.zero_grad()
+            accelerator.backward(prepared(batches[i]).square().mean())
+            optimizer.step()
+            if i + 1 == save:
+                accelerator.save_state(str(tmp_path))
+        return model, state_dict(prepared)  # a later seed restarts the draws
+
+    (whole, after), (resumed, again) = run(0, 24, save=12), run(12, 24)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert after == again
+    assert [(c.step, c.ratio < 1) for c in controls(resumed).values()] == [(24, True)]

@@ -1,0 +1,17 @@
+"""What the frameworks need to be importable and quiet in tests: no hub is asked, and a torchvision that was built for another torch does no harm."""
+
+import os
+
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+try:
+    import torchvision  # noqa: F401
+except ImportError:
+    pass
+except RuntimeError:  # its operators are missing; no model here needs one
+    _OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        _OPERATORS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
