@@ -29,18 +29,21 @@ from examples import data
 @dataclass(frozen=True)
 class Setting:
     """One way to train. `options`: the approx backend's, None for Inductor; `steps`: share of the epochs; `width`: share of the hidden units;
-    `known_length`: the backend is told how many steps there will be (and makes the last of them exact where outputs are sampled)."""
+    `known_length`: the backend is told how many steps there will be (and makes the last of them exact where outputs are sampled); `pruned`: InfoBatch (Qin et
+    al., ICLR 2024), which in every epoch but the last eighth leaves out this share of the samples whose last loss is below the mean, and weights the others
+    below the mean by one over the rest."""
 
     options: Mapping[str, Any] | None = None
     steps: float = 1.0
     width: float = 1.0
     known_length: bool = False
+    pruned: float = 0.0
 
 
 @dataclass(frozen=True)
 class Work:
     """A model and its data. `make(width share)` gives the model; `decays`: the learning rate, by a cosine to 0; `score` is a test accuracy in %
-    (higher is better) or a loss (lower)."""
+    (higher is better) or a loss (lower). `read(directory)` gives data that `examples.data` has not: inputs and labels, for training and testing."""
 
     dataset: str
     make: Callable[[float], nn.Module]
@@ -54,6 +57,7 @@ class Work:
     score: str = "accuracy"
     device: str = "cpu"
     decays: bool = True
+    read: Callable[[Path], tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
 
 
 @dataclass
@@ -68,6 +72,7 @@ class Training:
     steps: int
     times: list[float] = field(default_factory=list)
     curve: list[tuple[int, float, float]] = field(default_factory=list)
+    losses: Tensor | None = None
 
     @property
     def seconds(self) -> float:
@@ -94,17 +99,34 @@ def start(work: Work, setting: Setting, seed: int, steps: int, base: nn.Module |
 def epoch(t: Training, work: Work, x: Tensor, y: Tensor, steps: int) -> None:
     """At most `steps` more steps of a training."""
     t.model.train()
-    batches = torch.randperm(len(x), generator=t.order).split(work.batch)
+    order, weights = pruned(t, work, len(x)) if t.setting.pruned else (torch.randperm(len(x), generator=t.order), None)
+    batches = order.split(work.batch)
     for batch in batches[: min(steps, t.steps - len(t.times))]:
         for group in t.optimizer.param_groups:
             group["lr"] = work.lr * (0.5 * (1 + math.cos(math.pi * len(t.times) / t.steps)) if work.decays else 1)
         begin = time.perf_counter()
         t.optimizer.zero_grad()
-        loss(t.compiled(x[batch]), y[batch]).backward()
+        if weights is None or t.losses is None:
+            loss(t.compiled(x[batch]), y[batch]).backward()
+        else:
+            each = F.cross_entropy(t.compiled(x[batch]), y[batch], reduction="none")
+            t.losses[batch] = each.detach()
+            (each * weights[batch]).mean().backward()
         t.optimizer.step()
         if work.device == "cuda":
             torch.cuda.synchronize()
         t.times.append(time.perf_counter() - begin)
+
+
+def pruned(t: Training, work: Work, size: int) -> tuple[Tensor, Tensor]:
+    """The samples of the next epoch under InfoBatch, in random order, and the weights of all samples."""
+    share, weights = t.setting.pruned, torch.ones(size)
+    if t.losses is None:
+        t.losses = torch.full((size,), torch.inf)
+    below = (t.losses < t.losses[t.losses.isfinite()].mean()) if len(t.curve) < math.ceil(7 / 8 * work.epochs) else torch.zeros(size, dtype=torch.bool)
+    weights[below] = 1 / (1 - share)
+    kept = torch.arange(size)[~below | (torch.rand(size, generator=t.order) >= share)]
+    return kept[torch.randperm(len(kept), generator=t.order)], weights
 
 
 def loss(out: Tensor, y: Tensor) -> Tensor:
@@ -121,7 +143,9 @@ def score(model: nn.Module, work: Work, x: Tensor, y: Tensor) -> float:
 
 
 def load(work: Work, directory: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if work.dataset == "text":
+    if work.read is not None:
+        parts = work.read(directory)
+    elif work.dataset == "text":
         parts = text(directory / "tinyshakespeare.txt", 128, (work.limit or 100) * work.batch)
     else:
         d = data.load(work.dataset, directory)
