@@ -129,10 +129,10 @@ def _count(report: ReportData) -> str:
 
 
 def _condition(report: ReportData) -> str:
-    rows = any(report.chooses_rows(p) for s in report.sites for p in s.products.values())
+    units = dict.fromkeys(report.unit(p) for s in report.sites for p in s.products.values() if report.chooses_rows(p))
     outputs = any(report.chooses_ratio(p) for s in report.sites for p in s.products.values())
     least = percent(report.adaptive.least_outputs) if report.adaptive is not None else ""
-    return " and ".join([*(["a quarter of the rows is kept"] if rows else []), *([f"forward keeps {least}"] if outputs else [])])
+    return " and ".join([*(f"a quarter of the {unit} is kept" for unit in units), *([f"forward keeps {least}"] if outputs else [])])
 
 
 # --- the table ---
