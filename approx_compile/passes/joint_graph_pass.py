@@ -6,7 +6,7 @@ import functools
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from approx_compile.machine import Machine, site_timings
 from approx_compile.passes.cost.estimates import CostModel
 from approx_compile.passes.planning.gradient_replacement import replace_gradients
 from approx_compile.passes.planning.index_sharing import share_indices
-from approx_compile.passes.planning.kept_channels import kept_channels
+from approx_compile.passes.planning.kept_channels import with_kept_channels
 from approx_compile.passes.planning.plan import Candidates, Plan
 from approx_compile.passes.planning.planner import begin_plan, select_candidates
 from approx_compile.passes.planning.producer_narrowing import Producers
@@ -113,7 +113,7 @@ class ApproxPass(_torch.CustomGraphPass):
             lambda plan: choose_units(plan, inputs, producers, self.config),
             producers.narrow,
             lambda plan: skip_zeros(plan, inputs),
-            lambda plan: replace(plan, kept=kept_channels(graph, sites, plan)),
+            lambda plan: with_kept_channels(plan, graph, sites, self.context.inputs),
         )
         for step in steps:
             plan = step(plan)

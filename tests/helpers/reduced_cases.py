@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_wrapper
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from approx_compile import machine
-from approx_compile.distributed import ReducedAllReduce, register
+from approx_compile import explain, machine
+from approx_compile.distributed import ReducedAllReduce, packing, register
 from helpers.ddp import WEIGHTS, assert_close, assert_equal_on_ranks, backend, batch, small, train, wrapped
 from helpers.models import Buckets
 
@@ -55,7 +55,11 @@ def _compare(
 
 
 def one_graph(rank: int, world: int) -> None:
-    state = _compare(small(), rank, world)
+    model = small()
+    report = explain(model, batch(rank), config=WEIGHTS)
+    state = _compare(model, rank, world)
+    checksums = 4 * 4 * 2 * packing.BITS * 5  # of 5 parameters in 4 exchanges
+    assert 4 * report.gradient_bytes == state.bytes_whole and 4 * report.kept_bytes + checksums == state.bytes_sent
     assert state.exchanges == 4 and state.bytes_sent < 0.6 * state.bytes_whole, state.bytes_sent / state.bytes_whole
 
 

@@ -364,3 +364,12 @@ def test_options_of_wrapped_and_partly_compiled_models(small_work_counts: None) 
         report = explain(model, x)
         assert [(s.name, s.k) for s in report.sites] == [("1.0", 16), ("1.2", 16)]  # the first layer is not compiled
         assert [m.__dict__.get("_inner_call_impl") for m in model.modules()] == before
+
+
+def test_bytes_of_gradients_that_a_data_parallel_training_exchanges() -> None:
+    report = explain(mlp(64, 128, 128, 10), torch.randn(32, 64), config={"policy": "always", "method": "topk_weights", "ratio": 0.5})
+    whole = [128 * 64, 128, 128 * 128, 128, 10 * 128, 10]
+    kept = [64 * 32, 64, 64 * 64, 64, 10 * 64, 10]
+    assert (report.gradient_bytes, report.kept_bytes) == (4 * sum(whole), 4 * sum(kept))
+    assert "Data parallel: 0.0277 of 0.104 MB of gradients need to be exchanged in a step" in " ".join(str(report).split())
+    assert "Data parallel" not in str(explain(mlp(64, 64), torch.randn(32, 64)))

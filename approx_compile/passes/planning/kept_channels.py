@@ -10,7 +10,9 @@ gradients need to be exchanged (Adelman et al. 2021, section 7).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from torch import fx
 
@@ -21,7 +23,7 @@ from approx_compile.passes.planning.plan import KeptChannels, Plan, SitePlan
 from approx_compile.passes.planning.producer_narrowing import WEIGHTS_ONLY
 from approx_compile.passes.planning.zero_skipping import readers_of_gradients
 from approx_compile.passes.sites.conv_gradients import conv_weight_axes
-from approx_compile.passes.sites.site import Product, Site, one_contraction
+from approx_compile.passes.sites.site import Input, Product, Site, one_contraction
 
 
 def kept_channels(graph: fx.Graph, sites: Sequence[Site], plan: Plan) -> tuple[KeptChannels, ...]:
@@ -52,6 +54,25 @@ def kept_channels(graph: fx.Graph, sites: Sequence[Site], plan: Plan) -> tuple[K
         zero = zero_propagation.propagate_zeros(starts | made) if made else zero
         found += [KeptChannels(i, d, site.name, how.unit, how.size, how.kept) for n, d in zero.items() for i in outputs.get(n, ())]
     return tuple(found)
+
+
+def with_kept_channels(plan: Plan, graph: fx.Graph, sites: Sequence[Site], inputs: Sequence[Input]) -> Plan:
+    """Return the plan with the parameters whose gradients are zero in places, and the bytes of all gradients and of their kept slices.
+
+    Args:
+        plan: The plan, complete.
+        graph: The joint graph, before it is edited.
+        sites: The sites of the graph.
+        inputs: The inputs of Dynamo's graph.
+    """
+    kept = kept_channels(graph, sites, plan)
+    shares: dict[int, dict[int, float]] = {}
+    for k in kept:
+        by_dim = shares.setdefault(k.input, {})
+        by_dim[k.dim] = min(by_dim.get(k.dim, 1.0), k.kept / k.size)
+    whole = {i: _torch.numel_of(v) * v.dtype.itemsize for i, n in _torch.gradient_outputs(graph).items() if inputs[i].parameter for v in [_torch.value(n)]}
+    sent = sum(round(size * math.prod(shares.get(i, {}).values())) for i, size in whole.items())
+    return replace(plan, kept=kept, gradient_bytes=sum(whole.values()), kept_bytes=sent)
 
 
 def _coupled_gradients(name: str, sites: Sequence[Site], plans: Sequence[SitePlan]) -> Iterator[tuple[fx.Node, int]]:

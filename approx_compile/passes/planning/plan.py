@@ -251,6 +251,8 @@ class Plan:
         cuts: Where rows of the batch are chosen in the backward pass.
         remarks: How the graph differs from the one that a tuned plan was made for, and for which layers no rule can hold.
         kept: Where gradients of parameters are known to be zero on every rank of a data-parallel training.
+        gradient_bytes: The bytes of the gradients of all parameters.
+        kept_bytes: Those of the gradients' slices outside of which they are known to be zero on every rank.
     """
 
     sites: tuple[SitePlan, ...]
@@ -258,6 +260,8 @@ class Plan:
     cuts: tuple[RowCut, ...] = ()
     remarks: tuple[str, ...] = ()
     kept: tuple[KeptChannels, ...] = ()
+    gradient_bytes: int = 0
+    kept_bytes: int = 0
 
     @property
     def sampled(self) -> int:
@@ -286,10 +290,11 @@ class Plan:
     def joined(self, other: Plan) -> Plan:
         """Return the plan of two graphs. A pattern is unmatched if it is unmatched in both; a graph without sites does not count."""
         remarks = tuple(dict.fromkeys(self.remarks + other.remarks))
+        whole, kept = self.gradient_bytes + other.gradient_bytes, self.kept_bytes + other.kept_bytes
         if not self.sites or not other.sites:
-            return replace(self if self.sites else other, remarks=remarks)
+            return replace(self if self.sites else other, remarks=remarks, gradient_bytes=whole, kept_bytes=kept)
         unmatched = tuple(p for p in self.unmatched if p in other.unmatched)
-        return Plan(self.sites + other.sites, unmatched, self.cuts + other.cuts, remarks)
+        return Plan(self.sites + other.sites, unmatched, self.cuts + other.cuts, remarks, gradient_bytes=whole, kept_bytes=kept)
 
     def with_cuts(self, cuts: Sequence[RowCut]) -> Plan:
         """Return the plan once the rows to be kept are known.

@@ -126,6 +126,7 @@ def explain(model: Callable[..., Any], *args: Any, config: ApproxConfig | Mappin
         report.chains = [chain for plan in plans for chain in plan.chains()]
         report.sites, report.cuts = [SiteReport.of(s) for s in whole.sites], list(whole.cuts)
         report.unmatched, report.remarks = list(whole.unmatched), list(whole.remarks)
+        report.gradient_bytes, report.kept_bytes = whole.gradient_bytes, whole.kept_bytes
     trained = controls(model) if isinstance(model, nn.Module) and config is None else {}
     report.adaptive = _shares(settings, list(trained.values())) if settings.policy == "adaptive" or any(c.ratio is None for c in report.cuts) else None
     return report

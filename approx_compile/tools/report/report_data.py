@@ -139,6 +139,8 @@ class ReportData:
         assignments: How many assignments the settings go through during a run. The report shows the first; `explain(..., config=config.at(step, phase))`
             shows another.
         adaptive: What the policy "adaptive" has chosen so far; None under settings that choose nothing during the run.
+        gradient_bytes: Bytes of the gradients of all parameters.
+        kept_bytes: Bytes of the slices of them that a data-parallel training has to exchange with `approx_compile.distributed.register`.
         device: The type of the device that the model is on.
         verbose: Whether `str(report)` has a line for every layer, with its op, shape, dtype and kept entries.
     """
@@ -152,6 +154,8 @@ class ReportData:
     remarks: list[str] = field(default_factory=list)
     assignments: int = 1
     adaptive: AdaptiveShares | None = None
+    gradient_bytes: int = 0
+    kept_bytes: int = 0
     device: str = "cpu"
     verbose: bool = False
 
@@ -257,6 +261,7 @@ class ReportData:
         content = {f.name: [asdict(item, dict_factory=_with_advice) for item in getattr(self, f.name)] for f in fields(self) if f.name in ("sites", "cuts")}
         totals: dict[str, Any] = {"graphs": len(self.before), "flops_exact": self.flops_exact, "flops_sampled": self.flops_sampled}
         totals |= {"flops_now": self.flops_now, "flops_possible": self.flops_possible}
+        totals |= {"gradient_bytes": self.gradient_bytes, "kept_bytes": self.kept_bytes}
         adaptive = asdict(self.adaptive) if self.adaptive is not None else None
         return (
             content

@@ -254,6 +254,9 @@ def notes(report: ReportData, advice: bool = True) -> Iterable[str]:
     cuts = together(report.cuts)
     for cut in cuts:
         yield _cut(cut, len(cuts) > 1)
+    if report.kept_bytes < report.gradient_bytes:
+        sent, whole = (f"{n / 1e6:.3g}" for n in (report.kept_bytes, report.gradient_bytes))
+        yield f"Data parallel: {sent} of {whole} MB of gradients need to be exchanged in a step (approx_compile.distributed.register)."
     for reason_id, text in report.advice().items() if advice else ():
         yield f"What you can do ({reason_id}): {text}"
     if report.assignments > 1:
