@@ -102,9 +102,10 @@ from approx_compile._torch.inductor import (
     trace_artifact,
     user_joint_passes,
     user_scheduler_pass,
+    uses_cuda_graphs,
 )
-from approx_compile._torch.ops import is_pointwise, is_random, max_pool_ops, symbolic_scalar_arguments
-from approx_compile._torch.random_state import initial_seed, is_capturing_cuda_graph, seeding_marker, seeds_of_marker
+from approx_compile._torch.ops import is_pointwise, is_random, max_pool_ops, symbolic_scalar_arguments, writes_to_arguments
+from approx_compile._torch.random_state import initial_seed, is_capturing_cuda_graph, random_state_kept, seeding_marker, seeds_of_marker
 from approx_compile._torch.storages import StorageRef, storage_ref
 from approx_compile._torch.symbol_requests import (
     RetraceFrame,
@@ -139,6 +140,9 @@ from approx_compile._torch.symbolic_shapes import (
 )
 
 __all__ = [
+    "writes_to_arguments",
+    "uses_cuda_graphs",
+    "random_state_kept",
     "StorageRef",
     "storage_ref",
     "CustomGraphPass",

@@ -272,3 +272,8 @@ def trace_artifact(name: str, payload: Any) -> None:
         trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "json"}, payload_fn=payload, expect_trace_id=False)
     except ImportError:
         pass
+
+
+def uses_cuda_graphs() -> bool:
+    """Return whether Inductor's settings ask for CUDA graphs."""
+    return bool(torch._inductor.config.triton.cudagraphs)

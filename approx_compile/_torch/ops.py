@@ -20,6 +20,12 @@ def is_pointwise(n: fx.Node) -> bool:
     return torch.Tag.pointwise in getattr(n.target, "tags", ())
 
 
+def writes_to_arguments(n: fx.Node) -> bool:
+    """Return whether a node calls an op that writes to its arguments, or one whose effects have an order."""
+    schema = getattr(n.target, "_schema", None)
+    return bool(schema is not None and schema.is_mutable) or "with_effects" in str(n.target)
+
+
 def symbolic_scalar_arguments(n: fx.Node) -> list[fx.Node]:
     """List the symbolic numbers that an op takes as values.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -44,3 +46,8 @@ def seeds_of_marker(seeding: tuple[Any, ...]) -> set[int]:
 def is_capturing_cuda_graph(device: torch.device) -> bool:
     """Return whether a device's current stream is recorded as a CUDA graph, which supports only torch's own generators."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def random_state_kept(devices: Iterable[torch.device]) -> contextlib.AbstractContextManager[None]:
+    """Return a context after which torch's random state, of the CPU and of these devices, is what it was before."""
+    return torch.random.fork_rng(devices=sorted({d.index or 0 for d in devices if d.type == "cuda"}))

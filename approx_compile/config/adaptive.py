@@ -18,9 +18,19 @@ class AdaptiveTable(Table):
         default=0.025,
         ge=0,
         description="The variance that leaving out rows may add, as a share of the gradient's own: with row norms g and probabilities p, the sum of (1 - p) / "
-        "p g^2 is at most tau times the sum of g^2. Raise it to keep fewer rows; lower it if the training becomes noisier than the exact one. With tokens it "
-        "holds for every region, and 0 leaves out only tokens whose gradient is exactly zero, such as padding and masked prompts.",
+        "p g^2 is at most tau times the sum of g^2. What is measured of the whole gradient corrects this bound (`probe`). Raise it to keep fewer rows; lower "
+        "it if the training becomes noisier than the exact one. With tokens it holds for every region, is not corrected, and 0 leaves out only tokens whose "
+        "gradient is exactly zero, such as padding and masked prompts.",
         examples=[{"adaptive": {"tau": 0.1}}],
+    )
+    probe: int = Field(
+        default=400,
+        ge=0,
+        description="The number of backward passes from one measurement of the variance that leaving out samples adds to the whole gradient to the next; 0 for "
+        "none. In such a pass the backward graph runs on all samples, on chosen ones and on half of them, which takes about as long as two more backward "
+        "passes. Its result is exact. Where the variance measured exceeds `tau` more samples are kept, and fewer where it is less. Raise the number if steps "
+        "that measure are too long.",
+        examples=[{"adaptive": {"probe": 1000}}],
     )
     ladder: tuple[float, ...] = Field(
         default=LADDER,
@@ -66,6 +76,13 @@ class AdaptiveTable(Table):
     @classmethod
     def _check_every(cls, value: Any) -> Any:
         return integer(value, "the steps from one measurement to the next, such as 200")
+
+    @field_validator("probe", mode="before")
+    @classmethod
+    def _check_probe(cls, value: Any) -> Any:
+        if value == 0 and type(value) is int:
+            return 0
+        return integer(value, "the backward passes from one measurement to the next, such as 400, or 0 for no measurement")
 
     @field_validator("ladder", "outputs", mode="before")
     @classmethod

@@ -170,3 +170,11 @@ MEMORY_WRITTEN = Template(
 COMPLEX_ALONG_BATCH = Template(
     "complex-along-batch", "the batch is the axis of the real and imaginary parts", "Make the last axis hold the real and imaginary parts."
 )
+
+# --- the variance of the whole gradient ---
+
+_BY_NORMS = NOTHING_TO_DO + "samples are then chosen by the norms of the gradients at the outputs alone, as with `adaptive.probe` 0."
+UNMEASURED_WRITES = Template("unmeasured-writes", "{op} has effects, so that the backward pass must run only once", _BY_NORMS)
+UNMEASURED_COLLECTIVE = Template("unmeasured-collective", "{op} communicates with other processes, which may not measure in the same step", _BY_NORMS)
+UNMEASURED_MEMORY = Template("unmeasured-memory", "there was not enough memory to run the backward pass on some of the rows and then on all", _BY_NORMS)
+UNMEASURED_CUDA_GRAPHS = Template("unmeasured-cuda-graphs", "CUDA graphs reuse the memory of results", _BY_NORMS)

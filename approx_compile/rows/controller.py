@@ -151,7 +151,25 @@ class Draws(Checkpointed):
         self._seeding = _torch.seeding_marker()
 
 
-class Control(Checkpointed):
+class Observing(Checkpointed):
+    """State that follows numbers which are measured on the device and read one pass later.
+
+    Attributes:
+        settings: The settings of the policy.
+        name: The name in logs and checkpoints.
+        passes: The passes started.
+        pool: What pools numbers with other ranks, if anything does.
+    """
+
+    def __init__(self, settings: AdaptiveTable, name: str) -> None:
+        self.settings = settings
+        self.name = name
+        self.passes = 0
+        self.pool: VariancePool | None = None
+        self._late = DeferredScalar()
+
+
+class Control(Observing):
     """A share that is found during a run, among the rungs of a ladder.
 
     Attributes:
@@ -175,17 +193,13 @@ class Control(Checkpointed):
     """
 
     def __init__(self, settings: AdaptiveTable, name: str, measured: float) -> None:
-        self.settings = settings
-        self.name = name
+        super().__init__(settings, name)
         self.place = "backward pass"
         self.work = StepFlops()
         self.step = 0
-        self.passes = 0
         self.completed: int | None = None
         self.measured = measured
         self.changes: deque[tuple[int, float]] = deque([(0, 1.0)], maxlen=HISTORY)
-        self._late = DeferredScalar()
-        self.pool: VariancePool | None = None
 
     @property
     def ratio(self) -> float:
@@ -239,13 +253,17 @@ class Control(Checkpointed):
 
 
 class RowControl(Control):
-    """The control of the share of the rows that one cut of a graph keeps. `measured` is the running mean of the share needed, 1 at first."""
+    """The control of the share of the rows that one cut of a graph keeps. `measured` is the running mean of the share needed, 1 at first.
+
+    `excess` is how many times as much variance the whole gradient gets as the norms at the cut say (`VarianceBudget`): they may add tau / excess.
+    """
 
     unit = "rows"
     """What it keeps a share of."""
 
     def __init__(self, settings: AdaptiveTable, name: str) -> None:
         super().__init__(settings, name, 1.0)
+        self.excess = 1.0
 
     @property
     def should_observe(self) -> bool:
@@ -257,11 +275,11 @@ class RowControl(Control):
         shares = self.settings.ladder[:-1]
         if self.settings.agree and self.pool is not None and shares and self.pool.put(self, added_variance(norms_sq, shares, floor)):
             return
-        self._late.put(needed_share(norms_sq, self.settings.tau, floor))
+        self._late.put(needed_share(norms_sq, self.settings.tau / self.excess, floor))
 
     def take_pooled(self, sums: Tensor) -> None:
         """Take up the variances and sums of squares of all ranks together."""
-        self._late.put(share_from_variance(sums, self.settings.ladder[:-1], self.settings.tau))
+        self._late.put(share_from_variance(sums, self.settings.ladder[:-1], self.settings.tau / self.excess))
 
     def _decide(self, value: Tensor) -> float:
         if bool(value.isnan()):  # no rank has observed anything

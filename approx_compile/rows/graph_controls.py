@@ -11,9 +11,11 @@ from torch import nn
 from approx_compile import _torch
 from approx_compile.config import ApproxConfig
 from approx_compile.config.resolve import RowSettings
+from approx_compile.reasons import Reason
 from approx_compile.rows.bare_names import Owner
 from approx_compile.rows.controller import Draws, RowControl, StepFlops
 from approx_compile.rows.ownership import GraphName, control_for, draws_for, note_fixed_share
+from approx_compile.rows.variance_budget import VarianceBudget
 
 
 class GraphControls:
@@ -23,11 +25,30 @@ class GraphControls:
     """
 
     kind: type[RowControl] = RowControl
+    measures = True
+    """Whether the variance of the whole gradient is measured."""
 
     def __init__(
-        self, config: ApproxConfig, root: nn.Module | None, name: GraphName, levels: Sequence[RowSettings], places: Mapping[int, str], work: StepFlops
+        self,
+        config: ApproxConfig,
+        root: nn.Module | None,
+        name: GraphName,
+        levels: Sequence[RowSettings],
+        places: Mapping[int, str],
+        work: StepFlops,
+        unmeasured: Reason | None = None,
     ) -> None:
-        """Make the controls and draws that hold where a call has no owner. `places` says in words what each level decides about, `work` how many FLOPs."""
+        """Make the controls, draws and budget that hold where a call has no owner.
+
+        Args:
+            config: The user's configuration.
+            root: The module that is compiled.
+            name: The name of the graph.
+            levels: The settings of level 1, 2, ...
+            places: What each level decides about, in words.
+            work: How many FLOPs it decides about.
+            unmeasured: Why the variance of the whole gradient is not measured, if so.
+        """
         self.adaptive = config.adaptive
         self.places = dict(places)
         self.work = work
@@ -36,6 +57,8 @@ class GraphControls:
         self.ratios = [s.ratio for s in levels]
         self.unowned = [self.kind(config.adaptive, f"{name.key}{i}") for i, _ in enumerate(levels, 1)]
         self.unowned_draws = Draws(f"{name.key}draws")
+        self.unowned_budget = VarianceBudget(config.adaptive, f"{name.key}variance")
+        self.unmeasured = unmeasured
 
     def owner(self, saved: Iterable[Any]) -> Owner | None:
         """Return the parameter or module that the controls of a backward pass belong to.
@@ -55,17 +78,26 @@ class GraphControls:
         """Return the random draws of this graph for an owner; without an owner those of this object."""
         return draws_for(owner, self.name + "draws") if owner is not None else self.unowned_draws
 
+    def budget(self, owner: Owner | None) -> VarianceBudget | None:
+        """Return the budget of this graph for an owner; None where no share is found during the run."""
+        if not self.measures or None not in self.ratios:
+            return None
+        budget = control_for(owner, self.adaptive, self.name + "variance", VarianceBudget) if owner is not None else self.unowned_budget
+        budget.declined = budget.declined or self.unmeasured
+        return budget
+
     def of(self, owner: Owner | None) -> list[RowControl | None]:
         """Return the control of every level for an owner, with None for the levels whose ratio is fixed."""
-        if owner is None:
-            return [c if ratio is None else None for ratio, c in zip(self.ratios, self.unowned, strict=True)]
         controls: list[RowControl | None] = []
-        for i, ratio in enumerate(self.ratios, 1):
+        budget = self.budget(owner)
+        for i, (ratio, unowned) in enumerate(zip(self.ratios, self.unowned, strict=True), 1):
             if ratio is not None:
-                note_fixed_share(owner, self.name + str(i), ratio, self.work)
+                if owner is not None:
+                    note_fixed_share(owner, self.name + str(i), ratio, self.work)
                 controls.append(None)
                 continue
-            control = control_for(owner, self.adaptive, self.name + str(i), self.kind)
+            control = control_for(owner, self.adaptive, self.name + str(i), self.kind) if owner is not None else unowned
             control.place, control.work = self.places.get(i, control.place), self.work
+            control.excess = budget.excess if budget is not None else 1.0
             controls.append(control)
         return controls

@@ -17,8 +17,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from approx_compile.config.adaptive import AdaptiveTable
 from approx_compile.rows.agreement import pool_of
 from approx_compile.rows.bare_names import Owner, fitted_names, named_owners
-from approx_compile.rows.controller import Checkpointed, Control, Draws, StepFlops
+from approx_compile.rows.controller import Checkpointed, Control, Draws, Observing, StepFlops
 from approx_compile.rows.step_counter import completed_steps
+from approx_compile.rows.variance_budget import VarianceBudget
 
 _known = WeakIdKeyDictionary()
 """For each owner a dictionary from the key of a cut to its control, of a graph's outputs to their control, or of a graph to its draws."""
@@ -74,12 +75,12 @@ class _LoadedState:
         return None
 
 
-C = TypeVar("C", bound=Control)
+C = TypeVar("C", bound=Observing)
 K = TypeVar("K", bound=Checkpointed)
 
 
 def control_for(owner: Owner, settings: AdaptiveTable, name: GraphName, kind: type[C]) -> C:
-    """Return the control of a cut, or of a graph's outputs, and tell it how many optimizer steps its owner has made and whom it agrees with.
+    """Return the control of a cut, or of a graph's outputs, or the budget of a graph, and tell it whom it agrees with, and how many optimizer steps were made.
 
     It is that of an earlier compilation of the same code if there is one with the same settings, else a new one. A new one takes up the state that was loaded
     for it, if any.
@@ -87,13 +88,15 @@ def control_for(owner: Owner, settings: AdaptiveTable, name: GraphName, kind: ty
     Args:
         owner: The parameter or module that it belongs to.
         settings: The settings of the policy.
-        name: The name of the cut or of the outputs.
-        kind: The class of the control.
+        name: The name of the cut, of the outputs or of the budget.
+        kind: The class of the control or budget.
     """
     control = _known.setdefault(owner, {}).get(name.key)
     if not isinstance(control, kind) or control.settings != settings:
         control = _begin(owner, name, kind(settings, name.key))  # type: ignore[call-arg]
-    control.completed, control.pool = completed_steps(owner), pool_of(owner)
+    control.pool = pool_of(owner)
+    if isinstance(control, Control):
+        control.completed = completed_steps(owner)
     return control
 
 
@@ -177,6 +180,11 @@ def controls(model: nn.Module) -> dict[str, Control]:
         {}
     """
     return {".".join(p for p in (name, key) if p): c for name, _, key, c in _checkpointed(model) if isinstance(c, Control)}
+
+
+def budgets(model: nn.Module) -> dict[str, VarianceBudget]:
+    """Return the budgets of a model, by the name of the parameter or module and the key of the graph."""
+    return {".".join(p for p in (name, key) if p): b for name, _, key, b in _checkpointed(model) if isinstance(b, VarianceBudget)}
 
 
 def waiting_states(model: nn.Module) -> list[Mapping[str, Any]]:

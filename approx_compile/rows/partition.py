@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from approx_compile import _torch
-from approx_compile.rows.batch_dim import LOSS_GRAD, ROW_GRAD, BatchSize, ValueLayout
+from approx_compile.rows.batch_dim import LOSS_GRAD, REDUCED_GRAD, ROW_GRAD, BatchSize, ValueLayout
 from approx_compile.rows.batch_dim_analysis import analyze_batch_dim
 from approx_compile.rows.batch_norm import decouple_batch_norm
 from approx_compile.rows.coverage import planned_work
@@ -248,4 +248,5 @@ def _result(o: Any, state: PartitionState) -> BackwardOutput:
         return BackwardOutput(o.name, SAVED, None)
     source = state.stage.get(o, 0)
     on_rows = 0 < source != state.post and state.batch_dims.kind[o] == ROW_GRAD
-    return BackwardOutput(o.name, source, state.batch_dims.layout_of(o) if on_rows else None, _expressions(_torch.value(o))[0])
+    layout, summed = state.batch_dims.layout_of(o) if on_rows else None, state.batch_dims.kind.get(o) == REDUCED_GRAD
+    return BackwardOutput(o.name, source, layout, _expressions(_torch.value(o))[0], summed=summed)

@@ -22,10 +22,11 @@ from approx_compile.rows.controller import Draws, RowControl
 from approx_compile.rows.gather_rows import copy_keeping_strides, put_rows, row_norms_sq, take_rows, with_strides
 from approx_compile.rows.graph_controls import GraphControls
 from approx_compile.rows.nonlinear_below import is_nonlinear_below
-from approx_compile.rows.row_sampling import FLOOR, choose_rows, with_floor
+from approx_compile.rows.row_sampling import FLOOR, added_variance, choose_rows, with_floor
 from approx_compile.rows.row_selection import RowSelection, _path, _weights, mark_selection, selection_of
 from approx_compile.rows.stage_shapes import entering_gradients, last_use_of_saved, number_of, shape_of
 from approx_compile.rows.stages import ALL_ROWS, SAVED, BackwardOutput, Partition, StageInput
+from approx_compile.rows.variance_budget import Probe, Rows, VarianceBudget, measure
 
 MAX_CACHED_SIZES = 1024
 """The most entries in each cache of shapes and of legal numbers of rows; a cache that exceeds it is cleared."""
@@ -96,6 +97,7 @@ class RowBackward:
         self._symbols = _torch.symbol_sources(example_inputs)
         self._last_use = last_use_of_saved(partition)
         self._entering = [entering_gradients(partition, level) for level in range(len(self.levels))]
+        self._parameters = [i for i, r in enumerate(partition.results) if r.summed]
         self._legal_counts: dict[tuple[Any, ...], int] = {}
         self._plans: dict[tuple[Any, ...], list[list[Any]]] = {}
 
@@ -117,15 +119,58 @@ class RowBackward:
         if _all_rows[0] or symbols[self.partition.batch.symbol] % self.partition.batch.group:  # some sample lacks entries
             return self.run(values, symbols, [size] * len(self.levels), [None] * len(self.levels), None, spared)
         owner = self.controls.owner(values.values())
+        budget = self.controls.budget(owner)
         controls = self.controls.of(owner)
         followed, may_drop = self._follow(values, symbols)
         counts = self._counts(symbols, controls, followed) if may_drop else [size] * len(self.levels)
+        if budget is not None and followed is None and may_drop and budget.start_pass():
+            probed = self._probed_counts(counts, symbols, budget)
+            if probed[-1] < size and self._parameters:
+                return self._measure(values, symbols, probed, controls, spared, self.controls.draws(owner), budget)
         whole = self.whole
         if whole is not None and whole.sizes == symbols and followed is None and set(counts) == {size} and self._watched(values, counts, controls):
-            inputs = [copy_keeping_strides(v) if name in spared else v for name, v in values.items()]
-            values.clear()
-            return whole.call(inputs)
+            return self._run_on_all(values, symbols, spared)
         return self.run(values, symbols, counts, controls, followed, spared, self.controls.draws(owner))
+
+    def _probed_counts(self, counts: list[int], symbols: Mapping[sympy.Symbol, int], budget: VarianceBudget) -> list[int]:
+        """Return the numbers of rows at which a step measures: those of the step, or the most below all rows if too much variance measured led to all rows."""
+        if min(counts) < self._samples(symbols) or budget.excess <= 1 or len(budget.settings.ladder) == 1:
+            return counts
+        return [self._legal(max(LEAST_ROWS, int(budget.settings.ladder[-2] * self._samples(symbols))), symbols)] * len(counts)
+
+    def _measure(
+        self,
+        values: dict[str, Any],
+        symbols: Mapping[sympy.Symbol, int],
+        counts: Sequence[int],
+        controls: Sequence[RowControl | None],
+        spared: frozenset[str],
+        draws: Draws,
+        budget: VarianceBudget,
+    ) -> list[Any]:
+        """Run the backward pass on all rows, and let the budget observe how much variance `counts` rows add. Arguments as those of `run`."""
+        size = self._samples(symbols)
+        half = [self._legal(max(LEAST_ROWS, size // 2), symbols)] * len(self.levels)
+
+        def evaluate(probe: Probe) -> list[Any]:
+            if probe.rows is Rows.ALL:
+                return self._run_on_all(values, symbols, spared)
+            given = (counts, controls) if probe.rows is Rows.CHOSEN else (half, [None] * len(self.levels))
+            return self.run(dict(values), symbols, *given, None, self._donated | spared, draws, probe)
+
+        before, devices = _last_sampled[0], {v.device for v in values.values() if isinstance(v, Tensor)}
+        try:
+            return measure(evaluate, budget, self._parameters, half[0] / max(1, size - half[0]), devices)
+        finally:
+            _last_sampled[0] = before  # the result is exact: a graph below may leave out rows
+
+    def _run_on_all(self, values: dict[str, Any], symbols: Mapping[sympy.Symbol, int], spared: frozenset[str]) -> list[Any]:
+        """Run the backward pass on all rows, by the code for the whole batch if there is some for its size. `values` is emptied."""
+        if self.whole is None or self.whole.sizes != symbols:
+            return self.run(values, symbols, [self._samples(symbols)] * len(self.levels), [None] * len(self.levels), None, spared)
+        inputs = [copy_keeping_strides(v) if name in spared else v for name, v in values.items()]
+        values.clear()
+        return self.whole.call(inputs)
 
     def _watched(self, values: Mapping[str, Any], counts: Sequence[int], controls: Sequence[RowControl | None]) -> bool:
         """Let observing controllers see this step's gradient norms without dropping rows; return False if some norms are not available."""
@@ -199,6 +244,7 @@ class RowBackward:
         followed: RowSelection | None = None,
         spared: frozenset[str] = frozenset(),
         draws: Draws | None = None,
+        probe: Probe | None = None,
     ) -> list[Any]:
         """Run one backward pass with given numbers of rows.
 
@@ -210,6 +256,7 @@ class RowBackward:
             followed: The rows of the first level, if an earlier graph of this backward pass selected them.
             spared: The names of the inputs that must not be written to. Compiled code gets copies of them.
             draws: The source of the random numbers that select rows; None for torch's own stream.
+            probe: What a measurement asks of this pass, if it is for one.
 
         Returns:
             The outputs of the backward graph.
@@ -223,7 +270,7 @@ class RowBackward:
         for s, (stage, call) in enumerate(zip(self.partition.stages, self.calls, strict=True)):
             while len(kept) < stage.level:
                 level = len(kept)
-                kept.append(self._choose(level, live, made, kept, size, counts, controls[level], draws))
+                kept.append(self._choose(level, live, made, kept, size, counts, controls[level], draws, probe))
             inputs = []
             for entry, shape in zip(stage.entries, plan[s], strict=True):
                 value = self._entry(entry, shape, stage.level, live, made, kept, size)
@@ -251,6 +298,7 @@ class RowBackward:
         counts: Sequence[int],
         control: RowControl | None,
         draws: Draws | None = None,
+        probe: Probe | None = None,
     ) -> RowSelection | None:
         """Select the rows of level `level` + 1 by the norms of the gradients that enter it; None for all rows of the previous level."""
         before = counts[level - 1] if level else size
@@ -272,9 +320,12 @@ class RowBackward:
             watched.observe(total, self._floors[level])
         if k >= before:
             return None
-        method = self.levels[level].method
+        method = self.levels[level].method if probe is None or probe.rows is not Rows.UNIFORM else "uniform"
+        if probe is not None:
+            variance, square = added_variance(total, [k / len(total)], self._floors[level])
+            probe.predicted.append(variance / square)
         random = draws.random(total.device) if draws is not None and method != "topk" else None
-        idx, weight = choose_rows(method, with_floor(total, self._floors[level]) if self._floors[level] else total, k, random)
+        idx, weight = choose_rows(method, with_floor(total, self._floors[level]) if self._floors[level] and method != "uniform" else total, k, random)
         return RowSelection(idx, weight, k)
 
     def _entry(

@@ -37,6 +37,7 @@ from approx_compile.rows.row_backward import RowBackward, WholeBatchBackward
 from approx_compile.rows.specialize import specialize_sizes
 from approx_compile.rows.stage_shapes import entering_gradients
 from approx_compile.rows.stages import ALL_ROWS, EXCLUDED, SAVED, CoverageEstimate, Partition, Stage, StageInput, output_layouts, tangent_layouts, zero_outputs
+from approx_compile.rows.variance_budget import unmeasured_reason
 
 LEAST_SHARE = 0.3
 """The share of the backward pass's FLOPs that must be able to run on selected rows, under the policies that consider the cost."""
@@ -202,17 +203,16 @@ class RowCompiler:
         guards = _torch.guards_on_symbol(partition.batch.symbol, gm) if partition.batch.symbol.is_Symbol else []
         hints = {s: _torch.known_hint(_torch.size_at(example_inputs, i, d)) for s, i, d in _torch.symbol_sources(example_inputs)}
         sizes = {s: n for s, n in hints.items() if n is not None}
-        fixed = _fixed_size_reason(partition.batch, sizes, guards)
-        if fixed is not None:
+        if (fixed := _fixed_size_reason(partition.batch, sizes, guards)) is not None:
             self.cuts = [replace(c, decision="exact", reason=fixed, stops=True) for c in self.cuts]
             return _with_donated_inputs_copied(self.inner(plain, example_inputs, is_backward=True, **kwargs), names, donated)
         cuts = len(self.levels)
         work = StepFlops(partition.coverage.flops_on_rows / cuts, (self._forward_flops + partition.coverage.flops_all) / cuts)
-        controls = GraphControls(self.config, self.root, self.name, self.levels, {c.level: self._place(c) for c in self.cuts}, work)
+        places = {c.level: self._place(c) for c in self.cuts}
+        controls = GraphControls(self.config, self.root, self.name, self.levels, places, work, unmeasured_reason(gm.graph))
         asked = {s for level, s in enumerate(self.levels) if entering_gradients(partition, level)}
         whole = self._compile_whole_batch(plain, example_inputs, sizes, kwargs) if all(s.ratio is None for s in asked) else None
         backward = RowBackward(partition, calls, self.levels, names, example_inputs, guards, controls, whole, dense, donated)
-
         call = _boxed(backward)
         setattr(call, ROW_BACKWARD_ATTRIBUTE, backward)
         return call

@@ -84,6 +84,8 @@ class BackwardOutput:
     layout: SampleLayout | None
     size: tuple[Any, ...] = ()
     constant: Any = None
+    summed: bool = False
+    """Whether it is a gradient summed over the samples, as those of parameters are."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from approx_compile._torch.known_faults import inductor
 from approx_compile.machine import device_name
-from approx_compile.rows.ownership import controls
+from approx_compile.rows.ownership import budgets, controls
 from benchmarks.common.plots import score_over_seconds
 from benchmarks.common.rows import RESULTS, conditions, console
 from examples import data
@@ -226,12 +226,14 @@ class Study:
             if (name, s, seed) in known:
                 continue  # run again only for the others' seconds
             kept = [c.kept for c in controls(t.model).values()]
+            added = [a for b in budgets(t.model).values() for _, a in b.measurements]
             rows.append(
                 conditions()
                 | {"device": device_name(work.device)}
                 | {"work": name, "setting": s, "seed": seed, "score": work.score, "steps": len(t.times), "seconds": round(t.seconds, 2)}
                 | {"seconds_of_exact": round(t.seconds / runs["exact"].seconds, 4), "median_step_ms": round(1e3 * statistics.median(t.times[1:]), 3)}
                 | {"first_step_s": round(t.times[0], 2), "final": round(t.curve[-1][2], 4), "rows_kept": round(statistics.mean(kept), 4) if kept else None}
+                | {"variance_added": round(statistics.mean(added), 4) if added else None}
                 | {"curve": [[a, b, round(c, 4)] for a, b, c in t.curve]}
             )
         RESULTS.mkdir(parents=True, exist_ok=True)

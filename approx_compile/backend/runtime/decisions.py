@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,9 @@ from rich.table import Table
 from torch import nn
 
 from approx_compile.rows.controller import Control, RowControl
-from approx_compile.rows.ownership import controls, waiting_states
+from approx_compile.rows.ownership import budgets, controls, waiting_states
 from approx_compile.rows.step_counter import require_module
+from approx_compile.rows.variance_budget import VarianceBudget
 from approx_compile.utils import counted, percent, printed
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Decisions:
         cuts: The controls of the model, by name. The control of a cut chooses the share of the rows; its `measured` is the share that is needed. The control
             of sampled outputs chooses their ratio; its `measured` is the relative squared error ``|g' - g|^2 / |g|^2`` of the gradient g.
         waiting: The loaded states of controls that have not run since.
+        budgets: What was measured of the variance that leaving out samples adds to the whole gradient, by the name of the graph.
 
     Example:
         >>> import torch
@@ -45,6 +47,7 @@ class Decisions:
 
     cuts: dict[str, Control]
     waiting: tuple[Mapping[str, Any], ...] = ()
+    budgets: dict[str, VarianceBudget] = field(default_factory=dict)
 
     def __str__(self) -> str:
         if not self.cuts:
@@ -54,7 +57,8 @@ class Decisions:
             table.add_column(title, overflow="fold", no_wrap=title in ("what", "step"))
         for label, c in self._labelled().items():
             table.add_row(label, str(c.step), _measured(c), f"{percent(c.ratio)} now, {percent(c.kept)} on average", _so_far(c))
-        return printed(table, *([_loaded(self.waiting)] if self.waiting else []))
+        lines = [line for b in self.budgets.values() if (line := _variance(b)) is not None]
+        return printed(table, *dict.fromkeys(lines), *([_loaded(self.waiting)] if self.waiting else []))
 
     def _labelled(self) -> dict[str, Control]:
         """Return the controls by what they decide about, with the name of the first parameter where several decide about the same."""
@@ -136,6 +140,18 @@ def _measured(c: Control) -> str:
     return f"squared gradient error {c.measured:.3g}"
 
 
+def _variance(b: VarianceBudget) -> str | None:
+    """Say how much variance was measured and what was asked for; None if nothing is to be measured."""
+    if b.declined is not None:
+        return f"The variance added to the whole gradient is not measured: {b.declined}."
+    if not b.measurements:
+        return None
+    passes, added = b.measurements[-1]
+    found = f"Variance added to the whole gradient: {percent(added)} of the gradient's own in pass {passes}; asked: at most {percent(b.settings.tau)}."
+    mean = f"By the mean of {counted(len(b.measurements), 'measurement')} it is {b.excess:.2g} times what the norms say"
+    return f"{found} {mean}, so that these may add {percent(b.tau)}."
+
+
 def _so_far(c: Control) -> str:
     if len(c.changes) > 1:
         changes = len(c.changes) - 1
@@ -174,4 +190,4 @@ def decisions(model: nn.Module) -> Decisions:
         >>> print(approx_compile.decisions(model))  # a table with a line for each control
     """
     require_module(model, "decisions")
-    return Decisions(controls(model), tuple(waiting_states(model)))
+    return Decisions(controls(model), tuple(waiting_states(model)), budgets(model))

@@ -41,6 +41,7 @@ class TokenControls(GraphControls):
     """Finds the controls and draws of one graph, with a control for each region."""
 
     kind = TokenControl
+    measures = False
 
 
 class TokenBackward:
