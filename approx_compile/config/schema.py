@@ -59,6 +59,12 @@ class Table(BaseModel):
             raise ValueError(f"got {data!r}; a table (dict) is expected")
         return dict(data)
 
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        """Take up a pickled state. Keys that a table of an earlier version lacks get their defaults."""
+        super().__setstate__(state)
+        for key, field in type(self).model_fields.items():
+            self.__dict__.setdefault(key, field.get_default(call_default_factory=True))
+
 
 class SamplingKeys(Table):
     """The keys that a product's table, a rule and the whole config share. None means: not set here."""
