@@ -270,6 +270,7 @@ def test_losses() -> None:
         ({"time_budget_s": "long"}, "time_budget_s: got 'long'"),
         ({"ladder": [0.5, 2.0]}, r"ladder: got \[0.5, 2.0\]"),
         ({"config": {"method": "exact"}}, "nothing to tune"),
+        ({"config": {"method": "dropout"}}, "leaves out units"),
         ({"config": {"grad": {"axis": "rows"}}}, "tried by itself"),
         ({"config": {"rules": [{"steps": "::2", "ratio": 0.5}]}}, "beside the plan"),
         ({"config": {"ratios": 0.5}}, "unknown key 'ratios'"),

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.config.rules import Rule
 from approx_compile.config.selectors import LayerPattern
+from approx_compile.config.words import UNIT_METHODS
 from approx_compile.passes.planning.plan import SitePlan
 from approx_compile.passes.planning.rule_matching import match_rules
 from approx_compile.reasons import Reason
@@ -49,7 +50,7 @@ class SearchSpace:
             The search space.
 
         Raises:
-            ConfigError: If the settings leave nothing to tune, ask for sampled rows, or change during the run.
+            ConfigError: If the settings leave nothing to tune, ask for sampled rows or for left out units, or change during the run.
         """
         if config is None or isinstance(config, Mapping):
             config = ApproxConfig(**{"policy": "cost", **(config or {})})
@@ -59,6 +60,12 @@ class SearchSpace:
             raise ConfigError("tune: config: a plan is tuned for all steps alike; leave steps, phase and total_steps out, and set them beside the plan")
         if config.method == "exact" and not config.rules:
             raise ConfigError("tune: config: method 'exact' leaves nothing to tune; name the method to sample with, such as 'topk'")
+        for method in (config.method, *(r.method for r in config.rules)):
+            if method in UNIT_METHODS:
+                raise ConfigError(
+                    f"tune: config: method {method!r} leaves out units, which changes what is trained, so that no error of the gradient can choose its ratio; "
+                    "set it beside the plan, in rules of its own"
+                )
         policy = config.policy if config.policy == "always" else "cost"
         return SearchSpace(config.model_copy(update={"policy": policy, "plan": None}))
 
