@@ -26,7 +26,7 @@ from approx_compile.distributed.gradient_slices import GradientSlices, KeptSlice
 from approx_compile.distributed.plan_agreement import check_agreement, share_profile
 from approx_compile.rows.agreement import VariancePool, pool_for
 from approx_compile.rows.controller import OBSERVE_EVERY, DeferredScalar
-from approx_compile.utils import log_once
+from approx_compile.utils import log_once, warn_once
 
 Bucket = Any
 """`torch.distributed.GradBucket`, of which torch shows no types."""
@@ -242,6 +242,12 @@ def register(ddp: nn.Module, *, wrapper: Callable[[Hook], Hook] | None = None, v
         raise TypeError(f"register: got {type(model).__name__}; a model in torch.nn.parallel.DistributedDataParallel is expected")
     if isinstance(verify, bool) or not isinstance(verify, int) or verify < 0:
         raise ValueError(f"register: got verify={verify!r}; the number of exchanges to compare with the full all-reduce is expected, 0 or more")
+    if model is not ddp and type(model.module).__module__.startswith("torch.nn.") and _torch.uncompiled(model.module) is model.module:
+        kind = type(model.module).__name__
+        warn_once(
+            f"approx: Dynamo compiles nothing of DDP around a bare nn.{kind}, with any backend: nothing is approximated, and all gradients are exchanged "
+            "whole. Compile inside: DDP(torch.compile(model))"
+        )
     state = ReducedAllReduce(model, verify)
     share_profile(next(model.parameters()).device.type, model.process_group)
     hook: Hook = lambda hook_state, bucket: state.hook(bucket)  # noqa: E731 (DDP accepts no annotations but its own)

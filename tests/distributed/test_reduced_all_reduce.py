@@ -31,3 +31,9 @@ def test_other_uses_with_two_ranks(tmp_path: Path) -> None:
 def test_four_ranks(tmp_path: Path) -> None:
     failed = run_on_ranks(tmp_path, "helpers.reduced_cases", reduced_cases.FOUR_RANKS, 4)
     assert not failed, failed
+
+
+@pytest.mark.exhaustive
+def test_four_ranks_with_random_delays(tmp_path: Path) -> None:
+    failed = run_on_ranks(tmp_path, "helpers.reduced_cases", ["random_delays"], 4)
+    assert not failed, failed

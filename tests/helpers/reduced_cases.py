@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import os
+import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_wrapper
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from approx_compile import explain, machine
+from approx_compile import ApproxWarning, explain, machine
 from approx_compile.distributed import ReducedAllReduce, packing, register
 from helpers.ddp import WEIGHTS, assert_close, assert_equal_on_ranks, backend, batch, small, train, wrapped
 from helpers.models import Buckets
@@ -244,6 +247,27 @@ def wrong_arguments(rank: int, world: int) -> None:
             raise AssertionError(kwargs)
 
 
+def random_delays(rank: int, world: int, steps: int = 1000) -> None:
+    """Ranks that are late by turns, under a schedule: nothing hangs, and the weights stay equal bit for bit."""
+    options = {"policy": "always", "method": "exact", "rules": [{"layers": "*", "steps": "1::3", "method": "topk_weights", "ratio": 0.5}]}
+    model = small()
+    ddp = wrapped(model, options)
+    register(ddp)
+    delays = random.Random(rank)
+
+    def late(*where: int) -> Tensor:
+        time.sleep(delays.random() * 0.004 if delays.random() < 0.3 else 0)
+        return batch(*where)
+
+    train(ddp, model.parameters(), rank, steps, rows=8, data=late)
+    assert_equal_on_ranks(model)
+
+
+def bare_sequential_in_compiled_ddp(rank: int, world: int) -> None:
+    with pytest.warns(ApproxWarning, match="Dynamo compiles nothing of DDP around a bare nn.Sequential"):
+        register(wrapped(small(), WEIGHTS, "outer"))
+
+
 def verify_finds_a_wrong_gradient(rank: int, world: int) -> None:
     """The check against the full all-reduce fails where more than the kept slices differ between the ranks."""
     model = small()
@@ -267,7 +291,9 @@ def _arrives_spoiled(arrive: Callable[..., None], rank: int) -> Callable[..., No
     return spoiled
 
 
-IN_MAKE_TEST = "one_graph schedule accumulation gradient_from_outside uneven_inputs wrong_arguments different_weights_raise_on_all_ranks".split()
+IN_MAKE_TEST = (
+    "one_graph schedule accumulation gradient_from_outside uneven_inputs wrong_arguments bare_sequential_in_compiled_ddp different_weights_raise_on_all_ranks"
+).split()
 OTHERS = (
     "buckets convolutions accumulation_over_a_change_of_weights half_precision choice_by_the_data_goes_whole static_graph unused_parameters "
     "verify_finds_a_wrong_gradient different_settings_raise_on_all_ranks profile_of_rank_0"
