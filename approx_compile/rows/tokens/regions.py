@@ -101,6 +101,8 @@ def find_regions(graph: fx.Graph, products: Mapping[fx.Node, str], blocked: dict
     Returns:
         The regions, in graph order. No two share a node, and their choices do not wait for each other in a circle.
     """
+    if any(getattr(n.target, "_schema", None) is not None and n.target._schema.is_mutable for n in graph.nodes):
+        return []  # what reads a tensor must not move past what writes to it
     gradients = gradients_of(graph)
     starts = {n: s for n, kind in products.items() if (s := _start(n, kind, gradients)) is not None}
     regions: list[Region] = []

@@ -7,6 +7,7 @@ tokens may be kept, the graph is also compiled as it is.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -14,13 +15,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from approx_compile import _torch, machine
-from approx_compile.config import ApproxConfig
+from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.config.resolve import LEAST_ROWS, RowSettings
 from approx_compile.passes.planning.plan import RowCut
 from approx_compile.passes.sites.site import PRODUCT_KEY
 from approx_compile.reasons import Reason, join
 from approx_compile.reasons.decisions import TOKENS_OF
-from approx_compile.reasons.rows import NO_TOKEN_REGION
+from approx_compile.reasons.rows import DEFECT, NO_TOKEN_REGION
 from approx_compile.rows.controller import StepFlops
 from approx_compile.rows.ownership import UNNAMED, GraphName
 from approx_compile.rows.row_compiler import _boxed, _with_donated_inputs_copied
@@ -29,6 +30,9 @@ from approx_compile.rows.tokens import token_cost
 from approx_compile.rows.tokens.regions import Region, find_regions, gradients_of
 from approx_compile.rows.tokens.rewrite import Count, rewrite
 from approx_compile.rows.tokens.token_backward import RegionPlan, TokenBackward, TokenControls
+from approx_compile.utils import warn_once
+
+log = logging.getLogger("approx_compile")
 
 SETTINGS_KEY = "approx_compile_tokens"
 """Key in the meta of a gradient product: the index of the settings that hold for its tokens. Without it the product runs on all tokens."""
@@ -82,20 +86,38 @@ class TokenCompiler:
             _torch.clear_donated_inputs()  # the function that `_backward` returns handles donated inputs itself
 
     def _backward(self, gm: fx.GraphModule, example_inputs: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Compile a backward graph with its regions on tokens; as it is where there are none, or where that fails."""
         names, donated = [n.name for n in gm.graph.find_nodes(op="placeholder")], _torch.donated_placeholders(gm)
-        plain = copy.deepcopy(gm)
         regions, reason = self._worthwhile(gm.graph)
         self._record_cuts(gm.graph, regions, reason)
-        if not regions:
-            return _with_donated_inputs_copied(self.inner(plain, example_inputs, is_backward=True, **kwargs), names, donated)
-        plans = [self._plan(r) for r in regions]  # before the regions are rewritten
+        plain = copy.deepcopy(gm) if regions else gm
+        if regions:
+            try:
+                return self._on_tokens(gm, plain, regions, example_inputs, kwargs, donated)
+            except (ConfigError, _torch.UnwrappedBackendError):
+                raise
+            except Exception as e:
+                log.debug("approx: the graph does not compile with tokens", exc_info=True)
+                defect = DEFECT(error=f"{type(e).__name__}: {str(e)[:200]}")
+                warn_once(f"approx: tokens are not sampled: {defect}")
+                self.cuts = []
+                self._record_cuts(plain.graph, [], defect)
+        return _with_donated_inputs_copied(self.inner(plain, example_inputs, is_backward=True, **kwargs), names, donated)
+
+    def _on_tokens(
+        self, gm: fx.GraphModule, plain: fx.GraphModule, regions: Sequence[Region], example_inputs: Sequence[Any], kwargs: dict[str, Any], donated: set[str]
+    ) -> Any:
+        """Rewrite a backward graph and compile it. `plain` is a copy of it, for all tokens."""
+        names, plans = [n.name for n in gm.graph.find_nodes(op="placeholder")], [self._plan(r) for r in regions]
         counts, seeds = _add_inputs(gm.graph, regions)
-        norms = rewrite(gm.graph, regions, counts, seeds, [p.settings.method for p in plans])
-        _add_outputs(gm.graph, norms)
-        gm.recompile()
-        inputs = [*example_inputs, seeds.meta["val"], *(c.node.meta["val"] for c in counts)]
-        call = self.inner(gm, inputs, is_backward=True, **kwargs)
-        guards = _torch.take_guards([c.symbol for c in counts], gm.graph)
+        try:
+            norms = rewrite(gm.graph, regions, counts, seeds, [p.settings.method for p in plans])
+            _add_outputs(gm.graph, norms)
+            gm.recompile()
+            inputs = [*example_inputs, seeds.meta["val"], *(c.node.meta["val"] for c in counts)]
+            call = self.inner(gm, inputs, is_backward=True, **kwargs)
+        finally:
+            guards = _torch.take_guards([c.symbol for c in counts], gm.graph)
         adaptive = all(p.settings.ratio is None for p in plans)
         whole = self.inner(plain, example_inputs, is_backward=True, **kwargs) if adaptive else None
         total = sum(_torch.flops(n) for n in gradients_of(plain.graph)) + self._forward_flops

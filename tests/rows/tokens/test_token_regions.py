@@ -40,6 +40,7 @@ def kinds(region: Region) -> list[str]:
     return [str(n.meta[PRODUCT_KEY]) for n in region.products]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("pre_norm", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("fused", [True, False])
