@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -14,14 +14,15 @@ from approx_compile.config.words import LADDER, OUTPUT_LADDER, integer, is_share
 class AdaptiveTable(Table):
     """Settings of the policy "adaptive", which finds how many rows a step needs, and the ratio of outputs that a rule allows to be sampled."""
 
-    tau: float = Field(
+    tau: float | Literal["auto"] = Field(
         default=0.025,
-        ge=0,
         description="The variance that leaving out rows may add, as a share of the gradient's own: with row norms g and probabilities p, the sum of (1 - p) / "
         "p g^2 is at most tau times the sum of g^2. What is measured of the whole gradient corrects this bound (`probe`). Raise it to keep fewer rows; lower "
         "it if the training becomes noisier than the exact one. With tokens it holds for every region, is not corrected, and 0 leaves out only tokens whose "
-        "gradient is exactly zero, such as padding and masked prompts.",
-        examples=[{"adaptive": {"tau": 0.1}}],
+        "gradient is exactly zero, such as padding and masked prompts. `auto` bounds nothing: it keeps the share of the samples at which the time of a step, "
+        "by its FLOPs, times 1 + v is least, with v the variance added, because where noise dominates training takes about 1 + v times as many steps.",
+        examples=[{"adaptive": {"tau": 0.1}}, {"adaptive": {"tau": "auto"}}],
+        json_schema_extra={"minimum": 0},
     )
     probe: int = Field(
         default=400,
@@ -68,9 +69,12 @@ class AdaptiveTable(Table):
     @field_validator("tau", "error", mode="before")
     @classmethod
     def _check_share(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.field_name == "tau" and value == "auto":
+            return value
         if info.field_name == "tau" and value == 0 and not isinstance(value, bool):
             return 0.0
-        return positive(value, "a share of the gradient's variance or square, such as 0.025")
+        also = ", or 'auto'" if info.field_name == "tau" else ""
+        return positive(value, f"a share of the gradient's variance or square, such as 0.025{also}")
 
     @field_validator("every", mode="before")
     @classmethod

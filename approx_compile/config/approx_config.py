@@ -203,6 +203,13 @@ class ApproxConfig(RuleKeys):
             raise ValueError("final_exact: a share of the run; set total_steps, the number of optimizer steps it will have")
         return self
 
+    @model_validator(mode="after")
+    def _auto_for_samples(self) -> ApproxConfig:
+        """Refuse `tau` "auto" for tokens: the time that a single region takes is not known."""
+        if self.adaptive.tau == "auto" and any(k.grad is not None and k.grad.axis == "tokens" for k in (self, *self.rules)):
+            raise ValueError("adaptive.tau: got 'auto', which chooses the share of the samples; with axis 'tokens' give a number, such as 0.025")
+        return self
+
     @field_validator("total_steps", mode="before")
     @classmethod
     def _check_total_steps(cls, value: Any) -> Any:

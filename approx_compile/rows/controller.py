@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections import deque
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -34,6 +35,9 @@ DECAY = 0.05
 
 FIRST_MARGIN = 1.1
 """With tau 0, the factor on the share of tokens with a gradient in the first step, because other batches may have more."""
+
+OVERHEAD = 0.03
+"""The time that choosing and gathering rows is taken to cost under tau "auto", as a share of the exact step's."""
 
 OBSERVE_EVERY = 4
 """Backward passes from one observation of the norms to the next."""
@@ -264,6 +268,8 @@ class RowControl(Control):
     def __init__(self, settings: AdaptiveTable, name: str) -> None:
         super().__init__(settings, name, 1.0)
         self.excess = 1.0
+        self.curve = [(1 - r) / r for r in settings.ladder]
+        """Under tau "auto": the running mean of the variance added at every share of the ladder, by the norms; at first that of equal norms."""
 
     @property
     def should_observe(self) -> bool:
@@ -272,16 +278,25 @@ class RowControl(Control):
 
     def observe(self, norms_sq: Tensor, floor: float = 0.0) -> None:
         """Observe the squared gradient norms (B,) of a pass, with the floor that `choose_rows` gets. They affect the ratio from the next pass on."""
-        shares = self.settings.ladder[:-1]
-        if self.settings.agree and self.pool is not None and shares and self.pool.put(self, added_variance(norms_sq, shares, floor)):
+        shares, pool = self.settings.ladder[:-1], self.pool if self.settings.agree else None
+        if self.settings.tau != "auto" and (pool is None or not shares):
+            self._late.put(needed_share(norms_sq, self.settings.tau / self.excess, floor))
             return
-        self._late.put(needed_share(norms_sq, self.settings.tau / self.excess, floor))
+        numbers = added_variance(norms_sq, shares, floor)
+        if pool is None or not pool.put(self, numbers):
+            self.take_pooled(numbers)
 
     def take_pooled(self, sums: Tensor) -> None:
         """Take up the variances and sums of squares of all ranks together."""
-        self._late.put(share_from_variance(sums, self.settings.ladder[:-1], self.settings.tau / self.excess))
+        shares = self.settings.ladder[:-1]
+        if self.settings.tau == "auto":
+            self._late.put(sums[: len(shares) + 1])
+        else:
+            self._late.put(share_from_variance(sums, shares, self.settings.tau / self.excess))
 
     def _decide(self, value: Tensor) -> float:
+        if self.settings.tau == "auto":
+            return self._cheapest(*value.tolist())
         if bool(value.isnan()):  # no rank has observed anything
             return self.ratio
         self.measured = MOMENTUM * self.measured + (1 - MOMENTUM) * float(value)
@@ -290,6 +305,30 @@ class RowControl(Control):
     def _rung(self, share: float) -> float:
         """The rung of the ladder that a share is rounded up to."""
         return next(r for r in self.settings.ladder if r >= min(1.0, share * (1 - 1e-9)))
+
+    def _cheapest(self, *sums: float) -> float:
+        """Take up the variance added at every share and the sum of squares, and return the share r with the least time(r) (1 + v(r)).
+
+        By its FLOPs a step takes time(r) = 1 - f (1 - r), and `OVERHEAD` more for r < 1, where f is the part of them that runs on rows.
+        """
+        if 0 < sums[-1] < math.inf:
+            added = [v / sums[-1] for v in sums[:-1]] + [0.0]
+            self.curve = [MOMENTUM * v + (1 - MOMENTUM) * new for v, new in zip(self.curve, added, strict=True)]
+        on_rows = self.work.on_rows / self.work.step if self.work.step else 0.0
+        costs = {r: (1 - on_rows * (1 - r) + OVERHEAD * (r < 1)) * (1 + self.excess * v) for r, v in zip(self.settings.ladder, self.curve, strict=True)}
+        self.measured = min(costs, key=costs.__getitem__)
+        return self.measured
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as numbers, strings and lists."""
+        return super().state_dict() | ({"curve": list(self.curve)} if self.settings.tau == "auto" else {})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a state that `state_dict` returned."""
+        super().load_state_dict(state)
+        curve = [float(v) for v in state.get("curve", ())]
+        if len(curve) == len(self.curve):  # else it is from a run with another ladder, or with a number for tau
+            self.curve = curve
 
 
 class TokenControl(RowControl):

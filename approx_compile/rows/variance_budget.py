@@ -42,7 +42,7 @@ MOST_ENTRIES = 2**20
 """The most entries of one parameter's gradient that are compared, so that a measurement needs little memory. Where there are more, every n-th slice is."""
 
 FIRST_VARIANCE = 0.025
-"""With tau 0: the variance that the running means begin with, measured and predicted."""
+"""With tau 0 or "auto": the variance that the running means begin with, measured and predicted."""
 
 LEAST_EXCESS = 0.25
 """The least excess that counts: the norms may add at most four times tau."""
@@ -76,7 +76,7 @@ class VarianceBudget(Observing):
 
     def __init__(self, settings: AdaptiveTable, name: str) -> None:
         super().__init__(settings, name)
-        self.added = self.predicted = settings.tau or FIRST_VARIANCE
+        self.added = self.predicted = settings.tau if settings.tau and settings.tau != "auto" else FIRST_VARIANCE
         self.measurements: deque[tuple[int, float]] = deque(maxlen=HISTORY)
         self.declined: Reason | None = None
         self._measured_at = 0
@@ -87,9 +87,9 @@ class VarianceBudget(Observing):
         return max(LEAST_EXCESS, self.added / self.predicted)
 
     @property
-    def tau(self) -> float:
-        """The variance that the norms at the cuts may add."""
-        return self.settings.tau / self.excess
+    def tau(self) -> float | None:
+        """The variance that the norms at the cuts may add; None for tau "auto", which bounds none."""
+        return self.settings.tau / self.excess if self.settings.tau != "auto" else None
 
     def start_pass(self) -> bool:
         """Start a pass; return whether it measures."""
@@ -122,8 +122,8 @@ class VarianceBudget(Observing):
         self.added = MOMENTUM * self.added + (1 - MOMENTUM) * added
         self.predicted = MOMENTUM * self.predicted + (1 - MOMENTUM) * predicted
         self.measurements.append((self._measured_at, added))
-        said = "%s: rows left out add %.3g of the gradient's own variance in pass %d, the norms say %.3g; asked: %g for the whole gradient, %.3g by the norms"
-        log.info(said, self.name, added, self._measured_at, predicted, self.settings.tau, self.tau)
+        said = "%s: rows left out add %.3g of the gradient's own variance in pass %d, the norms say %.3g; asked: %s; on average %.3g times what the norms say"
+        log.info(said, self.name, added, self._measured_at, predicted, self.settings.tau, self.excess)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as numbers, strings and lists."""

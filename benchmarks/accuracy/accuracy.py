@@ -37,8 +37,12 @@ def ends_exact(setting: Setting) -> Setting:
     return replace(setting, known_length=True)
 
 
-def adaptive(tau: float) -> Setting:
-    return Setting({"policy": "adaptive", "adaptive": {"tau": tau}})
+def adaptive(tau: float | str, **grad: str) -> Setting:
+    options = {"policy": "adaptive", "adaptive": {"tau": tau}}
+    return Setting(options | ({"grad": {"axis": "rows", **grad}} if grad else {}))
+
+
+AUTO = {"adaptive tau auto": adaptive("auto")}
 
 
 def controls_at(share: float, width: float) -> dict[str, Setting]:
@@ -107,6 +111,7 @@ WORKS: dict[str, Work] = {
         | {
             "adaptive": adaptive(0.025),
             "adaptive tau .1": adaptive(0.1),
+            **AUTO,
             "rows .25": rows(0.25),
             "rows .125": rows(0.125),
             "rows .25 uniform": rows(0.25, "uniform"),
@@ -130,7 +135,7 @@ WORKS: dict[str, Work] = {
         lr=1e-3,
         settings=EXACT
         | controls_at(0.65, 0.75)
-        | {"adaptive": adaptive(0.025), "adaptive tau .1": adaptive(0.1), "rows .25": rows(0.25), "forward topk .5": topk(0.5)}
+        | {"adaptive": adaptive(0.025), "adaptive tau .1": adaptive(0.1), **AUTO, "rows .25": rows(0.25), "forward topk .5": topk(0.5)}
         | {"forward topk .5, end exact": ends_exact(topk(0.5))},
     ),
     "mnist-cnn": Work(
@@ -170,10 +175,19 @@ WORKS: dict[str, Work] = {
         score="loss",
         limit=100,
         settings=EXACT
-        | {"fewer steps": Setting(steps=0.5), "adaptive": adaptive(0.025), "rows .5": rows(0.5)}
+        | {"fewer steps": Setting(steps=0.5), "adaptive": adaptive(0.025), **AUTO, "rows .5": rows(0.5)}
         | {"tokens .5": Setting({"policy": "always", "sampling": "backward", "grad_input": "exact", "grad_weight": {"method": "bernoulli", "ratio": 0.5}})},
     ),
     "cifar-wrn": WRN,
+    "cifar-resnet": replace(
+        WRN,
+        make=lambda width: models.build("resnet-20", (3, 32, 32), 10, round(16 * width)),
+        epochs=30,
+        limit=None,
+        settings=EXACT
+        | {"fewer steps": Setting(steps=0.7), "rows .5 through BatchNorm": WRN.settings["rows .5 through BatchNorm"]}
+        | {f"adaptive tau {tau} through BatchNorm": adaptive(tau, batch_norm="approximate") for tau in (0.025, 0.1, 0.25, "auto")},
+    ),
     "cifar-wrn-full": replace(
         WRN,
         make=_wrn("wrn-28-10"),

@@ -34,6 +34,7 @@ SHOWN = {"exact": "exact", "adaptive": "approx (default)", "fewer steps": "exact
 SETTINGS = {
     "adaptive": "default",
     "adaptive tau .1": '`adaptive: {"tau": 0.1}`',
+    "adaptive tau auto": '`adaptive: {"tau": "auto"}`',
     "rows .25": "rows, ratio 0.25",
     "rows .125": "rows, ratio 0.125",
     "rows .25 uniform": "rows, ratio 0.25, method `uniform`",

@@ -143,6 +143,14 @@ def test_settings_of_a_step_survive_pickle_where_a_key_has_no_effect_then(option
         assert pickle.loads(pickle.dumps(config)) == config
 
 
+def test_tau_is_a_number_or_auto() -> None:
+    assert ApproxConfig(adaptive={"tau": "auto"}).adaptive.tau == "auto"
+    with pytest.raises(ConfigError, match=r"adaptive\.tau: got 'automatic'.*or 'auto'"):
+        ApproxConfig(adaptive={"tau": "automatic"})
+    with pytest.raises(ConfigError, match="with axis 'tokens' give a number"):
+        ApproxConfig(adaptive={"tau": "auto"}, policy="adaptive", grad={"axis": "tokens"})
+
+
 def test_error_survives_pickle() -> None:
     error = pickle.loads(pickle.dumps(ConfigError("ratio: got 7")))
     assert isinstance(error, ConfigError) and str(error) == "ratio: got 7"

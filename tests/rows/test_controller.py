@@ -19,8 +19,9 @@ from approx_compile.backend import run_as_is
 from approx_compile.config.adaptive import AdaptiveTable
 from approx_compile.config.words import LADDER
 from approx_compile.rows import controller
-from approx_compile.rows.controller import OBSERVE_EVERY, RowControl
+from approx_compile.rows.controller import OBSERVE_EVERY, RowControl, StepFlops
 from approx_compile.rows.ownership import controls
+from approx_compile.rows.row_sampling import added_variance
 from approx_compile.utils import percent
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_work_counts")
@@ -66,6 +67,47 @@ def test_even_gradients_are_declined() -> None:
     assert set(steps(c, torch.rand(256) * 0.1 + 1, 200)) == {1.0}
 
 
+def auto_control(on_rows: float = 0.6) -> RowControl:
+    c = RowControl(AdaptiveTable(tau="auto"), "cut")
+    c.work = StepFlops(on_rows, 1.0)
+    return c
+
+
+def test_tau_auto_keeps_the_share_with_the_least_time_to_a_given_noise() -> None:
+    norms_sq = torch.rand(1000, generator=torch.Generator().manual_seed(0)) ** 12
+    for excess in (1.0, 30.0):
+        c = auto_control()
+        c.excess = excess
+        assert steps(c, norms_sq, OBSERVE_EVERY + 1)[0] == 1
+        found = steps(c, norms_sq, 80 * OBSERVE_EVERY)
+        costs = {}
+        for r in LADDER:
+            variance, square = added_variance(norms_sq, [r]).tolist()
+            v = variance / square if r < 1 else 0.0
+            costs[r] = (1 - 0.6 * (1 - r) + controller.OVERHEAD * (r < 1)) * (1 + excess * v)
+        assert found[-1] == min(costs, key=costs.__getitem__) < 1
+        assert c.measured == found[-1]
+
+
+def test_tau_auto_keeps_all_rows_where_that_is_cheapest() -> None:
+    even = auto_control()
+    assert set(steps(even, torch.ones(256), 200)) == {1.0}
+    little_work = auto_control(on_rows=0.02)
+    assert set(steps(little_work, heavy(256, 0.1), 200)) == {1.0}
+    unknown = auto_control()
+    assert set(steps(unknown, torch.full((256,), torch.nan), 40)) == {1.0}
+
+
+def test_the_state_under_tau_auto_has_the_variances_by_share() -> None:
+    c, again = auto_control(), auto_control()
+    steps(c, heavy(256, 0.2), 30)
+    again.load_state_dict(c.state_dict())
+    assert again.state_dict() == c.state_dict() and steps(again, heavy(256, 0.1), 40) == steps(c, heavy(256, 0.1), 40)
+    before = list(again.curve)
+    again.load_state_dict(RowControl(AdaptiveTable(), "cut").state_dict())
+    assert again.curve == before
+
+
 def training(model: nn.Module, options: dict[str, Any] = ADAPTIVE, lr: float = 0.01) -> tuple[Any, torch.optim.Optimizer]:
     return torch.compile(model, backend=Backend(options, inner_compile=run_as_is)), torch.optim.Adam(model.parameters(), lr)
 
@@ -86,9 +128,10 @@ def train(f: Any, optimizer: torch.optim.Optimizer, count: int, first: int = 0) 
 
 
 @pytest.mark.slow
-def test_training_relaxes_and_learns() -> None:
+@pytest.mark.parametrize("tau", [0.1, "auto"])
+def test_training_relaxes_and_learns(tau: float | str) -> None:
     model = mlp(20, 64, 2)
-    f, optimizer = training(model)
+    f, optimizer = training(model, ADAPTIVE | {"adaptive": {"tau": tau}})
     losses = train(f, optimizer, 200)
     (c,) = controls(f).values()
     assert c.step == 200 and c.ratio < 0.3 and c.kept < 0.7

@@ -95,6 +95,13 @@ def test_the_first_measurement_is_weighed_against_what_the_norms_say() -> None:
     assert budget.excess == pytest.approx((MOMENTUM * 0.1 + (1 - MOMENTUM) * 0.3) / 0.1)
 
 
+def test_tau_auto_bounds_nothing_and_is_said_so() -> None:
+    budget = observed(VarianceBudget(AdaptiveTable(tau="auto"), "graph"), *[(0.4, 0.2)] * 30)
+    assert budget.tau is None and budget.excess == pytest.approx(2, rel=1e-3)
+    text = " ".join(str(approx_compile.Decisions(CONTROL, (), {"graph": budget})).split())
+    assert "asked: what is cheapest (tau auto)" in text and "2 times what the norms say." in text
+
+
 class WithDropout(nn.Sequential):
     def __init__(self) -> None:
         super().__init__(nn.Linear(20, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 5))

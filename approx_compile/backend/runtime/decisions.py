@@ -147,9 +147,10 @@ def _variance(b: VarianceBudget) -> str | None:
     if not b.measurements:
         return None
     passes, added = b.measurements[-1]
-    found = f"Variance added to the whole gradient: {percent(added)} of the gradient's own in pass {passes}; asked: at most {percent(b.settings.tau)}."
+    asked = "what is cheapest (tau auto)" if b.settings.tau == "auto" else f"at most {percent(b.settings.tau)}"
+    found = f"Variance added to the whole gradient: {percent(added)} of the gradient's own in pass {passes}; asked: {asked}."
     mean = f"By the mean of {counted(len(b.measurements), 'measurement')} it is {b.excess:.2g} times what the norms say"
-    return f"{found} {mean}, so that these may add {percent(b.tau)}."
+    return f"{found} {mean}" + (f", so that these may add {percent(b.tau)}." if b.tau is not None else ".")
 
 
 def _so_far(c: Control) -> str:
