@@ -39,6 +39,8 @@ nitpick_ignore = [
     for name in (
         *(f"approx_compile.config.schema.{table}" for table in ("OutputTable", "GradTable", "InputTable", "WeightTable", "AdaptiveTable")),
         "approx_compile.config.units.UnitsTable",
+        "approx_compile.config.adaptive.AdaptiveTable",
+        "approx_compile.rows.variance_budget.VarianceBudget",
         "approx_compile.config.rules.Rule",
         "approx_compile.config.plan_file.Tuned",
         *(f"approx_compile.passes.planning.plan.{plan}" for plan in ("ProductPlan", "RowCut")),
