@@ -24,10 +24,10 @@ from approx_compile.integrations.transformers import ApproxCallback
 
 def lora(base: Path | None, width: int, layers: int) -> Any:
     if base is not None:
-        model = LlamaForSequenceClassification.from_pretrained(base, num_labels=10, pad_token_id=0)
+        model = LlamaForSequenceClassification.from_pretrained(base, num_labels=10, pad_token_id=17)  # no pixel has this value
     else:
         sizes = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 4}
-        model = LlamaForSequenceClassification(LlamaConfig(vocab_size=17, pad_token_id=None, num_labels=10, **sizes))
+        model = LlamaForSequenceClassification(LlamaConfig(vocab_size=18, pad_token_id=17, num_labels=10, **sizes))
     adapters = peft.LoraConfig(task_type="SEQ_CLS", r=16, lora_alpha=32, target_modules="all-linear", modules_to_save=["embed_tokens", "score"])
     return peft.get_peft_model(model, adapters)
 
