@@ -22,6 +22,7 @@ from torch import Tensor
 
 from approx_compile import _torch
 from approx_compile.config.adaptive import AdaptiveTable
+from approx_compile.config.words import LADDER
 from approx_compile.rows.agreement import VariancePool
 from approx_compile.rows.row_sampling import added_variance, needed_share, share_from_variance
 
@@ -38,6 +39,9 @@ FIRST_MARGIN = 1.1
 
 OVERHEAD = 0.03
 """The time that choosing and gathering rows is taken to cost under tau "auto", as a share of the exact step's."""
+
+ZERO_RUNGS = 32
+"""With tau 0 and the default ladder, the number of shares to choose from: what is left out then costs no accuracy, so that each step counts."""
 
 OBSERVE_EVERY = 4
 """Backward passes from one observation of the norms to the next."""
@@ -360,4 +364,6 @@ class TokenControl(RowControl):
         if self.passes <= 1:
             self.measured = min(1.0, FIRST_MARGIN * share)
         self.measured = max(share, self.measured + DECAY * (share - self.measured))
+        if self.settings.ladder == LADDER:
+            return min(1.0, math.ceil(self.measured * ZERO_RUNGS * (1 - 1e-9)) / ZERO_RUNGS)
         return self._rung(self.measured)
