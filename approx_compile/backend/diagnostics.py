@@ -20,9 +20,11 @@ from approx_compile import _torch
 from approx_compile.backend.capture.annotate import full_name, whole_model
 from approx_compile.config import ApproxConfig
 from approx_compile.config.selectors import LayerPattern
+from approx_compile.config.words import nearest
 from approx_compile.passes.planning.plan import Plan, ProductPlan
 from approx_compile.passes.sites.site import Context
 from approx_compile.reasons import join
+from approx_compile.rows.ownership import controls, waiting_states
 from approx_compile.utils import forget_messages, log_once, percent, warn_once, write_atomically
 
 log = logging.getLogger("approx_compile")
@@ -79,7 +81,8 @@ class GraphRecord:
             return
         name, model = model_name(self.root), (whole_model(self.root) or self.root) if self.root is not None else None
         for pattern in self._unmatched_in_model(summary["unmatched"]):
-            warn_once(f"approx: rule pattern {pattern!r} matches no site of {name}; approx_compile.explain(model, *inputs) lists the sites")
+            hint = nearest(pattern, [module for module, _ in model.named_modules() if module]) if model is not None else ""
+            warn_once(f"approx: rule pattern {pattern!r} matches no site of {name}.{hint} approx_compile.explain(model, *inputs) lists the sites")
         sliced = any(p.kind is not None and p.index is not None for p in self.config.patterns())
         if sliced and self.root is not None and len(_graphs_seen(self.config, self.root, self.layers)) > 1:
             warn_once(f"approx: {name} is compiled as several graphs; slices such as conv[1::4] count from 0 in each of them")
@@ -87,7 +90,8 @@ class GraphRecord:
             return
         if sampled:
             look = "decisions(model)" if summary["adaptive"] else "explain(model, *inputs)"
-            log_once(f"approx: {summary['what'].format(name=name)}. See approx_compile.{look}. Compare accuracy: APPROX_COMPILE_DISABLE=1.", model)
+            what = summary["what"].format(name=name, start=_start(model))
+            log_once(f"approx: {what}. See approx_compile.{look}. Compare accuracy: APPROX_COMPILE_DISABLE=1.", model)
         elif self.config.method != "exact" and self.config.ratio < 1:
             reasons = "; ".join(f"{count}x {reason}" for reason, count in summary["reasons"][:3])
             advice = "".join(f" {a}" for a in summary["advice"])
@@ -139,7 +143,7 @@ def _summary(plan: Plan, config: ApproxConfig, assignments: int) -> dict[str, An
 
 
 def _description(plan: Plan, config: ApproxConfig, assignments: int) -> str:
-    """Describe in sentences what happens in the forward and in the backward pass. `{name}` stands for the model's name."""
+    """Describe in sentences what happens in the forward and in the backward pass. `{name}` stands for the model's name, `{start}` for `_start(model)`."""
     layers = f"of {len(plan.sites)} {'layer' if len(plan.sites) == 1 else 'layers'}"
     sentences = [f"{{name}}: {_forward(plan, config, layers)}"]
     decisions = [{p.decision for p in s.products[1:]} for s in plan.sites]
@@ -147,7 +151,7 @@ def _description(plan: Plan, config: ApproxConfig, assignments: int) -> str:
     gradients = [p for s in plan.sites for p in s.products[1:] if p.decision == "sampled"]
     unit = "tokens" if any(c.axis == "tokens" for c in plan.cuts) else "samples"
     if rows and any(c.decision == "rows" and c.ratio is None for c in plan.cuts):
-        sentences.append(f"Backward starts on the whole batch and may use fewer {unit} later ({rows} {layers})")
+        sentences.append(f"Backward {{start}} and may use fewer {unit} later ({rows} {layers})")
     elif rows:
         shares = [c.ratio for c in plan.cuts if c.decision == "rows" and c.ratio is not None]
         sentences.append(f"Backward on {_range(shares)} of the {unit} ({rows} {layers})")
@@ -158,6 +162,14 @@ def _description(plan: Plan, config: ApproxConfig, assignments: int) -> str:
     if assignments > 1:
         sentences.append(f"This is the most that any of {assignments} assignments of steps and phases does")
     return ". ".join(sentences)
+
+
+def _start(model: nn.Module | None) -> str:
+    """Say how many samples an adaptive backward pass begins with: all, unless a loaded state or an earlier compilation has fewer."""
+    kept = [] if model is None else [*(s["changes"][-1][1] for s in waiting_states(model)), *(c.ratio for c in controls(model).values())]
+    if min(kept, default=1.0) < 1:
+        return f"goes on with the {percent(min(kept))} found before"
+    return "starts on the whole batch"
 
 
 def _forward(plan: Plan, config: ApproxConfig, layers: str) -> str:

@@ -64,8 +64,8 @@ SHORT_BACKWARD = Template(
 )
 GATHERING_COSTS = Template(
     "gathering-costs",
-    "choosing and gathering rows would take about {cost} us, leaving out {left_out} of them saves {saved} us",
-    NOTHING_TO_DO + "the step would take longer. A larger batch, or wider layers, pay sooner.",
+    "choosing and gathering rows would take about {cost} us, leaving out {left_out} of them saves {saved} us (must exceed {least} us)",
+    NOTHING_TO_DO + "the step would take longer, or gain too little. A larger batch, or wider layers, pay sooner.",
 )
 
 # --- samples depend on each other ---

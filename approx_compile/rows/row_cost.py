@@ -137,15 +137,19 @@ class Prediction:
     cost_us: float
     share: float
 
-    def pays(self, machine: Machine) -> bool:
-        """Return whether the time saved exceeds the cost by the margin that holds for this machine's profile."""
-        return self.saved_us > self.cost_us * MARGIN * (margins.QUICK_MARGIN if machine.quick else 1)
+    def least_us(self, machine: Machine) -> float:
+        """Return the time saved that must be exceeded, in us: the cost with the margin that holds for this machine's profile."""
+        return self.cost_us * MARGIN * (margins.QUICK_MARGIN if machine.quick else 1)
 
-    def describe(self) -> Reason:
+    def pays(self, machine: Machine) -> bool:
+        """Return whether the time saved is large enough."""
+        return self.saved_us > self.least_us(machine)
+
+    def describe(self, machine: Machine) -> Reason:
         """Return the reason that holds where it does not pay."""
         left_out = "half" if self.share == 0.5 else f"{1 - self.share:.0%}"
-        cost_us, saved_us = (f"{t:.0f}" if t >= 10 else f"{t:.1g}" for t in (self.cost_us, self.saved_us))
-        return GATHERING_COSTS(cost=cost_us, left_out=left_out, saved=saved_us)
+        cost_us, saved_us, least_us = (f"{t:.0f}" if t >= 10 else f"{t:.1g}" for t in (self.cost_us, self.saved_us, self.least_us(machine)))
+        return GATHERING_COSTS(cost=cost_us, left_out=left_out, saved=saved_us, least=least_us)
 
 
 def predict(work: RowWork, levels: Sequence[RowSettings], machine: Machine) -> Prediction:
@@ -193,7 +197,7 @@ def rejection_reason(work: RowWork, levels: Sequence[RowSettings], machine: Mach
         return None
     if machine is not None:
         prediction = predict(work, levels, machine)
-        return None if prediction.pays(machine) else prediction.describe()
+        return None if prediction.pays(machine) else prediction.describe(machine)
     return too_little_work(sum(p.flops for p in work.products) + elsewhere, device)
 
 

@@ -14,7 +14,7 @@ from helpers.compile import HALF, Plans, compiled, plans_of
 from helpers.models import mlp
 from torch import Tensor, nn
 
-from approx_compile import ApproxWarning, Backend
+from approx_compile import ApproxWarning, Backend, controls, load_state_dict, state_dict
 from approx_compile.backend import run_as_is
 
 ALWAYS = {"policy": "always", "ratio": 0.5}
@@ -245,6 +245,21 @@ def test_the_default_notice_comes_once_for_each_model(small_work_counts: None, c
         for batch in (32, 16):
             f(torch.randn(batch, width))
         assert capfd.readouterr().err.count(says) == 1, i
+
+
+def test_the_notice_says_where_a_loaded_state_goes_on(small_work_counts: None, capfd: pytest.CaptureFixture[str]) -> None:
+    model, x = mlp(64, 64, 64), torch.randn(32, 64)
+    compiled = torch.compile(model, backend=Backend(None, inner_compile=run_as_is))
+    compiled(x).square().mean().backward()
+    (control,) = controls(model).values()
+    control.state_dict()  # takes up what the step measured
+    control.changes.append((1, 0.18))
+    state = state_dict(compiled)
+    torch._dynamo.reset()
+    again = torch.compile(mlp(64, 64, 64), backend=Backend(None, inner_compile=run_as_is))
+    load_state_dict(again, state)
+    again(x)
+    assert "Backward goes on with the 18 % found before and may use fewer samples later (2 of 2 layers)" in capfd.readouterr().err
 
 
 def test_warnings_point_at_the_users_line() -> None:

@@ -300,6 +300,16 @@ def test_several_graphs_and_unmatched_patterns() -> None:
     assert report.unmatched == ["c"] and "'c' matches no site" in str(report)
 
 
+def test_a_pattern_that_matches_nothing_is_answered_with_a_similar_name() -> None:
+    model, x = nn.Sequential(), torch.randn(8, 64)
+    for name in ("first", "head"):
+        model.add_module(name, nn.Linear(64, 64))
+    options = ALWAYS | {"rules": [{"layers": "haed", "method": "exact"}]}
+    assert "'haed' matches no site. Did you mean 'head'?" in str(explain(model, x, config=options))
+    with pytest.warns(ApproxWarning, match="'haed' matches no site of Sequential. Did you mean 'head'"):
+        torch.compile(model, backend=Backend(options, inner_compile=run_as_is))(x)
+
+
 class Regression(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -43,7 +43,7 @@ def rejection_reason(region: Region, settings: RowSettings, machine: Machine | N
     if machine is None:
         return row_cost.too_little_work(region.flops, device)
     prediction = predict(region, settings, machine)
-    return None if prediction.pays(machine) else prediction.describe()
+    return None if prediction.pays(machine) else prediction.describe(machine)
 
 
 def predict(region: Region, settings: RowSettings, machine: Machine) -> Prediction:

@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from approx_compile.config.words import UNIT_METHODS
+from approx_compile.config.words import UNIT_METHODS, nearest
 from approx_compile.reasons.decisions import TOKENS_OF_REGIONS
 from approx_compile.tools.report.words import backward_of, forward_of, si, type_of, why
 from approx_compile.utils import counted, percent, printed, terminal_width
@@ -263,7 +263,7 @@ def notes(report: ReportData, advice: bool = True) -> Iterable[str]:
         which = f"the first of {report.assignments} assignments over the run"
         yield f"These are the settings of step 0, {which}; explain(..., config=config.at(step, phase)) shows another."
     for pattern in report.unmatched:
-        yield f"rule pattern {pattern!r} matches no site"
+        yield f"The rule pattern {pattern!r} matches no site.{nearest(pattern, report.keys)}"
     yield from report.remarks
     for axis, legend in (("rows", ROWS), ("tokens", TOKENS)):
         if any(c.decision == "rows" and c.axis == axis for c in report.cuts):
