@@ -37,7 +37,13 @@ def train(backend: str, seed: int, model: Any, parts: tuple[Any, Any], epochs: i
     if backend == "exact":
         model.compile()
     with tempfile.TemporaryDirectory() as out:
-        given = {"num_train_epochs": epochs, "per_device_train_batch_size": batch_size, "per_device_eval_batch_size": 64, "learning_rate": 2e-3}
+        given = {
+            "label_names": ["labels"],
+            "num_train_epochs": epochs,
+            "per_device_train_batch_size": batch_size,
+            "per_device_eval_batch_size": 64,
+            "learning_rate": 2e-3,
+        }
         arguments = TrainingArguments(out, seed=seed, save_strategy="no", report_to=[], logging_steps=25, disable_tqdm=True, dataloader_drop_last=True, **given)
         callbacks = [times, *([ApproxCallback()] if backend == "approx" else [])]  # the lines that differ from exact training
         trainer = Trainer(model, arguments, None, *parts, compute_metrics=accuracy, callbacks=callbacks)
