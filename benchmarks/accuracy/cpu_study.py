@@ -248,14 +248,14 @@ def error(
         F.cross_entropy(model(d.train_x[part]), d.train_y[part]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    rows = []
+    rows, measured = [], conditions()
     for method in ("alsh", "dropout", "adaptive_dropout", "topk", "bernoulli"):
         errors = forward_errors(model, d.test_x[:1000], method, batch)
         first = 1 if method in ("topk", "bernoulli") else 0  # their first layer is exact
         for k, e in enumerate(errors[first:], 1):
             told = (errors[first] + 1) ** k - 1 if first < len(errors) else 0.0
             setting = {"dataset": dataset, "depth": depth, "batch": batch, "steps": steps, "method": method, "layer": k}
-            rows.append(conditions() | setting | {"error": round(e, 4), "theorem": round(told, 4)})
+            rows.append(measured | setting | {"error": round(e, 4), "theorem": round(told, 4)})
     show("error of the sampled forward pass", rows, ("method", "layer", "error", "theorem"))
     store("cpu_error", rows)
 

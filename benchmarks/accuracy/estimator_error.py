@@ -38,13 +38,13 @@ def mean_error(method: str, ratio: float, mean: float, runs: int, size: int = 10
 
 def main(runs: Annotated[int, typer.Option(help="pairs of matrices")] = 1000) -> None:
     """Measure all methods and ratios, and store the rows."""
-    rows = []
+    rows, measured = [], conditions()
     for mean in (1.0, 0.0):
         for method in METHODS:
             for ratio in RATIOS:
                 error, uncertainty = mean_error(method, ratio, mean, runs)
                 setting = {"mean": mean, "method": method, "ratio": ratio, "runs": runs}
-                rows.append(conditions() | setting | {"error": round(error, 5), "standard_error": round(uncertainty, 6)})
+                rows.append(measured | setting | {"error": round(error, 5), "standard_error": round(uncertainty, 6)})
     show("error of sampled products", rows, ("mean", "method", "ratio", "error", "standard_error"))
     store("estimator_error", rows)
 
