@@ -88,7 +88,7 @@ def depth_table() -> str:
         "MNIST: test accuracy in % by the number of hidden layers, and in brackets the share of the test images that get the label predicted most "
         "(an even prediction has 10%). The paper's ALSH-approx falls from 70.07 at five layers to 25.14 at seven."
     )
-    head = ["method", "batch", *(f"{d} layers" for d in depths), "epochs here"]
+    head = ["method", "batch", *(f"depth {d}" for d in depths), "epochs here"]
     return block(table(head, lines), caption(what, runs, "cpu_study.jsonl"))
 
 
