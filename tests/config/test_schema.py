@@ -18,8 +18,8 @@ TABLES: dict[str, type[Table]] = {"": ApproxConfig, **tables(ApproxConfig)}
 KEYS = [(name, key) for name, table in TABLES.items() for key in table.model_fields]
 
 DIGESTS: dict[str, dict[str, Any]] = {
-    "cb598cdb29c7251b510bfe3769d3f937d09cb396c44282650802436d547aafd5": {},
-    "c5f6783ad659026f88716f330f1a8ac9e339f717db859053bfb3f8bdd827654a": {
+    "e04ebcd6d862273206840ef10f9c2621370dfd2d17191cb6ee09d314fb043828": {},
+    "e53587fe2355f40742602b4f7883c0804db9a29d1a8667bae1397d3fb55cc9af": {
         "ratio": 0.25,
         "method": "crs",
         "min_k": 8,
@@ -27,17 +27,17 @@ DIGESTS: dict[str, dict[str, Any]] = {
         "sampling": "backward",
         "share": True,
     },
-    "972c8c2993634dccdbc334c28dc01fbf571ca7f97b7ebb38bae557de5217e2aa": {
+    "ef0d460f63ab71fcba2c014f0e90a653aca228a73d721ae5af0c271d39e1d098": {
         "policy": "always",
         "output": "topk",
         "grad_input": {"method": "max", "j": 2, "scale": 0.5},
         "grad_weight": {"method": "random", "std": 0.1},
     },
-    "0b30703b19cf4d6c4c0376672c9679887409ddb9eeeabe07dd56fca41536aa72": {
+    "f8d737bda2e3510eae2065b7380ce688348773a264ff63c90e09f108e541da23": {
         "grad": {"axis": "rows", "ratio": 0.25, "method": "wta", "batch_norm": "approximate"},
         "adaptive": {"tau": 0.1, "ladder": [0.5], "error": 0.1, "outputs": [0.25], "every": 50},
     },
-    "3fd0f9a706c2df8be54c21cee107eadcc99aab2db1f24d23cc0e177e2610dd6d": {
+    "0b24b239d174c89898b954c2b820dab4079e70562363ab8d3e94d99b4effddb6": {
         "total_steps": 1000,
         "final_exact": 0.1,
         "lowering": "triton",
@@ -48,7 +48,7 @@ DIGESTS: dict[str, dict[str, Any]] = {
             {"layers": "conv[1::4]", "steps": "80%:", "phase": "late", "grad_weight": {"method": "max", "tile": "auto"}},
         ],
     },
-    "73115195fece2eeaf99b8e28082b610ef35bc9b82a7bb1a724a5af12aea2507f": {
+    "5e6b709209dffc4d5d1f00b5b2c1c1ab1ac0ca13c6a8941fa1ad909b9efec847": {
         "plan": {
             "policy": "always",
             "method": "exact",
