@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from approx_compile.config.schema import Table
-from approx_compile.config.words import LADDER, OUTPUT_LADDER, integer, is_share, positive
+from approx_compile.config.words import LADDER, OUTPUT_LADDER, flag, integer, is_share, positive
 
 
 class AdaptiveTable(Table):
@@ -80,6 +80,11 @@ class AdaptiveTable(Table):
     @classmethod
     def _check_every(cls, value: Any) -> Any:
         return integer(value, "the steps from one measurement to the next, such as 200")
+
+    @field_validator("agree", mode="before")
+    @classmethod
+    def _check_agree(cls, value: Any) -> Any:
+        return flag(value, "whether ranks pool what they have measured")
 
     @field_validator("probe", mode="before")
     @classmethod
