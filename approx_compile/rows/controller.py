@@ -303,8 +303,13 @@ class RowControl(Control):
             return self._cheapest(*value.tolist())
         if bool(value.isnan()):  # no rank has observed anything
             return self.ratio
-        self.measured = MOMENTUM * self.measured + (1 - MOMENTUM) * float(value)
+        self.measured = self._momentum * self.measured + (1 - self._momentum) * float(value)
         return self._rung(self.measured)
+
+    @property
+    def _momentum(self) -> float:
+        """The weight of what was measured before in the running mean."""
+        return MOMENTUM
 
     def _rung(self, share: float) -> float:
         """The rung of the ladder that a share is rounded up to."""
@@ -344,6 +349,12 @@ class TokenControl(RowControl):
     """
 
     unit = "tokens"
+
+    @property
+    def _momentum(self) -> float:
+        """That of a mean over all observations at first: there are many tokens in a batch, and padding is worth leaving out from the first steps on."""
+        seen = self.passes // OBSERVE_EVERY
+        return min(MOMENTUM, seen / (seen + 1))
 
     @property
     def should_observe(self) -> bool:

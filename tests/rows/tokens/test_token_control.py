@@ -43,8 +43,9 @@ def test_shares_fall_where_few_tokens_matter() -> None:
     exact = train(block, block, 1, x)
     assert relative(torch.cat([g.flatten() for g in first]), torch.cat([g.flatten() for g in exact])) < 1e-6  # all tokens are kept at first
     assert [(c.axis, c.ratio, c.level) for c in plans[0].cuts] == [("tokens", None, i) for i in (1, 2, 3)]
-    train(f, block, 150, x)
+    train(f, block, 8, x)
     mlp, out, qkv = approx_compile.controls(block).values()
+    assert mlp.changes[1][0] == 1  # the first observation counts from the second step on
     assert mlp.place == "tokens of narrow, wide" and out.place == "tokens of out" and qkv.place.startswith("tokens of qkv.")
     assert mlp.ratio <= 0.35 and out.ratio <= 0.35 < qkv.ratio  # keys and values get a gradient from all queries
     shown = str(approx_compile.decisions(block))
