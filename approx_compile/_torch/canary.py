@@ -55,6 +55,7 @@ _CODE = "additions to the code that Inductor writes"
 NAMES: tuple[PrivateName, ...] = (
     # Dynamo
     PrivateName("torch.multiprocessing.reductions.StorageWeakRef", "the hash tables of a weight"),
+    PrivateName("torch._dynamo.utils.counters", "whether Dynamo has given up compiling a function anew"),
     PrivateName("torch._dynamo.symbolic_convert.InstructionTranslator.current_tx", "the frame being compiled"),
     PrivateName("torch._dynamo.symbolic_convert.InstructionTranslator:f_locals", _LAYERS),
     PrivateName("torch._dynamo.symbolic_convert.InstructionTranslator:f_globals", _LAYERS),
@@ -192,6 +193,7 @@ NAMES: tuple[PrivateName, ...] = (
     PrivateName(f"{_SYMBOLS}.statically_known_true", "comparing symbolic sizes"),
     PrivateName(f"{_SYMBOLS}.DimDynamic.DYNAMIC", "asking for a symbol"),
     PrivateName(f"{_SYMBOLS}.DimDynamic.STATIC", "asking for a symbol"),
+    PrivateName(f"{_INDUCTOR}.config.triton.cudagraphs", "whether a probe may run a graph several times"),
     PrivateName(f"{_SYMBOLS}.ShapeEnv.create_symbol", "the number of tokens of a region"),
     PrivateName(f"{_SYMBOLS}.ShapeEnv.create_symintnode", "the number of tokens of a region"),
     PrivateName("torch._dynamo.source.ConstantSource", "the number of tokens of a region"),
@@ -207,6 +209,8 @@ NAMES: tuple[PrivateName, ...] = (
     PrivateName("torch.distributed.fsdp._fully_shard._fsdp_param.FSDPParam:_unsharded_param", "the names of FSDP2's gathered parameters", _NO_FSDP),
     PrivateName("torch.distributed.fsdp._fully_shard._fsdp_param.FSDPParam:sharded_param", "the names of FSDP2's gathered parameters", _NO_FSDP),
     PrivateName("torch.distributed.fsdp._fully_shard._fsdp_state.FSDPState:_fsdp_param_groups", "the names of FSDP2's gathered parameters", _NO_FSDP),
+    PrivateName("torch.distributed.fsdp._fully_shard._fully_shard.FSDPModule:_get_fsdp_state", "the names of FSDP2's gathered parameters", _NO_FSDP),
+    PrivateName("torch.distributed.fsdp.FullyShardedDataParallel:_fsdp_wrapped_module", "the module that FSDP wraps"),
     PrivateName("torch._ops.OpOverload", "what kind of op a node calls"),
     PrivateName("torch._ops.OpOverload:_schema", "the types of an op's arguments"),
     PrivateName("torch._ops.OpOverload:tags", "which ops are random, pointwise"),

@@ -12,6 +12,7 @@ from torch import nn
 from approx_compile import _torch
 from approx_compile.backend import Backend
 from approx_compile.config import ApproxConfig
+from approx_compile.rows.bare_names import wrapped_children
 
 _CALLED_LIKE_THE_MODEL = ("OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "_FabricModule")
 """The classes of wrappers that are called as the module inside is called."""
@@ -48,7 +49,7 @@ def unwrapped(model: Any) -> tuple[Any, ApproxConfig | None]:
         config = config or _config_of(model)
         inner = _torch.uncompiled(model)
         if inner is model and isinstance(model, nn.Module) and any(c.__name__ in _CALLED_LIKE_THE_MODEL for c in type(model).__mro__):
-            inner = getattr(model, "_original_module", None) or getattr(model, "_fsdp_wrapped_module", None) or getattr(model, "module", model)
+            inner = getattr(model, wrapped_children(model)[-1])
         if inner is model:
             return model, config
         model = inner

@@ -159,7 +159,7 @@ def _facts(model: Callable[..., Any], report: Report, inputs: Any, batch: int | 
         layers=sum(s.kind != "matmul" for s in report.sites),
         convolutions=any(s.kind == "conv" for s in report.sites),
         attention=any(s.kind == "matmul" for s in report.sites) or any("attention" in type(m).__name__.lower() for m in modules),
-        batch_norm=any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in modules),
+        batch_norm=any(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm) and m.training for m in modules),
         rows=rows,
         why_not="" if rows else str(next(iter(reasons), "no matrix product or convolution was found")),
         fine_tuning=fine_tuning,

@@ -77,5 +77,8 @@ def test_mc_samples_the_backward_pass_with_ten_of_a_batch_of_twenty() -> None:
     torch.compile(model, backend=Backend(presets.mc(), inner_compile=run_as_is, on_plan=plans))(torch.randn(20, 784))
     kept = [{p.name: (p.method, p.how.k if p.how else None) for p in s.products} for s in plans.sites]
     sampled, exact = ("bernoulli", 10), ("exact", None)
-    assert kept[1] == {"output": exact, "grad_input": ("bernoulli", 100), "grad_weight": sampled}
+    (of_units,) = [p for p in plans.sites[1].products if p.name == "grad_input"]
+    assert of_units.method == "bernoulli" and of_units.how is not None
+    assert abs(of_units.how.k * of_units.how.group - 100) < of_units.how.group, "whole groups of units, whose size depends on the machine"
+    assert kept[1] == {"output": exact, "grad_input": kept[1]["grad_input"], "grad_weight": sampled}
     assert kept[2] == {"output": exact, "grad_input": exact, "grad_weight": sampled} and kept[0] == {"output": exact, "grad_weight": sampled}
