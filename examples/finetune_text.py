@@ -104,18 +104,18 @@ def main(
     epochs: Annotated[int, typer.Option(min=1)] = 3,
     seeds: Annotated[int, typer.Option(min=1)] = 1,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
-    limit: Annotated[int | None, typer.Option(min=20, help="Use the first so many sentences.")] = None,
+    limit: Annotated[int | None, typer.Option(min=20, help="Use so many of the sentences.")] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Add a JSON line for each run.")] = None,
 ) -> None:
     """Fine-tune exactly and approximately, with several seeds, and compare."""
-    folder, found = encoder_folder(encoder), sentences(data)[:limit]
+    folder, found = encoder_folder(encoder), sentences(data)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = [{**tokenizer(text, truncation=True, max_length=128), "labels": label} for text, label in found]
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
-    test = len(rows) // 10
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()[:limit]
+    test = len(order) // 10
     parts = [rows[i] for i in order[test:]], [rows[i] for i in order[:test]]
     runs = [train(backend, seed, folder, parts, epochs, batch_size) for seed in range(seeds) for backend in BACKENDS]
-    show(f"{folder.name}, {len(rows)} sentences, {epochs} epochs", runs, out)
+    show(f"{folder.name}, {len(order)} sentences, {epochs} epochs", runs, out)
 
 
 if __name__ == "__main__":
