@@ -62,6 +62,30 @@ def rows() -> str:
     return picture(900, 292, "Rows: exact forward pass on the whole batch; the backward pass runs on samples chosen by the size of their gradient", parts)
 
 
+def tokens() -> str:
+    """The gradients that enter a region, one square for each token; the tokens kept, on which the region runs; the result among all tokens."""
+    kept, padding = {(0, 1), (0, 4), (1, 0), (2, 2), (2, 3), (2, 5)}, {(1, 4), (1, 5), (3, 2), (3, 3), (3, 4), (3, 5)}
+    top, size = 70, 24
+
+    def grid(x: float, other: str) -> list[str]:
+        fills = {(r, c): GREEN if (r, c) in kept else "white" if (r, c) in padding else other for r in range(4) for c in range(6)}
+        return [rect(x + c * size, top + r * size, size - 3, size - 3, fill) for (r, c), fill in fills.items()]
+
+    parts = [
+        *[text(112, 40, "gradient that enters"), text(112, 57, "samples x positions", size=11)],
+        *grid(40, GREY),
+        *[arrow(192, top + 46, 236, top + 46), text(310, 40, "the tokens kept")],
+        *[rect(244 + i * size, top + 36, size - 3, size - 3, GREEN) for i in range(len(kept))],
+        *[arrow(394, top + 46, 438, top + 46), rect(442, top + 10, 150, 74, "white")],
+        *[text(517, top + 36, "the region's ops:"), text(517, top + 54, "products, norms, .."), text(517, top + 72, "on the tokens kept")],
+        *[arrow(596, top + 46, 640, top + 46), text(720, 40, "its result among all tokens")],
+        *grid(648, LIGHT),
+        *[text(112, 196, "white: padding, whose gradient is zero", size=12), text(310, 196, "divided by their probability", size=12, fill=GREEN)],
+        text(720, 196, "zero elsewhere, added to what bypasses", size=12),
+    ]
+    return picture(850, 214, "Tokens: a region of the backward pass runs on tokens chosen by the size of their gradient", parts)
+
+
 def _product(kept: Sequence[int], by_weight: bool = False) -> list[str]:
     """A product Y = A B whose contraction axis has eight entries."""
     size, top, left = 20, 70, 60
@@ -200,6 +224,7 @@ def zeros() -> str:
 
 DRAWINGS = {
     "rows.svg": rows,
+    "tokens.svg": tokens,
     "topk.svg": topk,
     "topk-weights.svg": topk_weights,
     "random.svg": random_selection,
