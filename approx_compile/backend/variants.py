@@ -171,7 +171,7 @@ class GraphCompiler:
         approx = ApproxPass(config, self.context, self.layers, lambda *plan: planned.append(plan), options.keep_graphs, rows.ask if rows else None, profile)
         inner: Callable[..., Any] | None = rows if rows is not None else options.inner_compile
         if choice_recorder.may_be_sent() and config.asks_for_products():
-            inner = choice_recorder.ChoiceRecorder(inner or _torch.compile_graph, planned, self.example_inputs)
+            inner = choice_recorder.ChoiceRecorder(_torch.compile_graph if inner is None else inner, planned, self.example_inputs)
         gm = _torch.copy_dynamo_graph(self.gm) if self.several or may_compile_again else self.gm
         patches = huge_pages.patches(config, self.patches) | self.patches | {"joint_custom_pre_pass": after_user_passes(approx)}
         compiled = _torch.compile_fx(gm, self.example_inputs, guarded(patches), inner, options.inner_compile is None, self.several)
