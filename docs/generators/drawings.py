@@ -80,8 +80,8 @@ def tokens() -> str:
         *[text(517, top + 36, "the region's ops:"), text(517, top + 54, "products, norms, .."), text(517, top + 72, "on the tokens kept")],
         *[arrow(596, top + 46, 640, top + 46), text(720, 40, "its result among all tokens")],
         *grid(648, LIGHT),
-        *[text(112, 196, "white: padding, whose gradient is zero", size=12), text(310, 196, "divided by their probability", size=12, fill=GREEN)],
-        text(720, 196, "zero elsewhere, added to what bypasses", size=12),
+        *[text(112, 190, "white: padding, gradient 0", size=12), text(316, 190, "divided by their probability", size=12, fill=GREEN)],
+        text(720, 190, "zero elsewhere, then added to what bypasses", size=12),
     ]
     return picture(850, 214, "Tokens: a region of the backward pass runs on tokens chosen by the size of their gradient", parts)
 
