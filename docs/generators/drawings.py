@@ -83,7 +83,7 @@ def tokens() -> str:
         *[text(112, 190, "white: padding, gradient 0", size=12), text(316, 190, "divided by their probability", size=12, fill=GREEN)],
         text(720, 190, "zero elsewhere, then added to what bypasses", size=12),
     ]
-    return picture(850, 214, "Tokens: a region of the backward pass runs on tokens chosen by the size of their gradient", parts)
+    return picture(890, 214, "Tokens: a region of the backward pass runs on tokens chosen by the size of their gradient", parts)
 
 
 def _product(kept: Sequence[int], by_weight: bool = False) -> list[str]:
