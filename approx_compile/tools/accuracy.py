@@ -102,8 +102,9 @@ class AccuracyComparison:
 
     @property
     def time(self) -> Interval:
-        """The paired ratio of the times, approximate to exact."""
-        return Interval.of([a.seconds / e.seconds for e, a in zip(self.exact, self.approx, strict=True)])
+        """The paired ratio of the times, approximate to exact: the geometric mean, with the interval of the logarithms, which no ratio below 0 belongs to."""
+        logs = Interval.of([math.log(a.seconds / e.seconds) for e, a in zip(self.exact, self.approx, strict=True)])
+        return Interval(math.exp(logs.mean), math.exp(logs.low), math.exp(logs.high))
 
     @property
     def decision(self) -> str:

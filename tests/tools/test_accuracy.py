@@ -62,6 +62,13 @@ def test_the_interval_is_students() -> None:
     assert (found.mean, found.low, found.high) == pytest.approx((2.0, 2 - half, 2 + half))
 
 
+def test_the_interval_of_the_time_is_that_of_a_ratio() -> None:
+    runs = [(Run(98.5, 1.0), Run(98.5, 1.0)), (Run(98.5, 0.25), Run(98.5, 1.0))]
+    time = AccuracyComparison((0, 1), *runs, 0.2, False, 1).time
+    assert time.mean == pytest.approx(0.5) and 0 < time.low < 0.25
+    assert time.low * time.high == pytest.approx(time.mean**2)
+
+
 @pytest.mark.parametrize(
     ("approx", "margin", "decision", "words"),
     [
