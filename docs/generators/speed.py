@@ -79,6 +79,26 @@ def library_table() -> str:
     return block(table(head, lines), caption(what, stored, "library_rows.csv"))
 
 
+def token_table() -> str:
+    """Transformer blocks on a share of the tokens."""
+    stored = list(newest(rows("token_rows.csv"), "work").values())
+    lines = [
+        [
+            r["work"],
+            f"{float(r['kept']):.2f}",
+            f"{float(r['inductor_ms']):.0f} ms",
+            f"{float(r['tokens_ms']):.0f} ms",
+            f"{float(r['speedup']):.2f} ({float(r['p20']):.2f} to {float(r['p80']):.2f})",
+            r["commit"],
+        ]
+        for r in stored
+    ]
+    r = stored[0]
+    what = f"A training step, without the optimizer, of {r['blocks']} transformer blocks of width {r['width']}, {r['tokens']} tokens, half of them padding."
+    head = ["tokens kept in every region", "share", "Inductor", "on tokens", "times Inductor's speed (20th to 80th percentile of pairs)", "commit"]
+    return block(table(head, lines), caption(what, stored, "token_rows.csv"))
+
+
 def compile_table() -> str:
     """Seconds of the first step, with an empty and a filled cache."""
     lines, used = [], []
@@ -157,6 +177,7 @@ def blocks() -> dict[str, str]:
         "speed of forward sampling": forward_table(),
         "share of sampling": sampling_table(),
         "library models": library_table(),
+        "speed of tokens": token_table(),
         "compile times": compile_table(),
         "deciding": deciding_table(),
         "memory of rows": row_memory_table(),
