@@ -68,7 +68,7 @@ def library_table() -> str:
             r["batch"],
             f"{float(r['inductor_ms']):.0f} ms",
             f"{float(r['rows_ms']):.0f} ms",
-            f"{float(r['speedup']):.2f} ({float(r['p20']):.2f} to {float(r['p80']):.2f})",
+            times(r, "p"),
             f"{float(r['first_inductor_s']):.0f} s, {float(r['first_rows_s']):.0f} s",
             r["commit"],
         ]
@@ -88,7 +88,7 @@ def token_table() -> str:
             f"{float(r['kept']):.2f}",
             f"{float(r['inductor_ms']):.0f} ms",
             f"{float(r['tokens_ms']):.0f} ms",
-            f"{float(r['speedup']):.2f} ({float(r['p20']):.2f} to {float(r['p80']):.2f})",
+            times(r, "p"),
             r["commit"],
         ]
         for r in stored

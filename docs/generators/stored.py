@@ -59,9 +59,9 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
-def times(row: Row) -> str:
-    """A speed-up with its 20th and 80th percentile."""
-    return f"{float(row['speedup']):.2f} ({float(row['speedup_p20']):.2f} to {float(row['speedup_p80']):.2f})"
+def times(row: Row, percentiles: str = "speedup_p") -> str:
+    """A speed-up with its 20th and 80th percentile, whose columns begin with `percentiles`."""
+    return f"{float(row['speedup']):.2f} ({float(row[f'{percentiles}20']):.2f} to {float(row[f'{percentiles}80']):.2f})"
 
 
 def seeds(runs: Iterable[Row]) -> str:

@@ -170,24 +170,19 @@ def different_weights_raise_on_all_ranks(rank: int, world: int) -> None:
     train(ddp, model.parameters(), rank, 1)
     with torch.no_grad():
         model[2].weight.mul_(torch.rand(model[2].weight.shape, generator=torch.Generator().manual_seed(rank)))
-    try:
+    with pytest.raises(RuntimeError) as error:
         train(ddp, model.parameters(), rank, 1)
-    except RuntimeError as e:
-        assert "have chosen different channels for" in str(e) and "2.weight" in str(e) and "checkpoint" in str(e), e
-        return
-    raise AssertionError("no error")
+    assert "have chosen different channels for" in str(error.value) and "2.weight" in str(error.value) and "checkpoint" in str(error.value)
 
 
 def different_settings_raise_on_all_ranks(rank: int, world: int) -> None:
     model = small()
     ddp = wrapped(model, WEIGHTS | {"ratio": 0.25 + 0.125 * rank})
     register(ddp)
-    try:
+    with pytest.raises(RuntimeError) as error:
         train(ddp, model.parameters(), rank, 1)
-    except RuntimeError as e:
-        assert "the ranks were given different settings: rank 0" in str(e) and "'ratio': 0.25" in str(e) and "'ratio': 0.375" in str(e), e
-        return
-    raise AssertionError("no error")
+    said = str(error.value)
+    assert "the ranks were given different settings: rank 0" in said and "'ratio': 0.25" in said and "'ratio': 0.375" in said
 
 
 def profile_of_rank_0(rank: int, world: int) -> None:
@@ -274,12 +269,9 @@ def verify_finds_a_wrong_gradient(rank: int, world: int) -> None:
     ddp = wrapped(model, WEIGHTS)
     state = register(ddp, verify=1)
     state._slices._arrive = _arrives_spoiled(state._slices._arrive, rank)
-    try:
+    with pytest.raises(RuntimeError) as error:
         train(ddp, model.parameters(), rank, 1)
-    except RuntimeError as e:
-        assert "differ from those of the full all-reduce" in str(e), e
-    else:
-        raise AssertionError("no error")
+    assert "differ from those of the full all-reduce" in str(error.value)
     dist.barrier()
 
 
