@@ -40,6 +40,7 @@ from approx_compile._torch.autograd_engine import (
     has_gradient_hook,
     nodes_below,
 )
+from approx_compile._torch.ddp import divides_by_ranks_with_data, may_run_out_of_data
 from approx_compile._torch.dynamo import (
     UnwrappedBackendError,
     backend_names,
@@ -142,6 +143,8 @@ from approx_compile._torch.symbolic_shapes import (
 __all__ = [
     "writes_to_arguments",
     "uses_cuda_graphs",
+    "divides_by_ranks_with_data",
+    "may_run_out_of_data",
     "random_state_kept",
     "StorageRef",
     "storage_ref",

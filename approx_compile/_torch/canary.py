@@ -210,6 +210,8 @@ NAMES: tuple[PrivateName, ...] = (
     PrivateName("torch.distributed.fsdp._fully_shard._fsdp_param.FSDPParam:sharded_param", "the names of FSDP2's gathered parameters", _NO_FSDP),
     PrivateName("torch.distributed.fsdp._fully_shard._fsdp_state.FSDPState:_fsdp_param_groups", "the names of FSDP2's gathered parameters", _NO_FSDP),
     PrivateName("torch.distributed.fsdp._fully_shard._fully_shard.FSDPModule:_get_fsdp_state", "the names of FSDP2's gathered parameters", _NO_FSDP),
+    PrivateName("torch.nn.parallel.DistributedDataParallel:_join_config", "ranks that run out of data"),
+    PrivateName("torch.nn.parallel.DistributedDataParallel:_divide_by_initial_world_size", "ranks that run out of data"),
     PrivateName("torch.distributed.fsdp.FullyShardedDataParallel:_fsdp_wrapped_module", "the module that FSDP wraps"),
     PrivateName("torch._ops.OpOverload", "what kind of op a node calls"),
     PrivateName("torch._ops.OpOverload:_schema", "the types of an op's arguments"),

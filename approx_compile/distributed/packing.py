@@ -3,7 +3,7 @@
 The buffer of a bucket holds, one after the other, the whole gradient or its kept slices for each parameter, and at its end the checksums of the index sets.
 
 A checksum is `BITS` bits of a hash of the indices, each sent as the pair (b, 1 - b). After the sum over the ranks one of a pair is zero if, and only if, all
-ranks have the same bit. A rank that contributes zeros only (`join`) disturbs nothing, and the test is exact in every dtype.
+ranks have the same bit. The test is exact in every dtype.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,8 +38,8 @@ Hook = Callable[[Any, Bucket], torch.futures.Future[Tensor]]
 class _Bucket:
     """What is kept of one bucket from step to step."""
 
-    layout: Any = None
-    verify: int = 0
+    verify: dict[Any, int] = field(default_factory=dict)
+    """How many more exchanges of each layout are compared with the full all-reduce."""
     conflict: DeferredScalar | None = None
     names: tuple[str, ...] = ()
 
@@ -68,8 +68,8 @@ class ReducedAllReduce:
         self._group = ddp.process_group
         self._verify = verify
         self._buckets: dict[int, _Bucket] = {}
-        self._last = WeakIdKeyDictionary()
-        """The slices of each parameter at the last exchange: a rank without data sends as many zeros."""
+        self._active = self._group.size()
+        """How many ranks have data in this exchange."""
         self._whole_now: list[str] = []
         self._compared = False
         self._pool = VariancePool()
@@ -77,33 +77,33 @@ class ReducedAllReduce:
 
     def hook(self, bucket: Bucket) -> torch.futures.Future[Tensor]:
         """Exchange one bucket: the hook that DDP calls."""
-        world = self._group.size()
         known = self._buckets.setdefault(bucket.index(), _Bucket())
         self._raise_on_conflict(known)
-        if not self._compared and (ddp := self._ddp()) is not None:
+        ddp = self._ddp()
+        assert ddp is not None
+        if not self._compared:
             self._compared = True
             check_agreement(ddp, self._group)
-        gradients = bucket.gradients()
+        gradients, buffer = bucket.gradients(), bucket.buffer()
+        if bucket.index() == 0:
+            self._active = self._ranks_with_data(ddp, buffer.device)
+        ranks = self._active if _torch.divides_by_ranks_with_data(ddp) else self._group.size()
         kept = self._kept(bucket.parameters(), gradients)
         named = [(n, k) for n, k in zip(bucket.parameters(), kept, strict=True) if k is not None]
         self._count(bucket, kept)
-        layout = tuple((tuple(g.shape), None if k is None else tuple((a.dim, a.kept) for a in k.axes)) for g, k in zip(gradients, kept, strict=True))
-        if layout != known.layout:
-            known.layout, known.verify = layout, self._verify
-        whole: torch.futures.Future[Tensor] | None = None
-        if known.verify > 0 and named:
-            known.verify -= 1
-            whole = _all_reduce(bucket.buffer() / world, self._group)
         if not named:
-            future = _all_reduce(bucket.buffer().div_(world), self._group)
+            future = _all_reduce(buffer.div_(ranks), self._group)
             self._end(bucket, 0)
             return future
+        layout = tuple((tuple(g.shape), None if k is None else tuple((a.dim, a.kept) for a in k.axes)) for g, k in zip(gradients, kept, strict=True))
+        compared = known.verify.setdefault(layout, self._verify)
+        whole: torch.futures.Future[Tensor] | None = None
+        if compared > 0:
+            known.verify[layout] = compared - 1
+            whole = _all_reduce(buffer / ranks, self._group)
         segments = packing.lay_out(gradients, kept)
-        sums = packing.checksums_of([k for _, k in named], bucket.buffer().dtype)
-        is_backward = self._slices.is_backward
-        flat = packing.pack(gradients, segments, sums if is_backward else torch.zeros_like(sums)).div_(world)
+        flat = packing.pack(gradients, segments, packing.checksums_of([k for _, k in named], buffer.dtype)).div_(ranks)
         known.names = tuple(self._names.get(p, "?") for p, _ in named)
-        buffer = bucket.buffer()
 
         def put_back(future: torch.futures.Future[Any]) -> Any:
             values = future.value()
@@ -119,17 +119,19 @@ class ReducedAllReduce:
         work = _all_reduce(flat, self._group)
         return torch.futures.collect_all([work, whole]).then(put_back) if whole is not None else work.then(put_back)  # type: ignore[arg-type,return-value]
 
+    def _ranks_with_data(self, ddp: DistributedDataParallel, device: torch.device) -> int:
+        """Count the ranks that have run a backward pass for this exchange. The others are out of data (`join`): they know of no slices."""
+        if not _torch.may_run_out_of_data(ddp):
+            return self._group.size()
+        count = torch.tensor([float(self._slices.is_backward)], device=device)
+        dist.all_reduce(count, group=self._group)
+        return int(count.item())
+
     def _kept(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[KeptSlices | None]:
-        """The slices of each gradient of a bucket that are to be sent."""
-        if not self._slices.is_backward:
-            return [self._last.get(p) for p in parameters]
-        kept = [self._slices.of(p) if p.is_contiguous() and g.is_contiguous() else None for p, g in zip(parameters, gradients, strict=True)]
-        for p, k in zip(parameters, kept, strict=True):
-            if k is None:
-                self._last.pop(p, None)
-                self._whole_now.append(self._names.get(p, "?"))
-            else:
-                self._last[p] = k
+        """The slices of each gradient of a bucket that are to be sent. All gradients go whole once a rank has no more data."""
+        everywhere = self._active == self._group.size()
+        kept = [self._slices.of(p) if everywhere and p.is_contiguous() and g.is_contiguous() else None for p, g in zip(parameters, gradients, strict=True)]
+        self._whole_now += [self._names.get(p, "?") for p, k in zip(parameters, kept, strict=True) if k is None]
         return kept
 
     def _count(self, bucket: Bucket, kept: Sequence[KeptSlices | None]) -> None:
@@ -220,7 +222,8 @@ def register(ddp: nn.Module, *, wrapper: Callable[[Hook], Hook] | None = None, v
     Args:
         ddp: The model, wrapped in `DistributedDataParallel`, compiled or not.
         wrapper: Wraps the hook, for example torch's `fp16_compress_wrapper`, so that what is sent is compressed as well.
-        verify: In how many exchanges the full all-reduce runs, too, and the results are compared: at the beginning, and after every change of what is sent.
+        verify: In how many exchanges the full all-reduce runs, too, and the results are compared: at the beginning, and again when a schedule or another
+            change of the settings has other slices sent for the first time.
 
     Returns:
         The state of the hook, which counts the bytes.

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compr
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from approx_compile import ApproxWarning, explain, machine
-from approx_compile.distributed import ReducedAllReduce, packing, register
+from approx_compile.distributed import ReducedAllReduce, packing, reduced_all_reduce, register
 from helpers.ddp import WEIGHTS, assert_close, assert_equal_on_ranks, backend, batch, small, train, wrapped
 from helpers.models import Buckets
 
@@ -87,11 +88,19 @@ def convolutions(rank: int, world: int) -> None:
     assert state.bytes_sent < 0.7 * state.bytes_whole, state.bytes_sent / state.bytes_whole
 
 
+EVERY_OTHER_STEP: dict[str, Any] = {
+    "policy": "always",
+    "method": "exact",
+    "rules": [{"layers": "*", "steps": "1::2", "method": "topk_weights", "ratio": 0.5}],
+}
+
+
 def schedule(rank: int, world: int) -> None:
-    """Exact steps after sampled ones must not use the indices of these."""
-    options = {"policy": "always", "method": "exact", "rules": [{"layers": "*", "steps": "1::2", "method": "topk_weights", "ratio": 0.5}]}
-    state = _compare(small(), rank, world, options, steps=6)
+    """Exact steps after sampled ones must not use the indices of these. Of three sampled steps the first two are compared with the full all-reduce."""
+    with patch.object(reduced_all_reduce, "_compare", wraps=reduced_all_reduce._compare) as compare:
+        state = _compare(small(), rank, world, EVERY_OTHER_STEP, steps=6)
     assert 0.5 < state.bytes_sent / state.bytes_whole < 0.9
+    assert compare.call_count == 2
 
 
 def _accumulate(ddp: Any, parameters: Any, rank: int, steps: int, rows: int, inputs: int) -> None:
@@ -198,19 +207,33 @@ def profile_of_rank_0(rank: int, world: int) -> None:
         os.environ["APPROX_COMPILE_MACHINE"] = str(MACHINE)
 
 
-def uneven_inputs(rank: int, world: int) -> None:
+def _run_out_of_data(rank: int, world: int, steps: Callable[[int], int], options: dict[str, Any] = WEIGHTS, verify: int = 0, **kwargs: Any) -> None:
+    """Train each rank for a number of steps of its own, with the full and with the reduced all-reduce."""
     model = small()
     results = []
     for reduced in (False, True):
         net = copy.deepcopy(model)
-        ddp = wrapped(net, WEIGHTS)
+        ddp = wrapped(net, options)
         if reduced:
-            register(ddp)
-        with ddp.join():
-            train(ddp, net.parameters(), rank, 3 + 2 * rank)
+            register(ddp, verify=verify)
+        with ddp.join(**kwargs):
+            train(ddp, net.parameters(), rank, steps(rank))
         assert_equal_on_ranks(net)
         results.append(net)
     _same_weights(*results, world)
+
+
+def uneven_inputs(rank: int, world: int) -> None:
+    """A rank without data does not know whether a schedule's step is sampled."""
+    _run_out_of_data(rank, world, lambda r: 2 + 3 * r, EVERY_OTHER_STEP, verify=1)
+
+
+def a_rank_without_any_data(rank: int, world: int) -> None:
+    _run_out_of_data(rank, world, lambda r: 3 * r)
+
+
+def average_over_ranks_with_data(rank: int, world: int) -> None:
+    _run_out_of_data(rank, world, lambda r: 2 + 2 * r, divide_by_initial_world_size=False)
 
 
 def static_graph(rank: int, world: int) -> None:
@@ -288,6 +311,6 @@ IN_MAKE_TEST = (
 ).split()
 OTHERS = (
     "buckets convolutions accumulation_over_a_change_of_weights half_precision choice_by_the_data_goes_whole static_graph unused_parameters "
-    "verify_finds_a_wrong_gradient different_settings_raise_on_all_ranks profile_of_rank_0"
+    "verify_finds_a_wrong_gradient a_rank_without_any_data average_over_ranks_with_data different_settings_raise_on_all_ranks profile_of_rank_0"
 ).split()
 FOUR_RANKS = "one_graph buckets schedule accumulation convolutions uneven_inputs".split()
