@@ -105,6 +105,7 @@ from approx_compile._torch.inductor import (
     user_scheduler_pass,
     uses_cuda_graphs,
 )
+from approx_compile._torch.needless_guards import free_convolutions
 from approx_compile._torch.ops import is_pointwise, is_random, max_pool_ops, symbolic_scalar_arguments, writes_to_arguments
 from approx_compile._torch.random_state import initial_seed, is_capturing_cuda_graph, random_state_kept, seeding_marker, seeds_of_marker
 from approx_compile._torch.storages import StorageRef, storage_ref
@@ -278,3 +279,4 @@ __all__ = [
 ]
 
 canary.check()
+free_convolutions()

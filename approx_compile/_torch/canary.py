@@ -50,6 +50,8 @@ _NO_SEEDING = "the same seed given twice is not noticed: sampled rows then go on
 _NO_EXPLAIN = "explain and tune don't find the options of a model that is compiled already"
 _NO_FSDP = "controls and steps of models that FSDP2 shards are not in their checkpoints"
 _ORDER = "the guard against torch's fault `lost_order`"
+_FREE = "no guard on the batch's size that changes nothing"
+_NOT_FREE = "rows of some convolutional models are not sampled, or only rows in a number that torch's guard allows"
 _CODE = "additions to the code that Inductor writes"
 
 NAMES: tuple[PrivateName, ...] = (
@@ -175,6 +177,13 @@ NAMES: tuple[PrivateName, ...] = (
     PrivateName(f"{_INDUCTOR}.graph:cpp_wrapper", _CODE),
     PrivateName(f"{_INDUCTOR}.graph:buffers", "the sizes of a graph's buffers"),
     PrivateName(f"{_INDUCTOR}.sizevars:optimization_hint", "the sizes of a graph's buffers"),
+    PrivateName(f"{_INDUCTOR}.codegen.cpp.CppKernel:need_use_acc_helper", _FREE, _NOT_FREE),
+    PrivateName(f"{_INDUCTOR}.codegen.cpp:guard_or_false", _FREE, _NOT_FREE),
+    PrivateName("torch._C._select_conv_backend", _FREE, _NOT_FREE),
+    PrivateName("torch._C._conv_determine_backend_memory_format", _FREE, _NOT_FREE),
+    PrivateName("torch._subclasses.fake_impls:_select_conv_backend", _FREE, _NOT_FREE),
+    PrivateName("torch._subclasses.fake_tensor.FakeTensor:fake_device", _FREE, _NOT_FREE),
+    PrivateName("torch._dynamo.output_graph.OutputGraph:compiler_fn", "whether Dynamo compiles for this package", _NOT_FREE),
     PrivateName(f"{_INDUCTOR}.inductor_prims.force_stride_order", "a buffer in a given memory order"),
     PrivateName(f"{_INDUCTOR}.inductor_prims:_low_memory_max_pool_with_offsets", "ReLU before max pooling", "a ReLU before max pooling is not moved behind it"),
     PrivateName(

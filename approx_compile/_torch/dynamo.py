@@ -296,10 +296,28 @@ def backend_of(compiled: Any) -> tuple[str | None, Any, dict[str, Any]]:
         (name, backend, keyword arguments of the backend); (None, None, {}) where Dynamo does not show them.
     """
     context = getattr(compiled, "dynamo_ctx", None) or _enclosed(compiled, getattr(torch._dynamo.eval_frame, "_TorchDynamoContext", ()))
-    layer = getattr(context, "callback", None)
+    layer = _innermost(getattr(context, "callback", None))
+    return getattr(layer, "compiler_name", None), getattr(layer, "compiler_fn", None), dict(getattr(layer, "kwargs", None) or {})
+
+
+def unwrapped_backend(backend: Any) -> Any:
+    """Return what was given to torch.compile as its backend, or what the name that was given stands for.
+
+    Args:
+        backend: What Dynamo calls, which may be a wrapper of the backend.
+
+    Returns:
+        The backend.
+    """
+    layer = _innermost(backend)
+    return getattr(layer, "compiler_fn", layer)
+
+
+def _innermost(layer: Any) -> Any:
+    """Return what is below all the functions that Dynamo puts around a backend."""
     while (inner := getattr(layer, "_torchdynamo_orig_backend", None)) is not None:
         layer = inner
-    return getattr(layer, "compiler_name", None), getattr(layer, "compiler_fn", None), dict(getattr(layer, "kwargs", None) or {})
+    return layer
 
 
 def backend_names() -> list[str]:

@@ -14,6 +14,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
 from torch._inductor.custom_graph_pass import CustomSchedulerPass as CustomSchedulerPass
 
 from approx_compile._torch.fake_tensors import inductor_decompositions
+from approx_compile._torch.needless_guards import free_sums
 
 empty_strided_cpu: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.Tensor] = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]
 """The function that Inductor's generated code allocates with. Sizes and strides must be plain tuples."""
@@ -133,6 +134,7 @@ def compile_fx(
     """
     from torch._inductor.compile_fx import compile_fx as inductor
 
+    free_sums()
     if inner_compile is None:
         context = torch._guards.TracingContext.try_get() if one_of_several else None
         with torch._guards.tracing(copy.copy(context)) if context is not None else contextlib.nullcontext():
