@@ -44,15 +44,41 @@ def unwrapped(model: Any) -> tuple[Any, ApproxConfig | None]:
     Returns:
         The module or function, and the settings of the outermost compilation with this backend; None if there is none.
     """
-    config: ApproxConfig | None = None
+    layers = list(_layers(model))
+    return layers[-1], next((config for layer in layers if (config := _config_of(layer)) is not None), None)
+
+
+@contextlib.contextmanager
+def precision_of_wrapper(model: Any, inputs: Any) -> Iterator[Any]:
+    """Run what is inside the block in the precision in which Lightning's Fabric calls a model.
+
+    Args:
+        model: The model, compiled or not, and wrapped or not. Without a wrapper of Fabric nothing changes.
+        inputs: The model's arguments.
+
+    Yields:
+        The arguments in this precision.
+    """
+    fabric = next((m for m in _layers(model) if _has_class(m, ("_FabricModule",))), None)
+    precision: Any = fabric._strategy.precision if fabric is not None else None  # type: ignore[union-attr]
+    with precision.forward_context() if precision is not None else contextlib.nullcontext():
+        yield precision.convert_input(inputs) if precision is not None else inputs
+
+
+def _layers(model: Any) -> Iterator[Any]:
+    """Yield the model and, one inside the other, what compilation and data parallelism wrap; the module or function below them comes last."""
     while True:
-        config = config or _config_of(model)
+        yield model
         inner = _torch.uncompiled(model)
-        if inner is model and isinstance(model, nn.Module) and any(c.__name__ in _CALLED_LIKE_THE_MODEL for c in type(model).__mro__):
+        if inner is model and _has_class(model, _CALLED_LIKE_THE_MODEL):
             inner = getattr(model, wrapped_children(model)[-1])
         if inner is model:
-            return model, config
+            return
         model = inner
+
+
+def _has_class(model: Any, names: tuple[str, ...]) -> bool:
+    return isinstance(model, nn.Module) and any(c.__name__ in names for c in type(model).__mro__)
 
 
 def compiled_parts(model: nn.Module) -> list[CompiledPart]:

@@ -109,3 +109,12 @@ def test_fabric(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     assert after == again
     assert [c.step for c in controls(resumed).values()] == [24]
+
+
+def test_explain_sees_the_precision_of_fabric() -> None:
+    fabric = lightning.Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+    for compiled in (False, True):
+        model = mlp(20, 64, 2)
+        wrapped = fabric.setup(torch.compile(model, backend=backend()) if compiled else model)
+        report = approx_compile.explain(wrapped, torch.randn(32, 20))
+        assert {s.dtype for s in report.sites} == {"bfloat16"}

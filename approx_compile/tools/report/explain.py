@@ -22,7 +22,7 @@ from approx_compile.passes.planning.plan import Plan
 from approx_compile.passes.planning.selection import PREDICTION_ERROR
 from approx_compile.rows.controller import Control, RowControl
 from approx_compile.rows.ownership import controls
-from approx_compile.tools.compiled_parts import CompiledPart, compiled_parts, run_with, unwrapped
+from approx_compile.tools.compiled_parts import CompiledPart, compiled_parts, precision_of_wrapper, run_with, unwrapped
 from approx_compile.tools.model_state import model_state_preserved
 from approx_compile.tools.report import html
 from approx_compile.tools.report.report_data import AdaptiveShares, ReportData, SiteReport
@@ -84,7 +84,7 @@ def explain(model: Callable[..., Any], *args: Any, config: ApproxConfig | Mappin
     gradients, the random state, hooks and the user's compiled code stay as they are.
 
     Args:
-        model: The model or function, compiled or not.
+        model: The model or function, compiled or not. That of Lightning's Fabric runs in Fabric's precision; for autocast, call `explain` under it.
         *args: Its positional arguments.
         config: An `ApproxConfig` or a mapping with the same keys. By default the settings that `model` is compiled with, also in place (`model.compile`) and
             under DDP or Fabric. If only submodules are compiled, the report is about these. If nothing is, the default settings hold. If the settings change
@@ -109,7 +109,7 @@ def explain(model: Callable[..., Any], *args: Any, config: ApproxConfig | Mappin
     """
     if not callable(model):
         raise TypeError(f"explain: got {type(model).__name__}; a torch.nn.Module or a function is expected")
-    model, found = unwrapped(model)
+    given, (model, found) = model, unwrapped(model)
     parts = compiled_parts(model) if config is None and found is None and isinstance(model, nn.Module) else []
     report, plans = Report(device=_device(model, args, kwargs)), list[Plan]()
 
@@ -119,8 +119,9 @@ def explain(model: Callable[..., Any], *args: Any, config: ApproxConfig | Mappin
     asked = ApproxConfig.of(config) if config is not None else found or (parts[0].config if parts else ApproxConfig())
     report.assignments, report.verbose = len(Schedule.of(asked).assignments), verbose
     settings = Schedule.of(asked).assignments[0]
-    with torch.enable_grad(), model_state_preserved(model), _torch.preserve_shape_history(), run_with(parts, isolated):
-        (model if parts else _torch.compile_isolated(model, _recorder(asked, report, plans)))(*args, **kwargs)
+    unchanged = model_state_preserved(model)
+    with torch.enable_grad(), unchanged, _torch.preserve_shape_history(), run_with(parts, isolated), precision_of_wrapper(given, (args, kwargs)) as inputs:
+        (model if parts else _torch.compile_isolated(model, _recorder(asked, report, plans)))(*inputs[0], **inputs[1])
     if plans:
         whole = functools.reduce(Plan.joined, plans)
         report.chains = [chain for plan in plans for chain in plan.chains()]

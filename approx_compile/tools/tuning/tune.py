@@ -18,7 +18,7 @@ from approx_compile.config.plan_file import Tuned, TunedPlan, TunedSite
 from approx_compile.passes.planning.plan import SitePlan
 from approx_compile.reasons import Reason, join
 from approx_compile.reasons.tuning import ERROR_TOO_DEAR, ERROR_TOO_LARGE, NOT_MEASURED, ROWS_SAVE_MORE, SAVES_NOTHING, TIME_NOT_MEASURED
-from approx_compile.tools.compiled_parts import compiled_parts, config_of_parts, unwrapped
+from approx_compile.tools.compiled_parts import compiled_parts, config_of_parts, precision_of_wrapper, unwrapped
 from approx_compile.tools.model_state import training_state_preserved
 from approx_compile.tools.tuning.deadline import DeadlineReached, deadline
 from approx_compile.tools.tuning.knapsack import TIME_LIMIT_S, Option, solve_knapsack
@@ -85,12 +85,12 @@ def tune(
         >>> plan = approx_compile.tune(model, x, target=y, max_error=0.5, time_budget_s=60, progress=False)
         >>> compiled = torch.compile(model, backend="approx", options={"plan": plan})
     """
-    model, found = unwrapped(model)
+    given, (model, found) = model, unwrapped(model)
     _check(model, max_error, time_budget_s, ladder)
     config = config if config is not None else found or config_of_parts(compiled_parts(model))
     space = SearchSpace.of(config)
-    trials = Trials(model, inputs, target, loss, space.options({}))
-    with training_state_preserved(model), _progress_bar(progress) as bar:
+    with precision_of_wrapper(given, inputs) as inputs, training_state_preserved(model), _progress_bar(progress) as bar:
+        trials = Trials(model, inputs, target, loss, space.options({}))
         measured = Measurements(trials, space, max_error, sorted(set(ladder), reverse=True), time_budget_s, bar)
         good: list[_Choice] = []
         over, stopped = f"the time budget of {time_budget_s:g} s", None
