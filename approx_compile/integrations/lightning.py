@@ -15,10 +15,9 @@ from torch import nn
 
 from approx_compile.backend import Backend
 from approx_compile.backend.runtime.metrics import metrics
-from approx_compile.backend.runtime.state import load_state_dict, state_dict
 from approx_compile.config import ApproxConfig
 from approx_compile.integrations.in_place import compile_in_place
-from approx_compile.integrations.stateful import ApproxState
+from approx_compile.integrations.stateful import ApproxState, load_state_of_ranks, state_of_ranks
 
 try:
     from lightning.pytorch import Callback
@@ -76,8 +75,8 @@ class ApproxCallback(Callback):
         return children[0] if len(children) == 1 and not module._parameters else module
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what Lightning's checkpoint holds of this callback."""
-        return state_dict(self._model) if self._model is not None else self._loaded
+        """Return what Lightning's checkpoint holds of this callback. In a process group all ranks must call this, as they must call `save_checkpoint`."""
+        return state_of_ranks(self._model) if self._model is not None else self._loaded
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Keep the state of a checkpoint until training starts."""
@@ -86,7 +85,7 @@ class ApproxCallback(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Take up the state of the checkpoint that training is resumed from."""
         if self._loaded:
-            load_state_dict(pl_module, self._loaded)
+            load_state_of_ranks(pl_module, self._loaded)
             self._loaded = {}
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

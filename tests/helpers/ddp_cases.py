@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 import approx_compile
@@ -322,6 +323,31 @@ def blocks_of_fsdp(rank: int, world: int) -> None:
             optimizer.zero_grad()
 
 
+def states_of_fsdp(rank: int, world: int) -> None:
+    """Models that FSDP and FSDP2 shard name their state as the bare model does, which takes it up."""
+
+    def sharded(model: nn.Module, version: int) -> nn.Module:
+        if version == 1:
+            return FullyShardedDataParallel(compiled(model, ADAPTIVE), device_id=torch.device("cpu"), use_orig_params=True)
+        fully_shard(model, mesh=dist.init_device_mesh("cpu", (world,)))
+        model.compile(backend=backend(ADAPTIVE))
+        return model
+
+    names = [n for n, _ in Net().named_parameters()]
+    for version in (1, 2):
+        torch._dynamo.reset()
+        model = sharded(Net(), version)
+        train(model, model.parameters(), rank, 3)
+        saved = approx_compile.state_dict(model)
+        assert [(group["step"], sorted(group["parameters"])) for group in saved["clocks"]] == [(3, sorted(names))], saved
+        assert all(n in ("", *names) for n in saved["controls"]), saved
+        bare = Net()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", approx_compile.ApproxWarning)
+            approx_compile.load_state_dict(bare, saved)
+        assert approx_compile.state_dict(bare) == saved
+
+
 def killed_rank(rank: int, world: int) -> None:
     model = Net()
     ddp = wrapped(model, ROWS)
@@ -339,5 +365,5 @@ def killed_rank(rank: int, world: int) -> None:
 IN_MAKE_TEST = ("weights_against_the_global_batch", "rows_with_accumulation", "adaptive_rows", "agreement", "resume", "smaller_last_batch")
 OTHERS = (
     "weights_in_small_buckets rows_of_both_orders products_by_the_data static_graph unused_parameters checkpointing autocast schedule uneven_inputs "
-    "agreement_of_outputs blocks_of_fsdp"
+    "agreement_of_outputs blocks_of_fsdp states_of_fsdp"
 ).split()

@@ -1,4 +1,4 @@
-"""What the frameworks need to be importable and quiet in tests: no hub is asked, and a torchvision that was built for another torch does no harm."""
+"""Imported for its effects: frameworks ask no hub in tests, and a torchvision that was built for another torch does no harm."""
 
 import os
 
@@ -6,6 +6,7 @@ import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["KERAS_BACKEND"] = "torch"
 
 try:
     import torchvision  # noqa: F401

@@ -6,7 +6,6 @@ import enum
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,11 @@ from approx_compile.backend import run_as_is
 from approx_compile.integrations.accelerate import ApproxState, register
 
 accelerate = pytest.importorskip("accelerate")
-from accelerate.state import AcceleratorState, PartialState  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin  # noqa: E402
 
 pytestmark = [pytest.mark.integrations, pytest.mark.usefixtures("one_thread")]
 OPTIONS: dict[str, Any] = {"policy": "always", "ratio": 0.25, "group": 1}
-
-
-@pytest.fixture(autouse=True)
-def fresh_state() -> Iterator[None]:
-    """Reset Accelerate, which keeps the settings of the first Accelerator of a process."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState._reset_state()
 
 
 @pytest.mark.slow
