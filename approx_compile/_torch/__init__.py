@@ -42,6 +42,7 @@ from approx_compile._torch.autograd_engine import (
 )
 from approx_compile._torch.ddp import divides_by_ranks_with_data, may_run_out_of_data
 from approx_compile._torch.dynamo import (
+    RestartAnalysis,
     UnwrappedBackendError,
     backend_names,
     backend_of,
@@ -152,6 +153,7 @@ __all__ = [
     "CustomGraphPass",
     "CustomSchedulerPass",
     "EXACT_MARK_KEY",
+    "RestartAnalysis",
     "RetraceFrame",
     "SYMBOLIC",
     "SymbolRequest",

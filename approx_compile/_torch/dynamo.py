@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.exc import RestartAnalysis as RestartAnalysis  # what a part of torch raises during a compilation to have Dynamo trace the frame again
 
 try:
     from torch._dynamo.exc import ShortenTraceback

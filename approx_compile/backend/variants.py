@@ -148,7 +148,7 @@ class GraphCompiler:
                 return self._compile_one(config, rows, may_compile_again=not symbol_was_requested)
         except Declined as e:
             return NoRows(e.reason, tuple(rows.cuts))
-        except (ConfigError, _torch.UnwrappedBackendError):
+        except (ConfigError, _torch.UnwrappedBackendError, _torch.RestartAnalysis):
             raise
         except Exception as e:
             log.debug("approx: the graph does not compile with rows", exc_info=True)

@@ -224,3 +224,15 @@ def test_questions_about_memory_add_no_guard(batch: int) -> None:
     assert [batch_dim.is_dense(batch_dim.geometry_of(v)) for v in values] == [True] * 3
     assert not batch_dim.is_dense(batch_dim.geometry_of(values[0][::2]))
     assert len(env.guards) == before
+
+
+def test_numbers_that_dynamic_makes_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `dynamic=True` the eps of GroupNorm becomes an input, and torch has Dynamo trace again once it finds that it must not be."""
+    chosen, model, x = ChosenRows(monkeypatch), pictures(), torch.randn(16, 3, 8, 8)
+    f, plans = rows_of(model, HALF, dynamic=True)
+    f(x).square().sum().backward()
+    got = grads(model)
+    assert [c.decision for c in plans[-1].cuts] == ["rows"]
+    (model(x).square().sum(1) * chosen.mask(16)).sum().backward()
+    for a, b in zip(got, grads(model), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
