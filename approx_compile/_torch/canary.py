@@ -203,6 +203,7 @@ NAMES: tuple[PrivateName, ...] = (
     PrivateName(f"{_SYMBOLS}.DimDynamic.DYNAMIC", "asking for a symbol"),
     PrivateName(f"{_SYMBOLS}.DimDynamic.STATIC", "asking for a symbol"),
     PrivateName(f"{_INDUCTOR}.config.triton.cudagraphs", "whether a probe may run a graph several times"),
+    PrivateName(f"{_SYMBOLS}.ShapeEnv._maybe_guard_rel", "inputs of one size"),
     PrivateName(f"{_SYMBOLS}.ShapeEnv.create_symbol", "the number of tokens of a region"),
     PrivateName(f"{_SYMBOLS}.ShapeEnv.create_symintnode", "the number of tokens of a region"),
     PrivateName("torch._dynamo.source.ConstantSource", "the number of tokens of a region"),

@@ -228,7 +228,10 @@ def unify_symbols(symbols: Sequence[sympy.Symbol], graph: fx.Graph) -> sympy.Sym
     """
     env = graph_fake_mode(graph).shape_env
     for other in symbols[1:]:
-        env.evaluate_expr(sympy.Eq(symbols[0], other))
+        equal = sympy.Eq(symbols[0], other)
+        env.evaluate_expr(equal)
+        if env.replace(symbols[0]) != env.replace(other):  # it follows from another guard, such as a + b == 2 a, from which no symbol was replaced
+            env._maybe_guard_rel(equal)
     unified: sympy.Symbol = env.replace(symbols[0])
     return unified
 

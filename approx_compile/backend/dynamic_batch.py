@@ -1,7 +1,7 @@
 """Find the symbol that stands for the batch's size in a Dynamo graph, and have Dynamo trace again if the size is still a number.
 
-The batch is a dim of the model's data, that is of the inputs that are neither parameters nor buffers: dim 0, or dim 1 of sequences whose first axis is time,
-which is how recurrent layers and attention of `torch.nn` take them unless they are told otherwise (`batch_first`).
+The batch is a dim of the model's data, that is of the inputs that are neither parameters nor buffers: dim 0, or dim 1 of sequences whose first axis is time.
+Recurrent layers and attention of `torch.nn` take them so unless they are told otherwise (`batch_first`); elsewhere the sizes of the outputs show it.
 
 The choice decides only where rows are looked for. Whether the samples of a dim are kept apart is proved by the analysis of the graph.
 """
@@ -49,7 +49,7 @@ def batch_symbols(gm: fx.GraphModule, config: ApproxConfig, whole: fx.GraphModul
     if not data:
         return NoRows(NO_SAMPLES())
     outputs = _outputs_with_gradient(gm)
-    time_first = _size_of_second_dim(gm)
+    time_first = _size_of_second_dim(gm) or _second_dim_of_outputs(data, outputs)
     size = _size_of_first_dim(data, outputs) if time_first is None else time_first
     dims = {n: d for n in data if (d := _dim_of_size(_value(n), size, (0,) if time_first is None else (1, 0))) is not None}
     sizes = {n: _torch.size_expr(_value(n).shape[d]) for n, d in dims.items()}
@@ -98,6 +98,21 @@ def _size_of_first_dim(data: Sequence[fx.Node], outputs: Sequence[torch.Tensor])
         size = _torch.hint(_value(n).shape[0])
         elements[size] = elements.get(size, 0) + _torch.numel_of(_value(n))
     return max(elements, key=lambda s: (s in output_sizes, elements[s]))
+
+
+def _second_dim_of_outputs(data: Sequence[fx.Node], outputs: Sequence[torch.Tensor]) -> int | None:
+    """Return the size that dim 1 of most elements of the data shares with the dim 0 of an output, where no data share theirs: a loop over the steps of a
+    sequence whose first axis is time, or one of several axes that a model loops over. None if there is no such size.
+    """
+    output_sizes = {_torch.hint(o.shape[0]) for o in outputs if o.dim()} - {1}
+    elements: dict[int, int] = {}
+    for n in data:
+        first, *others = map(_torch.hint, _value(n).shape)
+        if first in output_sizes:
+            return None
+        if others and others[0] in output_sizes:
+            elements[others[0]] = elements.get(others[0], 0) + _torch.numel_of(_value(n))
+    return max(elements, key=elements.__getitem__, default=None)
 
 
 _RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}

@@ -183,8 +183,24 @@ class Attends(nn.Module):
         return out
 
 
+class Loop(nn.Module):
+    """A recurrent layer written by hand, time first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.step, self.head = nn.Embedding(9, 6), nn.Linear(14, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.zeros(x.shape[1], 8)
+        for t in range(x.shape[0]):
+            h = torch.tanh(self.step(torch.cat([self.table(x[t]), h], 1)))
+        out: Tensor = self.head(h)
+        return out
+
+
 SEQUENCES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "recurrent": (Recurrent, 1, 0),
+    "loop": (Loop, 1, 0),
     "attention": (Attends, 1, 1),
     "attention, batch first": (lambda: Attends(True), 0, 0),
 }
@@ -195,7 +211,7 @@ SEQUENCES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_the_samples_of_sequences_are_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recurrent layers and attention of torch.nn take time first unless they are told otherwise."""
+    """Recurrent layers and attention of torch.nn take time first unless they are told otherwise; a loop over dim 0 shows by the size of the output."""
     make, given, returned = SEQUENCES[name]
     chosen, model = ChosenRows(monkeypatch), make()
     x = torch.randint(0, 9, (3, 12) if given else (12, 3))
@@ -210,6 +226,41 @@ def test_the_samples_of_sequences_are_found(name: str, monkeypatch: pytest.Monke
     model(x).backward(tangent * mask.view([-1 if d == returned else 1 for d in range(out.dim())]))
     for a, b in zip(got, grads(model), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+class TwoViews(nn.Module):
+    """A contrastive loss on two views that come as two inputs. Their sizes are compared only as a + b == 2 a."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mlp(8, 32, 32, 4)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        z, n = self.inner(torch.cat([x, y])), len(x)
+        similar = (z @ z.T).masked_fill(torch.eye(2 * n, dtype=torch.bool), -1e9)
+        return F.cross_entropy(similar, torch.arange(2 * n).roll(n))
+
+
+def test_inputs_whose_sizes_are_compared_as_a_sum_are_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both views of a sample are kept together: the mean of the gradients on the even samples and on the odd ones, with weight 2, is the exact gradient."""
+    model, x, y = TwoViews(), torch.randn(12, 8), torch.randn(12, 8)
+    model(x, y).backward()
+    exact = grads(model)
+    start, found = [0], []
+
+    def halves(method: str, norms_sq: Tensor, k: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        assert (k, len(norms_sq)) == (6, 12)
+        return torch.arange(start[0], 12, 2), torch.full((6,), 2.0)
+
+    monkeypatch.setattr(row_backward, "choose_rows", halves)
+    f, plans = rows_of(model, HALF)
+    for start[0] in (0, 1):
+        f(x, y).backward()
+        found.append(grads(model))
+    assert plans[0].cuts[0].decision == "rows"
+    for even, odd, c in zip(*found, exact, strict=True):
+        torch.testing.assert_close((even + odd) / 2, c, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found[0][0], found[1][0], rtol=1e-2)
 
 
 @pytest.mark.parametrize("batch", [8, 12, 16])
