@@ -16,6 +16,7 @@ os.environ["COLUMNS"] = "160"  # tables and sentences are as wide as the termina
 import pytest
 import torch
 import torch._dynamo.guards
+from helpers.linking import link_without_torch
 from helpers.sampling import mark_exhaustive
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
@@ -26,10 +27,18 @@ from approx_compile.rows import row_cost
 # After every compilation Dynamo flushes the processor's cache and times the guards, for its logs alone.
 torch._dynamo.guards.profile_guard_manager = lambda *args: 0.0
 
+link_without_torch()
+
 # Two processes that compile the same kernel at once can read each other's half-written library. So every worker of pytest-xdist has an Inductor cache of its
 # own, in the usual one, where the next run finds it.
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()) / f"pytest-{worker}")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leave out the files without a serial test where only those are asked for: most of that run's time would go into collecting the others."""
+    if config.option.markexpr.startswith("serial") and collection_path.name.startswith("test_") and "mark.serial" not in collection_path.read_text():
+        return True
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves out what `-m` does not select

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import Result
+from typer.testing import CliRunner
 
 from approx_compile.kernels.cuda import launch
 from benchmarks.kernels import gpu
@@ -18,15 +17,14 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def run_script(*args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.kernels.gpu", *args]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
+def run_script(*args: str) -> Result:
+    return CliRunner().invoke(gpu.app, args)
 
 
 @pytest.mark.slow
 def test_every_kernel_is_compared_with_fp64() -> None:
     done = run_script("check", "--device", "cpu", "--small")
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.exit_code == 0, done.stdout + done.stderr
     assert "49 of 49 within their limits" in done.stdout
 
 
@@ -75,7 +73,7 @@ def test_a_kernel_that_is_off_is_found() -> None:
 def test_a_rehearsal_of_the_tables_stores_nothing() -> None:
     before = sorted(p.name for p in RESULTS.iterdir())
     done = run_script("tables", "--part", "full", "--device", "cpu", "--small")
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.exit_code == 0, done.stdout + done.stderr
     assert "inductor" in done.stdout and "skip" in done.stdout
     assert sorted(p.name for p in RESULTS.iterdir()) == before
 
@@ -84,13 +82,13 @@ def test_a_rehearsal_of_the_tables_stores_nothing() -> None:
 @pytest.mark.exhaustive
 def test_tables_and_plots_need_a_gpu_or_a_rehearsal() -> None:
     refused = run_script("tables", "--part", "full", "--device", "cpu")
-    assert refused.returncode == 2 and "--small" in refused.stderr
+    assert refused.exit_code == 2 and "--small" in refused.stderr
     wrong = run_script("tables", "--part", "fulll", "--device", "cpu", "--small")
-    assert wrong.returncode == 2 and "fulll" in wrong.stderr
+    assert wrong.exit_code == 2 and "fulll" in wrong.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
     refused = run_script("check")
-    assert refused.returncode == 2 and "sees no GPU" in refused.stderr
+    assert refused.exit_code == 2 and "sees no GPU" in refused.stderr
