@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -44,6 +45,9 @@ def must_save(node: fx.Node) -> None:
     from torch.utils.checkpoint import CheckpointPolicy
 
     node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    if node.target is operator.getitem:  # of which the partitioner asks no more than whether the node that makes the tuple may run again
+        assert isinstance(node.args[0], fx.Node)
+        node.args[0].meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
 _PROVENANCE_KEYS = ("partitioner_tag", "seq_nr", "nn_module_stack", "fwd_nn_module_stack", "stack_trace", "recompute", "ac_graph_id")

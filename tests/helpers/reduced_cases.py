@@ -17,11 +17,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_wrapper
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.checkpoint import checkpoint
 
 from approx_compile import ApproxWarning, explain, machine
 from approx_compile.distributed import ReducedAllReduce, packing, reduced_all_reduce, register
 from helpers.ddp import WEIGHTS, assert_close, assert_equal_on_ranks, backend, batch, small, train, wrapped
-from helpers.models import Buckets
+from helpers.models import Buckets, TransformerBlock
 
 MACHINE = Path(__file__).parent / "machine.json"
 
@@ -236,6 +237,58 @@ def average_over_ranks_with_data(rank: int, world: int) -> None:
     _run_out_of_data(rank, world, lambda r: 2 + 2 * r, divide_by_initial_world_size=False)
 
 
+def checkpointing(rank: int, world: int) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = small()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.net, x, use_reentrant=False)
+
+    state = _compare(Checkpointed(), rank, world)
+    assert state.bytes_sent < 0.6 * state.bytes_whole, state.whole
+
+
+def autocast(rank: int, world: int) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        state = _compare(small(), rank, world)
+    assert state.bytes_sent < 0.6 * state.bytes_whole, state.whole
+
+
+class _Shared(nn.Module):
+    """A layer that is used twice: its gradient is the sum of two with different zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(64, 128), nn.Linear(128, 128), nn.Linear(128, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.middle(torch.relu(self.middle(torch.relu(self.first(x)))))))
+
+
+def shared_layer(rank: int, world: int) -> None:
+    state = _compare(_Shared(), rank, world)
+    assert "middle.weight" in state.whole and "first.weight" not in state.whole
+
+
+class _Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(TransformerBlock(64) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.view(len(x), -1, 64)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def transformer_blocks(rank: int, world: int) -> None:
+    state = _compare(_Blocks(), rank, world, inputs=256, rows=8)
+    assert state.bytes_sent < 0.5 * state.bytes_whole, state.bytes_sent / state.bytes_whole
+
+
 def static_graph(rank: int, world: int) -> None:
     state = _compare(small(), rank, world, static_graph=True)
     assert state.bytes_sent < 0.7 * state.bytes_whole
@@ -310,7 +363,8 @@ IN_MAKE_TEST = (
     "one_graph schedule accumulation gradient_from_outside uneven_inputs wrong_arguments bare_sequential_in_compiled_ddp different_weights_raise_on_all_ranks"
 ).split()
 OTHERS = (
-    "buckets convolutions accumulation_over_a_change_of_weights half_precision choice_by_the_data_goes_whole static_graph unused_parameters "
+    "buckets convolutions transformer_blocks shared_layer autocast checkpointing "
+    "accumulation_over_a_change_of_weights half_precision choice_by_the_data_goes_whole static_graph unused_parameters "
     "verify_finds_a_wrong_gradient a_rank_without_any_data average_over_ranks_with_data different_settings_raise_on_all_ranks profile_of_rank_0"
 ).split()
-FOUR_RANKS = "one_graph buckets schedule accumulation convolutions uneven_inputs".split()
+FOUR_RANKS = "one_graph buckets transformer_blocks schedule accumulation convolutions uneven_inputs".split()

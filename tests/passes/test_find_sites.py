@@ -14,6 +14,8 @@ from helpers.oracles import grads, relative
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from approx_compile import Backend
+
 ALWAYS: dict[str, Any] = {"policy": "always", "ratio": 0.5, "group": 1}
 BOTH = ["output", "grad_input", "grad_weight"]
 
@@ -188,6 +190,20 @@ def test_random_choices_are_not_made_again_under_checkpoint() -> None:
         # the gradients vanish exactly where the forward pass dropped
         assert torch.equal(weight.grad.abs().sum(1) == 0, dropped) and torch.equal(x.grad.abs().sum(0) == 0, dropped)
         weight.grad = None
+
+
+def test_no_choice_is_made_again_under_checkpoint() -> None:
+    layer, ops = nn.Linear(64, 64), []
+
+    def run(gm: torch.fx.GraphModule, *args: Any, is_backward: bool = False, **kwargs: Any) -> Any:
+        ops.extend(str(n.target) for n in gm.graph.nodes if is_backward)
+        return gm.forward
+
+    f = torch.compile(
+        lambda x: checkpoint(lambda y: torch.tanh(layer(y)), x, use_reentrant=False), backend=Backend(ALWAYS | {"method": "topk_weights"}, inner_compile=run)
+    )
+    f(torch.randn(16, 64)).sum().backward()
+    assert "aten.tanh.default" in ops and not any("topk" in op or "sort" in op for op in ops)
 
 
 @pytest.mark.parametrize("where", ["ambient", "inside"])
