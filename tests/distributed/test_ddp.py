@@ -34,6 +34,7 @@ def test_other_uses_with_two_ranks(case: str, failed_of_others: dict[str, str]) 
 
 
 @exhaustive
-def test_a_killed_rank_ends_the_others_with_an_error(tmp_path: Path) -> None:
-    failed = run_on_ranks(tmp_path, "helpers.ddp_cases", ["killed_rank"], limit_s=200)
-    assert "rank 0" not in failed["killed_rank"] and "rank 1: did not run" in failed["killed_rank"]
+@pytest.mark.parametrize("case", ["killed_rank", "killed_rank_of_the_reduced_all_reduce"])
+def test_a_killed_rank_ends_the_others_with_an_error(case: str, tmp_path: Path) -> None:
+    failed = run_on_ranks(tmp_path, "helpers.ddp_cases", [case], limit_s=200)
+    assert "rank 0" not in failed[case] and "rank 1: did not run" in failed[case]

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 import approx_compile
+from approx_compile import ApproxWarning
 from approx_compile.backend.runtime.output_probe import OutputControl
 from approx_compile.distributed import register
 from approx_compile.rows import row_cost
@@ -203,7 +205,12 @@ def adaptive_rows(rank: int, world: int) -> None:
     with _any_size():
         for order in ("inner", "outer"):
             model = Net()
+            whole = copy.deepcopy(model)
             ddp = wrapped(model, ADAPTIVE, order)
+            loss_of(ddp(batch(rank))).backward()
+            loss_of(whole(torch.cat([batch(r) for r in range(world)]))).backward()
+            assert_close(gradients(model), gradients(whole))  # all rows, before anything is known
+            model.zero_grad()
             optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
             for step in range(100):
                 _sparse_loss(ddp, optimizer, rank, step)
@@ -348,9 +355,46 @@ def states_of_fsdp(rank: int, world: int) -> None:
         assert approx_compile.state_dict(bare) == saved
 
 
-def killed_rank(rank: int, world: int) -> None:
+def rows_of_fsdp(rank: int, world: int) -> None:
+    """Blocks that FSDP2 shards, each compiled by itself, run on one choice of rows."""
+    model = nn.Sequential(Block(64, 128), Block(128, 128), Block(128, 10))
+    alone = copy.deepcopy(model)
+    mesh = dist.init_device_mesh("cpu", (world,))
+    for block in model:
+        fully_shard(block, mesh=mesh)
+        block.compile(backend=backend(ROWS))
+    fully_shard(model, mesh=mesh)
+    out = batch(rank)
+    loss_of(model(out)).backward()
+    for block in alone:
+        out = compiled(block, ROWS)(out)
+    loss_of(out).backward()
+    _average(alone, world)
+    got = [p.grad.full_tensor() for p in model.parameters()]
+    assert_close(got, gradients(alone))
+    alone.zero_grad()
+    loss_of(alone(torch.cat([batch(r) for r in range(world)]))).backward()
+    with pytest.raises(AssertionError):
+        assert_close(got, gradients(alone), 0.1)  # the rows left out are missing
+
+
+def bare_sequential_in_compiled_ddp(rank: int, world: int) -> None:
+    ddp = wrapped(small(), WEIGHTS, "outer")
+    with pytest.warns(ApproxWarning, match="compiles nothing of DDP around a bare nn.Sequential; compile inside") as said:
+        train(ddp, ddp.parameters(), rank, 4)
+        train(ddp, ddp.parameters(), rank, 4)
+    assert len([w for w in said if "compiles nothing" in str(w.message)]) == 1
+
+
+def killed_rank_of_the_reduced_all_reduce(rank: int, world: int) -> None:
+    killed_rank(rank, world, WEIGHTS, reduced=True)
+
+
+def killed_rank(rank: int, world: int, options: dict[str, Any] = ROWS, reduced: bool = False) -> None:
     model = Net()
-    ddp = wrapped(model, ROWS)
+    ddp = wrapped(model, options)
+    if reduced:
+        register(ddp)
     train(ddp, model.parameters(), rank, 1)
     if rank == 1:
         os._exit(3)
@@ -365,5 +409,5 @@ def killed_rank(rank: int, world: int) -> None:
 IN_MAKE_TEST = ("weights_against_the_global_batch", "rows_with_accumulation", "adaptive_rows", "agreement", "resume", "smaller_last_batch")
 OTHERS = (
     "weights_in_small_buckets rows_of_both_orders products_by_the_data static_graph unused_parameters checkpointing autocast schedule uneven_inputs "
-    "agreement_of_outputs blocks_of_fsdp states_of_fsdp"
+    "agreement_of_outputs blocks_of_fsdp states_of_fsdp rows_of_fsdp bare_sequential_in_compiled_ddp"
 ).split()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -76,6 +77,9 @@ def _nothing(model: nn.Module) -> str:
     recurrent = sorted({type(m).__name__ for m in model.modules() if isinstance(m, _RECURRENT)})
     if recurrent:
         todo = f"it skips {', '.join(recurrent)} unless torch._dynamo.config.allow_rnn = True is set before the first call"
+    elif isinstance(model, DistributedDataParallel):
+        inner = type(model.module).__name__
+        todo = f"Dynamo compiles nothing of DDP around a bare nn.{inner}; compile inside: DDP(torch.compile(model, backend='approx'))"
     elif type(model).forward.__module__.startswith("torch."):
         todo = f"it skips a torch.nn.{type(model).__name__} that is compiled in place; use model = torch.compile(model, backend='approx')"
     else:

@@ -124,7 +124,7 @@ def draw_shares(axes: Axes, shares: Mapping[str, tuple[Sequence[tuple[int, float
 
 
 NOTHING = (
-    "No backward pass has run on rows of the batch yet: either nothing was trained, or all rows run. "
+    "No backward pass has chosen its share of the rows yet: either nothing was trained, or all rows run, or the settings fix the share. "
     "approx_compile.explain(model, *inputs) says which, and why."
 )
 
