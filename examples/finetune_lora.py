@@ -10,11 +10,11 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
-import peft
 import torch
 import typer
 from finetune_text import StepTimes
-from runs import BACKENDS, Run, show
+from framework_runs import BACKENDS, Run, show
+from peft import LoraConfig, get_peft_model
 from sklearn.datasets import load_digits
 from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer, TrainingArguments
 
@@ -28,8 +28,8 @@ def lora(base: Path | None, width: int, layers: int) -> Any:
     else:
         sizes = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 4}
         model = LlamaForSequenceClassification(LlamaConfig(vocab_size=18, pad_token_id=17, num_labels=10, **sizes))
-    adapters = peft.LoraConfig(task_type="SEQ_CLS", r=16, lora_alpha=32, target_modules="all-linear", modules_to_save=["embed_tokens", "score"])
-    return peft.get_peft_model(model, adapters)
+    adapters = LoraConfig(task_type="SEQ_CLS", r=16, lora_alpha=32, target_modules="all-linear", modules_to_save=["embed_tokens", "score"])
+    return get_peft_model(model, adapters)
 
 
 def train(backend: str, seed: int, model: Any, parts: tuple[Any, Any], epochs: int, batch_size: int) -> Run:
@@ -60,9 +60,9 @@ def accuracy(model: Any, rows: list[dict[str, Any]]) -> float:
 
 def main(
     base: Annotated[Path | None, typer.Option(metavar="DIR", help="A folder with a pretrained Llama.")] = None,
-    width: Annotated[int, typer.Option(min=16, help="The width of the random base model.")] = 256,
-    layers: Annotated[int, typer.Option(min=1)] = 4,
-    epochs: Annotated[int, typer.Option(min=1)] = 10,
+    width: Annotated[int, typer.Option(min=16, help="The width of the random base model.")] = 128,
+    layers: Annotated[int, typer.Option(min=1)] = 2,
+    epochs: Annotated[int, typer.Option(min=1)] = 20,
     seeds: Annotated[int, typer.Option(min=1)] = 1,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     limit: Annotated[int | None, typer.Option(min=20, help="Use the first so many images.")] = None,

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from runs import BACKENDS, Run, show
+from framework_runs import BACKENDS, Run, show
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
 
 import approx_compile

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import data
-import lightning
 import models
 import torch
 import typer
-from runs import BACKENDS, Run, show
+from framework_runs import BACKENDS, Run, show
+from lightning import LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -21,7 +21,7 @@ import approx_compile
 from approx_compile.integrations.lightning import ApproxCallback
 
 
-class Classifier(lightning.LightningModule):
+class Classifier(LightningModule):
     """A network with cross entropy and Adam. It notes the time of every training step."""
 
     def __init__(self, net: nn.Module, lr: float) -> None:
@@ -53,14 +53,14 @@ class Classifier(lightning.LightningModule):
 
 def train(backend: str, seed: int, loaded: data.Dataset, model: str, width: int | None, epochs: int, batch_size: int, lr: float) -> Run:
     torch._dynamo.reset()
-    lightning.seed_everything(seed)
+    seed_everything(seed)
     module = Classifier(models.build(model, loaded.shape, loaded.classes, width), lr)
     if backend == "exact":
         module.net = torch.compile(module.net)
     loader = DataLoader(TensorDataset(loaded.train_x, loaded.train_y), batch_size, shuffle=True, drop_last=True)
     callbacks = [ApproxCallback(log=False)] if backend == "approx" else []  # the line that differs from exact training
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = lightning.Trainer(max_epochs=epochs, accelerator="cpu", callbacks=callbacks, **quiet)
+    trainer = Trainer(max_epochs=epochs, accelerator="cpu", callbacks=callbacks, **quiet)
     trainer.fit(module, loader)
     trainer.validate(module, DataLoader(TensorDataset(loaded.test_x, loaded.test_y), 500), verbose=False)
     values = approx_compile.metrics(module)

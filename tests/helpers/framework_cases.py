@@ -114,7 +114,7 @@ def lightning_trainer(rank: int, world: int) -> None:
         trainer = lightning.Trainer(
             accelerator="cpu", devices=world, strategy="ddp", max_epochs=epochs, default_root_dir=folder, callbacks=[ApproxCallback(_backend())], **quiet
         )
-        trainer.fit(module, loader, ckpt_path=resume, **({"weights_only": False} if resume else {}))
+        trainer.fit(module, loader, ckpt_path=resume)
         if save is not None:
             trainer.save_checkpoint(save)
         return module, approx_compile.state_dict(module)

@@ -10,7 +10,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from runs import Run, show
+from framework_runs import Run, show
 
 ROOT = Path(__file__).resolve().parents[2]
 LINES = "1\t2.5\tA splash even greater than the first.\n2\t-0.6\tToo tepid.\nno columns\n3\t1.0\tA good place to start.\n"

@@ -57,7 +57,7 @@ def fitted(folder: Path, module: Classifier, callback: Any, epochs: int, resume:
     lightning.seed_everything(3)
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False}
     trainer = lightning.Trainer(accelerator="cpu", max_epochs=epochs, default_root_dir=folder, callbacks=[callback], **quiet)
-    trainer.fit(module, data(), ckpt_path=resume, **({"weights_only": False} if resume else {}))
+    trainer.fit(module, data(), ckpt_path=resume)
     return trainer
 
 

@@ -164,6 +164,7 @@ def keras(folder: Path) -> Recipe:
         (control,) = controls(model).values()
         assert control.step == 2  # batches of 32 and of 16 samples
         assert model.predict(after["x"], verbose=0).shape == (SAMPLES, 2)
+        assert [cut.decision for cut in approx_compile.explain(model.call, inputs()[0]).cuts] == ["rows"]
 
     x, y = inputs()
     return {"torch": torch, "model": model, "x": x.numpy(), "y": nn.functional.one_hot(y).float().numpy()}, check

@@ -106,15 +106,20 @@ class Written(TrainerCallback):
 
 
 @pytest.mark.slow
-def test_logs_come_before_other_callbacks_write(tmp_path: Path) -> None:
+def test_logs_come_before_other_callbacks_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard's callback is made before the user's, too."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     written = Written()
     torch._dynamo.reset()
     callbacks = [written, ApproxCallback(backend(), log_every=2)]
-    trainer = Trainer(Tiny(), arguments(tmp_path, logging_steps=3), padded, sentences(), callbacks=callbacks)
+    trainer = Trainer(Tiny(), arguments(tmp_path, logging_steps=3, report_to=["tensorboard"]), padded, sentences(), callbacks=callbacks)
     trainer.train()
     names = {"approx/kept", "approx/flops_saved", "approx/seconds"}
     assert [names <= logs.keys() for logs in written.logs] == [True, False, True, True]  # steps 2, 3, 4 and the end
     assert names <= trainer.state.log_history[0].keys()
+    events = accumulator.EventAccumulator(str(tmp_path / "events")).Reload()
+    assert {event.step for event in events.Scalars("train/approx/kept")} == {2, 4}
 
 
 @pytest.mark.slow

@@ -1,10 +1,14 @@
-"""Runs of the examples with frameworks: what each stores, and the table at the end that compares exact and approximate training."""
+"""Runs of the examples with frameworks: what each stores, and the table at the end that compares exact and approximate training.
+
+The examples import this file before their framework, because a torchvision that was built for another torch would stop the framework from being imported.
+"""
 
 from __future__ import annotations
 
 import json
 import platform
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -14,6 +18,16 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+try:
+    import torchvision  # noqa: F401
+except ImportError:
+    pass
+except RuntimeError as e:
+    print(f"torchvision does not fit torch {torch.__version__} ({e}): install the one of this torch. The example does without it.", file=sys.stderr)
+    _OPERATORS = torch.library.Library("torchvision", "FRAGMENT")  # declared, its operators let torchvision be imported
+    for operator in ("nms", "qnms"):
+        _OPERATORS.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 BACKENDS = ("exact", "approx")
 
