@@ -6,6 +6,7 @@ This saves the time of that second trace and of its joint graph. The decision is
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from approx_compile.reasons.rows import CROSS_SAMPLE, FEW_FLOPS_ON_ROWS
 from approx_compile.rows import row_cost
 from approx_compile.rows.row_compiler import LEAST_SHARE
 from approx_compile.rows.source_place import source_place
+from approx_compile.rows.stages import most_covered
 
 _MARGIN = 0.8
 """Factor on the least share that a graph must reach here. It allows for errors in counting the gradients of products: one that is counted here may not be
@@ -77,8 +79,24 @@ def _gradient_flops(gm: fx.GraphModule, config: ApproxConfig) -> tuple[int, int]
     if flops is None:
         return None
     gradients = {n: round(f * _gradients(n)) for n, f in flops.items() if f}
-    coupled = set() if any(s.approximate_batch_norm for s in _row_settings(config)) else _above_batch_norm(gm)
-    return sum(gradients.values()), sum(f for n, f in gradients.items() if n not in coupled)
+    mixing = [] if any(s.approximate_batch_norm for s in _row_settings(config)) else [n for n in gm.graph.nodes if _is_batch_norm(n)]
+    return sum(gradients.values()), _most_on_rows(gm, gradients, mixing)
+
+
+def _most_on_rows(gm: fx.GraphModule, gradients: Mapping[fx.Node, int], mixing: Sequence[fx.Node]) -> int:
+    """The most FLOPs of gradients that may run on rows, for the best cut: the backward pass of the last of the mixing nodes runs on all rows, with all above it
+    in the backward pass, and so does what is below one of the others.
+    """
+    number = {n: i for i, n in enumerate(mixing)}
+    last_before: dict[fx.Node, int] = {}
+    for n in gm.graph.nodes:
+        last_before[n] = max([number.get(n, -1), *(last_before[a] for a in n.all_input_nodes)])
+    first_behind: dict[fx.Node, int] = {}
+    for n in reversed(gm.graph.nodes):
+        first_behind[n] = min([number.get(n, len(mixing)), *(first_behind[u] for u in n.users)])
+    spans = [(last_before[n] + 1, first_behind[n], f) for n, f in gradients.items()]
+    best = most_covered(spans)
+    return sum(f for first, last, f in spans if first <= best <= last)
 
 
 def _cut(asked: RowSettings, rows: int, reason: Reason, flops: int, level: int) -> RowCut:
@@ -91,15 +109,6 @@ def _gradients(n: fx.Node) -> float:
         return 2.5
     operands = [v for a in n.all_input_nodes if isinstance(v := a.meta.get("example_value"), torch.Tensor) and v.dim() > 1]
     return 2 if len(operands) != 2 else sum(v.requires_grad for v in operands)
-
-
-def _above_batch_norm(gm: fx.GraphModule) -> set[fx.Node]:
-    """The nodes whose gradient passes, on at least one path, through a normalisation over the batch."""
-    above: set[fx.Node] = set()
-    for n in reversed(gm.graph.nodes):
-        if any(u in above or _is_batch_norm(u) for u in n.users):
-            above.add(n)
-    return above
 
 
 def _is_batch_norm(n: fx.Node) -> bool:

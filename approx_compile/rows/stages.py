@@ -1,12 +1,14 @@
 """The stages of a backward graph: the data classes of its partition, and the assignment of every gradient node to a stage.
 
 Level 0 keeps all rows; levels 1, 2, .. keep fewer and fewer. A cut is the point where a level begins: rows are selected by the norms of the gradients that
-enter there. Below the last level comes a stage that runs on all rows again: the blocked nodes and all that depend on them.
+enter there. Below the last level comes a stage that runs on all rows again: the blocked nodes and all that depend on them. Where blocked nodes are near the
+outputs, they and all above them are part of level 0 instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -178,32 +180,104 @@ def assign_stages(graph: fx.Graph, state: PartitionState, tangents: Sequence[fx.
     known = state.batch_dims
     by_rows = {t for t in tangents if known.kind.get(t) == ROW_GRAD and t not in known.unlocated}
     start = ALL_ROWS if any(levels.get(n.name, default) <= ALL_ROWS for n in _first_products(by_rows)) else default
-    raw: dict[fx.Node, int] = {}
     excluded = {n for n in graph.nodes if levels.get(n.name) == EXCLUDED and known.kind.get(n) in (ROW_GRAD, REDUCED_GRAD)}
     exact = _with_all_above(excluded | set(known.nonlinear), graph, known)
     post = max([default, *levels.values()]) + 1
+
+    beginning = {n: levels.get(n.name, default) for n in graph.nodes if n.op == "call_function"} | dict.fromkeys(by_rows, start)
+    found = _assign(graph, known, beginning, post, exact)
+    if kept := _blocked_above_rows(graph, known, found):
+        above = _with_all_above(kept, graph, known)
+        other = _assign(graph, known, beginning | dict.fromkeys(above & by_rows, ALL_ROWS), post, exact | above, above)
+        found = max(found, other, key=_Assignment.flops_on_rows)
+    state.stage, state.post = found.stage, post
+    for n, reason in found.ends:
+        state.add_blocked(n, reason)
+
+
+@dataclass
+class _Assignment:
+    """The stage of every gradient node, the last of them being `post`, and the nodes at which rows end or above which they cannot begin, with the reasons."""
+
+    post: int
+    stage: dict[fx.Node, int] = field(default_factory=dict)
+    ends: list[tuple[fx.Node, Reason]] = field(default_factory=list)
+
+    def flops_on_rows(self) -> int:
+        return sum(_torch.flops(n) for n, s in self.stage.items() if ALL_ROWS < s < self.post)
+
+
+def _assign(
+    graph: fx.Graph, known: BatchDimState, beginning: Mapping[fx.Node, int], post: int, exact: Collection[fx.Node], above: Set[fx.Node] = frozenset()
+) -> _Assignment:
+    """Assign the gradient nodes to stages.
+
+    Args:
+        graph: The joint or the backward graph.
+        known: The analysis of the graph.
+        beginning: The level that begins at a product, or is that of an output gradient.
+        post: The stage of blocked nodes below a cut.
+        exact: The nodes that keep all rows.
+        above: Those of them that keep all rows so that rows can begin below blocked nodes. No level begins at a sum over the rows of such a gradient.
+    """
+    found = _Assignment(post)
     for n in graph.nodes:
         if n.op != "call_function" or known.kind.get(n) not in (ROW_GRAD, REDUCED_GRAD):
             continue
-        above = [raw.get(a, start if a in by_rows else ALL_ROWS) for a in n.all_input_nodes if known.kind.get(a) in (ROW_GRAD, REDUCED_GRAD)]
-        stage = max([ALL_ROWS, *above])
+        gradients = [a for a in n.all_input_nodes if known.kind.get(a) in (ROW_GRAD, REDUCED_GRAD)]
+        stage = max([ALL_ROWS, *(found.stage.get(a, beginning.get(a, ALL_ROWS) if a.op == "placeholder" else ALL_ROWS) for a in gradients)])
         if n in exact:
             stage = ALL_ROWS
-            if n in known.nonlinear:
-                state.add_blocked(n, ROWS_END_ABOVE(why=known.nonlinear[n]))
+            if (why := known.nonlinear.get(n) or (known.blocked.get(n) if n in above else None)) is not None:
+                found.ends.append((n, ROWS_END_ABOVE(why=why)))
         elif n.target in PRODUCT_OPS or "attention" in str(n.target):
-            level = max(stage, levels.get(n.name, default))
+            level = max(stage, beginning[n])
             if level != ALL_ROWS and stage == ALL_ROWS and n in known.blocked:  # a loss that compares samples: rows begin below it
-                state.add_blocked(n, ROWS_END_ABOVE(why=known.blocked[n]))
-            else:
+                found.ends.append((n, ROWS_END_ABOVE(why=known.blocked[n])))
+            elif stage != ALL_ROWS or above.isdisjoint(gradients):
                 stage = level
-        elif above == [] and known.kind.get(n) == ROW_GRAD:
+        elif gradients == [] and known.kind.get(n) == ROW_GRAD:
             stage = ALL_ROWS  # the loss is inside the graph, and its gradient is expanded to the rows here
-        if stage != ALL_ROWS and stage != post and n in known.blocked:
-            state.add_blocked(n, known.blocked[n])
+        if stage not in (ALL_ROWS, post) and n in known.blocked:
+            found.ends.append((n, known.blocked[n]))
             stage = post
-        raw[n] = stage
-    state.stage, state.post = raw, post
+        found.stage[n] = stage
+    return found
+
+
+def _blocked_above_rows(graph: fx.Graph, known: BatchDimState, found: _Assignment) -> set[fx.Node]:
+    """Return the blocked nodes that should keep all rows, with all that they are computed from, so that rows begin below them.
+
+    Rows that begin at the output gradients end at the first blocked node. Where that is near the outputs, such as BatchNorm in a head or a loss that compares
+    samples, much more can run on rows below it. Of the blocked nodes b_0, b_1, .. in graph order the first p keep all rows, for the p with the most FLOPs on
+    rows: the products that are neither above one of b_0 .. b_(p-1) nor below one of the others.
+    """
+    blocked = [n for n, stage in found.stage.items() if stage == found.post and n in known.blocked]
+    number = {n: i for i, n in enumerate(blocked)}
+    last_above: dict[fx.Node, int] = {}
+    for n in found.stage:
+        last_above[n] = max([number.get(n, -1), *(last_above[a] for a in n.all_input_nodes if a in last_above)])
+    first_below: dict[fx.Node, int] = {}
+    for n in reversed(graph.nodes):
+        if n in found.stage:
+            first_below[n] = min([number.get(n, len(blocked)), *(first_below[u] for u in n.users if u in first_below)])
+    spans = [(last_above[n] + 1, first_below[n], _torch.flops(n)) for n in found.stage]
+    return set(blocked[: most_covered(spans)])
+
+
+def most_covered(spans: Iterable[tuple[int, int, int]]) -> int:
+    """Return the least number that the most weight covers.
+
+    Args:
+        spans: The first and last number that a weight covers, and the weight. A span whose first number is larger than its last covers none.
+    """
+    change: dict[int, int] = {0: 0}
+    for first, last, weight in spans:
+        if weight and first <= last:
+            change[first] = change.get(first, 0) + weight
+            change[last + 1] = change.get(last + 1, 0) - weight
+    covered = dict(zip(numbers := sorted(change), itertools.accumulate(change[i] for i in numbers), strict=True))
+    return max(covered, key=covered.__getitem__)
 
 
 def _with_all_above(nodes: Iterable[fx.Node], graph: fx.Graph, known: BatchDimState) -> set[fx.Node]:

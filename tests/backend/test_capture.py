@@ -296,8 +296,8 @@ def test_what_is_declined_at_once_would_be_declined(name: str, monkeypatch: pyte
         if at_once:
             certain = not asked
     assert found[0] == found[1] and found[0]
-    assert certain == (name in ("last", "all"))
-    assert {c[0] for c in found[0]} == {"exact" if name in ("last", "all") else "rows"}
+    assert certain == (name == "all")
+    assert {c[0] for c in found[0]} == {"exact" if name == "all" else "rows"}
 
 
 def test_a_small_model_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:

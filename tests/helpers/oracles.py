@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -44,6 +46,32 @@ class ChosenRows:
         idx, weight = self.choices[-1]
         weight = torch.ones(len(idx)) if weight is None else weight
         return torch.zeros(size, dtype=weight.dtype).index_copy_(0, idx, weight)
+
+
+def over_halves(monkeypatch: pytest.MonkeyPatch, gradients: Callable[[], list[Tensor]]) -> tuple[list[Tensor], list[bool]]:
+    """Run a backward pass on the even rows and on the odd ones, with weight 2.
+
+    Wherever the cut is, the mean of both is the exact gradient if all above it is exact and all below it is linear and keeps samples apart.
+
+    Args:
+        monkeypatch: Puts the choice of rows in place.
+        gradients: Runs a step that chooses rows, and returns its gradients.
+
+    Returns:
+        The mean of every gradient, and whether the two differ.
+    """
+    first = [0]
+
+    def half(method: str, norms_sq: Tensor, k: int, random: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        rows = torch.arange(first[0], len(norms_sq), 2)
+        assert k == len(rows)
+        return rows, torch.full((k,), 2.0, dtype=norms_sq.dtype)
+
+    monkeypatch.setattr(row_backward, "choose_rows", half)
+    found = []
+    for first[0] in (0, 1):
+        found.append(gradients())
+    return [(a + b) / 2 for a, b in zip(*found, strict=True)], [not torch.allclose(a, b, rtol=1e-2) for a, b in zip(*found, strict=True)]
 
 
 def spread(mask: Tensor, like: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ MIXING: dict[str, Callable[[Tensor], Tensor]] = {
 class OpBetweenLayers(nn.Module):
     def __init__(self, op: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.first, self.last, self.op = nn.Linear(8, C), nn.Linear(C, 5), op
+        self.first, self.last, self.op = nn.Linear(8, C), nn.Linear(C, 20), op
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.last(self.op(self.first(x)))

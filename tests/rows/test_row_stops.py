@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.compile import HALF, Plans, rows_of
 from helpers.models import mlp
-from helpers.oracles import ChosenRows, grads, relative
+from helpers.oracles import ChosenRows, grads, over_halves, relative
 from torch import Tensor, nn
 
 from approx_compile import Backend
@@ -20,9 +20,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Slices(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int = 60) -> None:
         super().__init__()
-        self.a, self.b = nn.Linear(20, 20), nn.Linear(20, 5)
+        self.a, self.b = nn.Linear(20, 20), nn.Linear(20, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.b(self.mix(torch.tanh(self.a(x))))
@@ -52,8 +52,8 @@ class Picks(Slices):
 
 
 class Norms(Slices):
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, width: int = 60) -> None:
+        super().__init__(width)
         self.norm = nn.BatchNorm1d(20)
 
     def mix(self, h: Tensor) -> Tensor:
@@ -84,6 +84,55 @@ def test_rows_stop_where_samples_mix(make: type[nn.Module], monkeypatch: pytest.
     want = grads(model, x)
     for a, b in zip(got, want, strict=True):
         assert (a - b).norm() < 1e-5 * (1 + b.norm())
+
+
+class Redundancy(Slices):
+    """Barlow Twins: the loss compares features over the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.b(torch.tanh(self.a(x)))
+        z = (z - z.mean(0)) / z.std(0)
+        return (z.T @ z / len(x) - torch.eye(z.shape[1])).square().sum()
+
+
+class TwoNorms(Norms):
+    """Rows lie between two norms: the backward pass of the last one runs on all rows, and so does what is below the first."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.first, self.c, self.d = nn.BatchNorm1d(20), nn.Linear(20, 40), nn.Linear(40, 20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.d(torch.tanh(self.c(self.first(x)))))
+
+
+class TwoHeads(Norms):
+    """One output is behind a norm, the other is not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x))
+        return torch.cat([self.b(self.mix(h)), h[:, :2]], 1)
+
+
+@pytest.mark.parametrize("make", [Shifts, Similarity, Cumulates, Picks, Norms, Means, Redundancy, TwoNorms, TwoHeads])
+def test_rows_begin_below_a_head_where_samples_mix(make: type[Slices], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where most work lies below the ops that mix samples. The mean of the gradients on even samples and on odd ones, with weight 2, is the exact gradient."""
+    model, x = make(3), torch.randn(24, 20).requires_grad_()
+    f, plans = rows_of(model)
+
+    def step(g: Any) -> list[Tensor]:
+        out = g(x)
+        torch.manual_seed(0)
+        out.backward(torch.randn_like(out))
+        return grads(model, x)
+
+    mean, differ = over_halves(monkeypatch, lambda: step(f))
+    (cut,) = plans[0].cuts
+    assert cut.decision == "rows" and "all above it runs on all rows" in cut.reason
+    assert cut.flops_on_rows > 0.25 * cut.flops_all
+    for got, want in zip(mean, step(model), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert differ[[n for n, _ in model.named_parameters()].index("a.weight")]
 
 
 @pytest.mark.slow
@@ -178,7 +227,7 @@ def test_a_reason_names_module_source_line_and_what_to_do() -> None:
     """In the joint graph, where an op has no rule, and in Dynamo's, where a model is declined before it is traced again."""
     cases: list[tuple[nn.Module, dict[str, Any], str, Template]] = [
         (Distances(), HALF, "(at blocks.0, test_row_stops.py:", UNKNOWN_OP),
-        (Normalised(), {}, "(at blocks.0.norm, test_row_stops.py:", CROSS_SAMPLE),
+        (nn.Sequential(*(Normalised() for _ in range(5))), {}, "(at blocks.0.4.norm, test_row_stops.py:", CROSS_SAMPLE),
     ]
     for block, options, place, template in cases:
         model = nn.Sequential()
