@@ -177,14 +177,14 @@ class CostModel:
             FLOPs, and times if the model has a machine.
         """
         flops, times = 0.0, []
-        for term, (term_flops, term_bytes, launches, at) in zip(terms(case), _amounts(case)(*(sizes.get(s, 1) for s in SYMBOLS)), strict=True):
+        texts, used = _texts(case)
+        for term, text, (term_flops, term_bytes, launches, at) in zip(terms(case), texts, _amounts(case)(*(sizes.get(s, 1) for s in SYMBOLS)), strict=True):
             flops += term_flops
             if self.machine is None:
                 continue
             table = _table(self.machine, term.rate, dtype)
             amount = {"flops": term_flops, "bytes": term_bytes, "launches": launches}[_AMOUNT_BY_UNIT[table.unit]]
-            times.append((str(term), _time_us(table, amount, at)))
-        used = sorted({str(s) for t in terms(case) for x in (t.flops, t.bytes, *t.at) for s in x.free_symbols})
+            times.append((text, _time_us(table, amount, at)))
         known = {str(s): float(v) for s, v in sizes.items()}
         time_us = sum(t for _, t in times) if self.machine is not None else None
         return Estimate(round(flops), time_us, tuple(times), tuple((s, known[s]) for s in used))
@@ -192,6 +192,13 @@ class CostModel:
 
 def _case(site: Site, product: Product, decision: str, estimator: Estimator) -> Case:
     return Case(kind_of(site), role(product), decision, COSTED_AS.get(estimator.method, estimator.method), estimator.weight, estimator.scaled)
+
+
+@functools.cache
+def _texts(case: Case) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The terms as text, and the names of the symbols in them, sorted."""
+    symbols = {str(s) for t in terms(case) for x in (t.flops, t.bytes, *t.at) for s in x.free_symbols}
+    return tuple(map(str, terms(case))), tuple(sorted(symbols))
 
 
 @functools.cache
