@@ -311,7 +311,6 @@ def test_max_of_linear_layers_is_meprop(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 def test_max_of_linear_layers_through_inductor() -> None:
     model, x = mlp(12, 5), torch.randn(9, 12, requires_grad=True)
     settings = {"policy": "always", "output": "exact", "grad_weight": {"method": "max", "j": 2}, "grad_input": {"method": "max", "j": 3}}

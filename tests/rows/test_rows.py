@@ -44,7 +44,8 @@ def test_gradients_are_those_of_masked_tangents(name: str, method: str, monkeypa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", all_but(["mlp"], ["mlp", "cnn", "transformer", "flat_logits", "built_attention", "dropout"]))
+@pytest.mark.exhaustive  # e2e/test_inductor.py is what make test has of it
+@pytest.mark.parametrize("name", ["mlp", "cnn", "transformer", "flat_logits", "built_attention", "dropout"])
 def test_through_inductor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make, data = ZOO[name]
     chosen = ChosenRows(monkeypatch)
