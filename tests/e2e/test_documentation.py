@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COMPILED = {ROOT / "README.md"}
 """The page whose models Inductor compiles; the compiled graphs of the others run op by op, which takes a fraction of the time."""
-SLOW = COMPILED | {ROOT / "docs" / "tutorials" / "first-run.md", ROOT / "docs" / "tutorials" / "tuning-a-transformer.md"}
+SLOW = COMPILED | set((ROOT / "docs" / "tutorials").glob("*.md"))
 SYBIL = Sybil(parsers=[PythonCodeBlockParser(), SkipParser()], path=str(ROOT))
 NOT_PROSE = re.compile(
     r"<!-- generated: .*?<!-- end of generated part -->|```.*?```|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]*\$|\]\([^)\s]*\)|^---\n.*?\n---$", re.DOTALL | re.MULTILINE

@@ -65,6 +65,7 @@ def test_eval_with_grad_is_inductors(pair: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("training", [True, False])
 def test_without_grad_is_inductors(pair: Any, mode: Any, training: bool) -> None:

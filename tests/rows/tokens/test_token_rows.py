@@ -79,6 +79,7 @@ def test_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(relative(a, b) for a, b in zip(got, grads(block), strict=True)) < 0.05
 
 
+@pytest.mark.slow
 def test_checkpointed_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = ChosenTokens(monkeypatch)
     blocks, x = [Block(8), Block(8)], torch.randn(4, 6, 8, requires_grad=True)
@@ -99,6 +100,7 @@ def test_checkpointed_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(relative(a, b) for a, b in zip(got, want, strict=True)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [True, None])
 def test_lengths_that_change(dynamic: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = ChosenTokens(monkeypatch)
