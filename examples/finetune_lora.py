@@ -62,7 +62,7 @@ def main(
     base: Annotated[Path | None, typer.Option(metavar="DIR", help="A folder with a pretrained Llama.")] = None,
     width: Annotated[int, typer.Option(min=16, help="The width of the random base model.")] = 128,
     layers: Annotated[int, typer.Option(min=1)] = 2,
-    epochs: Annotated[int, typer.Option(min=1)] = 20,
+    epochs: Annotated[int, typer.Option(min=1)] = 12,
     seeds: Annotated[int, typer.Option(min=1)] = 1,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     limit: Annotated[int | None, typer.Option(min=20, help="Use the first so many images.")] = None,
