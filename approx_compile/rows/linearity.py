@@ -35,7 +35,7 @@ _MAPS: set[Any] = set(VIEWS) | {
 _MAPS |= {aten.squeeze.dims, aten.squeeze.dim, aten.squeeze.default, aten.expand.default, aten.unsqueeze.default, aten.select.int, aten.slice.Tensor}
 _MAPS |= {aten._fft_r2c.default, aten._fft_c2r.default, aten._fft_c2c.default, aten.view_as_real.default, aten.view_as_complex.default}
 _MAPS |= {aten.tril.default, aten.triu.default, aten._conj.default, aten.conj_physical.default}  # linear over the reals, as weights are
-_MAPS |= {aten.as_strided.default, aten.neg.default, aten.cumsum.default, aten.flip.default, operator.getitem}
+_MAPS |= {aten.as_strided.default, aten.neg.default, aten.cumsum.default, aten.flip.default, aten.unfold.default, operator.getitem}
 _MAPS |= {aten.split_with_sizes.default, aten.split.Tensor, aten.unbind.int}
 _ZERO_OR_ALL = {aten.add.Tensor, aten.sub.Tensor, aten.slice_scatter.default, aten.select_scatter.default}
 _FACTORS = {aten.mul.Tensor, aten.mul.Scalar, aten.mm.default, aten.bmm.default, *CUSTOM_MM, *CUSTOM_CONV}
@@ -91,6 +91,8 @@ def is_linear(n: fx.Node, linear: set[fx.Node]) -> bool:
         return linear_or_zero(n.args[0]) and linear_or_zero(n.args[2]) and not any(i in linear for i in n.args[1])  # type: ignore[union-attr]
     if name in ("scatter_add", "scatter"):
         return linear_or_zero(n.args[0]) and n.args[2] not in linear and linear_or_zero(n.args[3])
+    if name == "_unsafe_masked_index":
+        return only_first and is_zero(n.args[3])
     if name == "_unsafe_masked_index_put_accumulate":
         return linear_or_zero(n.args[0]) and n.args[1] not in linear and n.args[3] in linear
     if n.target in (aten.addmm.default, aten.baddbmm.default, aten.addcmul.default) or name == "fma":  # addend + x * y

@@ -20,6 +20,7 @@ from approx_compile import _torch
 from approx_compile.rows.batch_dim import LOSS_GRAD, REDUCED_GRAD, ROW_GRAD, BatchSize, ValueLayout
 from approx_compile.rows.batch_dim_analysis import analyze_batch_dim
 from approx_compile.rows.batch_norm import decouple_batch_norm
+from approx_compile.rows.batching_rules.indexing import index_position
 from approx_compile.rows.coverage import planned_work
 from approx_compile.rows.stages import (
     ALL_ROWS,
@@ -177,8 +178,8 @@ def _stage(gm: fx.GraphModule, state: PartitionState, s: int, level: int, member
 
 def _renumber_samples(n: fx.Node, dim: int, place: int) -> None:
     """Replace the sample indices of x[arange(batch), i] by 0, 1, .. of the rows present: index `dim` of the op, which has the batch in its dim `place`."""
-    graph, x = n.graph, n.args[0]
-    indices: list[Any] = list(n.args[1])  # type: ignore[arg-type]
+    graph, x, position = n.graph, n.args[0], index_position(n)
+    indices: list[Any] = list(n.args[position])  # type: ignore[arg-type]
     number = _torch.value(indices[dim])
 
     def emit(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -190,7 +191,7 @@ def _renumber_samples(n: fx.Node, dim: int, place: int) -> None:
         size = emit(aten.sym_size.int, x, dim)
         counted = emit(torch.ops.prims.iota.default, size, start=0, step=1, dtype=number.dtype, device=number.device, requires_grad=False)
         indices[dim] = emit(aten.reshape.default, counted, [size if d == place else 1 for d in range(number.dim())])
-    n.args = (x, indices, *n.args[2:])
+    n.update_arg(position, indices)
 
 
 def _missing_symbols(gm: fx.GraphModule, members: Iterable[fx.Node], needed: Iterable[fx.Node]) -> dict[sympy.Symbol, Any]:

@@ -52,9 +52,19 @@ class _Indices(NamedTuple):
         return layout.at_dim(layout.dim + (self.first if self.adjacent else 0))
 
 
+def index_position(n: fx.Node) -> int:
+    """Return which argument of an op x[.., i, j, ..] are the indices. Ops with a mask have it before them."""
+    return 2 if "_masked_" in op_name(n) else 1
+
+
+def masked_index(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
+    """Apply to x[.., i, j, ..] where a mask is set, and one number elsewhere, as in the gradient of reflection padding."""
+    return common_layout(index(n, value, state), broadcast_layout(n.args[1], value.dim(), state))  # type: ignore[arg-type]
+
+
 def index(n: fx.Node, value: Any, state: BatchDimState) -> ValueLayout:
     """Apply to x[.., i, j, ..] with tensors as indices."""
-    layout, indices = state.layout_of(n.args[0]), _Indices.of(n.args[1])
+    layout, indices = state.layout_of(n.args[0]), _Indices.of(n.args[index_position(n)])
     if layout is not None and (by_sample := _indexed_by_sample(n, layout, indices, state)) is not None:
         return indices.in_result(by_sample)
     if not indices.adjacent:

@@ -16,7 +16,7 @@ from approx_compile.passes.fx_utils import BMM, MM, VIEWS, op_name
 from approx_compile.passes.rewrite.custom_ops import CUSTOM_CONV, CUSTOM_MM
 from approx_compile.rows.batching_rules.common import Rule, along_dim, batch_first, same_as_operand
 from approx_compile.rows.batching_rules.elementwise import copy, pointwise, reduction
-from approx_compile.rows.batching_rules.indexing import embedding_backward, gather_scatter, index, index_put
+from approx_compile.rows.batching_rules.indexing import embedding_backward, gather_scatter, index, index_put, masked_index
 from approx_compile.rows.batching_rules.products import attention, convolution_backward, custom_convolution, linalg, matmul
 from approx_compile.rows.batching_rules.slices import cat, pad, select, select_scatter, slice_, slice_scatter, split
 from approx_compile.rows.batching_rules.views import as_strided, as_strided_scatter, expand, permute, squeeze, unsqueeze, view, view_as_complex
@@ -34,10 +34,11 @@ _SHAPE_KEPT |= _LIKE | {aten.detach.default, aten.alias.default}
 
 _BATCH_FIRST = """
     convolution max_pool2d_with_indices max_pool2d_with_indices_backward avg_pool2d avg_pool2d_backward _adaptive_avg_pool2d
-    _adaptive_avg_pool2d_backward adaptive_max_pool2d_backward max_pool3d_with_indices_backward avg_pool3d_backward _adaptive_avg_pool3d_backward
-    upsample_nearest2d upsample_nearest2d_backward upsample_bilinear2d upsample_bilinear2d_backward upsample_nearest1d_backward
-    reflection_pad1d_backward reflection_pad2d_backward replication_pad2d_backward native_group_norm native_group_norm_backward
-    _low_memory_max_pool_with_offsets _low_memory_max_pool_offsets_to_indices pixel_shuffle pixel_unshuffle""".split()
+    _adaptive_avg_pool2d_backward adaptive_max_pool2d_backward adaptive_max_pool3d_backward max_pool3d_with_indices_backward avg_pool3d_backward
+    _adaptive_avg_pool3d_backward upsample_nearest2d upsample_nearest2d_backward upsample_bilinear2d upsample_bilinear2d_backward
+    upsample_nearest1d_backward _upsample_bilinear2d_aa_backward reflection_pad1d_backward reflection_pad2d_backward replication_pad1d_backward
+    replication_pad2d_backward replication_pad3d_backward grid_sampler_2d_backward grid_sampler_3d_backward native_group_norm
+    native_group_norm_backward _low_memory_max_pool_with_offsets _low_memory_max_pool_offsets_to_indices pixel_shuffle pixel_unshuffle""".split()
 _ATTENTION = """
     _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_backward _scaled_dot_product_flash_attention_for_cpu
     _scaled_dot_product_flash_attention_for_cpu_backward _scaled_dot_product_efficient_attention
@@ -87,7 +88,9 @@ _RULES_BY_NAME: dict[str, Rule] = {
     "rev": along_dim(1),
     "inductor_force_stride_order": same_as_operand,
     **dict.fromkeys(("_conj", "_conj_physical", "conj_physical", "resolve_conj"), same_as_operand),
+    "_unsafe_masked_index": masked_index,
     "_unsafe_masked_index_put_accumulate": index_put,
+    "unfold": along_dim(1),
     **dict.fromkeys(_BATCH_FIRST, batch_first),
     **dict.fromkeys(_LINALG, linalg),
     **dict.fromkeys(_ATTENTION, attention),
