@@ -1,4 +1,5 @@
-"""Run by test_triton_matmul.py in a process of its own, under Triton's interpreter: the kernels of matmul_kernels.py and topk.py against fp64, errors as JSON.
+"""Run by test_triton_matmul.py in a process of its own, under Triton's interpreter: reads names of cases and prints errors against fp64, of the kernels of
+matmul_kernels.py and topk.py, as JSON.
 
 Operands are views into buffers of NaN, and so is memory that nobody wrote: what is read beyond an operand, or left out of a result, shows.
 """
@@ -46,10 +47,14 @@ class Case:
 UNITS = ((64, 3, 2), (32, 5, 2), (24, 4, 3), (16, 5, 3), (1, 50, 17))
 WIDE = ((96, 2, 1), (128, 2, 1))
 
+AXES = (("skip", "rows", "columns"), ("float32", "float16"), UNITS, (False, True), (False, True))
+GRID = list(itertools.product(*AXES))
+"""The first cases are those of its points, in its order."""
+
 CASES = (
     [
         Case(op, dtype, unit, units, kept, transposed=(a, b), scale=a != b, bias=a and op == "skip", tma=unit % 32 == 0 or op != "skip")
-        for op, dtype, (unit, units, kept), a, b in itertools.product(("skip", "rows", "columns"), ("float32", "float16"), UNITS, (False, True), (False, True))
+        for op, dtype, (unit, units, kept), a, b in GRID
     ]
     + [
         Case(op, unit=unit, units=units, kept=kept, m=24, n=24, length=24, transposed=(False, t), scale=t)
@@ -190,9 +195,10 @@ def norm_error(rows: int, columns: int, dim: int, group: int, transposed: bool) 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # torch.empty is then full of NaN
+    wanted = set(json.load(sys.stdin))
     json.dump(
         {
-            "matmul": {str(c): error(c) for c in CASES},
+            "matmul": {str(c): error(c) for c in CASES if str(c) in wanted},
             "choose": {name: chosen(name) for name in SCORES},
             "norms": [norm_error(*case) for case in NORMS],
         },

@@ -48,7 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
     "as shipped, fp16": {"inputs": 192, "unit": 64, "kept": [0, 2], "image": (3, 5), "dtype": "float16", "shipped": True, "scaled": False},
 }
 USUAL = {
-    "image": (9, 7), "kernel": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "unit": 16, "kept": [1, 2], "dtype": "float32", "scaled": True,
+    "image": (6, 5), "kernel": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "unit": 16, "kept": [1, 2], "dtype": "float32", "scaled": True,
     "weight": "contiguous", "shipped": False,
 }  # fmt: skip
 
