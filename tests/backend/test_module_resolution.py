@@ -131,6 +131,30 @@ SPELLINGS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
 }
 
 
+class Tied(nn.Module):
+    """Language models share a weight between the first layer and the last, and a decorator takes their arguments: no parameter leads to the last layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.body, self.head = nn.Embedding(32, 64), nn.Linear(64, 64), nn.Linear(64, 32, bias=False)
+        self.head.weight = self.table.weight
+
+    @wrapped
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.body(self.table(x)).relu())
+
+
+def test_a_layer_that_shares_its_weight_is_found_behind_a_decorator() -> None:
+    model, x = Tied(), torch.randint(0, 32, (64,))
+    f, _, plans = compiled(model, ALWAYS)
+    for head_trains in (True, False):
+        model.head.train(head_trains)
+        f(x)
+        decisions = {s.name: s.decision for s in plans[-1].sites}
+        assert decisions == {"body": "sampled", "head": "sampled" if head_trains else "exact"}
+    assert len(plans) == 2
+
+
 UNKNOWN = ("Forgotten",)
 """Those of which nothing tells the mode: exact in any."""
 

@@ -202,6 +202,12 @@ def _resolve(key: int, path: str, cls: type, above: Sequence[StackModule], known
         module = _below(scope[match[1]].get(match[2]), names)
         if module is not None and id(module) == key:
             return StackModule(path, cls, module, _torch.child_source(_torch.module_variable_source(match[1], match[2]), names))
+    steps = path.split(".")
+    for i in range(len(steps) - 1, 0, -1):  # below a module in a container, such as L['args'][0]
+        _, source = known.get(id(outer := _evaluated(".".join(steps[:i]), scope)), (None, None))
+        module = _below(outer, steps[i:])
+        if source is not None and module is not None and id(module) == key:
+            return StackModule(path, cls, module, _torch.child_source(source, steps[i:]))
     return StackModule(path, cls)
 
 
