@@ -13,18 +13,8 @@ exhaustive = pytest.mark.exhaustive
 
 
 @pytest.fixture(scope="module")
-def failed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run_on_ranks(tmp_path_factory.mktemp("some"), "helpers.ddp_cases", ddp_cases.IN_MAKE_TEST)
-
-
-@pytest.fixture(scope="module")
 def failed_of_others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return run_on_ranks(tmp_path_factory.mktemp("others"), "helpers.ddp_cases", ddp_cases.OTHERS)
-
-
-@pytest.mark.parametrize("case", ddp_cases.IN_MAKE_TEST)
-def test_two_ranks(case: str, failed: dict[str, str]) -> None:
-    assert case not in failed, failed[case]
 
 
 @exhaustive

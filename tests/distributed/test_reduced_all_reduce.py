@@ -11,16 +11,6 @@ from helpers.ranks import run_on_ranks
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
-@pytest.fixture(scope="module")
-def failed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run_on_ranks(tmp_path_factory.mktemp("some"), "helpers.reduced_cases", reduced_cases.IN_MAKE_TEST)
-
-
-@pytest.mark.parametrize("case", reduced_cases.IN_MAKE_TEST)
-def test_two_ranks(case: str, failed: dict[str, str]) -> None:
-    assert case not in failed, failed[case]
-
-
 @pytest.mark.exhaustive
 def test_other_uses_with_two_ranks(tmp_path: Path) -> None:
     failed = run_on_ranks(tmp_path, "helpers.reduced_cases", reduced_cases.OTHERS)

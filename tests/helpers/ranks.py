@@ -21,7 +21,10 @@ LIMIT_S = 60
 
 
 def run_on_ranks(folder: Path, module: str, cases: Sequence[str], world: int = 2, limit_s: int = 500) -> dict[str, str]:
-    """Run cases of a module on the ranks of one group; return what failed by case, in the words of all ranks that failed."""
+    """Run cases on the ranks of one group; return what failed by case, in the words of all ranks that failed.
+
+    A case is the name of a function of the module, or one with its own module in front, as `helpers.ddp_cases.resume`.
+    """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "helpers.ranks", str(folder), module, ",".join(cases), str(world)]
     children = [subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE, text=True) for rank in range(world)]
@@ -44,12 +47,12 @@ def _main(folder: str, module: str, cases: str, world: str, rank: str) -> None:
     store = dist.FileStore(f"{folder}/store", int(world))
     dist.init_process_group("gloo", store=store, rank=int(rank), world_size=int(world), timeout=datetime.timedelta(seconds=LIMIT_S))
     results: dict[str, str] = {}
-    functions = importlib.import_module(module)
     for case in cases.split(","):
         torch._dynamo.reset()
         torch.manual_seed(0)
         try:
-            getattr(functions, case)(int(rank), int(world))
+            where, _, name = case.rpartition(".")
+            getattr(importlib.import_module(where or module), name)(int(rank), int(world))
             results[case] = ""
         except Exception:
             results[case] = traceback.format_exc()[-3000:]
