@@ -290,7 +290,7 @@ def test_train_ddp(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / "examples" / "train_ddp.py"]
         more = ["--width", "64", "--checkpoint", tmp_path / "run.pt", *arguments]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=300, env=environment)
+        done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=900, env=environment)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
