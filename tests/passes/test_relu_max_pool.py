@@ -75,7 +75,7 @@ def test_every_value_stays(name: str, layout: torch.memory_format) -> None:
 
 @pytest.mark.slow
 def test_through_inductor() -> None:
-    make, size = CASES["two, into a linear layer"]
+    make, size = CASES["overlapping"]
     model, x = make(), torch.randn(size)
     want = forward_and_backward(model, model, x)
     got = forward_and_backward(model, torch.compile(model, backend="approx", options=EXACT), x)
