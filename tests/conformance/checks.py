@@ -13,6 +13,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import decide
@@ -130,24 +131,29 @@ class Chosen:
 def default(entry: Model) -> dict[str, Any]:
     """The one line: while it keeps all rows the gradients are eager's, for batches of other sizes too; and how many graphs are compiled for those, beside
     torch's own number."""
-    dtype, stats = torch.float32, torch._dynamo.utils.counters["stats"]
-    graphs: dict[str, int] = {}
-    found: dict[str, Any] = {}
-    for name in ("torch", "ours"):
-        decide.fresh()
-        model, data = prepared(entry, dtype), batch(entry, BATCH, dtype)
-        f = decide.compiled(model, None, decide.Watched()) if name == "ours" else torch.compile(model, backend="aot_eager")
-        first, before = gradients(entry, model, f, data), stats["unique_graphs"]
-        if name == "ours":
-            found |= {"default fp32": error(first, gradients(entry, model, model, data)), "other sizes": (0.0, "")}
-        for n in OTHER_SIZES:
+    dtype, counts = torch.float32, torch._dynamo.utils.counters["stats"]
+
+    def graphs_added(f: Callable[..., Any], model: nn.Module, compared: bool) -> int:
+        found.update({"default fp32": (0.0, ""), "other sizes": (0.0, "")} if compared else {})
+        before = 0
+        for i, n in enumerate((BATCH, *OTHER_SIZES)):
             data = batch(entry, n, dtype)
-            with row_backward.all_rows():
+            with row_backward.all_rows() if i else nullcontext():
                 got = gradients(entry, model, f, data)
-            if name == "ours":
-                found["other sizes"] = max(found["other sizes"], error(got, gradients(entry, model, model, data)))
-        graphs[name] = stats["unique_graphs"] - before
-    return found | {"recompiled": graphs["ours"], "recompiled by torch": graphs["torch"]}
+            if compared:
+                key = "other sizes" if i else "default fp32"
+                found[key] = max(found[key], error(got, gradients(entry, model, model, data)))
+            before = before if i else counts["unique_graphs"]
+        return counts["unique_graphs"] - before
+
+    found: dict[str, Any] = {}
+    decide.fresh()
+    model = prepared(entry, dtype)
+    found["recompiled"] = graphs_added(decide.compiled(model, None, decide.Watched()), model, True)
+    decide.fresh()
+    model = prepared(entry, dtype)
+    found["recompiled by torch"] = attempted(lambda: graphs_added(torch.compile(model, backend="aot_eager"), model, False))
+    return found
 
 
 def sampled(entry: Model, dtype: torch.dtype) -> dict[str, Any]:

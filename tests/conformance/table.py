@@ -99,7 +99,7 @@ def row(model: models.Model, kept: Path) -> dict[str, Any] | None:
     out["first_call_approx"] = found.get("approx first call", out["first_call_approx"])
     out["first_call_inductor"] = found.get("inductor first call", out["first_call_inductor"])
     out["recompiled"], out["recompiled_by_torch"] = found.get("recompiled", ""), found.get("recompiled by torch", "")
-    if found.get("recompiled", 0) > found.get("recompiled by torch", 0):
+    if isinstance(out["recompiled_by_torch"], int) and found["recompiled"] > out["recompiled_by_torch"]:
         bad.append(f"{found['recompiled']} recompiled, torch {found['recompiled by torch']}")
     for column, key, good in (("random_stream", "random stream fp32", "as eager"), ("warnings", "warnings fp32", "none"), ("marks", "marks fp32", "none")):
         out[column] = found.get(key, "")
