@@ -159,14 +159,12 @@ def ignite(folder: Path) -> Recipe:
 def keras(folder: Path) -> Recipe:
     library = pytest.importorskip("keras")
     model = library.Sequential([library.layers.Input((20,)), library.layers.Dense(64, "relu"), library.layers.Dense(2)])
+    x, y = (t[:32] for t in inputs())  # one batch of Keras's default size: every size is traced anew, which takes seconds
 
     def check(after: Names) -> None:
         (control,) = controls(model).values()
-        assert control.step == 2  # batches of 32 and of 16 samples
-        assert model.predict(after["x"], verbose=0).shape == (SAMPLES, 2)
-        assert [cut.decision for cut in approx_compile.explain(model.call, inputs()[0]).cuts] == ["rows"]
+        assert control.step == 1
 
-    x, y = inputs()
     return {"torch": torch, "model": model, "x": x.numpy(), "y": nn.functional.one_hot(y).float().numpy()}, check
 
 
@@ -210,6 +208,14 @@ def test_recipe(page: str, heading: str, tmp_path: Path, monkeypatch: pytest.Mon
     for block in blocks_of_pages()[page, heading]:
         exec(compile(block, f"{page}.md", "exec"), names)
     check(names)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_explain_of_a_model_of_keras(tmp_path: Path) -> None:
+    model = keras(tmp_path)[0]["model"]
+    model.call = torch.compile(model.call, backend=backend())
+    assert [cut.decision for cut in approx_compile.explain(model.call, inputs()[0]).cuts] == ["rows"]
 
 
 @pytest.mark.slow
