@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from approx_compile import _torch
-from approx_compile.passes.fx_utils import BMM, CONV, MM, is_zero
+from approx_compile.passes.fx_utils import BMM, CONV, MM, PERMUTES, VIEWS, is_zero
 from approx_compile.passes.rewrite.custom_ops import CUSTOM_CONV, CUSTOM_MM
 from approx_compile.reasons import Reason, join
 from approx_compile.reasons.decisions import ROWS_END_ABOVE
@@ -236,6 +236,8 @@ def _assign(
                 found.ends.append((n, ROWS_END_ABOVE(why=known.blocked[n])))
             elif stage != ALL_ROWS or above.isdisjoint(gradients):
                 stage = level
+        elif n.target in VIEWS | PERMUTES and not above.isdisjoint(gradients):
+            above = above | {n}  # a weight gradient reads it transposed
         elif gradients == [] and known.kind.get(n) == ROW_GRAD:
             stage = ALL_ROWS  # the loss is inside the graph, and its gradient is expanded to the rows here
         if stage not in (ALL_ROWS, post) and n in known.blocked:
