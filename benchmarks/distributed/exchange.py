@@ -125,13 +125,16 @@ def count_bytes(model: Annotated[list[str] | None, typer.Option(help=f"Of {', '.
         sent, whole = exchange.bytes_sent / 1e6, exchange.bytes_whole / 1e6
         graphs = "one" if one_graph else "buckets"
         found.append(conditions() | {"model": name, "graphs": graphs, "sent_mb": round(sent, 3), "whole_mb": round(whole, 3), "share": round(sent / whole, 4)})
+        store("exchange_bytes", found[-1:])
     show("Bytes of a step", found, ("model", "graphs", "sent_mb", "whole_mb", "share"))
-    store("exchange_bytes", found)
 
 
 @app.command()
 def pack(size: int = 2048, repeats: int = 50) -> None:
-    """Time packing and unpacking half of the rows and columns of a weight's gradient, beside a copy of the whole."""
+    """Time packing and unpacking half of the rows and columns of a weight's gradient, beside a copy of the whole.
+
+    Times are those of a core, which other processes disturb less than the clock.
+    """
     gradient, found = torch.randn(size, size), []
     for unit in (1, 16):
         axes = tuple(_half(dim, size, unit) for dim in (0, 1))
@@ -148,9 +151,9 @@ def pack(size: int = 2048, repeats: int = 50) -> None:
         times: dict[str, list[float]] = {name: [] for name in actions}
         for _ in range(repeats):
             for name, act in actions.items():
-                start = time.perf_counter()
+                start = time.process_time()
                 act()
-                times[name].append(1e6 * (time.perf_counter() - start))
+                times[name].append(1e6 * (time.process_time() - start))
         medians = {f"{name}_us": round(statistics.median(t), 1) for name, t in times.items()}
         ratio = (sum(medians.values()) - medians["copy_us"]) / medians["copy_us"]
         found.append(conditions() | {"size": size, "unit": unit} | medians | {"of_copy": round(ratio, 3)})
