@@ -185,6 +185,12 @@ def is_dense(geometry: StridedGeometry) -> bool:
     return True
 
 
+def is_dense_at_hand_only(value: torch.Tensor) -> bool:
+    """Return whether a tensor's strides fill its memory for the sizes at hand alone: Inductor has made numbers of strides that depend on the batch's size."""
+    size, stride = [_torch.hint(s) for s in value.shape], [_torch.hint(s) for s in value.stride()]
+    return is_dense((size, stride, 0)) and not is_dense(geometry_of(value))
+
+
 def sample_stride(geometry: StridedGeometry, layout: SampleLayout, batch: BatchSize) -> Any:
     """Return the distance in memory, in entries, from one sample to the next."""
     return batch.expr(geometry[1][layout.dim]) * layout.inner

@@ -25,7 +25,7 @@ from approx_compile.reasons import Reason, join
 from approx_compile.reasons.decisions import ROWS_END, WHOLE_BACKWARD
 from approx_compile.reasons.rows import BATCH_ASSUMED, FIXED_BATCH_CODE, FIXED_BATCH_TRACED
 from approx_compile.rows import row_cost
-from approx_compile.rows.batch_dim import BatchSize, SampleLayout, ValueLayout
+from approx_compile.rows.batch_dim import BatchSize, SampleLayout, ValueLayout, is_dense_at_hand_only
 from approx_compile.rows.controller import StepFlops
 from approx_compile.rows.coverage import estimate_coverage
 from approx_compile.rows.gather_rows import copy_keeping_strides, may_overlap
@@ -387,7 +387,7 @@ def _inputs_of(stage: Stage, given: Mapping[str, Any], dense: Mapping[str, Tenso
 def _contiguous_copies(partition: Partition, given: Mapping[str, Any]) -> dict[str, Tensor]:
     """Fake contiguous tensors for the saved tensors whose gathered rows cannot have the strides of the tensor, by name.
 
-    These are tensors whose entries overlap in memory, and gradients expanded along the batch: their rows share memory but get different weights.
+    Entries of these overlap in memory, or would with another batch's size, or they are gradients expanded along the batch, whose rows get different weights.
     """
     new = {}
     for e in (e for s in partition.stages if s.level != ALL_ROWS for e in s.entries):
@@ -395,6 +395,6 @@ def _contiguous_copies(partition: Partition, given: Mapping[str, Any]) -> dict[s
         if e.source != SAVED or e.layout is None or not isinstance(value, Tensor):
             continue
         size, stride = [_torch.hint(s) for s in value.shape], [_torch.hint(s) for s in value.stride()]
-        if may_overlap(size, stride) or (e.gradient and stride[e.layout.dim] == 0):
+        if may_overlap(size, stride) or is_dense_at_hand_only(value) or (e.gradient and stride[e.layout.dim] == 0):
             new[e.name] = _torch.fake_contiguous(value)
     return new

@@ -280,3 +280,18 @@ def test_numbers_that_dynamic_makes_inputs(monkeypatch: pytest.MonkeyPatch) -> N
     (model(x).square().sum(1) * chosen.mask(16)).sum().backward()
     for a, b in zip(got, grads(model), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_strides_that_inductor_has_made_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """InstanceNorm with running statistics merges the batch with the channels. Inductor puts the merged dim innermost, with strides of the batch at hand."""
+    chosen = ChosenRows(monkeypatch)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.InstanceNorm2d(16, affine=True, track_running_stats=True), nn.ReLU())
+    model.append(nn.Conv2d(16, 8, 3, 2))
+    f, x, tangent = torch.compile(model, backend="approx", options=EVEN), torch.randn(16, 3, 32, 32), torch.randn(16, 8, 15, 15)
+    f(x).backward(tangent)
+    got = grads(model)
+    assert (chosen.mask(16) != 0).sum() == 8
+    model(x).backward(tangent * chosen.mask(16).view(-1, 1, 1, 1))
+    for a, b in zip(got, grads(model), strict=True):
+        assert (a - b).norm() < 1e-5 * b.norm()
