@@ -96,6 +96,7 @@ def worker(folder: str, directory: Path, dataset: str, noise: float, samples: in
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     row_cost.ANY_SIZE = True  # shares are looked at here, not whether they pay in a model of this size
+    torch._dynamo.config.optimize_ddp = False  # one graph, so one share
     full = data.load(dataset, directory)
     x, y = (t[rank * samples : (rank + 1) * samples] for t in (full.train_x.flatten(1), full.train_y))
     random = torch.Generator().manual_seed(rank)
