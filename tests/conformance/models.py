@@ -364,7 +364,7 @@ add_hf("BeitForImageClassification", pixels(), **VISION, **five)
 add_hf("Dinov2ForImageClassification", pixels(), **VISION, **five)
 add_hf(
     "ViTMAEForPreTraining",
-    pixels(labels=False),
+    pixels(labels=False, noise=lambda n: torch.rand(n, 16)),  # which patches are masked: else every run draws its own
     **VISION,
     decoder_hidden_size=32,
     decoder_num_hidden_layers=1,
