@@ -75,7 +75,7 @@ def take_rows(value: Tensor, layout: SampleLayout, idx: Tensor, weight: Tensor |
 def put_rows(value: Tensor, layout: SampleLayout, idx: Tensor | None, batch: int, size: Sequence[int], stride: Sequence[int] | None = None) -> Tensor:
     """Return rows put back at their indices `idx` among `batch` rows, with zeros elsewhere, and with the given strides if any."""
     if idx is None:
-        return value
+        return with_strides(value, stride)
     if 0 in size:
         return with_strides(torch.zeros(tuple(size), dtype=value.dtype, device=value.device), stride)
     rows, dim = _unfolded(value, layout, len(idx))

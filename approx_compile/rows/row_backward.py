@@ -338,14 +338,13 @@ class RowBackward:
             weights, like = _weights(kept, level), self._weights
             return torch.ones(shape[0], dtype=like.dtype, device=like.device) if weights is None else weights.to(like.dtype)
         value = live[entry.name]
+        stride = shape[1] if entry.source != SAVED or (level and entry.name in self._dense) else None  # a stage's result may have got others
         if entry.layout is None or made[entry.name] == level:
-            return value
+            return with_strides(value, stride)
         if level == ALL_ROWS:
             return put_rows(value, entry.layout, _path(kept, ALL_ROWS, made[entry.name])[0], size, *shape)
         idx, weight = _path(kept, made[entry.name], level)
-        if idx is None:
-            return with_strides(value, shape[1]) if entry.name in self._dense else value
-        return take_rows(value, entry.layout, idx, weight if entry.gradient else None, *shape)
+        return with_strides(value, stride) if idx is None else take_rows(value, entry.layout, idx, weight if entry.gradient else None, *shape)
 
     def _result(
         self,

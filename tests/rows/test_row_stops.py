@@ -135,6 +135,30 @@ def test_rows_begin_below_a_head_where_samples_mix(make: type[Slices], monkeypat
     assert differ[[n for n, _ in model.named_parameters()].index("a.weight")]
 
 
+def images() -> nn.Module:
+    """Most work lies between two norms, in convolutions, for which Inductor chooses a memory layout of its own."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 32, 3, padding=1), nn.GELU(), nn.Conv2d(32, 8, 3, padding=1)),
+        *(nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    )
+
+
+@pytest.mark.slow
+def test_stages_get_the_strides_that_they_were_compiled_for(small_work_counts: None) -> None:
+    """Inductor gives gradients that go from stage to stage other strides than the graph has. All rows are kept, so that gradients are the exact ones."""
+    model, x = images(), torch.randn(12, 3, 8, 8)
+    plans = Plans()
+    f = torch.compile(model, backend=Backend({"policy": "adaptive", "adaptive": {"tau": 1e-9}}, on_plan=plans))
+    for n in (12, 9):
+        f(x[:n]).square().sum().backward()
+        found = grads(model)
+        model(x[:n]).square().sum().backward()
+        for got, want in zip(found, grads(model), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * float(want.abs().max()) + 1e-4)
+    assert [c.decision for p in plans for c in p.cuts] == ["rows"] and plans[0].cuts[0].flops_on_rows > 0.5 * plans[0].cuts[0].flops_all
+
+
 @pytest.mark.slow
 @pytest.mark.exhaustive
 def test_policies_that_look_at_the_cost_decline_and_are_then_inductor_bit_for_bit() -> None:
