@@ -77,16 +77,17 @@ def row(model: models.Model, kept: Path) -> dict[str, Any] | None:
                 bad.append(f"{column} {value}")
 
     out |= {"decision": found.get("decision", "not run"), "share": found.get("share", ""), "reason": found.get("reason", ""), "graphs": found.get("graphs", "")}
+    limits: dict[str, float] = {}
     for dtype in ("fp32", "fp64"):
-        limit = LIMITS["narrow" if narrow and dtype == "fp64" else dtype]
+        limit = limits[dtype] = max(LIMITS["narrow" if narrow and dtype == "fp64" else dtype], 2 * found.get(f"torch {dtype}", [0.0])[0])
         number(f"exact_{dtype}", f"exact {dtype}", limit)
         number(f"lin_{dtype}", f"lin {dtype}", limit)
         number(f"mean_{dtype}", f"mean {dtype}", limit)
         if isinstance(half := found.get(f"half {dtype}"), str):
             out[f"lin_{dtype}"] = half
             bad.append(f"half {dtype} {half}")
-    number("default_fp32", "default fp32", LIMITS["fp32"])
-    number("other_sizes", "other sizes", LIMITS["fp32"])
+    number("default_fp32", "default fp32", limits["fp32"])
+    number("other_sizes", "other sizes", limits["fp32"])
     number("inductor_gradients", "approx gradients", 1e-3)
     if isinstance(failed := found.get("default"), str):
         out["default_fp32"] = failed
