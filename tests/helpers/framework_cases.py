@@ -24,7 +24,6 @@ from helpers import frameworks  # noqa: F401
 from helpers.ddp import assert_equal_on_ranks
 from helpers.models import mlp
 
-row_cost.ANY_SIZE = True
 STEPS, HALF = 24, 12
 
 
@@ -33,7 +32,8 @@ def _backend() -> approx_compile.Backend:
 
 
 def _announce(rank: int, world: int) -> Path:
-    """Tell frameworks of the group that runs already, as torchrun would. Returns an empty folder that all ranks have."""
+    """Tell frameworks of the group that runs already, as torchrun would, and let small models run on rows. Returns an empty folder that all ranks have."""
+    row_cost.ANY_SIZE = True  # not when the module is imported: the tests' process imports it, too
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}  # no connection is made: the group has its own store
     folder: list[Any] = [tempfile.mkdtemp() if rank == 0 else None]
