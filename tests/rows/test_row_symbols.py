@@ -139,7 +139,7 @@ class Modulated(nn.Module):
 
 @pytest.mark.slow
 @pytest.mark.sample(2)
-@pytest.mark.parametrize("options", [{}, {"policy": "cost"}, {"policy": "always"}, EVEN, {"rules": [{"layers": "conv", "grad_weight": "max"}]}])
+@pytest.mark.parametrize("options", [{}, {"policy": "cost"}, {"policy": "always"}, {"rules": [{"layers": "conv", "grad_weight": "max"}]}])
 def test_as_many_groups_as_samples_are_exact(options: dict[str, Any]) -> None:
     model, x, z = Modulated(), torch.randn(16, 3, 6, 6), torch.randn(16, 5)
     f = torch.compile(model, backend=Backend({"policy": "adaptive"} | options, inner_compile=run_as_is), dynamic=True)
@@ -149,6 +149,20 @@ def test_as_many_groups_as_samples_are_exact(options: dict[str, Any]) -> None:
         model(x[:n], z[:n]).square().sum().backward()
         for a, b in zip(found, grads(model), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_begin_below_as_many_groups_as_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, z = Modulated(), torch.randn(16, 3, 6, 6), torch.randn(16, 5)
+    f, plans = rows_of(model, HALF, dynamic=True)
+
+    def step(g: Any) -> list[Tensor]:
+        g(x, z).square().sum().backward()
+        return grads(model)
+
+    mean, differ = over_halves(monkeypatch, lambda: step(f))
+    assert plans[0].cuts[0].decision == "rows" and differ == [False, True, False]
+    for got, want in zip(mean, step(model), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-2)
 
 
 def test_groups_that_are_a_symbol_are_a_reason() -> None:
