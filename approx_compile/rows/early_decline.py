@@ -6,7 +6,6 @@ This saves the time of that second trace and of its joint graph. The decision is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from approx_compile.reasons.rows import CROSS_SAMPLE, FEW_FLOPS_ON_ROWS
 from approx_compile.rows import row_cost
 from approx_compile.rows.row_compiler import LEAST_SHARE
 from approx_compile.rows.source_place import source_place
-from approx_compile.rows.stages import most_covered
+from approx_compile.rows.stages import most_between
 
 _MARGIN = 0.8
 """Factor on the least share that a graph must reach here. It allows for errors in counting the gradients of products: one that is counted here may not be
@@ -80,23 +79,8 @@ def _gradient_flops(gm: fx.GraphModule, config: ApproxConfig) -> tuple[int, int]
         return None
     gradients = {n: round(f * _gradients(n)) for n, f in flops.items() if f}
     mixing = [] if any(s.approximate_batch_norm for s in _row_settings(config)) else [n for n in gm.graph.nodes if _is_batch_norm(n)]
-    return sum(gradients.values()), _most_on_rows(gm, gradients, mixing)
-
-
-def _most_on_rows(gm: fx.GraphModule, gradients: Mapping[fx.Node, int], mixing: Sequence[fx.Node]) -> int:
-    """The most FLOPs of gradients that may run on rows, for the best cut: the backward pass of the last of the mixing nodes runs on all rows, with all above it
-    in the backward pass, and so does what is below one of the others.
-    """
-    number = {n: i for i, n in enumerate(mixing)}
-    last_before: dict[fx.Node, int] = {}
-    for n in gm.graph.nodes:
-        last_before[n] = max([number.get(n, -1), *(last_before[a] for a in n.all_input_nodes)])
-    first_behind: dict[fx.Node, int] = {}
-    for n in reversed(gm.graph.nodes):
-        first_behind[n] = min([number.get(n, len(mixing)), *(first_behind[u] for u in n.users)])
-    spans = [(last_before[n] + 1, first_behind[n], f) for n, f in gradients.items()]
-    best = most_covered(spans)
-    return sum(f for first, last, f in spans if first <= best <= last)
+    _, most = most_between([*gm.graph.nodes], mixing, lambda n: gradients.get(n, 0))
+    return sum(gradients.values()), most
 
 
 def _cut(asked: RowSettings, rows: int, reason: Reason, flops: int, level: int) -> RowCut:

@@ -7,8 +7,7 @@ outputs, they and all above them are part of level 0 instead.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -186,7 +185,7 @@ def assign_stages(graph: fx.Graph, state: PartitionState, tangents: Sequence[fx.
 
     beginning = {n: levels.get(n.name, default) for n in graph.nodes if n.op == "call_function"} | dict.fromkeys(by_rows, start)
     found = _assign(graph, known, beginning, post, exact)
-    if kept := _blocked_above_rows(graph, known, found):
+    if kept := _blocked_above_rows(known, found):
         above = _with_all_above(kept, graph, known)
         other = _assign(graph, known, beginning | dict.fromkeys(above & by_rows, ALL_ROWS), post, exact | above, above)
         found = max(found, other, key=_Assignment.flops_on_rows)
@@ -220,7 +219,7 @@ def _assign(
         exact: The nodes that keep all rows.
         above: Those of them that keep all rows so that rows can begin below blocked nodes. No level begins at a sum over the rows of such a gradient.
     """
-    found = _Assignment(post)
+    found, above = _Assignment(post), set(above)
     for n in graph.nodes:
         if n.op != "call_function" or known.kind.get(n) not in (ROW_GRAD, REDUCED_GRAD):
             continue
@@ -237,7 +236,7 @@ def _assign(
             elif stage != ALL_ROWS or above.isdisjoint(gradients):
                 stage = level
         elif n.target in VIEWS | PERMUTES and not above.isdisjoint(gradients):
-            above = above | {n}  # a weight gradient reads it transposed
+            above.add(n)  # a weight gradient reads it transposed
         elif gradients == [] and known.kind.get(n) == ROW_GRAD:
             stage = ALL_ROWS  # the loss is inside the graph, and its gradient is expanded to the rows here
         if stage not in (ALL_ROWS, post) and n in known.blocked:
@@ -247,7 +246,7 @@ def _assign(
     return found
 
 
-def _blocked_above_rows(graph: fx.Graph, known: BatchDimState, found: _Assignment) -> set[fx.Node]:
+def _blocked_above_rows(known: BatchDimState, found: _Assignment) -> set[fx.Node]:
     """Return the blocked nodes that should keep all rows, with all that they are computed from, so that rows begin below them.
 
     Rows that begin at the output gradients end at the first blocked node. Where that is near the outputs, such as BatchNorm in a head or a loss that compares
@@ -255,31 +254,34 @@ def _blocked_above_rows(graph: fx.Graph, known: BatchDimState, found: _Assignmen
     rows: the products that are neither above one of b_0 .. b_(p-1) nor below one of the others.
     """
     blocked = [n for n, stage in found.stage.items() if stage == found.post and n in known.blocked]
-    number = {n: i for i, n in enumerate(blocked)}
-    last_above: dict[fx.Node, int] = {}
-    for n in found.stage:
-        last_above[n] = max([number.get(n, -1), *(last_above[a] for a in n.all_input_nodes if a in last_above)])
-    first_below: dict[fx.Node, int] = {}
-    for n in reversed(graph.nodes):
-        if n in found.stage:
-            first_below[n] = min([number.get(n, len(blocked)), *(first_below[u] for u in n.users if u in first_below)])
-    spans = [(last_above[n] + 1, first_below[n], _torch.flops(n)) for n in found.stage]
-    return set(blocked[: most_covered(spans)])
+    return set(blocked[: most_between([*found.stage], blocked, _torch.flops)[0]])
 
 
-def most_covered(spans: Iterable[tuple[int, int, int]]) -> int:
-    """Return the least number that the most weight covers.
+def most_between(nodes: Sequence[fx.Node], marked: Sequence[fx.Node], weight: Callable[[fx.Node], int]) -> tuple[int, int]:
+    """Find where to divide marked nodes of a graph so that the most weight lies behind the first of them and before the others.
 
     Args:
-        spans: The first and last number that a weight covers, and the weight. A span whose first number is larger than its last covers none.
+        nodes: The nodes that count, in graph order.
+        marked: Some of them, in graph order.
+        weight: The weight of a node.
+
+    Returns:
+        p and a weight: that of the nodes which none of the first p marked nodes is computed from and which are computed from none of the others. p is the
+        least number with the most weight.
     """
-    change: dict[int, int] = {0: 0}
-    for first, last, weight in spans:
-        if weight and first <= last:
-            change[first] = change.get(first, 0) + weight
-            change[last + 1] = change.get(last + 1, 0) - weight
-    covered = dict(zip(numbers := sorted(change), itertools.accumulate(change[i] for i in numbers), strict=True))
-    return max(covered, key=covered.__getitem__)
+    number = {n: i for i, n in enumerate(marked)}
+    last_above: dict[fx.Node, int] = {}
+    for n in nodes:
+        last_above[n] = max([number.get(n, -1), *(last_above[a] for a in n.all_input_nodes if a in last_above)])
+    first_below: dict[fx.Node, int] = {}
+    for n in reversed(nodes):
+        first_below[n] = min([number.get(n, len(marked)), *(first_below[u] for u in n.users if u in first_below)])
+    weights, between = {n: weight(n) for n in nodes}, [0] * (len(marked) + 1)
+    for n in nodes:
+        for p in range(last_above[n] + 1, first_below[n] + 1):
+            between[p] += weights[n]
+    best = max(range(len(between)), key=between.__getitem__)
+    return best, between[best]
 
 
 def _with_all_above(nodes: Iterable[fx.Node], graph: fx.Graph, known: BatchDimState) -> set[fx.Node]:
