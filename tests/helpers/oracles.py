@@ -22,6 +22,14 @@ def grads(model: nn.Module, *inputs: Tensor) -> list[Tensor]:
     return found
 
 
+def grads_under_a_tangent(f: Callable[..., Tensor], model: nn.Module, *inputs: Tensor) -> list[Tensor]:
+    """Run `f`, which is the model or its compiled form, and a backward pass from a random output gradient, the same in every call; return the gradients."""
+    out = f(*inputs)
+    torch.manual_seed(0)
+    out.backward(torch.randn_like(out))
+    return grads(model, *inputs)
+
+
 def relative(a: Tensor, b: Tensor) -> float:
     """|a - b| / |b| in double precision."""
     a, b = a.double(), b.double()

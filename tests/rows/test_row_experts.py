@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers.compile import HALF, rows_of
-from helpers.oracles import ChosenRows, grads, over_halves
+from helpers.oracles import ChosenRows, grads, grads_under_a_tangent, over_halves
 from torch import Tensor, nn
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
@@ -147,15 +146,9 @@ def test_tokens_that_are_sorted_over_the_batch_end_the_rows(name: str, monkeypat
     model, x = Mixture(ACROSS[name]).double(), torch.randn(12, 3, 5, dtype=torch.float64).requires_grad_()
     f, plans = rows_of(model, HALF)
 
-    def step(g: Any) -> list[Tensor]:
-        out = g(x)
-        torch.manual_seed(0)
-        out.backward(torch.randn_like(out))
-        return grads(model, x)
-
-    mean, _ = over_halves(monkeypatch, lambda: step(f))
+    mean, _ = over_halves(monkeypatch, lambda: grads_under_a_tangent(f, model, x))
     assert not any(c.reason == "the whole backward pass" for p in plans for c in p.cuts)
-    for got, want in zip(mean, step(model), strict=True):
+    for got, want in zip(mean, grads_under_a_tangent(model, model, x), strict=True):
         torch.testing.assert_close(got, want)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.compile import HALF, Plans, rows_of
 from helpers.models import mlp
-from helpers.oracles import ChosenRows, grads, over_halves, relative
+from helpers.oracles import ChosenRows, grads, grads_under_a_tangent, over_halves, relative
 from torch import Tensor, nn
 
 from approx_compile import Backend
@@ -120,17 +120,11 @@ def test_rows_begin_below_a_head_where_samples_mix(make: type[Slices], monkeypat
     model, x = make(3), torch.randn(24, 20).requires_grad_()
     f, plans = rows_of(model)
 
-    def step(g: Any) -> list[Tensor]:
-        out = g(x)
-        torch.manual_seed(0)
-        out.backward(torch.randn_like(out))
-        return grads(model, x)
-
-    mean, differ = over_halves(monkeypatch, lambda: step(f))
+    mean, differ = over_halves(monkeypatch, lambda: grads_under_a_tangent(f, model, x))
     (cut,) = plans[0].cuts
     assert cut.decision == "rows" and "all above it runs on all rows" in cut.reason
     assert cut.flops_on_rows > 0.25 * cut.flops_all
-    for got, want in zip(mean, step(model), strict=True):
+    for got, want in zip(mean, grads_under_a_tangent(model, model, x), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert differ[[n for n, _ in model.named_parameters()].index("a.weight")]
 
