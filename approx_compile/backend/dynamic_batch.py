@@ -101,8 +101,9 @@ def _size_of_first_dim(data: Sequence[fx.Node], outputs: Sequence[torch.Tensor])
 
 
 def _second_dim_of_outputs(data: Sequence[fx.Node], outputs: Sequence[torch.Tensor]) -> int | None:
-    """Return the size that dim 1 of most elements of the data shares with the dim 0 of an output, where no data share theirs: a loop over the steps of a
-    sequence whose first axis is time, or one of several axes that a model loops over. None if there is no such size.
+    """Return the size that most elements of the data have in dim 1 and an output has in dim 0. None if there is no such size, or if data have it in dim 0.
+
+    This finds the samples of a sequence that a model takes step by step along its first axis.
     """
     output_sizes = {_torch.hint(o.shape[0]) for o in outputs if o.dim()} - {1}
     elements: dict[int, int] = {}
