@@ -160,7 +160,8 @@ class GraphCompiler:
             return self._compile_one(config, None, no_rows)
         if self.context.nothing_trains() or self.context.exact is not None:
             return self._compile_one(config, None, NoRows(self.context.exact or NOT_TRAINING()))
-        return self._compile_one(config, TokenCompiler(config, self.options.inner_compile, self.root, self.name()))
+        parameters = [i for i, v in enumerate(self.context.inputs) if v.parameter and v.requires_grad]
+        return self._compile_one(config, TokenCompiler(config, self.options.inner_compile, self.root, self.name(), parameters))
 
     def _compile_one(
         self, config: ApproxConfig, rows: RowCompiler | TokenCompiler | None, no_rows: NoRows | None = None, may_compile_again: bool = False

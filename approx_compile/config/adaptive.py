@@ -18,8 +18,8 @@ class AdaptiveTable(Table):
         default=0.025,
         description="The variance that leaving out rows may add, as a share of the gradient's own: with row norms g and probabilities p, the sum of (1 - p) / "
         "p g^2 is at most tau times the sum of g^2. What is measured of the whole gradient corrects this bound (`probe`). Raise it to keep fewer rows; lower "
-        "it if the training becomes noisier than the exact one. With tokens it holds for every region, is not corrected, and 0 leaves out only tokens whose "
-        "gradient is exactly zero, such as padding and masked prompts. `auto` bounds nothing: it keeps the share of the samples at which the time of a step, "
+        "it if the training becomes noisier than the exact one. With tokens the same sum is taken over the tokens of every region, and 0 leaves out only tokens "
+        "whose gradient is exactly zero, such as padding and masked prompts. `auto` bounds nothing: it keeps the share of the samples at which the time of a step, "
         "by its FLOPs, times 1 + v is least, with v the variance added, because where noise dominates training takes about 1 + v times as many steps.",
         examples=[{"adaptive": {"tau": 0.1}}, {"adaptive": {"tau": "auto"}}],
         json_schema_extra={"minimum": 0},
@@ -29,8 +29,9 @@ class AdaptiveTable(Table):
         ge=0,
         description="The number of backward passes from one measurement of the variance that leaving out samples adds to the whole gradient to the next; 0 for "
         "none. In such a pass the backward graph runs on all samples, on chosen ones and on half of them, which takes about as long as two more backward "
-        "passes. Its result is exact. Where the variance measured exceeds `tau` more samples are kept, and fewer where it is less. Raise the number if steps "
-        "that measure are too long.",
+        "passes. Its result is exact. Where the variance measured exceeds `tau` more samples are kept, and fewer where it is less. With tokens it runs on all "
+        "and on chosen tokens in one pass, and on all in the next, and measures four times more before the first regular time. Raise the number if steps that "
+        "measure are too long.",
         examples=[{"adaptive": {"probe": 1000}}],
     )
     ladder: tuple[float, ...] = Field(

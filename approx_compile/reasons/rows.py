@@ -176,5 +176,6 @@ COMPLEX_ALONG_BATCH = Template(
 _BY_NORMS = NOTHING_TO_DO + "samples are then chosen by the norms of the gradients at the outputs alone, as with `adaptive.probe` 0."
 UNMEASURED_WRITES = Template("unmeasured-writes", "{op} has effects, so that the backward pass must run only once", _BY_NORMS)
 UNMEASURED_COLLECTIVE = Template("unmeasured-collective", "{op} communicates with other processes, which may not measure in the same step", _BY_NORMS)
+UNMEASURED_NO_PARAMETERS = Template("unmeasured-no-parameters", "the graph computes the gradient of no parameter", _BY_NORMS)
 UNMEASURED_MEMORY = Template("unmeasured-memory", "there was not enough memory to run the backward pass on some of the rows and then on all", _BY_NORMS)
 UNMEASURED_CUDA_GRAPHS = Template("unmeasured-cuda-graphs", "CUDA graphs reuse the memory of results", _BY_NORMS)

@@ -25,8 +25,7 @@ class GraphControls:
     """
 
     kind: type[RowControl] = RowControl
-    measures = True
-    """Whether the variance of the whole gradient is measured."""
+    budget_kind: type[VarianceBudget] = VarianceBudget
 
     def __init__(
         self,
@@ -57,7 +56,7 @@ class GraphControls:
         self.ratios = [s.ratio for s in levels]
         self.unowned = [self.kind(config.adaptive, f"{name.key}{i}") for i, _ in enumerate(levels, 1)]
         self.unowned_draws = Draws(f"{name.key}draws")
-        self.unowned_budget = VarianceBudget(config.adaptive, f"{name.key}variance")
+        self.unowned_budget = self.budget_kind(config.adaptive, f"{name.key}variance")
         self.unmeasured = unmeasured
 
     def owner(self, saved: Iterable[Any]) -> Owner | None:
@@ -80,9 +79,9 @@ class GraphControls:
 
     def budget(self, owner: Owner | None) -> VarianceBudget | None:
         """Return the budget of this graph for an owner; None where no share is found during the run."""
-        if not self.measures or None not in self.ratios:
+        if None not in self.ratios:
             return None
-        budget = control_for(owner, self.adaptive, self.name + "variance", VarianceBudget) if owner is not None else self.unowned_budget
+        budget = control_for(owner, self.adaptive, self.name + "variance", self.budget_kind) if owner is not None else self.unowned_budget
         budget.declined = budget.declined or self.unmeasured
         return budget
 

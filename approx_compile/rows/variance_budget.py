@@ -74,6 +74,9 @@ class VarianceBudget(Observing):
         declined: Why nothing is measured, if so.
     """
 
+    left_out = "rows left out"
+    """What adds the variance, in words."""
+
     def __init__(self, settings: AdaptiveTable, name: str) -> None:
         super().__init__(settings, name)
         self.added = self.predicted = settings.tau if settings.tau and settings.tau != "auto" else FIRST_VARIANCE
@@ -95,6 +98,10 @@ class VarianceBudget(Observing):
         """Start a pass; return whether it measures."""
         self._apply_pending()
         self.passes += 1
+        return self.is_due()
+
+    def is_due(self) -> bool:
+        """Whether this pass measures."""
         every = self.settings.probe
         return every > 0 and self.declined is None and self.passes % every == every // 4
 
@@ -122,8 +129,8 @@ class VarianceBudget(Observing):
         self.added = MOMENTUM * self.added + (1 - MOMENTUM) * added
         self.predicted = MOMENTUM * self.predicted + (1 - MOMENTUM) * predicted
         self.measurements.append((self._measured_at, added))
-        said = "%s: rows left out add %.3g of the gradient's own variance in pass %d, the norms say %.3g; asked: %s; on average %.3g times what the norms say"
-        log.info(said, self.name, added, self._measured_at, predicted, self.settings.tau, self.excess)
+        said = "%s: %s add %.3g of the gradient's own variance in pass %d, the norms say %.3g; asked: %s; on average %.3g times what the norms say"
+        log.info(said, self.name, self.left_out, added, self._measured_at, predicted, self.settings.tau, self.excess)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as numbers, strings and lists."""

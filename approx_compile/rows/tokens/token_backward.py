@@ -8,16 +8,21 @@ from typing import Any
 
 import sympy
 import torch
+from torch import Tensor
 
 from approx_compile import _torch
 from approx_compile.config.resolve import LEAST_ROWS, RowSettings
+from approx_compile.reasons.rows import UNMEASURED_MEMORY
 from approx_compile.rows import row_backward
-from approx_compile.rows.controller import RowControl, TokenControl
+from approx_compile.rows.bare_names import Owner
+from approx_compile.rows.controller import Draws, RowControl, TokenControl
 from approx_compile.rows.gather_rows import copy_keeping_strides
 from approx_compile.rows.graph_controls import GraphControls
 from approx_compile.rows.nonlinear_below import is_nonlinear_below
 from approx_compile.rows.row_backward import MAX_CACHED_SIZES
 from approx_compile.rows.stage_shapes import number_of
+from approx_compile.rows.tokens.token_variance import TokenBudget, predicted_variance
+from approx_compile.rows.variance_budget import some_entries
 
 _LARGEST_SEED = 2**62
 
@@ -41,7 +46,13 @@ class TokenControls(GraphControls):
     """Finds the controls and draws of one graph, with a control for each region."""
 
     kind = TokenControl
-    measures = False
+    budget_kind = TokenBudget
+
+    def budget(self, owner: Owner | None) -> TokenBudget | None:
+        """Return the budget of this graph for an owner; None where no share is found during the run."""
+        budget = super().budget(owner)
+        assert budget is None or isinstance(budget, TokenBudget)
+        return budget
 
 
 class TokenBackward:
@@ -55,9 +66,10 @@ class TokenBackward:
         guards: Sequence[Any],
         names: Sequence[str],
         example_inputs: Sequence[Any],
-        controls: GraphControls,
+        controls: TokenControls,
         donated: Iterable[str] = (),
         whole: Callable[[list[Any]], Sequence[Any]] | None = None,
+        parameters: Iterable[int] = (),
     ) -> None:
         """Store the compiled graph.
 
@@ -72,6 +84,7 @@ class TokenBackward:
             controls: Where the adaptive ratios and the random numbers of a call come from.
             donated: The names of the inputs that compiled code may write to.
             whole: The backward graph on all tokens; None if there is none.
+            parameters: The places of the gradients of parameters among its outputs.
         """
         self.call = call
         self.regions = tuple(regions)
@@ -81,7 +94,8 @@ class TokenBackward:
         self._names = tuple(names)
         self._counted = tuple(symbols)
         self._symbols = _torch.symbol_sources(example_inputs)
-        self._donated = [i for i, n in enumerate(names) if n in set(donated)]
+        self._donated = {i for i, n in enumerate(names) if n in set(donated)}
+        self._parameters = tuple(dict.fromkeys(parameters))
         self._legal_counts: dict[tuple[Any, ...], int] = {}
 
     def __call__(self, args: list[Any]) -> list[Any]:
@@ -96,23 +110,75 @@ class TokenBackward:
         symbols = {s: _torch.size_at(args, i, d) for s, i, d in self._symbols}
         sizes = [number_of(sympy.sympify(r.size), symbols) for r in self.regions]
         if self._donated and _torch.graph_is_kept():
-            for i in self._donated:
-                args[i] = copy_keeping_strides(args[i])
+            args[:] = self._with_donated_copied(args)
+        if row_backward._all_rows[0] or is_nonlinear_below(_torch.current_backward_node()):
+            return self._on_all(args, sizes)
         owner = self.controls.owner(args)
-        exact = row_backward._all_rows[0] or is_nonlinear_below(_torch.current_backward_node())
-        controls: Sequence[RowControl | None] = [None] * len(sizes) if exact else self.controls.of(owner)
-        counts = sizes if exact else [self._count(i, c, sizes[i], symbols) for i, c in enumerate(controls)]
-        watched = [(i, c) for i, c in enumerate(controls) if c is not None and c.should_observe]
+        controls, budget, draws = self.controls.of(owner), self.controls.budget(owner), self.controls.draws(owner)
+        counts = [self._count(i, c, sizes[i], symbols) for i, c in enumerate(controls)]
+        if budget is not None:
+            begins = budget.start_pass()
+            if budget.is_half_done:
+                outputs = self._on_all(args, sizes)
+                budget.complete([outputs[i] for i in self._parameters])
+                return outputs
+            if begins and (probed := self._probed_counts(counts, sizes, symbols, budget)) != sizes:
+                return self._measure(args, probed, sizes, controls, draws, budget)
+        watched = any(c is not None and c.should_observe for c in controls)
         if self.whole is not None and counts == sizes and not watched:
+            return self._on_all(args, sizes)
+        outputs, norms = self._on_tokens(args, counts, sizes, draws)
+        _observe(controls, norms)
+        return outputs
+
+    def _on_all(self, args: list[Any], sizes: Sequence[int]) -> list[Any]:
+        """Run the backward graph on all tokens. `args` is emptied."""
+        if self.whole is not None:
             return list(self.whole(args))
-        random = self.controls.draws(owner).random(torch.device("cpu")) if counts != sizes else None
-        args.append(torch.randint(_LARGEST_SEED, (len(sizes),), generator=random) if counts != sizes else torch.zeros(len(sizes), dtype=torch.int64))
-        args.extend(counts)
-        results = self.call(args)
-        outputs, norms = results[: -len(sizes)], results[-len(sizes) :]
-        for i, c in watched:
-            c.observe(norms[i])
-        return list(outputs)
+        return self._on_tokens(args, sizes, sizes, None)[0]
+
+    def _on_tokens(self, args: list[Any], counts: Sequence[int], sizes: Sequence[int], draws: Draws | None) -> tuple[list[Any], list[Tensor]]:
+        """Run the backward graph on `counts` of `sizes` tokens; return its outputs and the squared norms of each region's tokens. `args` is emptied."""
+        if draws is None or counts == sizes:
+            seeds = torch.zeros(len(sizes), dtype=torch.int64)
+        else:
+            seeds = torch.randint(_LARGEST_SEED, (len(sizes),), generator=draws.random(torch.device("cpu")))
+        results = self.call([*args, seeds, *counts])
+        args.clear()
+        return list(results[: -len(sizes)]), list(results[-len(sizes) :])
+
+    def _with_donated_copied(self, args: Sequence[Any]) -> list[Any]:
+        """The arguments, with copies of those that compiled code may write to."""
+        return [copy_keeping_strides(v) if i in self._donated else v for i, v in enumerate(args)]
+
+    # --- the variance of the whole gradient ---
+
+    def _probed_counts(self, counts: list[int], sizes: Sequence[int], symbols: Mapping[sympy.Symbol, int], budget: TokenBudget) -> list[int]:
+        """The numbers of tokens at which a pass measures: those of the pass, or the most below all tokens if too much variance measured led to all tokens."""
+        ladder = budget.settings.ladder
+        if counts != sizes or budget.excess <= 1 or len(ladder) == 1:
+            return counts
+        return [self._legal(i, max(LEAST_ROWS, int(ladder[-2] * n)), n, symbols) for i, n in enumerate(sizes)]
+
+    def _measure(
+        self, args: list[Any], counts: list[int], sizes: Sequence[int], controls: Sequence[RowControl | None], draws: Draws, budget: TokenBudget
+    ) -> list[Any]:
+        """Run the backward graph on `counts` tokens and then on all, and let the budget begin a measurement. The outputs are those on all tokens."""
+        devices = {v.device for v in args if isinstance(v, Tensor)}
+        try:
+            with _torch.random_state_kept(devices):
+                outputs, norms = self._on_tokens(self._with_donated_copied(args), counts, sizes, draws)
+            approximate = [some_entries(outputs[i]).clone() for i in self._parameters]
+            del outputs
+        except torch.OutOfMemoryError:
+            budget.declined = UNMEASURED_MEMORY()
+            return self._on_all(args, sizes)
+        _observe(controls, norms)
+        outputs = self._on_all(args, sizes)
+        budget.begin(approximate, [outputs[i] for i in self._parameters], predicted_variance(norms, counts))
+        return outputs
+
+    # --- how many tokens ---
 
     def _count(self, i: int, control: RowControl | None, size: int, symbols: Mapping[sympy.Symbol, int]) -> int:
         """The number of tokens that a region keeps in this call."""
@@ -134,3 +200,10 @@ class TokenBackward:
             legal = (n for n in range(k, size) if all(_torch.guard_holds(g, {**symbols, symbol: n}) for g in guards))
             self._legal_counts[key] = next(legal, size)
         return self._legal_counts[key]
+
+
+def _observe(controls: Sequence[RowControl | None], norms_sq: Sequence[Tensor]) -> None:
+    """Let the controls that observe this pass see the squared norms of their regions' tokens."""
+    for control, norms in zip(controls, norms_sq, strict=True):
+        if control is not None and control.should_observe:
+            control.observe(norms)

@@ -21,7 +21,7 @@ from approx_compile.passes.planning.plan import RowCut
 from approx_compile.passes.sites.site import PRODUCT_KEY
 from approx_compile.reasons import Reason, join
 from approx_compile.reasons.decisions import TOKENS_OF
-from approx_compile.reasons.rows import DEFECT, NO_TOKEN_REGION
+from approx_compile.reasons.rows import DEFECT, NO_TOKEN_REGION, UNMEASURED_NO_PARAMETERS
 from approx_compile.rows.controller import StepFlops
 from approx_compile.rows.ownership import UNNAMED, GraphName
 from approx_compile.rows.row_compiler import _boxed, _with_donated_inputs_copied
@@ -30,6 +30,7 @@ from approx_compile.rows.tokens import token_cost
 from approx_compile.rows.tokens.regions import Region, find_regions, gradients_of
 from approx_compile.rows.tokens.rewrite import Count, rewrite
 from approx_compile.rows.tokens.token_backward import RegionPlan, TokenBackward, TokenControls
+from approx_compile.rows.variance_budget import unmeasured_reason
 from approx_compile.utils import warn_once
 
 log = logging.getLogger("approx_compile")
@@ -41,12 +42,20 @@ SETTINGS_KEY = "approx_compile_tokens"
 class TokenCompiler:
     """An `inner_compile` for one call of `compile_fx`, like `RowCompiler`. `ask` must be called first, with the joint graph."""
 
-    def __init__(self, config: ApproxConfig, inner: Callable[..., Any] | None, root: nn.Module | None = None, name: GraphName = UNNAMED) -> None:
-        """Store the settings of one compilation; see `RowCompiler`."""
+    def __init__(
+        self,
+        config: ApproxConfig,
+        inner: Callable[..., Any] | None,
+        root: nn.Module | None = None,
+        name: GraphName = UNNAMED,
+        parameters: Collection[int] = (),
+    ) -> None:
+        """Store the settings of one compilation; see `RowCompiler`. `parameters` are the places of the parameters among the inputs of the graph."""
         self.config = config
         self.inner = _torch.compile_graph if inner is None else inner
         self.root = root
         self.name = name
+        self.parameters = frozenset(parameters)
         self._forward_flops = 0
         self.levels: list[RowSettings] = []
         self.cuts: list[RowCut] = []
@@ -109,6 +118,7 @@ class TokenCompiler:
     ) -> Any:
         """Rewrite a backward graph and compile it. `plain` is a copy of it, for all tokens."""
         names, plans = [n.name for n in gm.graph.find_nodes(op="placeholder")], [self._plan(r) for r in regions]
+        gradients = _gradients_of_parameters(gm.graph, self.parameters)
         counts, seeds = _add_inputs(gm.graph, regions)
         try:
             norms = rewrite(gm.graph, regions, counts, seeds, [p.settings.method for p in plans])
@@ -123,8 +133,9 @@ class TokenCompiler:
         total = sum(_torch.flops(n) for n in gradients_of(plain.graph)) + self._forward_flops
         work = StepFlops(sum(c.flops_on_rows for c in self.cuts) / len(plans), total / len(plans))
         places = {i: f"tokens of {p.place}" for i, p in enumerate(plans, 1)}
-        controls = TokenControls(self.config, self.root, self.name + "tokens:", [p.settings for p in plans], places, work)
-        backward = TokenBackward(call, plans, [c.symbol for c in counts], guards, names, example_inputs, controls, donated, whole)
+        unmeasured = unmeasured_reason(plain.graph) if gradients else UNMEASURED_NO_PARAMETERS()
+        controls = TokenControls(self.config, self.root, self.name + "tokens:", [p.settings for p in plans], places, work, unmeasured)
+        backward = TokenBackward(call, plans, [c.symbol for c in counts], guards, names, example_inputs, controls, donated, whole, gradients)
         return _boxed(backward)
 
     def _worthwhile(self, graph: fx.Graph) -> tuple[list[Region], Reason]:
@@ -162,6 +173,12 @@ class TokenCompiler:
             self.cuts.append(RowCut(asked.method, asked.ratio, _torch.hint(region.tokens), "rows", why, *flops, products, i, False, axis="tokens"))
         for asked in () if regions else self.levels[:1]:
             self.cuts.append(RowCut(asked.method, asked.ratio, 0, "exact", reason, total, 0, (), 1, True, axis="tokens"))
+
+
+def _gradients_of_parameters(graph: fx.Graph, parameters: Collection[int]) -> list[int]:
+    """Return the places of the gradients of parameters among the outputs of a backward graph, given those of the parameters among the graph's inputs."""
+    results = _torch.tree_leaves(next(n for n in reversed(graph.nodes) if n.op == "output").args[0])
+    return [results.index(n) for i, n in _torch.gradient_outputs(graph).items() if i in parameters]
 
 
 def _add_inputs(graph: fx.Graph, regions: Sequence[Region]) -> tuple[list[Count], fx.Node]:

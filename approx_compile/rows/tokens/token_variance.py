@@ -1,0 +1,133 @@
+"""Measure how much variance leaving out tokens adds to the gradient of a backward graph's parameters, and correct what the norms in its regions say.
+
+Every region adds variance to the gradients of all layers below it, so that the whole gradient gets more of it than the norms of any one region say. In some
+passes the graph is evaluated twice on the same saved tensors, and in the pass after them once in full:
+
+| pass | tokens | gradient | used for |
+|---|---|---|---|
+| n | as in any other pass | g' | A = |g' - g|^2, the variance added |
+| n | all | g | the result of the pass, which is exact |
+| n + 1 | all | h | V = |h - g|^2 / 2, the gradient's own variance; the result of the pass, which is exact |
+
+Two batches are independent, and one step changes the mean of the gradient little, so that E |h - g|^2 = 2 V. (`variance_budget` finds V from half of the
+samples of one batch. That needs a graph that can run on some of its samples.) The mean over regions of what their norms say predicts P for A / V.
+
+Between the two passes g is kept as a sketch of `SKETCH` numbers, so that a checkpoint made there continues as the run would have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from approx_compile.config.adaptive import AdaptiveTable
+from approx_compile.rows.row_sampling import added_variance
+from approx_compile.rows.variance_budget import VarianceBudget, some_entries, squared_distance
+
+SKETCH = 512
+"""The numbers of a sketch. The squared distance of two sketches has a relative standard deviation of at most sqrt(2 / 512), 6%."""
+
+_EARLY = (32, 16, 8)
+"""Measurements before the first regular one: after `probe` / 32 passes and so on. Regions of a whole model add up to several times `tau` from the start."""
+
+
+class _Half(NamedTuple):
+    """The first half of a measurement: the sketch of the exact gradient, and the variances A and P."""
+
+    sketch: Tensor
+    added: Tensor
+    predicted: Tensor
+
+
+class TokenBudget(VarianceBudget):
+    """The budget of one backward graph whose regions run on tokens. `excess` is A / V over P, the mean of what the norms of its regions say."""
+
+    left_out = "tokens left out"
+
+    def __init__(self, settings: AdaptiveTable, name: str) -> None:
+        super().__init__(settings, name)
+        self._half: _Half | None = None
+
+    def is_due(self) -> bool:
+        """Whether this pass begins a measurement."""
+        every = self.settings.probe
+        if not self.settings.tau:  # no token with a gradient is left out
+            return False
+        return super().is_due() or (every > 0 and self.declined is None and self.passes in {every // n for n in _EARLY})
+
+    @property
+    def is_half_done(self) -> bool:
+        """Whether a measurement waits for the exact gradient of this pass."""
+        return self._half is not None
+
+    def begin(self, approximate: Sequence[Tensor], exact: Sequence[Tensor], predicted: Tensor) -> None:
+        """Take up the first half of a measurement.
+
+        Args:
+            approximate: Some entries (`some_entries`) of the gradients of the parameters on chosen tokens, g'.
+            exact: The gradients on all tokens, g.
+            predicted: The mean over regions of the variance that their norms say is added, over the sum of squares.
+        """
+        self._half = _Half(sketch_of(exact), squared_distance(approximate, exact), predicted)
+
+    def complete(self, exact: Sequence[Tensor]) -> None:
+        """Complete a measurement with the gradients h on all tokens of another batch."""
+        half, self._half = self._half, None
+        assert half is not None
+        sketch = sketch_of(exact)
+        before, added, predicted = (t.to(sketch.device) for t in half)
+        self.observe(added, (sketch - before).square().sum() / 2, predicted)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as numbers, strings and lists."""
+        half = self._half
+        return super().state_dict() | ({"half": [half.sketch.tolist(), half.added.item(), half.predicted.item()]} if half is not None else {})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a state that `state_dict` returned."""
+        super().load_state_dict(state)
+        half = state.get("half")
+        self._half = _Half(*(torch.tensor(v, dtype=torch.float64) for v in half)) if half is not None else None
+
+
+def sketch_of(gradients: Sequence[Tensor]) -> Tensor:
+    """Project gradients to a few numbers such that squared distances are kept on average (Charikar, Chen and Farach-Colton, 2002).
+
+    Every entry is added to one of the numbers with a random sign. The signs are the same in every call and on every device.
+
+    Args:
+        gradients: The gradients; of one with more than `MOST_ENTRIES` entries some are used, scaled up.
+
+    Returns:
+        (SKETCH,) fp64.
+    """
+    total = torch.zeros(SKETCH, dtype=torch.float64, device=gradients[0].device)
+    random = torch.Generator().manual_seed(0)
+    for gradient in gradients:
+        entries = some_entries(gradient).flatten()
+        size = -(-entries.numel() // SKETCH) * SKETCH
+        signs = torch.randint(0, 2, (entries.numel(),), generator=random, dtype=torch.int8).to(entries.device)
+        values = torch.where(signs > 0, entries, -entries).to(torch.float64 if entries.dtype == torch.float64 else torch.float32)
+        summed = torch.nn.functional.pad(values, (0, size - entries.numel())).view(-1, SKETCH).sum(0)
+        total += summed.double() * (gradient.numel() / max(1, entries.numel())) ** 0.5
+    return total
+
+
+def predicted_variance(norms_sq: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """Compute the mean over regions of the variance added, as a share of the sum of squares, by their norms.
+
+    Args:
+        norms_sq: The squared gradient norms (N,) of each region's tokens.
+        counts: The number of tokens that each region keeps.
+
+    Returns:
+        A scalar in fp64. A region without a gradient, or with all of its tokens, counts as 0.
+    """
+    parts = []
+    for norms, count in zip(norms_sq, counts, strict=True):
+        variance, square = added_variance(norms, [count / len(norms) if count < len(norms) else 1.0])
+        parts.append(torch.where(square > 0, variance / square, 0))
+    return torch.stack(parts).mean()

@@ -1,0 +1,169 @@
+"""The variance that leaving out tokens adds to the whole gradient is measured over two passes, both of them exact, and corrects what the norms say."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from helpers.compile import rows_of
+from helpers.oracles import grads, relative
+from helpers.tokens import Block, ChosenTokens
+from torch import Tensor, nn
+
+import approx_compile
+from approx_compile.config.adaptive import AdaptiveTable
+from approx_compile.rows import controller
+from approx_compile.rows.ownership import budgets, controls
+from approx_compile.rows.row_sampling import added_variance
+from approx_compile.rows.tokens.token_variance import SKETCH, TokenBudget, predicted_variance, sketch_of
+
+pytestmark = pytest.mark.usefixtures("one_thread", "small_work_counts")
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the shares follow the last observation alone, so that tokens are left out from the second pass on."""
+    monkeypatch.setattr(controller.TokenControl, "_momentum", 0.0)
+
+
+def options(tau: float, probe: int) -> dict[str, Any]:
+    return {"grad": {"axis": "tokens"}, "adaptive": {"tau": tau, "probe": probe}}
+
+
+def step(f: Any, model: nn.Module, seed: int) -> list[Tensor]:
+    """The gradients of a batch, whose tokens matter to different degrees."""
+    random = torch.Generator().manual_seed(seed)
+    x, wanted = torch.randn(4, 16, 8, generator=random), torch.randn(4, 16, 8, generator=random)
+    (f(x) * wanted * torch.rand(4, 16, 1, generator=random) ** 4).sum().backward()
+    return grads(model)
+
+
+def flat(gradients: list[Tensor]) -> Tensor:
+    return torch.cat([g.flatten() for g in gradients])
+
+
+def test_when_it_is_measured() -> None:
+    def passes(**settings: Any) -> list[int]:
+        budget = TokenBudget(AdaptiveTable(**settings), "graph")
+        return [n for n in range(1, 601) if budget.start_pass()]
+
+    assert passes(tau=0.1, probe=400) == [12, 25, 50, 100, 500]
+    assert passes(tau=0.1, probe=0) == [] == passes(tau=0, probe=400)
+
+
+def test_both_passes_are_exact_and_the_ratio_is_that_of_their_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = Block(8)
+    f, _ = rows_of(block, options(tau=1.0, probe=16))
+    for seed in range(1, 20):
+        step(f, block, seed)
+    (budget,) = budgets(block).values()
+    known = len(budget.measurements)  # the next one begins in pass 20
+    chosen = ChosenTokens(monkeypatch)
+    exact = [step(block, block, seed) for seed in (20, 21)]
+    got = [step(f, block, 20)]
+    assert budget.is_half_done and len(chosen.weights) == 3
+    chosen.apply([block])
+    approximate = step(block, block, 20)
+    block.weights = {}
+    got.append(step(f, block, 21))
+    assert len(chosen.weights) == 3 and not budget.is_half_done
+    assert all(relative(flat(g), flat(e)) < 1e-5 for g, e in zip(got, exact, strict=True))
+    step(f, block, 22)
+    assert len(chosen.weights) == 6 and len(budget.measurements) == known + 1
+    first, second, other = map(flat, (*exact, approximate))
+    added, own = (other - first).square().sum().item(), (second - first).square().sum().item() / 2
+    at, ratio = budget.measurements[-1]
+    assert at == 21 and ratio == pytest.approx(added / own, rel=0.3)  # a sketch of 512 numbers knows `own` to 6%
+
+
+class Layer(nn.Module):
+    """A linear layer and a sum of its outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)  # type: ignore[no-any-return]
+
+
+def test_of_one_region_with_independent_tokens_the_norms_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    observed: list[tuple[float, ...]] = []
+    monkeypatch.setattr(TokenBudget, "observe", lambda self, *numbers: observed.append(tuple(map(float, numbers))))
+    model = Layer()
+    f, _ = rows_of(model, options(tau=0.3, probe=4))
+    for seed in range(800):
+        step(f, model, seed)
+    added, own, predicted = torch.tensor(observed).mean(0).tolist()
+    assert len(observed) > 190
+    assert added / own == pytest.approx(predicted, rel=0.15)
+    assert 0.1 < predicted < 0.3  # less than tau, because shares are rounded up
+
+
+def test_many_regions_add_up_and_keep_more_tokens() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Block(8) for _ in range(3)))
+    shares = []
+    for probe in (0, 8):
+        torch._dynamo.reset()
+        again = copy.deepcopy(model)
+        f, _ = rows_of(again, options(tau=0.1, probe=probe))
+        for seed in range(64):
+            step(f, again, seed)
+        shares.append(sum(c.measured for c in controls(again).values()) / len(controls(again)))
+    (budget,) = budgets(again).values()
+    assert budget.excess > 1.2 and shares[1] > shares[0]
+    added = [a for _, a in list(budget.measurements)[4:]]
+    assert 0.02 < sum(added) / len(added) < 0.15
+    text = " ".join(str(approx_compile.decisions(again)).split())
+    assert "Variance added to the whole gradient" in text and "asked: at most 10" in text
+
+
+def test_a_run_resumed_between_the_two_passes_repeats() -> None:
+    block = Block(8)
+    f, _ = rows_of(block, options(tau=0.3, probe=16))
+    torch.manual_seed(5)
+    for seed in range(1, 21):
+        step(f, block, seed)
+    (budget,) = budgets(block).values()
+    assert budget.is_half_done
+    weights, state = copy.deepcopy(block.state_dict()), copy.deepcopy(approx_compile.state_dict(block))
+    want = [step(f, block, seed) for seed in range(21, 25)]
+    again = Block(8)
+    again.load_state_dict(weights)
+    torch.manual_seed(5)
+    approx_compile.load_state_dict(again, state)
+    torch._dynamo.reset()
+    g, _ = rows_of(again, options(tau=0.3, probe=16))
+    got = [step(g, again, seed) for seed in range(21, 25)]
+    assert all(torch.equal(a, b) for x, y in zip(got, want, strict=True) for a, b in zip(x, y, strict=True))
+    assert [b.state_dict() for b in budgets(again).values()] == [budget.state_dict()]
+
+
+def test_one_batch_twice_measures_nothing() -> None:
+    block = Block(8)
+    f, _ = rows_of(block, options(tau=0.3, probe=4))
+    for _ in range(30):
+        step(f, block, 1)
+    (budget,) = budgets(block).values()
+    assert not budget.measurements and budget.excess == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_sketches_keep_distances(dtype: torch.dtype) -> None:
+    random = torch.Generator().manual_seed(3)
+    shapes = [(70, 90), (5,), (), (3, 0), (2, 3, 4)]
+    a, b = ([torch.randn(s, generator=random).to(dtype) for s in shapes] for _ in range(2))
+    want = sum((x.double() - y.double()).square().sum() for x, y in zip(a, b, strict=True))
+    first, second = sketch_of(a), sketch_of(b)
+    assert first.shape == (SKETCH,) and first.dtype == torch.float64
+    assert (first - second).square().sum().item() == pytest.approx(float(want), rel=0.25)
+    assert torch.equal(first, sketch_of(a))
+
+
+def test_predicted_variance() -> None:
+    norms = [torch.rand(40), torch.rand(30), torch.zeros(20)]
+    variance, square = added_variance(norms[0], [0.25])
+    assert float(predicted_variance(norms, [10, 30, 5])) == pytest.approx(float(variance / square / 3))
