@@ -46,6 +46,11 @@ ZERO_RUNGS = 32
 OBSERVE_EVERY = 4
 """Backward passes from one observation of the norms to the next."""
 
+OBSERVE_EVERY_SETTLED = 16
+"""The same for tokens in a graph that still keeps all of them after `SETTLED` passes: a pass that observes runs the slower code for some of the tokens."""
+
+SETTLED = 100
+
 HISTORY = 100_000
 """The most changes of the ratio that are kept."""
 
@@ -238,10 +243,13 @@ class Control(Observing):
         value = self._late.take()
         if value is None:
             return
-        ratio = self._decide(value)
+        self._change_to(self._decide(value), self.step)
+
+    def _change_to(self, ratio: float, step: int) -> None:
+        """Let a ratio hold in the steps after `step`."""
         if ratio != self.ratio:
-            log.info("%s: %g from step %d on (%.3g measured)", self.name, ratio, self.step + 1, self.measured)
-            self.changes.append((self.step, ratio))
+            log.info("%s: %g from step %d on (%.3g measured)", self.name, ratio, step + 1, self.measured)
+            self.changes.append((step, ratio))
 
     def _decide(self, value: Tensor) -> float:
         """Choose the ratio by a number that an observation gave."""
@@ -346,9 +354,32 @@ class TokenControl(RowControl):
     With tau 0, no token with a gradient may be left out. The share of these tokens is observed in every step. After the first, `measured` follows it upwards
     at once and downwards slowly, because the number of tokens is decided before a step's gradients are known. In a step with more of them than are kept,
     tokens are sampled without bias.
+
+    Whether the whole graph runs on tokens is decided for all of its regions together (`keep`): all tokens run where too little would be saved.
+
+    Attributes:
+        wanted: The share that the region by itself would keep.
     """
 
     unit = "tokens"
+
+    def __init__(self, settings: AdaptiveTable, name: str) -> None:
+        super().__init__(settings, name)
+        self.wanted = 1.0
+        self._step_before = 0
+
+    def start_step(self) -> float:
+        """Start a pass and return the share of the tokens that the region wants to keep in it."""
+        self._step_before = self.step
+        super().start_step()
+        return self.wanted
+
+    def keep(self, ratio: float) -> None:
+        """Keep a share of the tokens from this pass on: the share wanted, or all."""
+        super()._change_to(ratio, min(self._step_before, self.step))
+
+    def _change_to(self, ratio: float, step: int) -> None:
+        self.wanted = ratio
 
     @property
     def _momentum(self) -> float:
@@ -359,7 +390,8 @@ class TokenControl(RowControl):
     @property
     def should_observe(self) -> bool:
         """Whether this step observes the norms."""
-        return self.settings.tau == 0 or super().should_observe
+        settled = self.passes > SETTLED and self.ratio == 1
+        return self.passes % (OBSERVE_EVERY_SETTLED if settled else OBSERVE_EVERY) == 1 or (self.settings.tau == 0 and not settled)
 
     def observe(self, norms_sq: Tensor, floor: float = 0.0) -> None:
         """Observe the squared gradient norms (N,) of a pass. With tau 0 ranks do not pool them."""
@@ -378,3 +410,12 @@ class TokenControl(RowControl):
         if self.settings.ladder == LADDER:
             return min(1.0, math.ceil(self.measured * ZERO_RUNGS * (1 - 1e-9)) / ZERO_RUNGS)
         return self._rung(self.measured)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as numbers, strings and lists."""
+        return super().state_dict() | {"wanted": self.wanted}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a state that `state_dict` returned."""
+        super().load_state_dict(state)
+        self.wanted = float(state.get("wanted", self.ratio))

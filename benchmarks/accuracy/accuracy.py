@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.accuracy.study import Setting, Study, Work
+from benchmarks.accuracy.study import Setting, Study, Work, text
 from benchmarks.common.works import Block
 from examples import models
 
@@ -40,6 +41,10 @@ def ends_exact(setting: Setting) -> Setting:
 def adaptive(tau: float | str, **grad: str) -> Setting:
     options = {"policy": "adaptive", "adaptive": {"tau": tau}}
     return Setting(options | ({"grad": {"axis": "rows", **grad}} if grad else {}))
+
+
+def tokens(tau: float) -> Setting:
+    return Setting({"grad": {"axis": "tokens"}, "adaptive": {"tau": tau}})
 
 
 AUTO = {"adaptive tau auto": adaptive("auto")}
@@ -68,6 +73,14 @@ class CharTransformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.head(self.norm(self.blocks(self.embed(x) + self.place)))
         return out
+
+
+def prompts(directory: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Windows of text of which only the second half has a loss, as where a model is trained to answer prompts."""
+    x, y, test_x, test_y = text(directory / "tinyshakespeare.txt", 128, 1600)
+    y, test_y = y.clone(), test_y.clone()
+    y[:, :64], test_y[:, :64] = -100, -100  # what `cross_entropy` ignores
+    return x, y, test_x, test_y
 
 
 FINETUNE = Work(
@@ -177,6 +190,18 @@ WORKS: dict[str, Work] = {
         settings=EXACT
         | {"fewer steps": Setting(steps=0.5), "adaptive": adaptive(0.025), **AUTO, "rows .5": rows(0.5)}
         | {"tokens .5": Setting({"policy": "always", "sampling": "backward", "grad_input": "exact", "grad_weight": {"method": "bernoulli", "ratio": 0.5}})},
+    ),
+    "char-transformer-prompts": Work(
+        "text",
+        lambda width: CharTransformer(128, 4, 65, 128),
+        epochs=8,
+        batch=16,
+        lr=1e-3,
+        score="loss",
+        limit=100,
+        read=prompts,
+        settings=EXACT
+        | {"fewer steps": Setting(steps=0.75), "adaptive": adaptive(0.025), "adaptive tokens": tokens(0.025), "tokens without a gradient": tokens(0.0)},
     ),
     "cifar-wrn": WRN,
     "cifar-resnet": replace(

@@ -13,9 +13,9 @@ from torch import Tensor
 from approx_compile import _torch
 from approx_compile.config.resolve import LEAST_ROWS, RowSettings
 from approx_compile.reasons.rows import UNMEASURED_MEMORY
-from approx_compile.rows import row_backward
+from approx_compile.rows import row_backward, row_cost
 from approx_compile.rows.bare_names import Owner
-from approx_compile.rows.controller import Draws, RowControl, TokenControl
+from approx_compile.rows.controller import Draws, TokenControl
 from approx_compile.rows.gather_rows import copy_keeping_strides
 from approx_compile.rows.graph_controls import GraphControls
 from approx_compile.rows.nonlinear_below import is_nonlinear_below
@@ -26,6 +26,10 @@ from approx_compile.rows.variance_budget import some_entries
 
 _LARGEST_SEED = 2**62
 
+MOST_KEPT = 0.8
+"""The most of its regions' FLOPs at which a graph runs on tokens. Choosing and gathering them takes about 7% of a step, so that 0.88 is where nothing is won
+(four blocks of width 512 on 16 x 128 tokens, six of width 384 on 32 x 48)."""
+
 
 @dataclass(frozen=True)
 class RegionPlan:
@@ -35,11 +39,13 @@ class RegionPlan:
         size: The number of its tokens, an expression in the graph's symbols.
         settings: What is asked of its tokens.
         place: The layers in it, in words.
+        flops: The FLOPs of its products on all tokens.
     """
 
     size: Any
     settings: RowSettings
     place: str
+    flops: int
 
 
 class TokenControls(GraphControls):
@@ -53,6 +59,10 @@ class TokenControls(GraphControls):
         budget = super().budget(owner)
         assert budget is None or isinstance(budget, TokenBudget)
         return budget
+
+    def of(self, owner: Owner | None) -> list[TokenControl | None]:  # type: ignore[override]
+        """Return the control of every region for an owner, with None for the regions whose ratio is fixed."""
+        return [c if isinstance(c, TokenControl) else None for c in super().of(owner)]
 
 
 class TokenBackward:
@@ -115,7 +125,7 @@ class TokenBackward:
             return self._on_all(args, sizes)
         owner = self.controls.owner(args)
         controls, budget, draws = self.controls.of(owner), self.controls.budget(owner), self.controls.draws(owner)
-        counts = [self._count(i, c, sizes[i], symbols) for i, c in enumerate(controls)]
+        counts = self._counts(controls, sizes, symbols)
         if budget is not None:
             begins = budget.start_pass()
             if budget.is_half_done:
@@ -161,7 +171,7 @@ class TokenBackward:
         return [self._legal(i, max(LEAST_ROWS, int(ladder[-2] * n)), n, symbols) for i, n in enumerate(sizes)]
 
     def _measure(
-        self, args: list[Any], counts: list[int], sizes: Sequence[int], controls: Sequence[RowControl | None], draws: Draws, budget: TokenBudget
+        self, args: list[Any], counts: list[int], sizes: Sequence[int], controls: Sequence[TokenControl | None], draws: Draws, budget: TokenBudget
     ) -> list[Any]:
         """Run the backward graph on `counts` tokens and then on all, and let the budget begin a measurement. The outputs are those on all tokens."""
         devices = {v.device for v in args if isinstance(v, Tensor)}
@@ -180,12 +190,25 @@ class TokenBackward:
 
     # --- how many tokens ---
 
-    def _count(self, i: int, control: RowControl | None, size: int, symbols: Mapping[sympy.Symbol, int]) -> int:
-        """The number of tokens that a region keeps in this call."""
-        asked = self.regions[i].settings
-        ratio = control.start_step() if control is not None else asked.ratio
-        assert ratio is not None
-        return self._legal(i, min(size, max(asked.min_k, LEAST_ROWS, int(ratio * size + 0.5))), size, symbols)
+    def _counts(self, controls: Sequence[TokenControl | None], sizes: Sequence[int], symbols: Mapping[sympy.Symbol, int]) -> list[int]:
+        """The number of tokens that each region keeps in this call: all of them where every share is found during the run and too little would be saved."""
+        asked = [r.settings for r in self.regions]
+        shares = [c.start_step() if c is not None else s.ratio for c, s in zip(controls, asked, strict=True)]
+        wanted = [max(s.min_k, LEAST_ROWS, int(share * n + 0.5)) for share, s, n in zip(shares, asked, sizes, strict=True) if share is not None]
+        counts = [self._legal(i, min(n, k), n, symbols) for i, (k, n) in enumerate(zip(wanted, sizes, strict=True))]
+        worthwhile = self._is_worthwhile(counts, sizes)
+        for control, share in zip(controls, shares, strict=True):
+            if control is not None and share is not None:
+                control.keep(share if worthwhile else 1.0)
+        return counts if worthwhile else list(sizes)
+
+    def _is_worthwhile(self, counts: Sequence[int], sizes: Sequence[int]) -> bool:
+        """Whether the graph on some of the tokens is expected to be faster than that on all."""
+        if self.whole is None or row_cost.ANY_SIZE:
+            return True
+        flops = [r.flops for r in self.regions]
+        kept = sum(f * k / n for f, k, n in zip(flops, counts, sizes, strict=True) if n)
+        return kept <= MOST_KEPT * sum(flops)
 
     def _legal(self, i: int, k: int, size: int, symbols: Mapping[sympy.Symbol, int]) -> int:
         """The smallest number of tokens, `k` or more, that satisfies everything that the compiled code assumes of it."""
@@ -202,7 +225,7 @@ class TokenBackward:
         return self._legal_counts[key]
 
 
-def _observe(controls: Sequence[RowControl | None], norms_sq: Sequence[Tensor]) -> None:
+def _observe(controls: Sequence[TokenControl | None], norms_sq: Sequence[Tensor]) -> None:
     """Let the controls that observe this pass see the squared norms of their regions' tokens."""
     for control, norms in zip(controls, norms_sq, strict=True):
         if control is not None and control.should_observe:

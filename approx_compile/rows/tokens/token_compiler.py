@@ -160,7 +160,7 @@ class TokenCompiler:
 
     def _plan(self, region: Region) -> RegionPlan:
         layers = dict.fromkeys(source_place(n).split(",")[0] for n in region.products)
-        return RegionPlan(_torch.size_expr(region.tokens), self._settings(region), ", ".join(p for p in layers if p) or "the backward pass")
+        return RegionPlan(_torch.size_expr(region.tokens), self._settings(region), ", ".join(p for p in layers if p) or "the backward pass", region.flops)
 
     def _record_cuts(self, graph: fx.Graph, regions: Sequence[Region], reason: Reason) -> None:
         """Add a `RowCut` for each region to what is reported; without regions one that says why."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import approx_compile
 from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.config.adaptive import AdaptiveTable
+from approx_compile.rows import row_cost
 from approx_compile.rows.controller import TokenControl
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_work_counts")
@@ -85,6 +86,53 @@ def test_follows_upwards_at_once_and_downwards_slowly() -> None:
         control.observe(torch.arange(64) < count)
         shares.append(control.measured)
     assert shares[:2] == [1.0, pytest.approx(1.1 * 10 / 64, rel=0.01)] and shares[3] == 40 / 64 and 0.9 * shares[3] < shares[4] < shares[3]
+
+
+def test_what_a_region_wants_holds_only_if_the_graph_keeps_it() -> None:
+    control = TokenControl(AdaptiveTable(tau=0.3), "tokens:1")
+    for keeps in (False, False, True, True, False):
+        wanted = control.start_step()
+        control.observe(torch.arange(64) ** 4)
+        control.keep(wanted if keeps else 1.0)
+    assert wanted < 1 and [r for _, r in control.changes] == [1.0, control.changes[1][1], 1.0]
+    assert [s for s, _ in control.changes] == [0, 2, 4]  # the share of the third step and of the fourth
+    again = TokenControl(control.settings, "tokens:1")
+    again.load_state_dict(control.state_dict())
+    assert again.wanted == control.wanted < 1 and again.ratio == 1
+    former = control.state_dict()
+    del former["wanted"]  # as in checkpoints of earlier versions
+    again.load_state_dict(former)
+    assert again.wanted == again.ratio == 1
+
+
+def test_all_tokens_run_where_little_would_be_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8)), torch.randn(4, 16, 8)
+    f, _ = rows_of(model, ADAPTIVE | {"adaptive": {"tau": 0, "ladder": [0.85, 0.5]}})
+    half, most = torch.arange(16) < 7, torch.arange(16) < 13
+    chosen = ChosenTokens(monkeypatch)
+    f(x)[:, half].square().sum().backward()
+    monkeypatch.setattr(row_cost, "ANY_SIZE", False)  # from here on as with large models
+    grads(model)
+    for kept, ran in ((half, 1), (most, 1), (most, 0), (most, 0)):
+        del chosen.weights[:]
+        f(x)[:, kept].square().sum().backward()
+        got = grads(model)
+        assert len(chosen.weights) == ran
+        model(x)[:, kept].square().sum().backward()
+        exact = grads(model)
+        assert ran or all(relative(a, b) < 1e-5 for a, b in zip(got, exact, strict=True))
+    (control,) = approx_compile.controls(model).values()
+    assert isinstance(control, TokenControl) and control.wanted == 0.85 and control.ratio == 1
+    assert [r for _, r in control.changes] == [1.0, 0.5, 1.0]
+
+
+def test_tokens_are_watched_less_where_all_are_kept_for_long() -> None:
+    control = TokenControl(AdaptiveTable(), "tokens:1")
+    watched = []
+    for n in range(1, 150):
+        control.start_step()
+        watched += [n] if control.should_observe else []
+    assert watched[:3] == [1, 5, 9] and [n for n in watched if n > 100] == [113, 129, 145]
 
 
 def test_a_resumed_run_repeats() -> None:
