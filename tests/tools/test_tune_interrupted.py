@@ -22,6 +22,7 @@ from rich.progress import Progress
 
 from approx_compile import tune
 from approx_compile.tools.model_state import training_state_preserved
+from approx_compile.tools.tuning import deadline as deadlines
 from approx_compile.tools.tuning import measurements
 from approx_compile.tools.tuning.deadline import DeadlineReached, deadline
 from approx_compile.tools.tuning.measurements import Measurements
@@ -182,6 +183,25 @@ def test_a_deadline_interrupts_and_leaves_other_timers() -> None:
         with deadline(60.0):
             time.sleep(0.2)
         assert rang == [1]
+
+
+def test_a_deadline_that_python_drops_rings_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deadlines, "AGAIN_S", 0.1)
+    dropped: list[int] = []
+
+    class Finalized:
+        def __del__(self) -> None:
+            dropped.append(1)
+            time.sleep(0.3)  # the first ring falls into it, and Python only reports the exception
+
+    monkeypatch.setattr(sys, "unraisablehook", lambda given: dropped.append(2))
+    begin = time.monotonic()
+    with pytest.raises(DeadlineReached), deadline(0.1):
+        thing = Finalized()
+        del thing
+        time.sleep(5.0)
+    assert dropped == [1, 2] and time.monotonic() - begin < 2
+    assert signal.getitimer(signal.ITIMER_REAL)[1] != 0.1
 
 
 @pytest.mark.slow

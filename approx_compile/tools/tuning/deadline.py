@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from time import monotonic
 from types import FrameType
 
+AGAIN_S = 5.0
+"""Seconds after which it rings again inside the block: Python drops an exception that is raised in a finalizer or in the callback of a weak reference."""
+
 
 class DeadlineReached(BaseException):
     """The time is over. It is no `Exception`, so that code which handles errors lets it pass, as it does a `KeyboardInterrupt`."""
@@ -40,7 +43,7 @@ def deadline(seconds: float) -> Iterator[None]:
 
     began = monotonic()
     handler = signal.signal(signal.SIGALRM, ring)
-    rest, interval = signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    rest, interval = signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), AGAIN_S)
     try:
         yield
     finally:
