@@ -304,6 +304,23 @@ def decision(entry: Model) -> dict[str, Any]:
     return {"decision": found.decision, "share": round(found.share, 3), "reason": found.reason, "graphs": found.graphs, "ops": found.ops}
 
 
+def on_tokens(entry: Model) -> dict[str, Any]:
+    """The gradients on tokens, region by region, in double precision."""
+    import tokens
+
+    return tokens.check(entry, torch.float64)
+
+
+def axis(entry: Model) -> dict[str, Any]:
+    """What the one line chooses, samples or tokens, and the share of the backward pass's FLOPs on them."""
+    decide.fresh()
+    watched = decide.Watched()
+    models.run(decide.compiled(entry.make().train(), None, watched), entry.data(BATCH))
+    on = [c for plan in watched.plans for c in plan.cuts if c.decision == "rows"]
+    total = sum(plan.cuts[0].flops_all for plan in watched.plans if plan.cuts)
+    return {"axis": " and ".join(sorted({c.axis for c in on})), "share on it": round(sum(c.flops_on_rows for c in on) / max(1, total), 3)}
+
+
 PARTS: dict[str, dict[str, Callable[[Model], Any]]] = {
     "decide": {"decide": decision},
     "numbers": {
@@ -312,6 +329,7 @@ PARTS: dict[str, dict[str, Callable[[Model], Any]]] = {
         "half fp64": lambda e: sampled(e, torch.float64),
         "narrow": narrow,
     },
+    "tokens": {"axis": axis, "tokens": on_tokens, "default": default},
     "inductor": {"inductor": lambda e: first_call(e, "inductor"), "approx": lambda e: first_call(e, "approx")},
 }
 """Each part runs in a process of its own."""

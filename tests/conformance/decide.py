@@ -1,4 +1,4 @@
-"""What the default makes of a model, with the ops that stop rows and the lines of the model that they come from. No code is generated."""
+"""What the default makes of a model if it chooses samples, with the ops that stop rows and the lines of the model that they come from. No code is generated."""
 
 from __future__ import annotations
 
@@ -156,7 +156,11 @@ def line_of(n: fx.Node) -> str:
     return f"{'/'.join(path.split('/')[-2:])}:{line} {function}: {code.strip()}"
 
 
-def decide(entry: models.Model, config: Any = None, once: bool = False) -> Decision:
+ROWS: dict[str, Any] = {"grad": {"axis": "rows"}}
+"""The default where it chooses samples."""
+
+
+def decide(entry: models.Model, config: Any = ROWS, once: bool = False) -> Decision:
     """One training forward pass of the model as the library makes it, dropout and all."""
     fresh()
     model, data = entry.make().train(), entry.data(BATCH)

@@ -50,7 +50,7 @@ def row(model: models.Model, kept: Path) -> dict[str, Any] | None:
     conditions: dict[str, str] = {}
     commits: list[str] = []
     died = []
-    for path in sorted((kept / slug(model.name)).glob("*.json")):
+    for path in sorted(p for p in (kept / slug(model.name)).glob("*.json") if p.stem != "tokens"):
         stored = json.loads(path.read_text())
         result = stored["result"]
         conditions |= stored.get("conditions", {})
@@ -111,15 +111,42 @@ def row(model: models.Model, kept: Path) -> dict[str, Any] | None:
     return out
 
 
+TOKEN_COLUMNS = (
+    "date commit device library model versions axis share regions exact mean default_fp32 other_sizes recompiled recompiled_by_torch verdict".split()
+)
+
+
+def token_row(model: models.Model, kept: Path) -> dict[str, Any] | None:
+    """One model's row of the CSV of tokens; None if they have not been run."""
+    path = kept / slug(model.name) / "tokens.json"
+    if not path.exists():
+        return None
+    stored = json.loads(path.read_text())
+    found = {k: v for part in stored["result"].values() if isinstance(part, dict) for k, v in part.items()}
+    bad = [f"{name}: {v}" for name, v in stored["result"].items() if isinstance(v, str)]
+    out = dict.fromkeys(TOKEN_COLUMNS, "") | stored["conditions"] | {"library": model.library, "model": model.name, "versions": _versions(model.library)}
+    out |= {"axis": found.get("axis", ""), "share": found.get("share on it", ""), "regions": found.get("regions", "")}
+    limits = {"exact": LIMITS["narrow"], "mean": LIMITS["narrow"], "default_fp32": LIMITS["fp32"], "other_sizes": LIMITS["fp32"]}
+    for column, key in (("exact", "exact tokens"), ("mean", "mean tokens"), ("default_fp32", "default fp32"), ("other_sizes", "other sizes")):
+        if key in found:
+            value, where = found[key]
+            out[column] = f"{value:.1e}"
+            bad += [f"{column} {value:.1e} at {where}"] if not value <= limits[column] else []
+    out["recompiled"], out["recompiled_by_torch"] = found.get("recompiled", ""), found.get("recompiled by torch", "")
+    if isinstance(out["recompiled_by_torch"], int) and out["recompiled"] > out["recompiled_by_torch"]:
+        bad.append(f"{out['recompiled']} recompiled, torch {out['recompiled_by_torch']}")
+    return out | {"verdict": "; ".join(bad) or "right"}
+
+
 def _versions(library: str) -> str:
     names = dict.fromkeys(("torch", DISTRIBUTIONS.get(library, library)))
     return " ".join(f"{n}=={importlib.metadata.version(n)}" for n in names)
 
 
 def write(root: Path, kept: Path) -> None:
-    rows = [r for m in models.MODELS.values() if (r := row(m, kept)) is not None]
-    path = root / "benchmarks" / "results" / "conformance.csv"
-    with path.open("w", newline="") as f:
-        writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    for name, columns, make in (("conformance", COLUMNS, row), ("conformance_tokens", TOKEN_COLUMNS, token_row)):
+        rows = [r for m in models.MODELS.values() if (r := make(m, kept)) is not None]
+        with (root / "benchmarks" / "results" / f"{name}.csv").open("w", newline="") as f:
+            writer = csv.DictWriter(f, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
