@@ -40,6 +40,7 @@ from approx_compile.rows.opaque_backward import expose_to_compiled_autograd
 from approx_compile.rows.ownership import GraphName
 from approx_compile.rows.row_compiler import Declined, RowCompiler
 from approx_compile.rows.tokens.token_compiler import TokenCompiler
+from approx_compile.rows.tokens.token_preference import prefers_tokens
 from approx_compile.utils import log_once, warn_once
 
 log = logging.getLogger("approx_compile")
@@ -108,6 +109,8 @@ class GraphCompiler:
         if not with_rows:
             return [self._compile_without_symbol(c) for c in configs]
         request, is_first = _torch.current_request(), False
+        if request is None and (variants := self._compile_on_tokens(configs, with_rows)) is not None:
+            return variants
         if request is not None:
             is_first, request.answered = not request.answered, True
         symbols = self._batch_symbols(request, is_first)
@@ -154,14 +157,49 @@ class GraphCompiler:
             log.debug("approx: the graph does not compile with rows", exc_info=True)
             return NoRows(_internal_defect(e) or _torch.symbol_failure_reason(e))
 
+    def _compile_on_tokens(self, configs: Sequence[ApproxConfig], with_rows: Sequence[int]) -> list[Variant] | None:
+        """Compile the graph with tokens under all settings that leave open whether samples or tokens are chosen; None where samples are preferred.
+
+        Args:
+            configs: The settings of the variants.
+            with_rows: Which of them ask for samples or leave that open.
+        """
+        if not all(configs[i].leaves_axis_open() for i in with_rows) or self.context.nothing_trains() or self.context.exact is not None:
+            return None
+        if not prefers_tokens(self.frame.whole):
+            return None
+        variants = []
+        for i, config in enumerate(configs):
+            if i not in with_rows:
+                variants.append(self._compile_without_symbol(config))
+                continue
+            try:
+                with _warnings_if_successful():
+                    variants.append(self._with_tokens(config.on_tokens(), may_decline=not self.frame.is_split))
+            except Declined:
+                return None
+            except (ConfigError, _torch.UnwrappedBackendError, _torch.RestartAnalysis):
+                raise
+            except Exception as e:
+                log.debug("approx: the graph does not compile with tokens", exc_info=True)
+                warn_once(f"approx: tokens are not sampled, samples may be: {_internal_defect(e) or _torch.symbol_failure_reason(e)}")
+                return None
+        self.frame.no_rows.append(None)
+        return variants
+
+    def _with_tokens(self, config: ApproxConfig, may_decline: bool = False) -> Variant:
+        """Compile the graph with tokens. `may_decline`: `Declined` is raised where that is not worth it."""
+        parameters = [i for i, v in enumerate(self.context.inputs) if v.parameter and v.requires_grad]
+        compiler = TokenCompiler(config, self.options.inner_compile, self.root, self.name(), parameters, may_decline)
+        return self._compile_one(config, compiler, may_compile_again=may_decline)
+
     def _compile_without_symbol(self, config: ApproxConfig, no_rows: NoRows | None = None) -> Variant:
         """Compile the graph without a symbol for the batch's size: with tokens, or exactly. `no_rows` is the reason why not with rows."""
         if not config.asks_for_rows("tokens"):
             return self._compile_one(config, None, no_rows)
         if self.context.nothing_trains() or self.context.exact is not None:
             return self._compile_one(config, None, NoRows(self.context.exact or NOT_TRAINING()))
-        parameters = [i for i, v in enumerate(self.context.inputs) if v.parameter and v.requires_grad]
-        return self._compile_one(config, TokenCompiler(config, self.options.inner_compile, self.root, self.name(), parameters))
+        return self._with_tokens(config)
 
     def _compile_one(
         self, config: ApproxConfig, rows: RowCompiler | TokenCompiler | None, no_rows: NoRows | None = None, may_compile_again: bool = False

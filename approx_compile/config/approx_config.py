@@ -20,7 +20,7 @@ from approx_compile.config.messages import message
 from approx_compile.config.plan_file import RECORD, Tuned, TunedPlan
 from approx_compile.config.resolve import LEAST_ROWS, SiteSettings, chooses_output_ratio, interpret, merge_rule, row_settings, samples_products, set_keys
 from approx_compile.config.rules import Rule, RuleKeys, also_text
-from approx_compile.config.schema import OutputTable, restated
+from approx_compile.config.schema import GradTable, OutputTable, restated
 from approx_compile.config.selectors import LayerPattern, StepSlice, needs_total
 from approx_compile.config.words import LayerMethod, Lowering, Policy, Sampling, flag, integer, is_share, nearest
 
@@ -338,6 +338,15 @@ class ApproxConfig(RuleKeys):
     def asks_for_rows(self, axis: str | None = None) -> bool:
         """Whether the top level or a rule may sample rows or tokens; with an axis, those of this axis."""
         return any((s := row_settings(keys)) is not None and axis in (None, s.axis) for keys in self.each_alone())
+
+    def leaves_axis_open(self) -> bool:
+        """Whether the settings ask for samples or tokens and do not say which: the policy "adaptive" without a `grad` table, with a number for `tau`."""
+        tables = any(k.grad is not None for k in (self, *self.rules)) or any("policy" in r.model_fields_set for r in self.rules)
+        return self.policy == "adaptive" and not tables and self.adaptive.tau != "auto" and self.asks_for_rows()
+
+    def on_tokens(self) -> ApproxConfig:
+        """Return these settings with tokens chosen, where they leave the axis open."""
+        return self.model_copy(update={"grad": GradTable(axis="tokens")})
 
     def asks_for_products(self) -> bool:
         """Whether a product may be sampled along its own axis, by the settings at the top or by these and one rule.

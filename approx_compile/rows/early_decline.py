@@ -6,6 +6,7 @@ This saves the time of that second trace and of its joint graph. The decision is
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from approx_compile.rows import row_cost
 from approx_compile.rows.row_compiler import LEAST_SHARE
 from approx_compile.rows.source_place import source_place
 from approx_compile.rows.stages import most_between
+
+_counted: weakref.WeakKeyDictionary[fx.GraphModule, dict[str, int] | None] = weakref.WeakKeyDictionary()
+"""The FLOPs of the gradients of the calls in Dynamo's graphs, by the calls' names, which are counted once."""
 
 _MARGIN = 0.8
 """Factor on the least share that a graph must reach here. It allows for errors in counting the gradients of products: one that is counted here may not be
@@ -74,13 +78,21 @@ def _row_settings(config: ApproxConfig) -> list[RowSettings]:
 
 def _gradient_flops(gm: fx.GraphModule, config: ApproxConfig) -> tuple[int, int] | None:
     """The FLOPs of the gradients of a graph's products, and those of them that may run on rows; None if they cannot be counted."""
-    flops = _torch.count_dynamo_flops(gm)
-    if flops is None:
+    gradients = gradient_flops_of_calls(gm)
+    if gradients is None:
         return None
-    gradients = {n: round(f * _gradients(n)) for n, f in flops.items() if f}
     mixing = [] if any(s.approximate_batch_norm for s in _row_settings(config)) else [n for n in gm.graph.nodes if _is_batch_norm(n)]
     _, most = most_between([*gm.graph.nodes], mixing, lambda n: gradients.get(n, 0))
     return sum(gradients.values()), most
+
+
+def gradient_flops_of_calls(gm: fx.GraphModule) -> dict[fx.Node, int] | None:
+    """Estimate the FLOPs of the gradients of every call in a Dynamo graph that has some; None if they cannot be counted."""
+    if gm not in _counted:
+        flops = _torch.count_dynamo_flops(gm)
+        _counted[gm] = {n.name: round(f * _gradients(n)) for n, f in flops.items() if f} if flops is not None else None
+    counted = _counted[gm]
+    return {n: counted[n.name] for n in gm.graph.nodes if n.name in counted} if counted is not None else None
 
 
 def _cut(asked: RowSettings, rows: int, reason: Reason, flops: int, level: int) -> RowCut:

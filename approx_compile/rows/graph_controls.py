@@ -36,6 +36,7 @@ class GraphControls:
         places: Mapping[int, str],
         work: StepFlops,
         unmeasured: Reason | None = None,
+        keys: Sequence[str] | None = None,
     ) -> None:
         """Make the controls, draws and budget that hold where a call has no owner.
 
@@ -47,14 +48,16 @@ class GraphControls:
             places: What each level decides about, in words.
             work: How many FLOPs it decides about.
             unmeasured: Why the variance of the whole gradient is not measured, if so.
+            keys: What the names of the levels' controls end in; their numbers by default.
         """
         self.adaptive = config.adaptive
+        self.keys = tuple(keys) if keys is not None else tuple(str(i) for i, _ in enumerate(levels, 1))
         self.places = dict(places)
         self.work = work
         self.name = name
         self.root = weakref.ref(root) if root is not None else None
         self.ratios = [s.ratio for s in levels]
-        self.unowned = [self.kind(config.adaptive, f"{name.key}{i}") for i, _ in enumerate(levels, 1)]
+        self.unowned = [self.kind(config.adaptive, f"{name.key}{key}") for key in self.keys]
         self.unowned_draws = Draws(f"{name.key}draws")
         self.unowned_budget = self.budget_kind(config.adaptive, f"{name.key}variance")
         self.unmeasured = unmeasured
@@ -89,13 +92,13 @@ class GraphControls:
         """Return the control of every level for an owner, with None for the levels whose ratio is fixed."""
         controls: list[RowControl | None] = []
         budget = self.budget(owner)
-        for i, (ratio, unowned) in enumerate(zip(self.ratios, self.unowned, strict=True), 1):
+        for i, (ratio, unowned, key) in enumerate(zip(self.ratios, self.unowned, self.keys, strict=True), 1):
             if ratio is not None:
                 if owner is not None:
-                    note_fixed_share(owner, self.name + str(i), ratio, self.work)
+                    note_fixed_share(owner, self.name + key, ratio, self.work)
                 controls.append(None)
                 continue
-            control = control_for(owner, self.adaptive, self.name + str(i), self.kind) if owner is not None else unowned
+            control = control_for(owner, self.adaptive, self.name + key, self.kind) if owner is not None else unowned
             control.place, control.work = self.places.get(i, control.place), self.work
             control.excess = budget.excess if budget is not None else 1.0
             controls.append(control)

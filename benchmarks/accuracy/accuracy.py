@@ -201,7 +201,12 @@ WORKS: dict[str, Work] = {
         limit=100,
         read=prompts,
         settings=EXACT
-        | {"fewer steps": Setting(steps=0.75), "adaptive": adaptive(0.025), "adaptive tokens": tokens(0.025), "tokens without a gradient": tokens(0.0)},
+        | {
+            "fewer steps": Setting(steps=0.75),
+            "adaptive rows": adaptive(0.025, method="bernoulli"),
+            "default": Setting({}),
+            "tokens without a gradient": tokens(0.0),
+        },
     ),
     "cifar-wrn": WRN,
     "cifar-resnet": replace(

@@ -125,8 +125,8 @@ def tokens(tau: float) -> Setting:
 SETTINGS = {
     "exact": Setting(),
     "fewer steps": Setting(steps=0.6),
-    "adaptive rows": Setting({"policy": "adaptive"}),
-    "adaptive tokens": tokens(0.025),
+    "adaptive rows": Setting({"grad": {"axis": "rows"}}),
+    "default": Setting({}),
     "adaptive tokens tau .01": tokens(0.01),
     "zeros only": tokens(0.0),
     "infobatch": Setting(pruned=0.5),

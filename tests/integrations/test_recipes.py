@@ -48,8 +48,7 @@ class WithLoss(nn.Module):
 
 
 def trained_in_three_steps(model: Any) -> None:
-    (control,) = controls(model).values()
-    assert control.step == control.passes == 3
+    assert {(c.step, c.passes) for c in controls(model).values()} == {(3, 3)}
 
 
 def trainer_names(folder: Path) -> Names:

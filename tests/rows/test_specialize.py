@@ -54,7 +54,10 @@ class Passes:
         monkeypatch.setattr(RowBackward, "__init__", noted)
 
 
-def compiled(model: nn.Module, options: dict[str, Any] = ADAPTIVE, inner: Any = run_as_is) -> Any:
+ROWS = ADAPTIVE | {"grad": {"axis": "rows"}}
+
+
+def compiled(model: nn.Module, options: dict[str, Any] = ROWS, inner: Any = run_as_is) -> Any:
     return torch.compile(model, backend=Backend(options, inner_compile=inner))
 
 

@@ -13,11 +13,11 @@ from approx_compile.rows.step_counter import require_module
 
 NAMES: Mapping[str, str] = {
     "approx/step": "the optimizer steps started",
-    "approx/kept": "the share of the samples that the backward pass keeps now",
+    "approx/kept": "the share of the samples or tokens that the backward pass keeps now",
     "approx/kept_mean": "that share on average over all steps so far",
     "approx/needed": "the share that the measured variance of the gradient asks for",
     "approx/outputs_kept": "the ratio of sampled outputs now, where it is found during the run; else 1",
-    "approx/flops_saved": "the share of the FLOPs of all training steps so far that was left out because of rows",
+    "approx/flops_saved": "the share of the FLOPs of all training steps so far that was left out with samples or tokens",
     "approx/speedup": "1 / (1 - flops_saved), the speed-up of the step if time went as FLOPs do",
 }
 """The keys of `metrics` and what they hold."""
@@ -26,9 +26,9 @@ NAMES: Mapping[str, str] = {
 def metrics(model: nn.Module) -> dict[str, float]:
     """Collect what was saved so far as numbers for a logger.
 
-    With several cuts a share is their mean, weighted by the FLOPs that run on their rows. The FLOPs are those of matrix products and convolutions, forward and
-    backward, of the graphs whose backward pass may run on rows, at the sizes that were compiled. FLOPs that sampled products save are not counted; `explain`
-    has them.
+    With several cuts, or regions of tokens, a share is their mean, weighted by their FLOPs. The FLOPs are those of matrix products and convolutions,
+    forward and backward, of the graphs whose backward pass may run on samples or tokens, at the sizes that were compiled. FLOPs that sampled products save
+    are not counted; `explain` has them.
 
     Args:
         model: The model, compiled or not, and whatever wraps it.

@@ -38,14 +38,19 @@ class RegionPlan:
     Attributes:
         size: The number of its tokens, an expression in the graph's symbols.
         settings: What is asked of its tokens.
-        place: The layers in it, in words.
+        layers: The names of the layers in it.
         flops: The FLOPs of its products on all tokens.
     """
 
     size: Any
     settings: RowSettings
-    place: str
+    layers: tuple[str, ...]
     flops: int
+
+    @property
+    def place(self) -> str:
+        """The layers in words."""
+        return ", ".join(self.layers) or "the backward pass"
 
 
 class TokenControls(GraphControls):

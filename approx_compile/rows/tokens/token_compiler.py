@@ -22,9 +22,10 @@ from approx_compile.passes.sites.site import PRODUCT_KEY
 from approx_compile.reasons import Reason, join
 from approx_compile.reasons.decisions import TOKENS_OF
 from approx_compile.reasons.rows import DEFECT, NO_TOKEN_REGION, UNMEASURED_NO_PARAMETERS
+from approx_compile.rows.bare_names import relative_names
 from approx_compile.rows.controller import StepFlops
 from approx_compile.rows.ownership import UNNAMED, GraphName
-from approx_compile.rows.row_compiler import _boxed, _with_donated_inputs_copied
+from approx_compile.rows.row_compiler import Declined, _boxed, _with_donated_inputs_copied
 from approx_compile.rows.source_place import source_place
 from approx_compile.rows.tokens import token_cost
 from approx_compile.rows.tokens.regions import Region, find_regions, gradients_of
@@ -49,13 +50,24 @@ class TokenCompiler:
         root: nn.Module | None = None,
         name: GraphName = UNNAMED,
         parameters: Collection[int] = (),
+        may_decline: bool = False,
     ) -> None:
-        """Store the settings of one compilation; see `RowCompiler`. `parameters` are the places of the parameters among the inputs of the graph."""
+        """Store the settings of one compilation; see `RowCompiler`.
+
+        Args:
+            config: The settings.
+            inner: The compiler between AOTAutograd and code.
+            root: The module that is compiled.
+            name: The name of the graph.
+            parameters: The places of the parameters among the inputs of the graph.
+            may_decline: Whether `Declined` is raised where there is no region that is worth it, rather than all tokens kept.
+        """
         self.config = config
         self.inner = _torch.compile_graph if inner is None else inner
         self.root = root
         self.name = name
         self.parameters = frozenset(parameters)
+        self.may_decline = may_decline
         self._forward_flops = 0
         self.levels: list[RowSettings] = []
         self.cuts: list[RowCut] = []
@@ -68,11 +80,18 @@ class TokenCompiler:
             top: The settings where there is no site; not used, because tokens are chosen for sites only.
             sites: The settings of gradient products, None for all tokens.
             excluded: Gradient products that must be computed from all tokens; not used, because every product has settings of its own here.
+
+        Raises:
+            Declined: If the compiler may decline, and no region is worth running on tokens.
         """
         self.levels = list(dict.fromkeys(s for s in sites.values() if s is not None))
         for node, settings in sites.items():
             if settings is not None and PRODUCT_KEY in node.meta:
                 node.meta[SETTINGS_KEY] = self.levels.index(settings)
+        if self.may_decline and _torch.has_backward(graph):
+            regions, reason = self._worthwhile(graph)
+            if not regions:
+                raise Declined(reason)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, is_backward: bool = False, **kwargs: Any) -> Any:
         """Compile a forward graph as it is, or a backward graph whose regions run on some of their tokens.
@@ -106,6 +125,8 @@ class TokenCompiler:
             except (ConfigError, _torch.UnwrappedBackendError):
                 raise
             except Exception as e:
+                if self.may_decline:
+                    raise
                 log.debug("approx: the graph does not compile with tokens", exc_info=True)
                 defect = DEFECT(error=f"{type(e).__name__}: {str(e)[:200]}")
                 warn_once(f"approx: tokens are not sampled: {defect}")
@@ -134,7 +155,8 @@ class TokenCompiler:
         work = StepFlops(sum(c.flops_on_rows for c in self.cuts) / len(plans), total / len(plans))
         places = {i: f"tokens of {p.place}" for i, p in enumerate(plans, 1)}
         unmeasured = unmeasured_reason(plain.graph) if gradients else UNMEASURED_NO_PARAMETERS()
-        controls = TokenControls(self.config, self.root, self.name + "tokens:", [p.settings for p in plans], places, work, unmeasured)
+        names_of_controls = _keys([p.layers for p in plans])
+        controls = TokenControls(self.config, self.root, self.name + "tokens:", [p.settings for p in plans], places, work, unmeasured, names_of_controls)
         backward = TokenBackward(call, plans, [c.symbol for c in counts], guards, names, example_inputs, controls, donated, whole, gradients)
         return _boxed(backward)
 
@@ -160,7 +182,7 @@ class TokenCompiler:
 
     def _plan(self, region: Region) -> RegionPlan:
         layers = dict.fromkeys(source_place(n).split(",")[0] for n in region.products)
-        return RegionPlan(_torch.size_expr(region.tokens), self._settings(region), ", ".join(p for p in layers if p) or "the backward pass", region.flops)
+        return RegionPlan(_torch.size_expr(region.tokens), self._settings(region), tuple(filter(None, layers)), region.flops)
 
     def _record_cuts(self, graph: fx.Graph, regions: Sequence[Region], reason: Reason) -> None:
         """Add a `RowCut` for each region to what is reported; without regions one that says why."""
@@ -173,6 +195,17 @@ class TokenCompiler:
             self.cuts.append(RowCut(asked.method, asked.ratio, _torch.hint(region.tokens), "rows", why, *flops, products, i, False, axis="tokens"))
         for asked in () if regions else self.levels[:1]:
             self.cuts.append(RowCut(asked.method, asked.ratio, 0, "exact", reason, total, 0, (), 1, True, axis="tokens"))
+
+
+def _keys(layers: Sequence[Sequence[str]]) -> list[str]:
+    """Name regions by their layers, so that regions of several graphs of the same code share a control, whatever other regions these graphs have."""
+    names = list(dict.fromkeys(name for region in layers for name in region))
+    relative = dict(zip(names, relative_names(names), strict=True))
+    keys: list[str] = []
+    for i, region in enumerate(layers, 1):
+        key = "+".join(sorted(relative[name] for name in region))
+        keys.append(key if key and key not in keys else f"{key}#{i}")
+    return keys
 
 
 def _gradients_of_parameters(graph: fx.Graph, parameters: Collection[int]) -> list[int]:
