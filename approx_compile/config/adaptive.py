@@ -38,7 +38,7 @@ class AdaptiveTable(Table):
     ladder: tuple[float, ...] = Field(
         default=LADDER,
         description="The shares of the batch to choose from, each in (0, 1]; 1 is always one of them. The share that is needed is rounded up to the next of "
-        "these. Leave out small shares to bound how few rows are kept.",
+        "these. Leave out small shares to bound how few rows are kept. With tokens the default is the multiples of 1/32.",
         examples=[{"adaptive": {"ladder": [0.25, 0.5]}}],
     )
     agree: bool = Field(

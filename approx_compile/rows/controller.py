@@ -40,8 +40,8 @@ FIRST_MARGIN = 1.1
 OVERHEAD = 0.03
 """The time that choosing and gathering rows is taken to cost under tau "auto", as a share of the exact step's."""
 
-ZERO_RUNGS = 32
-"""With tau 0 and the default ladder, the number of shares to choose from: what is left out then costs no accuracy, so that each step counts."""
+TOKEN_RUNGS = 32
+"""With the default ladder, the number of shares of the tokens to choose from. Any number of tokens runs in the same code."""
 
 OBSERVE_EVERY = 4
 """Backward passes from one observation of the norms to the next."""
@@ -284,6 +284,12 @@ class RowControl(Control):
         """Under tau "auto": the running mean of the variance added at every share of the ladder, by the norms; at first that of equal norms."""
 
     @property
+    def bound(self) -> float:
+        """The variance that the norms at the cut may add, as a share of the sum of squares."""
+        assert self.settings.tau != "auto"
+        return self.settings.tau / self.excess
+
+    @property
     def should_observe(self) -> bool:
         """Whether this pass observes the norms."""
         return self.passes % OBSERVE_EVERY == 1
@@ -292,7 +298,7 @@ class RowControl(Control):
         """Observe the squared gradient norms (B,) of a pass, with the floor that `choose_rows` gets. They affect the ratio from the next pass on."""
         shares, pool = self.settings.ladder[:-1], self.pool if self.settings.agree else None
         if self.settings.tau != "auto" and (pool is None or not shares):
-            self._late.put(needed_share(norms_sq, self.settings.tau / self.excess, floor))
+            self._late.put(needed_share(norms_sq, self.bound, floor))
             return
         numbers = added_variance(norms_sq, shares, floor)
         if pool is None or not pool.put(self, numbers):
@@ -304,7 +310,7 @@ class RowControl(Control):
         if self.settings.tau == "auto":
             self._late.put(sums[: len(shares) + 1])
         else:
-            self._late.put(share_from_variance(sums, shares, self.settings.tau / self.excess))
+            self._late.put(share_from_variance(sums, shares, self.bound))
 
     def _decide(self, value: Tensor) -> float:
         if self.settings.tau == "auto":
@@ -359,6 +365,7 @@ class TokenControl(RowControl):
 
     Attributes:
         wanted: The share that the region by itself would keep.
+        weight: The factor of the variance that it may add, for the least FLOPs in all regions together at the same variance (`token_cost.variance_weights`).
     """
 
     unit = "tokens"
@@ -366,7 +373,18 @@ class TokenControl(RowControl):
     def __init__(self, settings: AdaptiveTable, name: str) -> None:
         super().__init__(settings, name)
         self.wanted = 1.0
+        self.weight = 1.0
         self._step_before = 0
+
+    @property
+    def bound(self) -> float:
+        """The variance that the norms of the region may add, as a share of the sum of squares."""
+        return self.weight * super().bound
+
+    def _rung(self, share: float) -> float:
+        if self.settings.ladder == LADDER:
+            return min(1.0, math.ceil(share * TOKEN_RUNGS * (1 - 1e-9)) / TOKEN_RUNGS)
+        return super()._rung(share)
 
     def start_step(self) -> float:
         """Start a pass and return the share of the tokens that the region wants to keep in it."""
@@ -407,8 +425,6 @@ class TokenControl(RowControl):
         if self.passes <= 1:
             self.measured = min(1.0, FIRST_MARGIN * share)
         self.measured = max(share, self.measured + DECAY * (share - self.measured))
-        if self.settings.ladder == LADDER:
-            return min(1.0, math.ceil(self.measured * ZERO_RUNGS * (1 - 1e-9)) / ZERO_RUNGS)
         return self._rung(self.measured)
 
     def state_dict(self) -> dict[str, Any]:

@@ -54,8 +54,13 @@ class RegionPlan:
 
 
 class TokenControls(GraphControls):
-    """Finds the controls and draws of one graph, with a control for each region."""
+    """Finds the controls and draws of one graph, with a control for each region.
 
+    Attributes:
+        weights: For each region the factor of the variance that it may add.
+    """
+
+    weights: Sequence[float] = ()
     kind = TokenControl
     budget_kind = TokenBudget
 
@@ -67,7 +72,11 @@ class TokenControls(GraphControls):
 
     def of(self, owner: Owner | None) -> list[TokenControl | None]:  # type: ignore[override]
         """Return the control of every region for an owner, with None for the regions whose ratio is fixed."""
-        return [c if isinstance(c, TokenControl) else None for c in super().of(owner)]
+        controls = [c if isinstance(c, TokenControl) else None for c in super().of(owner)]
+        for c, weight in zip(controls, self.weights, strict=True):
+            if c is not None:
+                c.weight = weight
+        return controls
 
 
 class TokenBackward:

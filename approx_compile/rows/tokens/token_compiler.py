@@ -157,6 +157,7 @@ class TokenCompiler:
         unmeasured = unmeasured_reason(plain.graph) if gradients else UNMEASURED_NO_PARAMETERS()
         names_of_controls = _keys([p.layers for p in plans])
         controls = TokenControls(self.config, self.root, self.name + "tokens:", [p.settings for p in plans], places, work, unmeasured, names_of_controls)
+        controls.weights = token_cost.variance_weights([p.flops for p in plans])
         backward = TokenBackward(call, plans, [c.symbol for c in counts], guards, names, example_inputs, controls, donated, whole, gradients)
         return _boxed(backward)
 

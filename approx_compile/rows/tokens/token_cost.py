@@ -14,6 +14,7 @@ Where the machine has no profile, the number of FLOPs decides. `row_cost` does t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch import fx
 
@@ -44,6 +45,23 @@ def rejection_reason(region: Region, settings: RowSettings, machine: Machine | N
         return row_cost.too_little_work(region.flops, device)
     prediction = predict(region, settings, machine)
     return None if prediction.pays(machine) else prediction.describe(machine)
+
+
+def variance_weights(flops: Sequence[int]) -> list[float]:
+    """Compute how the variance that regions may add together is divided among them, so that least FLOPs are left.
+
+    Keeping a share r of a region's tokens adds a variance of about c / r and leaves f r of its FLOPs f. With equal c, the sum of f r at a given sum of c / r
+    is least for r in proportion to f^(-1/2), so that the variances are in proportion to f^(1/2).
+
+    Args:
+        flops: The FLOPs of each region on all tokens.
+
+    Returns:
+        The factors of the variance that each region may add. Their mean is 1.
+    """
+    roots = [math.sqrt(f) for f in flops]
+    mean = math.fsum(roots) / max(1, len(roots))
+    return [root / mean if mean else 1.0 for root in roots]
 
 
 def predict(region: Region, settings: RowSettings, machine: Machine) -> Prediction:

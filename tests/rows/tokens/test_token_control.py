@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.config.adaptive import AdaptiveTable
 from approx_compile.rows import row_cost
 from approx_compile.rows.controller import TokenControl
+from approx_compile.rows.row_sampling import needed_share
+from approx_compile.rows.tokens import token_cost
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_work_counts")
 ADAPTIVE: dict[str, Any] = {"grad": {"axis": "tokens"}}
@@ -86,6 +89,31 @@ def test_follows_upwards_at_once_and_downwards_slowly() -> None:
         control.observe(torch.arange(64) < count)
         shares.append(control.measured)
     assert shares[:2] == [1.0, pytest.approx(1.1 * 10 / 64, rel=0.01)] and shares[3] == 40 / 64 and 0.9 * shares[3] < shares[4] < shares[3]
+
+
+def test_regions_with_more_work_may_add_more_variance() -> None:
+    weights = token_cost.variance_weights([8, 3, 1])
+    assert sum(weights) == pytest.approx(3) and weights[0] / weights[2] == pytest.approx(8**0.5)
+    assert token_cost.variance_weights([0, 0]) == [1.0, 1.0] and token_cost.variance_weights([]) == []
+    c = torch.tensor([1.0, 1.0, 1.0])  # the variance of a region at a share of r is c / r
+
+    def work(bounds: Any) -> float:
+        return float((torch.tensor([8.0, 3.0, 1.0]) * c / torch.tensor(bounds)).sum())
+
+    assert work(weights) < work([1.0, 1.0, 1.0])
+    for factors in ([1.1, 0.8, 0.85], [0.95, 1.1, 1.08], [1.0, 1.0, 0.5]):
+        moved = [w * f for w, f in zip(weights, factors, strict=True)]
+        assert work(weights) < work([3 * w / sum(moved) for w in moved])
+    controls = [TokenControl(AdaptiveTable(tau=0.1), "a"), TokenControl(AdaptiveTable(tau=0.1), "b")]
+    controls[1].weight, controls[1].excess = 2.0, 4.0
+    assert [c.bound for c in controls] == pytest.approx([0.1, 0.05])
+    norms = torch.rand(64)
+    for control in controls:
+        control.start_step()
+        control.observe(norms)
+        control.start_step()
+        assert control.measured == pytest.approx(float(needed_share(norms, control.bound)))
+        assert control.wanted == math.ceil(control.measured * 32) / 32
 
 
 def test_what_a_region_wants_holds_only_if_the_graph_keeps_it() -> None:
