@@ -5,6 +5,7 @@ Here are the sets of ops that the passes distinguish, predicates on single nodes
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
@@ -25,6 +26,13 @@ VIEWS = {aten.view.default, aten.alias.default, aten.detach.default, aten._unsaf
 """Ops that keep the order of a tensor's entries, whatever its shape; permutations do not."""
 PERMUTES = {aten.permute.default, aten.t.default, aten.transpose.int}
 CASTS = {aten._to_copy.default, torch.ops.prims.convert_element_type.default}
+
+
+def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
+    """Copy a graph module whose graph is to be edited. The copy shares its constants: `copy.deepcopy` fails where one is a fake tensor."""
+    new = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    new.meta.update(gm.meta)
+    return new
 
 
 # --- predicates ---

@@ -7,7 +7,6 @@ because code for a known size is faster.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor, fx, nn
 from approx_compile import _torch, machine
 from approx_compile.config import ApproxConfig
 from approx_compile.config.resolve import LEAST_ROWS, RowSettings
-from approx_compile.passes.fx_utils import ZERO_KEY
+from approx_compile.passes.fx_utils import ZERO_KEY, copy_of
 from approx_compile.passes.planning.plan import RowCut
 from approx_compile.reasons import Reason, join
 from approx_compile.reasons.decisions import ROWS_END, WHOLE_BACKWARD
@@ -191,7 +190,7 @@ class RowCompiler:
         for n in (n for n in _placeholders(gm) if n.name in self._zeros):
             n.meta[ZERO_KEY] = True
         known = self._known | tangent_layouts(gm.graph, self._known)
-        plain = copy.deepcopy(gm) if self._approximate_batch_norm else gm
+        plain = copy_of(gm) if self._approximate_batch_norm else gm
         partition = partition_backward(gm, self.batch, known, self.default, _levels_of(gm), self._approximate_batch_norm)
         exact = self._rejection_reason(partition.coverage, gm.graph)
         self._record_cuts(partition.coverage, partition.products, gm.graph, exact)

@@ -6,7 +6,6 @@ its step's time if the batch's size is symbolic.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from approx_compile import _torch
+from approx_compile.passes.fx_utils import copy_of
 
 
 def specialize_sizes(gm: fx.GraphModule, example_inputs: Sequence[Any], sizes: Mapping[sympy.Symbol, int]) -> tuple[fx.GraphModule, list[Any]] | None:
@@ -35,7 +35,7 @@ def specialize_sizes(gm: fx.GraphModule, example_inputs: Sequence[Any], sizes: M
     numbers = {n.name: _number(v, sizes) for n in gm.graph.nodes if isinstance(v := n.meta.get("val"), _torch.SYMBOLIC)}
     if any(v is None for v in inputs) or any(v is None for v in numbers.values()):
         return None
-    new = copy.deepcopy(gm)
+    new = copy_of(gm)
     for n in new.graph.nodes:
         n.args, n.kwargs = fx.node.map_arg((n.args, n.kwargs), lambda a: numbers.get(a.name, a))
     for n in reversed(list(new.graph.nodes)):

@@ -6,7 +6,6 @@ tokens may be kept, the graph is also compiled as it is.
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, fx, nn
 from approx_compile import _torch, machine
 from approx_compile.config import ApproxConfig, ConfigError
 from approx_compile.config.resolve import LEAST_ROWS, RowSettings
+from approx_compile.passes.fx_utils import copy_of
 from approx_compile.passes.planning.plan import RowCut
 from approx_compile.passes.sites.site import PRODUCT_KEY
 from approx_compile.reasons import Reason, join
@@ -118,7 +118,7 @@ class TokenCompiler:
         names, donated = [n.name for n in gm.graph.find_nodes(op="placeholder")], _torch.donated_placeholders(gm)
         regions, reason = self._worthwhile(gm.graph)
         self._record_cuts(gm.graph, regions, reason)
-        plain = copy.deepcopy(gm) if regions else gm
+        plain = copy_of(gm) if regions else gm
         if regions:
             try:
                 return self._on_tokens(gm, plain, regions, example_inputs, kwargs, donated)

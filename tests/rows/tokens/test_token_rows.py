@@ -254,3 +254,26 @@ def test_a_failure_leaves_the_step_exact(monkeypatch: pytest.MonkeyPatch) -> Non
     block(x).square().sum().backward()
     assert relative(got, torch.cat([g.flatten() for g in grads(block)])) < 1e-6
     assert [c.decision for c in plans[0].cuts] == ["exact"] and "not today" in plans[0].cuts[0].reason
+
+
+class OfConstantPositions(nn.Module):
+    """Reads positions that a constant in the model's code names, which the backward graph has as an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).index_select(1, torch.tensor([4, 1, 1, 0])))  # type: ignore[no-any-return]
+
+
+@pytest.mark.usefixtures("small_work_counts")
+@pytest.mark.parametrize("axis", ["tokens", "rows"])
+def test_constants_in_the_backward_graph(axis: str) -> None:
+    model, x = OfConstantPositions(), torch.randn(8, 6, 8)
+    f, plans = rows_of(model, {"grad": {"axis": axis}})
+    f(x).square().sum().backward()
+    got = grads(model)
+    model(x).square().sum().backward()
+    assert all(relative(a, b) < 1e-5 for a, b in zip(got, grads(model), strict=True))
+    assert {(c.decision, c.axis) for c in plans[0].cuts} == {("rows", axis)}
