@@ -23,10 +23,10 @@ def source_place(n: fx.Node) -> str:
 
 
 def _module(n: fx.Node) -> str:
-    """The name within the model of the innermost module that called the op."""
+    """The name within the model of the innermost module that called the op. The model may be an argument of a decorator's `*args`."""
     stack = n.meta.get("fwd_nn_module_stack") or n.meta.get("nn_module_stack") or {}
     path = next((str(path) for path, _ in reversed(list(stack.values()))), "")
-    return re.sub(r"^[LG]\['\w+'\](\._modules)?\.?", "", path).replace("._modules", "").replace("['", ".").replace("']", "")
+    return re.sub(r"^[LG]\['\w+'\](\[\d+\])?(\._modules)?\.?", "", path).replace("._modules", "").replace("['", ".").replace("']", "")
 
 
 def _line(n: fx.Node) -> str:

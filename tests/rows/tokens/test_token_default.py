@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -146,3 +147,33 @@ def test_regions_share_a_control_over_graphs_by_their_layers() -> None:
     names = [name.rpartition(":")[2] for name in approx_compile.controls(block)]
     assert names == ["narrow+wide", "out", "qkv.0+qkv.1+qkv.2"]
     assert {c.passes for c in approx_compile.controls(block).values()} == {3}
+
+
+def decorated(forward: Any) -> Any:
+    @functools.wraps(forward)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    return wrapper
+
+
+class Decorated(nn.Module):
+    """A forward behind a decorator, as models of Hugging Face have it: the model is the first of the wrapper's arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])
+
+    @decorated
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x).relu()
+        return x
+
+
+def test_layers_behind_a_decorator_have_their_names() -> None:
+    model = Decorated()
+    f, plans = rows_of(model, None)
+    f(torch.randn(8, 6, 8)).square().sum().backward()
+    assert [c.reason for c in plans[0].cuts] == ["tokens of layers.1, layers.0"]
+    assert [name.rpartition(":")[2] for name in approx_compile.controls(model)] == ["0+1"]
