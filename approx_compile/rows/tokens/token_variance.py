@@ -35,11 +35,12 @@ _EARLY = (32, 16, 8)
 
 
 class _Half(NamedTuple):
-    """The first half of a measurement: the sketch of the exact gradient, and the variances A and P."""
+    """The first half of a measurement: the sketch of the exact gradient, the variances A and P, and the number of the gradient's entries."""
 
     sketch: Tensor
     added: Tensor
     predicted: Tensor
+    entries: int
 
 
 class TokenBudget(VarianceBudget):
@@ -71,26 +72,36 @@ class TokenBudget(VarianceBudget):
             exact: The gradients on all tokens, g.
             predicted: The mean over regions of the variance that their norms say is added, over the sum of squares.
         """
-        self._half = _Half(sketch_of(exact), squared_distance(approximate, exact), predicted)
+        self._half = _Half(sketch_of(exact), squared_distance(approximate, exact), predicted, _entries(exact))
 
     def complete(self, exact: Sequence[Tensor]) -> None:
-        """Complete a measurement with the gradients h on all tokens of another batch."""
+        """Complete a measurement with the gradients h on all tokens of another batch; drop it if they are those of other parameters."""
         half, self._half = self._half, None
         assert half is not None
+        if half.entries != _entries(exact):
+            return
         sketch = sketch_of(exact)
-        before, added, predicted = (t.to(sketch.device) for t in half)
+        before, added, predicted = (t.to(sketch.device) for t in half[:3])
         self.observe(added, (sketch - before).square().sum() / 2, predicted)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as numbers, strings and lists."""
         half = self._half
-        return super().state_dict() | ({"half": [half.sketch.tolist(), half.added.item(), half.predicted.item()]} if half is not None else {})
+        return super().state_dict() | ({"half": [half.sketch.tolist(), half.added.item(), half.predicted.item(), half.entries]} if half is not None else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a state that `state_dict` returned."""
         super().load_state_dict(state)
         half = state.get("half")
-        self._half = _Half(*(torch.tensor(v, dtype=torch.float64) for v in half)) if half is not None else None
+        if half is None:
+            self._half = None
+            return
+        sketch, added, predicted = (torch.tensor(v, dtype=torch.float64) for v in half[:3])
+        self._half = _Half(sketch, added, predicted, int(half[3]))
+
+
+def _entries(gradients: Sequence[Tensor]) -> int:
+    return sum(g.numel() for g in gradients)
 
 
 def sketch_of(gradients: Sequence[Tensor]) -> Tensor:

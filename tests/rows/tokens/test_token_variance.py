@@ -151,6 +151,17 @@ def test_one_batch_twice_measures_nothing() -> None:
     assert not budget.measurements and budget.excess == 1
 
 
+def test_a_measurement_whose_parameters_change_is_dropped() -> None:
+    budget = TokenBudget(AdaptiveTable(tau=0.1), "graph")
+    small, large = [torch.randn(4, 5)], [torch.randn(4, 5), torch.randn(3)]
+    for after, count in ((large, 0), (small, 1)):
+        budget.begin([torch.randn(4, 5)], small, torch.tensor(0.1))
+        assert budget.is_half_done
+        budget.complete([torch.randn_like(g) for g in after])
+        budget.start_pass()
+        assert not budget.is_half_done and len(budget.measurements) == count
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_sketches_keep_distances(dtype: torch.dtype) -> None:
     random = torch.Generator().manual_seed(3)
