@@ -36,6 +36,7 @@ from approx_compile.reasons import Reason
 from approx_compile.reasons.rows import DEFECT, NOT_TRAINING, SYMBOL_BREAKS
 from approx_compile.rows import early_decline
 from approx_compile.rows.bare_names import relative_names
+from approx_compile.rows.nonlinear_below import with_hooks_noted
 from approx_compile.rows.opaque_backward import expose_to_compiled_autograd
 from approx_compile.rows.ownership import GraphName
 from approx_compile.rows.row_compiler import Declined, RowCompiler
@@ -168,30 +169,30 @@ class GraphCompiler:
             return None
         if not prefers_tokens(self.frame.whole):
             return None
-        variants = []
-        for i, config in enumerate(configs):
-            if i not in with_rows:
-                variants.append(self._compile_without_symbol(config))
-                continue
+        compiled: dict[int, Variant] = {}
+        declined: dict[int, NoRows] = {}
+        for i in with_rows:
             try:
                 with _warnings_if_successful():
-                    variants.append(self._with_tokens(config.on_tokens(), may_decline=not self.frame.is_split))
-            except Declined:
-                return None
+                    compiled[i] = self._with_tokens(configs[i].on_tokens(), may_decline=not self.frame.is_split, may_compile_again=True)
+            except Declined as e:
+                declined[i] = NoRows(e.reason)
             except (ConfigError, _torch.UnwrappedBackendError, _torch.RestartAnalysis):
                 raise
             except Exception as e:
                 log.debug("approx: the graph does not compile with tokens", exc_info=True)
-                warn_once(f"approx: tokens are not sampled, samples may be: {_internal_defect(e) or _torch.symbol_failure_reason(e)}")
-                return None
+                declined[i] = NoRows(DEFECT(error=f"{type(e).__name__}: {str(e)[:200]}"))
+                warn_once(f"approx: tokens are not sampled; samples are, where that is possible: {declined[i].reason}")
+        if not compiled:
+            return None
         self.frame.no_rows.append(None)
-        return variants
+        return [compiled[i] if i in compiled else self._compile_without_symbol(c, declined.get(i)) for i, c in enumerate(configs)]
 
-    def _with_tokens(self, config: ApproxConfig, may_decline: bool = False) -> Variant:
+    def _with_tokens(self, config: ApproxConfig, may_decline: bool = False, may_compile_again: bool = False) -> Variant:
         """Compile the graph with tokens. `may_decline`: `Declined` is raised where that is not worth it."""
         parameters = [i for i, v in enumerate(self.context.inputs) if v.parameter and v.requires_grad]
-        compiler = TokenCompiler(config, self.options.inner_compile, self.root, self.name(), parameters, may_decline)
-        return self._compile_one(config, compiler, may_compile_again=may_decline)
+        compiler = TokenCompiler(config, self.options.inner_compile, self.root, self.name(), parameters, may_decline, self.trained)
+        return self._compile_one(config, compiler, may_compile_again=may_compile_again)
 
     def _compile_without_symbol(self, config: ApproxConfig, no_rows: NoRows | None = None) -> Variant:
         """Compile the graph without a symbol for the batch's size: with tokens, or exactly. `no_rows` is the reason why not with rows."""
@@ -214,7 +215,8 @@ class GraphCompiler:
         gm = _torch.copy_dynamo_graph(self.gm) if self.several or may_compile_again else self.gm
         patches = huge_pages.patches(config, self.patches) | self.patches | {"joint_custom_pre_pass": after_user_passes(approx)}
         compiled = _torch.compile_fx(gm, self.example_inputs, guarded(patches), inner, options.inner_compile is None, self.several)
-        compiled = expose_to_compiled_autograd(compiled) if isinstance(rows, RowCompiler) else compiled
+        if rows is not None:
+            compiled = expose_to_compiled_autograd(compiled) if isinstance(rows, RowCompiler) else with_hooks_noted(compiled)
         whole: Plan | None = None
         for plan, before, after in planned:  # the pass also runs on graphs inside the graph
             plan = plan.without_rows(no_rows.reason, no_rows.cuts) if no_rows is not None else plan.with_cuts(rows.cuts) if rows is not None else plan

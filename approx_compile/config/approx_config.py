@@ -340,9 +340,12 @@ class ApproxConfig(RuleKeys):
         return any((s := row_settings(keys)) is not None and axis in (None, s.axis) for keys in self.each_alone())
 
     def leaves_axis_open(self) -> bool:
-        """Whether the settings ask for samples or tokens and do not say which: the policy "adaptive" without a `grad` table, with a number for `tau`."""
+        """Whether the settings ask for samples or tokens and do not say which: the policy "adaptive" without a `grad` table, with a number for `tau`.
+
+        Where ranks agree on their shares samples are chosen: what they exchange has room for few controls.
+        """
         tables = any(k.grad is not None for k in (self, *self.rules)) or any("policy" in r.model_fields_set for r in self.rules)
-        return self.policy == "adaptive" and not tables and self.adaptive.tau != "auto" and self.asks_for_rows()
+        return self.policy == "adaptive" and not tables and self.adaptive.tau != "auto" and not self.adaptive.agree and self.asks_for_rows()
 
     def on_tokens(self) -> ApproxConfig:
         """Return these settings with tokens chosen, where they leave the axis open."""

@@ -280,6 +280,8 @@ class RowControl(Control):
     def __init__(self, settings: AdaptiveTable, name: str) -> None:
         super().__init__(settings, name, 1.0)
         self.excess = 1.0
+        self.level = 1
+        """The number of the cut, or of the region of tokens, in its graph."""
         self.curve = [(1 - r) / r for r in settings.ladder]
         """Under tau "auto": the running mean of the variance added at every share of the ladder, by the norms; at first that of equal norms."""
 

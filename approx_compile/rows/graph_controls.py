@@ -34,7 +34,7 @@ class GraphControls:
         name: GraphName,
         levels: Sequence[RowSettings],
         places: Mapping[int, str],
-        work: StepFlops,
+        work: StepFlops | Sequence[StepFlops],
         unmeasured: Reason | None = None,
         keys: Sequence[str] | None = None,
     ) -> None:
@@ -46,14 +46,14 @@ class GraphControls:
             name: The name of the graph.
             levels: The settings of level 1, 2, ...
             places: What each level decides about, in words.
-            work: How many FLOPs it decides about.
+            work: How many FLOPs each level decides about; one for all, or one for each.
             unmeasured: Why the variance of the whole gradient is not measured, if so.
             keys: What the names of the levels' controls end in; their numbers by default.
         """
         self.adaptive = config.adaptive
         self.keys = tuple(keys) if keys is not None else tuple(str(i) for i, _ in enumerate(levels, 1))
         self.places = dict(places)
-        self.work = work
+        self.works = [work] * len(levels) if isinstance(work, StepFlops) else list(work)
         self.name = name
         self.root = weakref.ref(root) if root is not None else None
         self.ratios = [s.ratio for s in levels]
@@ -92,14 +92,16 @@ class GraphControls:
         """Return the control of every level for an owner, with None for the levels whose ratio is fixed."""
         controls: list[RowControl | None] = []
         budget = self.budget(owner)
-        for i, (ratio, unowned, key) in enumerate(zip(self.ratios, self.unowned, self.keys, strict=True), 1):
+        if budget is not None:
+            budget.apply_pending()  # before its excess is read, so that a run in which `state_dict` applies it earlier is the same
+        for i, (ratio, unowned, key, work) in enumerate(zip(self.ratios, self.unowned, self.keys, self.works, strict=True), 1):
             if ratio is not None:
                 if owner is not None:
-                    note_fixed_share(owner, self.name + key, ratio, self.work)
+                    note_fixed_share(owner, self.name + key, ratio, work)
                 controls.append(None)
                 continue
             control = control_for(owner, self.adaptive, self.name + key, self.kind) if owner is not None else unowned
-            control.place, control.work = self.places.get(i, control.place), self.work
+            control.place, control.work, control.level = self.places.get(i, control.place), work, i
             control.excess = budget.excess if budget is not None else 1.0
             controls.append(control)
         return controls

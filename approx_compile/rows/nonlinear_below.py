@@ -7,6 +7,7 @@ the graph, on the way to the parameters, lie functions of eager code, hooks, and
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, fx
@@ -55,6 +56,17 @@ def note_hooks(inputs: Any, output: Any) -> None:
         for value in _torch.tree_leaves(output):
             for node in _torch.compiled_nodes(value) if isinstance(value, Tensor) else ():
                 node.metadata[HOOKED] = True
+
+
+def with_hooks_noted(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a compiled graph so that `note_hooks` sees every call."""
+
+    def call(*args: Any) -> Any:
+        out = compiled(*args)
+        note_hooks(args, out)
+        return out
+
+    return call
 
 
 def first_nonlinear(node: Any) -> str | None:

@@ -283,7 +283,7 @@ class RowBackward:
                 live[name] = value
                 made[name] = stage.level
         if any(k is not None for k in kept):
-            _last_sampled[0] = _torch.current_backward_id()
+            note_sampled()
         return [self._result(r, live, made, kept, size, symbols) for r in self.partition.results]
 
     # --- rows ---
@@ -396,4 +396,9 @@ def all_rows() -> Iterator[None]:
 
 
 _last_sampled = [-1]
-"""The backward pass in which rows were last dropped, by the number that torch gives it."""
+"""The backward pass in which rows or tokens were last dropped, by the number that torch gives it."""
+
+
+def note_sampled() -> None:
+    """Note that entries of the batch were dropped in the backward pass that is running."""
+    _last_sampled[0] = _torch.current_backward_id()

@@ -96,7 +96,7 @@ class VarianceBudget(Observing):
 
     def start_pass(self) -> bool:
         """Start a pass; return whether it measures."""
-        self._apply_pending()
+        self.apply_pending()
         self.passes += 1
         return self.is_due()
 
@@ -119,7 +119,8 @@ class VarianceBudget(Observing):
         """Take up A, V and P V of all ranks together; zeros where none has measured."""
         self._late.put(torch.stack([sums[0] / sums[1], sums[2] / sums[1]]))
 
-    def _apply_pending(self) -> None:
+    def apply_pending(self) -> None:
+        """Take up the last measurement, if there is one."""
         value = self._late.take()
         if value is None:
             return
@@ -134,7 +135,7 @@ class VarianceBudget(Observing):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as numbers, strings and lists."""
-        self._apply_pending()
+        self.apply_pending()
         return {"passes": self.passes, "added": self.added, "predicted": self.predicted, "measurements": [list(m) for m in self.measurements]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -209,7 +210,7 @@ def squared_distance(values: Sequence[Tensor], gradients: Sequence[Tensor]) -> T
     """
     parts = []
     for value, gradient in zip(values, gradients, strict=True):
-        dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+        dtype = value.dtype if value.dtype == torch.float64 or value.is_complex() else torch.float32
         distance = torch.linalg.vector_norm(value.to(dtype) - some_entries(gradient).to(dtype)).double()
         parts.append(distance.square() * (gradient.numel() / max(1, value.numel())))
     return torch.stack(parts).sum()

@@ -26,22 +26,13 @@ NAMES = {
     "cifar-wrn": "CIFAR-10 (12,800 images), WRN-10-2 with BatchNorm",
     "mnist-mlp-constant": "MNIST, MLP 3 x 500, batches of 50, constant learning rate",
     "mnist-cnn-constant": "MNIST, CNN of Adelman et al., batches of 50, constant learning rate",
-    "minilm-mean": "MiniLM fine-tuned on movie reviews, mean over tokens, 3 epochs",
-    "char-transformer-prompts": "characters, 4 transformer blocks, loss on the second half of every window (test loss)",
 }
-FILES = {"minilm-mean": "minilm.jsonl"}
-"""The files of works that are not in accuracy.jsonl."""
-ON_TOKENS = ("minilm-mean", "char-transformer-prompts")
 IN_SHORT = ("mnist-mlp", "fashion-mlp", "char-transformer", "cifar-wrn")
 COMPARED = ("mnist-mlp", "mnist-cnn", "fashion-mlp", "emnist-finetune", "emnist-finetune-8", "char-transformer", "cifar-wrn")
 PICTURED = ("mnist-mlp", "fashion-mlp", "mnist-cnn", "emnist-finetune-8")
 SHOWN = {"exact": "exact", "adaptive": "approx (default)", "fewer steps": "exact, fewer steps", "narrower": "smaller exact model"}
 SETTINGS = {
     "adaptive": "default",
-    "default": "default",
-    "adaptive rows": 'samples, `grad: {"axis": "rows"}`',
-    "tokens without a gradient": '`adaptive: {"tau": 0}`',
-    "zeros only": '`adaptive: {"tau": 0}`',
     "adaptive tau .1": '`adaptive: {"tau": 0.1}`',
     "adaptive tau auto": '`adaptive: {"tau": "auto"}`',
     "rows .25": "rows, ratio 0.25",
@@ -102,7 +93,7 @@ def settings_table(works: Sequence[str], only: Sequence[str] = ()) -> str:
     """A line for every work, commit and setting, with exact training of the same commit and the same seeds beside it."""
     lines, used = [], []
     for work in works:
-        for commit, group in by(rows(FILES.get(work, "accuracy.jsonl"), work=work), lambda r: r["commit"]).items():
+        for commit, group in by(rows("accuracy.jsonl", work=work), lambda r: r["commit"]).items():
             exact = {r["seed"]: r for r in group if r["setting"] == "exact"}
             for setting, runs in by([r for r in group if r["setting"] in (only or SETTINGS)], lambda r: r["setting"]).items():
                 beside = [exact[r["seed"]] for r in runs if r["seed"] in exact]
@@ -115,10 +106,10 @@ def settings_table(works: Sequence[str], only: Sequence[str] = ()) -> str:
     what = (
         "Test accuracy in % (characters: test loss), mean ± standard deviation over seeds, beside exact training of the same commit and seeds; "
         "seconds of the training steps as a share "
-        "of exact training's; share of the rows or tokens kept, on average over the steps."
+        "of exact training's; share of the rows kept, on average over the steps."
     )
     head = ["training", "setting", "seeds", "result", "exact", "time", "rows kept", "commit"]
-    return block(table(head, lines), caption(what, used, "` and `benchmarks/results/".join(dict.fromkeys(FILES.get(work, "accuracy.jsonl") for work in works))))
+    return block(table(head, lines), caption(what, used, "accuracy.jsonl"))
 
 
 def accuracy_picture(work: str, path: Path) -> None:
@@ -163,7 +154,6 @@ def blocks() -> dict[str, str]:
         "accuracy by setting": settings_table(COMPARED, [s for s in SETTINGS if s not in forward]),
         "accuracy of forward sampling": settings_table(list(NAMES), forward),
         "accuracy of fixed rows": settings_table(["mnist-mlp"], ["adaptive", "rows .25", "rows .125", "rows .25 uniform"]),
-        "accuracy on tokens": settings_table(ON_TOKENS),
         "accuracy through BatchNorm": settings_table(["cifar-wrn"], ["rows .5 through BatchNorm"]),
         **{f"caption: {work}": picture_caption(work) for work in PICTURED},
     }

@@ -146,13 +146,15 @@ class TokenBackward:
                 outputs = self._on_all(args, sizes)
                 budget.complete([outputs[i] for i in self._parameters])
                 return outputs
-            if begins and (probed := self._probed_counts(counts, sizes, symbols, budget)) != sizes:
+            if begins and not budget.waits and (probed := self._probed_counts(counts, sizes, symbols, budget)) != sizes:
                 return self._measure(args, probed, sizes, controls, draws, budget)
         watched = any(c is not None and c.should_observe for c in controls)
         if self.whole is not None and counts == sizes and not watched:
             return self._on_all(args, sizes)
         outputs, norms = self._on_tokens(args, counts, sizes, draws)
         _observe(controls, norms)
+        if counts != sizes:
+            row_backward.note_sampled()  # a graph on samples below keeps all of them
         return outputs
 
     def _on_all(self, args: list[Any], sizes: Sequence[int]) -> list[Any]:

@@ -51,6 +51,7 @@ class TokenCompiler:
         name: GraphName = UNNAMED,
         parameters: Collection[int] = (),
         may_decline: bool = False,
+        modules: Sequence[str] = (),
     ) -> None:
         """Store the settings of one compilation; see `RowCompiler`.
 
@@ -61,6 +62,7 @@ class TokenCompiler:
             name: The name of the graph.
             parameters: The places of the parameters among the inputs of the graph.
             may_decline: Whether `Declined` is raised where there is no region that is worth it, rather than all tokens kept.
+            modules: The names of the modules with parameters whose calls are in the graph.
         """
         self.config = config
         self.inner = _torch.compile_graph if inner is None else inner
@@ -68,6 +70,7 @@ class TokenCompiler:
         self.name = name
         self.parameters = frozenset(parameters)
         self.may_decline = may_decline
+        self.modules = tuple(modules)
         self._forward_flops = 0
         self.levels: list[RowSettings] = []
         self.cuts: list[RowCut] = []
@@ -152,10 +155,10 @@ class TokenCompiler:
         adaptive = all(p.settings.ratio is None for p in plans)
         whole = self.inner(plain, example_inputs, is_backward=True, **kwargs) if adaptive else None
         total = sum(_torch.flops(n) for n in gradients_of(plain.graph)) + self._forward_flops
-        work = StepFlops(sum(c.flops_on_rows for c in self.cuts) / len(plans), total / len(plans))
+        work = [StepFlops(p.flops, total / len(plans)) for p in plans]
         places = {i: f"tokens of {p.place}" for i, p in enumerate(plans, 1)}
         unmeasured = unmeasured_reason(plain.graph) if gradients else UNMEASURED_NO_PARAMETERS()
-        names_of_controls = _keys([p.layers for p in plans])
+        names_of_controls = keys_of_regions([p.layers for p in plans], self.modules)
         controls = TokenControls(self.config, self.root, self.name + "tokens:", [p.settings for p in plans], places, work, unmeasured, names_of_controls)
         controls.weights = token_cost.variance_weights([p.flops for p in plans])
         backward = TokenBackward(call, plans, [c.symbol for c in counts], guards, names, example_inputs, controls, donated, whole, gradients)
@@ -198,15 +201,30 @@ class TokenCompiler:
             self.cuts.append(RowCut(asked.method, asked.ratio, 0, "exact", reason, total, 0, (), 1, True, axis="tokens"))
 
 
-def _keys(layers: Sequence[Sequence[str]]) -> list[str]:
-    """Name regions by their layers, so that regions of several graphs of the same code share a control, whatever other regions these graphs have."""
-    names = list(dict.fromkeys(name for region in layers for name in region))
-    relative = dict(zip(names, relative_names(names), strict=True))
+def keys_of_regions(layers: Sequence[Sequence[str]], modules: Sequence[str]) -> list[str]:
+    """Name regions by their layers, so that regions of several graphs of the same code share a control, whatever other regions these graphs have.
+
+    Args:
+        layers: For each region the places of its products (`source_place`): names of modules, or files and lines of code outside of modules.
+        modules: The names of all modules with parameters that the graphs call.
+
+    Returns:
+        The layers' names without what the names of all modules begin with; for places that are no modules, and for names that are there already, numbers.
+    """
+    relative = dict(zip(dict.fromkeys(modules), relative_names(modules), strict=True))
     keys: list[str] = []
-    for i, region in enumerate(layers, 1):
-        key = "+".join(sorted(relative[name] for name in region))
-        keys.append(key if key and key not in keys else f"{key}#{i}")
+    for region in layers:
+        names = {relative[m] or m for place in region for m in relative if _is_below(m, place) or _is_below(place, m)}
+        key, number = "+".join(sorted(names)), 2 if names else 1
+        while key in ("", *keys):
+            key, number = f"{'+'.join(sorted(names))}#{number}", number + 1
+        keys.append(key)
     return keys
+
+
+def _is_below(name: str, outer: str) -> bool:
+    """Whether a name is another one behind a prefix: names of one module differ by what wraps the model."""
+    return name == outer or name.endswith(f".{outer}")
 
 
 def _gradients_of_parameters(graph: fx.Graph, parameters: Collection[int]) -> list[int]:

@@ -46,10 +46,10 @@ def _sees_tokens(n: fx.Node) -> bool:
 def _unmerged(n: fx.Node) -> torch.Tensor:
     """The value of a node, before views that merged its leading dims."""
     value: torch.Tensor = n.meta["example_value"]
-    while getattr(n.target, "__name__", n.target) in _VIEWS and isinstance(n.args[0], fx.Node):
-        n = n.args[0]
-        before = n.meta["example_value"]
-        if not _torch.known_equal(before.shape[-1], value.shape[-1]):
+    while getattr(n.target, "__name__", n.target) in _VIEWS and n.all_input_nodes:
+        n = n.all_input_nodes[0]
+        before = n.meta.get("example_value")
+        if not isinstance(before, torch.Tensor) or not before.dim() or not value.dim() or not _torch.known_equal(before.shape[-1], value.shape[-1]):
             break
         value = before
     return value

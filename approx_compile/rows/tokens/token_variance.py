@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from approx_compile import _torch
 from approx_compile.config.adaptive import AdaptiveTable
 from approx_compile.rows.row_sampling import added_variance
 from approx_compile.rows.variance_budget import VarianceBudget, some_entries, squared_distance
@@ -35,12 +36,12 @@ _EARLY = (32, 16, 8)
 
 
 class _Half(NamedTuple):
-    """The first half of a measurement: the sketch of the exact gradient, the variances A and P, and the number of the gradient's entries."""
+    """The first half of a measurement: the sketch of the exact gradient, the variances A and P, and the sizes of the parameters' gradients."""
 
     sketch: Tensor
     added: Tensor
     predicted: Tensor
-    entries: int
+    sizes: list[list[int]]
 
 
 class TokenBudget(VarianceBudget):
@@ -51,6 +52,7 @@ class TokenBudget(VarianceBudget):
     def __init__(self, settings: AdaptiveTable, name: str) -> None:
         super().__init__(settings, name)
         self._half: _Half | None = None
+        self._task = -1
 
     def is_due(self) -> bool:
         """Whether this pass begins a measurement."""
@@ -61,7 +63,13 @@ class TokenBudget(VarianceBudget):
 
     @property
     def is_half_done(self) -> bool:
-        """Whether a measurement waits for the exact gradient of this pass."""
+        """Whether a measurement waits for the exact gradient of this pass: not for that of another call of the graph in the same backward pass."""
+        task = _torch.current_backward_id()
+        return self._half is not None and (task < 0 or task != self._task)
+
+    @property
+    def waits(self) -> bool:
+        """Whether a measurement has begun and is not complete."""
         return self._half is not None
 
     def begin(self, approximate: Sequence[Tensor], exact: Sequence[Tensor], predicted: Tensor) -> None:
@@ -72,13 +80,14 @@ class TokenBudget(VarianceBudget):
             exact: The gradients on all tokens, g.
             predicted: The mean over regions of the variance that their norms say is added, over the sum of squares.
         """
-        self._half = _Half(sketch_of(exact), squared_distance(approximate, exact), predicted, _entries(exact))
+        self._half = _Half(sketch_of(exact), squared_distance(approximate, exact), predicted, _sizes(exact))
+        self._task = _torch.current_backward_id()
 
     def complete(self, exact: Sequence[Tensor]) -> None:
         """Complete a measurement with the gradients h on all tokens of another batch; drop it if they are those of other parameters."""
         half, self._half = self._half, None
         assert half is not None
-        if half.entries != _entries(exact):
+        if half.sizes != _sizes(exact):
             return
         sketch = sketch_of(exact)
         before, added, predicted = (t.to(sketch.device) for t in half[:3])
@@ -87,21 +96,22 @@ class TokenBudget(VarianceBudget):
     def state_dict(self) -> dict[str, Any]:
         """Return the state as numbers, strings and lists."""
         half = self._half
-        return super().state_dict() | ({"half": [half.sketch.tolist(), half.added.item(), half.predicted.item(), half.entries]} if half is not None else {})
+        return super().state_dict() | ({"half": [half.sketch.tolist(), half.added.item(), half.predicted.item(), half.sizes]} if half is not None else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a state that `state_dict` returned."""
         super().load_state_dict(state)
         half = state.get("half")
+        self._task = -1
         if half is None:
             self._half = None
             return
         sketch, added, predicted = (torch.tensor(v, dtype=torch.float64) for v in half[:3])
-        self._half = _Half(sketch, added, predicted, int(half[3]))
+        self._half = _Half(sketch, added, predicted, [list(size) for size in half[3]])
 
 
-def _entries(gradients: Sequence[Tensor]) -> int:
-    return sum(g.numel() for g in gradients)
+def _sizes(gradients: Sequence[Tensor]) -> list[list[int]]:
+    return [list(g.shape) for g in gradients]
 
 
 def sketch_of(gradients: Sequence[Tensor]) -> Tensor:
@@ -118,12 +128,13 @@ def sketch_of(gradients: Sequence[Tensor]) -> Tensor:
     total = torch.zeros(SKETCH, dtype=torch.float64, device=gradients[0].device)
     random = torch.Generator().manual_seed(0)
     for gradient in gradients:
-        entries = some_entries(gradient).flatten()
+        entries = some_entries(gradient)
+        entries = (torch.view_as_real(entries) if entries.is_complex() else entries).flatten()
         size = -(-entries.numel() // SKETCH) * SKETCH
         signs = torch.randint(0, 2, (entries.numel(),), generator=random, dtype=torch.int8).to(entries.device)
         values = torch.where(signs > 0, entries, -entries).to(torch.float64 if entries.dtype == torch.float64 else torch.float32)
         summed = torch.nn.functional.pad(values, (0, size - entries.numel())).view(-1, SKETCH).sum(0)
-        total += summed.double() * (gradient.numel() / max(1, entries.numel())) ** 0.5
+        total += summed.double() * (gradient.numel() / max(1, some_entries(gradient).numel())) ** 0.5
     return total
 
 

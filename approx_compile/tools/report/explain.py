@@ -17,10 +17,11 @@ from approx_compile.backend.capture.annotate import full_name
 from approx_compile.backend.runtime.output_probe import OutputControl
 from approx_compile.backend.runtime.schedule import Schedule
 from approx_compile.config import ApproxConfig
+from approx_compile.config.words import LADDER
 from approx_compile.machine import stored
 from approx_compile.passes.planning.plan import Plan
 from approx_compile.passes.planning.selection import PREDICTION_ERROR
-from approx_compile.rows.controller import Control, RowControl
+from approx_compile.rows.controller import TOKEN_RUNGS, Control, RowControl
 from approx_compile.rows.ownership import controls
 from approx_compile.tools.compiled_parts import CompiledPart, compiled_parts, precision_of_wrapper, run_with, unwrapped
 from approx_compile.tools.model_state import model_state_preserved
@@ -129,7 +130,11 @@ def explain(model: Callable[..., Any], *args: Any, config: ApproxConfig | Mappin
         report.unmatched, report.remarks = list(whole.unmatched), list(whole.remarks)
         report.gradient_bytes, report.kept_bytes = whole.gradient_bytes, whole.kept_bytes
     trained = controls(model) if isinstance(model, nn.Module) and config is None else {}
-    report.adaptive = _shares(settings, list(trained.values())) if settings.policy == "adaptive" or any(c.ratio is None for c in report.cuts) else None
+    report.adaptive = (
+        _shares(settings, list(trained.values()), any(c.axis == "tokens" for c in report.cuts))
+        if settings.policy == "adaptive" or any(c.ratio is None for c in report.cuts)
+        else None
+    )
     return report
 
 
@@ -151,13 +156,14 @@ def _device(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str
     return next((t.device.type for t in tensors if isinstance(t, torch.Tensor)), "cpu")
 
 
-def _shares(config: ApproxConfig, trained: list[Control]) -> AdaptiveShares:
+def _shares(config: ApproxConfig, trained: list[Control], on_tokens: bool) -> AdaptiveShares:
     """Collect what the controls of a model have chosen; a graph that was compiled several times has several, of which the one with most steps counts."""
     began = sorted((c for c in trained if c.step), key=lambda c: c.step)
     of_rows = [c for c in began if isinstance(c, RowControl)]
-    rows = {int(c.name.rpartition(":")[2]): c.ratio for c in of_rows}
+    rows = {c.level: c.ratio for c in of_rows}
     history = {c.place: tuple(c.changes) for c in of_rows}
     outputs = [c.ratio for c in began if isinstance(c, OutputControl)]
     chosen = (outputs or [1.0])[-1] if len(config.by_output_ratio()) > 1 else None
     settings, steps = config.adaptive, max((c.step for c in began), default=0)
-    return AdaptiveShares(rows, settings.ladder[0], config.least_rows(), chosen, settings.outputs[0], steps, history)
+    least = 1 / TOKEN_RUNGS if on_tokens and settings.ladder == LADDER else settings.ladder[0]
+    return AdaptiveShares(rows, least, config.least_rows(), chosen, settings.outputs[0], steps, history)

@@ -135,7 +135,7 @@ def test_a_defect_leads_to_samples(monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyError("lost")
 
     monkeypatch.setattr(token_compiler, "rewrite", broken)
-    with pytest.warns(ApproxWarning, match="tokens are not sampled, samples may be: .*lost"):
+    with pytest.warns(ApproxWarning, match="tokens are not sampled; samples are, where that is possible: .*lost"):
         assert axes(Block(8), torch.randn(8, 6, 8)) == {"rows"}
 
 
@@ -177,3 +177,100 @@ def test_layers_behind_a_decorator_have_their_names() -> None:
     f(torch.randn(8, 6, 8)).square().sum().backward()
     assert [c.reason for c in plans[0].cuts] == ["tokens of layers.1, layers.0"]
     assert [name.rpartition(":")[2] for name in approx_compile.controls(model)] == ["0+1"]
+
+
+class Odd(nn.Module):
+    """Views with keywords only, and of a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time, self.a, self.b = nn.Linear(1, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        y = self.a(torch.flatten(input=x, start_dim=0, end_dim=1)).relu() + self.time(t.view(1, 1))
+        return self.b(torch.reshape(input=y, shape=(-1, 8))).view(x.shape)  # type: ignore[no-any-return]
+
+
+def test_views_by_keyword_and_of_a_number() -> None:
+    model, x, t = Odd(), torch.randn(8, 6, 8), torch.tensor(0.5)
+    f, plans = rows_of(model, None)
+    f(x, t).square().sum().backward()
+    got = grads(model)
+    model(x, t).square().sum().backward()
+    assert all(relative(a, b) < 1e-5 for a, b in zip(got, grads(model), strict=True))
+    assert len(plans) == 1
+
+
+@pytest.mark.parametrize("axis", [None, "tokens"])
+def test_a_hook_on_an_inputs_gradient_keeps_everything(axis: str | None) -> None:
+    embed, model, x = nn.Linear(8, 8), mlp(8, 16, 8), torch.randn(8, 6, 8)
+    matters = torch.linspace(0, 1, 6).view(1, 6, 1) ** 4 * torch.linspace(0, 1, 8).view(8, 1, 1) ** 4
+    f, _ = rows_of(model, {"adaptive": {"tau": 0.5, "probe": 0}} | ({"grad": {"axis": axis}} if axis else {}))
+
+    def step(call: Any, hooked: bool) -> list[Tensor]:
+        h = embed(x)
+        if hooked:
+            h.register_hook(lambda g: g.clamp(-0.05, 0.05))
+        (call(h) * matters).square().sum().backward()
+        return [*grads(embed), *grads(model)]
+
+    for _ in range(24):
+        step(f, False)
+    assert all(relative(a, b) < 1e-5 for a, b in zip(step(f, True), step(model, True), strict=True))
+    assert not all(relative(a, b) < 1e-5 for a, b in zip(step(f, False), step(model, False), strict=True))
+
+
+@pytest.mark.parametrize("when", [{"steps": ":3"}, {"phase": "warm"}])
+def test_a_schedule_with_an_exact_part_keeps_tokens(when: dict[str, str]) -> None:
+    block = Block(8)
+    f, plans = rows_of(block, {"rules": [{"layers": "*", "method": "exact", **when}]})
+    optimizer = torch.optim.SGD(block.parameters(), lr=1e-3)
+    for _ in range(6):
+        f(torch.randn(8, 6, 8)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert {c.axis for plan in plans for c in plan.cuts if c.decision == "rows"} == {"tokens"}
+    assert [name.rpartition(":")[2] for name in approx_compile.controls(block)] == ["narrow+wide", "out", "qkv.0+qkv.1+qkv.2"]
+
+
+def test_ranks_that_agree_choose_samples() -> None:
+    assert axes(Block(8), torch.randn(8, 6, 8), {"adaptive": {"agree": True}}) == {"rows"}
+
+
+def test_explain_after_training_says_what_is_kept_now() -> None:
+    block, x = Block(8), torch.randn(8, 6, 8)
+    f, _ = rows_of(block, {"adaptive": {"tau": 2.0}})
+    for _ in range(12):
+        (f(x) * torch.linspace(0, 1, 6).view(1, 6, 1) ** 4).square().sum().backward()
+    report = approx_compile.explain(block, x)
+    assert report.adaptive is not None
+    assert report.adaptive.rows == {i: c.ratio for i, c in enumerate(approx_compile.controls(block).values(), 1)}
+    assert min(report.adaptive.rows.values()) < 1 and "tokens" in str(report)
+
+
+def test_metrics_weigh_regions_by_their_flops() -> None:
+    class Uneven(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.small, self.wide, self.narrow = nn.Linear(8, 8), nn.Linear(8, 256), nn.Linear(256, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.narrow(F.gelu(self.wide(self.small(x).softmax(1))))  # type: ignore[no-any-return]
+
+    model = Uneven()
+    f, plans = rows_of(model, {"adaptive": {"tau": 0.5, "probe": 0}})
+    for _ in range(12):
+        (f(torch.randn(8, 6, 8)) * torch.rand(8, 6, 1) ** 4).square().sum().backward()
+    flops, found = [c.products and c.flops_on_rows for c in plans[0].cuts], [*approx_compile.controls(model).values()]
+    assert [c.work.on_rows for c in found] == flops and flops[0] > 20 * flops[1] and found[0].ratio != found[1].ratio
+    kept = sum(w * c.ratio for w, c in zip(flops, found, strict=True)) / sum(flops)
+    assert approx_compile.metrics(model)["approx/kept"] == pytest.approx(kept)
+
+
+def test_keys_of_regions() -> None:
+    modules = ["net.blocks.0.a", "net.blocks.0.b", "net.blocks.1.a", "net.blocks.1.b", "net.head"]
+    regions = [["blocks.1.b", "blocks.1.a"], ["blocks.0.a"], ["head"], ["model.py:8", "model.py:9"], ["model.py:10"]]
+    keys = ["blocks.1.a+blocks.1.b", "blocks.0.a", "head", "#1", "#2"]
+    assert token_compiler.keys_of_regions(regions, modules) == keys
+    assert token_compiler.keys_of_regions(regions[1:2], modules) == keys[1:2]  # whatever other regions there are
+    assert token_compiler.keys_of_regions([["head"], ["head"]], modules) == ["head", "head#2"]

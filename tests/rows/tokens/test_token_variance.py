@@ -18,6 +18,7 @@ from approx_compile.rows import controller
 from approx_compile.rows.ownership import budgets, controls
 from approx_compile.rows.row_sampling import added_variance
 from approx_compile.rows.tokens.token_variance import SKETCH, TokenBudget, predicted_variance, sketch_of
+from approx_compile.rows.variance_budget import some_entries, squared_distance
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_work_counts")
 
@@ -178,3 +179,49 @@ def test_predicted_variance() -> None:
     norms = [torch.rand(40), torch.rand(30), torch.zeros(20)]
     variance, square = added_variance(norms[0], [0.25])
     assert float(predicted_variance(norms, [10, 30, 5])) == pytest.approx(float(variance / square / 3))
+
+
+@pytest.mark.parametrize("axis", ["tokens", "rows"])
+def test_asking_for_the_state_changes_nothing(axis: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever pass it is done in, and whether a measurement has just been made."""
+    monkeypatch.setattr(controller, "MOMENTUM", 0.0)
+
+    def run(asks: bool) -> list[Any]:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        block = Block(8)
+        f, _ = rows_of(block, {"grad": {"axis": axis}, "adaptive": {"tau": 0.5, "probe": 7}})
+        torch.manual_seed(5)
+        found = []
+        for seed in range(1, 60):
+            found.append(flat(step(f, block, seed)))
+            if asks:
+                approx_compile.state_dict(block)
+        return [*found, [c.measured for c in controls(block).values()]]
+
+    plain, asked = run(False), run(True)
+    assert plain[-1] == asked[-1] and all(torch.equal(a, b) for a, b in zip(plain[:-1], asked[:-1], strict=True))
+
+
+def test_two_calls_of_one_backward_pass_are_not_compared() -> None:
+    """As of a discriminator, whose gradients on real and on fake data are not two samples of one."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+    f, _ = rows_of(model, options(tau=0.5, probe=6))
+    for seed in range(60):
+        random = torch.Generator().manual_seed(seed)
+        a, b = torch.randn(4, 16, 8, generator=random) + 1, torch.randn(4, 16, 8, generator=random) - 1
+        (f(a).sum() - f(b).sum()).backward()
+        (budget,) = budgets(model).values()
+        if budget.waits:
+            assert not budget.measurements or budget.measurements[-1][0] < budget.passes
+    assert budget.measurements
+    (known,) = {b.passes for b in budgets(model).values()}
+    assert known == 120 and budget.excess > 0.2
+
+
+def test_complex_parameters(recwarn: pytest.WarningsRecorder) -> None:
+    a, b = ([torch.randn(30, 40, dtype=torch.cfloat)] for _ in range(2))
+    distance = (a[0] - b[0]).abs().square().sum().item()
+    assert (sketch_of(a) - sketch_of(b)).square().sum().item() == pytest.approx(distance, rel=0.25)
+    assert squared_distance([some_entries(g) for g in a], b).item() == pytest.approx(distance, rel=1e-5)
+    assert not recwarn.list
