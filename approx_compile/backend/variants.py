@@ -41,7 +41,7 @@ from approx_compile.rows.opaque_backward import expose_to_compiled_autograd
 from approx_compile.rows.ownership import GraphName
 from approx_compile.rows.row_compiler import Declined, RowCompiler
 from approx_compile.rows.tokens.token_compiler import TokenCompiler
-from approx_compile.rows.tokens.token_preference import prefers_tokens
+from approx_compile.rows.tokens.token_preference import LEAST_COVERED, prefers_tokens
 from approx_compile.utils import log_once, warn_once
 
 log = logging.getLogger("approx_compile")
@@ -171,10 +171,11 @@ class GraphCompiler:
             return None
         compiled: dict[int, Variant] = {}
         declined: dict[int, NoRows] = {}
+        least_share = LEAST_COVERED if len(with_rows) == 1 else 0.0  # settings of other times may keep most layers exact
         for i in with_rows:
             try:
                 with _warnings_if_successful():
-                    compiled[i] = self._with_tokens(configs[i].on_tokens(), may_decline=not self.frame.is_split, may_compile_again=True)
+                    compiled[i] = self._with_tokens(configs[i].on_tokens(), may_decline=not self.frame.is_split, least_share=least_share)
             except Declined as e:
                 declined[i] = NoRows(e.reason)
             except (ConfigError, _torch.UnwrappedBackendError, _torch.RestartAnalysis):
@@ -188,11 +189,17 @@ class GraphCompiler:
         self.frame.no_rows.append(None)
         return [compiled[i] if i in compiled else self._compile_without_symbol(c, declined.get(i)) for i, c in enumerate(configs)]
 
-    def _with_tokens(self, config: ApproxConfig, may_decline: bool = False, may_compile_again: bool = False) -> Variant:
-        """Compile the graph with tokens. `may_decline`: `Declined` is raised where that is not worth it."""
+    def _with_tokens(self, config: ApproxConfig, may_decline: bool = False, least_share: float | None = None) -> Variant:
+        """Compile the graph with tokens.
+
+        Args:
+            config: The settings.
+            may_decline: Whether `Declined` is raised where that is not worth it.
+            least_share: The least share of the FLOPs in regions; None where the graph is not compiled again if this fails.
+        """
         parameters = [i for i, v in enumerate(self.context.inputs) if v.parameter and v.requires_grad]
-        compiler = TokenCompiler(config, self.options.inner_compile, self.root, self.name(), parameters, may_decline, self.trained)
-        return self._compile_one(config, compiler, may_compile_again=may_compile_again)
+        compiler = TokenCompiler(config, self.options.inner_compile, self.root, self.name(), parameters, may_decline, self.trained, least_share or 0.0)
+        return self._compile_one(config, compiler, may_compile_again=least_share is not None)
 
     def _compile_without_symbol(self, config: ApproxConfig, no_rows: NoRows | None = None) -> Variant:
         """Compile the graph without a symbol for the batch's size: with tokens, or exactly. `no_rows` is the reason why not with rows."""

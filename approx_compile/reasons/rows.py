@@ -111,6 +111,11 @@ SAMPLE_WEIGHT = Template(
 
 # --- tokens ---
 
+FEW_FLOPS_ON_TOKENS = Template(
+    "few-flops-on-tokens",
+    "only {share:.0%} of the backward pass's FLOPs could run on some of the tokens",
+    'Nothing to do where samples are chosen in their place. `grad: {axis: "tokens"}` asks for tokens all the same.',
+)
 NO_TOKEN_REGION = Template(
     "no-token-region",
     "no linear layer's gradients depend on tokens",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from generators.stored import Row, block, rows, table
 
 NAME = "conformance.csv"
+TOKENS = "conformance_tokens.csv"
 
 
 def conformance_table() -> str:
@@ -41,12 +42,28 @@ def _counts(stored: Sequence[Row]) -> str:
     )
 
 
-def _conditions(stored: Sequence[Row]) -> str:
+def tokens_table() -> str:
+    """A line for each model for which the default chooses tokens, with the checks of its regions."""
+    stored = rows(TOKENS)
+    head = ["model", "FLOPs on tokens", "regions", "exact", "mean", "default", "sizes", "verdict"]
+    lines = [
+        [
+            *(r["model"].replace("|", "\\|"), f"{100 * float(r['share']):.0f}%", r["regions"], r["exact"], r["mean"], r["default_fp32"]),
+            *(f"{r['other_sizes']} ({r['recompiled']}, {r['recompiled_by_torch']})", r["verdict"].replace("|", "\\|")),
+        ]
+        for r in stored
+    ]
+    right, regions = sum(r["verdict"] == "right" for r in stored), sum(int(r["regions"]) for r in stored)
+    counts = f"{len(stored)} models for which the default chooses tokens, with {regions} regions: {right} are right in every check."
+    return block(table(head, lines), f"{counts} {_conditions(stored, TOKENS)}")
+
+
+def _conditions(stored: Sequence[Row], name: str = NAME) -> str:
     dates, devices = (", ".join(sorted({r[k] for r in stored})) for k in ("date", "device"))
     commits = ", ".join(sorted({commit for r in stored for commit in r["commit"].split()}))
-    return f"{devices}, 1 thread, {stored[0]['versions'].split()[0].replace('==', ' ')}, {dates}; commits {commits}. From `benchmarks/results/{NAME}`."
+    return f"{devices}, 1 thread, {stored[0]['versions'].split()[0].replace('==', ' ')}, {dates}; commits {commits}. From `benchmarks/results/{name}`."
 
 
 def blocks() -> dict[str, str]:
     """The generated blocks by name."""
-    return {"conformance": conformance_table()}
+    return {"conformance": conformance_table(), "conformance on tokens": tokens_table()}

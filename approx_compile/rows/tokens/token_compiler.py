@@ -21,7 +21,7 @@ from approx_compile.passes.planning.plan import RowCut
 from approx_compile.passes.sites.site import PRODUCT_KEY
 from approx_compile.reasons import Reason, join
 from approx_compile.reasons.decisions import TOKENS_OF
-from approx_compile.reasons.rows import DEFECT, NO_TOKEN_REGION, UNMEASURED_NO_PARAMETERS
+from approx_compile.reasons.rows import DEFECT, FEW_FLOPS_ON_TOKENS, NO_TOKEN_REGION, UNMEASURED_NO_PARAMETERS
 from approx_compile.rows.bare_names import relative_names
 from approx_compile.rows.controller import StepFlops
 from approx_compile.rows.ownership import UNNAMED, GraphName
@@ -52,6 +52,7 @@ class TokenCompiler:
         parameters: Collection[int] = (),
         may_decline: bool = False,
         modules: Sequence[str] = (),
+        least_share: float = 0.0,
     ) -> None:
         """Store the settings of one compilation; see `RowCompiler`.
 
@@ -63,6 +64,7 @@ class TokenCompiler:
             parameters: The places of the parameters among the inputs of the graph.
             may_decline: Whether `Declined` is raised where there is no region that is worth it, rather than all tokens kept.
             modules: The names of the modules with parameters whose calls are in the graph.
+            least_share: The least share of the gradients' FLOPs in regions below which a compiler that may decline does so.
         """
         self.config = config
         self.inner = _torch.compile_graph if inner is None else inner
@@ -71,6 +73,7 @@ class TokenCompiler:
         self.parameters = frozenset(parameters)
         self.may_decline = may_decline
         self.modules = tuple(modules)
+        self.least_share = least_share
         self._forward_flops = 0
         self.levels: list[RowSettings] = []
         self.cuts: list[RowCut] = []
@@ -93,8 +96,9 @@ class TokenCompiler:
                 node.meta[SETTINGS_KEY] = self.levels.index(settings)
         if self.may_decline and _torch.has_backward(graph):
             regions, reason = self._worthwhile(graph)
-            if not regions:
-                raise Declined(reason)
+            share = sum(r.flops for r in regions) / max(1, sum(_torch.flops(n) for n in gradients_of(graph)))
+            if not regions or share < self.least_share:
+                raise Declined(reason if not regions else FEW_FLOPS_ON_TOKENS(share=share))
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, is_backward: bool = False, **kwargs: Any) -> Any:
         """Compile a forward graph as it is, or a backward graph whose regions run on some of their tokens.

@@ -274,3 +274,23 @@ def test_keys_of_regions() -> None:
     assert token_compiler.keys_of_regions(regions, modules) == keys
     assert token_compiler.keys_of_regions(regions[1:2], modules) == keys[1:2]  # whatever other regions there are
     assert token_compiler.keys_of_regions([["head"], ["head"]], modules) == ["head", "head#2"]
+
+
+class Opaque(nn.Module):
+    """Layers on positions, most of them above an op that mixes them in a way that is not known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x).cumsum(1)).cumsum(1))  # type: ignore[no-any-return]
+
+
+def test_samples_are_chosen_where_little_is_in_regions(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(8, 6, 8)
+    assert axes(Opaque(), x) == {"tokens"}  # three regions of a layer each
+    found = token_compiler.find_regions
+    monkeypatch.setattr(token_compiler, "find_regions", lambda *given: found(*given)[:1])
+    assert axes(Opaque(), x) == {"rows"}
+    assert axes(Opaque(), x, {"grad": {"axis": "tokens"}}) == {"tokens"}
