@@ -84,11 +84,15 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def fresh():
-    """Reset what torch.compile has compiled and which notices were given, and seed torch."""
+    """Reset what torch.compile has compiled and which notices were given, and seed torch. Afterwards restore float32 precisions, which frameworks set."""
     torch._dynamo.reset()
     diagnostics.forget()
     torch.manual_seed(0)
+    before = float32_precision.settings()
     yield
+    if float32_precision.settings() != before:
+        with getattr(torch.backends, "__allow_nonbracketed_mutation")():
+            float32_precision.take_over(before)
 
 
 @pytest.fixture
