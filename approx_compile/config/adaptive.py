@@ -16,12 +16,12 @@ class AdaptiveTable(Table):
 
     tau: float | Literal["auto"] = Field(
         default=0.025,
-        description="The variance that leaving out rows may add, as a share of the gradient's own: with row norms g and probabilities p, the sum of (1 "
-        "- p) / p g^2 is at most tau times the sum of g^2. What is measured of the whole gradient corrects this bound (`probe`). Raise it "
-        "to keep fewer rows; lower it if the training becomes noisier than the exact one. With tokens the same sum is taken over the tokens"
-        " of every region, and 0 leaves out only tokens whose gradient is exactly zero, such as padding and masked prompts. `auto` bounds "
-        "nothing: it keeps the share of the samples at which the time of a step, by its FLOPs, times 1 + v is least, with v the variance "
-        "added, because where noise dominates training takes about 1 + v times as many steps.",
+        description="The variance that leaving out rows may add, as a share of the gradient's own: with row norms g and probabilities p, the sum of (1 - p) / "
+        "p g^2 is at most tau times the sum of g^2. What is measured of the whole gradient corrects this bound (`probe`). Raise it to keep fewer "
+        "rows; lower it if the training becomes noisier than the exact one. With tokens the same sum is taken over the tokens of every region, and "
+        "0 leaves out only tokens whose gradient is exactly zero, such as padding and masked prompts. `auto` bounds nothing: it keeps the share of "
+        "the samples at which the time of a step, by its FLOPs, times 1 + v is least, with v the variance added, because where noise dominates "
+        "training takes about 1 + v times as many steps.",
         examples=[{"adaptive": {"tau": 0.1}}, {"adaptive": {"tau": "auto"}}],
         json_schema_extra={"minimum": 0},
     )

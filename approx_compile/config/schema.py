@@ -312,10 +312,11 @@ class GradTable(GradientTable):
     axis: Axis | None = Field(
         default=None,
         description="What is sampled. `contraction` (the default of a table) samples each gradient product along its own axis. `rows` runs the whole backward "
-        "pass on some samples of the batch, which are chosen by the norms of their gradients: `ratio` of them, or, if it is not set, as many as the "
-        "policy finds. `min_k` is then the fewest samples, 2 if not set. `tokens` does so for tokens, the (sample, position) entries of a batch of "
-        "sequences, in every part of the backward pass that keeps them apart, such as the MLP of a transformer block. Without a table the policy "
-        "`adaptive` chooses tokens where most of the work is in linear layers that see several tokens of every sample, and samples elsewhere.",
+        "pass on some samples of the batch, which are chosen by the norms of their gradients: `ratio` of them, or, if it is not set, as many as "
+        "the policy finds. `min_k` is then the fewest samples, 2 if not set. `tokens` does so for tokens, the (sample, position) entries of a "
+        "batch of sequences, in every part of the backward pass that keeps them apart, such as the MLP of a transformer block. Without a table the "
+        "policy `adaptive` chooses tokens where most of the work is in linear layers that see several tokens of every sample, and samples "
+        "elsewhere.",
         examples=[{"grad": {"axis": "rows", "ratio": 0.25}}, {"grad": {"axis": "tokens", "ratio": 0.25}}],
     )
     batch_norm: BatchNorm | None = Field(

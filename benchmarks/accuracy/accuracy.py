@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.accuracy.study import Setting, Study, Work, text
+from benchmarks.accuracy.study import Setting, Study, Work, text, tokens
 from benchmarks.common.works import Block
 from examples import models
 
@@ -41,10 +41,6 @@ def ends_exact(setting: Setting) -> Setting:
 def adaptive(tau: float | str, **grad: str) -> Setting:
     options = {"policy": "adaptive", "adaptive": {"tau": tau}}
     return Setting(options | ({"grad": {"axis": "rows", **grad}} if grad else {}))
-
-
-def tokens(tau: float) -> Setting:
-    return Setting({"grad": {"axis": "tokens"}, "adaptive": {"tau": tau}})
 
 
 AUTO = {"adaptive tau auto": adaptive("auto")}
@@ -110,6 +106,19 @@ WRN = Work(
     settings=EXACT
     | {"fewer steps": Setting(steps=0.5), "adaptive": adaptive(0.025)}
     | {"rows .5 through BatchNorm": Setting({"grad": {"axis": "rows", "ratio": 0.5, "batch_norm": "approximate"}})},
+)
+
+CHARACTERS = Work(
+    "text",
+    lambda width: CharTransformer(128, 4, 65, 128),
+    epochs=4,
+    batch=16,
+    lr=1e-3,
+    score="loss",
+    limit=100,
+    settings=EXACT
+    | {"fewer steps": Setting(steps=0.5), "adaptive": adaptive(0.025), **AUTO, "rows .5": rows(0.5)}
+    | {"tokens .5": Setting({"policy": "always", "sampling": "backward", "grad_input": "exact", "grad_weight": {"method": "bernoulli", "ratio": 0.5}})},
 )
 
 WORKS: dict[str, Work] = {
@@ -179,31 +188,15 @@ WORKS: dict[str, Work] = {
         | {"fewer steps": Setting(steps=0.67), "adaptive": adaptive(0.025)}
         | {"adaptive, rungs of 2^(1/4)": Setting({"policy": "adaptive", "adaptive": {"ladder": [2 ** (-i / 4) for i in range(17)]}})},
     ),
-    "char-transformer": Work(
-        "text",
-        lambda width: CharTransformer(128, 4, 65, 128),
-        epochs=4,
-        batch=16,
-        lr=1e-3,
-        score="loss",
-        limit=100,
-        settings=EXACT
-        | {"fewer steps": Setting(steps=0.5), "adaptive": adaptive(0.025), **AUTO, "rows .5": rows(0.5)}
-        | {"tokens .5": Setting({"policy": "always", "sampling": "backward", "grad_input": "exact", "grad_weight": {"method": "bernoulli", "ratio": 0.5}})},
-    ),
-    "char-transformer-prompts": Work(
-        "text",
-        lambda width: CharTransformer(128, 4, 65, 128),
+    "char-transformer": CHARACTERS,
+    "char-transformer-prompts": replace(
+        CHARACTERS,
         epochs=8,
-        batch=16,
-        lr=1e-3,
-        score="loss",
-        limit=100,
         read=prompts,
         settings=EXACT
         | {
             "fewer steps": Setting(steps=0.75),
-            "adaptive rows": adaptive(0.025, method="bernoulli"),
+            "adaptive rows": Setting({"grad": {"axis": "rows"}}),
             "default": Setting({}),
             "tokens without a gradient": tokens(0.0),
         },

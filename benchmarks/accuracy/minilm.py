@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.accuracy.study import Setting, Study, Work
+from benchmarks.accuracy.study import Setting, Study, Work, tokens
 
 LENGTH = 48
 FILE = "movieReviewSnippets_GroundTruth.txt"
@@ -116,10 +116,6 @@ def read(directory: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
     test, train = order[: len(order) // 10], order[len(order) // 10 :]
     return ids[train], labels[train], ids[test], labels[test]
-
-
-def tokens(tau: float) -> Setting:
-    return Setting({"grad": {"axis": "tokens"}, "adaptive": {"tau": tau}})
 
 
 SETTINGS = {

@@ -40,6 +40,10 @@ class Setting:
     pruned: float = 0.0
 
 
+def tokens(tau: float) -> Setting:
+    return Setting({"grad": {"axis": "tokens"}, "adaptive": {"tau": tau}})
+
+
 @dataclass(frozen=True)
 class Work:
     """A model and its data. `make(width share)` gives the model; `decays`: the learning rate, by a cosine to 0; `score` is a test accuracy in %
