@@ -123,7 +123,7 @@ SETTINGS = {
     "fewer steps": Setting(steps=0.6),
     "adaptive rows": Setting({"grad": {"axis": "rows"}}),
     "default": Setting({}),
-    "adaptive tokens tau .01": tokens(0.01),
+    "tokens tau .1": tokens(0.1),
     "zeros only": tokens(0.0),
     "infobatch": Setting(pruned=0.5),
 }
