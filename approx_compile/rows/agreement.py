@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-SLOTS, WIDTH = 16, 32
-"""The most controls of a model whose numbers are pooled, and the most numbers of each. The size is fixed so that a rank without data sends the same."""
+SLOTS, WIDTH = 64, 32
+"""The most controls of a model whose numbers are pooled, and the most numbers of each. The size, 16 KiB, is fixed so that a rank
+without data sends the same."""
 
 
 class PooledControl(Protocol):
