@@ -22,6 +22,12 @@ from approx_compile.kernels.estimators import Estimator, select
 _BEYOND = 1e200
 """The finite value that replaces a norm of inf or NaN. It is larger than any other, so such rows are kept first."""
 
+_BELOW = 1e-200
+"""The value that replaces a norm of 0 where rows are chosen. It is smaller than any other, so such rows are kept last."""
+
+LEAST = 1e-30
+"""The least probability that a row counts with in its weight, so that weights are finite in fp32."""
+
 FLOOR = 1.0
 """The least norm that a row counts with where samples are coupled, as a share of the mean norm. With 1 every row is kept with a probability of at least half
 the share of rows kept."""
@@ -41,7 +47,7 @@ def choose_rows(method: str, norms_sq: Tensor, k: int, random: torch.Generator |
     """
     if method == "bernoulli":
         idx, p = systematic_sample(inclusion_probabilities(norms_sq, k), k, random)
-        return idx, p.reciprocal().to(norms_sq.dtype)
+        return idx, p.clamp_(min=LEAST).reciprocal_().to(norms_sq.dtype)
     estimator = Estimator(method, norms_sq.shape[0], k)
     return select(estimator, norms_sq, torch.ones_like(norms_sq), random)
 
@@ -59,23 +65,22 @@ def _norms(norms_sq: Tensor) -> Tensor:
 def inclusion_probabilities(norms_sq: Tensor, k: int) -> Tensor:
     """Compute p_i = min(1, c g_i) with c such that the sum of p is k.
 
-    If the rows with the n smallest norms are those with p < 1, then c = (k - (B - n)) / (g_1 + .. + g_n); the solution is the n for which this c indeed
-    leaves exactly these rows below 1.
+    c is the maximum over n of (k - (B - n)) / (g_1 + .. + g_n), where g_1 <= g_2 <= .. are the norms. Why: whatever n is, the sum of p is at most
+    (B - n) + c (g_1 + .. + g_n), so that c is no less than this; and it is equal where n is the number of rows with p < 1.
 
     Args:
         norms_sq: Squared gradient norms (B,).
-        k: The expected number of rows.
+        k: The number of rows.
 
     Returns:
-        Probabilities (B,), fp64. Where fewer than `k` rows have a gradient, these have p = 1 and the sum is less than `k`.
+        Probabilities (B,), fp64, with the sum k. Rows without a gradient have p = 0 up to rounding; but where fewer than `k` rows have one, these have p = 1,
+        and those without share the rest evenly.
     """
-    g = _norms(norms_sq)
+    g = _norms(norms_sq).clamp_(min=_BELOW)
     size = g.shape[0]
-    ascending, _ = g.sort()
     budget = torch.arange(k - size + 1, k + 1, device=g.device)
-    c = budget / ascending.cumsum(0)
-    c = _first_fit(c, ascending)
-    return torch.where(c.isfinite(), (c * g).clamp_(max=1), (g > 0).to(g.dtype))
+    c = (budget / g.sort().values.cumsum(0)).amax()
+    return (c * g).clamp_(max=1)
 
 
 def _first_fit(c: Tensor, ascending: Tensor) -> Tensor:
@@ -92,27 +97,20 @@ def systematic_sample(p: Tensor, k: int, random: torch.Generator | None = None) 
     is hit with probability p_i, and none is hit twice (Madow 1949; random order as in Hartley and Rao 1962).
 
     Args:
-        p: Inclusion probabilities (B,) with sum `k`. If the sum is less, the rest of the `k` rows are rows with p = 0, which have no gradient.
+        p: Inclusion probabilities (B,) with the sum `k`.
         k: The number of rows.
         random: The generator to draw from; None for torch's own stream.
 
     Returns:
-        Indices (k,), sorted, and the probabilities (k,) of these rows, 1 for those without a gradient.
+        Indices (k,), sorted, and the probabilities (k,) of these rows.
     """
     size = p.shape[0]
-    p = torch.where(p.sum() < k - 0.5, torch.where(p > 0, p, _spare(p, k)), p)
     order = torch.randperm(size, device=p.device, generator=random)
     ends = p[order].cumsum(0)
     first = torch.rand((), device=p.device, dtype=p.dtype, generator=random)
     cuts = (first + torch.arange(k, device=p.device)) * (ends[-1] / k)  # ends[-1] is k up to rounding
     idx = order[torch.searchsorted(ends, cuts, right=True).clamp_(max=size - 1)].sort().values
     return idx, p[idx]
-
-
-def _spare(p: Tensor, k: int) -> Tensor:
-    """Probability 1 for as many rows without a gradient as are missing from a sum of `k`, 0 for all others."""
-    empty = p == 0
-    return (empty & (empty.cumsum(0) <= k - p.sum())).to(p.dtype)
 
 
 def needed_share(norms_sq: Tensor, tau: float, floor: float = 0.0) -> Tensor:

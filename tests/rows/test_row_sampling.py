@@ -30,8 +30,8 @@ def test_inclusion_is_water_filled(name: str, k: int) -> None:
     g = NORMS[name]
     p = inclusion_probabilities(g.square(), k)
     live = int((g > 0).sum())
-    assert p.sum().item() == pytest.approx(min(k, live), rel=1e-9)
-    assert ((p >= 0) & (p <= 1)).all()
+    assert p.sum().item() == pytest.approx(k, rel=1e-9) and p[g > 0].sum().item() == pytest.approx(min(k, live), rel=1e-9)
+    assert ((p >= 0) & (p <= 1)).all() and p[g == 0].allclose(torch.tensor(max(0, k - live) / max(1, 40 - live), dtype=p.dtype), rtol=1e-9)
     uncertain = (p < 1 - 1e-9) & (g > 0)
     if uncertain.any():  # p = c g with one c, and c g >= 1 for the certain ones
         c = (p / g.double())[uncertain]
@@ -49,7 +49,7 @@ def test_systematic_hits_every_row_with_its_probability(name: str) -> None:
     hits = torch.zeros(40, dtype=torch.float64)
     for _ in range(draws):
         idx, at = systematic_sample(p, k)
-        assert len(idx.unique()) == k and (idx == idx.sort().values).all() and torch.allclose(at[p[idx] > 0], p[idx][p[idx] > 0])
+        assert len(idx.unique()) == k and (idx == idx.sort().values).all() and torch.equal(at, p[idx])
         hits[idx] += 1
     live = p > 0
     spread = (p * (1 - p) / draws).sqrt()
