@@ -167,11 +167,11 @@ class _RegionRewriter:
             if at != goal:
                 dims = [d for d in range(_torch.value(new).dim()) if d != at]
                 new = self.emit(aten.permute.default, new, [*dims[:goal], at, *dims[goal:]])
-        if weighted:
-            weight = self.chosen.weight
-            if _torch.value(weight).dtype != value.dtype:
-                weight = self.emit(prims.convert_element_type.default, weight, value.dtype)
-            new = self.emit(aten.mul.Tensor, new, self._view(weight, [self.count.symbol, *[1] * (_torch.value(new).dim() - 1 - goal)]))
+        if weighted:  # in the weights' dtype: large ones are beyond the range of float16
+            weight = self._view(self.chosen.weight, [self.count.symbol, *[1] * (_torch.value(new).dim() - 1 - goal)])
+            new = self.emit(aten.mul.Tensor, new, weight)
+            if _torch.value(new).dtype != value.dtype:
+                new = self.emit(prims.convert_element_type.default, new, value.dtype)
         return self._view(new, sizes_on_tokens(layout, factors, value.shape, self.count.symbol))
 
     def _part_of_index(self, i: int) -> fx.Node:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import approx_compile
 from approx_compile.rows.row_backward import all_rows
-from approx_compile.rows.tokens import token_compiler
+from approx_compile.rows.tokens import choose_op, token_compiler
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HALF: dict[str, Any] = {"policy": "always", "grad": {"axis": "tokens", "ratio": 0.5}}
@@ -60,6 +60,15 @@ def test_dtypes(dtype: torch.dtype, bound: float, monkeypatch: pytest.MonkeyPatc
     got = grads(block, x)
     want = weighted(block, [block], chosen, x, tangent)
     assert max(relative(a, b) for a, b in zip(got, want, strict=True)) < bound
+
+
+def test_weights_beyond_float16_scale_small_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token with a small gradient is seldom kept, with a large weight. The product is of the size of the others' gradients."""
+    monkeypatch.setattr(choose_op, "choose_rows", lambda method, norms_sq, k, random: (torch.arange(k), torch.full((k,), 1e6)))
+    model, x = nn.Linear(8, 8).half(), torch.ones(4, 6, 8, dtype=torch.float16)
+    f, _ = rows_of(model, HALF)
+    f(x).backward(torch.full((4, 6, 8), 1e-6, dtype=torch.float16))
+    assert torch.allclose(model.bias.grad, torch.tensor(12.0, dtype=torch.float16), rtol=0.05)  # float16 has 1e-6 as 9.5e-7
 
 
 def test_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
