@@ -44,6 +44,7 @@ def adaptive(tau: float | str, **grad: str) -> Setting:
 
 
 AUTO = {"adaptive tau auto": adaptive("auto")}
+PRUNED = {"infobatch": Setting(pruned=0.5)}
 
 
 def controls_at(share: float, width: float) -> dict[str, Setting]:
@@ -134,6 +135,7 @@ WORKS: dict[str, Work] = {
             "adaptive": adaptive(0.025),
             "adaptive tau .1": adaptive(0.1),
             **AUTO,
+            **PRUNED,
             "rows .25": rows(0.25),
             "rows .125": rows(0.125),
             "rows .25 uniform": rows(0.25, "uniform"),
@@ -157,7 +159,7 @@ WORKS: dict[str, Work] = {
         lr=1e-3,
         settings=EXACT
         | controls_at(0.65, 0.75)
-        | {"adaptive": adaptive(0.025), "adaptive tau .1": adaptive(0.1), **AUTO, "rows .25": rows(0.25), "forward topk .5": topk(0.5)}
+        | {"adaptive": adaptive(0.025), "adaptive tau .1": adaptive(0.1), **AUTO, **PRUNED, "rows .25": rows(0.25), "forward topk .5": topk(0.5)}
         | {"forward topk .5, end exact": ends_exact(topk(0.5))},
     ),
     "mnist-cnn": Work(
@@ -185,7 +187,7 @@ WORKS: dict[str, Work] = {
         FINETUNE,
         epochs=8,
         settings=EXACT
-        | {"fewer steps": Setting(steps=0.67), "adaptive": adaptive(0.025)}
+        | {"fewer steps": Setting(steps=0.67), "adaptive": adaptive(0.025), **PRUNED}
         | {"adaptive, rungs of 2^(1/4)": Setting({"policy": "adaptive", "adaptive": {"ladder": [2 ** (-i / 4) for i in range(17)]}})},
     ),
     "char-transformer": CHARACTERS,

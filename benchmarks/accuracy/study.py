@@ -105,9 +105,10 @@ def epoch(t: Training, work: Work, x: Tensor, y: Tensor, steps: int) -> None:
     t.model.train()
     order, weights = pruned(t, work, len(x)) if t.setting.pruned else (torch.randperm(len(x), generator=t.order), None)
     batches = order.split(work.batch)
-    for batch in batches[: min(steps, t.steps - len(t.times))]:
+    for i, batch in enumerate(batches[: min(steps, t.steps - len(t.times))]):
+        done = (len(t.curve) + i / len(batches)) / work.epochs if t.setting.pruned else len(t.times) / t.steps  # pruned epochs have fewer steps
         for group in t.optimizer.param_groups:
-            group["lr"] = work.lr * (0.5 * (1 + math.cos(math.pi * len(t.times) / t.steps)) if work.decays else 1)
+            group["lr"] = work.lr * (0.5 * (1 + math.cos(math.pi * done)) if work.decays else 1)
         begin = time.perf_counter()
         t.optimizer.zero_grad()
         if weights is None or t.losses is None:
