@@ -26,13 +26,23 @@ NAMES = {
     "cifar-wrn": "CIFAR-10 (12,800 images), WRN-10-2 with BatchNorm",
     "mnist-mlp-constant": "MNIST, MLP 3 x 500, batches of 50, constant learning rate",
     "mnist-cnn-constant": "MNIST, CNN of Adelman et al., batches of 50, constant learning rate",
+    "minilm-mean": "MiniLM fine-tuned on movie reviews, mean over tokens, 3 epochs",
+    "minilm-class": "MiniLM fine-tuned on movie reviews, class token, 3 epochs",
 }
-IN_SHORT = ("mnist-mlp", "fashion-mlp", "char-transformer", "cifar-wrn")
-COMPARED = ("mnist-mlp", "mnist-cnn", "fashion-mlp", "emnist-finetune", "emnist-finetune-8", "char-transformer", "cifar-wrn")
+FILES = {"minilm-mean": "minilm.jsonl", "minilm-class": "minilm.jsonl"}
+"""The files of works whose rows are not in accuracy.jsonl."""
+IN_SHORT = ("minilm-mean", "mnist-mlp", "fashion-mlp", "char-transformer", "cifar-wrn")
+IMAGES_AND_TEXT = ("mnist-mlp", "mnist-cnn", "fashion-mlp", "emnist-finetune", "emnist-finetune-8", "char-transformer", "cifar-wrn")
+COMPARED = ("minilm-mean", *IMAGES_AND_TEXT)
 PICTURED = ("mnist-mlp", "fashion-mlp", "mnist-cnn", "emnist-finetune-8")
 SHOWN = {"exact": "exact", "adaptive": "approx (default)", "fewer steps": "exact, fewer steps", "narrower": "smaller exact model"}
 SETTINGS = {
     "adaptive": "default",
+    "default": "default",
+    "adaptive rows": '`grad: {"axis": "rows"}`',
+    "tokens tau .1": '`adaptive: {"tau": 0.1}`',
+    "zeros only": '`adaptive: {"tau": 0}`',
+    "infobatch": "exact, InfoBatch",
     "adaptive tau .1": '`adaptive: {"tau": 0.1}`',
     "adaptive tau auto": '`adaptive: {"tau": "auto"}`',
     "rows .25": "rows, ratio 0.25",
@@ -50,6 +60,10 @@ SETTINGS = {
 }
 
 
+def _file(work: str) -> str:
+    return FILES.get(work, "accuracy.jsonl")
+
+
 def newest_whole(stored: Sequence[Row]) -> list[Row]:
     """The runs of the newest commit that has at least three seeds (else of the one with most) of both exact training and the default."""
 
@@ -64,7 +78,7 @@ def accuracy() -> dict[str, dict[str, list[Row]]]:
     """Stored trainings by work and setting."""
     by_work = {}
     for work in COMPARED:
-        runs = newest_whole(rows("accuracy.jsonl", work=work))
+        runs = newest_whole([r | {"setting": "adaptive"} if r["setting"] == "default" else r for r in rows(_file(work), work=work)])
         by_work[work] = {setting: same for setting in SHOWN if (same := [r for r in runs if r["setting"] == setting])}
     return by_work
 
@@ -86,14 +100,15 @@ def accuracy_table(works: Sequence[str]) -> str:
         exact = accuracy()[work]["exact"]
         lines.append([NAMES[work], len(exact), *cells, exact[0]["commit"]])
     what = "Test accuracy in % (mean ± standard deviation over seeds) and seconds of the training steps as a share of exact training's."
-    return block(table(["training", "seeds", *SHOWN.values(), "commit"], lines), caption(what, used, "accuracy.jsonl"))
+    files = dict.fromkeys(_file(work) for work in works)
+    return block(table(["training", "seeds", *SHOWN.values(), "commit"], lines), caption(what, used, *files))
 
 
 def settings_table(works: Sequence[str], only: Sequence[str] = ()) -> str:
-    """A line for every work, commit and setting, with exact training of the same commit and the same seeds beside it."""
-    lines, used = [], []
+    """A line for every work, commit and setting, with exact training of the same commit and the same seeds beside it. The works are those of one file."""
+    lines, used, (file,) = [], [], {_file(work) for work in works}
     for work in works:
-        for commit, group in by(rows("accuracy.jsonl", work=work), lambda r: r["commit"]).items():
+        for commit, group in by(rows(file, work=work), lambda r: r["commit"]).items():
             exact = {r["seed"]: r for r in group if r["setting"] == "exact"}
             for setting, runs in by([r for r in group if r["setting"] in (only or SETTINGS)], lambda r: r["setting"]).items():
                 beside = [exact[r["seed"]] for r in runs if r["seed"] in exact]
@@ -106,10 +121,10 @@ def settings_table(works: Sequence[str], only: Sequence[str] = ()) -> str:
     what = (
         "Test accuracy in % (characters: test loss), mean ± standard deviation over seeds, beside exact training of the same commit and seeds; "
         "seconds of the training steps as a share "
-        "of exact training's; share of the rows kept, on average over the steps."
+        "of exact training's; share of the samples (MiniLM: of the tokens) kept, on average over the steps."
     )
-    head = ["training", "setting", "seeds", "result", "exact", "time", "rows kept", "commit"]
-    return block(table(head, lines), caption(what, used, "accuracy.jsonl"))
+    head = ["training", "setting", "seeds", "result", "exact", "time", "kept", "commit"]
+    return block(table(head, lines), caption(what, used, file))
 
 
 def accuracy_picture(work: str, path: Path) -> None:
@@ -151,8 +166,9 @@ def blocks() -> dict[str, str]:
     return {
         "accuracy": accuracy_table(COMPARED),
         "accuracy in short": accuracy_table(IN_SHORT),
-        "accuracy by setting": settings_table(COMPARED, [s for s in SETTINGS if s not in forward]),
-        "accuracy of forward sampling": settings_table(list(NAMES), forward),
+        "accuracy by setting": settings_table(IMAGES_AND_TEXT, [s for s in SETTINGS if s not in forward]),
+        "accuracy of forward sampling": settings_table([w for w in NAMES if w not in FILES], forward),
+        "accuracy on tokens": settings_table(["minilm-mean"], ["default", "adaptive rows", "tokens tau .1", "infobatch", "fewer steps"]),
         "accuracy of fixed rows": settings_table(["mnist-mlp"], ["adaptive", "rows .25", "rows .125", "rows .25 uniform"]),
         "accuracy through BatchNorm": settings_table(["cifar-wrn"], ["rows .5 through BatchNorm"]),
         **{f"caption: {work}": picture_caption(work) for work in PICTURED},

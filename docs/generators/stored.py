@@ -81,8 +81,8 @@ def _several(values: Iterable[Any]) -> str:
     return ", ".join(dict.fromkeys(str(v) for v in values))
 
 
-def caption(what: str, stored: Sequence[Row], name: str) -> str:
-    """What a table shows, and what its rows were measured with: device, threads, dtype, torch, dates, commits and file."""
+def caption(what: str, stored: Sequence[Row], *names: str) -> str:
+    """What a table shows, and what its rows were measured with: device, threads, dtype, torch, dates, commits and files."""
     dates = sorted({r["date"] for r in stored})
     threads = " or ".join(sorted({str(r["threads"]) for r in stored}))
     parts = [
@@ -94,8 +94,9 @@ def caption(what: str, stored: Sequence[Row], name: str) -> str:
     ]
     commits = list(dict.fromkeys(r["commit"] for r in stored))
     of_line = "; every line is of one commit" if len(commits) > 1 else ""
+    files = " and ".join(f"`benchmarks/results/{name}`" for name in names)
     dirty = " (+: with changes that were not committed)" if any(c.endswith("+") for c in commits) else ""
-    return f"*{what} {', '.join(parts)}; commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}{of_line}{dirty}. From `benchmarks/results/{name}`.*"
+    return f"*{what} {', '.join(parts)}; commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}{of_line}{dirty}. From {files}.*"
 
 
 def by(stored: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
