@@ -20,7 +20,10 @@ from approx_compile.rows.linearity import is_linear
 from approx_compile.utils import log_once
 
 HOOKED = "approx_compile_hooked"
-"""The key in the metadata of a backward node whose graph has an input with a hook on its gradient."""
+"""The key in the metadata of a backward node whose graph had an input with a hook on its gradient when it ran."""
+
+INPUTS = "approx_compile_inputs"
+"""The key of weak references to the inputs of a graph that were computed from others: a hook may be registered after the graph has run."""
 
 _UNKNOWN = ("torch.nn.modules._functions.BackwardHookFunction", "torch.utils.checkpoint.CheckpointFunction", "torch._library.")
 """Functions of torch, by the begin of their names, that run code of the user's in their backward pass: module hooks, checkpoints, registered ops."""
@@ -37,25 +40,33 @@ def is_nonlinear_below(node: Any) -> bool:
     """
     if node is None:
         return False
-    what = "a hook on an input's gradient" if HOOKED in node.metadata else next((w for n in _torch.nodes_below(node) if (w := _not_linear(n))), None)
+    what = "a hook on an input's gradient" if _is_hooked(node) else next((w for n in _torch.nodes_below(node) if (w := _not_linear(n))), None)
     if what is not None:
         log_once(f"approx: a backward pass keeps all rows: {NONLINEAR_BELOW(what=what)}")
     return what is not None
 
 
 def note_hooks(inputs: Any, output: Any) -> None:
-    """Mark the backward node of a compiled graph if an input that was computed from others has a hook on its gradient.
+    """Note at the backward node of a compiled graph which of its inputs have a hook on their gradient, or may get one until the backward pass.
 
-    A hook on a parameter sees the gradient that the user gets, so it is no reason.
+    A hook on a parameter sees the gradient that the user gets, so it is no reason. A tensor that nothing holds any more can't be asked; what the backward pass
+    has saved is held.
 
     Args:
         inputs: The inputs of the compiled graph.
         output: Its output.
     """
-    if any(isinstance(v, Tensor) and not v.is_leaf and _torch.has_gradient_hook(v) for v in inputs):
-        for value in _torch.tree_leaves(output):
-            for node in _torch.compiled_nodes(value) if isinstance(value, Tensor) else ():
-                node.metadata[HOOKED] = True
+    computed = [v for v in inputs if isinstance(v, Tensor) and not v.is_leaf]
+    if not computed:
+        return
+    hooked = any(map(_torch.has_gradient_hook, computed))
+    for value in _torch.tree_leaves(output):
+        for node in _torch.compiled_nodes(value) if isinstance(value, Tensor) else ():
+            node.metadata.update({HOOKED: True} if hooked else {INPUTS: [weakref.ref(v) for v in computed]})
+
+
+def _is_hooked(node: Any) -> bool:
+    return HOOKED in node.metadata or any((v := r()) is not None and _torch.has_gradient_hook(v) for r in node.metadata.get(INPUTS, ()))
 
 
 def with_hooks_noted(compiled: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,6 +111,6 @@ def _not_linear(node: Any) -> str | None:
     if function is None:
         return str(node.name()) if "CppNode" in node.name() else None
     if _torch.is_compiled(node):
-        return first_nonlinear(node)
+        return "a hook on the gradient of a compiled graph's input" if _is_hooked(node) else first_nonlinear(node)
     name = f"{function.__module__}.{function.__qualname__}"
     return name if not name.startswith("torch.") or name.startswith(_UNKNOWN) else None

@@ -158,6 +158,7 @@ def through_hooked_module(h: Tensor) -> Tensor:
 
 BETWEEN: dict[str, Callable[[Tensor], Tensor]] = {"function": Clipped.apply, "hook": with_hook, "module": through_hooked_module, "graph": lambda h: h}
 BETWEEN["compiled autograd"] = Clipped.apply
+BETWEEN["hook after the call"] = lambda h: h
 
 
 @pytest.mark.parametrize("name", BETWEEN)
@@ -166,7 +167,10 @@ def test_what_is_not_linear_below_a_graph_gets_exact_gradients(name: str, monkey
     chosen = ChosenRows(monkeypatch)
     lower, upper, x = Body(Clipped.apply) if name == "graph" else Body(), Body(), torch.randn(16, 8)
     f, g = rows_of(lower)[0], rows_of(upper)[0]
-    out = g(BETWEEN[name](f(x)))
+    between = BETWEEN[name](f(x))
+    out = g(between)
+    if name == "hook after the call":
+        between.register_hook(clipped)
     tangent = torch.randn_like(out)
     with compiled_autograd._enable(torch.compile(backend="eager")) if name == "compiled autograd" else contextlib.nullcontext():
         out.backward(tangent)

@@ -201,17 +201,20 @@ def test_views_by_keyword_and_of_a_number() -> None:
     assert len(plans) == 1
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after the call"])
 @pytest.mark.parametrize("axis", [None, "tokens"])
-def test_a_hook_on_an_inputs_gradient_keeps_everything(axis: str | None) -> None:
+def test_a_hook_on_an_inputs_gradient_keeps_everything(axis: str | None, late: bool) -> None:
     embed, model, x = nn.Linear(8, 8), mlp(8, 16, 8), torch.randn(8, 6, 8)
     matters = torch.linspace(0, 1, 6).view(1, 6, 1) ** 4 * torch.linspace(0, 1, 8).view(8, 1, 1) ** 4
     f, _ = rows_of(model, {"adaptive": {"tau": 0.5, "probe": 0}} | ({"grad": {"axis": axis}} if axis else {}))
 
     def step(call: Any, hooked: bool) -> list[Tensor]:
         h = embed(x)
+        out = call(h) if late else None
         if hooked:
             h.register_hook(lambda g: g.clamp(-0.05, 0.05))
-        (call(h) * matters).square().sum().backward()
+        out = call(h) if out is None else out
+        (out * matters).square().sum().backward()
         return [*grads(embed), *grads(model)]
 
     for _ in range(24):
