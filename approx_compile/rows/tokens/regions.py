@@ -244,7 +244,13 @@ class _Search:
                 first.views[n] = placement.layout
                 self.region[n] = first
             return
+        if entering_only and n not in self.products and placement.layout is None and any(self._read_by_exact(a) for a in operands):
+            return  # the bias gradient of a layer that stays exact
         self._add(n, placement, first)
+
+    def _read_by_exact(self, gradient: fx.Node) -> bool:
+        """Whether a gradient, or a view of it, is read by a product that is in no region."""
+        return any(self._read_by_exact(u) if u.target in REARRANGING else u.target in MM and u not in self.products for u in gradient.users)
 
     def _add(self, n: fx.Node, placement: Placement, region: Region) -> None:
         region.members[n] = placement.layout
