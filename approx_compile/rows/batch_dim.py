@@ -208,4 +208,4 @@ def layout_from_stride(geometry: StridedGeometry, step: Any, batch: BatchSize) -
 
 def is_whole_number(e: Any) -> bool:
     """Return whether an expression is a whole number for all sizes that its symbols may stand for."""
-    return bool(e.is_integer is not False and (e.is_Integer or e.is_polynomial()))
+    return bool(e.is_Integer or (e.is_integer and e.is_polynomial()))

@@ -194,6 +194,7 @@ class _RegionRewriter:
         kept, goal = flat.others, flat.others_before
         if not flat.in_order:  # the grid of places with the factors in the order of their dims
             place = self.emit(aten.permute.default, self._view(place, factors), flat.ranks)
+            place = self.emit(aten.clone.default, place, memory_format=torch.contiguous_format)  # an index's strides go over to what it selects
         grid = _torch.value(place).dim()
         rows = self._view(n, [*kept[:goal], self.count.symbol, *kept[goal:]])
         found = self.emit(aten.clamp_min.default, place, 0)
@@ -206,7 +207,16 @@ class _RegionRewriter:
             others = iter([*range(goal), *range(goal + grid, len(kept) + grid)])
             order = [at[d] if d in at else next(others) for d in range(len(flat.sizes))]
             new = self.emit(aten.permute.default, new, order) if order != sorted(order) else new
-        return self._view(new, map(_torch.size_expr, like.shape))
+        return self._strided(self._view(new, map(_torch.size_expr, like.shape)), like)
+
+    def _strided(self, n: fx.Node, like: torch.Tensor) -> fx.Node:
+        """A tensor with the strides of a dense one of its sizes: the views that read it were made for these."""
+        value = _torch.value(n)
+        if 0 in like.stride() or all(_torch.known_equal(a, b) for s, a, b in zip(like.shape, value.stride(), like.stride(), strict=True) if s != 1):
+            return n
+        order = sorted(range(like.dim()), key=lambda d: -_torch.hint(like.stride(d)))
+        new = self.emit(aten.clone.default, self.emit(aten.permute.default, n, order), memory_format=torch.contiguous_format)
+        return self.emit(aten.permute.default, new, [order.index(d) for d in range(like.dim())])
 
     # --- members ---
 

@@ -40,7 +40,7 @@ class SizeNodes:
         """Return a number, or a node whose value is the expression.
 
         Raises:
-            Blocked: The expression is no product or sum of sizes at hand.
+            Blocked: The expression is no product, power or sum of sizes at hand.
         """
         e = sympy.sympify(e)
         if e.is_Integer:
@@ -48,10 +48,10 @@ class SizeNodes:
         if e in self._symbols:
             known = self._symbols[e]
             return self._emit(aten.sym_size.int, *known) if isinstance(known, tuple) else known
-        if isinstance(e, sympy.Mul | sympy.Add):
-            first, *rest = (self.number(a) for a in e.args)
+        if isinstance(e, sympy.Mul | sympy.Add) or (isinstance(e, sympy.Pow) and e.exp.is_Integer and e.exp > 1):
+            first, *rest = (self.number(a) for a in ([e.base] * int(e.exp) if isinstance(e, sympy.Pow) else e.args))
             for r in rest:
-                first = self._emit(operator.mul if isinstance(e, sympy.Mul) else operator.add, first, r)
+                first = self._emit(operator.add if isinstance(e, sympy.Add) else operator.mul, first, r)
             return first
         raise Blocked(VIEW_DYNAMIC())
 

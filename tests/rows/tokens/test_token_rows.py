@@ -172,6 +172,56 @@ def test_layers_kept_exact() -> None:
     assert all(relative(a, b) < 1e-6 for a, b in zip(got[2:], want[2:], strict=True)) and relative(got[0], want[0]) > 1e-3
 
 
+class Sum(nn.Module):
+    """Two layers whose outputs are added, so that one gradient enters both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return self.a(x) + self.b(z)  # type: ignore[no-any-return]
+
+
+def test_the_bias_of_a_layer_kept_exact_is_exact() -> None:
+    model, x, z = Sum(), torch.randn(4, 6, 8), torch.randn(4, 6, 8)
+    f, plans = rows_of(model, HALF | {"rules": [{"layers": "b", "method": "exact"}]})
+    tangent = torch.randn(4, 6, 8) * torch.rand(4, 6, 1) ** 3
+    f(x, z).backward(tangent)
+    got = grads(model.b)
+    assert any(c.decision == "rows" for c in plans[0].cuts) and model.a.weight.grad is not None
+    sampled = model.a.weight.grad.clone()
+    model.zero_grad()
+    model(x, z).backward(tangent)
+    assert relative(sampled, model.a.weight.grad) > 1e-2 and all(relative(a, b) < 1e-6 for a, b in zip(got, grads(model.b), strict=True))
+
+
+class TwoOrders(nn.Module):
+    """A layer that sees batch and length in one order, and one that sees them in the other."""
+
+    def __init__(self, mixing: bool) -> None:
+        super().__init__()
+        self.mixing, self.below, self.above = mixing, nn.Linear(8, 8), nn.Linear(8, 8)
+        self.first = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = self.first(x)
+        v = v - v.mean(0, keepdim=True) / 2 if self.mixing else v
+        return self.above(torch.relu(self.below(v)).transpose(0, 1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("mixing", [False, True])
+@pytest.mark.parametrize("second", [(4, 7, 8), (6, 6, 8)], ids=["other length", "square"])
+def test_two_orders_of_tokens(second: tuple[int, ...], mixing: bool) -> None:
+    """Sizes that become symbols one by one, or that are equal, leave regions on tokens; and a result has the strides that views below it expect."""
+    model = TwoOrders(mixing)
+    f, plans = rows_of(model, HALF)
+    for shape in ((4, 6, 8), second):
+        f(torch.randn(shape)).square().sum().backward()
+    assert {c.axis for plan in plans for c in plan.cuts if c.decision == "rows"} == {"tokens"}
+    assert all(c.decision == "rows" for plan in plans for c in plan.cuts)
+
+
 @pytest.mark.slow
 def test_mean_and_variance() -> None:
     """The error of the mean over many steps is as large as the spread of single steps says: n |mean - exact|^2 is the trace of the covariance."""
