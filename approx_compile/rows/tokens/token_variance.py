@@ -10,7 +10,9 @@ passes the graph is evaluated twice on the same saved tensors, and in the pass a
 | n + 1 | all | h | V = |h - g|^2 / 2, the gradient's own variance; the result of the pass, which is exact |
 
 Two batches are independent, and one step changes the mean of the gradient little, so that E |h - g|^2 = 2 V. (`variance_budget` finds V from half of the
-samples of one batch. That needs a graph that can run on some of its samples.) The mean over regions of what their norms say predicts P for A / V.
+samples of one batch. That needs a graph that can run on some of its samples.) The mean over regions of what their norms say predicts P for A / V. Where the
+losses of passes alternate, as those of a discriminator do, h - g has the difference of the two means as well, and V would be far too large. Gradients that
+point against each other show it; such a measurement counts for nothing.
 
 Between the two passes g is kept as a sketch of `SKETCH` numbers, so that a checkpoint made there continues as the run would have.
 """
@@ -30,6 +32,9 @@ from approx_compile.rows.variance_budget import VarianceBudget, some_entries, sq
 
 SKETCH = 512
 """The numbers of a sketch. The squared distance of two sketches has a relative standard deviation of at most sqrt(2 / 512), 6%."""
+
+AGAINST = -0.3
+"""The cosine of g and h below which they are taken for gradients of different losses. Noise alone gives two sketches one of 0.04 either way."""
 
 _EARLY = (32, 16, 8)
 """Measurements before the first regular one: after `probe` / 32 passes and so on. Regions of a whole model add up to several times `tau` from the start."""
@@ -84,14 +89,15 @@ class TokenBudget(VarianceBudget):
         self._task = _torch.current_backward_id()
 
     def complete(self, exact: Sequence[Tensor]) -> None:
-        """Complete a measurement with the gradients h on all tokens of another batch; drop it if they are those of other parameters."""
+        """Complete a measurement with the gradients h on all tokens of another batch; drop it if they are those of other parameters, or of another loss."""
         half, self._half = self._half, None
         assert half is not None
         if half.sizes != _sizes(exact):
             return
         sketch = sketch_of(exact)
         before, added, predicted = (t.to(sketch.device) for t in half[:3])
-        self.observe(added, (sketch - before).square().sum() / 2, predicted)
+        against = (sketch * before).sum() < AGAINST * sketch.norm() * before.norm()
+        self.observe(added, torch.where(against, torch.nan, (sketch - before).square().sum() / 2), predicted)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as numbers, strings and lists."""

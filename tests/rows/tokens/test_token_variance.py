@@ -225,3 +225,20 @@ def test_complex_parameters(recwarn: pytest.WarningsRecorder) -> None:
     assert (sketch_of(a) - sketch_of(b)).square().sum().item() == pytest.approx(distance, rel=0.25)
     assert squared_distance([some_entries(g) for g in a], b).item() == pytest.approx(distance, rel=1e-5)
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("alternating", [False, True])
+def test_losses_that_alternate_measure_nothing(alternating: bool) -> None:
+    """Half of the squared distance of two gradients of opposite losses is not their variance."""
+    block = Block(8)
+    f, _ = rows_of(block, options(tau=0.5, probe=16))
+    random = torch.Generator().manual_seed(0)
+    for i in range(60):
+        x = torch.randn(4, 16, 8, generator=random)
+        goal = 3.0 if i % 2 or not alternating else -3.0
+        (f(x) - goal).square().mean().backward()
+        block.zero_grad()
+    (budget,) = budgets(block).values()
+    budget.state_dict()  # the last measurement is taken up
+    assert (len(budget.measurements) == 0) == alternating
+    assert budget.excess == 1.0 or not alternating
