@@ -127,6 +127,13 @@ class Chosen:
         return torch.zeros(size, dtype=torch.float64).index_copy_(0, idx, weight)
 
 
+def torch_error(entry: Model, model: nn.Module, data: models.Data) -> tuple[float, str]:
+    """The error of torch's own compilation op by op."""
+    decide.fresh()
+    got = gradients(entry, model, torch.compile(model, backend="aot_eager_decomp_partition"), data)
+    return error(got, gradients(entry, model, model, data))
+
+
 # --- the checks ---
 
 
@@ -152,6 +159,8 @@ def default(entry: Model) -> dict[str, Any]:
     decide.fresh()
     model = prepared(entry, dtype)
     found["recompiled"] = graphs_added(decide.compiled(model, None, decide.Watched()), model, True)
+    if found["other sizes"][0] > table.LIMITS["fp32"]:
+        found["torch other sizes"] = max(torch_error(entry, model, batch(entry, n, dtype)) for n in OTHER_SIZES)
     decide.fresh()
     model = prepared(entry, dtype)
     found["recompiled by torch"] = attempted(lambda: graphs_added(torch.compile(model, backend="aot_eager"), model, False))
@@ -191,8 +200,7 @@ def sampled(entry: Model, dtype: torch.dtype) -> dict[str, Any]:
             place = "the last layer" if entry.loss else "the output"
             found["lin"] = f"not checked: rows are chosen elsewhere than at {place} ({found['lin'][0]:.1e} at {found['lin'][1]}), and their mean is right"
         if found["exact"][0] > table.LIMITS[str(dtype).replace("torch.float", "fp")]:
-            decide.fresh()
-            found["torch"] = error(gradients(entry, model, torch.compile(model, backend="aot_eager_decomp_partition"), data), want)
+            found["torch"] = torch_error(entry, model, data)
         return found
     finally:
         row_backward.choose_rows = chosen.plain

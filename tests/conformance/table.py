@@ -82,12 +82,12 @@ def row(model: models.Model, kept: Path) -> dict[str, Any] | None:
         limit = limits[dtype] = max(LIMITS["narrow" if narrow and dtype == "fp64" else dtype], 2 * found.get(f"torch {dtype}", [0.0])[0])
         number(f"exact_{dtype}", f"exact {dtype}", limit)
         number(f"lin_{dtype}", f"lin {dtype}", limit)
-        number(f"mean_{dtype}", f"mean {dtype}", limit)
+        number(f"mean_{dtype}", f"mean {dtype}", max(limit, 4 * found.get(f"exact {dtype}", [0.0])[0]))  # weights enlarge the rounding of each of its parts
         if isinstance(half := found.get(f"half {dtype}"), str):
             out[f"lin_{dtype}"] = half
             bad.append(f"half {dtype} {half}")
     number("default_fp32", "default fp32", limits["fp32"])
-    number("other_sizes", "other sizes", limits["fp32"])
+    number("other_sizes", "other sizes", max(limits["fp32"], 2 * found.get("torch other sizes", [0.0])[0]))
     number("inductor_gradients", "approx gradients", 1e-3)
     if isinstance(failed := found.get("default"), str):
         out["default_fp32"] = failed
