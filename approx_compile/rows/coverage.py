@@ -22,6 +22,7 @@ from approx_compile.rows.stages import (
     PartitionState,
     Stage,
     assign_stages,
+    flops_on_rows,
     output_layouts,
     stage_of_row_nodes,
     tangent_layouts,
@@ -44,9 +45,8 @@ def estimate_coverage(graph: fx.Graph, batch: BatchSize, default: int, levels: M
         for n in [n for n, why in state.batch_dims.blocked.items() if CROSS_SAMPLE.explains(why)]:
             del state.batch_dims.blocked[n]
     assign_stages(graph, state, tangents, default, levels)
-    backward = [n for n in graph.nodes if n in state.stage]
-    on_rows = sum(_torch.flops(n) for n in backward if 0 < state.stage[n] != state.post)
-    return CoverageEstimate(sum(_torch.flops(n) for n in backward), on_rows, tuple(state.blocked.values()), _expected(graph, state))
+    total = sum(_torch.flops(n) for n in graph.nodes if n in state.stage)
+    return CoverageEstimate(total, flops_on_rows(state), tuple(state.blocked.values()), _expected(graph, state))
 
 
 def _row_products(state: PartitionState) -> tuple[ProductWork, ...]:

@@ -33,6 +33,7 @@ from approx_compile.rows.stages import (
     Stage,
     StageInput,
     assign_stages,
+    flops_on_rows,
 )
 
 aten = torch.ops.aten
@@ -67,9 +68,9 @@ def partition_backward(
         stages.append(_stage(gm, state, s, level, members[s], [n for n in wanted.get(s, {}) if n in members[s]]))
     output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
     results = [_result(o, state) for o in output.args[0]]
-    total, on_rows = sum(_torch.flops(n) for n in state.stage), sum(s.flops for s in stages if s.level != ALL_ROWS)
+    total = sum(_torch.flops(n) for n in state.stage)
     levels_of = {n.name: s for n, s in state.stage.items() if n.target in PRODUCT_OPS and 0 < s != state.post}
-    coverage = CoverageEstimate(total, on_rows, tuple(state.blocked.values()), planned_work(gm.graph, state, stages))
+    coverage = CoverageEstimate(total, flops_on_rows(state), tuple(state.blocked.values()), planned_work(gm.graph, state, stages))
     return Partition(batch, tuple(stages), tuple(results), coverage, levels_of)
 
 
@@ -173,7 +174,7 @@ def _stage(gm: fx.GraphModule, state: PartitionState, s: int, level: int, member
     out.meta["user_visible_output_idxs"] = list(range(len(outputs)))  # the next stage relies on the strides
     graph.eliminate_dead_code()
     graph.lint()
-    return Stage(level, tuple(entries), tuple(n.name for n in outputs), fx.GraphModule(gm, graph), sum(_torch.flops(n) for n in members))
+    return Stage(level, tuple(entries), tuple(n.name for n in outputs), fx.GraphModule(gm, graph))
 
 
 def _renumber_samples(n: fx.Node, dim: int, place: int) -> None:

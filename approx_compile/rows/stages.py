@@ -63,14 +63,13 @@ SAVED = -1
 class Stage:
     """One piece of the backward graph, compiled on its own: `entries` in the order of its placeholders, `outputs` by name.
 
-    `level` is ALL_ROWS or the number of the cut that it begins at; `flops` is counted for the whole batch.
+    `level` is ALL_ROWS or the number of the cut that it begins at.
     """
 
     level: int
     entries: tuple[StageInput, ...]
     outputs: tuple[str, ...]
     gm: fx.GraphModule
-    flops: int
 
 
 @dataclass(frozen=True)
@@ -166,6 +165,16 @@ def stage_of_row_nodes(state: PartitionState) -> dict[fx.Node, int]:
     return {n: s for n, s in state.stage.items() if 0 < s != state.post}
 
 
+def flops_on_rows(state: PartitionState) -> int:
+    """Return the FLOPs of the nodes that read gradients by sample and run on selected rows. What reads only sums over samples does not get less by it."""
+    return sum(flops_of_rows(n, state.batch_dims) for n in stage_of_row_nodes(state))
+
+
+def flops_of_rows(n: fx.Node, known: BatchDimState) -> int:
+    """Return the FLOPs of a node, 0 for one that reads no gradient by sample."""
+    return _torch.flops(n) if any(known.kind.get(a) == ROW_GRAD for a in n.all_input_nodes) else 0
+
+
 def assign_stages(graph: fx.Graph, state: PartitionState, tangents: Sequence[fx.Node], default: int, levels: Mapping[str, int]) -> None:
     """Set the stage of every node that is computed from the output gradients.
 
@@ -188,7 +197,7 @@ def assign_stages(graph: fx.Graph, state: PartitionState, tangents: Sequence[fx.
     if kept := _blocked_above_rows(known, found):
         above = _with_all_above(kept, graph, known)
         other = _assign(graph, known, beginning | dict.fromkeys(above & by_rows, ALL_ROWS), post, exact | above, above)
-        found = max(found, other, key=_Assignment.flops_on_rows)
+        found = max(found, other, key=lambda assignment: assignment.flops_on_rows(known))
     state.stage, state.post = found.stage, post
     for n, reason in found.ends:
         state.add_blocked(n, reason)
@@ -202,8 +211,8 @@ class _Assignment:
     stage: dict[fx.Node, int] = field(default_factory=dict)
     ends: list[tuple[fx.Node, Reason]] = field(default_factory=list)
 
-    def flops_on_rows(self) -> int:
-        return sum(_torch.flops(n) for n, s in self.stage.items() if ALL_ROWS < s < self.post)
+    def flops_on_rows(self, known: BatchDimState) -> int:
+        return sum(flops_of_rows(n, known) for n, s in self.stage.items() if ALL_ROWS < s < self.post)
 
 
 def _assign(

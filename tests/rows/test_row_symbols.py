@@ -309,3 +309,25 @@ def test_strides_that_inductor_has_made_numbers(monkeypatch: pytest.MonkeyPatch)
     model(x).backward(tangent * chosen.mask(16).view(-1, 1, 1, 1))
     for a, b in zip(got, grads(model), strict=True):
         assert (a - b).norm() < 1e-5 * b.norm()
+
+
+class TwoTowers(nn.Module):
+    """A contrastive loss of two kinds of data, whose numbers of samples nothing in the model compares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Sequential(nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 24)) for _ in range(2))
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        alike = self.a(x) @ self.b(z).t()
+        return F.cross_entropy(alike, torch.arange(len(alike))) + F.cross_entropy(alike.t(), torch.arange(alike.shape[1]))
+
+
+def test_both_towers_of_a_contrastive_loss_run_on_rows() -> None:
+    """A choice of one tower's samples alone would leave the other's gradients, sums over the first one's samples, as they are."""
+    model = TwoTowers()
+    f, plans = rows_of(model, {"policy": "always", "grad": {"axis": "rows", "ratio": 0.25}})
+    f(torch.randn(16, 24), torch.randn(16, 24)).backward()
+    assert [c.decision for plan in plans for c in plan.cuts] == ["rows"]
+    for tower in (model.a, model.b):  # the gradient of a weight is a sum of one matrix of rank 1 for every sample
+        assert [int(torch.linalg.matrix_rank(tower[i].weight.grad)) for i in (0, 2)] == [4, 4]
