@@ -41,8 +41,8 @@ class ApproxCallback(TrainerCallback, ExportableState):
     Before the first step it compiles the model in place (`model.compile`), unless it is compiled with this backend already. The Trainer's own compilation
     (`torch_compile`) must be off, or have this backend, which then runs with the default settings. The Trainer's checkpoints hold the state that
     `approx_compile.state_dict` returns, in `trainer_state.json`, and `resume_from_checkpoint` takes it up, each process its own, so a resumed run repeats the
-    uninterrupted one. Logs have, before other callbacks such as TensorBoard's write them, `approx/kept` (the share of the samples that backward passes keep),
-    `approx/flops_saved` (the share of the FLOPs of training steps that was left out so far) and `approx/seconds` (since training began in this process).
+    uninterrupted one. Logs have, before other callbacks such as TensorBoard's write them, `approx/kept` (the share of samples or tokens that backward passes
+    keep), `approx/flops_saved` (the share of the FLOPs of training steps that was left out so far) and `approx/seconds` (since training began in this process).
 
     Args:
         options: The settings: the keys of `ApproxConfig`, an `ApproxConfig`, or a `Backend`. None for the defaults.
