@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 SLOTS, WIDTH = 64, 32
-"""The most controls of a model whose numbers are pooled, and the most numbers of each. The size, 16 KiB, is fixed so that a rank
-without data sends the same."""
+"""The most controls of a model whose numbers are pooled, and the most numbers of each. The size, 16 KiB, is fixed so that a rank without data sends the
+same."""
 
 
 class PooledControl(Protocol):

@@ -49,8 +49,8 @@ def is_nonlinear_below(node: Any) -> bool:
 def note_hooks(inputs: Any, output: Any) -> None:
     """Note at the backward node of a compiled graph which of its inputs have a hook on their gradient, or may get one until the backward pass.
 
-    A hook on a parameter sees the gradient that the user gets, so it is no reason. A tensor that nothing holds any more can't be asked; what the backward pass
-    has saved is held.
+    A hook on a parameter sees the gradient that the user gets, so it is no reason. A tensor that the user's code no longer holds
+    can't be asked.
 
     Args:
         inputs: The inputs of the compiled graph.

@@ -25,7 +25,7 @@ _BEYOND = 1e200
 _BELOW = 1e-200
 """The value that replaces a norm of 0 where rows are chosen. It is smaller than any other, so such rows are kept last."""
 
-LEAST = 1e-30
+_LEAST = 1e-30
 """The least probability that a row counts with in its weight, so that weights are finite in fp32."""
 
 FLOOR = 1.0
@@ -47,7 +47,7 @@ def choose_rows(method: str, norms_sq: Tensor, k: int, random: torch.Generator |
     """
     if method == "bernoulli":
         idx, p = systematic_sample(inclusion_probabilities(norms_sq, k), k, random)
-        return idx, p.clamp_(min=LEAST).reciprocal_().to(norms_sq.dtype)
+        return idx, p.clamp_(min=_LEAST).reciprocal_().to(norms_sq.dtype)
     estimator = Estimator(method, norms_sq.shape[0], k)
     return select(estimator, norms_sq, torch.ones_like(norms_sq), random)
 
