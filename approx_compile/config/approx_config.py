@@ -342,9 +342,10 @@ class ApproxConfig(RuleKeys):
     def leaves_axis_open(self) -> bool:
         """Whether the settings ask for samples or tokens and do not say which: the policy "adaptive" without a `grad` table, with a number for `tau`.
 
+        A table that only says `exact`, as in a rule for one layer, says nothing about the others.
         Where ranks agree on their shares samples are chosen: what they exchange has room for few controls.
         """
-        tables = any(k.grad is not None for k in (self, *self.rules)) or any("policy" in r.model_fields_set for r in self.rules)
+        tables = any(k.grad is not None and k.grad.method != "exact" for k in (self, *self.rules)) or any("policy" in r.model_fields_set for r in self.rules)
         return self.policy == "adaptive" and not tables and self.adaptive.tau != "auto" and not self.adaptive.agree and self.asks_for_rows()
 
     def on_tokens(self) -> ApproxConfig:

@@ -109,6 +109,8 @@ def test_what_the_default_chooses(make: Any, shape: tuple[int, ...], found: str)
         ({"adaptive": {"tau": 0.1}}, {"tokens"}),
         ({"adaptive": {"tau": 0}}, {"tokens"}),
         ({"rules": [{"layers": "out", "method": "exact"}]}, {"tokens"}),
+        ({"rules": [{"layers": "out", "grad": "exact"}]}, {"tokens"}),
+        ({"grad": "exact"}, set()),
         ({"rules": [{"layers": "out", "grad": {"axis": "rows"}}]}, {"rows"}),
         ({"rules": [{"layers": "*", "method": "exact"}]}, set()),
     ],
@@ -118,8 +120,9 @@ def test_settings_that_say_which_hold(options: dict[str, Any], found: set[str]) 
     assert axes(Block(8), torch.randn(8, 6, 8), options) == found
 
 
-def test_a_layer_that_a_rule_keeps_exact_is_in_no_region() -> None:
-    f, plans = rows_of(Block(8), {"rules": [{"layers": "out", "method": "exact"}]})
+@pytest.mark.parametrize("key", ["method", "grad"])
+def test_a_layer_that_a_rule_keeps_exact_is_in_no_region(key: str) -> None:
+    f, plans = rows_of(Block(8), {"rules": [{"layers": "out", key: "exact"}]})
     f(torch.randn(8, 6, 8)).sum().backward()
     assert [c.reason for c in plans[0].cuts] == ["tokens of narrow, wide", "tokens of qkv.2, qkv.1, qkv.0"]
 
