@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -212,14 +214,43 @@ class TwoOrders(nn.Module):
 
 @pytest.mark.parametrize("mixing", [False, True])
 @pytest.mark.parametrize("second", [(4, 7, 8), (6, 6, 8)], ids=["other length", "square"])
-def test_two_orders_of_tokens(second: tuple[int, ...], mixing: bool) -> None:
-    """Sizes that become symbols one by one, or that are equal, leave regions on tokens; and a result has the strides that views below it expect."""
-    model = TwoOrders(mixing)
+def test_two_orders_of_tokens(second: tuple[int, ...], mixing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes that become symbols one by one, or that are equal, leave regions on tokens, without bias; a result has the strides that views below it expect."""
+    model = TwoOrders(mixing).double()
     f, plans = rows_of(model, HALF)
     for shape in ((4, 6, 8), second):
-        f(torch.randn(shape)).square().sum().backward()
+        x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        f(x).square().sum().backward()
+        grads(model, x)
     assert {c.axis for plan in plans for c in plan.cuts if c.decision == "rows"} == {"tokens"}
     assert all(c.decision == "rows" for plan in plans for c in plan.cuts)
+    found = over_halves_of_regions(monkeypatch, lambda: backward_of(f, model, x), len(plans[-1].cuts))
+    model(x).square().sum().backward()
+    assert max(relative(a, b) for a, b in zip(found, grads(model, x), strict=True)) < 1e-12
+
+
+def backward_of(f: Any, model: nn.Module, x: Tensor) -> list[Tensor]:
+    f(x).square().sum().backward()
+    return grads(model, x)
+
+
+def over_halves_of_regions(monkeypatch: pytest.MonkeyPatch, gradients: Callable[[], list[Tensor]], regions: int) -> list[Tensor]:
+    """The mean gradients over all ways in which every region keeps its even tokens or its odd ones, with weight 2. They are the exact ones."""
+    halves: Iterator[int] = iter(())
+
+    def half(method: str, norms_sq: Tensor, k: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        kept = torch.arange(next(halves), len(norms_sq), 2)
+        assert k == len(kept)
+        return kept, torch.full((k,), 2.0, dtype=norms_sq.dtype)
+
+    monkeypatch.setattr(choose_op, "choose_rows", half)
+    found = []
+    for way in itertools.product((0, 1), repeat=regions):
+        halves = iter(way)
+        found.append(gradients())
+        assert next(halves, None) is None  # every region chose once
+    assert any(not torch.allclose(a, b, rtol=1e-2) for a, b in zip(found[0], found[-1], strict=True))
+    return [torch.stack(each).mean(0) for each in zip(*found, strict=True)]
 
 
 @pytest.mark.slow
