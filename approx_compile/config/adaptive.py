@@ -31,8 +31,7 @@ class AdaptiveTable(Table):
         description="The number of backward passes from one measurement of the variance that leaving out samples adds to the whole gradient to the next; 0 for "
         "none. In such a pass the backward graph runs on all samples, on chosen ones and on half of them, which takes about as long as two more backward "
         "passes. Its result is exact. Where the variance measured exceeds `tau` more samples are kept, and fewer where it is less. With tokens it runs on all "
-        "and on chosen tokens in one pass, and on all in the next, and measures four times more before the first regular time. Raise the number if steps that "
-        "measure are too long.",
+        "and on chosen tokens in one pass, and on all in the next, and measures more often at first. Raise the number if steps that measure are too long.",
         examples=[{"adaptive": {"probe": 1000}}],
     )
     ladder: tuple[float, ...] = Field(

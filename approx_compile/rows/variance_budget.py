@@ -127,11 +127,14 @@ class VarianceBudget(Observing):
         added, predicted = value.tolist()
         if not (0 <= added < float("inf") and 0 < predicted < float("inf")):  # gradients of inf, NaN or 0
             return
-        self.added = MOMENTUM * self.added + (1 - MOMENTUM) * added
-        self.predicted = MOMENTUM * self.predicted + (1 - MOMENTUM) * predicted
+        self.added, self.predicted = self._mean(self.added, added), self._mean(self.predicted, predicted)
         self.measurements.append((self._measured_at, added))
         said = "%s: %s add %.3g of the gradient's own variance in pass %d, the norms say %.3g; asked: %s; on average %.3g times what the norms say"
         log.info(said, self.name, self.left_out, added, self._measured_at, predicted, self.settings.tau, self.excess)
+
+    def _mean(self, before: float, new: float) -> float:
+        """The running mean after one more number."""
+        return MOMENTUM * before + (1 - MOMENTUM) * new
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as numbers, strings and lists."""

@@ -68,6 +68,8 @@ class TokenControls(GraphControls):
         """Return the budget of this graph for an owner; None where no share is found during the run."""
         budget = super().budget(owner)
         assert budget is None or isinstance(budget, TokenBudget)
+        if budget is not None:
+            budget.begin_with_excess(self.ratios.count(None))
         return budget
 
     def of(self, owner: Owner | None) -> list[TokenControl | None]:  # type: ignore[override]

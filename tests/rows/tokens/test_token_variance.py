@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -17,8 +18,8 @@ from approx_compile.config.adaptive import AdaptiveTable
 from approx_compile.rows import controller
 from approx_compile.rows.ownership import budgets, controls
 from approx_compile.rows.row_sampling import added_variance
-from approx_compile.rows.tokens.token_variance import SKETCH, TokenBudget, predicted_variance, sketch_of
-from approx_compile.rows.variance_budget import some_entries, squared_distance
+from approx_compile.rows.tokens.token_variance import FIRST_EXCESS, MOST_CHANGE, SKETCH, TokenBudget, predicted_variance, sketch_of
+from approx_compile.rows.variance_budget import MOMENTUM, some_entries, squared_distance
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_work_counts")
 
@@ -50,8 +51,33 @@ def test_when_it_is_measured() -> None:
         budget = TokenBudget(AdaptiveTable(**settings), "graph")
         return [n for n in range(1, 601) if budget.start_pass()]
 
-    assert passes(tau=0.1, probe=400) == [12, 25, 50, 100, 500]
+    assert passes(tau=0.1, probe=400) == [12, 25, 50, 100, 200, 300, 500]
     assert passes(tau=0.1, probe=0) == [] == passes(tau=0, probe=400)
+
+
+def test_means_are_geometric_and_begin_with_what_several_regions_add() -> None:
+    def budget(regions: int, probe: int = 400) -> TokenBudget:
+        made = TokenBudget(AdaptiveTable(tau=0.1, probe=probe), "graph")
+        made.begin_with_excess(regions)
+        return made
+
+    assert budget(1).excess == budget(9, probe=0).excess == 1
+    b = budget(9)
+    assert (b.excess, b.tau) == pytest.approx((FIRST_EXCESS, 0.1 / FIRST_EXCESS))
+    want = [math.log(FIRST_EXCESS)]
+    for seen, (added, predicted) in enumerate([(0.4, 0.1), (0.1, 0.05), (0.3, 0.3), (0.2, 0.1)], 1):
+        b.observe(torch.tensor(2 * added), torch.tensor(2.0), torch.tensor(predicted))
+        b.start_pass()
+        b.begin_with_excess(9)  # has no effect any more
+        momentum = min(MOMENTUM, seen / (seen + 1))
+        want.append(momentum * want[-1] + (1 - momentum) * math.log(added / predicted))
+        assert math.log(b.excess) == pytest.approx(want[-1])
+    added = b.added
+    for value, factor in ((0.0, 1 / MOST_CHANGE), (1e9, MOST_CHANGE)):
+        b.added = added
+        b.observe(torch.tensor(value), torch.tensor(1.0), torch.tensor(0.1))
+        b.start_pass()
+        assert b.added == pytest.approx(added * factor ** (1 - MOMENTUM))
 
 
 def test_both_passes_are_exact_and_the_ratio_is_that_of_their_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +175,7 @@ def test_one_batch_twice_measures_nothing() -> None:
     for _ in range(30):
         step(f, block, 1)
     (budget,) = budgets(block).values()
-    assert not budget.measurements and budget.excess == 1
+    assert not budget.measurements and budget.excess == pytest.approx(FIRST_EXCESS)
 
 
 def test_a_measurement_whose_parameters_change_is_dropped() -> None:
@@ -241,4 +267,4 @@ def test_losses_that_alternate_measure_nothing(alternating: bool) -> None:
     (budget,) = budgets(block).values()
     budget.state_dict()  # the last measurement is taken up
     assert (len(budget.measurements) == 0) == alternating
-    assert budget.excess == 1.0 or not alternating
+    assert budget.excess == pytest.approx(FIRST_EXCESS) or not alternating
