@@ -85,7 +85,7 @@ class TokenBudget(VarianceBudget):
         """The geometric mean of the numbers so far and what was there at first; one with a momentum when there are more. One number counts for little."""
         seen = len(self.measurements) + 1
         momentum = min(MOMENTUM, seen / (seen + 1))
-        return before**momentum * min(max(new, before / MOST_CHANGE), before * MOST_CHANGE) ** (1 - momentum)
+        return float(before**momentum * min(max(new, before / MOST_CHANGE), before * MOST_CHANGE) ** (1 - momentum))
 
     @property
     def is_half_done(self) -> bool:
