@@ -74,7 +74,11 @@ MACHINE = EnvironmentVariable(
 ENVIRONMENT = (
     DISABLE,
     MACHINE,
-    EnvironmentVariable("TORCH_LOGS", "+approx_compile", "Every decision is in the log."),
+    EnvironmentVariable(
+        "TORCH_LOGS",
+        "+approx_compile",
+        "Every decision is in the log: that about every layer, and every change of a share during training. Without the plus it has one line for each graph.",
+    ),
     EnvironmentVariable("TORCH_TRACE", "folder", "The plan of every graph is an artifact in torch's structured trace."),
     EnvironmentVariable(
         "THP_MEM_ALLOC_ENABLE",

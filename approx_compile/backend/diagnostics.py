@@ -1,6 +1,9 @@
 """Notify the user of what was decided for a graph, once for each model and settings.
 
 After a hit in Inductor's cache the pass does not run. The notice then comes from the summary that the compiling process has stored.
+
+Programs that set their root logger to INFO see the package's logs, too, so INFO is one line for each compiled graph. Whatever comes for each layer or during
+training is DEBUG.
 """
 
 from __future__ import annotations
@@ -59,7 +62,7 @@ class GraphRecord:
             summary = _summary(self.plan, self.config, self.assignments)
             _store_summary(path, summary)
             for site in self.plan.sites:
-                log.info("%s: %s (%s %s %s)", site.name, site.decision, site.op, site.shape, site.reason_with_notes)
+                log.debug("%s: %s (%s %s %s)", site.name, site.decision, site.op, site.shape, site.reason_with_notes)
                 for p in site.products:
                     log.debug("%s.%s: %s, %d of %d (%s)", site.name, p.name, p.decision, p.k, p.size, p.reason)
             plan = self.plan
@@ -69,7 +72,6 @@ class GraphRecord:
             if stored is None:
                 return
             summary = stored
-            log.info("%s of %s sites sampled (from Inductor's cache)", summary["sampled"], summary["sites"])
             _torch.trace_artifact("approx_compile_plan", lambda: json.dumps(summary))
         self._notify_of_summary(summary)
 
@@ -80,6 +82,7 @@ class GraphRecord:
         if not sites:
             return
         name, model = model_name(self.root), (whole_model(self.root) or self.root) if self.root is not None else None
+        log.info("a graph of %s: %d of %d layers approximated%s", name, sampled, sites, "" if self.plan is not None else " (from Inductor's cache)")
         for pattern in self._unmatched_in_model(summary["unmatched"]):
             hint = nearest(pattern, [module for module, _ in model.named_modules() if module]) if model is not None else ""
             warn_once(f"approx: rule pattern {pattern!r} matches no site of {name}.{hint} approx_compile.explain(model, *inputs) lists the sites")

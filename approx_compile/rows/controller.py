@@ -248,7 +248,7 @@ class Control(Observing):
     def _change_to(self, ratio: float, step: int) -> None:
         """Let a ratio hold in the steps after `step`."""
         if ratio != self.ratio:
-            log.info("%s: %g from step %d on (%.3g measured)", self.name, ratio, step + 1, self.measured)
+            log.debug("%s: %g from step %d on (%.3g measured)", self.name, ratio, step + 1, self.measured)
             self.changes.append((step, ratio))
 
     def _decide(self, value: Tensor) -> float:

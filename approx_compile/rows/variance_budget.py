@@ -130,7 +130,7 @@ class VarianceBudget(Observing):
         self.added, self.predicted = self._mean(self.added, added), self._mean(self.predicted, predicted)
         self.measurements.append((self._measured_at, added))
         said = "%s: %s add %.3g of the gradient's own variance in pass %d, the norms say %.3g; asked: %s; on average %.3g times what the norms say"
-        log.info(said, self.name, self.left_out, added, self._measured_at, predicted, self.settings.tau, self.excess)
+        log.debug(said, self.name, self.left_out, added, self._measured_at, predicted, self.settings.tau, self.excess)
 
     def _mean(self, before: float, new: float) -> float:
         """The running mean after one more number."""

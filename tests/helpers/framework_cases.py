@@ -88,41 +88,6 @@ def transformers_trainer(rank: int, world: int) -> None:
     _same(run(), run(str(folder / f"checkpoint-{HALF}")), world)
 
 
-def lightning_trainer(rank: int, world: int) -> None:
-    import lightning
-
-    from approx_compile.integrations.lightning import ApproxCallback
-
-    class Module(lightning.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = Net()
-
-        def training_step(self, batch: dict[str, Tensor], i: int) -> Tensor:
-            return self.model(**batch)["loss"]
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
-
-    folder = _announce(rank, world)
-
-    def run(epochs: int, resume: Path | None = None, save: Path | None = None) -> tuple[nn.Module, Any]:
-        torch._dynamo.reset()
-        lightning.seed_everything(3)
-        module, loader = Module(), DataLoader(_data(rank, 2 * HALF * 16), batch_size=16)  # type: ignore[arg-type]
-        quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False}
-        trainer = lightning.Trainer(
-            accelerator="cpu", devices=world, strategy="ddp", max_epochs=epochs, default_root_dir=folder, callbacks=[ApproxCallback(_backend())], **quiet
-        )
-        trainer.fit(module, loader, ckpt_path=resume)
-        if save is not None:
-            trainer.save_checkpoint(save)
-        return module, approx_compile.state_dict(module)
-
-    run(1, save=folder / "half.ckpt")
-    _same(run(2), run(2, resume=folder / "half.ckpt"), world)
-
-
 def accelerator_and_fabric(rank: int, world: int) -> None:
     import lightning
     from accelerate import Accelerator
@@ -168,4 +133,4 @@ def accelerator_and_fabric(rank: int, world: int) -> None:
         _same(run(prepare, False), run(prepare, True), world)
 
 
-CASES = ("transformers_trainer", "lightning_trainer", "accelerator_and_fabric")
+CASES = ("transformers_trainer", "accelerator_and_fabric")

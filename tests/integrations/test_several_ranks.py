@@ -1,4 +1,4 @@
-"""Frameworks on two ranks. What each case does stands in `helpers/framework_cases.py`."""
+"""Frameworks on two ranks. What each case does stands in `helpers/framework_cases.py`. Lightning's Trainer: `test_lightning_ranks.py`."""
 
 from __future__ import annotations
 
