@@ -170,6 +170,7 @@ def blocks() -> dict[str, str]:
     return {
         "accuracy": accuracy_table(COMPARED),
         "accuracy in short": accuracy_table(IN_SHORT),
+        "accuracy of rows": accuracy_table([w for w in IN_SHORT if w not in FILES]),
         "accuracy by setting": settings_table(IMAGES_AND_TEXT, [s for s in SETTINGS if s not in forward]),
         "accuracy of forward sampling": settings_table([w for w in NAMES if w not in FILES], forward),
         "accuracy on tokens": settings_table(["minilm-mean"], ["default", "adaptive rows", "tokens tau .1", "infobatch", "fewer steps"]),
