@@ -50,10 +50,10 @@ class RuleKeys(SamplingKeys):
     )
     policy: Policy | None = Field(
         default=None,
-        description="What decides whether a product is sampled. `adaptive`: the forward pass is exact, and the backward pass runs on as many samples as the "
-        "variance of the gradient asks for. `cost`: a product is sampled where that is predicted to save enough time on this machine. `measure`: the same, by "
-        "timing each site alone, once. `always`: every site where it is legal. If it is not set, it is `cost` where another key asks for sampled products (a "
-        "`ratio`, a `method` other than `exact`, `sampling`, a table with one of these, a `plan`), else `adaptive`.",
+        description="What decides whether a product is sampled. `adaptive`: the forward pass is exact, and the backward pass runs on as many samples, or "
+        "tokens, as the variance of the gradient asks for. `cost`: a product is sampled where that is predicted to save enough time on this machine. "
+        "`measure`: the same, by timing each site alone, once. `always`: every site where it is legal. If it is not set, it is `cost` where another key asks "
+        "for sampled products (a `ratio`, a `method` other than `exact`, `sampling`, a table with one of these, a `plan`), else `adaptive`.",
         examples=[{"policy": "always", "ratio": 0.5, "sampling": "backward"}, {"policy": "adaptive"}],
     )
     lowering: Lowering | None = Field(
