@@ -128,14 +128,14 @@ def indices_of_blocks(shape: torch.Size, axes: Sequence[KeptAxis]) -> tuple[Tens
         if dim == last.dim:
             size, along = last.size // last.unit, last.idx
         elif axis is not None:
-            size, along = shape[dim], _entries(axis)
+            size, along = shape[dim], entries_of(axis)
         else:
             size, along = shape[dim], torch.arange(shape[dim], device=last.idx.device)
         blocks = blocks.unsqueeze(-1) * size + along
     return blocks.flatten(), block
 
 
-def _entries(axis: KeptAxis) -> Tensor:
+def entries_of(axis: KeptAxis) -> Tensor:
     """The single entries of an axis that are kept."""
     if axis.unit == 1:
         return axis.idx

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from approx_compile.distributed.gradient_slices import KeptSlices, indices_of_blocks
+from approx_compile.backend.runtime.choice_recorder import KeptAxis
+from approx_compile.distributed.gradient_slices import KeptSlices, entries_of, indices_of_blocks
 
 BITS = 16
 """Bits of a checksum. Index sets that differ have the same one with a probability of 2^-16 in each step."""
@@ -29,12 +30,14 @@ class Segment:
         size: The number of its entries there.
         blocks: The numbers of the kept blocks of the gradient; None for the whole gradient.
         block: The entries of a block.
+        columns: For a matrix of which single columns are kept: the kept rows, None for all, and the kept columns.
     """
 
     start: int
     size: int
     blocks: Tensor | None = None
     block: int = 1
+    columns: tuple[Tensor | None, Tensor] | None = None
 
 
 def lay_out(gradients: Sequence[Tensor], slices: Sequence[KeptSlices | None]) -> list[Segment]:
@@ -50,10 +53,15 @@ def lay_out(gradients: Sequence[Tensor], slices: Sequence[KeptSlices | None]) ->
             segment = Segment(start, g.numel())
         else:
             blocks, block = indices_of_blocks(g.shape, kept.axes)
-            segment = Segment(start, blocks.numel() * block, blocks, block)
+            segment = Segment(start, blocks.numel() * block, blocks, block, _columns(g, kept.axes) if block == 1 else None)
         segments.append(segment)
         start += segment.size
     return segments
+
+
+def _columns(gradient: Tensor, axes: Sequence[KeptAxis]) -> tuple[Tensor | None, Tensor] | None:
+    """The kept rows, None for all, and the kept columns of a matrix; None for what is no matrix."""
+    return (entries_of(axes[0]) if len(axes) == 2 else None, axes[-1].idx) if gradient.dim() == 2 else None
 
 
 def pack(gradients: Sequence[Tensor], segments: Sequence[Segment], checksums: Tensor | None) -> Tensor:
@@ -70,6 +78,10 @@ def pack(gradients: Sequence[Tensor], segments: Sequence[Segment], checksums: Te
         place = flat[s.start : s.start + s.size]
         if s.blocks is None:
             place.copy_(g.reshape(-1))
+        elif s.columns is not None:  # row by row, which takes half of the time of single entries on CPUs
+            rows, columns = s.columns
+            some = g if rows is None else g.index_select(0, rows)
+            torch.gather(some, 1, columns.expand(some.shape[0], -1), out=place.view(some.shape[0], -1))
         elif s.block == 1:
             torch.gather(g.view(-1), 0, s.blocks, out=place)
         else:
@@ -86,7 +98,7 @@ def unpack(flat: Tensor, gradients: Sequence[Tensor], segments: Sequence[Segment
         if s.blocks is None:
             g.view(-1).copy_(place)
         elif s.block == 1:
-            g.view(-1).index_copy_(0, s.blocks, place)
+            g.view(-1).scatter_(0, s.blocks, place)  # as `index_copy_`, in two thirds of its time on CPUs
         else:
             g.view(-1, s.block).index_copy_(0, s.blocks, place.view(-1, s.block))
 
