@@ -1,8 +1,8 @@
 """Which share of their rows ranks keep where the labels of the last one are noisy, with and without agreement.
 
 ```
-python -m benchmarks.distributed.shares --data DIR             # 2 ranks, a tenth of the last one's labels random; minutes
-python -m benchmarks.distributed.shares --data DIR --noise 0   # shards alike
+python -m benchmarks.distributed.shares run --data DIR             # 2 ranks, a tenth of the last one's labels random; minutes
+python -m benchmarks.distributed.shares run --data DIR --noise 0   # shards alike
 ```
 
 Ranks train an MLP in DDP for some epochs. The shares are those of real ranks; they do not depend on how busy the machine is. The time of a step, as a share of

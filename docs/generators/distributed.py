@@ -72,7 +72,7 @@ def shares_table() -> str:
     """The shares of the rows that two ranks keep with and without agreement, and the steps that follow."""
     stored = _stored("distributed_shares.csv", "dataset", "noise", "ranks", "agree")
     if not stored:
-        return _not_run("shares --data DIR")
+        return _not_run("shares run --data DIR")
     lines = [
         [
             f"{float(r['noise']):.0%}" if float(r["noise"]) else "none",
