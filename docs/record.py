@@ -1,4 +1,4 @@
-"""Record the real runs whose output pages show: `python docs/record.py training picture doctor compare` writes docs/recorded/
+"""Record the real runs whose output pages show: `python docs/record.py training tokens picture doctor compare` writes docs/recorded/
 and docs/images/report.png.
 
 `python docs/generate.py` makes the blocks of the pages from these files, with the words of the present code. Record on a machine that does nothing else.
@@ -23,9 +23,10 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
-from generators.recorded import RECORDED, digits_model, trained_report
+from generators.recorded import RECORDED, PixelTransformer, digits_model, trained_report
 from PIL import Image
 from sklearn.datasets import load_digits
+from torch import nn
 
 import approx_compile
 from approx_compile.machine import current, device_name
@@ -47,23 +48,35 @@ def write(name: str, content: dict[str, Any]) -> None:
     print(f"written: docs/recorded/{name}.json")
 
 
-def training() -> None:
-    """Train the perceptron of the tutorial, and store what the backend decided."""
+def train(model: nn.Module, steps: int, batch: int) -> dict[str, Any]:
+    """Train a model on scikit-learn's digits; return what the backend decided."""
     images, labels = (torch.tensor(a) for a in load_digits(return_X_y=True))
     images = images.float() / 16
-    torch.manual_seed(0)
-    model = digits_model()
     compiled = torch.compile(model, backend="approx")
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    for _ in range(STEPS):
-        batch = torch.randperm(len(images))[:256]
+    for _ in range(steps):
+        drawn = torch.randperm(len(images))[:batch]
         optimizer.zero_grad()
-        F.cross_entropy(compiled(images[batch]), labels[batch]).backward()
+        F.cross_entropy(compiled(images[drawn]), labels[drawn]).backward()
         optimizer.step()
-    report = approx_compile.explain(compiled, images[:256])
+    report, found = approx_compile.explain(compiled, images[:batch]), approx_compile.decisions(compiled)
     assert report.adaptive is not None
-    controls = {name: {"place": c.place} | c.state_dict() for name, c in approx_compile.decisions(compiled).cuts.items()}
-    write("training", {"steps": STEPS, "adaptive": asdict(report.adaptive), "controls": controls})
+    controls = {name: {"place": c.place} | c.state_dict() for name, c in found.cuts.items()}
+    return {"steps": steps, "adaptive": asdict(report.adaptive), "controls": controls, "budgets": {n: b.state_dict() for n, b in found.budgets.items()}}
+
+
+def training() -> None:
+    """Train the perceptron of the tutorial, and store what the backend decided."""
+    torch.manual_seed(0)
+    run = train(digits_model(), STEPS, 256)
+    del run["budgets"]  # the page does not show what was measured of the whole gradient
+    write("training", run)
+
+
+def tokens() -> None:
+    """Train a small transformer, for which the default chooses tokens."""
+    torch.manual_seed(0)
+    write("tokens", {"batch": 64} | train(PixelTransformer(), STEPS, 64))
 
 
 def picture() -> None:
@@ -101,7 +114,7 @@ def compare() -> None:
         write("compare", json.loads(result.read_text()))
 
 
-RUNS: dict[str, Callable[[], None]] = {"training": training, "picture": picture, "doctor": doctor, "compare": compare}
+RUNS: dict[str, Callable[[], None]] = {"training": training, "tokens": tokens, "picture": picture, "doctor": doctor, "compare": compare}
 
 
 def main(names: Annotated[list[str], typer.Argument(help=f"Which to record: {', '.join(RUNS)}.")]) -> None:

@@ -50,10 +50,10 @@ class RuleKeys(SamplingKeys):
     )
     policy: Policy | None = Field(
         default=None,
-        description="What decides whether a product is sampled. `adaptive`: the forward pass is exact, and the backward pass runs on as many samples as the "
-        "variance of the gradient asks for. `cost`: a product is sampled where that is predicted to save enough time on this machine. `measure`: the same, by "
-        "timing each site alone, once. `always`: every site where it is legal. If it is not set, it is `cost` where another key asks for sampled products (a "
-        "`ratio`, a `method` other than `exact`, `sampling`, a table with one of these, a `plan`), else `adaptive`.",
+        description="What decides whether a product is sampled. `adaptive`: the forward pass is exact, and the backward pass runs on as many samples, or "
+        "tokens, as the variance of the gradient asks for. `cost`: a product is sampled where that is predicted to save enough time on this machine. "
+        "`measure`: the same, by timing each site alone, once. `always`: every site where it is legal. If it is not set, it is `cost` where another key asks "
+        "for sampled products (a `ratio`, a `method` other than `exact`, `sampling`, a table with one of these, a `plan`), else `adaptive`.",
         examples=[{"policy": "always", "ratio": 0.5, "sampling": "backward"}, {"policy": "adaptive"}],
     )
     lowering: Lowering | None = Field(
@@ -71,22 +71,23 @@ class RuleKeys(SamplingKeys):
     )
     grad: GradTable | None = Field(
         default=None,
-        description="Settings of both gradients, or of the samples that the backward pass runs on. A method's name stands for a table with this method.",
+        description="Settings of both gradients, or of the samples or tokens that the backward pass runs on. A method's name stands for a table with this "
+        "method. If it samples with axis `contraction`, the output is sampled too unless `sampling` is `backward`.",
         examples=[{"grad": {"axis": "rows", "ratio": 0.25}}, {"rules": [{"layers": "head", "grad": "exact"}]}],
         json_schema_extra=also_text(*GradTable.methods),
     )
     grad_input: InputTable | None = Field(
         default=None,
         description="Settings of the gradient of the input. A method's name stands for a table with this method. It overrides `grad` and `sampling` for this "
-        "product.",
-        examples=[{"grad_input": {"method": "bernoulli", "ratio": 0.5}}],
+        "product. The other products follow `sampling`: if the table samples, set `output` to `exact` to sample nothing else.",
+        examples=[{"output": "exact", "grad_input": {"method": "bernoulli", "ratio": 0.5}}],
         json_schema_extra=also_text(*InputTable.methods),
     )
     grad_weight: WeightTable | None = Field(
         default=None,
         description="Settings of the gradient of the weight. A method's name stands for a table with this method. It overrides `grad` and `sampling` for this "
-        "product.",
-        examples=[{"grad_weight": {"method": "bernoulli", "ratio": 0.3}}, {"rules": [{"layers": "conv", "grad_weight": "max"}]}],
+        "product. The other products follow `sampling`: if the table samples, set `output` to `exact` to sample nothing else.",
+        examples=[{"output": "exact", "grad_weight": {"method": "bernoulli", "ratio": 0.3}}, {"rules": [{"layers": "conv", "grad_weight": "max"}]}],
         json_schema_extra=also_text(*WeightTable.methods),
     )
     share: bool | None = Field(

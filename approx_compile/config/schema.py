@@ -307,7 +307,7 @@ class GradTable(GradientTable):
         description="With axis `contraction`: how both gradients are approximated, by one of the words of the key `method` at the top, or by `max`, which "
         "computes them from only the `j` entries of largest magnitude of every row of the output gradient (linear layers only). With axis `rows` or `tokens`: "
         "how samples or tokens are chosen, one of `bernoulli` (the default), `topk`, `uniform` and `wta`, or `exact` for all.",
-        examples=[{"grad": {"method": "crs", "ratio": 0.5}}, {"grad": {"axis": "rows", "method": "uniform", "ratio": 0.5}}],
+        examples=[{"sampling": "backward", "grad": {"method": "crs", "ratio": 0.5}}, {"grad": {"axis": "rows", "method": "uniform", "ratio": 0.5}}],
     )
     axis: Axis | None = Field(
         default=None,

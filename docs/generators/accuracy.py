@@ -14,7 +14,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from generators.stored import Row, block, by, caption, named, rows, seeds, spread, table
+from generators.stored import Row, block, by, caption, explained, mark, named, rows, seeds, spread, table
 
 NAMES = {
     "mnist-mlp": "MNIST, MLP 3 x 500",
@@ -96,11 +96,13 @@ def accuracy_table(works: Sequence[str]) -> str:
             runs = accuracy()[work].get(setting, [])
             used += runs
             score = spread([r["final"] for r in runs]) if runs else "not run"
-            cells.append(score + (f" in {_share(runs):.2f} of the time" if runs and setting != "exact" else ""))
+            of_default = mark(runs[0]) if runs and setting == "adaptive" else ""
+            cells.append(score + (f" in {_share(runs):.2f} of the time{of_default}" if runs and setting != "exact" else ""))
         exact = accuracy()[work]["exact"]
         lines.append([NAMES[work], len(exact), *cells, exact[0]["commit"]])
     what = "Test accuracy in % (mean ± standard deviation over seeds) and seconds of the training steps as a share of exact training's."
     files = dict.fromkeys(_file(work) for work in works)
+    what = explained(what, (r for r in used if r["setting"] == "adaptive"))
     return block(table(["training", "seeds", *SHOWN.values(), "commit"], lines), caption(what, used, *files))
 
 
@@ -116,13 +118,15 @@ def settings_table(works: Sequence[str], only: Sequence[str] = ()) -> str:
                 kept = [r["rows_kept"] for r in runs if r["rows_kept"] is not None]
                 share = f"{_share(runs):.2f}" if reference != "not run" else ""
                 rows_kept = f"{statistics.mean(kept):.2f}" if kept else ""
-                lines.append([NAMES[work], named(SETTINGS, setting), seeds(runs), spread([r["final"] for r in runs]), reference, share, rows_kept, commit])
+                name = named(SETTINGS, setting) + (mark(runs[0]) if setting == "adaptive" else "")
+                lines.append([NAMES[work], name, seeds(runs), spread([r["final"] for r in runs]), reference, share, rows_kept, commit])
                 used += runs + beside
     what = (
         "Test accuracy in % (characters: test loss), mean ± standard deviation over seeds, beside exact training of the same commit and seeds; "
         "seconds of the training steps as a share "
         "of exact training's; share of the samples (MiniLM: of the tokens) kept, on average over the steps."
     )
+    what = explained(what, (r for r in used if r["setting"] == "adaptive"))
     head = ["training", "setting", "seeds", "result", "exact", "time", "kept", "commit"]
     return block(table(head, lines), caption(what, used, file))
 
@@ -166,6 +170,7 @@ def blocks() -> dict[str, str]:
     return {
         "accuracy": accuracy_table(COMPARED),
         "accuracy in short": accuracy_table(IN_SHORT),
+        "accuracy of rows": accuracy_table([w for w in IN_SHORT if w not in FILES]),
         "accuracy by setting": settings_table(IMAGES_AND_TEXT, [s for s in SETTINGS if s not in forward]),
         "accuracy of forward sampling": settings_table([w for w in NAMES if w not in FILES], forward),
         "accuracy on tokens": settings_table(["minilm-mean"], ["default", "adaptive rows", "tokens tau .1", "infobatch", "fewer steps"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,6 +22,8 @@ TITLES = {
     "adaptive": "The table `adaptive`",
 }
 TYPES = {"integer": "an integer", "number": "a number", "boolean": "`true` or `false`", "string": "text", "object": "a table"}
+LONGEST = 320
+"""The most characters of a paragraph that has more than one sentence."""
 BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 
 
@@ -53,11 +56,23 @@ def default(schema: Mapping[str, Any], name: str) -> str:
     return f"`{json.dumps(value)}`"
 
 
+def paragraphs(text: str) -> str:
+    """A description as paragraphs: its first sentence, which says what the key is, and the others, a few together."""
+    first, *others = re.split(r"(?<=\.) (?=[A-Z`])", text)
+    parts = [first]
+    for sentence in others:
+        if len(parts) > 1 and len(parts[-1]) + len(sentence) < LONGEST:
+            parts[-1] += f" {sentence}"
+        else:
+            parts.append(sentence)
+    return text if len(text) <= LONGEST else "\n\n".join(parts)
+
+
 def section(name: str, key: str, model: type[Table], schema: Mapping[str, Any]) -> Iterator[str]:
     """The section of a key."""
     path = {"": key, "rules": f"rules[].{key}"}.get(name, f"{name}.{key}")
     yield f"### `{path}`\n"
-    yield f"{schema['description']}\n"
+    yield f"{paragraphs(schema['description'])}\n"
     yield f"- Valid: {words(schema)}"
     yield f"- Default: {'as above' if (name, key) == ('', 'policy') else default(schema, name)}\n"
     yield "```python"

@@ -8,12 +8,14 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import approx_compile
 from approx_compile.backend.runtime.decisions import Decisions
 from approx_compile.config import ApproxConfig
-from approx_compile.rows.controller import RowControl
+from approx_compile.rows.controller import RowControl, TokenControl
+from approx_compile.rows.tokens.token_variance import TokenBudget
 from approx_compile.tools.accuracy import AccuracyComparison, Run
 from approx_compile.tools.doctor import Check, Examination
 from approx_compile.tools.report.report_data import AdaptiveShares
@@ -34,25 +36,73 @@ def digits_model() -> nn.Sequential:
     return nn.Sequential(nn.Linear(64, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
 
 
+class Block(nn.Module):
+    """A transformer block: attention and an MLP, each behind a LayerNorm and with a residual connection."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.n1, self.n2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.n1(x)).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.n2(x))))
+
+
+class PixelTransformer(nn.Module):
+    """A transformer for scikit-learn's digits, which reads each of the 64 pixels as a token and classifies by the first one."""
+
+    def __init__(self, width: int = 192, blocks: int = 2) -> None:
+        super().__init__()
+        self.pixel, self.position = nn.Linear(1, width), nn.Parameter(torch.randn(64, width) / 8)
+        self.blocks, self.head = nn.Sequential(*(Block(width) for _ in range(blocks))), nn.Linear(width, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.blocks(self.pixel(images.unsqueeze(-1)) + self.position)[:, 0])
+
+
 def with_caption(text: object, run: dict[str, Any]) -> str:
     """A block, and where and when it was recorded."""
     return f"{as_block(text)}\n\n*Recorded on {run['date']}: {run['device']}, {counted(run['threads'], 'thread')}, torch {run['torch']}.*"
 
 
-def trained_report() -> approx_compile.Report:
-    """The report of the trained perceptron."""
-    shares = stored("training")["adaptive"]
+def trained_report(name: str = "training", model: nn.Module | None = None, batch: int = 256) -> approx_compile.Report:
+    """The report of a recorded training: of the perceptron, or of another model."""
+    shares = stored(name)["adaptive"]
     shares["rows"] = {int(level): share for level, share in shares["rows"].items()}
     with patch.dict(os.environ, ENVIRONMENT):
-        report = approx_compile.explain(digits_model(), torch.randn(256, 64))
+        report = approx_compile.explain(digits_model() if model is None else model, torch.randn(batch, 64))
     report.adaptive = AdaptiveShares(**shares)
     return report
 
 
 def explain_after_training() -> str:
-    """The text of that report."""
+    """The text of the perceptron's report."""
     with patch.dict(os.environ, ENVIRONMENT):
         return with_caption(trained_report(), stored("training"))
+
+
+def explain_on_tokens() -> str:
+    """The text of the transformer's report."""
+    report = trained_report("tokens", PixelTransformer(), stored("tokens")["batch"])
+    with patch.dict(os.environ, ENVIRONMENT):
+        return with_caption(report, stored("tokens"))
+
+
+def decisions_on_tokens() -> str:
+    """The decisions about the trained transformer."""
+    run, settings, cuts, budgets = stored("tokens"), ApproxConfig.of({}).adaptive, {}, {}
+    for name, state in run["controls"].items():
+        cuts[name] = TokenControl(settings, name.rpartition(".")[2])
+        cuts[name].place = state["place"]
+        cuts[name].load_state_dict(state)
+    for name, state in run["budgets"].items():
+        budgets[name] = TokenBudget(settings, name)
+        budgets[name].load_state_dict(state)
+    with patch.dict(os.environ, ENVIRONMENT):
+        return with_caption(Decisions(dict(cuts), budgets=dict(budgets)), run)
 
 
 def decisions_after_training() -> str:
@@ -87,6 +137,8 @@ def blocks() -> dict[str, str]:
     return {
         "output of explain after training": explain_after_training(),
         "output of decisions": decisions_after_training(),
+        "output of explain on tokens": explain_on_tokens(),
+        "output of decisions on tokens": decisions_on_tokens(),
         "output of doctor": doctor(),
         "output of compare": compare(),
     }

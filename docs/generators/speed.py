@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from generators.stored import RESULTS, Row, block, by, caption, newest, newest_commit, rows, table, times
+from generators.stored import RESULTS, Row, block, by, caption, explained, mark, newest, newest_commit, rows, table, times
 
 KEPT = ("0.5", "0.25", "0.1", "adaptive")
+
+
+def _of_share(row: Row) -> str:
+    """The speed-up with a share of the samples, or of the default while it keeps all."""
+    return times(row) + (mark(row) if row["setting"] == "adaptive" else "")
 
 
 def rows_table() -> str:
@@ -15,13 +20,14 @@ def rows_table() -> str:
     for work, stored in by(rows("rows.csv"), lambda r: r["work"]).items():
         last = newest_commit([r for r in stored if "," not in r["device"]], "setting")
         settings = {r["setting"]: r for r in last}
-        lines.append([work, *(times(settings[s]) if s in settings else "not sampled" for s in KEPT), last[0]["commit"]])
+        lines.append([work, *(_of_share(settings[s]) if s in settings else "not sampled" for s in KEPT), last[0]["commit"]])
         used += last
     what = (
         "Speed of a training step without the optimizer, as times Inductor's (median, 20th to 80th percentile), with a share of the samples in the "
         "backward pass. "
         "Inductor and approx are timed in turn in one process."
     )
+    what = explained(what, (r for r in used if r["setting"] == "adaptive"))
     return block(table(["work", "half", "a quarter", "a tenth", "all (default at its worst)", "commit"], lines), caption(what, used, "rows.csv"))
 
 
@@ -31,8 +37,10 @@ def allocator_table() -> str:
     lines = []
     for (work, condition), group in by(stored, lambda r: (r["work"], r["device"])).items():
         settings = {r["setting"]: r for r in group}
-        lines.append([work, "<br>".join(f"`{part}`" for part in condition.split(", ")[1:]), *(times(settings[s]) for s in KEPT), group[0]["commit"]])
+        environment = "<br>".join(f"`{part}`" for part in condition.split(", ")[1:])
+        lines.append([work, environment, *(_of_share(settings[s]) for s in KEPT), group[0]["commit"]])
     what = "The same with settings of the memory allocator in the environment, for Inductor and approx alike."
+    what = explained(what, (r for r in stored if r["setting"] == "adaptive"))
     return block(table(["work", "environment", "half", "a quarter", "a tenth", "all", "commit"], lines), caption(what, stored, "rows.csv"))
 
 
@@ -105,10 +113,11 @@ def compile_table() -> str:
     for (work, setting), group in by(rows("compile.csv"), lambda r: (r["work"], r["ratio"])).items():
         last = {r["cache"]: r for r in newest_commit(group, "cache")}
         cells = [f"{float(r['inductor_s']):.1f} s, {float(r['approx_s']):.1f} s ({float(r['times']):.2f})" for r in (last["cold"], last["warm"])]
-        name = "default" if setting == "adaptive" else f"forward, ratio {setting}"
+        name = f"default{mark(last['cold'])}" if setting == "adaptive" else f"forward, ratio {setting}"
         lines.append([work, name, last["cold"]["threads"], *cells, last["cold"]["commit"]])
         used += list(last.values())
     what = "Time of the first step with Inductor and with approx, and their ratio. With the default, all numbers of rows are included."
+    what = explained(what, (r for r in used if r["ratio"] == "adaptive"))
     return block(table(["work", "settings", "threads", "empty cache", "filled cache", "commit"], lines), caption(what, used, "compile.csv"))
 
 

@@ -71,6 +71,29 @@ def seeds(runs: Iterable[Row]) -> str:
     return f"{numbers[0]} to {numbers[-1]}" if whole else ", ".join(map(str, numbers))
 
 
+CHOSE_SAMPLES_UNTIL = "2026-11-30"
+"""The last date of stored results of the default from the time when it chose samples in every model. For those below it chooses tokens now."""
+NOW_ON_TOKENS = ("char-transformer", "four transformer blocks, width 512, 16 x 128 tokens", "lora")
+"""The works among those with such results for which the default chooses tokens."""
+ON_SAMPLES = '"(samples)": measured when the default still chose samples; for such a model it chooses tokens now.'
+"""What the mark says, for captions."""
+
+
+def chose_samples(row: Row) -> bool:
+    """Whether a stored result of the default is of a model for which it chose samples then, and chooses tokens now."""
+    return row["work"] in NOW_ON_TOKENS and str(row["date"]) <= CHOSE_SAMPLES_UNTIL
+
+
+def mark(row: Row) -> str:
+    """What is written behind a result of the default, or behind its name, so that a reader knows what the default was when it was measured."""
+    return " (samples)" if chose_samples(row) else ""
+
+
+def explained(what: str, marked: Iterable[Row]) -> str:
+    """A caption's text, with what the mark says if one of these results of the default has it."""
+    return f"{what} {ON_SAMPLES}" if any(chose_samples(r) for r in marked) else what
+
+
 def table(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
     """A Markdown table."""
     body = ["| " + " | ".join(map(str, line)) + " |" for line in lines]

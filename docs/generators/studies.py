@@ -132,6 +132,20 @@ def variance_table() -> str:
     return block(table(head, lines), caption(what, stored, "variance.csv"))
 
 
+def token_variance_table() -> str:
+    """What tokens left out really add, beside what `tau` allows."""
+    stored = rows("token_variance.csv")
+    names = {"minilm-mean": "MiniLM, mean over tokens", "minilm-class": "MiniLM, class token"}
+    keys = ("kept", "excess", "added")
+    lines = [[names[r["work"]], r["tau"], r["step"], *(f"{float(r[k]):.2g}" for k in keys), r["commit"]] for r in stored]
+    what = (
+        "Share of the tokens kept, mean over regions; how many times as much variance the training takes the whole gradient to get as the norms of a region say; "
+        "the variance really added, as a share of the gradient's own (to be at most tau)."
+    )
+    head = ["training", "tau", "step", "kept", "taken for", "variance added", "commit"]
+    return block(table(head, lines), caption(what, stored, "token_variance.csv"))
+
+
 def blocks() -> dict[str, str]:
     """The blocks that this module makes, by name."""
     return {
@@ -140,4 +154,5 @@ def blocks() -> dict[str, str]:
         "shared choice": share_tables(),
         "bias of rows": row_bias_table(),
         "rule of the default": variance_table(),
+        "variance of tokens": token_variance_table(),
     }

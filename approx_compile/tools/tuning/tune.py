@@ -67,7 +67,8 @@ def tune(
         config: How sites are sampled (`method`, `sampling`, rules and so on). By default the settings that `model` or its submodules are compiled with. Sites
             that read raw data, and the last layer, stay exact unless the policy of `config` is "always".
         ladder: The ratios to try.
-        rows: Whether to also try running the backward pass of the whole model on some of the rows, in place of sampled sites.
+        rows: Whether to also try running the backward pass of the whole model on some of the rows, in place of sampled sites. Tokens are never tried, although
+            the default may choose them.
         progress: A rich Progress to add a bar to, or whether to show one on stderr, with an estimate of how long all of it would take.
 
     Returns:
