@@ -139,8 +139,8 @@ def token_variance_table() -> str:
     keys = ("kept", "excess", "added")
     lines = [[names[r["work"]], r["tau"], r["step"], *(f"{float(r[k]):.2g}" for k in keys), r["commit"]] for r in stored]
     what = (
-        "Share of the tokens kept, mean over regions; how many times as much variance the training takes the whole gradient to get as the norms of a region say; "
-        "the variance really added, as a share of the gradient's own (to be at most tau)."
+        "Share of the tokens kept, mean over regions; how many times as much variance the training takes the whole gradient to get as the norms of a region "
+        "say; the variance really added, as a share of the gradient's own (to be at most tau)."
     )
     head = ["training", "tau", "step", "kept", "taken for", "variance added", "commit"]
     return block(table(head, lines), caption(what, stored, "token_variance.csv"))
