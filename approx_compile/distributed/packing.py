@@ -98,7 +98,7 @@ def unpack(flat: Tensor, gradients: Sequence[Tensor], segments: Sequence[Segment
         if s.blocks is None:
             g.view(-1).copy_(place)
         elif s.block == 1:
-            g.view(-1).scatter_(0, s.blocks, place)  # as `index_copy_`, in two thirds of its time on CPUs
+            g.view(-1).index_copy_(0, s.blocks, place)
         else:
             g.view(-1, s.block).index_copy_(0, s.blocks, place.view(-1, s.block))
 
