@@ -122,6 +122,12 @@ NO_TOKEN_REGION = Template(
     NOTHING_TO_DO + 'tokens are chosen where linear layers are applied to each of them. Rows of the batch may be worth it: `grad: {axis: "rows"}`.',
 )
 TOKENS_MIXED = Template("tokens-mixed", "{op} mixes tokens", NOTHING_TO_DO + "a region of tokens ends at what mixes them, such as attention.")
+OUTSIDE_REGIONS = Template(
+    "outside-regions",
+    "in no region of tokens",
+    NOTHING_TO_DO + "regions hold linear layers that are applied to each token. What mixes tokens is outside, as attention, and so are layers on pooled tokens, "
+    "layers with little work, and those that a rule keeps exact.",
+)
 
 # --- samples are chosen, written or joined ---
 

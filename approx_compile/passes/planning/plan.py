@@ -14,6 +14,7 @@ from approx_compile.passes.cost.estimates import Estimate
 from approx_compile.reasons import Reason, join
 from approx_compile.reasons.decisions import BACKWARD_ON_ROWS, ON_ROWS, ON_TOKENS
 from approx_compile.reasons.products import BY_SETTINGS
+from approx_compile.reasons.rows import OUTSIDE_REGIONS
 
 
 def total(times: Iterable[float | None]) -> float | None:
@@ -305,7 +306,8 @@ class Plan:
         on_rows = {name: cut for cut in cuts for name in cut.products if cut.decision == "rows"}
         sites = tuple(_on_rows(s, on_rows) for s in self.sites)
         stops = list(dict.fromkeys(c.reason for c in cuts if c.stops))
-        return replace(self, sites=sites).without_rows(join(stops) if stops else BY_SETTINGS(), cuts)
+        outside = OUTSIDE_REGIONS() if any(cut.axis == "tokens" for cut in on_rows.values()) else BY_SETTINGS()
+        return replace(self, sites=sites).without_rows(join(stops) if stops else outside, cuts)
 
     def without_rows(self, reason: Reason, cuts: Sequence[RowCut] = ()) -> Plan:
         """Return the plan with a reason why no rows are chosen at every site that the settings leave exact.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import approx_compile
 from approx_compile import ApproxWarning
 from approx_compile.config import ApproxConfig
+from approx_compile.reasons.rows import OUTSIDE_REGIONS
 from approx_compile.rows.tokens import token_compiler
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_work_counts")
@@ -125,6 +126,8 @@ def test_a_layer_that_a_rule_keeps_exact_is_in_no_region(key: str) -> None:
     f, plans = rows_of(Block(8), {"rules": [{"layers": "out", key: "exact"}]})
     f(torch.randn(8, 6, 8)).sum().backward()
     assert [c.reason for c in plans[0].cuts] == ["tokens of narrow, wide", "tokens of qkv.2, qkv.1, qkv.0"]
+    exact = {s.kind: s.reason for s in plans[0].sites if s.decision == "exact"}
+    assert "linear" in exact and set(exact.values()) == {OUTSIDE_REGIONS()}
 
 
 def test_only_settings_without_an_axis_leave_it_open() -> None:
