@@ -40,13 +40,17 @@ def bytes_table() -> str:
     return block(table(head, lines), caption(what, stored, "exchange_bytes.csv"))
 
 
+def _sent(row: Row) -> str:
+    return "not counted" if row["mb"] == "nan" else f"{float(row['mb']):.1f}"
+
+
 def links_table() -> str:
     """Steps over limited links, by the way of exchange."""
     stored = _stored("exchange_links.csv", "model", "ranks", "mbit_s", "way")
     if not stored:
         return _not_run("exchange links")
     lines = [
-        [r["model"], r["ranks"], f"{float(r['mbit_s']):g}", r["way"], f"{float(r['step_ms']):.0f}", f"{float(r['mb']):.1f}", r["of_full"], r["commit"]]
+        [r["model"], r["ranks"], f"{float(r['mbit_s']):g}", r["way"], f"{float(r['step_ms']):.0f}", _sent(r), r["of_full"], r["commit"]]
         for r in stored
     ]
     what = "Forward pass, backward pass and exchange of gradients, without the optimizer; ranks in network namespaces of one machine, links limited by `tc`."
