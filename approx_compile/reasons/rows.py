@@ -125,7 +125,8 @@ TOKENS_MIXED = Template("tokens-mixed", "{op} mixes tokens", NOTHING_TO_DO + "a 
 OUTSIDE_REGIONS = Template(
     "outside-regions",
     "in no region of tokens",
-    NOTHING_TO_DO + "regions hold linear layers that are applied to each token. What mixes tokens is outside, as attention, and so are layers on pooled tokens, "
+    NOTHING_TO_DO
+    + "regions hold linear layers that are applied to each token. What mixes tokens is outside, as attention, and so are layers on pooled tokens, "
     "layers with little work, and those that a rule keeps exact.",
 )
 

@@ -49,10 +49,7 @@ def links_table() -> str:
     stored = _stored("exchange_links.csv", "model", "ranks", "mbit_s", "way")
     if not stored:
         return _not_run("exchange links")
-    lines = [
-        [r["model"], r["ranks"], f"{float(r['mbit_s']):g}", r["way"], f"{float(r['step_ms']):.0f}", _sent(r), r["of_full"], r["commit"]]
-        for r in stored
-    ]
+    lines = [[r["model"], r["ranks"], f"{float(r['mbit_s']):g}", r["way"], f"{float(r['step_ms']):.0f}", _sent(r), r["of_full"], r["commit"]] for r in stored]
     what = "Forward pass, backward pass and exchange of gradients, without the optimizer; ranks in network namespaces of one machine, links limited by `tc`."
     head = ["model", "ranks", "link, Mbit/s", "exchange", "step, ms", "sent, MB", "step, of full", "commit"]
     return block(table(head, lines), caption(what, stored, "exchange_links.csv"))
