@@ -106,14 +106,30 @@ def draws_for(owner: Owner, name: GraphName) -> Draws:
     return registered if isinstance(registered, Draws) else _begin(owner, name, Draws(name.key))
 
 
+class FixedShare(NamedTuple):
+    """A share of the rows that one cut keeps in every pass.
+
+    Attributes:
+        ratio: The share.
+        work: The FLOPs that it decides about.
+        passes: The backward passes that have begun.
+    """
+
+    ratio: float
+    work: StepFlops
+    passes: int
+
+
 def note_fixed_share(owner: Owner, name: GraphName, ratio: float, work: StepFlops) -> None:
-    """Note that a cut keeps a fixed share of the rows, for `fixed_shares`."""
-    _fixed.setdefault(owner, {})[name.key] = (ratio, work)
+    """Note a pass in which a cut keeps a fixed share of the rows, for `fixed_shares`."""
+    known = _fixed.setdefault(owner, {})
+    before = known.get(name.key)
+    known[name.key] = FixedShare(ratio, work, before.passes + 1 if before is not None else 1)
 
 
-def fixed_shares(model: nn.Module) -> list[tuple[float, StepFlops]]:
-    """Return the share of the rows and the FLOPs of every cut of a model whose share is fixed and whose backward pass has run."""
-    return [pair for _, owner in named_owners(model) for pair in _fixed.get(owner, {}).values()]
+def fixed_shares(model: nn.Module) -> list[FixedShare]:
+    """Return the share of the rows of every cut of a model whose share is fixed and whose backward pass has run."""
+    return [share for _, owner in named_owners(model) for share in _fixed.get(owner, {}).values()]
 
 
 def _begin(owner: Owner, name: GraphName, new: K) -> K:

@@ -209,3 +209,17 @@ def test_metrics_of_a_fixed_share() -> None:
     f(torch.randn(32, 20)).square().mean().backward()
     values = approx_compile.metrics(model)
     assert values["approx/kept"] == values["approx/kept_mean"] == 0.25 and 0.3 < values["approx/flops_saved"] < 0.5
+
+
+def test_metrics_count_a_graph_by_its_passes() -> None:
+    """So that a graph for the smaller last batch of an epoch counts for little."""
+    models = nn.ModuleList(mlp(20, 64, 2) for _ in range(2))
+    saved = []
+    for model, ratio, passes in zip(models, (0.25, 0.75), (9, 3), strict=True):
+        f = torch.compile(model, backend=Backend({"policy": "always", "grad": {"axis": "rows", "ratio": ratio}}, inner_compile=run_as_is))
+        for _ in range(passes):
+            f(torch.randn(32, 20)).square().mean().backward()
+        saved.append(approx_compile.metrics(model)["approx/flops_saved"])
+    values = approx_compile.metrics(models)
+    assert values["approx/kept_mean"] == pytest.approx((9 * 0.25 + 3 * 0.75) / 12)
+    assert values["approx/flops_saved"] == pytest.approx((9 * saved[0] + 3 * saved[1]) / 12)

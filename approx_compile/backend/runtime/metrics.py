@@ -26,7 +26,8 @@ NAMES: Mapping[str, str] = {
 def metrics(model: nn.Module) -> dict[str, float]:
     """Collect what was saved so far as numbers for a logger.
 
-    With several cuts, or regions of tokens, a share is their mean, weighted by their FLOPs. The FLOPs are those of matrix products and convolutions,
+    With several cuts, or regions of tokens, a share is their mean, weighted by their FLOPs and the backward passes that they ran in, so that a graph for the
+    smaller last batch of an epoch counts for little. The FLOPs are those of matrix products and convolutions,
     forward and backward, of the graphs whose backward pass may run on samples or tokens, at the sizes that were compiled. FLOPs that sampled products save
     are not counted; `explain` has them.
 
@@ -47,11 +48,11 @@ def metrics(model: nn.Module) -> dict[str, float]:
         1.0
     """
     found = list(controls(require_module(model, "metrics")).values())
-    rows = [(c.ratio, c.kept, c.measured, c.work) for c in found if isinstance(c, RowControl)]
-    rows += [(share, share, share, work) for share, work in fixed_shares(model)]
-    weights = [work.on_rows for *_, work in rows]
-    kept = [_mean(values, weights) for values in ([now for now, *_ in rows], [mean for _, mean, *_ in rows], [needed for _, _, needed, _ in rows])]
-    saved = sum(work.on_rows * (1 - mean) for _, mean, _, work in rows) / max(1, sum(work.step for *_, work in rows))
+    rows = [(c.ratio, c.kept, c.measured, c.work, c.passes) for c in found if isinstance(c, RowControl)]
+    rows += [(f.ratio, f.ratio, f.ratio, f.work, f.passes) for f in fixed_shares(model)]
+    weights = [work.on_rows * passes for *_, work, passes in rows]
+    kept = [_mean(values, weights) for values in ([now for now, *_ in rows], [mean for _, mean, *_ in rows], [needed for _, _, needed, *_ in rows])]
+    saved = sum(w * (1 - mean) for w, (_, mean, *_) in zip(weights, rows, strict=True)) / max(1, sum(work.step * passes for *_, work, passes in rows))
     outputs = min((c.ratio for c in found if isinstance(c, OutputControl)), default=1.0)
     values = (float(_last_step(found)), *kept, outputs, saved, 1 / (1 - saved))
     return dict(zip(NAMES, values, strict=True))
