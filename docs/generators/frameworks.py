@@ -21,17 +21,25 @@ def _seconds(runs: list[Row]) -> str:
     return f"{statistics.mean(r['seconds_compiled'] for r in runs):.0f}" if alone else "busy machine"
 
 
+def _share(values: list[float | None]) -> str:
+    known = [v for v in values if v is not None]  # a count that was wrong when a run was stored is left out of its row
+    return f"{100 * statistics.mean(known):.0f} %" if len(known) == len(values) else ""
+
+
 def _line(name: str, runs: list[Row]) -> list[str]:
     exact, approx = ([r for r in runs if r["backend"] == backend] for backend in ("exact", "approx"))
     accuracies = [spread([100 * r["accuracy"] for r in group]) for group in (exact, approx)]
-    shares = [f"{100 * statistics.mean(r[key] for r in approx):.0f} %" for key in ("kept", "flops_saved")]
+    shares = [_share([r[key] for r in approx]) for key in ("kept", "flops_saved")]
     accuracies[1] += mark(approx[0])
     return [NAMES[name], seeds(approx), *accuracies, _seconds(exact), _seconds(approx), *shares, runs[0]["commit"]]
 
 
 def blocks() -> dict[str, str]:
     shown = {name: newest_commit(runs, "backend", "seed", least=2) for name, runs in by(rows(FILE), lambda r: r["work"]).items()}
-    head = ("training", "seeds", "exact, %", "approx, %", "seconds, exact", "seconds, approx", "samples kept", "FLOPs saved", "commit")
-    text = "Test accuracy; seconds of training steps without compiling; the mean share of the samples that backward passes kept, and of the FLOPs left out."
+    head = ("training", "seeds", "exact, %", "approx, %", "seconds, exact", "seconds, approx", "kept", "FLOPs saved", "commit")
+    text = (
+        "Test accuracy; seconds of training steps without compiling; the mean share of the samples, or tokens, that backward passes kept, and of the FLOPs "
+        "left out."
+    )
     every = [r for runs in shown.values() for r in runs]
     return {"frameworks": block(table(head, (_line(name, shown[name]) for name in NAMES if name in shown)), caption(explained(text, every), every, FILE))}
