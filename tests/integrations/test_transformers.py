@@ -140,8 +140,8 @@ def test_what_trainers_are_used_with(how: str, tmp_path: Path) -> None:
     function = {"compute_loss_func": loss} if how == "loss function" else {}
     trainer = Trainer(model, arguments(tmp_path, **changes), padded, sentences(length=None), callbacks=[ApproxCallback(backend())], **function)
     trainer.train()
-    (control,) = controls(model).values()
-    assert control.step == 4 and control.passes == (8 if how == "accumulation" else 4)
+    found = controls(model).values()  # one for each region of tokens; one for the samples where layers are checkpointed
+    assert {(c.step, c.passes) for c in found} == {(4, 8 if how == "accumulation" else 4)}
 
 
 @pytest.mark.slow
@@ -151,8 +151,8 @@ def test_lora(tmp_path: Path) -> None:
     torch._dynamo.reset()
     model = peft.get_peft_model(classifier(), peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["query", "value"]))
     trained(tmp_path, ApproxCallback(backend()), model=model)
-    ((name, control),) = controls(model).items()
-    assert control.step == 4 and not name.startswith("base_model")
+    found = controls(model)
+    assert {c.step for c in found.values()} == {4} and not any(name.startswith("base_model") for name in found)
     assert approx_compile.metrics(model)["approx/step"] == 4
 
 
