@@ -63,7 +63,7 @@ def _counts_of_tokens(stored: Sequence[Row]) -> str:
 
 
 def _conditions(stored: Sequence[Row], name: str = NAME) -> str:
-    dates, devices = (", ".join(sorted({r[k] for r in stored})) for k in ("date", "device"))
+    dates, devices = (", ".join(sorted({v for r in stored for v in r[k].split(", ")})) for k in ("date", "device"))
     commits = ", ".join(sorted({commit for r in stored for commit in r["commit"].split()}))
     return f"{devices}, 1 thread, {stored[0]['versions'].split()[0].replace('==', ' ')}, {dates}; commits {commits}. From `benchmarks/results/{name}`."
 
